@@ -1,0 +1,69 @@
+"""The augmented dataset as a pure function: a plan in numpy, and pipelines that carry it out."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from pipelines.batch import Batch
+from pipelines.index import ShardIndex
+from pipelines.plan import BatchPlan
+
+PIPELINES = ("auto", "dali", "torchvision", "synthetic")
+
+
+class Pipeline(Protocol):
+    """Carries plans out."""
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """The batch of each plan, in order. Close the iterator to stop early."""
+
+
+def resolve_pipeline(name: str, device: torch.device) -> str:
+    """The pipeline that 'auto' stands for: DALI with a GPU, torchvision without."""
+    if name not in PIPELINES:
+        raise ValueError(f"data.pipeline is '{name}', not one of {', '.join(PIPELINES)}")
+    return name if name != "auto" else "dali" if device.type == "cuda" else "torchvision"
+
+
+def open_pipeline(
+    name: str,
+    index: ShardIndex,
+    *,
+    device: torch.device,
+    threads: int,
+    prefetch: int = 2,
+    decode: str = "roi",
+    hw_decoder_load: float = 0.65,
+) -> Pipeline:
+    """A pipeline by name. Imports only what it needs, so a machine without DALI can use the others.
+
+    Args: as for the pipelines; `decode` and `hw_decoder_load` concern DALI alone.
+    Raises:
+      ValueError: an unknown name.
+      ImportError: DALI was asked for and is not installed.
+    """
+    name = resolve_pipeline(name, device)
+    if name == "synthetic":
+        from pipelines.synthetic import SyntheticPipeline
+
+        return SyntheticPipeline(index, device=device)
+    if name == "torchvision":
+        from pipelines.cpu import TorchvisionPipeline
+
+        return TorchvisionPipeline(index, device=device, threads=threads, prefetch=prefetch)
+    try:
+        from pipelines.dali import DaliPipeline
+    except ImportError as error:
+        raise ImportError(
+            f"data.pipeline is 'dali', which cannot be imported ({error}): pip install 'nvidia-dali-cuda120>=2.2,<2.3', "
+            "or use --data.pipeline torchvision"
+        ) from error
+    return DaliPipeline(
+        index,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+        decode=decode,
+        hw_decoder_load=hw_decoder_load,
+    )

@@ -1,0 +1,265 @@
+"""Uniform draws -> crops, flips, RandAugment operations and mixes. Vectorised numpy, no state.
+
+Every function maps a row of uniforms to physical values (pixels, degrees, factors), so that the two pipelines carry
+out the same numbers. The distributions are those of timm's PIL transforms, which the recipe was published with.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+CROP_TRIES = 10
+CROP_DRAWS = 24  # uniforms a position: (area, aspect) for each try, top, left, flip, one spare
+MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
+_OP_DRAWS = 5  # uniforms an operation: which, gate, two for the normal magnitude, sign
+MAX_MAGNITUDE = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training image between decoding and the model. The defaults are the USI recipe.
+
+    Attributes:
+      repeats: repeated augmentation; an epoch covers 1/repeats of the images, each `repeats` times.
+      crop_area: range of the crop's share of the image's area.
+      crop_aspect: range of the crop's width / height, drawn log-uniformly.
+      interpolation: filter of the resize after the crop: bicubic or bilinear, always antialiased.
+      flip: probability of a horizontal flip.
+      randaugment_ops: RandAugment operations an image, drawn with replacement; 0 switches it off.
+      randaugment_prob: probability that a drawn operation is applied.
+      randaugment_magnitude: mean magnitude, 0 to 10.
+      randaugment_std: standard deviation of the magnitude.
+      mixup_alpha: Beta parameter of mixup's lambda; 0 switches mixup off.
+      cutmix_alpha: Beta parameter of CutMix's lambda; 0 switches CutMix off.
+      mix_prob: probability that a group is mixed at all.
+      cutmix_prob: probability of CutMix where both are on.
+      mix_group: positions that share one mixing draw, and the images of one batch-normalisation batch.
+    """
+
+    repeats: int = 3
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    flip: float = 0.5
+    randaugment_ops: int = 2
+    randaugment_prob: float = 0.5
+    randaugment_magnitude: float = 7.0
+    randaugment_std: float = 0.5
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    mix_prob: float = 1.0
+    cutmix_prob: float = 0.5
+    mix_group: int = 128
+
+    def __post_init__(self):
+        for name in ("repeats", "mix_group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("flip", "randaugment_prob", "mix_prob", "cutmix_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
+        for name in ("randaugment_ops", "randaugment_std", "mixup_alpha", "cutmix_alpha"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"augment.{name} is ({low}, {high}); it must be a range of positive numbers")
+        if self.crop_area[1] > 1:
+            raise ValueError(f"augment.crop_area is {self.crop_area}; a crop is at most the whole image (1.0)")
+        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(f"augment.randaugment_magnitude is {self.randaugment_magnitude}; it lies in [0, 10]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"augment.interpolation is '{self.interpolation}', not one of {', '.join(INTERPOLATIONS)}")
+
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def resized_crops(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Random resized crops: up to ten tries at a random area and aspect, then the largest centred one allowed.
+
+    Args:
+      u: uniforms [n, >= 22].
+      heights, widths: of the source images, pixels [n].
+    Returns:
+      int32 [n, 4]: top, left, height, width in source pixels, inside the image, at least 1 x 1.
+    Source: timm.data.transforms.RandomResizedCropAndInterpolation.get_params, with as many draws for every image.
+    """
+    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
+    tries = u[:, : 2 * CROP_TRIES].reshape(-1, CROP_TRIES, 2)
+    low, high = config.crop_area
+    area = (low + (high - low) * tries[..., 0]) * (heights * widths)[:, None]
+    low, high = np.log(config.crop_aspect)
+    aspect = np.exp(low + (high - low) * tries[..., 1])
+    # [n, tries]; rint is Python's round: half to even
+    width = np.maximum(np.rint(np.sqrt(area * aspect)), 1).astype(np.int64)
+    height = np.maximum(np.rint(np.sqrt(area / aspect)), 1).astype(np.int64)
+    fits = (width <= widths[:, None]) & (height <= heights[:, None])
+    first = fits.argmax(axis=1)
+    row = np.arange(len(u))
+    found = fits[row, first]
+    fallback_height, fallback_width = _largest_centred(heights, widths, config.crop_aspect)
+    height = np.where(found, height[row, first], fallback_height)
+    width = np.where(found, width[row, first], fallback_width)
+    u_top, u_left = u[:, 2 * CROP_TRIES], u[:, 2 * CROP_TRIES + 1]
+    top = np.where(found, (u_top * (heights - height + 1)).astype(np.int64), (heights - height) // 2)
+    left = np.where(found, (u_left * (widths - width + 1)).astype(np.int64), (widths - width) // 2)
+    return np.stack([top, left, height, width], axis=1).astype(np.int32)
+
+
+def _largest_centred(heights, widths, aspect):
+    ratio = widths / heights
+    height = np.where(ratio < aspect[0], np.rint(widths / aspect[0]), heights)
+    width = np.where(ratio > aspect[1], np.rint(heights * aspect[1]), widths)
+    return np.maximum(height, 1).astype(np.int64), np.maximum(width, 1).astype(np.int64)
+
+
+def flips(u: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Horizontal flips: bool [n], from the same rows of uniforms as `resized_crops`."""
+    return u[:, 2 * CROP_TRIES + 2] < config.flip
+
+
+class Op(enum.IntEnum):
+    """The 15 operations of timm's increasing RandAugment; NONE where the gate left an operation out."""
+
+    NONE = 0
+    AUTO_CONTRAST = 1
+    EQUALIZE = 2
+    INVERT = 3
+    ROTATE = 4  # argument: degrees, counter-clockwise
+    POSTERIZE = 5  # argument: bits to keep
+    SOLARIZE = 6  # argument: values from here on are inverted
+    SOLARIZE_ADD = 7  # argument: added to values below 128
+    COLOR = 8  # argument, here and in the next three: factor, 1 is the unchanged image
+    CONTRAST = 9
+    BRIGHTNESS = 10
+    SHARPNESS = 11
+    SHEAR_X = 12  # argument: source x grows by this much a row
+    SHEAR_Y = 13
+    TRANSLATE_X = 14  # argument: share of the width
+    TRANSLATE_Y = 15
+
+
+NUM_OPS = len(Op) - 1
+_Argument = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _no_argument(m, sign):
+    return np.zeros_like(m)
+
+
+def _enhance(m, sign):
+    return np.maximum(0.1, 1.0 + sign * (m / 10.0) * 0.9)
+
+
+def _signed(full_scale: float) -> _Argument:
+    return lambda m, sign: sign * (m / 10.0) * full_scale
+
+
+# op -> its argument at magnitude m (0 to 10) and sign (+1 or -1). Source: LEVEL_TO_ARG in timm.data.auto_augment.
+_ARGUMENTS: dict[Op, _Argument] = {
+    Op.NONE: _no_argument,
+    Op.AUTO_CONTRAST: _no_argument,
+    Op.EQUALIZE: _no_argument,
+    Op.INVERT: _no_argument,
+    Op.ROTATE: _signed(30.0),
+    Op.POSTERIZE: lambda m, sign: 4 - np.trunc((m / 10.0) * 4),
+    Op.SOLARIZE: lambda m, sign: 256 - np.minimum(256, np.trunc((m / 10.0) * 256)),
+    Op.SOLARIZE_ADD: lambda m, sign: np.minimum(128, np.trunc((m / 10.0) * 110)),
+    Op.COLOR: _enhance,
+    Op.CONTRAST: _enhance,
+    Op.BRIGHTNESS: _enhance,
+    Op.SHARPNESS: _enhance,
+    Op.SHEAR_X: _signed(0.3),
+    Op.SHEAR_Y: _signed(0.3),
+    Op.TRANSLATE_X: _signed(0.45),
+    Op.TRANSLATE_Y: _signed(0.45),
+}
+
+
+def randaugment_draws(config: AugmentConfig) -> int:
+    """Uniforms a position that `randaugment` takes, a multiple of 4."""
+    return max(4, -(-config.randaugment_ops * _OP_DRAWS // 4) * 4)
+
+
+def randaugment(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which operations are applied, and their arguments.
+
+    Args:
+      u: uniforms [n, randaugment_draws(config)].
+    Returns:
+      ops: uint8 [n, randaugment_ops], values of `Op`, applied from left to right.
+      args: float32 [n, randaugment_ops], the argument of each as `Op` describes it.
+    Source: timm.data.auto_augment, 'rand-m7-mstd0.5-inc1' and its like.
+    """
+    # draws: [n, ops, 5]
+    draws = u[:, : config.randaugment_ops * _OP_DRAWS].reshape(len(u), config.randaugment_ops, _OP_DRAWS)
+    ops = 1 + (draws[..., 0] * NUM_OPS).astype(np.uint8)
+    ops[draws[..., 1] >= config.randaugment_prob] = Op.NONE
+    # Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite
+    normal = np.sqrt(-2.0 * np.log1p(-draws[..., 2])) * np.cos(2.0 * np.pi * draws[..., 3])
+    magnitude = np.clip(config.randaugment_magnitude + config.randaugment_std * normal, 0.0, MAX_MAGNITUDE)
+    sign = np.where(draws[..., 4] < 0.5, -1.0, 1.0)
+    args = np.zeros(ops.shape, dtype=np.float32)
+    for op, argument in _ARGUMENTS.items():
+        chosen = ops == op
+        args[chosen] = argument(magnitude[chosen], sign[chosen])
+    return ops, args
+
+
+def mixes(u: np.ndarray, image_size: int, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Mixup or CutMix for each group.
+
+    Args:
+      u: uniforms [n, MIX_DRAWS].
+      image_size: side of the square image, pixels.
+    Returns:
+      lam: float32 [n], the share of the image's own label. For CutMix 1 - (area of the clipped box) / (image area).
+      box: int32 [n, 4], top, left, height, width of the part that comes from the partner; empty means mixup with lam
+        (no mixing at all is mixup with lam 1).
+    Source: timm.data.mixup.Mixup, mode 'batch', correct_lam.
+    """
+    both = config.mixup_alpha > 0 and config.cutmix_alpha > 0
+    cutmix = (u[:, 1] < config.cutmix_prob) if both else np.full(len(u), config.cutmix_alpha > 0)
+    mixed = (u[:, 0] < config.mix_prob) & (config.mixup_alpha > 0 or config.cutmix_alpha > 0)
+    lam = np.ones(len(u))
+    for chosen, alpha in ((mixed & ~cutmix, config.mixup_alpha), (mixed & cutmix, config.cutmix_alpha)):
+        if alpha > 0:
+            lam[chosen] = beta_quantile(u[chosen, 2], alpha)
+    # half of the box's side on each side of the centre, cut off at the border
+    half = (image_size * np.sqrt(1.0 - lam)).astype(np.int64) // 2
+    half[~(mixed & cutmix)] = 0
+    row, column = ((u[:, i] * image_size).astype(np.int64) for i in (3, 4))
+    top, bottom = np.clip(row - half, 0, image_size), np.clip(row + half, 0, image_size)
+    left, right = np.clip(column - half, 0, image_size), np.clip(column + half, 0, image_size)
+    box = np.stack([top, left, bottom - top, right - left], axis=1)
+    box[box[:, 2] * box[:, 3] == 0] = 0
+    lam = np.where(mixed & cutmix, 1.0 - box[:, 2] * box[:, 3] / image_size**2, lam)
+    return lam.astype(np.float32), box.astype(np.int32)
+
+
+def beta_quantile(u: np.ndarray, alpha: float) -> np.ndarray:
+    """Quantiles of the symmetric Beta(alpha, alpha) distribution: one uniform gives one draw.
+
+    Args:
+      u: float64 in [0, 1).
+    Returns:
+      float64 in [0, 1], within 1e-6 of the exact quantile.
+    Source: with s = x**alpha the density x**(alpha-1) (1-x)**(alpha-1) dx becomes (1-x)**(alpha-1) ds / alpha, which is
+      finite up to x = 1/2 for every alpha; it is integrated there, inverted, and mirrored.
+    """
+    s, cdf = _half_beta_table(alpha)
+    low = np.interp(np.minimum(u, 1.0 - u), cdf, s) ** (1.0 / alpha)
+    return np.where(u < 0.5, low, 1.0 - low)
+
+
+@functools.lru_cache
+def _half_beta_table(alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    x = np.linspace(0.0, 0.5, 1 << 14)
+    s, density = x**alpha, (1.0 - x) ** (alpha - 1.0)
+    cdf = np.concatenate([[0.0], np.cumsum(np.diff(s) * (density[1:] + density[:-1]) / 2)])
+    return s, cdf * (0.5 / cdf[-1])

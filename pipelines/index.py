@@ -1,0 +1,135 @@
+"""The index of a sharded split: where every sample lies, its label and its size. And the manifest that names it.
+
+A dataset folder looks like this (`tools/shard_imagenet.py` writes it):
+
+    OUT/manifest.json            classes, and for each split: shards with bytes, samples and sha256; digest
+    OUT/train/train-00000.tar    WebDataset: KEY.cls, KEY.jpg
+    OUT/train/train-00000.idx    the same for DALI's own webdataset reader
+    OUT/train/index.npy          one row a sample, memory-mapped: the plan reads it
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+_FIELDS = {"shard": "<i4", "offset": "<i8", "nbytes": "<i4", "label": "<i8", "height": "<i4", "width": "<i4"}
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used. The message names the file, what is wrong and what to do."""
+
+
+def sample_dtype(key_bytes: int) -> np.dtype:
+    """The row of an index; `key_bytes` is the length of the longest key in UTF-8."""
+    return np.dtype([*_FIELDS.items(), ("key", f"S{max(1, key_bytes)}")])
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of one split lie.
+
+    Attributes:
+      paths: the shards, in order.
+      samples: structured array [n] of `sample_dtype`: shard (index into paths), offset and nbytes of the JPEG within
+        the shard, label, height and width in pixels as stored (EXIF orientation is not applied), key.
+      num_classes: labels are 0 <= label < num_classes.
+      digest: hex sha256 over the index and the shards' hashes; two datasets with the same digest are the same data.
+    """
+
+    paths: tuple[Path, ...]
+    samples: np.ndarray
+    num_classes: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, sample: int) -> str:
+        """How an error names a sample: shard, key and byte."""
+        row = self.samples[sample]
+        return f"{self.paths[row['shard']].name}: sample {row['key'].decode()} at byte {row['offset']}"
+
+
+def split_digest(index_sha256: str, shard_sha256: list[str]) -> str:
+    """The digest of a split, from the hash of its index file and of each shard in order."""
+    return hashlib.sha256("\n".join([index_sha256, *shard_sha256]).encode()).hexdigest()
+
+
+def read_manifest(root: Path) -> dict:
+    """The manifest of a dataset folder.
+
+    Raises:
+      DatasetError: there is none, or it is damaged, or of another format version.
+    """
+    path = Path(root) / MANIFEST
+    if not path.is_file():
+        raise DatasetError(
+            f"{path}: not found, so {root} is not a finished dataset. Make one with "
+            f"'python tools/shard_imagenet.py build IMAGE_FOLDER {root}'"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: damaged ({error}). Build the dataset again") from error
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
+    return manifest
+
+
+def read_index(root: Path, split: str) -> ShardIndex:
+    """The index of one split of a dataset folder, memory-mapped and checked against the manifest and the shards.
+
+    Raises:
+      DatasetError: the split, its index or a shard is missing, truncated, stale or empty.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    if split not in manifest["splits"]:
+        raise DatasetError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
+    entry = manifest["splits"][split]
+    samples = _read_samples(root / split / INDEX, entry)
+    paths = tuple(root / split / shard["name"] for shard in entry["shards"])
+    for path, shard in zip(paths, entry["shards"], strict=True):
+        _check_size(path, shard["bytes"])
+    return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"])
+
+
+def _read_samples(path: Path, entry: dict) -> np.ndarray:
+    rebuild = "Build the dataset again, or restore the file"
+    try:
+        digest = _sha256(path)
+        if digest != entry["index_sha256"]:
+            raise DatasetError(
+                f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says "
+                f"{entry['index_sha256'][:12]}...). {rebuild}"
+            )
+        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}). {rebuild}") from error
+    if not len(samples):
+        raise DatasetError(f"{path}: holds no samples. Build the dataset again from a folder with images")
+    return samples
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
+    if found != num_bytes:
+        raise DatasetError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""The plan: what every position of a run sees, as a pure function. Numpy only, no I/O, no state.
+
+A position counts samples since the run began. Step s covers positions [s * G, (s + 1) * G) of the global batch G; an
+epoch has len(index) // G steps, and what is left over is dropped. A global batch is made of groups of `mix_group`
+positions, which share one mixing draw and are mixed with themselves reversed.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from pipelines import augment, rng
+from pipelines.augment import AugmentConfig
+from pipelines.index import ShardIndex
+from pipelines.rng import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """What a pipeline carries out for B consecutive positions.
+
+    The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
+    `image_size` at `window`, flip, the operations from left to right. Mixing follows in the training step.
+
+    Attributes:
+      position: of the first row.
+      image_size: side of the square output, pixels.
+      interpolation: filter of the resize, bicubic or bilinear, antialiased.
+      fill: RGB that geometric operations put where the source has no pixel.
+      mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
+      sample: int32 [B], row of the ShardIndex.
+      crop: int32 [B, 4], top, left, height, width in source pixels.
+      resize: int32 [B, 2], height and width that the crop is resized to.
+      window: int32 [B, 2], top and left of the window in the resized crop.
+      flip: bool [B].
+      ops: uint8 [B, L], values of augment.Op.
+      args: float32 [B, L], their arguments.
+      lam: float32 [B], share of the row's own label after mixing.
+      box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
+      valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
+    """
+
+    position: int
+    image_size: int
+    interpolation: str
+    fill: tuple[int, int, int]
+    mix_group: int
+    sample: np.ndarray
+    crop: np.ndarray
+    resize: np.ndarray
+    window: np.ndarray
+    flip: np.ndarray
+    ops: np.ndarray
+    args: np.ndarray
+    lam: np.ndarray
+    box: np.ndarray
+    valid: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """The training set, augmented, as a function of the position.
+
+    Attributes:
+      index: the images.
+      augment: the recipe.
+      seed: of everything that is drawn.
+      global_batch: positions a step, over all ranks; a multiple of augment.mix_group.
+      image_size: side of the square training image, pixels.
+      fill: see BatchPlan.
+    Raises:
+      ValueError: the groups do not divide the global batch, or the dataset is smaller than one global batch.
+    """
+
+    index: ShardIndex
+    augment: AugmentConfig
+    seed: int
+    global_batch: int
+    image_size: int
+    fill: tuple[int, int, int]
+
+    def __post_init__(self):
+        group = self.augment.mix_group
+        if self.global_batch < 1 or self.global_batch % group:
+            raise ValueError(
+                f"run.global_batch is {self.global_batch}; it must be a multiple of augment.mix_group, {group}"
+            )
+        if len(self.index) < self.global_batch:
+            raise ValueError(
+                f"the training set has {len(self.index)} images, fewer than one global batch of {self.global_batch}: "
+                "lower run.global_batch (and augment.mix_group), or use more images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.index) // self.global_batch
+
+    def describe(self) -> dict:
+        """Everything the plan depends on, as plain values. Equal descriptions mean equal plans."""
+        return {
+            "dataset": self.index.digest,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "image_size": self.image_size,
+            "fill": list(self.fill),
+            **{f"augment.{name}": _plain(value) for name, value in dataclasses.asdict(self.augment).items()},
+        }
+
+    def rows(self, start: int, stop: int) -> BatchPlan:
+        """The plan for positions [start, stop), both multiples of augment.mix_group.
+
+        Any split of a range gives the same rows: `rows(a, c)` is `rows(a, b)` followed by `rows(b, c)`.
+        """
+        group = self.augment.mix_group
+        if start % group or stop % group or not 0 <= start < stop:
+            raise ValueError(f"positions [{start}, {stop}) are not whole groups of {group}")
+        sample = self._samples(np.arange(start, stop))
+        rows = self.index.samples[sample]
+        u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, augment.CROP_DRAWS)
+        k = augment.randaugment_draws(self.augment)
+        ops, args = augment.randaugment(rng.uniforms(self.seed, Stream.RANDAUGMENT, start, stop, k), self.augment)
+        u_mix = rng.uniforms(self.seed, Stream.MIX, start // group, stop // group, augment.MIX_DRAWS)
+        lam, box = augment.mixes(u_mix, self.image_size, self.augment)
+        num = len(sample)
+        return BatchPlan(
+            position=start,
+            image_size=self.image_size,
+            interpolation=self.augment.interpolation,
+            fill=self.fill,
+            mix_group=group,
+            sample=sample,
+            crop=augment.resized_crops(u_crop, rows["height"], rows["width"], self.augment),
+            resize=np.full((num, 2), self.image_size, dtype=np.int32),
+            window=np.zeros((num, 2), dtype=np.int32),
+            flip=augment.flips(u_crop, self.augment),
+            ops=ops,
+            args=args,
+            lam=np.repeat(lam, group),
+            box=np.repeat(box, group, axis=0),
+            valid=np.ones(num, dtype=bool),
+        )
+
+    def _samples(self, positions: np.ndarray) -> np.ndarray:
+        """The image at each position: int32, same shape.
+
+        Repeated augmentation as published: the epoch's order, every entry `repeats` times in a row, is dealt out to
+        the groups in turn, so the copies of an image are mixed with different partners under different lambdas.
+        """
+        num_groups = self.global_batch // self.augment.mix_group
+        step, within = np.divmod(positions, self.global_batch)
+        epoch, batch = np.divmod(step, self.steps_per_epoch)
+        group, place = np.divmod(within, self.augment.mix_group)
+        entry = batch * self.global_batch + place * num_groups + group
+        sample = np.empty(positions.shape, dtype=np.int32)
+        for e in np.unique(epoch):
+            image = entry[epoch == e] // self.augment.repeats
+            sample[epoch == e] = rng.permute(self.seed, Stream.ORDER, int(e), len(self.index), image)
+        return sample
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """The validation set in order, each image once, resized and centre-cropped.
+
+    Attributes:
+      index: the images.
+      image_size: side of the square crop, pixels.
+      crop_pct: the short side is resized to floor(image_size / crop_pct).
+      interpolation: of the resize, the model's own.
+    Source: timm.data.transforms_factory.transforms_imagenet_eval, crop_mode 'center'.
+    """
+
+    index: ShardIndex
+    image_size: int
+    crop_pct: float
+    interpolation: str
+
+    def rows(self, start: int, stop: int) -> BatchPlan:
+        """The plan for positions [start, stop). Positions beyond the last image are filled up and not valid."""
+        num = stop - start
+        position = np.arange(start, stop)
+        valid = position < len(self.index)
+        sample = np.where(valid, position, 0).astype(np.int32)
+        rows = self.index.samples[sample]
+        height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        short = math.floor(self.image_size / self.crop_pct)
+        resize = np.stack([_scaled(height, width, short), _scaled(width, height, short)], axis=1)
+        whole = np.stack([np.zeros(num), np.zeros(num), height, width], axis=1)
+        return BatchPlan(
+            position=start,
+            image_size=self.image_size,
+            interpolation=self.interpolation,
+            fill=(0, 0, 0),
+            mix_group=0,
+            sample=sample,
+            crop=whole.astype(np.int32),
+            resize=resize.astype(np.int32),
+            window=np.rint((resize - self.image_size) / 2).astype(np.int32),
+            flip=np.zeros(num, dtype=bool),
+            ops=np.zeros((num, 0), dtype=np.uint8),
+            args=np.zeros((num, 0), dtype=np.float32),
+            lam=np.ones(num, dtype=np.float32),
+            box=np.zeros((num, 4), dtype=np.int32),
+            valid=valid,
+        )
+
+
+def _scaled(side: np.ndarray, other: np.ndarray, short: int) -> np.ndarray:
+    """A side's length after the shorter of the two became `short` pixels; the longer is rounded down."""
+    return np.where(side <= other, short, short * side // other)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
