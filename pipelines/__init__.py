@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from pipelines.batch import Batch
+from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 
@@ -22,7 +23,7 @@ class Pipeline(Protocol):
 def resolve_pipeline(name: str, device: torch.device) -> str:
     """The pipeline that 'auto' stands for: DALI with a GPU, torchvision without."""
     if name not in PIPELINES:
-        raise ValueError(f"data.pipeline is '{name}', not one of {', '.join(PIPELINES)}")
+        raise UserError(f"data.pipeline is '{name}', not one of {', '.join(PIPELINES)}")
     return name if name != "auto" else "dali" if device.type == "cuda" else "torchvision"
 
 
@@ -40,8 +41,7 @@ def open_pipeline(
 
     Args: as for the pipelines; `decode` and `hw_decoder_load` concern DALI alone.
     Raises:
-      ValueError: an unknown name.
-      ImportError: DALI was asked for and is not installed.
+      UserError: an unknown name, or DALI was asked for and is not installed.
     """
     name = resolve_pipeline(name, device)
     if name == "synthetic":
@@ -55,7 +55,7 @@ def open_pipeline(
     try:
         from pipelines.dali import DaliPipeline
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             f"data.pipeline is 'dali', which cannot be imported ({error}): pip install 'nvidia-dali-cuda120>=2.2,<2.3', "
             "or use --data.pipeline torchvision"
         ) from error

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipelines.errors import UserError
+
 CROP_TRIES = 10
 CROP_DRAWS = 24  # uniforms a position: (area, aspect) for each try, top, left, flip, one spare
 MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
@@ -57,23 +59,23 @@ class AugmentConfig:
     def __post_init__(self):
         for name in ("repeats", "mix_group"):
             if getattr(self, name) < 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("flip", "randaugment_prob", "mix_prob", "cutmix_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
+                raise UserError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
         for name in ("randaugment_ops", "randaugment_std", "mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must not be negative")
+                raise UserError(f"augment.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"augment.{name} is ({low}, {high}); it must be a range of positive numbers")
+                raise UserError(f"augment.{name} is ({low}, {high}); it must be a range of positive numbers")
         if self.crop_area[1] > 1:
-            raise ValueError(f"augment.crop_area is {self.crop_area}; a crop is at most the whole image (1.0)")
+            raise UserError(f"augment.crop_area is {self.crop_area}; a crop is at most the whole image (1.0)")
         if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
-            raise ValueError(f"augment.randaugment_magnitude is {self.randaugment_magnitude}; it lies in [0, 10]")
+            raise UserError(f"augment.randaugment_magnitude is {self.randaugment_magnitude}; it lies in [0, 10]")
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"augment.interpolation is '{self.interpolation}', not one of {', '.join(INTERPOLATIONS)}")
+            raise UserError(f"augment.interpolation is '{self.interpolation}', not one of {', '.join(INTERPOLATIONS)}")
 
 
 INTERPOLATIONS = ("bicubic", "bilinear")

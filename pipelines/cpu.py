@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import Op
 from pipelines.batch import Batch, make_batch
-from pipelines.index import DatasetError, ShardIndex
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.reader import ShardReader, read_ahead
 
@@ -42,7 +43,7 @@ class TorchvisionPipeline:
         """The batch of each plan, in order, made ahead in the background.
 
         Raises:
-          DatasetError: a sample cannot be read or decoded; the message names it.
+          UserError: a sample cannot be read or decoded; the message names it.
         """
         return read_ahead(self._batches(plans), self._prefetch)
 
@@ -78,7 +79,7 @@ class TorchvisionPipeline:
         try:
             image = decode(jpeg)
         except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError on some damaged headers
-            raise DatasetError(f"{self._index.name(sample)}: cannot be decoded ({error})") from error
+            raise UserError(f"{self._index.name(sample)}: cannot be decoded ({error})") from error
         images[row] = np.asarray(transform(image, plan, row))
 
 

@@ -9,7 +9,8 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.batch import Batch, make_batch
-from pipelines.index import DatasetError, ShardIndex
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.reader import ShardReader, read_ahead
 
@@ -61,8 +62,8 @@ class DaliPipeline:
         """The batch of each plan, in order, made ahead in the background. All plans have the same shape.
 
         Raises:
-          NotImplementedError: a plan asks for RandAugment.
-          DatasetError: a sample cannot be read or decoded.
+          UserError: a plan asks for RandAugment.
+          UserError: a sample cannot be read or decoded.
         """
         return read_ahead(self._batches(plans), self._prefetch)
 
@@ -99,7 +100,7 @@ class DaliPipeline:
     def _start(self, pipeline, plan: BatchPlan) -> dict:
         """Give DALI a plan to work on. Returns what must stay alive until its batch is finished."""
         if plan.ops.any():
-            raise NotImplementedError(
+            raise UserError(
                 "the DALI pipeline has no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
             )
         self._reader.will_need(plan.sample)
@@ -123,7 +124,7 @@ class DaliPipeline:
             (output,) = pipeline.share_outputs()
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise DatasetError(
+            raise UserError(
                 f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), "
                 f"samples {self._index.name(int(plan.sample[0]))} and on: {reason}"
             ) from error

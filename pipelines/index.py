@@ -15,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.errors import UserError
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 _FIELDS = {"shard": "<i4", "offset": "<i8", "nbytes": "<i4", "label": "<i8", "height": "<i4", "width": "<i4"}
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be used. The message names the file, what is wrong and what to do."""
 
 
 def sample_dtype(key_bytes: int) -> np.dtype:
@@ -65,11 +63,11 @@ def read_manifest(root: Path) -> dict:
     """The manifest of a dataset folder.
 
     Raises:
-      DatasetError: there is none, or it is damaged, or of another format version.
+      UserError: there is none, or it is damaged, or of another format version.
     """
     path = Path(root) / MANIFEST
     if not path.is_file():
-        raise DatasetError(
+        raise UserError(
             f"{path}: not found, so {root} is not a finished dataset. Make one with "
             f"'python tools/shard_imagenet.py build IMAGE_FOLDER {root}'"
         )
@@ -77,9 +75,9 @@ def read_manifest(root: Path) -> dict:
         manifest = json.loads(path.read_text())
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: damaged ({error}). Build the dataset again") from error
+        raise UserError(f"{path}: damaged ({error}). Build the dataset again") from error
     if version != FORMAT_VERSION:
-        raise DatasetError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
+        raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
     return manifest
 
 
@@ -87,12 +85,12 @@ def read_index(root: Path, split: str) -> ShardIndex:
     """The index of one split of a dataset folder, memory-mapped and checked against the manifest and the shards.
 
     Raises:
-      DatasetError: the split, its index or a shard is missing, truncated, stale or empty.
+      UserError: the split, its index or a shard is missing, truncated, stale or empty.
     """
     root = Path(root)
     manifest = read_manifest(root)
     if split not in manifest["splits"]:
-        raise DatasetError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
+        raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
     samples = _read_samples(root / split / INDEX, entry)
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
@@ -106,15 +104,15 @@ def _read_samples(path: Path, entry: dict) -> np.ndarray:
     try:
         digest = _sha256(path)
         if digest != entry["index_sha256"]:
-            raise DatasetError(
+            raise UserError(
                 f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says "
                 f"{entry['index_sha256'][:12]}...). {rebuild}"
             )
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}). {rebuild}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {rebuild}") from error
     if not len(samples):
-        raise DatasetError(f"{path}: holds no samples. Build the dataset again from a folder with images")
+        raise UserError(f"{path}: holds no samples. Build the dataset again from a folder with images")
     return samples
 
 
@@ -122,9 +120,9 @@ def _check_size(path: Path, num_bytes: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
     if found != num_bytes:
-        raise DatasetError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")
+        raise UserError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipelines import augment, rng
 from pipelines.augment import AugmentConfig
+from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.rng import Stream
 
@@ -73,7 +74,7 @@ class TrainPlan:
       image_size: side of the square training image, pixels.
       fill: see BatchPlan.
     Raises:
-      ValueError: the groups do not divide the global batch, or the dataset is smaller than one global batch.
+      UserError: the groups do not divide the global batch, or the dataset is smaller than one global batch.
     """
 
     index: ShardIndex
@@ -86,11 +87,11 @@ class TrainPlan:
     def __post_init__(self):
         group = self.augment.mix_group
         if self.global_batch < 1 or self.global_batch % group:
-            raise ValueError(
+            raise UserError(
                 f"run.global_batch is {self.global_batch}; it must be a multiple of augment.mix_group, {group}"
             )
         if len(self.index) < self.global_batch:
-            raise ValueError(
+            raise UserError(
                 f"the training set has {len(self.index)} images, fewer than one global batch of {self.global_batch}: "
                 "lower run.global_batch (and augment.mix_group), or use more images"
             )

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.index import DatasetError, ShardIndex
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
 
 _SPARE_FILES = 256  # open files that the rest of the process may need
 
@@ -31,7 +32,7 @@ class ShardReader:
         """The bytes of each sample: uint8 [nbytes] views, valid for as long as they are referenced.
 
         Raises:
-          DatasetError: a shard is missing, or shorter than the index says.
+          UserError: a shard is missing, or shorter than the index says.
         """
         rows = self._index.samples[samples]
         return [self._view(*row) for row in zip(*self._columns(rows), strict=True)]
@@ -49,7 +50,7 @@ class ShardReader:
     def _view(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
         content = self._open(shard)[1]
         if offset < 0 or offset + nbytes > len(content):
-            raise DatasetError(
+            raise UserError(
                 f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
                 f"the shard has {len(content)}. Restore the shard, or build the dataset again"
             )
@@ -65,7 +66,7 @@ class ShardReader:
                     with open(path, "rb") as file:
                         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-                    raise DatasetError(f"{path}: cannot be read ({error})") from error
+                    raise UserError(f"{path}: cannot be read ({error})") from error
                 # Samples are read in random order; what is needed is asked for in `will_need`.
                 mapped.madvise(mmap.MADV_RANDOM)
                 self._maps[shard] = mapped, np.frombuffer(mapped, dtype=np.uint8)
@@ -78,7 +79,7 @@ def _allow_open_files(num: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= num:
         return
     if hard != resource.RLIM_INFINITY and hard < num:
-        raise DatasetError(
+        raise UserError(
             f"the dataset needs {num} open files, the system allows {hard}: raise it with 'ulimit -Hn {num}', "
             "or build the dataset with larger shards"
         )

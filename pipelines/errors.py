@@ -1,0 +1,21 @@
+"""Errors that a user can mend, told in one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """What a user did or has: the message names the file, key or sample, what was found, and what to do next."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the program with a UserError's message on stderr and exit code 1; every other error keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(1)

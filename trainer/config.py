@@ -1,0 +1,330 @@
+"""The configuration: frozen dataclasses, filled from YAML files and `--section.key value` overrides.
+
+Every default stands here (or beside what it configures) once; the defaults are the USI recipe.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from pipelines import PIPELINES
+from pipelines.augment import AugmentConfig
+from pipelines.errors import UserError
+
+Kwargs = dict[str, bool | int | float | str | list | None]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are decoded.
+
+    Attributes:
+      root: dataset folder made by tools/shard_imagenet.py; not needed for the synthetic pipeline.
+      pipeline: auto, dali, torchvision or synthetic; auto is DALI with a GPU, torchvision without.
+      decode: DALI: roi decodes the crop alone, full the whole image; the pixels are the same.
+      hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
+      threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
+      prefetch: finished batches that wait for the training step.
+      image_size: side of the training image, pixels.
+      eval_image_size: side of the validation image, pixels; 0 is image_size.
+      eval_crop_pct: validation resizes the short side to floor(eval_image_size / eval_crop_pct).
+      synthetic_samples: images in the synthetic dataset, where there is no root.
+      synthetic_classes: its classes.
+    """
+
+    root: Path | None = None
+    pipeline: str = "auto"
+    decode: str = "roi"
+    hw_decoder_load: float = 0.65
+    threads: int = 0
+    prefetch: int = 2
+    image_size: int = 224
+    eval_image_size: int = 0
+    eval_crop_pct: float = 0.95
+    synthetic_samples: int = 1_281_167
+    synthetic_classes: int = 1000
+
+    def __post_init__(self):
+        _require(self.pipeline in PIPELINES, f"data.pipeline is '{self.pipeline}', not one of {', '.join(PIPELINES)}")
+        _require(self.decode in ("roi", "full"), f"data.decode is '{self.decode}', not roi or full")
+        _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
+        _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")
+        _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
+        for name in ("prefetch", "image_size", "synthetic_samples", "synthetic_classes"):
+            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentConfig:
+    """The model that is trained.
+
+    Attributes:
+      name: any timm model.
+      checkpoint: weights to start from, with the same number of classes; random where there is none.
+      kwargs: passed to timm.create_model.
+    """
+
+    name: str = "resnet50"
+    checkpoint: Path | None = None
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that is learned from.
+
+    Attributes:
+      name: any timm model, or the authors' tresnet_l_v2; no teacher means labels alone.
+      checkpoint: its weights, timm's or the authors' own file; without it timm's pretrained weights are downloaded.
+      kwargs: passed to timm.create_model.
+    """
+
+    name: str | None = "tresnet_v2_l"
+    checkpoint: Path | None = None
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """The loss: label_weight x cross-entropy + weight x temperature^2 x KL(teacher || student).
+
+    Attributes:
+      weight: of the divergence from the teacher.
+      label_weight: of the cross-entropy with the mixed labels.
+      temperature: divides both models' logits in the divergence.
+    """
+
+    weight: float = 5.0
+    label_weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        _require(self.temperature > 0, f"distill.temperature is {self.temperature}; it must be positive")
+        for name in ("weight", "label_weight"):
+            _require(getattr(self, name) >= 0, f"distill.{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW.
+
+    Attributes:
+      lr: peak learning rate; not scaled with the batch size.
+      betas: decay of the running averages.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled; none on 1-D parameters, biases and what the model itself excludes.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 2e-2
+
+    def __post_init__(self):
+        for name in ("lr", "eps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}; each lies in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate, a step function of the epoch.
+
+    Attributes:
+      epochs: length of the cosine, warm-up included.
+      warmup_epochs: linear from warmup_lr towards optim.lr.
+      warmup_lr: at epoch 0.
+      min_lr: end of the cosine, and the rate of the cooldown.
+      cooldown_epochs: added after the cosine.
+    """
+
+    epochs: int = 300
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-4
+    min_lr: float = 1e-6
+    cooldown_epochs: int = 10
+
+    def __post_init__(self):
+        _require(self.epochs >= 1, f"schedule.epochs is {self.epochs}; it must be at least 1")
+        for name in ("warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr"):
+            _require(getattr(self, name) >= 0, f"schedule.{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            self.warmup_epochs < self.epochs,
+            f"schedule.warmup_epochs is {self.warmup_epochs}; it must be shorter than schedule.epochs, {self.epochs}",
+        )
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + self.cooldown_epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """The exponential moving average of the weights, BatchNorm buffers included.
+
+    Attributes:
+      decay: of the average, at every update; 0 keeps none.
+    """
+
+    decay: float = 0.99996
+
+    def __post_init__(self):
+        _require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it lies in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The run itself.
+
+    Attributes:
+      out: run folder: config.yaml, checkpoints, metrics.jsonl, summary.json. A run that is there is resumed.
+      seed: of the plan, the initial weights and dropout.
+      device: auto, cuda or cpu.
+      global_batch: images an update, over all ranks and micro-batches.
+      micro_batch: images a forward pass on one rank, whole mixing groups; 0 is one group.
+      precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
+      channels_last: memory format of both models.
+      eval_every: epochs between evaluations; the last epoch is always evaluated.
+      eval_batch: validation images a forward pass on one rank.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many of the newest are kept.
+      log_every: steps between lines in metrics.jsonl.
+      stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
+    """
+
+    out: Path = Path("runs/default")
+    seed: int = 0
+    device: str = "auto"
+    global_batch: int = 1024
+    micro_batch: int = 0
+    precision: str = "auto"
+    channels_last: bool = True
+    eval_every: int = 1
+    eval_batch: int = 128
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 50
+    stop_after_steps: int = 0
+
+    def __post_init__(self):
+        _require(self.device in ("auto", "cuda", "cpu"), f"run.device is '{self.device}', not auto, cuda or cpu")
+        precisions = ("auto", "bf16", "fp16", "fp32")
+        _require(
+            self.precision in precisions, f"run.precision is '{self.precision}', not one of {', '.join(precisions)}"
+        )
+        _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
+        for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
+            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("micro_batch", "stop_after_steps"):
+            _require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections; each goes to the builder that needs it and to nothing else."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
+    """The configuration of a command line: `--config FILE` any number of times, and `--section.key value`; later wins.
+
+    Raises:
+      UserError: an unknown key (the nearest known one is named), a value of the wrong type or out of range, a missing
+        or malformed file.
+      SystemExit: --help.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _check_keys(arguments)
+    parser = ArgumentParser(prog=prog, description="Train a student from a teacher.", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
+    parser.add_class_arguments(Config)
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise UserError(f"{error}. See --help for the keys and their types") from error
+    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+
+
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse unknown keys, on the command line and in the files it names, with the nearest known one."""
+    for i, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        key, _, value = argument[2:].partition("=")
+        if key == "config":
+            path = Path(value or "".join(arguments[i + 1 : i + 2]))
+            for file_key in _keys_of(path):
+                _check_key(file_key, f"{path}: ", "")
+        elif key not in _FLAGS:
+            _check_key(key, "", "--")
+
+
+def _keys_of(path: Path) -> Iterator[str]:
+    """The 'section.key's of a YAML file."""
+    try:
+        sections = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: holds {type(sections).__name__}, not sections with keys")
+    for section, keys in sections.items():
+        if isinstance(keys, dict) and section in _SECTIONS:
+            yield from (f"{section}.{key}" for key in keys)
+        else:
+            yield str(section)
+
+
+def _check_key(key: str, where: str, dashes: str) -> None:
+    if key in _SECTIONS or key in _KEYS or key.rpartition(".")[0] in _FREE_KEYS:
+        return
+    known = [*_KEYS, *_SECTIONS]
+    # a key without its section, or with another one's, is near the key of the same name
+    nearest = [k for k in _KEYS if k.partition(".")[2] == key.rpartition(".")[2]] or difflib.get_close_matches(key, known)
+    hint = f"; did you mean '{dashes}{nearest[0]}'?" if nearest else ". See --help for the keys"
+    raise UserError(f"{where}unknown key '{dashes}{key}'{hint}")
+
+
+_SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+_KEYS = [f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)]
+_FREE_KEYS = [key for key in _KEYS if key.endswith(".kwargs")]
+_FLAGS = ("help", "print_config")
+
+
+def to_dict(config: Config) -> dict:
+    """The configuration as plain values for YAML, JSON and checkpoints."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a file that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,173 @@
+"""The student and the frozen teacher, both from timm."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from pipelines.errors import UserError
+from trainer.config import Kwargs, StudentConfig, TeacherConfig
+
+# Names that differ between the authors' code and timm.
+_ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
+# Where the weights lie in checkpoints of this trainer, of timm and of the authors; the average comes first, as in timm.
+_NESTED = ("ema", "student", "state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its pixels, from its timm configuration.
+
+    Attributes:
+      mean, std: normalisation of RGB in [0, 1].
+      interpolation: of the resize in validation, bicubic or bilinear.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The colour of nothing: what geometric augmentation puts where the source has no pixel.
+
+        Source: timm.data.transforms_factory, img_mean = min(255, round(255 x mean)).
+        """
+        return tuple(min(255, round(255 * value)) for value in self.mean)
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """A timm model's preprocessing; bicubic where it names a filter that the pipelines do not have."""
+    config = model.pretrained_cfg
+    interpolation = config.get("interpolation", "bicubic")
+    return Preprocessing(
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+    )
+
+
+def build_student(config: StudentConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The model to train, in training mode.
+
+    Raises:
+      UserError: an unknown model, or a checkpoint that does not fit.
+    """
+    weights = None if config.checkpoint is None else read_weights(config.checkpoint)
+    return _create(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
+
+
+def build_teacher(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module | None:
+    """The frozen teacher in evaluation mode, or None where the configuration names none.
+
+    Raises:
+      UserError: an unknown model, no weights, weights that do not fit, or another number of classes.
+    """
+    if config.name is None:
+        return None
+    if config.checkpoint is not None:
+        weights = read_weights(config.checkpoint)
+        model = _create(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint)
+    else:
+        model = _download(config, num_classes, image_size)
+    return model.eval().requires_grad_(False)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of this trainer (the average if it has one), of timm or of the authors.
+
+    Raises:
+      UserError: the file is missing, damaged, or holds more than plain data.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: damaged, or holds more than weights, which is not loaded ({reason[0]})") from error
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {', '.join(_NESTED)}")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _create(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    kwargs: Kwargs,
+    weights: dict[str, torch.Tensor] | None = None,
+    path: Path | None = None,
+    **pretrained,
+) -> nn.Module:
+    """A timm model, with weights if there are some; timm renames the keys of older and foreign files."""
+    name = _known(name)
+    config = timm.get_pretrained_cfg(name)
+    kwargs = {"num_classes": num_classes, **kwargs}
+    if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
+        kwargs.setdefault("img_size", image_size)
+    if weights is not None:
+        _check_classes(path, weights, config.classifier if config else None, num_classes)
+        overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
+        pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    try:
+        model = timm.create_model(name, **kwargs, **pretrained)
+    except TypeError as error:
+        raise UserError(f"model '{name}' does not take these arguments ({error}). Change its kwargs") from error
+    except RuntimeError as error:
+        if weights is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit model '{name}' ({reason[:300]}). Give the model it was saved from") from error
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _known(name: str) -> str:
+    name = _ALIASES.get(name, name)
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists them"
+        raise UserError(f"unknown model '{name}'; {hint}")
+    return name
+
+
+def _check_classes(path: Path, weights: dict, classifier: str | tuple[str, ...] | None, num_classes: int) -> None:
+    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
+        weight = weights.get(f"{layer}.weight")
+        if weight is not None and len(weight) != num_classes:
+            raise UserError(
+                f"{path}: a model of {len(weight)} classes, the dataset has {num_classes}. "
+                "Use a checkpoint trained on the same classes"
+            )
+
+
+def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module:
+    give_file = "Give its weights with --teacher.checkpoint FILE"
+    source = timm.get_pretrained_cfg(_known(config.name))
+    if source is None or not source.has_weights:
+        raise UserError(f"teacher '{config.name}': timm has no pretrained weights for it. {give_file}")
+    if source.num_classes != num_classes:
+        raise UserError(
+            f"teacher '{config.name}': timm's weights have {source.num_classes} classes, the dataset has {num_classes}. "
+            "Give a teacher trained on the same classes with --teacher.checkpoint FILE"
+        )
+    try:
+        return _create(config.name, num_classes, image_size, config.kwargs, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the download library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}") from error

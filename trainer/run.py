@@ -1,0 +1,363 @@
+"""Trains a student: parse, build, loop. Start it plainly, or with torchrun for several ranks.
+
+    python trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
+    torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import nn
+
+from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.synthetic import synthetic_index
+from trainer import checkpoint
+from trainer.checkpoint import TrainState
+from trainer.config import Config, DataConfig, RunConfig, parse, to_dict, to_yaml
+from trainer.distributed import World, join_world
+from trainer.evaluate import evaluate
+from trainer.mix import Normalize
+from trainer.models import build_student, build_teacher, preprocessing
+from trainer.optim import ModelEma, build_optimizer, set_learning_rate
+from trainer.schedule import learning_rate
+from trainer.step import TrainStep
+from trainer.telemetry import Stopwatch, Telemetry
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that `train` built and the loop uses."""
+
+    config: Config
+    world: World
+    plan: TrainPlan
+    pipeline: Pipeline
+    state: TrainState
+    step: TrainStep
+    evaluate: "Evaluation | None"
+    micro_batch: int
+    telemetry: Telemetry
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.steps_per_epoch * self.config.schedule.total_epochs
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run.out / "checkpoints"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    with exit_on_user_error():
+        config = parse(arguments, prog="trainer/run.py")
+        with join_world(config.run.device) as world:
+            train(config, world)
+
+
+def train(config: Config, world: World) -> dict:
+    """Train, from the newest checkpoint in run.out if there is one. Returns the summary.
+
+    Raises:
+      UserError: what the user asked for cannot be done; nothing has been written then.
+    """
+    run = build(config, world)
+    start_step, start_s = run.state.step, time.perf_counter()
+    with run.telemetry.live():
+        results = loop(run)
+    elapsed_s = time.perf_counter() - start_s
+    summary = {
+        "finished": run.state.step == run.total_steps,
+        "step": run.state.step,
+        "total_steps": run.total_steps,
+        "student": config.student.name,
+        "teacher": config.teacher.name,
+        "dataset": run.plan.index.digest,
+        "evaluation": results,
+        "session": {
+            "start_step": start_step,
+            "elapsed_s": round(elapsed_s, 3),
+            "images_per_s": round((run.state.step - start_step) * config.run.global_batch / elapsed_s, 1),
+            "ranks": world.size,
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        },
+    }
+    if world.is_main:
+        write_atomically(config.run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        state = "finished" if summary["finished"] else "stopped"
+        run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {config.run.out}/summary.json")
+    return summary
+
+
+def build(config: Config, world: World) -> Run:
+    """Check everything, build everything, and set it to the newest checkpoint. Writes only the run folder's config."""
+    micro_batch = share_of_batch(config, world)
+    index, val_index = open_indices(config.data)
+    torch.manual_seed(config.run.seed)
+    student = build_student(config.student, index.num_classes, config.data.image_size)
+    expects = preprocessing(student)
+    plan = TrainPlan(
+        index=index,
+        augment=config.augment,
+        seed=config.run.seed,
+        global_batch=config.run.global_batch,
+        image_size=config.data.image_size,
+        fill=expects.fill,
+    )
+    teacher = build_teacher(config.teacher, index.num_classes, config.data.image_size)
+    pipeline = open_configured_pipeline(config.data, index, world)
+    memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    student = student.to(world.device, memory_format=memory_format)
+    precision = resolve_precision(config.run.precision, world.device)
+    normalize = Normalize(expects.mean, expects.std).to(world.device)
+    normalize_teacher = None
+    if teacher is not None:
+        teacher = teacher.to(world.device, memory_format=memory_format)
+        teacher_expects = preprocessing(teacher)
+        normalize_teacher = Normalize(teacher_expects.mean, teacher_expects.std).to(world.device)
+    state = TrainState(
+        student=student,
+        ema=ModelEma(student, config.ema.decay) if config.ema.decay else None,
+        optimizer=build_optimizer(student, config.optim),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
+        plan={**plan.describe(), "student": config.student.name},
+        config=to_dict(config),
+    )
+    resume(config.run, state, world)
+    step = TrainStep(
+        student,
+        teacher,
+        normalize_student=normalize,
+        normalize_teacher=normalize_teacher,
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+        ema=state.ema,
+        distill=config.distill,
+        precision=precision,
+        seed=config.run.seed,
+        micro_batches=config.run.global_batch // world.size // micro_batch,
+        world=world,
+    )
+    evaluation = None
+    if val_index is not None:
+        size = config.data.eval_image_size or config.data.image_size
+        eval_plan = EvalPlan(val_index, size, config.data.eval_crop_pct, expects.interpolation)
+        eval_pipeline = open_configured_pipeline(config.data, val_index, world)
+        evaluation = Evaluation(state, normalize, eval_pipeline, eval_plan, config.run.eval_batch, precision, world)
+    total_steps = plan.steps_per_epoch * config.schedule.total_epochs
+    if world.is_main:
+        config.run.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.run.out / "config.yaml", to_yaml(config))
+    telemetry = Telemetry(config.run.out if world.is_main else None, state.step, total_steps)
+    run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, telemetry)
+    describe(run, precision)
+    return run
+
+
+def loop(run: Run) -> dict:
+    """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
+    config, world, state = run.config, run.world, run.state
+    stop = min(run.total_steps, config.run.stop_after_steps or run.total_steps)
+    plans = rank_plans(run.plan, state.step, stop, world, run.micro_batch)
+    batches = Stopwatch(run.pipeline.batches(plans))
+    log = _LossLog(run, batches)
+    results, saved = {}, state.step
+    while state.step < stop:
+        epoch = state.step // run.plan.steps_per_epoch
+        lr = learning_rate(epoch, config.optim, config.schedule)
+        set_learning_rate(state.optimizer, lr)
+        log.add(run.step(batches))
+        state.step += 1
+        run.telemetry.advance(state.step)
+        epoch_ends = state.step % run.plan.steps_per_epoch == 0
+        if state.step % config.run.log_every == 0 or epoch_ends or state.step == stop:
+            log.write(epoch, lr)
+        evaluation_due = (epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps
+        if epoch_ends and evaluation_due and run.evaluate is not None:
+            results = run.evaluate()
+            run.telemetry.evaluation(state.step, epoch, results)
+            log.restart()
+        if state.step % config.run.checkpoint_every == 0:
+            save(run)
+            saved = state.step
+    if saved != state.step:
+        save(run)
+    if not results and run.evaluate is not None and state.step == run.total_steps:
+        results = run.evaluate()  # a finished run that was started again
+    return results
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """The validation set and how it is evaluated: `evaluation()` gives the metrics of the raw and the EMA weights."""
+
+    state: TrainState
+    normalize: Normalize
+    pipeline: Pipeline
+    plan: EvalPlan
+    batch: int
+    precision: torch.dtype
+    world: World
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        models: dict[str, nn.Module] = {"raw": self.state.student}
+        if self.state.ema is not None:
+            models["ema"] = self.state.ema.module
+        return evaluate(
+            models,
+            self.normalize,
+            self.pipeline,
+            self.plan,
+            batch=self.batch,
+            precision=self.precision,
+            world=self.world,
+        )
+
+
+class _LossLog:
+    """Averages between two lines of the log. Reading them is the only time the host waits for the device."""
+
+    def __init__(self, run: Run, batches: Stopwatch):
+        self._run = run
+        self._batches = batches
+        self.restart()
+
+    def restart(self) -> None:
+        self._loss = torch.zeros((), device=self._run.world.device)
+        self._steps = 0
+        self._start_s = time.perf_counter()
+        self._waited_s = self._batches.waited_s
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._loss += loss
+        self._steps += 1
+
+    def write(self, epoch: int, lr: float) -> None:
+        world = self._run.world
+        loss = world.sum(self._loss).item() / world.size / self._steps
+        elapsed_s = time.perf_counter() - self._start_s
+        record = {
+            "step": self._run.state.step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "images_per_s": self._steps * self._run.config.run.global_batch / elapsed_s,
+            "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
+        }
+        self._run.telemetry.train(record)
+        self.restart()
+
+
+def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
+    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time."""
+    share = plan.global_batch // world.size
+    for s in range(step, stop):
+        first = s * plan.global_batch + world.rank * share
+        for start in range(first, first + share, micro_batch):
+            yield plan.rows(start, start + micro_batch)
+
+
+def share_of_batch(config: Config, world: World) -> int:
+    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups."""
+    group, total = config.augment.mix_group, config.run.global_batch
+    if total % (group * world.size):
+        raise UserError(
+            f"run.global_batch is {total}: {world.size} ranks cannot share its {total / group:g} groups of {group} "
+            "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
+        )
+    micro_batch = config.run.micro_batch or group
+    if micro_batch % group or (total // world.size) % micro_batch:
+        raise UserError(
+            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
+            f"rank's share of the global batch, {total // world.size}"
+        )
+    return micro_batch
+
+
+def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The training set and, if there is one, the validation set."""
+    if config.root is None:
+        if config.pipeline != "synthetic":
+            raise UserError(
+                "--data.root is missing: give the dataset folder that tools/shard_imagenet.py made, "
+                "or use --data.pipeline synthetic"
+            )
+        return synthetic_index(config.synthetic_samples, config.synthetic_classes), None
+    index = read_index(config.root, "train")
+    val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
+    return index, val
+
+
+def open_configured_pipeline(config: DataConfig, index: ShardIndex, world: World) -> Pipeline:
+    """The configured pipeline over one split."""
+    return open_pipeline(
+        config.pipeline,
+        index,
+        device=world.device,
+        threads=config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size),
+        prefetch=config.prefetch,
+        decode=config.decode,
+        hw_decoder_load=config.hw_decoder_load,
+    )
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the forward passes; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs."""
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def resume(config: RunConfig, state: TrainState, world: World) -> None:
+    """Set the state to the newest checkpoint in the run folder, if there is one."""
+    found = checkpoint.checkpoints(config.out / "checkpoints")
+    if found:
+        checkpoint.load(found[-1], state, world.device)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; all ranks wait for it."""
+    if run.world.is_main:
+        checkpoint.save(run.checkpoints, run.state, run.config.run.keep_checkpoints)
+    run.world.barrier()
+
+
+def describe(run: Run, precision: torch.dtype) -> None:
+    """Say what is about to happen."""
+    config, index = run.config, run.plan.index
+    teacher = f"from {config.teacher.name}" if config.teacher.name else "without a teacher"
+    pipeline = resolve_pipeline(config.data.pipeline, run.world.device)
+    run.telemetry.say(
+        f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "
+        f"{config.schedule.total_epochs} epochs of {run.plan.steps_per_epoch} steps of {config.run.global_batch} on "
+        f"{run.world.size} x {run.world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline"
+    )
+    if run.state.step:
+        run.telemetry.say(f"resuming after step {run.state.step}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content, all or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()
