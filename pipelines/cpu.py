@@ -76,16 +76,22 @@ class TorchvisionPipeline:
     def _fill(self, images: np.ndarray, plan: BatchPlan, row: int) -> None:
         sample = int(plan.sample[row])
         jpeg = self._reader.read(plan.sample[row : row + 1])[0]
-        try:
-            image = decode(jpeg)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError on some damaged headers
-            raise UserError(f"{self._index.name(sample)}: cannot be decoded ({error})") from error
-        images[row] = np.asarray(transform(image, plan, row))
+        images[row] = np.asarray(transform(try_decode(jpeg, self._index, sample), plan, row))
 
 
 def decode(jpeg: np.ndarray | bytes) -> Image.Image:
     """RGB pixels as stored: EXIF orientation is not applied."""
     return Image.open(io.BytesIO(jpeg)).convert("RGB")
+
+
+def try_decode(jpeg: np.ndarray | bytes, index: ShardIndex, sample: int) -> Image.Image:
+    """As `decode`; raises a UserError that names the sample."""
+    try:
+        return decode(jpeg)
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError on some damaged headers
+        raise UserError(
+            f"{index.name(sample)}: cannot be decoded ({error}). The shard was damaged after it was made: restore it"
+        ) from error
 
 
 def transform(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:

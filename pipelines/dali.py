@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -68,24 +69,23 @@ class DaliPipeline:
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        graph, pipeline = None, None
-        in_flight: collections.deque[tuple[BatchPlan, dict]] = collections.deque()
-        for plan in plans:
-            if _graph(plan) != graph:
-                while in_flight:
-                    yield self._finish(pipeline, *in_flight.popleft())
-                graph = _graph(plan)
-                pipeline = self._build(graph)
-            in_flight.append((plan, self._start(pipeline, plan)))
-            if len(in_flight) == _IN_FLIGHT:
-                yield self._finish(pipeline, *in_flight.popleft())
-        while in_flight:
-            yield self._finish(pipeline, *in_flight.popleft())
+        for graph, same_shape in itertools.groupby(plans, _graph):
+            yield from self._run(graph, same_shape)
 
-    def _build(self, graph: _Graph):
+    def _run(self, graph: _Graph, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
+        """The batches of plans of one shape. DALI asks for plans ahead; what it was given stays alive until its batch
+        is finished, because it reads the shards' memory itself."""
+        in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
+
+        def next_inputs() -> tuple:
+            plan = next(plans)
+            in_flight.append((plan, self._inputs(plan)))
+            return in_flight[-1][1]
+
         on_gpu = self._device.type == "cuda"
         pipeline = _dali_graph(
             graph,
+            next_inputs,
             on_gpu=on_gpu,
             decode=self._decode,
             hw_decoder_load=self._hw_decoder_load,
@@ -95,52 +95,56 @@ class DaliPipeline:
             prefetch_queue_depth=_IN_FLIGHT,
         )
         pipeline.build()
-        return pipeline
+        while True:
+            try:
+                (output,) = pipeline.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._failure(in_flight[0][0], error) from error
+            images = self._copy(torch.from_dlpack(output.as_tensor()))
+            plan, _ = in_flight.popleft()
+            yield make_batch(images, plan, self._index)
 
-    def _start(self, pipeline, plan: BatchPlan) -> dict:
-        """Give DALI a plan to work on. Returns what must stay alive until its batch is finished."""
+    def _inputs(self, plan: BatchPlan) -> tuple:
+        """What the graph takes of a plan, in the order of its external source."""
         if plan.ops.any():
             raise UserError(
                 "the DALI pipeline has no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
             )
         self._reader.will_need(plan.sample)
-        inputs = {
-            "jpeg": self._reader.read(plan.sample),
-            "start": plan.crop[:, :2].copy(),
-            "shape": plan.crop[:, 2:].copy(),
-            "size": plan.resize.astype(np.float32),
-            "window": plan.window,
-            "flip": plan.flip.astype(np.int32),
-        }
-        if not _graph(plan).windowed:
-            del inputs["window"]
-        for name, values in inputs.items():
-            pipeline.feed_input(name, values)
-        pipeline.schedule_run()
-        return inputs
+        inputs = (
+            self._reader.read(plan.sample),
+            np.ascontiguousarray(plan.crop[:, :2]),
+            np.ascontiguousarray(plan.crop[:, 2:]),
+            plan.resize.astype(np.float32),
+            plan.flip.astype(np.int32),
+        )
+        return (*inputs, plan.window) if _graph(plan).windowed else inputs
 
-    def _finish(self, pipeline, plan: BatchPlan, inputs: dict) -> Batch:
-        try:
-            (output,) = pipeline.share_outputs()
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), "
-                f"samples {self._index.name(int(plan.sample[0]))} and on: {reason}"
-            ) from error
-        shared = torch.from_dlpack(output.as_tensor())
-        # DALI writes the next batch into the same memory, so the pixels are copied before it gets it back. On a GPU
-        # that runs in a stream of its own: waiting for it does not wait for the training step.
-        if self._device.type == "cuda":
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.stream(stream):
-                images = shared.clone()
-            stream.synchronize()
-        else:
+    def _copy(self, shared: torch.Tensor) -> torch.Tensor:
+        """The pixels in memory of their own: DALI writes a later batch into the same place.
+
+        On a GPU the copy runs in a stream of its own, so that waiting for it does not wait for the training step.
+        """
+        if shared.device.type == "cpu":
+            return shared.clone()
+        stream = torch.cuda.Stream(shared.device)
+        with torch.cuda.stream(stream):
             images = shared.clone()
-        pipeline.release_outputs()
-        del inputs
-        return make_batch(images, plan, self._index)
+        stream.synchronize()
+        return images
+
+    def _failure(self, plan: BatchPlan, error: RuntimeError) -> UserError:
+        """DALI fails a whole batch and does not say which sample it was; the reference decoder does."""
+        from pipelines.cpu import try_decode
+
+        for sample, jpeg in zip(plan.sample.tolist(), self._reader.read(plan.sample), strict=True):
+            try_decode(jpeg, self._index, sample)
+        reason = " ".join(str(error).split())
+        return UserError(
+            f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), whose images PIL can decode: {reason}"
+        )
 
 
 def _graph(plan: BatchPlan) -> _Graph:
@@ -149,12 +153,17 @@ def _graph(plan: BatchPlan) -> _Graph:
 
 
 @pipeline_def
-def _dali_graph(graph: _Graph, *, on_gpu: bool, decode: str, hw_decoder_load: float):
-    jpeg = fn.external_source(name="jpeg", no_copy=True, dtype=types.UINT8, ndim=1)
-    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-    shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+def _dali_graph(
+    graph: _Graph, next_inputs: Callable[[], tuple], *, on_gpu: bool, decode: str, hw_decoder_load: float
+):
+    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, *[types.INT32] * graph.windowed]
+    jpeg, start, shape, size, flip, *window = fn.external_source(
+        next_inputs,
+        num_outputs=len(dtypes),
+        no_copy=True,
+        dtype=dtypes,
+        ndim=[1, 1, 1, 1, 0, *[1] * graph.windowed],
+    )
     # Fancy upsampling and the slow IDCT are what libjpeg does in PIL; PIL does not turn images by their EXIF tag.
     options = {
         "device": "mixed" if on_gpu else "cpu",
@@ -172,7 +181,6 @@ def _dali_graph(graph: _Graph, *, on_gpu: bool, decode: str, hw_decoder_load: fl
         images = fn.slice(fn.decoders.image(jpeg, **options), **region)
     images = fn.resize(images, size=size, interp_type=_INTERPOLATION[graph.interpolation], antialias=True)
     if graph.windowed:
-        window = fn.external_source(name="window", dtype=types.INT32, ndim=1)
         side = [graph.image_size, graph.image_size]
-        images = fn.slice(images, start=window, shape=side, axis_names="HW")
+        images = fn.slice(images, start=window[0], shape=side, axis_names="HW")
     return fn.flip(images, horizontal=flip)

@@ -80,7 +80,7 @@ def build(src: Path, out: Path, *, seed: int, samples_per_shard: int, workers: i
     manifest = {
         "format_version": FORMAT_VERSION,
         "tool": "tools/shard_imagenet.py build",
-        "source": {"kind": "folder", "path": str(src.resolve())},
+        "source": {"kind": "folder", "name": src.resolve().name},
         "options": {"seed": seed, "samples_per_shard": samples_per_shard},
         "classes": classes,
         "splits": splits,

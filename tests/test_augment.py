@@ -1,0 +1,187 @@
+"""The draws have the distributions of timm's own classes, as installed."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+from timm.data import auto_augment as timm_augment
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from pipelines import augment, rng
+from pipelines.augment import AugmentConfig, Op
+from pipelines.errors import UserError
+from pipelines.rng import Stream
+
+USI = AugmentConfig()
+DRAWS = 20_000
+
+
+def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return stats.ks_2samp(ours, theirs).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224), (100, 900), (640, 90)])
+def test_crops_are_distributed_as_timms(height, width):
+    u = rng.uniforms(1, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
+    ours = augment.resized_crops(u, np.full(DRAWS, height), np.full(DRAWS, width), USI)
+    random.seed(1)
+    image = Image.new("RGB", (width, height))
+    timms = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(DRAWS)]
+    for column, theirs in zip(ours.T, np.array(timms).T, strict=True):
+        assert same_distribution(column, theirs)
+    assert same_distribution(ours[:, 2] * ours[:, 3], np.array(timms)[:, 2] * np.array(timms)[:, 3])
+
+
+def test_crops_lie_inside_images_of_any_size():
+    generator = np.random.default_rng(0)
+    heights, widths = generator.integers(1, 3000, (2, DRAWS))
+    heights[:100], widths[:100] = 1, 1
+    heights[100:200], widths[200:300] = 1, 2
+    u = rng.uniforms(2, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
+    top, left, height, width = augment.resized_crops(u, heights, widths, USI).T
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= heights).all() and (left + width <= widths).all()
+
+
+def test_the_fallback_crop_is_timms():
+    # no try fits: every aspect drawn is far from the image's
+    u = np.full((1, augment.CROP_DRAWS), 0.999)
+    for height, width, expected in [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))]:
+        crop = augment.resized_crops(u, np.array([height]), np.array([width]), USI)
+        assert tuple(crop[0]) == expected
+
+
+def test_half_of_the_images_are_flipped():
+    u = rng.uniforms(3, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
+    assert stats.binomtest(int(augment.flips(u, USI).sum()), DRAWS, 0.5).pvalue > 1e-3
+
+
+# timm's name of each of our operations, in its increasing series
+TIMM_NAMES = {
+    "AutoContrast": Op.AUTO_CONTRAST,
+    "Equalize": Op.EQUALIZE,
+    "Invert": Op.INVERT,
+    "Rotate": Op.ROTATE,
+    "PosterizeIncreasing": Op.POSTERIZE,
+    "SolarizeIncreasing": Op.SOLARIZE,
+    "SolarizeAdd": Op.SOLARIZE_ADD,
+    "ColorIncreasing": Op.COLOR,
+    "ContrastIncreasing": Op.CONTRAST,
+    "BrightnessIncreasing": Op.BRIGHTNESS,
+    "SharpnessIncreasing": Op.SHARPNESS,
+    "ShearX": Op.SHEAR_X,
+    "ShearY": Op.SHEAR_Y,
+    "TranslateXRel": Op.TRANSLATE_X,
+    "TranslateYRel": Op.TRANSLATE_Y,
+}
+
+
+def timm_draws(policy: str, images: int) -> list[list[tuple[Op, float]]]:
+    """What timm's RandAugment applies to each image, recorded where it would call the PIL function."""
+    transform = timm_augment.rand_augment_transform(policy, {"img_mean": (124, 116, 104)})
+    applied: list[tuple[Op, float]] = []
+    for op in transform.ops:
+        number = TIMM_NAMES[op.name]
+        op.aug_fn = lambda image, *args, number=number, **_: applied.append((number, args[0] if args else 0.0)) or image
+    drawn = []
+    for _ in range(images):
+        transform(None)
+        drawn.append(applied.copy())
+        applied.clear()
+    return drawn
+
+
+@pytest.mark.parametrize(("magnitude", "std"), [(7, 0.5), (9, 1.0)])
+def test_randaugment_draws_as_timms_does(magnitude, std):
+    random.seed(4)
+    np.random.seed(4)
+    timms = timm_draws(f"rand-m{magnitude}-mstd{std}-inc1", 40_000)
+    config = AugmentConfig(randaugment_magnitude=magnitude, randaugment_std=std)
+    u = rng.uniforms(4, Stream.RANDAUGMENT, 0, 40_000, augment.randaugment_draws(config))
+    ops, args = augment.randaugment(u, config)
+    # how many are applied to an image
+    counts = [np.bincount(c, minlength=3) for c in ((ops > 0).sum(1), [len(applied) for applied in timms])]
+    assert stats.chi2_contingency(counts).pvalue > 1e-3
+    # which ones
+    timm_ops, timm_args = np.array([pair for applied in timms for pair in applied]).T
+    frequencies = [np.bincount(o.astype(int), minlength=16)[1:] for o in (ops[ops > 0], timm_ops)]
+    assert stats.chi2_contingency(frequencies).pvalue > 1e-3
+    # and with which argument
+    for op in TIMM_NAMES.values():
+        ours, theirs = args[ops == op], timm_args[timm_ops == op].astype(np.float32)
+        assert same_distribution(ours, theirs), op
+        assert (np.sort(np.unique(np.sign(ours))) == np.sort(np.unique(np.sign(theirs)))).all(), op
+
+
+def test_two_operations_of_an_image_are_drawn_independently():
+    u = rng.uniforms(5, Stream.RANDAUGMENT, 0, DRAWS, augment.randaugment_draws(USI))
+    ops, _ = augment.randaugment(u, USI)
+    table = np.zeros((16, 16))
+    np.add.at(table, (ops[:, 0], ops[:, 1]), 1)
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_mixes_are_distributed_as_timms():
+    size = 224
+    u = rng.uniforms(6, Stream.MIX, 0, DRAWS, augment.MIX_DRAWS)
+    lam, box = augment.mixes(u, size, USI)
+    np.random.seed(6)
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
+    timm_mixup, timm_cutmix = [], []
+    for _ in range(DRAWS):
+        value, use_cutmix = mixup._params_per_batch()
+        if use_cutmix:
+            (top, bottom, left, right), value = cutmix_bbox_and_lam((1, 3, size, size), value, correct_lam=True)
+            timm_cutmix.append((top, left, bottom - top, right - left, value))
+        else:
+            timm_mixup.append(value)
+    cutmix = box[:, 2] > 0
+    # our CutMix with an empty box counts as mixup with lam 1
+    table = [[cutmix.sum(), DRAWS - cutmix.sum()], [sum(b[2] * b[3] > 0 for b in timm_cutmix), 0]]
+    table[1][1] = DRAWS - table[1][0]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+    assert same_distribution(lam[~cutmix & (lam < 1)], np.array(timm_mixup))
+    theirs = np.array([b for b in timm_cutmix if b[2] * b[3] > 0])
+    for column, timm_column in zip(np.column_stack([box, lam])[cutmix].T, theirs.T, strict=True):
+        assert same_distribution(column, timm_column)
+
+
+def test_cutmix_lambda_is_the_boxes_true_area():
+    u = rng.uniforms(7, Stream.MIX, 0, 1000, augment.MIX_DRAWS)
+    lam, box = augment.mixes(u, 96, AugmentConfig(mixup_alpha=0))
+    assert np.allclose(lam, 1 - box[:, 2] * box[:, 3] / 96**2, atol=1e-7)
+    assert (box[:, :2] >= 0).all() and (box[:, :2] + box[:, 2:] <= 96).all()
+
+
+@pytest.mark.parametrize(
+    "off", [{"mix_prob": 0.0}, {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}], ids=["probability", "alphas"]
+)
+def test_mixing_can_be_switched_off(off):
+    lam, box = augment.mixes(rng.uniforms(8, Stream.MIX, 0, 100, augment.MIX_DRAWS), 32, AugmentConfig(**off))
+    assert (lam == 1).all() and not box.any()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 2.0, 8.0])
+def test_beta_quantiles_are_exact(alpha):
+    u = np.concatenate([np.linspace(0, 1, 10_001)[:-1], [1e-12, 1 - 1e-12]])
+    assert abs(augment.beta_quantile(u, alpha) - stats.beta.ppf(u, alpha, alpha)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mix_group": 0}, "augment.mix_group is 0"),
+        ({"flip": 1.5}, "augment.flip is 1.5; a probability"),
+        ({"crop_area": (0.5, 0.1)}, "augment.crop_area"),
+        ({"crop_area": (0.5, 2.0)}, "at most the whole image"),
+        ({"interpolation": "nearest"}, "augment.interpolation is 'nearest', not one of bicubic, bilinear"),
+        ({"randaugment_magnitude": 11}, "augment.randaugment_magnitude is 11"),
+        ({"mixup_alpha": -1}, "augment.mixup_alpha is -1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        AugmentConfig(**settings)

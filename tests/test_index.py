@@ -1,0 +1,124 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.index import read_index, read_manifest
+from pipelines.reader import ShardReader, read_ahead
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    return shutil.copytree(digits, tmp_path / "copy")
+
+
+def test_the_index_finds_every_jpeg(digits):
+    index = read_index(digits, "train")
+    assert len(index) == 320 and index.num_classes == 10 and len(index.paths) == 4
+    for jpeg in ShardReader(index).read(np.arange(320)):
+        assert bytes(jpeg[:3]) == b"\xff\xd8\xff" and bytes(jpeg[-2:]) == b"\xff\xd9"
+
+
+def test_samples_are_named_by_shard_key_and_byte(digits):
+    index = read_index(digits, "train")
+    assert index.name(0).startswith("train-00000.tar: sample ")
+    assert index.name(0).endswith(f" at byte {index.samples['offset'][0]}")
+
+
+def test_a_folder_that_is_no_dataset(tmp_path):
+    with pytest.raises(UserError, match=r"manifest.json: not found.*shard_imagenet.py build"):
+        read_index(tmp_path, "train")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"no": "version"}'])
+def test_a_damaged_manifest(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        read_manifest(copy)
+
+
+def test_a_manifest_of_the_future(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize("size", [0, 10, 200, 1000])
+def test_a_truncated_index(copy, size):
+    path = copy / "train" / "index.npy"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"index.npy: truncated, damaged or stale"):
+        read_index(copy, "train")
+
+
+def test_a_stale_index(copy):
+    shutil.copy(copy / "val" / "index.npy", copy / "train" / "index.npy")
+    with pytest.raises(UserError, match=r"index.npy: truncated, damaged or stale"):
+        read_index(copy, "train")
+
+
+def test_a_missing_index(copy):
+    (copy / "train" / "index.npy").unlink()
+    with pytest.raises(UserError, match=r"index.npy: cannot be read \(No such file"):
+        read_index(copy, "train")
+
+
+def test_a_truncated_shard(copy):
+    path = copy / "train" / "train-00001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(UserError, match=r"train-00001.tar: \d+ bytes, the manifest says \d+"):
+        read_index(copy, "train")
+
+
+def test_a_missing_shard(copy):
+    (copy / "train" / "train-00001.tar").unlink()
+    with pytest.raises(UserError, match="train-00001.tar: cannot be read"):
+        read_index(copy, "train")
+
+
+def test_a_missing_split(copy):
+    with pytest.raises(UserError, match="has no split 'test', only train, val"):
+        read_index(copy, "test")
+
+
+def test_a_shard_that_shrinks_after_it_was_checked(copy):
+    index = read_index(copy, "train")
+    path = index.paths[0]
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(UserError, match=r"train-00000.tar: the index names bytes .* the shard has 2048"):
+        ShardReader(index).read(np.arange(100))
+
+
+def test_read_ahead_gives_the_same_items_in_order():
+    assert list(read_ahead(range(100), depth=3)) == list(range(100))
+    assert list(read_ahead([], depth=3)) == []
+
+
+def test_read_ahead_raises_the_error_where_the_item_would_have_come():
+    def items():
+        yield 1
+        yield 2
+        raise RuntimeError("third")
+
+    ahead = read_ahead(items(), depth=1)
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(RuntimeError, match="third"):
+        next(ahead)
+
+
+def test_read_ahead_stops_and_closes_its_source_when_its_user_stops():
+    closed = []
+
+    def items():
+        try:
+            yield from range(10**9)
+        finally:
+            closed.append(True)
+
+    ahead = read_ahead(items(), depth=2)
+    assert next(ahead) == 0
+    ahead.close()
+    assert closed == [True]

@@ -1,0 +1,270 @@
+"""The pipelines carry out the same plan: each stage against timm and PIL, and against each other."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import fake_index
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import NAME_TO_OP
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import functional as F
+
+from pipelines import open_pipeline, resolve_pipeline
+from pipelines.augment import AugmentConfig, Op
+from pipelines.cpu import apply_op, decode, transform
+from pipelines.dali import DaliPipeline
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
+from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.reader import ShardReader
+
+CPU = torch.device("cpu")
+NO_OPS = AugmentConfig(mix_group=5, randaugment_ops=0)
+# DALI against PIL on photographs, after decoding and resizing, in levels of 255 (docs/design.md, "Parity")
+MEAN_TOLERANCE, MAX_TOLERANCE = 0.25, 16
+
+
+def train_plan(index: ShardIndex, augment: AugmentConfig = NO_OPS, size: int = 96, seed: int = 0) -> TrainPlan:
+    return TrainPlan(index, augment, seed, global_batch=10, image_size=size, fill=(124, 116, 104))
+
+
+def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> list[BatchPlan]:
+    return [plan.rows(first + i * batch, first + (i + 1) * batch) for i in range(count)]
+
+
+def pixels(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
+    pipeline = open_pipeline(name, index, device=CPU, **{"threads": 2, **options})
+    batches = list(pipeline.batches(plans))
+    for batch, plan in zip(batches, plans, strict=True):
+        assert batch.images.shape == (len(plan), plan.image_size, plan.image_size, 3)
+        assert batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64
+        assert batch.position == plan.position and batch.mix_group == plan.mix_group
+        assert batch.labels.tolist() == index.samples["label"][plan.sample].tolist()
+        for field in ("lam", "box", "valid"):
+            assert np.array_equal(getattr(batch, field).numpy(), getattr(plan, field))
+    return np.concatenate([batch.images.numpy() for batch in batches])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return abs(a.astype(int) - b.astype(int))
+
+
+# --- the reference against timm -------------------------------------------------------------------------------------
+
+
+def test_training_crops_equal_timms_crop_of_the_same_box(photos, monkeypatch):
+    plan = train_plan(photos).rows(0, 10)
+    ours = pixels("torchvision", photos, [plan])
+    timms = RandomResizedCropAndInterpolation(96, interpolation="bicubic")
+    for row, jpeg in enumerate(ShardReader(photos).read(plan.sample)):
+        box = tuple(plan.crop[row].tolist())
+        monkeypatch.setattr(timms, "get_params", lambda *_, box=box: box)
+        expected = timms(decode(jpeg))
+        if plan.flip[row]:
+            expected = F.hflip(expected)
+        assert np.array_equal(ours[row], np.asarray(expected)), photos.name(plan.sample[row])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_equals_timms_transform(photos, interpolation):
+    ours = pixels("torchvision", photos, [EvalPlan(photos, 224, 0.95, interpolation).rows(0, 10)])
+    timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=0.95, normalize=False)
+    for row, jpeg in enumerate(ShardReader(photos).read(np.arange(10))):
+        expected = timms(decode(jpeg)).permute(1, 2, 0).numpy()
+        assert np.array_equal(ours[row], expected), photos.name(row)
+
+
+TIMM_ARGUMENTS = [
+    (Op.AUTO_CONTRAST, "AutoContrast", None),
+    (Op.EQUALIZE, "Equalize", None),
+    (Op.INVERT, "Invert", None),
+    (Op.ROTATE, "Rotate", -21.25),
+    (Op.POSTERIZE, "PosterizeIncreasing", 2),
+    (Op.SOLARIZE, "SolarizeIncreasing", 77),
+    (Op.SOLARIZE_ADD, "SolarizeAdd", 80),
+    (Op.COLOR, "ColorIncreasing", 1.625),
+    (Op.CONTRAST, "ContrastIncreasing", 0.375),
+    (Op.BRIGHTNESS, "BrightnessIncreasing", 1.5),
+    (Op.SHARPNESS, "SharpnessIncreasing", 0.25),
+    (Op.SHEAR_X, "ShearX", 0.21875),
+    (Op.SHEAR_Y, "ShearY", -0.1875),
+    (Op.TRANSLATE_X, "TranslateXRel", 0.3125),
+    (Op.TRANSLATE_Y, "TranslateYRel", -0.28125),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "arg"), TIMM_ARGUMENTS, ids=[name for _, name, _ in TIMM_ARGUMENTS])
+def test_each_operation_is_timms(photos, op, name, arg):
+    image = decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+    fill = (124, 116, 104)
+    arguments = () if arg is None else (arg,)
+    expected = NAME_TO_OP[name](image, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
+    ours = apply_op(image, op, float(np.float32(arg or 0.0)), fill)
+    assert np.array_equal(np.asarray(ours), np.asarray(expected))
+    assert not np.array_equal(np.asarray(ours), np.asarray(image))
+
+
+def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
+    plan = train_plan(photos, AugmentConfig(mix_group=5)).rows(0, 200)
+    row = int(np.flatnonzero((plan.ops > 0).all(1) & ~plan.flip)[0])
+    image = decode(ShardReader(photos).read(plan.sample[row : row + 1])[0])
+    bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
+    expected = transform(image, bare, row)
+    for op, arg in zip(plan.ops[row], plan.args[row], strict=True):
+        expected = apply_op(expected, Op(op), float(arg), plan.fill)
+    assert np.array_equal(np.asarray(transform(image, plan, row)), np.asarray(expected))
+
+
+# --- a pipeline is a pure function of the plan ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali", "synthetic"])
+def test_batches_do_not_depend_on_threads_prefetch_or_batch_size(photos, name):
+    plan = train_plan(photos)
+    one = pixels(name, photos, plans_of(plan, 4), threads=1, prefetch=1)
+    again = pixels(name, photos, plans_of(plan, 4), threads=3, prefetch=4)
+    assert np.array_equal(one, again)
+    if name != "synthetic":  # noise is drawn for a batch
+        assert np.array_equal(one, pixels(name, photos, plans_of(plan, 8, batch=5)))
+        assert np.array_equal(one[20:], pixels(name, photos, plans_of(plan, 2, first=20)))
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_a_pipeline_can_be_used_again_and_left_early(photos, name):
+    plan = train_plan(photos)
+    pipeline = open_pipeline(name, photos, device=CPU, threads=2)
+    batches = pipeline.batches(plan.rows(i * 10, (i + 1) * 10) for i in range(10**6))
+    first = next(batches).images.clone()
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert torch.equal(first, next(pipeline.batches(plans_of(plan, 1))).images)
+
+
+def test_earlier_batches_are_not_overwritten_by_later_ones(photos):
+    plan = train_plan(photos)
+    for name in ("torchvision", "dali"):
+        kept = list(open_pipeline(name, photos, device=CPU, threads=2).batches(plans_of(plan, 6)))
+        fresh = pixels(name, photos, plans_of(plan, 6))
+        assert np.array_equal(np.concatenate([batch.images.numpy() for batch in kept]), fresh)
+
+
+# --- DALI against the reference ---------------------------------------------------------------------------------------
+
+
+def assert_within_tolerance(a: np.ndarray, b: np.ndarray) -> None:
+    off = difference(a, b)
+    assert off.mean() <= MEAN_TOLERANCE and off.max() <= MAX_TOLERANCE, (off.mean(), off.max())
+
+
+def test_dali_decodes_the_same_pixels_as_pil(photos):
+    reader = ShardReader(photos)
+    for sample in range(len(photos)):
+        height, width = (int(photos.samples[name][sample]) for name in ("height", "width"))
+        side = min(height, width)
+        base = EvalPlan(photos, side, 1.0, "bicubic").rows(sample, sample + 1)
+        crop = np.array([[(height - side) // 2, (width - side) // 2, side, side]], dtype=np.int32)
+        plan = dataclasses.replace(
+            base,
+            crop=crop,
+            resize=np.full((1, 2), side, dtype=np.int32),
+            window=np.zeros((1, 2), dtype=np.int32),
+        )
+        top, left = crop[0, :2].tolist()
+        expected = np.asarray(decode(reader.read(np.array([sample]))[0]))[top : top + side, left : left + side]
+        assert np.array_equal(pixels("dali", photos, [plan])[0], expected), photos.name(sample)
+
+
+@pytest.mark.parametrize("decode_path", ["roi", "full"])
+def test_dali_crops_resizes_and_flips_as_the_reference(photos, decode_path):
+    plans = plans_of(train_plan(photos), 8)
+    assert any(plan.flip.any() for plan in plans)
+    reference = pixels("torchvision", photos, plans)
+    assert_within_tolerance(pixels("dali", photos, plans, decode=decode_path), reference)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_dali_evaluates_as_the_reference(photos, interpolation):
+    plans = [EvalPlan(photos, 224, 0.95, interpolation).rows(start, start + 4) for start in (0, 4, 8)]
+    valid = np.concatenate([plan.valid for plan in plans])
+    assert_within_tolerance(
+        pixels("dali", photos, plans)[valid], pixels("torchvision", photos, plans)[valid]
+    )
+
+
+def test_dali_follows_a_change_of_the_image_size(photos):
+    plans = [*plans_of(train_plan(photos, size=96), 2), *plans_of(train_plan(photos, size=64), 2, first=20)]
+    batches = list(open_pipeline("dali", photos, device=CPU, threads=2).batches(plans))
+    assert [batch.images.shape[1] for batch in batches] == [96, 96, 64, 64]
+    for batch, plan in zip(batches, plans, strict=True):
+        assert np.array_equal(batch.images.numpy(), pixels("dali", photos, [plan]))
+
+
+def test_dali_refuses_randaugment(photos):
+    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5)), 1)
+    with pytest.raises(UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"):
+        list(open_pipeline("dali", photos, device=CPU, threads=1).batches(plans))
+
+
+@pytest.mark.gpu
+def test_dali_on_the_gpu_is_close_to_the_reference(photos):
+    plans = plans_of(train_plan(photos), 8)
+    reference = pixels("torchvision", photos, plans)
+    pipeline = open_pipeline("dali", photos, device=torch.device("cuda", 0), threads=2)
+    ours = np.concatenate([batch.images.cpu().numpy() for batch in pipeline.batches(plans)])
+    assert difference(ours, reference).mean() <= 1.0
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    """A dataset with one sample whose JPEG was overwritten after the conversion, and that sample."""
+    import shutil
+
+    from pipelines.index import read_index
+
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    index = read_index(root, "train")
+    row = index.samples[7]
+    with open(index.paths[row["shard"]], "r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(b"\0" * int(row["nbytes"]))
+    return index
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_an_image_that_cannot_be_decoded_is_named(damaged, name):
+    plan = EvalPlan(damaged, 32, 1.0, "bicubic").rows(7, 8)
+    with pytest.raises(UserError, match=r"train-00000.tar: sample .* at byte \d+"):
+        pixels(name, damaged, [plan])
+
+
+def test_auto_is_dali_with_a_gpu_and_torchvision_without():
+    assert resolve_pipeline("auto", CPU) == "torchvision"
+    assert resolve_pipeline("auto", torch.device("cuda", 0)) == "dali"
+
+
+def test_an_unknown_pipeline_is_refused():
+    with pytest.raises(UserError, match="data.pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"):
+        resolve_pipeline("ffcv", CPU)
+
+
+def test_synthetic_batches_need_no_data():
+    index = fake_index(100)
+    plan = TrainPlan(index, AugmentConfig(mix_group=10), 0, 20, 16, (0, 0, 0))
+    images = pixels("synthetic", index, plans_of(plan, 3, batch=20))
+    assert images.std() > 70  # noise: uniform bytes have 73.9
+
+
+def test_dali_gives_its_memory_back_only_when_it_is_done(photos):
+    """Views into the shards are handed to DALI without a copy, several batches ahead."""
+    plan = train_plan(photos)
+    pipeline = DaliPipeline(photos, device=CPU, threads=2, prefetch=4)
+    for _ in range(3):
+        batches = [batch.images.clone() for batch in pipeline.batches(plans_of(plan, 12))]
+        assert np.array_equal(torch.cat(batches).numpy(), pixels("dali", photos, plans_of(plan, 12), prefetch=1))

@@ -1,0 +1,177 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import fake_index
+
+from pipelines.augment import AugmentConfig
+from pipelines.errors import UserError
+from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from trainer.distributed import World
+from trainer.run import rank_plans
+
+SMALL = AugmentConfig(mix_group=16)
+
+
+def make_plan(num_samples=1000, global_batch=128, seed=0, augment=SMALL) -> TrainPlan:
+    return TrainPlan(fake_index(num_samples), augment, seed, global_batch, image_size=64, fill=(1, 2, 3))
+
+
+def rows_of(plan: BatchPlan) -> dict[str, np.ndarray]:
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+
+
+def assert_same_rows(whole: BatchPlan, parts: list[BatchPlan]) -> None:
+    for name, value in rows_of(whole).items():
+        assert np.array_equal(value, np.concatenate([getattr(part, name) for part in parts])), name
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_plan_is_the_same_on_1_and_more_ranks(ranks):
+    plan = make_plan()
+    one = list(rank_plans(plan, 3, 9, World(0, 1, 1, None), micro_batch=128))
+    many = [list(rank_plans(plan, 3, 9, World(rank, ranks, ranks, None), micro_batch=16)) for rank in range(ranks)]
+    per_step = 128 // ranks // 16
+    for step, whole in enumerate(one):
+        parts = [part for rank in many for part in rank[step * per_step : (step + 1) * per_step]]
+        assert_same_rows(whole, parts)
+
+
+def test_any_split_of_a_range_equals_the_whole():
+    plan = make_plan()
+    # over the end of the first epoch, which has 7 steps
+    whole = plan.rows(5 * 128, 10 * 128)
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        cuts = [5 * 128, *sorted(generator.choice(np.arange(5 * 128 + 16, 10 * 128, 16), 6, replace=False)), 10 * 128]
+        assert_same_rows(whole, [plan.rows(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)])
+
+
+def test_an_epoch_shows_a_third_of_the_images_three_times():
+    plan = make_plan(num_samples=1536, global_batch=128)
+    epoch = plan.rows(0, plan.steps_per_epoch * 128)
+    images, counts = np.unique(epoch.sample, return_counts=True)
+    assert len(images) == 512
+    assert (counts == 3).all()
+
+
+def test_what_does_not_fill_a_global_batch_is_dropped():
+    plan = make_plan(num_samples=1000, global_batch=128)
+    assert plan.steps_per_epoch == 7
+
+
+def test_over_three_epochs_worth_of_repeats_no_image_is_preferred():
+    plan = make_plan(num_samples=1280, global_batch=128)
+    shown = plan.rows(0, 300 * plan.steps_per_epoch * 128).sample
+    counts = np.bincount(shown, minlength=1280)
+    # each image is in an epoch with probability 1/3, then three times: mean 300, standard deviation about 42
+    assert abs(counts.mean() - 300) < 1e-9
+    assert counts.min() > 100 and counts.max() < 500
+
+
+def test_copies_of_an_image_fall_into_different_groups():
+    plan = make_plan(num_samples=1280)
+    for step in range(plan.steps_per_epoch):
+        groups = plan.rows(step * 128, (step + 1) * 128).sample.reshape(8, 16)
+        for group in groups:
+            assert len(np.unique(group)) == 16
+
+
+def test_repeated_augmentation_deals_as_the_authors_sampler():
+    """timm's RepeatAugSampler on 8 ranks, given our order instead of its own."""
+    plan = TrainPlan(fake_index(5000), AugmentConfig(), seed=1, global_batch=1024, image_size=224, fill=(0, 0, 0))
+    from pipelines import rng
+
+    order = rng.permute(1, rng.Stream.ORDER, 0, 5000, np.arange(5000))
+    repeated = np.repeat(order, 3)
+    for step in range(plan.steps_per_epoch):
+        batch = plan.rows(step * 1024, (step + 1) * 1024).sample.reshape(8, 128)
+        for rank in range(8):
+            dealt = repeated[rank::8]
+            assert np.array_equal(batch[rank], dealt[step * 128 : (step + 1) * 128])
+
+
+def test_a_group_shares_one_mixing_draw_and_groups_differ():
+    plan = make_plan().rows(0, 1280)
+    lam, box = plan.lam.reshape(-1, 16), plan.box.reshape(-1, 16, 4)
+    assert (lam == lam[:, :1]).all() and (box == box[:, :1]).all()
+    assert len(np.unique(lam[:, 0])) > 70
+
+
+def test_copies_are_augmented_differently():
+    plan = make_plan(num_samples=1280).rows(0, 1280)
+    augmented = np.column_stack([plan.sample, plan.crop, plan.flip, plan.ops, plan.args])
+    # images so long that only the fallback crop is left may be shown twice alike
+    assert len(np.unique(augmented, axis=0)) > 0.99 * len(augmented)
+
+
+def test_seeds_and_epochs_differ():
+    a, b = make_plan(seed=0), make_plan(seed=1)
+    epoch = a.steps_per_epoch * 128
+    shown = [a.rows(0, epoch), a.rows(epoch, 2 * epoch), b.rows(0, epoch), b.rows(epoch, 2 * epoch)]
+    assert len({plan.sample.tobytes() for plan in shown}) == 4
+    assert len({plan.crop.tobytes() for plan in shown}) == 4
+
+
+def test_crops_lie_inside_their_images():
+    plan = make_plan()
+    batch = plan.rows(0, 7 * 128)
+    rows = plan.index.samples[batch.sample]
+    top, left, height, width = batch.crop.T
+    assert (top >= 0).all() and (left >= 0).all() and (height > 0).all() and (width > 0).all()
+    assert (top + height <= rows["height"]).all() and (left + width <= rows["width"]).all()
+
+
+def test_describe_changes_with_everything_the_plan_depends_on():
+    base = make_plan()
+    others = [
+        make_plan(num_samples=1001),
+        make_plan(global_batch=256),
+        make_plan(seed=1),
+        make_plan(augment=dataclasses.replace(SMALL, flip=0.4)),
+        dataclasses.replace(base, image_size=32),
+        dataclasses.replace(base, fill=(0, 0, 0)),
+    ]
+    assert all(other.describe() != base.describe() for other in others)
+    assert make_plan().describe() == base.describe()
+
+
+def test_a_dataset_smaller_than_one_global_batch_is_refused():
+    with pytest.raises(UserError, match="has 100 images, fewer than one global batch of 128: lower run.global_batch"):
+        make_plan(num_samples=100)
+
+
+def test_a_global_batch_of_broken_groups_is_refused():
+    with pytest.raises(UserError, match="run.global_batch is 100; it must be a multiple of augment.mix_group, 16"):
+        make_plan(global_batch=100)
+
+
+def test_positions_are_whole_groups():
+    with pytest.raises(ValueError, match="not whole groups of 16"):
+        make_plan().rows(8, 24)
+
+
+def test_evaluation_shows_each_image_once_in_order():
+    index = fake_index(103)
+    plan = EvalPlan(index, 64, 0.95, "bicubic")
+    for ranks in (1, 2, 3):
+        shown = []
+        for start in range(0, -(-103 // (8 * ranks)) * 8 * ranks, 8):
+            rows = plan.rows(start, start + 8)
+            assert len(rows) == 8
+            shown += rows.sample[rows.valid].tolist()
+        assert shown == list(range(103))
+
+
+def test_evaluation_geometry_is_timms():
+    """Against the sizes that torchvision's Resize and CenterCrop compute."""
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    index = fake_index(500)
+    rows = EvalPlan(index, 224, 0.95, "bicubic").rows(0, 500)
+    for i, (height, width) in enumerate(zip(index.samples["height"], index.samples["width"], strict=True)):
+        expected = _compute_resized_output_size((int(height), int(width)), [235])
+        assert rows.resize[i].tolist() == list(expected)
+        top, left = (int(round((side - 224) / 2.0)) for side in expected)
+        assert rows.window[i].tolist() == [top, left]
