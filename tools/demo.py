@@ -26,7 +26,7 @@ from rich.table import Table
 from pipelines.errors import UserError, exit_on_user_error
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEACHER, STUDENT = "resnet10t", "test_resnet"
+TEACHER, STUDENT = "test_resnet", "test_byobnet"
 _MARKER = ".demo"  # lies in the demo's folder: what an earlier demo left, which may be replaced
 
 
@@ -63,7 +63,7 @@ def demo(folder: Path) -> dict:
     train = ("trainer/run.py", "--config", REPOSITORY / "configs" / "demo.yaml", "--data.root", folder / "dataset")
     alone = ("--teacher.name", "null")
     # The teacher learns from unmixed images: it needs fewer epochs that way. The two students follow the scheme.
-    quickly = ("--augment.mix_prob", 0, "--schedule.epochs", 30)
+    quickly = ("--augment.mix_prob", 0, "--schedule.epochs", 26)
     _run(*train, "--student.name", TEACHER, *alone, *quickly, "--run.out", folder / "teacher")
     _run(*train, "--student.name", STUDENT, *alone, "--run.out", folder / "student")
     teacher = ("--teacher.name", TEACHER, "--teacher.checkpoint", _newest_checkpoint(folder / "teacher"))
@@ -74,7 +74,8 @@ def demo(folder: Path) -> dict:
 
 
 def _run(*command) -> None:
-    command = [sys.executable, *map(str, command)]
+    """A stage, as a user would type it in the repository."""
+    command = [sys.executable, *(str(c).removeprefix(f"{REPOSITORY}/") for c in command)]
     print(f"\n$ python {shlex.join(command[1:])}", flush=True)
     if subprocess.run(command, cwd=REPOSITORY).returncode:
         raise UserError(f"this stage failed, see above: python {shlex.join(command[1:])}")

@@ -290,10 +290,12 @@ def _keys_of(path: Path) -> Iterator[str]:
     if not isinstance(sections, dict):
         raise UserError(f"{path}: holds {type(sections).__name__}, not sections with keys")
     for section, keys in sections.items():
-        if isinstance(keys, dict) and section in _SECTIONS:
+        if section not in _SECTIONS:
+            yield str(section)
+        elif isinstance(keys, dict):
             yield from (f"{section}.{key}" for key in keys)
         else:
-            yield str(section)
+            raise UserError(f"{path}: section '{section}' holds {keys!r}, not keys with values")
 
 
 def _check_key(key: str, where: str, dashes: str) -> None:

@@ -3,23 +3,16 @@
 import copy
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from trainer.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on 1-D parameters, biases and what `model.no_weight_decay()` names.
-
-    Source: timm.optim.param_groups_weight_decay.
-    """
-    excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    decayed, not_decayed = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.endswith(".bias") or name in excluded
-            (not_decayed if plain else decayed).append(parameter)
-    groups = [{"params": not_decayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.weight_decay}]
+    """AdamW without weight decay on 1-D parameters, biases and what `model.no_weight_decay()` names."""
+    excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, weight_decay=config.weight_decay, no_weight_decay_list=excluded)
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)
 

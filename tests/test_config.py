@@ -1,0 +1,102 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from pipelines.errors import UserError
+from trainer.config import Config, parse, to_dict, to_yaml
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    path = write(tmp_path, "optim: {lr: 0.5, weight_decay: 0.25}\naugment:\n  crop_area: [0.2, 0.9]\n")
+    config = parse(["--config", path, "--optim.lr", "1e-3", "--data.root", "/data", "--teacher.name=null"])
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.eps) == (1e-3, 0.25, 1e-8)
+    assert config.augment.crop_area == (0.2, 0.9)
+    assert config.data.root == Path("/data") and config.teacher.name is None
+
+
+def test_a_later_file_overrides_an_earlier_one(tmp_path):
+    usi = str(REPOSITORY / "configs" / "usi.yaml")
+    config = parse(["--config", usi, "--config", write(tmp_path, "schedule: {epochs: 100}")])
+    assert config.schedule.epochs == 100 and config.schedule.warmup_epochs == 5
+
+
+def test_models_take_arguments_of_their_own():
+    config = parse(["--student.kwargs.drop_path_rate", "0.1", "--student.kwargs.img_size", "64"])
+    assert config.student.kwargs == {"drop_path_rate": 0.1, "img_size": 64}
+
+
+def test_the_resolved_configuration_reads_back_to_an_equal_one(tmp_path):
+    config = parse(["--data.root", "/data", "--student.kwargs.drop_path_rate", "0.1", "--optim.lr", "0.123"])
+    path = write(tmp_path, to_yaml(config))
+    assert parse(["--config", path]) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
+
+
+def test_configurations_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().optim.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {weigth_decay: 1}", "my.yaml: unknown key 'optim.weigth_decay'; did you mean 'optim.weight_decay'?"),
+        ("optimizer: {lr: 1}", "my.yaml: unknown key 'optimizer'; did you mean 'optim'?"),
+        ("lr: 1", "my.yaml: unknown key 'lr'; did you mean 'optim.lr'?"),
+        ("run: {lr: 1}", "my.yaml: unknown key 'run.lr'; did you mean 'optim.lr'?"),
+        ("optim: 3", "my.yaml: section 'optim' holds 3, not keys with values"),
+        ("- 1", "my.yaml: holds list, not sections with keys"),
+        ("optim: {lr: [", "my.yaml: not YAML"),
+        ("optim: {lr: fast}", "optim.lr"),
+        ("optim: {lr: -1}", "optim.lr is -1.0; it must not be negative"),
+        ("run: {precision: int8}", "run.precision is 'int8', not one of auto, bf16, fp16, fp32"),
+        ("schedule: {epochs: 3}", "schedule.warmup_epochs is 5; it must be shorter than schedule.epochs, 3"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", path])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.weigth_decay", "1"], "unknown key '--optim.weigth_decay'; did you mean '--optim.weight_decay'?"),
+        (["--optim.weigth_decay=1"], "unknown key '--optim.weigth_decay'; did you mean '--optim.weight_decay'?"),
+        (["--lr", "1"], "unknown key '--lr'; did you mean '--optim.lr'?"),
+        (["--xyzzy", "1"], "unknown key '--xyzzy'. See --help for the keys"),
+        (["--run.global_batch", "many"], "run.global_batch"),
+        (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file or directory"),
+        (["--data.pipeline", "ffcv"], "data.pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"),
+        (["leftover"], "leftover"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message):
+    with pytest.raises(UserError) as error:
+        parse(arguments)
+    assert message in str(error.value)
+
+
+def test_help_explains_every_key(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(["--help"])
+    assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optim.weight_decay WEIGHT_DECAY decoupled; none on 1-D parameters" in text
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_that_ships_is_valid_and_opens_with_its_story(path):
+    parse(["--config", str(path)])
+    assert path.read_text().startswith("# ")

@@ -1,0 +1,48 @@
+"""Imports go one way: tools -> trainer -> pipelines; and within a folder never in a circle."""
+
+import ast
+import graphlib
+
+import pytest
+from conftest import REPOSITORY
+
+MAY_IMPORT = {"pipelines": set(), "trainer": {"pipelines"}, "tools": {"pipelines", "trainer"}}
+FILES = [path for folder in MAY_IMPORT for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+
+
+def imported(path) -> set[str]:
+    """The project's own modules that a file imports, lazily or not."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in names if name.split(".")[0] in MAY_IMPORT}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_file_imports_only_its_own_folder_and_lower_ones(path):
+    folder = path.relative_to(REPOSITORY).parts[0]
+    assert {name.split(".")[0] for name in imported(path)} <= MAY_IMPORT[folder] | {folder}
+
+
+def test_no_imports_in_a_circle():
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in FILES}
+    graph = {name: {other for other in imported(path) if other in modules} for name, path in modules.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_planning_needs_no_torch():
+    for name in ("rng", "augment", "plan", "index"):
+        tree = ast.parse((REPOSITORY / "pipelines" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or node.names[0].name
+                assert module.split(".")[0] not in ("torch", "torchvision", "timm", "PIL", "nvidia"), (name, module)
+
+
+def test_no_file_is_named_like_a_standard_library_module():
+    import sys
+
+    assert not {path.stem for path in FILES} & set(sys.stdlib_module_names) - {"__init__"}

@@ -1,0 +1,166 @@
+import re
+
+import pytest
+import timm
+import torch
+
+from pipelines.errors import UserError
+from trainer.config import StudentConfig, TeacherConfig
+from trainer.models import build_student, build_teacher, preprocessing, read_weights
+
+NAME = "test_resnet"
+
+
+def logits(model) -> torch.Tensor:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+@pytest.fixture
+def source():
+    """A model with weights and statistics of its own."""
+    torch.manual_seed(1)
+    model = timm.create_model(NAME, num_classes=7)
+    with torch.no_grad():
+        model(torch.rand(8, 3, 64, 64))
+    return model.eval()
+
+
+def teacher(path, num_classes=7, name=NAME):
+    return build_teacher(TeacherConfig(name=name, checkpoint=path), num_classes, image_size=64)
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "student", "ema", "state_dict_ema"])
+def test_a_teacher_loads_however_its_weights_are_nested(source, tmp_path, nest):
+    weights = source.state_dict()
+    torch.save(weights if nest is None else {"epoch": 3, nest: weights}, tmp_path / "teacher.pth")
+    loaded = teacher(tmp_path / "teacher.pth")
+    assert torch.equal(logits(loaded), logits(source))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_teacher_loads_from_safetensors_and_from_ddp(source, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), tmp_path / "teacher.safetensors")
+    torch.save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "ddp.pth")
+    for name in ("teacher.safetensors", "ddp.pth"):
+        assert torch.equal(logits(teacher(tmp_path / name)), logits(source))
+
+
+def test_the_average_is_preferred_as_in_timm(source, tmp_path):
+    other = timm.create_model(NAME, num_classes=7)
+    torch.save({"student": other.state_dict(), "ema": source.state_dict()}, tmp_path / "run.pt")
+    assert torch.equal(logits(teacher(tmp_path / "run.pt")), logits(source))
+
+
+def authors_format(weights: dict) -> dict:
+    """timm's TResNet v2 weights under the names, and with the InplaceABN scales, of the authors' file."""
+    renamed = {}
+    for name, value in weights.items():
+        if name.endswith("bn.weight"):
+            value = value - 1e-5  # InplaceABN uses |weight| + eps
+        name = re.sub(r"downsample\.(\d+)\.conv", r"downsample.\1.0", name)
+        name = re.sub(r"downsample\.(\d+)\.bn", r"downsample.\1.1", name)
+        name = re.sub(r"conv(\d+)\.conv", r"conv\1.0", name)
+        name = re.sub(r"conv(\d+)\.bn", r"conv\1.1", name)
+        renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model"])
+def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path, nest):
+    torch.manual_seed(0)
+    source = timm.create_model("tresnet_v2_l", num_classes=5).eval()
+    for module in source.modules():  # scales away from zero, where |weight| is not the same
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    authors = authors_format(source.state_dict())
+    assert not set(authors) & {"body.conv1.conv.weight"} and "body.conv1.0.weight" in authors
+    torch.save({nest: authors}, tmp_path / "tresnet_l_v2_83_9.pth")
+    loaded = teacher(tmp_path / "tresnet_l_v2_83_9.pth", num_classes=5, name="tresnet_l_v2")
+    assert torch.allclose(logits(loaded), logits(source), rtol=1e-4, atol=1e-5)
+    expects = preprocessing(loaded)
+    assert expects.mean == (0.0, 0.0, 0.0) and expects.std == (1.0, 1.0, 1.0) and expects.fill == (0, 0, 0)
+
+
+def test_another_number_of_classes_is_refused_with_both_numbers(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="teacher.pth: a model of 7 classes, the dataset has 10"):
+        teacher(tmp_path / "teacher.pth", num_classes=10)
+
+
+def test_another_models_weights_are_refused(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="teacher.pth: does not fit model 'test_vit'"):
+        teacher(tmp_path / "teacher.pth", name="test_vit")
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None], ids=["empty", "text", "pickle"])
+def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_path, capsys, content):
+    path = tmp_path / "teacher.pth"
+    if content is None:
+        torch.save({"model": Payload()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="teacher.pth: damaged, or holds more than weights"):
+        read_weights(path)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_a_missing_file_and_a_file_without_tensors(tmp_path):
+    with pytest.raises(UserError, match="none.pth: cannot be read"):
+        read_weights(tmp_path / "none.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="empty.pth: holds no weights"):
+        read_weights(tmp_path / "empty.pth")
+
+
+def test_an_unknown_model_names_its_neighbours():
+    with pytest.raises(UserError, match=r"unknown model 'resnet5O'; did you mean .*resnet50"):
+        build_student(StudentConfig(name="resnet5O"), 10, 224)
+
+
+def test_a_models_own_arguments_are_passed_on_and_wrong_ones_refused():
+    model = build_student(StudentConfig(name="test_vit", kwargs={"depth": 2}), 10, 64)
+    assert len(model.blocks) == 2
+    with pytest.raises(UserError, match=r"model 'test_resnet' does not take these arguments .*no_such"):
+        build_student(StudentConfig(name=NAME, kwargs={"no_such": 1}), 10, 64)
+
+
+def test_models_of_fixed_size_are_built_for_the_image_size():
+    model = build_student(StudentConfig(name="test_vit"), 10, image_size=96)
+    assert model(torch.rand(1, 3, 96, 96)).shape == (1, 10)
+
+
+def test_a_student_may_start_from_a_checkpoint(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    student = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), 7, 64)
+    assert student.training
+    assert torch.equal(logits(student), logits(source))
+
+
+def test_no_teacher():
+    assert build_teacher(TeacherConfig(name=None), 10, 64) is None
+
+
+def test_a_teacher_without_weights_to_download_is_refused():
+    without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
+    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with --teacher.checkpoint"):
+        build_teacher(TeacherConfig(name=without), 1000, 224)
+
+
+def test_downloaded_weights_of_other_classes_are_refused_before_the_download():
+    with pytest.raises(UserError, match="timm's weights have 1000 classes, the dataset has 10"):
+        build_teacher(TeacherConfig(name="tresnet_v2_l"), 10, 64)
+
+
+def test_the_fill_colour_is_the_students_mean():
+    assert preprocessing(timm.create_model("resnet18")).fill == (124, 116, 104)

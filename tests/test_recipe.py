@@ -1,0 +1,240 @@
+"""The recipe, value by value (docs/recipe.md), and each formula against an independent computation."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import REPOSITORY
+from timm.data.mixup import FastCollateMixup, mixup_target
+from timm.scheduler import CosineLRScheduler
+
+from pipelines.batch import Batch
+from trainer.config import Config, DistillConfig, OptimConfig, ScheduleConfig, parse
+from trainer.losses import usi_loss
+from trainer.mix import Normalize, mix_pixels, partners
+from trainer.optim import ModelEma, build_optimizer
+from trainer.schedule import learning_rate
+
+# Transcribed from the published recipe, not from the code.
+RECIPE = {
+    "augment.repeats": 3,
+    "augment.crop_area": (0.08, 1.0),
+    "augment.crop_aspect": (3 / 4, 4 / 3),
+    "augment.interpolation": "bicubic",
+    "augment.flip": 0.5,
+    "augment.randaugment_ops": 2,
+    "augment.randaugment_prob": 0.5,
+    "augment.randaugment_magnitude": 7,
+    "augment.randaugment_std": 0.5,
+    "augment.mixup_alpha": 0.8,
+    "augment.cutmix_alpha": 1.0,
+    "augment.mix_prob": 1.0,
+    "augment.cutmix_prob": 0.5,
+    "augment.mix_group": 128,
+    "data.image_size": 224,
+    "data.eval_image_size": 224,
+    "data.eval_crop_pct": 0.95,
+    "teacher.name": "tresnet_v2_l",
+    "distill.weight": 5.0,
+    "distill.label_weight": 1.0,
+    "distill.temperature": 1.0,
+    "optim.lr": 2e-3,
+    "optim.betas": (0.9, 0.999),
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 2e-2,
+    "schedule.epochs": 300,
+    "schedule.warmup_epochs": 5,
+    "schedule.warmup_lr": 1e-4,
+    "schedule.min_lr": 1e-6,
+    "schedule.cooldown_epochs": 10,
+    "ema.decay": 0.99996,
+    "run.global_batch": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def usi() -> Config:
+    return parse(["--config", str(REPOSITORY / "configs" / "usi.yaml")])
+
+
+@pytest.mark.parametrize("key", RECIPE)
+def test_usi_yaml_is_the_published_recipe(usi, key):
+    section, name = key.split(".")
+    assert getattr(getattr(usi, section), name) == RECIPE[key]
+
+
+def test_every_setting_of_the_training_is_in_the_recipe():
+    sections = ("augment", "distill", "optim", "schedule", "ema")
+    types = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    names = {f"{s}.{field.name}" for s in sections for field in dataclasses.fields(types[s])}
+    assert names == {key for key in RECIPE if key.split(".")[0] in sections}
+
+
+def test_the_defaults_are_the_recipe_too(usi):
+    assert dataclasses.replace(usi, data=Config().data) == Config()
+    assert dataclasses.replace(usi.data, eval_image_size=0) == Config().data
+
+
+def test_the_schedule_is_timms_for_all_310_epochs(usi):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2e-3)
+    scheduler = CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-6, warmup_t=5, warmup_lr_init=1e-4)
+    for epoch in range(310):
+        scheduler.step(epoch)
+        ours = learning_rate(epoch, usi.optim, usi.schedule)
+        assert math.isclose(ours, optimizer.param_groups[0]["lr"], rel_tol=1e-12), epoch
+    assert usi.schedule.total_epochs == 310
+
+
+def test_the_schedules_published_values(usi):
+    rates = [learning_rate(epoch, usi.optim, usi.schedule) for epoch in range(310)]
+    assert rates[:5] == pytest.approx([1.0e-4, 4.8e-4, 8.6e-4, 12.4e-4, 16.2e-4])
+    assert rates[5] == pytest.approx(1.9986e-3, abs=5e-8)
+    assert rates[300:] == [1e-6] * 10
+
+
+def plain_loss(student, teacher, targets, weight):
+    """The formula of the paper in float64 numpy: soft-target cross-entropy + weight x KL(teacher || student)."""
+    student, teacher = student.double().numpy(), teacher.double().numpy()
+
+    def log_softmax(x):
+        return x - x.max(1, keepdims=True) - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+
+    log_p, log_q = log_softmax(student), log_softmax(teacher)
+    cross_entropy = -(targets * log_p).sum(1).mean()
+    return cross_entropy + weight * (np.exp(log_q) * (log_q - log_p)).sum(1).mean()
+
+
+def random_logits(seed=0, rows=16, classes=10):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(rows, classes, generator=generator) for _ in range(2))
+    labels = torch.randint(classes, (rows,), generator=generator)
+    lam = torch.rand(rows // 8, generator=generator).repeat_interleave(8)
+    return student, teacher, labels, lam
+
+
+def test_the_loss_is_the_recipes_formula():
+    student, teacher, labels, lam = random_logits()
+    targets = mixup_target(labels[:8], 10, float(lam[0]), 0.0), mixup_target(labels[8:], 10, float(lam[8]), 0.0)
+    expected = plain_loss(student, teacher, torch.cat(targets).double().numpy(), weight=5.0)
+    loss = usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig())
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_losss_gradient_is_the_recipes():
+    """d/d student = (softmax(student) - target + 5 (softmax(student) - softmax(teacher))) / batch."""
+    student, teacher, labels, lam = random_logits(1)
+    student.requires_grad_(True)
+    usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig()).backward()
+    one_hot = torch.nn.functional.one_hot
+    target = lam[:, None] * one_hot(labels, 10) + (1 - lam[:, None]) * one_hot(partners(labels, 8), 10)
+    p, q = student.detach().softmax(1), teacher.softmax(1)
+    assert torch.allclose(student.grad, (p - target + 5 * (p - q)) / 16, atol=1e-7)
+
+
+def test_without_a_teacher_only_the_labels_count():
+    student, _, labels, lam = random_logits(2)
+    loss = usi_loss(student, None, labels, labels, lam, DistillConfig())
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(student, labels).item(), rel=1e-6)
+
+
+def test_the_temperature_divides_both_logits_and_its_square_keeps_the_gradients_size():
+    student, teacher, labels, lam = random_logits(3)
+    config = DistillConfig(weight=1.0, label_weight=0.0, temperature=4.0)
+    loss = usi_loss(student, teacher, labels, labels, lam, config)
+    p, q = (student / 4).log_softmax(1), (teacher / 4).log_softmax(1)
+    assert loss.item() == pytest.approx(16 * (q.exp() * (q - p)).sum(1).mean().item(), rel=1e-5)
+
+
+def make_batch(images: np.ndarray, lam: float, box=(0, 0, 0, 0), group=8) -> Batch:
+    rows = len(images)
+    return Batch(
+        images=torch.from_numpy(images),
+        labels=torch.arange(rows),
+        lam=torch.full((rows,), lam),
+        box=torch.tensor([box] * rows, dtype=torch.int32),
+        valid=torch.ones(rows, dtype=torch.bool),
+        position=0,
+        mix_group=group,
+    )
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.25, 0.3, 0.5, 0.71, 1.0])
+def test_mixup_equals_timms_on_uint8(lam):
+    images = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    timms = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0)
+    timms._params_per_batch = lambda: (np.float32(lam), False)
+    channels_first = [(np.ascontiguousarray(image.transpose(2, 0, 1)), 0) for image in images]
+    expected, _ = timms(channels_first)
+    mixed = mix_pixels(make_batch(images, lam))
+    assert torch.equal(mixed.permute(0, 3, 1, 2), expected)
+
+
+def test_cutmix_equals_timms_on_uint8(monkeypatch):
+    images = np.random.default_rng(1).integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
+    timms = FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0)
+    timms._params_per_batch = lambda: (0.5, True)
+    monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: ((2, 7, 5, 12), 0.6))
+    expected, _ = timms([(np.ascontiguousarray(image.transpose(2, 0, 1)), 0) for image in images])
+    mixed = mix_pixels(make_batch(images, 1 - 35 / 144, box=(2, 5, 5, 7)))
+    assert torch.equal(mixed.permute(0, 3, 1, 2), expected)
+
+
+def test_groups_are_mixed_with_themselves_reversed():
+    assert partners(torch.arange(8), 4).tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
+    assert partners(torch.arange(8), 0).tolist() == list(range(8))
+
+
+def test_normalisation_is_each_models_own_and_channels_last():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    ours = Normalize(mean, std)(pixels)
+    expected = (pixels.permute(0, 3, 1, 2).double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(
+        std
+    ).double().view(3, 1, 1)
+    assert torch.allclose(ours.double(), expected, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s"])
+def test_weight_decay_spares_vectors_biases_and_what_the_model_names(name):
+    model = timm.create_model(name)
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in build_optimizer(model, OptimConfig()).param_groups
+        for parameter in group["params"]
+    }
+    expected = {
+        name: 0.0 if parameter.ndim <= 1 or name.endswith(".bias") or name in spared else 0.02
+        for name, parameter in model.named_parameters()
+    }
+    assert decay == expected
+    assert set(decay.values()) == {0.0, 0.02}
+    if name == "test_vit":
+        assert decay["pos_embed"] == decay["cls_token"] == 0.0
+
+
+def test_the_average_follows_weights_and_buffers():
+    model = timm.create_model("test_resnet")
+    ema = ModelEma(model, 0.9)
+    before = {name: value.clone() for name, value in ema.module.state_dict().items()}
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(torch.ones_like(value))
+    ema.update()
+    for name, value in model.state_dict().items():
+        expected = 0.9 * before[name] + 0.1 * value if value.is_floating_point() else value
+        assert torch.allclose(ema.module.state_dict()[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 0.1), (1, 0.55), (2, 0.5 * (1 + math.cos(math.pi * 2 / 4))), (4, 0.0), (9, 0.0)]
+)
+def test_a_short_schedule(epoch, expected):
+    schedule = ScheduleConfig(epochs=4, warmup_epochs=2, warmup_lr=0.1, min_lr=0.0)
+    assert learning_rate(epoch, OptimConfig(lr=1.0), schedule) == pytest.approx(expected)

@@ -1,0 +1,355 @@
+"""The trainer as a user starts it: resume, ranks, evaluation, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, run_trainer
+
+from pipelines import open_pipeline
+from pipelines.errors import UserError
+from pipelines.index import read_index
+from pipelines.plan import EvalPlan
+from trainer.checkpoint import refuse_other_plan
+from trainer.config import parse
+from trainer.distributed import World
+from trainer.evaluate import evaluate
+from trainer.mix import Normalize
+from trainer.run import share_of_batch, train
+from trainer.telemetry import read_metrics
+
+ONE = World(0, 1, 1, torch.device("cpu"))
+
+
+def newest(run: Path) -> dict:
+    return torch.load(sorted((run / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+
+
+def assert_equal_states(a, b, path="") -> None:
+    """Bit-equal, tensor by tensor."""
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_states(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def train_here(digits: Path, out: Path, *arguments) -> dict:
+    return train(parse([*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+
+
+@pytest.fixture(scope="module")
+def teacher(digits, tmp_path_factory) -> list[str]:
+    """Arguments for a teacher with weights of its own (not a good one)."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": timm.create_model("test_resnet", num_classes=10).state_dict()}, path)
+    return ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(path)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, teacher, tmp_path_factory) -> Path:
+    """A run of 20 steps (4 epochs of 5) that was never stopped, with dropout and a teacher."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    run_trainer("--data.root", digits, "--run.out", out, *teacher, *DROPOUT, *EVERY_3)
+    return out
+
+
+DROPOUT = ["--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"]
+EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
+
+
+# --- exact resume -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(digits, teacher, undisturbed, tmp_path):
+    arguments = ["--data.root", digits, "--run.out", tmp_path, *teacher, *DROPOUT, *EVERY_3]
+    run_trainer(*arguments, "--run.stop_after_steps", 7)
+    assert newest(tmp_path)["step"] == 7
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
+    done = run_trainer(*arguments)
+    assert "resuming after step 7" in done.stdout
+    a, b = newest(undisturbed), newest(tmp_path)
+    assert a["step"] == b["step"] == 20
+    for part in ("student", "ema", "optimizer"):
+        assert_equal_states(a[part], b[part], part)
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is True
+
+
+def test_a_run_killed_between_checkpoints_and_resumed_is_bit_equal(digits, teacher, undisturbed, tmp_path):
+    arguments = ["--data.root", digits, "--run.out", tmp_path, *teacher, *DROPOUT, *EVERY_3]
+    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and any(line["step"] >= 8 for line in read_metrics(metrics))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert newest(tmp_path)["step"] in (6, 9, 12)
+    run_trainer(*arguments)
+    for part in ("student", "ema", "optimizer"):
+        assert_equal_states(newest(undisturbed)[part], newest(tmp_path)[part], part)
+    # every step is in the log once, with the loss of the undisturbed run
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+        for run in (undisturbed, tmp_path)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[1]] == list(range(1, 21))
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed, teacher, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    before = newest(run)
+    done = run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
+    assert "finished after step 20 of 20" in done.stdout
+    assert_equal_states(before["student"], newest(run)["student"])
+    evaluations = [json.loads((r / "summary.json").read_text())["evaluation"] for r in (run, undisturbed)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_never_used(digits, tmp_path):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
+    (tmp_path / "checkpoints" / "step-00000099.partial").write_bytes(b"half")
+    assert train_here(digits, tmp_path, "--run.stop_after_steps", 4)["session"]["start_step"] == 2
+
+
+# --- ranks and micro-batches ----------------------------------------------------------------------------------------------
+
+
+def assert_close_states(a: dict, b: dict, tolerance: float) -> None:
+    for name in a:
+        assert torch.allclose(a[name].double(), b[name].double(), rtol=tolerance, atol=tolerance), name
+
+
+def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(digits, teacher, tmp_path):
+    arguments = ["--data.root", digits, *teacher, "--run.stop_after_steps", 6, "--optim.lr", "1e-3"]
+    for ranks in (1, 2):
+        run_trainer(*arguments, "--run.out", tmp_path / str(ranks), ranks=ranks)
+    one, two = newest(tmp_path / "1"), newest(tmp_path / "2")
+    for part in ("student", "ema"):
+        assert_close_states(one[part], two[part], 1e-4)
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / ranks / "metrics.jsonl") if line["kind"] == "train"]
+        for ranks in ("1", "2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path):
+    arguments = ["--data.root", digits, "--run.checkpoint_every", 2]
+    run_trainer(*arguments, "--run.out", tmp_path / "a", "--run.stop_after_steps", 4)
+    run_trainer(*arguments, "--run.out", tmp_path / "a", "--run.stop_after_steps", 6, ranks=2)
+    run_trainer(*arguments, "--run.out", tmp_path / "b", "--run.stop_after_steps", 6)
+    assert_close_states(newest(tmp_path / "a")["student"], newest(tmp_path / "b")["student"], 1e-4)
+
+
+def test_micro_batches_change_only_what_batch_normalisation_sees(digits, tmp_path):
+    """A model without batch normalisation: any split of the global batch gives the same weights."""
+    arguments = ["--student.name", "test_vit", "--run.stop_after_steps", 3, "--optim.lr", "1e-3"]
+    for micro in (16, 32, 64):
+        train_here(digits, tmp_path / str(micro), *arguments, "--run.micro_batch", micro)
+    for micro in (32, 64):
+        a, b = newest(tmp_path / "16")["student"], newest(tmp_path / str(micro))["student"]
+        assert_close_states(a, b, 1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "message"), [(3, "3 ranks cannot share its 4 groups of 16"), (8, "8 ranks cannot")])
+def test_a_global_batch_the_ranks_cannot_share(ranks, message):
+    with pytest.raises(UserError, match=message):
+        share_of_batch(parse(TINY), World(0, ranks, ranks, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("micro", [8, 48])
+def test_a_micro_batch_that_does_not_fit(micro):
+    with pytest.raises(UserError, match=f"run.micro_batch is {micro}"):
+        share_of_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_counts_each_image_once_on_any_number_of_ranks(digits):
+    index = read_index(digits, "val")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    plan = EvalPlan(index, 32, 0.95, "bicubic")
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    pipeline = open_pipeline("torchvision", index, device=torch.device("cpu"), threads=1)
+    results = []
+    for ranks, batch in ((1, 96), (1, 7), (3, 10), (4, 100)):
+        shares = [
+            evaluate(
+                {"raw": model},
+                normalize,
+                pipeline,
+                plan,
+                batch=batch,
+                precision=torch.float32,
+                world=_NoCollectives(rank, ranks, ranks, torch.device("cpu")),
+            )["raw"]
+            for rank in range(ranks)
+        ]
+        totals = {
+            name: sum(share[name] * share["images"] for share in shares if share["images"]) / 96
+            for name in ("top1", "top5", "loss")
+        }
+        assert sum(share["images"] for share in shares) == 96
+        results.append(totals)
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+    with torch.no_grad():
+        (batch,) = pipeline.batches([plan.rows(0, 96)])
+        logits = model.eval()(normalize(batch.images))
+    top5 = logits.topk(5).indices == batch.labels[:, None]
+    assert results[0]["top1"] == pytest.approx(100 * top5[:, 0].double().mean().item())
+    assert results[0]["top5"] == pytest.approx(100 * top5.any(1).double().mean().item())
+
+
+class _NoCollectives(World):
+    """One of several ranks whose sums are added up by the test."""
+
+    def sum(self, values):
+        return values if values[-1] else torch.tensor([0, 0, 0, 1e-300])  # a rank without images
+
+
+def test_the_run_folder_tells_what_happened(digits, undisturbed):
+    config = yaml.safe_load((undisturbed / "config.yaml").read_text())
+    assert config["student"]["name"] == "test_resnet" and config["augment"]["mix_group"] == 16
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert [(line["step"], line["epoch"]) for line in evaluations] == [(5, 0), (10, 1), (15, 2), (20, 3)]
+    for weights in ("raw", "ema"):
+        assert evaluations[-1][weights]["images"] == 96
+        assert 0 <= evaluations[-1][weights]["top1"] <= evaluations[-1][weights]["top5"] <= 100
+    rates = [line["lr"] for line in lines if line["kind"] == "train"]
+    assert rates[:5] == [1e-4] * 5 and len(set(rates)) == 4
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["finished"] and summary["evaluation"] == {k: evaluations[-1][k] for k in ("raw", "ema")}
+    assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+
+
+def test_the_loss_curve_is_the_one_we_know(undisturbed):
+    """Golden: 20 steps on the CPU in float32. Another curve means that some number of the training has changed."""
+    losses = [line["loss"] for line in read_metrics(undisturbed / "metrics.jsonl") if line["kind"] == "train"]
+    assert losses[::4] == pytest.approx(GOLDEN_LOSSES, rel=2e-2)
+
+
+def test_synthetic_data_need_no_dataset(tmp_path):
+    summary = train(
+        parse(
+            [*TINY, "--run.out", str(tmp_path), "--data.pipeline", "synthetic", "--data.synthetic_samples", "128"]
+            + ["--data.synthetic_classes", "5", "--run.stop_after_steps", "2"]
+        ),
+        ONE,
+    )
+    assert summary["step"] == 2 and summary["evaluation"] == {}
+
+
+def test_dali_trains_too(digits, tmp_path):
+    summary = train_here(
+        digits, tmp_path, "--data.pipeline", "dali", "--augment.randaugment_ops", 0, "--run.stop_after_steps", 5
+    )
+    assert summary["evaluation"]["raw"]["images"] == 96
+
+
+def test_all_ways_to_start_it(digits, tmp_path):
+    arguments = [*TINY, "--data.root", str(digits), "--run.stop_after_steps", "1"]
+    for i, start in enumerate((["trainer/run.py"], ["-m", "trainer.run"])):
+        out = tmp_path / str(i)
+        subprocess.run([sys.executable, *start, *arguments, "--run.out", str(out)], cwd=REPOSITORY, check=True)
+        assert newest(out)["step"] == 1
+    # from anywhere, without the package installed
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path / "2")]
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------------------
+
+
+def mistake(out: Path, *arguments) -> str:
+    """The one line on stderr of a start that must fail and leave nothing."""
+    done = run_trainer("--run.out", out, *arguments, check=False)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not out.exists()
+    return done.stderr
+
+
+def test_mistakes_are_told_in_one_line_and_nothing_is_written(digits, tmp_path):
+    out = tmp_path / "run"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    truncated = shutil.copytree(digits, tmp_path / "truncated")
+    index = truncated / "train" / "index.npy"
+    index.write_bytes(index.read_bytes()[:-100])
+    assert "--data.root is missing" in mistake(out)
+    assert "none/manifest.json: not found" in mistake(out, "--data.root", tmp_path / "none")
+    assert "empty/manifest.json: not found" in mistake(out, "--data.root", empty)
+    assert "index.npy: truncated, damaged or stale" in mistake(out, "--data.root", truncated)
+    data = ("--data.root", digits)
+    assert "unknown model 'resnet5O'; did you mean" in mistake(out, *data, "--student.name", "resnet5O")
+    assert "has 320 images, fewer than one global batch of 1024" in mistake(out, *data, "--run.global_batch", 1024)
+    assert "1 ranks cannot share its 3.125 groups of 16" in mistake(out, *data, "--run.global_batch", 50)
+    assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--augment.flip", "0.25"], r"augment.flip was 0.5, now it is 0.25. Use the same settings"),
+        (["--run.seed", "1"], "seed was 0, now it is 1"),
+        (["--student.name", "test_vit"], "student was test_resnet, now it is test_vit"),
+        (["--data.image_size", "64"], "image_size was 32, now it is 64"),
+    ],
+)
+def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, undisturbed, tmp_path, arguments, message):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another plan: .*" + message):
+        train_here(digits, run, *arguments)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_plan_with_a_field_less_differs():
+    with pytest.raises(UserError, match="old was 1, now it is None"):
+        refuse_other_plan(Path("x.pt"), {"seed": 0, "old": 1}, {"seed": 0})
+
+
+def test_a_damaged_checkpoint_is_named(digits, undisturbed, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    path = run / "checkpoints" / "step-00000020.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="step-00000020.pt: damaged"):
+        train_here(digits, run)
+
+
+def test_a_damaged_image_ends_the_run_with_its_name(digits, tmp_path):
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    index = read_index(root, "train")
+    for row in index.samples[:100]:
+        with open(index.paths[row["shard"]], "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(np.zeros(20, dtype=np.uint8))
+    done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: train-00000.tar: sample ") and "cannot be decoded" in done.stderr
