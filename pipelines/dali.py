@@ -153,9 +153,7 @@ def _graph(plan: BatchPlan) -> _Graph:
 
 
 @pipeline_def
-def _dali_graph(
-    graph: _Graph, next_inputs: Callable[[], tuple], *, on_gpu: bool, decode: str, hw_decoder_load: float
-):
+def _dali_graph(graph: _Graph, next_inputs: Callable[[], tuple], *, on_gpu: bool, decode: str, hw_decoder_load: float):
     dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, *[types.INT32] * graph.windowed]
     jpeg, start, shape, size, flip, *window = fn.external_source(
         next_inputs,

@@ -93,5 +93,3 @@ def _feistel(value: np.ndarray, keys: np.ndarray, half_bits: np.uint64) -> np.nd
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         left, right = right, (left ^ mixed ^ (mixed >> np.uint64(31))) & mask
     return (left << half_bits) | right
-
-

@@ -53,7 +53,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return abs(a.astype(int) - b.astype(int))
 
 
-# --- the reference against timm -------------------------------------------------------------------------------------
+# --- the reference against timm ---
 
 
 def test_training_crops_equal_timms_crop_of_the_same_box(photos, monkeypatch):
@@ -119,7 +119,7 @@ def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
     assert np.array_equal(np.asarray(transform(image, plan, row)), np.asarray(expected))
 
 
-# --- a pipeline is a pure function of the plan ------------------------------------------------------------------------
+# --- a pipeline is a pure function of the plan ---
 
 
 @pytest.mark.parametrize("name", ["torchvision", "dali", "synthetic"])
@@ -152,7 +152,7 @@ def test_earlier_batches_are_not_overwritten_by_later_ones(photos):
         assert np.array_equal(np.concatenate([batch.images.numpy() for batch in kept]), fresh)
 
 
-# --- DALI against the reference ---------------------------------------------------------------------------------------
+# --- DALI against the reference ---
 
 
 def assert_within_tolerance(a: np.ndarray, b: np.ndarray) -> None:
@@ -190,9 +190,7 @@ def test_dali_crops_resizes_and_flips_as_the_reference(photos, decode_path):
 def test_dali_evaluates_as_the_reference(photos, interpolation):
     plans = [EvalPlan(photos, 224, 0.95, interpolation).rows(start, start + 4) for start in (0, 4, 8)]
     valid = np.concatenate([plan.valid for plan in plans])
-    assert_within_tolerance(
-        pixels("dali", photos, plans)[valid], pixels("torchvision", photos, plans)[valid]
-    )
+    assert_within_tolerance(pixels("dali", photos, plans)[valid], pixels("torchvision", photos, plans)[valid])
 
 
 def test_dali_follows_a_change_of_the_image_size(photos):
@@ -205,7 +203,9 @@ def test_dali_follows_a_change_of_the_image_size(photos):
 
 def test_dali_refuses_randaugment(photos):
     plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5)), 1)
-    with pytest.raises(UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"):
+    with pytest.raises(
+        UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
+    ):
         list(open_pipeline("dali", photos, device=CPU, threads=1).batches(plans))
 
 
@@ -218,7 +218,7 @@ def test_dali_on_the_gpu_is_close_to_the_reference(photos):
     assert difference(ours, reference).mean() <= 1.0
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
+# --- what goes wrong ---
 
 
 @pytest.fixture

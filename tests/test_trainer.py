@@ -23,9 +23,9 @@ from pipelines.plan import EvalPlan
 from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
 from trainer.distributed import World
-from trainer.evaluate import evaluate
+from trainer.evaluate import eval_plans, evaluate
 from trainer.mix import Normalize
-from trainer.run import share_of_batch, train
+from trainer.run import main, share_of_batch, train
 from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -76,7 +76,7 @@ DROPOUT = ["--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate
 EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
 
 
-# --- exact resume -------------------------------------------------------------------------------------------------------
+# --- exact resume ---
 
 
 def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(digits, teacher, undisturbed, tmp_path):
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_never_used(digits
     assert train_here(digits, tmp_path, "--run.stop_after_steps", 4)["session"]["start_step"] == 2
 
 
-# --- ranks and micro-batches ----------------------------------------------------------------------------------------------
+# --- ranks and micro-batches ---
 
 
 def assert_close_states(a: dict, b: dict, tolerance: float) -> None:
@@ -152,6 +152,9 @@ def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(di
         for ranks in ("1", "2")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    evaluations = [read_metrics(tmp_path / ranks / "metrics.jsonl")[-2]["raw"] for ranks in ("1", "2")]
+    assert evaluations[0]["images"] == evaluations[1]["images"] == 96
+    assert evaluations[0]["loss"] == pytest.approx(evaluations[1]["loss"], rel=1e-3)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path):
@@ -184,51 +187,42 @@ def test_a_micro_batch_that_does_not_fit(micro):
         share_of_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------------
+# --- evaluation ---
 
 
-def test_evaluation_counts_each_image_once_on_any_number_of_ranks(digits):
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_share_the_validation_set_each_image_once(digits, ranks):
+    plan = EvalPlan(read_index(digits, "val"), 32, 0.95, "bicubic")
+    shares = [list(eval_plans(plan, 10, World(rank, ranks, ranks, ONE.device))) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    shown = np.concatenate([rows.sample[rows.valid] for share in shares for rows in share])
+    assert np.array_equal(np.sort(shown), np.arange(96))
+
+
+def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
     index = read_index(digits, "val")
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10)
     plan = EvalPlan(index, 32, 0.95, "bicubic")
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-    pipeline = open_pipeline("torchvision", index, device=torch.device("cpu"), threads=1)
-    results = []
-    for ranks, batch in ((1, 96), (1, 7), (3, 10), (4, 100)):
-        shares = [
-            evaluate(
-                {"raw": model},
-                normalize,
-                pipeline,
-                plan,
-                batch=batch,
-                precision=torch.float32,
-                world=_NoCollectives(rank, ranks, ranks, torch.device("cpu")),
-            )["raw"]
-            for rank in range(ranks)
-        ]
-        totals = {
-            name: sum(share[name] * share["images"] for share in shares if share["images"]) / 96
-            for name in ("top1", "top5", "loss")
-        }
-        assert sum(share["images"] for share in shares) == 96
-        results.append(totals)
-    for other in results[1:]:
-        assert other == pytest.approx(results[0], rel=1e-5)
+    pipeline = open_pipeline("torchvision", index, device=ONE.device, threads=1)
+    results = [
+        evaluate({"raw": model}, normalize, pipeline, plan, batch=batch, precision=torch.float32, world=ONE)["raw"]
+        for batch in (96, 7, 100)
+    ]
+    assert model.training
+    (batch,) = pipeline.batches([plan.rows(0, 96)])
     with torch.no_grad():
-        (batch,) = pipeline.batches([plan.rows(0, 96)])
         logits = model.eval()(normalize(batch.images))
     top5 = logits.topk(5).indices == batch.labels[:, None]
-    assert results[0]["top1"] == pytest.approx(100 * top5[:, 0].double().mean().item())
-    assert results[0]["top5"] == pytest.approx(100 * top5.any(1).double().mean().item())
-
-
-class _NoCollectives(World):
-    """One of several ranks whose sums are added up by the test."""
-
-    def sum(self, values):
-        return values if values[-1] else torch.tensor([0, 0, 0, 1e-300])  # a rank without images
+    expected = {
+        "top1": 100 * top5[:, 0].double().mean().item(),
+        "top5": 100 * top5.any(1).double().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits, batch.labels).item(),
+        "images": 96,
+    }
+    for result in results:
+        assert result == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_run_folder_tells_what_happened(digits, undisturbed):
@@ -245,6 +239,9 @@ def test_the_run_folder_tells_what_happened(digits, undisturbed):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["finished"] and summary["evaluation"] == {k: evaluations[-1][k] for k in ("raw", "ema")}
     assert len(list((undisturbed / "checkpoints").iterdir())) == 2
+
+
+GOLDEN_LOSSES = [3.0521, 2.7561, 2.6427, 2.5582, 2.5060]  # of every fourth step
 
 
 def test_the_loss_curve_is_the_one_we_know(undisturbed):
@@ -283,26 +280,31 @@ def test_all_ways_to_start_it(digits, tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, env=environment)
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------------------
+# --- mistakes ---
 
 
-def mistake(out: Path, *arguments) -> str:
-    """The one line on stderr of a start that must fail and leave nothing."""
-    done = run_trainer("--run.out", out, *arguments, check=False)
-    assert done.returncode == 1, done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert not out.exists()
-    return done.stderr
+def test_a_mistake_is_told_in_one_line(tmp_path):
+    done = run_trainer("--run.out", tmp_path / "run", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --data.root is missing") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_mistakes_are_told_in_one_line_and_nothing_is_written(digits, tmp_path):
+def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
+    def mistake(out: Path, *arguments) -> str:
+        with pytest.raises(SystemExit) as done:
+            main([*TINY, "--run.out", str(out), *map(str, arguments)])
+        assert done.value.code == 1
+        assert not out.exists()
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
     out = tmp_path / "run"
     empty = tmp_path / "empty"
     empty.mkdir()
     truncated = shutil.copytree(digits, tmp_path / "truncated")
     index = truncated / "train" / "index.npy"
     index.write_bytes(index.read_bytes()[:-100])
-    assert "--data.root is missing" in mistake(out)
     assert "none/manifest.json: not found" in mistake(out, "--data.root", tmp_path / "none")
     assert "empty/manifest.json: not found" in mistake(out, "--data.root", empty)
     assert "index.npy: truncated, damaged or stale" in mistake(out, "--data.root", truncated)

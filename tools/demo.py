@@ -93,7 +93,9 @@ def _top1(run: Path) -> float:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
+    )
     folder = parser.parse_args().folder.resolve()
     start_s = time.perf_counter()
     with exit_on_user_error():

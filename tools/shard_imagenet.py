@@ -192,7 +192,9 @@ def write_shard(path: Path, sources: list[Source]) -> Shard:
         os.fsync(file.fileno())
     members = _members(path)
     lines = [f"v1.2 {len(members)}"]
-    lines += [" ".join(f"{ext} {start} {num} {key}.{ext}" for ext, (start, num) in m.items()) for key, m in members.items()]
+    lines += [
+        " ".join(f"{ext} {start} {num} {key}.{ext}" for ext, (start, num) in m.items()) for key, m in members.items()
+    ]
     _write_synced(path.with_suffix(".idx"), "\n".join(lines).encode() + b"\n")
     with open(path, "rb") as file:
         sha256 = hashlib.sha256()

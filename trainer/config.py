@@ -303,7 +303,9 @@ def _check_key(key: str, where: str, dashes: str) -> None:
         return
     known = [*_KEYS, *_SECTIONS]
     # a key without its section, or with another one's, is near the key of the same name
-    nearest = [k for k in _KEYS if k.partition(".")[2] == key.rpartition(".")[2]] or difflib.get_close_matches(key, known)
+    nearest = [k for k in _KEYS if k.partition(".")[2] == key.rpartition(".")[2]] or difflib.get_close_matches(
+        key, known
+    )
     hint = f"; did you mean '{dashes}{nearest[0]}'?" if nearest else ". See --help for the keys"
     raise UserError(f"{where}unknown key '{dashes}{key}'{hint}")
 

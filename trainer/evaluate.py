@@ -58,7 +58,9 @@ def evaluate(
 def _counts(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     losses = F.cross_entropy(logits, labels, reduction="none")
-    per_image = torch.stack([best[:, 0].double(), best.any(1).double(), losses.double(), torch.ones_like(losses).double()])
+    per_image = torch.stack(
+        [best[:, 0].double(), best.any(1).double(), losses.double(), torch.ones_like(losses).double()]
+    )
     return torch.where(valid, per_image, 0.0).sum(1)
 
 

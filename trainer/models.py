@@ -130,7 +130,9 @@ def _create(
         if weights is None:
             raise
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit model '{name}' ({reason[:300]}). Give the model it was saved from") from error
+        raise UserError(
+            f"{path}: does not fit model '{name}' ({reason[:300]}). Give the model it was saved from"
+        ) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
 
@@ -161,8 +163,8 @@ def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Mo
         raise UserError(f"teacher '{config.name}': timm has no pretrained weights for it. {give_file}")
     if source.num_classes != num_classes:
         raise UserError(
-            f"teacher '{config.name}': timm's weights have {source.num_classes} classes, the dataset has {num_classes}. "
-            "Give a teacher trained on the same classes with --teacher.checkpoint FILE"
+            f"teacher '{config.name}': timm's weights have {source.num_classes} classes, the dataset has "
+            f"{num_classes}. Give a teacher trained on the same classes with --teacher.checkpoint FILE"
         )
     try:
         return _create(config.name, num_classes, image_size, config.kwargs, pretrained=True)
@@ -170,4 +172,6 @@ def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Mo
         raise
     except Exception as error:  # whatever the download library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}") from error
+        raise UserError(
+            f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}"
+        ) from error

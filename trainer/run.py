@@ -1,7 +1,7 @@
 """Trains a student: parse, build, loop. Start it plainly, or with torchrun for several ranks.
 
-    python trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
-    torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
+python trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
+torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
 """
 
 import dataclasses

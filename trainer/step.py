@@ -111,9 +111,9 @@ class TrainStep:
 class BufferAverage:
     """BatchNorm's running statistics after an update: the mean over all its micro-batches, on whatever rank they ran.
 
-    Each micro-batch starts from the statistics before the update, and the results are averaged. So all ranks always hold
-    the same statistics, and they do not depend on how the global batch was split over ranks and micro-batches. (DDP's
-    own broadcast would keep those of rank 0's images alone.)
+    Each micro-batch starts from the statistics before the update, and the results are averaged. So all ranks always
+    hold the same statistics, and they do not depend on how the global batch was split over ranks and micro-batches.
+    (DDP's own broadcast would keep those of rank 0's images alone.)
 
     Args:
       model: the unwrapped model.

@@ -39,7 +39,12 @@ class Telemetry:
 
     def __init__(self, folder: Path | None, step: int, total_steps: int):
         self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.1f}%"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=self._console, disable=folder is None)
         self._task = self._progress.add_task("step", total=total_steps, completed=step)
         self._file = None if folder is None else _open_log(folder / "metrics.jsonl", step)
