@@ -56,8 +56,8 @@ def open_pipeline(
         from pipelines.dali import DaliPipeline
     except ImportError as error:
         raise UserError(
-            f"data.pipeline is 'dali', which cannot be imported ({error}): pip install 'nvidia-dali-cuda120>=2.2,<2.3', "
-            "or use --data.pipeline torchvision"
+            f"data.pipeline is 'dali', which cannot be imported ({error}): "
+            "pip install 'nvidia-dali-cuda120>=2.2,<2.3', or use --data.pipeline torchvision"
         ) from error
     return DaliPipeline(
         index,

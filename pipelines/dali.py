@@ -143,7 +143,8 @@ class DaliPipeline:
             try_decode(jpeg, self._index, sample)
         reason = " ".join(str(error).split())
         return UserError(
-            f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), whose images PIL can decode: {reason}"
+            f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), "
+            f"whose images PIL can decode: {reason}"
         )
 
 
