@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test chaos lint clean
 
 setup: .venv/.complete
 
@@ -19,6 +19,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Fault injection that takes minutes; `make test` keeps a short version of each.
+chaos: setup
+	$(BIN)/python -m pytest -m long -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,16 @@ from pipelines.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
-_FIELDS = {"shard": "<i4", "offset": "<i8", "nbytes": "<i4", "label": "<i8", "height": "<i4", "width": "<i4"}
+_FIELDS = {
+    "shard": "<i4",
+    "offset": "<i8",
+    "nbytes": "<i4",
+    "label": "<i8",
+    "height": "<i4",
+    "width": "<i4",
+    "crc32": "<u4",
+    "orientation": "u1",
+}
 
 
 def sample_dtype(key_bytes: int) -> np.dtype:
@@ -35,7 +44,8 @@ class ShardIndex:
     Attributes:
       paths: the shards, in order.
       samples: structured array [n] of `sample_dtype`: shard (index into paths), offset and nbytes of the JPEG within
-        the shard, label, height and width in pixels as stored (EXIF orientation is not applied), key.
+        the shard, label, height and width in pixels as stored (EXIF orientation is recorded, not applied), crc32 of the
+        JPEG, orientation (1 is upright), key.
       num_classes: labels are 0 <= label < num_classes.
       digest: hex sha256 over the index and the shards' hashes; two datasets with the same digest are the same data.
     """
@@ -59,6 +69,13 @@ def split_digest(index_sha256: str, shard_sha256: list[str]) -> str:
     return hashlib.sha256("\n".join([index_sha256, *shard_sha256]).encode()).hexdigest()
 
 
+def manifest_bytes(manifest: dict) -> bytes:
+    """The manifest's file content, with a hash of itself: any bit that flips in the file is noticed."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=1) + "\n").encode()
+
+
 def read_manifest(root: Path) -> dict:
     """The manifest of a dataset folder.
 
@@ -72,12 +89,15 @@ def read_manifest(root: Path) -> dict:
             f"'python tools/shard_imagenet.py build IMAGE_FOLDER {root}'"
         )
     try:
-        manifest = json.loads(path.read_text())
+        content = path.read_bytes()
+        manifest = json.loads(content)
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}). Build the dataset again") from error
+        raise UserError(f"{path}: damaged ({error}). Restore it, or build the dataset again") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
+    if manifest_bytes(manifest) != content:
+        raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
     return manifest
 
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from pipelines.index import ShardIndex, read_index
 from tools.demo import write_digits
-from tools.shard_imagenet import build
+from tools.sharding.job import BuildOptions, build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ def digits_folder(tmp_path_factory) -> Path:
 def digits(digits_folder, tmp_path_factory) -> Path:
     """The same as a dataset folder, in several shards."""
     out = tmp_path_factory.mktemp("datasets") / "digits"
-    build(digits_folder, out, seed=0, samples_per_shard=100, workers=2)
+    build(digits_folder, out, BuildOptions(samples_per_shard=100), workers=2)
     return out
 
 
@@ -68,7 +68,7 @@ def photos(tmp_path_factory) -> ShardIndex:
         path = folder / "train" / f"class{i % 2}" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, "JPEG", **{"quality": 92, **options})
-    build(folder, folder / "out", seed=0, samples_per_shard=4, workers=1)
+    build(folder, folder / "out", BuildOptions(samples_per_shard=4))
     return read_index(folder / "out", "train")
 
 

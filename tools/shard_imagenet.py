@@ -1,242 +1,176 @@
-"""Turns an image folder into WebDataset shards with the index that training reads.
+"""Turns images into WebDataset shards with the index that training reads.
 
-    python tools/shard_imagenet.py build SRC OUT
+    python tools/shard_imagenet.py build SRC OUT     convert; run it again to go on after an interruption
+    python tools/shard_imagenet.py merge OUT         finish a conversion that several machines shared
+    python tools/shard_imagenet.py index ROOT        index existing WebDataset tars without rewriting them
+    python tools/shard_imagenet.py verify OUT        find whatever is not as it was written
+    python tools/shard_imagenet.py info OUT          what a dataset holds
 
-SRC/{train,val}/CLASS/*.{jpg,jpeg,JPEG,png} becomes OUT/{train,val}/*.tar and OUT/manifest.json; pipelines/index.py
-describes the files. Classes are numbered in alphabetical order, training samples are shuffled by a seed. OUT appears
-when it is complete: until then everything is written to OUT.partial.
+docs/sharding.md tells about sources, formats and guarantees.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import io
-import json
 import os
-import shutil
 import sys
-import tarfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import webdataset
-from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
 
-from pipelines import rng
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.index import FORMAT_VERSION, INDEX, MANIFEST, sample_dtype, split_digest
-
-SPLITS = ("train", "val")
-EXTENSIONS = {".jpg", ".jpeg", ".png"}
-_MARKER = ".shard_imagenet"  # lies in OUT.partial: what a killed conversion left, which may be replaced
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One image to convert: its key in the shard, its class id, its file."""
-
-    key: str
-    label: int
-    path: Path
+from tools.sharding import job, reindex
+from tools.sharding.images import ImageOptions
+from tools.sharding.sources import KINDS
+from tools.sharding.verify import human_bytes, human_seconds, summarize, verify
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One written shard: its entry in the manifest, the rows of its samples, and the images it could not take."""
-
-    entry: dict
-    rows: list[tuple]  # offset, nbytes, label, height, width, key
-    problems: list[str]
-
-
-def build(src: Path, out: Path, *, seed: int, samples_per_shard: int, workers: int) -> dict:
-    """Convert an image folder. Returns the manifest.
-
-    Raises:
-      UserError: there is nothing to convert, OUT is in use, or images cannot be read (all of them are named). OUT does
-        not exist then.
-    """
-    if out.exists():
-        raise UserError(f"{out}: exists already. Remove it, or choose another folder")
-    classes = _classes(src)
-    sources = {split: _sources(src / split, classes) for split in SPLITS if (src / split).is_dir()}
-    partial = _new_partial(out)
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = _parse(arguments)
     try:
-        splits = {}
-        for split, found in sources.items():
-            if split == "train":
-                order = rng.permute(seed, rng.Stream.SHARDS, 0, len(found), np.arange(len(found)))
-                found = [found[i] for i in order]
-            splits[split] = _write_split(partial / split, split, found, samples_per_shard, workers, len(classes))
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tool": "tools/shard_imagenet.py build",
-        "source": {"kind": "folder", "name": src.resolve().name},
-        "options": {"seed": seed, "samples_per_shard": samples_per_shard},
-        "classes": classes,
-        "splits": splits,
-    }
-    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-    (partial / _MARKER).unlink()
-    partial.rename(out)
-    return manifest
+        with exit_on_user_error():
+            options.run(options)
+    except KeyboardInterrupt:
+        print(f"interrupted. {job.GO_ON}", file=sys.stderr)
+        sys.exit(130)
 
 
-def _new_partial(out: Path) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        if not (partial / _MARKER).is_file():
-            raise UserError(f"{partial}: exists and was not left by this tool. Remove it, or choose another folder")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / _MARKER).touch()
-    return partial
+def _build(options: argparse.Namespace) -> None:
+    start_s = time.perf_counter()
+    image = ImageOptions(audit=options.audit, resize_short=options.resize_short, quality=options.quality)
+    build_options = job.BuildOptions(options.seed, options.samples_per_shard, image)
+    last = job.Progress(0, 0, 0)
+
+    def show(progress: job.Progress) -> None:
+        nonlocal last
+        last = progress
+        elapsed_s = time.perf_counter() - start_s
+        rates = f"{progress.images / elapsed_s:,.0f} images/s, {human_bytes(progress.nbytes / elapsed_s)}/s"
+        bar.update(task, completed=progress.images, total=progress.total_images, description=rates)
+
+    with _bar() as bar:
+        task = bar.add_task("listing", total=None)
+        manifest = job.build(
+            options.src,
+            options.out,
+            build_options,
+            kind=options.source,
+            workers=options.workers,
+            part=options.part,
+            skip_bad=options.on_bad == "skip",
+            on_progress=show,
+        )
+    took = human_seconds(time.perf_counter() - start_s)
+    converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
+    if manifest is None:
+        part, parts = options.part
+        print(f"part {part + 1}/{parts} is done: {converted}. When all are: {job.TOOL} merge {options.out}")
+    else:
+        print(f"{options.out}: {_counts(manifest)} ({converted})")
 
 
-def _classes(src: Path) -> list[str]:
-    train = src / "train"
-    if not train.is_dir():
-        raise UserError(f"{train}: not found. Expected {src}/train/CLASS/*.jpg and, for validation, {src}/val/CLASS/*")
-    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
-    if not classes:
-        raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
-    return classes
+def _merge(options: argparse.Namespace) -> None:
+    manifest = job.merge(options.out, skip_bad=options.on_bad == "skip")
+    print(f"{options.out}: {_counts(manifest)}")
 
 
-def _sources(folder: Path, classes: list[str]) -> list[Source]:
-    """The images of one split, class by class, each class in alphabetical order."""
-    unknown = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - set(classes))
-    if unknown:
-        raise UserError(f"{folder / unknown[0]}: a class without a training folder ({len(unknown)} such). Remove it")
-    found: dict[str, Source] = {}
-    for label, name in enumerate(classes):
-        files = sorted(_images(folder / name))
-        if not files:
-            raise UserError(f"{folder / name}: no images (.jpg, .jpeg, .JPEG, .png). Add some, or remove the class")
-        for path in files:
-            # WebDataset splits a name into key and extension at its first dot
-            key = f"{name}/{path.stem}".replace(".", "_")
-            if key in found:
-                raise UserError(f"{path} and {found[key].path.name} would both be sample {key}. Rename one")
-            found[key] = Source(key, label, path)
-    return list(found.values())
+def _index(options: argparse.Namespace) -> None:
+    with _bar() as bar:
+        task = bar.add_task("shards", total=None)
+        manifest = reindex.index_webdataset(
+            options.root,
+            audit=options.audit,
+            skip_bad=options.on_bad == "skip",
+            workers=options.workers,
+            on_shard=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{options.root}: {_counts(manifest)}")
 
 
-def _images(folder: Path) -> Iterable[Path]:
-    if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+def _verify(options: argparse.Namespace) -> None:
+    with _bar() as bar:
+        task = bar.add_task("shards", total=None)
+        faults = verify(
+            options.out,
+            decode=options.decode,
+            workers=options.workers,
+            on_shard=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{options.out}: {len(faults)} faults. Restore the files named above, or build again")
+    print(f"{options.out}: everything is as it was written")
 
 
-def _write_split(
-    folder: Path, split: str, sources: list[Source], samples_per_shard: int, workers: int, num_classes: int
-) -> dict:
-    """Write the shards and the index of one split. Returns its entry in the manifest."""
-    folder.mkdir()
-    parts = [sources[i : i + samples_per_shard] for i in range(0, len(sources), samples_per_shard)]
-    shards: list[Shard | None] = [None] * len(parts)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress, ProcessPoolExecutor(min(workers, len(parts))) as pool:
-        bar = progress.add_task(f"{split}: images", total=len(sources))
-        jobs = {
-            pool.submit(write_shard, folder / f"{split}-{number:05d}.tar", part): number
-            for number, part in enumerate(parts)
-        }
-        for job in as_completed(jobs):
-            shards[jobs[job]] = job.result()
-            progress.advance(bar, len(parts[jobs[job]]))
-    problems = [problem for shard in shards for problem in shard.problems]
-    if problems:
-        raise UserError(f"{len(problems)} images cannot be read; repair or remove them: {'; '.join(problems)}")
-    return _write_index(folder, shards, num_classes)
+def _info(options: argparse.Namespace) -> None:
+    table = Table(show_header=False, box=None)
+    for label, text in summarize(options.out).items():
+        table.add_row(f"[bold]{label}[/bold]", text)
+    Console().print(table)
 
 
-def _write_index(folder: Path, shards: list[Shard], num_classes: int) -> dict:
-    rows = [(number, *row) for number, shard in enumerate(shards) for row in shard.rows]
-    samples = np.array(rows, dtype=sample_dtype(max(len(row[-1]) for row in rows)))
-    buffer = io.BytesIO()
-    np.save(buffer, samples, allow_pickle=False)
-    _write_synced(folder / INDEX, buffer.getvalue())
-    index_sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
-    return {
-        "samples": len(samples),
-        "class_counts": np.bincount(samples["label"], minlength=num_classes).tolist(),
-        "index_sha256": index_sha256,
-        "digest": split_digest(index_sha256, [shard.entry["sha256"] for shard in shards]),
-        "shards": [shard.entry for shard in shards],
-    }
+def _counts(manifest: dict) -> str:
+    counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
+    audit = manifest["audit"]
+    notes = [f"{len(audit[note])} {note}" for note in ("repaired", "rejected") if audit[note]]
+    if audit["duplicates"]:
+        notes.append(f"{len(audit['duplicates'])} groups of duplicates")
+    return "; ".join([f"{counts} samples of {len(manifest['classes'])} classes", *notes])
 
 
-def write_shard(path: Path, sources: list[Source]) -> Shard:
-    """Write one tar and its DALI index, the same bytes on every machine. Images it cannot read become problems."""
-    sizes, problems = {}, []
-    with open(path, "wb") as file:
-        with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            for source in sources:
-                try:
-                    jpeg, height, width = to_jpeg(source.path.read_bytes())
-                except (OSError, SyntaxError, ValueError) as error:
-                    problems.append(f"{source.path} ({error})")
-                    continue
-                sizes[source.key] = (source.label, height, width)
-                tar.write({"__key__": source.key, "cls": str(source.label).encode(), "jpg": jpeg})
-        file.flush()
-        os.fsync(file.fileno())
-    members = _members(path)
-    lines = [f"v1.2 {len(members)}"]
-    lines += [
-        " ".join(f"{ext} {start} {num} {key}.{ext}" for ext, (start, num) in m.items()) for key, m in members.items()
-    ]
-    _write_synced(path.with_suffix(".idx"), "\n".join(lines).encode() + b"\n")
-    with open(path, "rb") as file:
-        sha256 = hashlib.sha256()
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    entry = {"name": path.name, "bytes": path.stat().st_size, "samples": len(sizes), "sha256": sha256.hexdigest()}
-    return Shard(entry, [(*members[key]["jpg"], *sizes[key], key.encode()) for key in sizes], problems)
+def _bar() -> ProgressBar:
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    return ProgressBar(*columns, console=Console(stderr=True))
 
 
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (offset, bytes) of the data, as found in the finished tar."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, extension = member.name.rpartition(".")
-            members.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    return members
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
 
+    build = commands.add_parser("build", help="convert; run it again to go on after an interruption")
+    build.add_argument("src", type=Path, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files")
+    build.add_argument("out", type=Path, help="dataset folder to make")
+    build.add_argument("--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)")
+    build.add_argument("--seed", type=int, default=0, help="of the order of the training samples (default 0)")
+    build.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
+    build.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
+    build.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
+    part = _part_from_environment()
+    build.add_argument("--part", type=_part, default=part, metavar="I/N", help="one machine's share")
+    build.set_defaults(run=_build)
 
-def to_jpeg(content: bytes) -> tuple[bytes, int, int]:
-    """An image file's content as JPEG, with height and width in pixels. The image is decoded once, in full.
+    merge = commands.add_parser("merge", help="finish a conversion that several machines shared")
+    merge.add_argument("out", type=Path)
+    merge.set_defaults(run=_merge)
 
-    RGB and grayscale JPEGs keep their bytes; everything else becomes an RGB JPEG of quality 95 without chroma
-    subsampling.
+    index = commands.add_parser("index", help="index existing WebDataset tars without rewriting them")
+    index.add_argument("root", type=Path, help="folder with train/*.tar and, if there is one, val/*.tar")
+    index.set_defaults(run=_index)
 
-    Raises:
-      OSError, SyntaxError, ValueError: it is not an image that PIL can decode.
-    """
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling="4:4:4")
-        content = buffer.getvalue()
-    return content, image.height, image.width
+    check = commands.add_parser("verify", help="find whatever is not as it was written")
+    check.add_argument("out", type=Path)
+    check.add_argument("--decode", action="store_true", help="also decode every image")
+    check.set_defaults(run=_verify)
 
+    info = commands.add_parser("info", help="what a dataset holds")
+    info.add_argument("out", type=Path)
+    info.set_defaults(run=_info)
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    for command in (build, merge, index):
+        text = "images that cannot be used: fail after having looked at everything (default), or leave them out"
+        command.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help=text)
+    for command in (build, index):
+        command.add_argument("--no-audit", dest="audit", action="store_false", help="read headers only, decode nothing")
+    for command in (build, index, check):
+        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: cores)")
+    return parser.parse_args(arguments)
 
 
 def _positive(text: str) -> int:
@@ -245,27 +179,23 @@ def _positive(text: str) -> int:
     return number
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("build", help="convert an image folder")
-    command.add_argument("src", type=Path, help="folder with train/CLASS/* and, if there is one, val/CLASS/*")
-    command.add_argument("out", type=Path, help="dataset folder to make; must not exist")
-    command.add_argument("--seed", type=int, default=0, help="of the order of the training samples (default 0)")
-    command.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
-    command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: one a core)")
-    options = parser.parse_args(arguments)
-    with exit_on_user_error():
-        manifest = build(
-            options.src,
-            options.out,
-            seed=options.seed,
-            samples_per_shard=options.samples_per_shard,
-            workers=options.workers,
-        )
-    counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
-    print(f"{options.out}: {counts} samples of {len(manifest['classes'])} classes")
+def _part(text: str) -> tuple[int, int]:
+    """'2/4' -> (1, 4)."""
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not I/N, as in 1/4") from None
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: I runs from 1 to N")
+    return part - 1, parts
+
+
+def _part_from_environment() -> tuple[int, int]:
+    """This process's share under torchrun or srun; the whole elsewhere."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
 
 
 if __name__ == "__main__":

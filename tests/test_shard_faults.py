@@ -1,0 +1,309 @@
+"""A conversion survives whatever stops it, and verify finds whatever happens to a dataset afterwards."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import photographs
+from test_shard_imagenet import TOOL, convert, tree
+
+from pipelines.errors import UserError
+from pipelines.index import read_index
+from tools.shard_imagenet import main
+from tools.sharding.verify import verify
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[Path, list[str], Path]:
+    """A folder of 240 photographs, the command that converts it into 24 shards, and the clean result."""
+    root = tmp_path_factory.mktemp("many")
+    for i in range(240):
+        name, image, _ = photographs()[i % 10]
+        path = root / "src" / ("train" if i % 6 else "val") / f"class{i % 3}" / f"{name}-{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.rotate(i).convert("RGB").save(path, quality=90)
+    command = [*TOOL, "build", str(root / "src"), "--samples-per-shard", "10", "--workers", "2"]
+    subprocess.run([*command[:4], str(root / "clean"), *command[4:]], check=True, capture_output=True)
+    return root / "src", command, root / "clean"
+
+
+def start(command: list[str], out: Path, **popen) -> subprocess.Popen:
+    """The conversion in a session of its own, once it has begun to write."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([*command[:4], str(out), *command[4:]], **pipes, **popen)
+    partial = out.with_name(f"{out.name}.partial")
+    while not (partial / "records").exists() and not out.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    return process
+
+
+def complete(command: list[str], out: Path) -> None:
+    subprocess.run([*command[:4], str(out), *command[4:]], check=True, capture_output=True, timeout=120)
+
+
+def assert_clean(out: Path, clean: Path) -> None:
+    assert tree(out) == tree(clean)
+    assert not out.with_name(f"{out.name}.partial").exists()
+
+
+def kill_at_random_moments(many, folder: Path, count: int, seed: int) -> int:
+    """Kill `count` conversions, each somewhere between its first shard and its end. Returns how many were cut short."""
+    _, command, clean = many
+    moments = random.Random(seed)
+    cut_short = 0
+    process = start(command, folder / "timed")
+    begun_s = time.perf_counter()
+    process.wait()
+    duration_s = time.perf_counter() - begun_s
+    for i in range(count):
+        out = folder / str(i)
+        process = start(command, out)
+        time.sleep(moments.uniform(0, duration_s))
+        # all of its processes, or the first alone: its workers must notice
+        (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.wait()
+        cut_short += not out.exists()
+        complete(command, out)
+        assert_clean(out, clean)
+        shutil.rmtree(out)
+    return cut_short
+
+
+def test_a_conversion_killed_at_any_moment_is_completed_byte_identically(many, tmp_path):
+    assert kill_at_random_moments(many, tmp_path, count=3, seed=0) >= 1
+
+
+@pytest.mark.long
+def test_30_conversions_killed_at_random_moments_are_completed_byte_identically(many, tmp_path):
+    cut_short = kill_at_random_moments(many, tmp_path, count=30, seed=1)
+    print(f"30 killed, {cut_short} of them before they were done; 30 completed, byte-identical to the clean one")
+    assert cut_short >= 20
+
+
+def test_finished_shards_are_not_written_again(many, tmp_path):
+    _, command, clean = many
+    out = tmp_path / "out"
+    process = start(command, out)
+    records = tmp_path / "out.partial" / "records"
+    while len(done := list(records.rglob("*.json"))) < 4:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shards = [tmp_path / "out.partial" / path.parent.name / f"{path.stem}.tar" for path in done]
+    written = {path.name: path.stat().st_mtime_ns for path in shards}
+    complete(command, out)
+    assert_clean(out, clean)
+    assert {name: (out / name.split("-")[0] / name).stat().st_mtime_ns for name in written} == written
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_so(many, tmp_path):
+    _, command, clean = many
+    process = start(command, tmp_path / "out")
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted. Run the same command again" in error and "Traceback" not in error
+    complete(command, tmp_path / "out")
+    assert_clean(tmp_path / "out", clean)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The processes of its session that run no program of their own name: children of the fork server."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != process.pid:
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(fields[3]) == process.pid and "forkserver" in command and int(fields[1]) != process.pid:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_lost_worker_is_told_and_nothing_is_lost(many, tmp_path):
+    _, command, clean = many
+    process = start(command, tmp_path / "out")
+    while not (workers := workers_of(process)):
+        assert process.poll() is None, process.stderr.read()
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a worker was killed" in error and "Traceback" not in error
+    complete(command, tmp_path / "out")
+    assert_clean(tmp_path / "out", clean)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(many, tmp_path):
+    """A limit on the size of files stands for the full disk: write() fails in the same place."""
+    _, command, clean = many
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    out = tmp_path / "out"
+    full = [*command[:4], str(out), *command[4:]]
+    done = subprocess.run(full, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr and "Run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists() and not list(tmp_path.rglob("*.tar")) and not list(tmp_path.rglob("*.tar.*.partial"))
+    complete(command, out)
+    assert_clean(out, clean)
+
+
+def test_two_at_once_do_not_get_into_each_others_way(many, tmp_path):
+    _, command, clean = many
+    process = start(command, tmp_path / "out")
+    second = subprocess.run([*command[:4], str(tmp_path / "out"), *command[4:]], capture_output=True, text=True)
+    process.wait()
+    assert second.returncode == 0 or "another process is already working on" in second.stderr
+    assert_clean(tmp_path / "out", clean)
+
+
+def test_a_process_killed_between_its_last_actions_is_completed(many, tmp_path):
+    _, command, clean = many
+    src = many[0]
+    # after the manifest, before the renaming
+    shutil.copytree(clean, tmp_path / "out.partial")
+    convert(src, tmp_path / "jobs", samples_per_shard=10, part=(0, 24))
+    shutil.copy(tmp_path / "jobs.partial" / "job.json", tmp_path / "out.partial" / "job.json")
+    complete(command, tmp_path / "out")
+    assert_clean(tmp_path / "out", clean)
+    # after the renaming
+    shutil.copy(tmp_path / "jobs.partial" / "job.json", tmp_path / "out" / "job.json")
+    complete(command, tmp_path / "out")
+    assert_clean(tmp_path / "out", clean)
+
+
+# --- verify ---
+
+
+@pytest.fixture
+def dataset(many, tmp_path) -> Path:
+    return shutil.copytree(many[2], tmp_path / "dataset")
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_an_untouched_dataset_has_no_faults(dataset, capsys):
+    assert verify(dataset, decode=True, workers=2) == []
+    main(["verify", str(dataset)])
+    assert "everything is as it was written" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_located(dataset):
+    index = read_index(dataset, "train")
+    path = index.paths[1]
+    row = index.samples[index.samples["shard"] == 1][3]
+    key, offset, nbytes = row["key"].decode(), int(row["offset"]), int(row["nbytes"])
+    end = -(-(offset + nbytes) // 512) * 512
+    places = {
+        offset - 512 * 3 + 5: f"sample {key}, bytes {offset - 1536} to {offset - 1024}: the tar header of {key}.cls",
+        offset - 512 * 3 + 140: f"sample {key}, bytes {offset - 1536} to {offset - 1024}: the tar header of {key}.cls",
+        offset - 512 * 2: f"sample {key}, bytes {offset - 1024} to {offset - 1023}: the content of {key}.cls",
+        offset - 512 - 3: f"byte {offset - 515}: the padding after {key}.cls",
+        offset - 512 + 130: f"sample {key}, bytes {offset - 512} to {offset}: the tar header of {key}.jpg",
+        offset: f"sample {key}, bytes {offset} to {offset + nbytes}: the content of {key}.jpg",
+        offset + nbytes // 2: f"sample {key}, bytes {offset} to {offset + nbytes}: the content of {key}.jpg",
+        end - 1: f"byte {end - 1}: the padding after {key}.jpg",
+        path.stat().st_size - 100: f"byte {path.stat().st_size - 100}: the end of the tar",
+    }
+    assert end > offset + nbytes  # this sample has padding
+    for position, expected in places.items():
+        flip(path, position)
+        (fault,) = verify(dataset)
+        assert str(fault) == f"train/train-00001.tar: {expected} is damaged"
+        flip(path, position)
+    assert verify(dataset) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train/index.npy", "train/train-00002.idx", "val/val-00000.tar"])
+def test_a_flipped_bit_at_random_places_of_every_kind_of_file_is_found(dataset, name, capsys):
+    path = dataset / name
+    places = random.Random(name)
+    for _ in range(10):
+        position = places.randrange(path.stat().st_size)
+        flip(path, position)
+        with pytest.raises(SystemExit) as done:
+            main(["verify", str(dataset)])
+        said = "".join(capsys.readouterr())
+        assert done.value.code == 1 and name in said, (position, said)
+        flip(path, position)
+
+
+@pytest.mark.parametrize("keep", [0, 511, 20_000, -1])
+def test_a_truncated_shard_is_found_with_the_sample_where_it_ends(dataset, keep):
+    path = dataset / "train" / "train-00003.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    faults = [str(fault) for fault in verify(dataset)]
+    size = len(whole[:keep])
+    assert f"train/train-00003.tar: {size} bytes, the manifest says {len(whole)}" in faults
+    if keep >= 0:
+        assert any(f"byte {size}: the shard ends here" in fault for fault in faults)
+
+
+def test_swapped_shards_and_indices_and_missing_and_foreign_files_are_found(dataset):
+    train = dataset / "train"
+    swapped = shutil.copytree(dataset, dataset.with_name("swapped"))
+    shutil.copy(train / "train-00000.tar", swapped / "train" / "train-00001.tar")
+    assert any(fault.file == "train/train-00001.tar" for fault in verify(swapped))
+    shutil.copy(train / "train-00001.tar", swapped / "train" / "train-00001.tar")
+    shutil.copy(train / "train-00000.idx", swapped / "train" / "train-00001.idx")
+    (fault,) = verify(swapped)
+    assert fault.file == "train/train-00001.idx" and fault.where.startswith("line ")
+    shutil.copy(dataset / "val" / "index.npy", swapped / "train" / "index.npy")
+    assert {fault.file for fault in verify(swapped)} == {"train/train-00001.idx", "train/index.npy"}
+    for name in ("train-00004.tar", "train-00005.idx", "index.npy"):
+        (train / name).unlink()
+    (train / "train-99999.tar").write_bytes(b"foreign")
+    assert {(fault.file, fault.what[:7]) for fault in verify(dataset)} == {
+        ("train/train-00004.tar", "missing"),
+        ("train/train-00004.idx", "is not "),
+        ("train/train-00005.idx", "missing"),
+        ("train/index.npy", "missing"),
+        ("train/train-99999.tar", "is not "),
+    } - {("train/train-00004.idx", "is not ")}
+
+
+def test_without_a_manifest_there_is_nothing_to_compare_with(dataset):
+    (dataset / "manifest.json").unlink()
+    with pytest.raises(UserError, match="manifest.json: not found"):
+        verify(dataset)
+
+
+def test_decoding_finds_what_hashes_cannot(tmp_path):
+    """An image that was damaged before the conversion, which had the audit switched off."""
+    src = tmp_path / "src" / "train" / "class"
+    src.mkdir(parents=True)
+    photographs()[0][1].save(src / "good.jpg")
+    (src / "bad.jpg").write_bytes((src / "good.jpg").read_bytes()[:3000])
+    convert(tmp_path / "src", tmp_path / "out", audit=False)
+    assert verify(tmp_path / "out") == []
+    (fault,) = verify(tmp_path / "out", decode=True)
+    assert "sample class/bad, bytes" in fault.where and "truncated" in fault.what
+
+
+def test_damage_in_indexed_foreign_tars_is_located_too(dataset, tmp_path):
+    root = tmp_path / "wds"
+    (root / "train").mkdir(parents=True)
+    shutil.copy(dataset / "train" / "train-00000.tar", root / "train" / "a.tar")
+    main(["index", str(root), "--workers", "1"])
+    row = read_index(root, "train").samples[2]
+    flip(root / "train" / "a.tar", int(row["offset"]) + 50)
+    (fault,) = verify(root)
+    assert fault.where.startswith(f"sample {row['key'].decode()}, bytes {row['offset']}")

@@ -1,0 +1,142 @@
+"""One image on its way into a shard: looked at, repaired or refused, shrunk if asked."""
+
+import dataclasses
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+TINY_PX = 32  # a shorter side below this is reported
+MAX_PIXELS = 1 << 27  # 134 megapixels; larger ones are refused before they are decoded
+_EXIF_ORIENTATION = 0x0112
+# Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
+_PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
+
+
+class RejectedImageError(ValueError):
+    """An image that cannot be used; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """What is done to an image; part of what a conversion is.
+
+    Attributes:
+      audit: decode every image in full; without it only headers are read, and damage behind them stays unnoticed.
+      resize_short: images with a longer short side are shrunk to this many pixels; 0 leaves all sizes alone.
+      quality: JPEG quality of shrunk images.
+    """
+
+    audit: bool = True
+    resize_short: int = 0
+    quality: int = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedImage:
+    """A JPEG that every pipeline decodes alike.
+
+    Attributes:
+      jpeg: RGB or grayscale, baseline or progressive.
+      height, width: pixels as stored.
+      repaired: what was wrong with the source, or None where its bytes were taken as they are or only shrunk.
+      resized: whether it was shrunk.
+      orientation: EXIF orientation of the source, 1 where it has none; recorded, never applied (0 to 255).
+    """
+
+    jpeg: bytes
+    height: int
+    width: int
+    repaired: str | None
+    resized: bool
+    orientation: int
+
+
+def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
+    """Look at an image file's content and make a plain JPEG of it.
+
+    RGB and grayscale JPEGs in baseline or progressive coding keep their bytes. Anything else that PIL decodes becomes
+    an RGB JPEG of quality 95 without chroma subsampling, as `Image.convert("RGB")` gives it: what a loader of the image
+    folder would have shown the model.
+
+    Raises:
+      RejectedImageError: empty, not an image, truncated, damaged, or of absurd dimensions.
+    """
+    if not content:
+        raise RejectedImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise RejectedImageError(f"absurd dimensions: {image.width} x {image.height}")
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            repaired = _misfit(image, content)
+            shrink = 0 < options.resize_short < min(image.size)
+            if options.audit or repaired or shrink:
+                image.load()
+            if not repaired and not shrink:
+                return CheckedImage(content, image.height, image.width, None, False, _small_int(orientation))
+            pixels = _plain(image)
+            quality, subsampling = 95, "4:4:4"
+            if shrink:
+                pixels = _shrink(pixels, options.resize_short)
+                quality, subsampling = options.quality, "4:2:0"
+            buffer = io.BytesIO()
+            pixels.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    except RejectedImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise RejectedImageError("not an image") from error
+    except Image.DecompressionBombError as error:
+        raise RejectedImageError(f"absurd dimensions: {error}") from error
+    except Exception as error:  # PIL's plugins raise whatever a damaged file leads them to
+        raise RejectedImageError(f"cannot be decoded: {error}") from error
+    return CheckedImage(buffer.getvalue(), pixels.height, pixels.width, repaired, shrink, _small_int(orientation))
+
+
+def _misfit(image: Image.Image, content: bytes) -> str | None:
+    """What keeps an image's bytes from being used as they are, or None."""
+    if image.format not in ("JPEG", "MPO"):
+        return f"{image.format} image, mode {image.mode}"
+    if image.mode not in ("RGB", "L"):
+        return f"JPEG of mode {image.mode}"
+    frame = _frame_marker(content)
+    return None if frame in _PLAIN_FRAMES else f"JPEG coding SOF{(frame or 0xC0) - 0xC0}"
+
+
+def _frame_marker(content: bytes) -> int | None:
+    """The marker of a JPEG's frame header, which says how it is coded. Source: ITU-T T.81, table B.1."""
+    position = 2
+    while position + 4 <= len(content):
+        if content[position] != 0xFF:
+            return None
+        marker = content[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker
+        else:
+            position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return None
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """RGB in 8 bits; grayscale JPEGs stay grayscale."""
+    if image.mode.startswith("I"):
+        # 16 bits a pixel: PIL would cut off at 255 where everybody expects the upper eight bits
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "L" and image.format == "JPEG":
+        return image
+    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+
+
+def _shrink(image: Image.Image, short: int) -> Image.Image:
+    scale = short / min(image.size)
+    size = tuple(max(short, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _small_int(value) -> int:
+    return int(value) if isinstance(value, int) and 0 <= value < 256 else 1

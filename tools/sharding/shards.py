@@ -1,0 +1,198 @@
+"""One shard: a tar, its DALI index, and a record of what went in. Complete once the record is there."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import webdataset
+
+from pipelines.errors import UserError
+from tools.sharding.images import TINY_PX, ImageOptions, RejectedImageError, check_image
+from tools.sharding.sources import Entry
+
+BLOCK = 512  # of a tar
+HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
+
+
+@dataclasses.dataclass
+class ShardRecord:
+    """What is known of a finished shard.
+
+    Attributes:
+      entry: its entry in the manifest: name, bytes, samples, sha256.
+      rows: [samples] with the fields of pipelines.index.sample_dtype but the shard, in the order of the tar.
+      notes: repaired and rejected, each a list of samples with reasons; tiny, a list of keys; resized, a number.
+    """
+
+    entry: dict
+    rows: list[dict]
+    notes: dict
+
+
+def write_shard(
+    path: Path,
+    records: Path,
+    entries: Iterable[Entry],
+    read: Callable[[str], bytes],
+    options: ImageOptions,
+    on_image: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Write a shard and then its record, the same bytes on every machine.
+
+    A process that dies leaves a file with its process number in the name and nothing else.
+
+    Args:
+      path: of the tar.
+      records: folder for the record, which gets the tar's name.
+      entries: the samples, in the order in which they are written.
+      read: location -> the source's bytes.
+      on_image: told the bytes of every image that was looked at.
+    Raises:
+      UserError: a source cannot be read at all (which says nothing about the image).
+      OSError: the shard cannot be written.
+    """
+    rows, hashes = [], []
+    notes: dict = {"repaired": [], "rejected": [], "tiny": [], "resized": 0}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+                for entry in entries:
+                    content = _read(entry, read)
+                    on_image(len(content))
+                    try:
+                        image = check_image(content, options)
+                    except RejectedImageError as error:
+                        source = entry.location.partition("\n")[0]
+                        notes["rejected"].append({"sample": entry.key, "source": source, "reason": str(error)})
+                        continue
+                    _note(notes, entry.key, image)
+                    tar.write({"__key__": entry.key, "cls": str(entry.label).encode(), "jpg": image.jpeg})
+                    hashes.append(hashlib.sha256(content).digest()[:HASH_BYTES])
+                    rows.append(
+                        {
+                            "key": entry.key,
+                            "nbytes": len(image.jpeg),
+                            "label": entry.label,
+                            "height": image.height,
+                            "width": image.width,
+                            "crc32": zlib.crc32(image.jpeg),
+                            "orientation": image.orientation,
+                        }
+                    )
+            file.flush()
+            os.fsync(file.fileno())
+        members = tar_members(partial)
+        for row in rows:
+            row["offset"] = members[row["key"]]["jpg"][0]
+        entry = {"name": path.name, "bytes": partial.stat().st_size, "samples": len(rows), "sha256": sha256_of(partial)}
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    write_synced(path.with_suffix(".idx"), dali_index(members))
+    write_record(records / f"{path.stem}.json", ShardRecord(entry, rows, notes), hashes)
+
+
+def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
+    try:
+        return read(entry.location)
+    except OSError as error:
+        source = entry.location.partition("\n")[0]
+        raise UserError(
+            f"{source}: cannot be read ({error.strerror or error}). Mend that and run the same command again"
+        ) from error
+
+
+def _note(notes: dict, key: str, image) -> None:
+    if image.repaired:
+        notes["repaired"].append({"sample": key, "reason": image.repaired})
+    if min(image.height, image.width) < TINY_PX:
+        notes["tiny"].append(key)
+    notes["resized"] += image.resized
+
+
+def write_record(path: Path, record: ShardRecord, hashes: list[bytes]) -> None:
+    """Write a record, which makes the shard complete, and beside it the hash of each sample's source."""
+    write_synced(path.with_suffix(".sha256"), b"".join(hashes))
+    write_synced(path, json.dumps(dataclasses.asdict(record)).encode())
+
+
+def read_record(path: Path) -> ShardRecord:
+    """The record of a finished shard."""
+    return ShardRecord(**json.loads(path.read_text()))
+
+
+def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> extension -> (offset, bytes) of the data, as found in the headers of a tar.
+
+    Raises:
+      UserError: it is not an uncompressed tar, or its headers are damaged.
+    """
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, extension = name.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    members.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path}: not an uncompressed tar, or damaged ({error}). Restore it") from error
+    return members
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """What stands before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    return info.tobuf()
+
+
+def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+    """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it (v1.2)."""
+    lines = [f"v1.2 {len(members)}"]
+    for key, parts in members.items():
+        lines.append(
+            " ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, (offset, size) in parts.items())
+        )
+    return "\n".join(lines).encode() + b"\n"
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Replace a file's content, all or nothing, and on the disk when this returns."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
