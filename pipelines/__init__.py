@@ -1,14 +1,18 @@
 """The augmented dataset as a pure function: a plan in numpy, and pipelines that carry it out."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from pipelines.batch import Batch
 from pipelines.errors import UserError
-from pipelines.index import ShardIndex
-from pipelines.plan import BatchPlan
+
+if TYPE_CHECKING:  # planning and sharding need no torch, and start faster without it
+    import torch
+
+    from pipelines.batch import Batch
+    from pipelines.index import ShardIndex
+    from pipelines.plan import BatchPlan
 
 PIPELINES = ("auto", "dali", "torchvision", "synthetic")
 

@@ -109,6 +109,13 @@ def test_dali_reads_the_shards_through_their_idx_files(digits):
         assert int(bytes(np.array(labels.at(i)))) == index.samples["label"][i]
 
 
+def test_the_idx_files_are_what_dalis_own_tool_writes(digits, tmp_path):
+    for shard in sorted(digits.rglob("*.tar")):
+        command = [Path(sys.executable).with_name("wds2idx"), shard, tmp_path / "own.idx"]
+        subprocess.run(command, check=True, capture_output=True)
+        assert (tmp_path / "own.idx").read_text().split() == shard.with_suffix(".idx").read_text().split()
+
+
 def test_plain_tar_lists_the_shards(digits):
     index = read_index(digits, "val")
     listed = subprocess.run(["tar", "tf", index.paths[0]], capture_output=True, text=True, check=True).stdout.split()

@@ -65,26 +65,16 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
     """
     if not content:
         raise RejectedImageError("empty file")
+    header = read_jpeg_header(content)
+    plain = header is not None and header.frame in _PLAIN_FRAMES and header.components in (1, 3)
+    if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
+        _refuse_absurd(header.width, header.height)
+        orientation = _orientation(Image.open(io.BytesIO(content))) if header.has_exif else 1
+        return CheckedImage(content, header.height, header.width, None, False, orientation)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
-            image = Image.open(io.BytesIO(content))
-            if image.width * image.height > MAX_PIXELS:
-                raise RejectedImageError(f"absurd dimensions: {image.width} x {image.height}")
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-            repaired = _misfit(image, content)
-            shrink = 0 < options.resize_short < min(image.size)
-            if options.audit or repaired or shrink:
-                image.load()
-            if not repaired and not shrink:
-                return CheckedImage(content, image.height, image.width, None, False, _small_int(orientation))
-            pixels = _plain(image)
-            quality, subsampling = 95, "4:4:4"
-            if shrink:
-                pixels = _shrink(pixels, options.resize_short)
-                quality, subsampling = options.quality, "4:2:0"
-            buffer = io.BytesIO()
-            pixels.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+            return _decode(content, header, plain, options)
     except RejectedImageError:
         raise
     except UnidentifiedImageError as error:
@@ -93,31 +83,80 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         raise RejectedImageError(f"absurd dimensions: {error}") from error
     except Exception as error:  # PIL's plugins raise whatever a damaged file leads them to
         raise RejectedImageError(f"cannot be decoded: {error}") from error
-    return CheckedImage(buffer.getvalue(), pixels.height, pixels.width, repaired, shrink, _small_int(orientation))
 
 
-def _misfit(image: Image.Image, content: bytes) -> str | None:
-    """What keeps an image's bytes from being used as they are, or None."""
-    if image.format not in ("JPEG", "MPO"):
+def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: ImageOptions) -> CheckedImage:
+    image = Image.open(io.BytesIO(content))
+    _refuse_absurd(*image.size)
+    orientation = _orientation(image) if header is None or header.has_exif else 1
+    image.load()
+    repaired = None if plain and image.mode in ("RGB", "L") else _misfit(image, header)
+    shrink = 0 < options.resize_short < min(image.size)
+    if not repaired and not shrink:
+        return CheckedImage(content, image.height, image.width, None, False, orientation)
+    pixels = _plain(image)
+    quality, subsampling = 95, "4:4:4"
+    if shrink:
+        pixels = _shrink(pixels, options.resize_short)
+        quality, subsampling = options.quality, "4:2:0"
+    buffer = io.BytesIO()
+    pixels.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return CheckedImage(buffer.getvalue(), pixels.height, pixels.width, repaired, shrink, orientation)
+
+
+def _refuse_absurd(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise RejectedImageError(f"absurd dimensions: {width} x {height}")
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 0 <= value < 256 else 1
+
+
+def _misfit(image: Image.Image, header: "JpegHeader | None") -> str:
+    """What keeps an image's bytes from being used as they are."""
+    if header is None or image.format not in ("JPEG", "MPO"):
         return f"{image.format} image, mode {image.mode}"
     if image.mode not in ("RGB", "L"):
         return f"JPEG of mode {image.mode}"
-    frame = _frame_marker(content)
-    return None if frame in _PLAIN_FRAMES else f"JPEG coding SOF{(frame or 0xC0) - 0xC0}"
+    return f"JPEG coding SOF{header.frame - 0xC0}"
 
 
-def _frame_marker(content: bytes) -> int | None:
-    """The marker of a JPEG's frame header, which says how it is coded. Source: ITU-T T.81, table B.1."""
-    position = 2
-    while position + 4 <= len(content):
+@dataclasses.dataclass(frozen=True)
+class JpegHeader:
+    """What a JPEG says of itself before its pixels.
+
+    Attributes:
+      frame: the marker of the frame header, 0xC0 to 0xCF: how it is coded.
+      height, width: pixels.
+      components: 1 is grayscale, 3 colour, 4 CMYK.
+      has_exif: whether there is an EXIF segment.
+    """
+
+    frame: int
+    height: int
+    width: int
+    components: int
+    has_exif: bool
+
+
+def read_jpeg_header(content: bytes) -> JpegHeader | None:
+    """The header of a JPEG, or None where the content is none. Source: ITU-T T.81, tables B.1 and B.2."""
+    if content[:2] != b"\xff\xd8":
+        return None
+    position, has_exif = 2, False
+    while position + 10 <= len(content):
         if content[position] != 0xFF:
             return None
         marker = content[position + 1]
-        if marker == 0xFF:  # fill byte
+        if marker == 0xFF:  # a fill byte
             position += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker
+            height, width = (int.from_bytes(content[position + i : position + i + 2], "big") for i in (5, 7))
+            return JpegHeader(marker, height, width, content[position + 9], has_exif)
         else:
+            has_exif |= marker == 0xE1 and content[position + 4 : position + 8] == b"Exif"
             position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     return None
 
@@ -136,7 +175,3 @@ def _shrink(image: Image.Image, short: int) -> Image.Image:
     scale = short / min(image.size)
     size = tuple(max(short, round(side * scale)) for side in image.size)
     return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _small_int(value) -> int:
-    return int(value) if isinstance(value, int) and 0 <= value < 256 else 1

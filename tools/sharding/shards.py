@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import webdataset
 
@@ -58,10 +59,12 @@ def write_shard(
     """
     rows, hashes = [], []
     notes: dict = {"repaired": [], "rejected": [], "tiny": [], "resized": 0}
+    members: dict[str, dict[str, tuple[int, int]]] = {}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            hashing = _HashingFile(file)
+            with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
                 for entry in entries:
                     content = _read(entry, read)
                     on_image(len(content))
@@ -72,11 +75,12 @@ def write_shard(
                         notes["rejected"].append({"sample": entry.key, "source": source, "reason": str(error)})
                         continue
                     _note(notes, entry.key, image)
-                    tar.write({"__key__": entry.key, "cls": str(entry.label).encode(), "jpg": image.jpeg})
+                    members[entry.key] = _write_sample(tar, entry, image.jpeg)
                     hashes.append(hashlib.sha256(content).digest()[:HASH_BYTES])
                     rows.append(
                         {
                             "key": entry.key,
+                            "offset": members[entry.key]["jpg"][0],
                             "nbytes": len(image.jpeg),
                             "label": entry.label,
                             "height": image.height,
@@ -87,16 +91,37 @@ def write_shard(
                     )
             file.flush()
             os.fsync(file.fileno())
-        members = tar_members(partial)
-        for row in rows:
-            row["offset"] = members[row["key"]]["jpg"][0]
-        entry = {"name": path.name, "bytes": partial.stat().st_size, "samples": len(rows), "sha256": sha256_of(partial)}
+        sha256 = hashing.sha256.hexdigest()
+        entry = {"name": path.name, "bytes": hashing.num_bytes, "samples": len(rows), "sha256": sha256}
         partial.rename(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     write_synced(path.with_suffix(".idx"), dali_index(members))
     write_record(records / f"{path.stem}.json", ShardRecord(entry, rows, notes), hashes)
+
+
+class _HashingFile:
+    """Hashes what is written to a file on its way."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        return self._file.write(content)
+
+
+def _write_sample(tar: webdataset.TarWriter, entry: Entry, jpeg: bytes) -> dict[str, tuple[int, int]]:
+    """Write one sample. Returns extension -> (offset, bytes) of its parts."""
+    label = str(entry.label).encode()
+    label_offset = tar.tarstream.offset + len(tar_header(f"{entry.key}.cls", len(label)))
+    tar.write({"__key__": entry.key, "cls": label, "jpg": jpeg})
+    jpeg_offset = tar.tarstream.offset - len(jpeg) - -len(jpeg) % BLOCK
+    return {"cls": (label_offset, len(label)), "jpg": (jpeg_offset, len(jpeg))}
 
 
 def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
@@ -120,7 +145,7 @@ def _note(notes: dict, key: str, image) -> None:
 def write_record(path: Path, record: ShardRecord, hashes: list[bytes]) -> None:
     """Write a record, which makes the shard complete, and beside it the hash of each sample's source."""
     write_synced(path.with_suffix(".sha256"), b"".join(hashes))
-    write_synced(path, json.dumps(dataclasses.asdict(record)).encode())
+    write_synced(path, json.dumps(vars(record)).encode())
 
 
 def read_record(path: Path) -> ShardRecord:
