@@ -28,4 +28,4 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -10,10 +10,12 @@ from pipelines.errors import UserError
 if TYPE_CHECKING:  # planning and sharding need no torch, and start faster without it
     import torch
 
+    from pipelines.augment import AugmentConfig
     from pipelines.batch import Batch
     from pipelines.index import ShardIndex
     from pipelines.plan import BatchPlan
 
+NO_RANDAUGMENT = "the DALI pipeline has no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
 PIPELINES = ("auto", "dali", "torchvision", "synthetic")
 
 
@@ -31,15 +33,21 @@ def resolve_pipeline(name: str, device: torch.device) -> str:
     return name if name != "auto" else "dali" if device.type == "cuda" else "torchvision"
 
 
+def refuse_missing_stages(name: str, augment: AugmentConfig, device: torch.device) -> None:
+    """Raise a UserError if a pipeline cannot carry out an augmentation, before anything is built."""
+    if resolve_pipeline(name, device) == "dali" and augment.randaugment_ops and augment.randaugment_prob:
+        raise UserError(NO_RANDAUGMENT)
+
+
 def open_pipeline(
     name: str,
     index: ShardIndex,
     *,
     device: torch.device,
     threads: int,
-    prefetch: int = 2,
-    decode: str = "roi",
-    hw_decoder_load: float = 0.65,
+    prefetch: int,
+    decode: str,
+    hw_decoder_load: float,
 ) -> Pipeline:
     """A pipeline by name. Imports only what it needs, so a machine without DALI can use the others.
 
@@ -61,7 +69,7 @@ def open_pipeline(
     except ImportError as error:
         raise UserError(
             f"data.pipeline is 'dali', which cannot be imported ({error}): "
-            "pip install 'nvidia-dali-cuda120>=2.2,<2.3', or use --data.pipeline torchvision"
+            "pip install nvidia-dali-cuda120 in the version that setup.cfg names, or use --data.pipeline torchvision"
         ) from error
     return DaliPipeline(
         index,

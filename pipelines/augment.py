@@ -38,7 +38,7 @@ class AugmentConfig:
       cutmix_alpha: Beta parameter of CutMix's lambda; 0 switches CutMix off.
       mix_prob: probability that a group is mixed at all.
       cutmix_prob: probability of CutMix where both are on.
-      mix_group: positions that share one mixing draw, and the images of one batch-normalisation batch.
+      mix_group: positions that share one mixing draw; also one batch of BatchNorm, unless run.micro_batch is larger.
     """
 
     repeats: int = 3

@@ -1,5 +1,6 @@
 """The batch: what every pipeline hands to the training step."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -32,18 +33,50 @@ class Batch:
     mix_group: int
 
 
-def make_batch(images: torch.Tensor, plan: BatchPlan, index: ShardIndex) -> Batch:
-    """Pixels and the rest of their plan, on the pixels' device."""
+class BatchMaker:
+    """Puts pixels and the rest of their plan together on the device, in memory of their own.
 
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(images.device, non_blocking=True)
+    On a GPU the copies run in a stream of their own, so that neither they nor waiting for them has to do with the
+    training step, which runs in the device's default stream. Used from one background thread.
+    """
 
-    return Batch(
-        images=images,
-        labels=on_device(index.samples["label"][plan.sample]),
-        lam=on_device(plan.lam),
-        box=on_device(plan.box),
-        valid=on_device(plan.valid),
-        position=plan.position,
-        mix_group=plan.mix_group,
-    )
+    def __init__(self, index: ShardIndex, device: torch.device):
+        self._index = index
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def stream(self) -> contextlib.AbstractContextManager:
+        """The copies' stream; whoever shares memory with another library does so inside."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def make(self, images: torch.Tensor, plan: BatchPlan) -> Batch:
+        """The batch, complete when this returns.
+
+        Args:
+          images: uint8 [B, S, S, 3] on the CPU or the device; taken over where it is on the CPU already, copied where
+            it is on the device.
+        """
+        with self.stream():
+            batch = Batch(
+                images=self._pixels(images),
+                labels=self._on_device(self._index.samples["label"][plan.sample]),
+                lam=self._on_device(plan.lam),
+                box=self._on_device(plan.box),
+                valid=self._on_device(plan.valid),
+                position=plan.position,
+                mix_group=plan.mix_group,
+            )
+        if self._stream is not None:
+            self._stream.synchronize()
+            for tensor in (batch.images, batch.labels, batch.lam, batch.box, batch.valid):
+                # the memory may be used again only after what the training step has enqueued
+                tensor.record_stream(torch.cuda.default_stream(self._device))
+        return batch
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        if self._stream is None:
+            return images
+        return images.clone() if images.is_cuda else images.pin_memory().to(self._device, non_blocking=True)
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -12,7 +12,7 @@ from timm.data import auto_augment as timm_ops
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import Op
-from pipelines.batch import Batch, make_batch
+from pipelines.batch import Batch, BatchMaker
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
@@ -34,7 +34,7 @@ class TorchvisionPipeline:
 
     def __init__(self, index: ShardIndex, *, device: torch.device, threads: int, prefetch: int):
         self._index = index
-        self._device = device
+        self._maker = BatchMaker(index, device)
         self._threads = threads
         self._prefetch = prefetch
         self._reader = ShardReader(index)
@@ -68,10 +68,7 @@ class TorchvisionPipeline:
     def _finish(self, plan: BatchPlan, images: np.ndarray, rows: list[Future]) -> Batch:
         for row in rows:
             row.result()
-        pixels = torch.from_numpy(images)
-        if self._device.type == "cuda":
-            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        return make_batch(pixels, plan, self._index)
+        return self._maker.make(torch.from_numpy(images), plan)
 
     def _fill(self, images: np.ndarray, plan: BatchPlan, row: int) -> None:
         sample = int(plan.sample[row])

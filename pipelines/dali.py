@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines.batch import Batch, make_batch
+from pipelines import NO_RANDAUGMENT
+from pipelines.batch import Batch, BatchMaker
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
@@ -48,11 +49,12 @@ class DaliPipeline:
         device: torch.device,
         threads: int,
         prefetch: int,
-        decode: str = "roi",
-        hw_decoder_load: float = 0.65,
+        decode: str,
+        hw_decoder_load: float,
     ):
         self._index = index
         self._device = device
+        self._maker = BatchMaker(index, device)
         self._threads = threads
         self._prefetch = prefetch
         self._decode = decode
@@ -69,6 +71,8 @@ class DaliPipeline:
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this background thread
         for graph, same_shape in itertools.groupby(plans, _graph):
             yield from self._run(graph, same_shape)
 
@@ -102,16 +106,17 @@ class DaliPipeline:
                 return
             except RuntimeError as error:
                 raise self._failure(in_flight[0][0], error) from error
-            images = self._copy(torch.from_dlpack(output.as_tensor()))
+            with self._maker.stream():
+                shared = torch.from_dlpack(output.as_tensor())
+            # DALI writes a later batch into the same memory: the maker copies what is on a GPU, this what is not.
+            images = shared if shared.is_cuda else shared.clone()
             plan, _ = in_flight.popleft()
-            yield make_batch(images, plan, self._index)
+            yield self._maker.make(images, plan)
 
     def _inputs(self, plan: BatchPlan) -> tuple:
         """What the graph takes of a plan, in the order of its external source."""
         if plan.ops.any():
-            raise UserError(
-                "the DALI pipeline has no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
-            )
+            raise UserError(NO_RANDAUGMENT)
         self._reader.will_need(plan.sample)
         inputs = (
             self._reader.read(plan.sample),
@@ -120,20 +125,7 @@ class DaliPipeline:
             plan.resize.astype(np.float32),
             plan.flip.astype(np.int32),
         )
-        return (*inputs, plan.window) if _graph(plan).windowed else inputs
-
-    def _copy(self, shared: torch.Tensor) -> torch.Tensor:
-        """The pixels in memory of their own: DALI writes a later batch into the same place.
-
-        On a GPU the copy runs in a stream of its own, so that waiting for it does not wait for the training step.
-        """
-        if shared.device.type == "cpu":
-            return shared.clone()
-        stream = torch.cuda.Stream(shared.device)
-        with torch.cuda.stream(stream):
-            images = shared.clone()
-        stream.synchronize()
-        return images
+        return (*inputs, plan.window) if plan.windowed else inputs
 
     def _failure(self, plan: BatchPlan, error: RuntimeError) -> UserError:
         """DALI fails a whole batch and does not say which sample it was; the reference decoder does."""
@@ -149,8 +141,7 @@ class DaliPipeline:
 
 
 def _graph(plan: BatchPlan) -> _Graph:
-    windowed = bool((plan.resize != plan.image_size).any())
-    return _Graph(len(plan), plan.image_size, plan.interpolation, windowed)
+    return _Graph(len(plan), plan.image_size, plan.interpolation, plan.windowed)
 
 
 @pipeline_def

@@ -12,10 +12,15 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program with a UserError's message on stderr and exit code 1; every other error keeps its traceback."""
+    """Ends the program with a UserError's message on stderr and exit code 1; every other error keeps its traceback.
+
+    With USI_TRACEBACK=1 in the environment a UserError keeps it, too.
+    """
     try:
         yield
     except UserError as error:
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        if os.environ.get("USI_TRACEBACK"):
+            raise
+        rank = f"[rank {os.environ.get('RANK')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)

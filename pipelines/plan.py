@@ -16,6 +16,8 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.rng import Stream
 
+PLAN_VERSION = 1  # of this file's and augment.py's arithmetic: a run does not go on with another
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
@@ -40,6 +42,7 @@ class BatchPlan:
       lam: float32 [B], share of the row's own label after mixing.
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
+      windowed: whether there is a window to cut out at all; without, every crop is resized to the output's size.
     """
 
     position: int
@@ -57,6 +60,7 @@ class BatchPlan:
     lam: np.ndarray
     box: np.ndarray
     valid: np.ndarray
+    windowed: bool
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -103,6 +107,7 @@ class TrainPlan:
     def describe(self) -> dict:
         """Everything the plan depends on, as plain values. Equal descriptions mean equal plans."""
         return {
+            "plan_version": PLAN_VERSION,
             "dataset": self.index.digest,
             "seed": self.seed,
             "global_batch": self.global_batch,
@@ -143,6 +148,7 @@ class TrainPlan:
             lam=np.repeat(lam, group),
             box=np.repeat(box, group, axis=0),
             valid=np.ones(num, dtype=bool),
+            windowed=False,
         )
 
     def _samples(self, positions: np.ndarray) -> np.ndarray:
@@ -207,6 +213,7 @@ class EvalPlan:
             lam=np.ones(num, dtype=np.float32),
             box=np.zeros((num, 4), dtype=np.int32),
             valid=valid,
+            windowed=True,
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 
-_SPARE_FILES = 256  # open files that the rest of the process may need
+_files_needed = 512  # by the rest of the process, and then by every reader
 
 
 class ShardReader:
@@ -26,7 +26,7 @@ class ShardReader:
         self._index = index
         self._maps: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(index.paths)
         self._lock = threading.Lock()
-        _allow_open_files(len(index.paths) + _SPARE_FILES)
+        _allow_open_files(len(index.paths))
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
         """The bytes of each sample: uint8 [nbytes] views, valid for as long as they are referenced.
@@ -38,8 +38,9 @@ class ShardReader:
         return [self._view(*row) for row in zip(*self._columns(rows), strict=True)]
 
     def will_need(self, samples: np.ndarray) -> None:
-        """Start reading the samples' pages from storage; returns at once."""
+        """Start reading the samples' pages from storage; returns at once. Raises as `read`."""
         for shard, offset, nbytes in zip(*self._columns(self._index.samples[samples]), strict=True):
+            self._view(shard, offset, nbytes)
             start = offset - offset % mmap.PAGESIZE
             self._open(shard)[0].madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
 
@@ -74,16 +75,19 @@ class ShardReader:
 
 
 def _allow_open_files(num: int) -> None:
-    # A mapped file stays open in Python, and a thousand shards exceed the usual soft limit of 1,024.
+    """Raise the soft limit for `num` more open files: a mapped file stays open in Python, and a thousand shards exceed
+    the usual limit of 1,024."""
+    global _files_needed
+    _files_needed += num
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= num:
+    if soft == resource.RLIM_INFINITY or soft >= _files_needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < num:
+    if hard != resource.RLIM_INFINITY and hard < _files_needed:
         raise UserError(
-            f"the dataset needs {num} open files, the system allows {hard}: raise it with 'ulimit -Hn {num}', "
-            "or build the dataset with larger shards"
+            f"the dataset needs {_files_needed} open files, the system allows {hard}: raise it with "
+            f"'ulimit -Hn {_files_needed}', or build the dataset with larger shards"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (num, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_files_needed, hard))
 
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pipelines import rng
-from pipelines.batch import Batch, make_batch
+from pipelines.batch import Batch, BatchMaker
 from pipelines.index import ShardIndex, sample_dtype
 from pipelines.plan import BatchPlan
 
@@ -27,7 +27,7 @@ class SyntheticPipeline:
     """The plan's labels and mixing with noise for pixels: the same noise every batch, made once on the device."""
 
     def __init__(self, index: ShardIndex, *, device: torch.device):
-        self._index = index
+        self._maker = BatchMaker(index, device)
         self._device = device
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
@@ -37,7 +37,7 @@ class SyntheticPipeline:
             shape = (len(plan), plan.image_size, plan.image_size, 3)
             if images.shape != shape:
                 images = torch.from_numpy(_noise(shape)).to(self._device)
-            yield make_batch(images, plan, self._index)
+            yield self._maker.make(images, plan)
 
 
 def _noise(shape: tuple[int, ...]) -> np.ndarray:

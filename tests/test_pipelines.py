@@ -1,31 +1,34 @@
 """The pipelines carry out the same plan: each stage against timm and PIL, and against each other."""
 
 import dataclasses
+import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import fake_index
+from conftest import REPOSITORY, fake_index
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as F
 
-from pipelines import open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
 from pipelines.cpu import apply_op, decode, transform
-from pipelines.dali import DaliPipeline
 from pipelines.errors import UserError
-from pipelines.index import ShardIndex
+from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.reader import ShardReader
 
 CPU = torch.device("cpu")
 NO_OPS = AugmentConfig(mix_group=5, randaugment_ops=0)
-# DALI against PIL on photographs, after decoding and resizing, in levels of 255 (docs/design.md, "Parity")
-MEAN_TOLERANCE, MAX_TOLERANCE = 0.25, 16
+# DALI against PIL, for each photograph, after decoding and resizing, in levels of 255 (docs/design.md). PIL rounds between
+# the two passes of a resize; where 9 x 7 pixels are blown up that shows more.
+MEAN_TOLERANCE, TINY_MEAN_TOLERANCE, MAX_TOLERANCE = 0.25, 1.0, 16
 
 
 def train_plan(index: ShardIndex, augment: AugmentConfig = NO_OPS, size: int = 96, seed: int = 0) -> TrainPlan:
@@ -36,9 +39,13 @@ def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> li
     return [plan.rows(first + i * batch, first + (i + 1) * batch) for i in range(count)]
 
 
+def opened(name: str, index: ShardIndex, *, device: torch.device = CPU, **options) -> Pipeline:
+    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65}
+    return open_pipeline(name, index, device=device, **{**defaults, **options})
+
+
 def pixels(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
-    pipeline = open_pipeline(name, index, device=CPU, **{"threads": 2, **options})
-    batches = list(pipeline.batches(plans))
+    batches = list(opened(name, index, **options).batches(plans))
     for batch, plan in zip(batches, plans, strict=True):
         assert batch.images.shape == (len(plan), plan.image_size, plan.image_size, 3)
         assert batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64
@@ -136,7 +143,7 @@ def test_batches_do_not_depend_on_threads_prefetch_or_batch_size(photos, name):
 @pytest.mark.parametrize("name", ["torchvision", "dali"])
 def test_a_pipeline_can_be_used_again_and_left_early(photos, name):
     plan = train_plan(photos)
-    pipeline = open_pipeline(name, photos, device=CPU, threads=2)
+    pipeline = opened(name, photos)
     batches = pipeline.batches(plan.rows(i * 10, (i + 1) * 10) for i in range(10**6))
     first = next(batches).images.clone()
     batches.close()
@@ -147,7 +154,7 @@ def test_a_pipeline_can_be_used_again_and_left_early(photos, name):
 def test_earlier_batches_are_not_overwritten_by_later_ones(photos):
     plan = train_plan(photos)
     for name in ("torchvision", "dali"):
-        kept = list(open_pipeline(name, photos, device=CPU, threads=2).batches(plans_of(plan, 6)))
+        kept = list(opened(name, photos).batches(plans_of(plan, 6)))
         fresh = pixels(name, photos, plans_of(plan, 6))
         assert np.array_equal(np.concatenate([batch.images.numpy() for batch in kept]), fresh)
 
@@ -155,9 +162,14 @@ def test_earlier_batches_are_not_overwritten_by_later_ones(photos):
 # --- DALI against the reference ---
 
 
-def assert_within_tolerance(a: np.ndarray, b: np.ndarray) -> None:
-    off = difference(a, b)
-    assert off.mean() <= MEAN_TOLERANCE and off.max() <= MAX_TOLERANCE, (off.mean(), off.max())
+def assert_within_tolerance(index: ShardIndex, plans: list[BatchPlan], **options) -> None:
+    valid = np.concatenate([plan.valid for plan in plans])
+    samples = np.concatenate([plan.sample for plan in plans])[valid]
+    off = difference(pixels("dali", index, plans, **options), pixels("torchvision", index, plans))[valid]
+    for sample in np.unique(samples):
+        mean, largest = off[samples == sample].mean(), off[samples == sample].max()
+        tolerance = TINY_MEAN_TOLERANCE if b"tiny" in index.samples["key"][sample] else MEAN_TOLERANCE
+        assert mean <= tolerance and largest <= MAX_TOLERANCE, (index.name(sample), mean, largest)
 
 
 def test_dali_decodes_the_same_pixels_as_pil(photos):
@@ -180,22 +192,20 @@ def test_dali_decodes_the_same_pixels_as_pil(photos):
 
 @pytest.mark.parametrize("decode_path", ["roi", "full"])
 def test_dali_crops_resizes_and_flips_as_the_reference(photos, decode_path):
-    plans = plans_of(train_plan(photos), 8)
+    plans = plans_of(train_plan(photos), 16)
     assert any(plan.flip.any() for plan in plans)
-    reference = pixels("torchvision", photos, plans)
-    assert_within_tolerance(pixels("dali", photos, plans, decode=decode_path), reference)
+    assert_within_tolerance(photos, plans, decode=decode_path)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_dali_evaluates_as_the_reference(photos, interpolation):
     plans = [EvalPlan(photos, 224, 0.95, interpolation).rows(start, start + 4) for start in (0, 4, 8)]
-    valid = np.concatenate([plan.valid for plan in plans])
-    assert_within_tolerance(pixels("dali", photos, plans)[valid], pixels("torchvision", photos, plans)[valid])
+    assert_within_tolerance(photos, plans)
 
 
 def test_dali_follows_a_change_of_the_image_size(photos):
     plans = [*plans_of(train_plan(photos, size=96), 2), *plans_of(train_plan(photos, size=64), 2, first=20)]
-    batches = list(open_pipeline("dali", photos, device=CPU, threads=2).batches(plans))
+    batches = list(opened("dali", photos).batches(plans))
     assert [batch.images.shape[1] for batch in batches] == [96, 96, 64, 64]
     for batch, plan in zip(batches, plans, strict=True):
         assert np.array_equal(batch.images.numpy(), pixels("dali", photos, [plan]))
@@ -206,14 +216,14 @@ def test_dali_refuses_randaugment(photos):
     with pytest.raises(
         UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
     ):
-        list(open_pipeline("dali", photos, device=CPU, threads=1).batches(plans))
+        list(opened("dali", photos).batches(plans))
 
 
 @pytest.mark.gpu
 def test_dali_on_the_gpu_is_close_to_the_reference(photos):
     plans = plans_of(train_plan(photos), 8)
     reference = pixels("torchvision", photos, plans)
-    pipeline = open_pipeline("dali", photos, device=torch.device("cuda", 0), threads=2)
+    pipeline = opened("dali", photos, device=torch.device("cuda", 0))
     ours = np.concatenate([batch.images.cpu().numpy() for batch in pipeline.batches(plans)])
     assert difference(ours, reference).mean() <= 1.0
 
@@ -223,11 +233,7 @@ def test_dali_on_the_gpu_is_close_to_the_reference(photos):
 
 @pytest.fixture
 def damaged(digits, tmp_path):
-    """A dataset with one sample whose JPEG was overwritten after the conversion, and that sample."""
-    import shutil
-
-    from pipelines.index import read_index
-
+    """A dataset with one sample whose JPEG was overwritten after the conversion."""
     root = shutil.copytree(digits, tmp_path / "damaged")
     index = read_index(root, "train")
     row = index.samples[7]
@@ -261,10 +267,29 @@ def test_synthetic_batches_need_no_data():
     assert images.std() > 70  # noise: uniform bytes have 73.9
 
 
-def test_dali_gives_its_memory_back_only_when_it_is_done(photos):
-    """Views into the shards are handed to DALI without a copy, several batches ahead."""
-    plan = train_plan(photos)
-    pipeline = DaliPipeline(photos, device=CPU, threads=2, prefetch=4)
-    for _ in range(3):
-        batches = [batch.images.clone() for batch in pipeline.batches(plans_of(plan, 12))]
-        assert np.array_equal(torch.cat(batches).numpy(), pixels("dali", photos, plans_of(plan, 12), prefetch=1))
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_a_shard_that_shrank_is_named(digits, tmp_path, name):
+    root = shutil.copytree(digits, tmp_path / "shrunk")
+    index = read_index(root, "train")
+    index.paths[0].write_bytes(index.paths[0].read_bytes()[:2048])
+    with pytest.raises(UserError, match=r"train-00000.tar: the index names bytes .* the shard has 2048"):
+        pixels(name, index, [EvalPlan(index, 32, 1.0, "bicubic").rows(0, 50)])
+
+
+def test_readers_raise_the_limit_of_open_files_together(digits):
+    """Two splits of many shards, in a process whose limit is low."""
+    script = (
+        "import dataclasses, resource, sys; from pathlib import Path; from pipelines.index import read_index;"
+        "from pipelines.reader import ShardReader;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 5000));"
+        "index = read_index(Path(sys.argv[1]), 'train');"
+        "many = dataclasses.replace(index, paths=index.paths * 200);"
+        "readers = [ShardReader(many) for _ in range(2)];"
+        "[reader._open(i) for reader in readers for i in range(800)]; print('opened')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, digits], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout == "opened\n", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("5000", "900"), digits], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert "the dataset needs 1312 open files, the system allows 900: raise it with 'ulimit -Hn 1312'" in done.stderr

@@ -6,7 +6,7 @@ from conftest import fake_index
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.plan import PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
 from trainer.distributed import World
 from trainer.run import rank_plans
 
@@ -90,6 +90,34 @@ def test_repeated_augmentation_deals_as_the_authors_sampler():
         for rank in range(8):
             dealt = repeated[rank::8]
             assert np.array_equal(batch[rank], dealt[step * 128 : (step + 1) * 128])
+
+
+GOLDEN = {
+    "sample": [3593, 693, 3011, 2701, 3406],
+    "crop": [[53, 62, 381, 404], [6, 104, 224, 220]],
+    "ops": [[0, 0], [11, 0], [10, 5], [3, 0], [0, 0], [2, 14], [0, 14], [7, 1]],
+    "args": [0.3318135440349579, 0.44431284070014954, 2.0, 0.0],
+    "lam": [0.6409040093421936, 0.4109756052494049, 0.7560296654701233, 0.02240109071135521],
+    "box": [100, 141, 495, 609],
+    "sums": [2455551, 675451, 495, 8299],
+}
+
+
+def test_the_plan_never_changes():
+    """Golden: a run that was started under one version of the code must go on alike under the next. If this has to
+    change, raise PLAN_VERSION."""
+    rows = TrainPlan(fake_index(5000), AugmentConfig(), seed=3, global_batch=1024, image_size=224, fill=(0, 0, 0)).rows(
+        7 * 1024, 8 * 1024
+    )
+    assert PLAN_VERSION == 1
+    assert rows.sample[:5].tolist() == GOLDEN["sample"]
+    assert rows.crop[:2].tolist() == GOLDEN["crop"]
+    assert rows.ops[:8].tolist() == GOLDEN["ops"]
+    assert np.allclose(rows.args[rows.ops > 0][:4], GOLDEN["args"], rtol=1e-6)
+    assert np.allclose(rows.lam[::128][:4], GOLDEN["lam"], rtol=1e-6)
+    assert rows.box[::128].sum(0).tolist() == GOLDEN["box"]
+    sums = [int(rows.sample.sum()), int(rows.crop.sum()), int(rows.flip.sum()), int(rows.ops.sum())]
+    assert sums == GOLDEN["sums"]
 
 
 def test_a_group_shares_one_mixing_draw_and_groups_differ():

@@ -1,5 +1,6 @@
 """The trainer as a user starts it: resume, ranks, evaluation, mistakes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_trainer
 
-from pipelines import open_pipeline
 from pipelines.errors import UserError
 from pipelines.index import read_index
 from pipelines.plan import EvalPlan
@@ -25,7 +25,7 @@ from trainer.config import parse
 from trainer.distributed import World
 from trainer.evaluate import eval_plans, evaluate
 from trainer.mix import Normalize
-from trainer.run import main, share_of_batch, train
+from trainer.run import build, main, open_configured_pipeline, rank_plans, share_of_batch, train
 from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_a_run_killed_between_checkpoints_and_resumed_is_bit_equal(digits, teach
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert newest(tmp_path)["step"] in (6, 9, 12)
+    assert 6 <= newest(tmp_path)["step"] < 20
     run_trainer(*arguments)
     for part in ("student", "ema", "optimizer"):
         assert_equal_states(newest(undisturbed)[part], newest(tmp_path)[part], part)
@@ -120,10 +120,14 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed
     run = shutil.copytree(undisturbed, tmp_path / "run")
     before = newest(run)
     done = run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
-    assert "finished after step 20 of 20" in done.stdout
+    assert "nothing to do: the run has done 20 of 20 steps" in done.stdout
     assert_equal_states(before["student"], newest(run)["student"])
-    evaluations = [json.loads((r / "summary.json").read_text())["evaluation"] for r in (run, undisturbed)]
-    assert evaluations[0] == evaluations[1]
+    summaries = [json.loads((r / "summary.json").read_text()) for r in (run, undisturbed)]
+    assert summaries[0] == summaries[1]
+    # without its summary, it was killed after its last checkpoint
+    (run / "summary.json").unlink()
+    run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
+    assert json.loads((run / "summary.json").read_text())["evaluation"] == summaries[1]["evaluation"]
 
 
 def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_never_used(digits, tmp_path):
@@ -187,6 +191,53 @@ def test_a_micro_batch_that_does_not_fit(micro):
         share_of_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
 
 
+# --- models and precision ---
+
+
+def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path, teacher):
+    """resnet18's mean and std are ImageNet's, test_resnet's are 0.5."""
+    seen = {}
+    arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path), "--student.name", "resnet18", *teacher]
+    run = build(parse(arguments), ONE)
+    for name, model in (("student", run.state.student), ("teacher", run.step._teacher)):
+        model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
+    with contextlib.closing(run.pipeline.batches(rank_plans(run.plan, 0, 1, ONE, 16))) as batches:
+        run.step(batches)
+
+    def raw(images, mean, std):
+        return images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+
+    student = raw(seen["student"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(student, raw(seen["teacher"], (0.5,) * 3, (0.5,) * 3), atol=1e-6)
+    assert not run.step._teacher.training and run.state.student.training
+
+
+def test_the_average_is_evaluated_beside_the_raw_weights(digits, tmp_path):
+    summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
+    _, normalize, pipeline, plan = run.evaluate.args
+    for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
+        alone = evaluate({"it": model}, normalize, pipeline, plan, batch=128, precision=torch.float32, world=ONE)
+        assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
+    assert summary["evaluation"]["raw"]["loss"] != summary["evaluation"]["ema"]["loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_and_resumes_bit_equal(digits, tmp_path, precision):
+    arguments = ["--student.name", "test_vit", "--run.precision", precision]
+    for steps in (2, 5):
+        train_here(digits, tmp_path / "stopped", *arguments, "--run.stop_after_steps", steps)
+    train_here(digits, tmp_path / "whole", *arguments, "--run.stop_after_steps", 5)
+    a, b = newest(tmp_path / "stopped"), newest(tmp_path / "whole")
+    for part in ("student", "ema", "optimizer", "scaler"):
+        assert_equal_states(a[part], b[part], part)
+    assert bool(a["scaler"]) == (precision == "fp16")
+    if precision == "fp16":
+        assert a["scaler"]["_growth_tracker"] > 0 or a["scaler"]["scale"] != 2.0**16
+        # and goes on without a scaler
+        train_here(digits, tmp_path / "stopped", "--student.name", "test_vit", "--run.stop_after_steps", 6)
+
+
 # --- evaluation ---
 
 
@@ -205,7 +256,7 @@ def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
     model = timm.create_model("test_resnet", num_classes=10)
     plan = EvalPlan(index, 32, 0.95, "bicubic")
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-    pipeline = open_pipeline("torchvision", index, device=ONE.device, threads=1)
+    pipeline = open_configured_pipeline(parse(TINY).data, index, ONE)
     results = [
         evaluate({"raw": model}, normalize, pipeline, plan, batch=batch, precision=torch.float32, world=ONE)["raw"]
         for batch in (96, 7, 100)
@@ -247,7 +298,7 @@ GOLDEN_LOSSES = [3.0521, 2.7561, 2.6427, 2.5582, 2.5060]  # of every fourth step
 def test_the_loss_curve_is_the_one_we_know(undisturbed):
     """Golden: 20 steps on the CPU in float32. Another curve means that some number of the training has changed."""
     losses = [line["loss"] for line in read_metrics(undisturbed / "metrics.jsonl") if line["kind"] == "train"]
-    assert losses[::4] == pytest.approx(GOLDEN_LOSSES, rel=2e-2)
+    assert losses[::4] == pytest.approx(GOLDEN_LOSSES, rel=1e-3)
 
 
 def test_synthetic_data_need_no_dataset(tmp_path):
@@ -312,6 +363,8 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "unknown model 'resnet5O'; did you mean" in mistake(out, *data, "--student.name", "resnet5O")
     assert "has 320 images, fewer than one global batch of 1024" in mistake(out, *data, "--run.global_batch", 1024)
     assert "1 ranks cannot share its 3.125 groups of 16" in mistake(out, *data, "--run.global_batch", 50)
+    assert "DALI pipeline has no RandAugment" in mistake(out, *data, "--data.pipeline", "dali")
+    assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
 
@@ -320,7 +373,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     [
         (["--augment.flip", "0.25"], r"augment.flip was 0.5, now it is 0.25. Use the same settings"),
         (["--run.seed", "1"], "seed was 0, now it is 1"),
-        (["--student.name", "test_vit"], "student was test_resnet, now it is test_vit"),
+        (["--student.name", "test_vit"], "student.name was test_resnet, now it is test_vit"),
         (["--data.image_size", "64"], "image_size was 32, now it is 64"),
     ],
 )
@@ -330,6 +383,37 @@ def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, undistur
     with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another plan: .*" + message):
         train_here(digits, run, *arguments)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_changed_settings_of_the_training_take_effect_and_are_told(digits, tmp_path, capsys):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
+    changed = ["--optim.weight_decay", "0.9", "--optim.betas", "[0.5,0.6]", "--schedule.epochs", 3]
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path), *map(str, changed)]), ONE)
+    assert {group["weight_decay"] for group in run.state.optimizer.param_groups} == {0.0, 0.9}
+    assert {group["betas"] for group in run.state.optimizer.param_groups} == {(0.5, 0.6)}
+    assert all(torch.is_tensor(state["exp_avg"]) for state in run.state.optimizer.state.values())
+    said = capsys.readouterr().out
+    for text in ("optim.weight_decay was 0.02, now it is 0.9", "schedule.epochs was 4, now it is 3"):
+        assert f"changed since the checkpoint: {text}" in said
+
+
+def test_an_average_that_is_switched_on_later_starts_where_the_student_stands(digits, tmp_path):
+    train_here(digits, tmp_path, "--ema.decay", 0, "--run.stop_after_steps", 2)
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
+    assert_equal_states(dict(run.state.ema.module.state_dict()), dict(run.state.student.state_dict()))
+
+
+def test_a_run_that_has_already_gone_further_is_refused(digits, tmp_path):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 11)
+    with pytest.raises(UserError, match=r"has done 11 steps, this run ends after 10: raise schedule.epochs"):
+        train_here(digits, tmp_path, "--schedule.epochs", 2)
+
+
+def test_a_model_that_cannot_take_the_images_is_refused_at_once(digits, tmp_path):
+    fixed = ["--student.name", "vit_tiny_patch16_224", "--student.kwargs.depth", 1, "--data.eval_image_size", 48]
+    with pytest.raises(UserError, match="model 'vit_tiny_patch16_224' cannot take images of 48 px"):
+        train_here(digits, tmp_path / "run", *fixed)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_with_a_field_less_differs():

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UserError, exit_on_user_error
+from trainer.checkpoint import checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -82,7 +83,7 @@ def _run(*command) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    return sorted((run / "checkpoints").glob("step-*.pt"))[-1]
+    return checkpoints(run / "checkpoints")[-1]
 
 
 def _top1(run: Path) -> float:

@@ -11,7 +11,6 @@ from pipelines.errors import UserError
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
-_PATTERN = "step-{:08d}.pt"
 
 
 @dataclasses.dataclass
@@ -20,7 +19,7 @@ class TrainState:
 
     Attributes:
       student, optimizer, scaler: their own states; ema: or None where no average is kept.
-      plan: what the data depends on (TrainPlan.describe() and the student's name); another plan is refused.
+      plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; another is refused.
       config: the resolved configuration, for whoever finds the file.
       step: updates done.
     """
@@ -37,7 +36,7 @@ class TrainState:
 def save(folder: Path, state: TrainState, keep: int) -> Path:
     """Write the state to `folder`, all of it or nothing, and delete all but the `keep` newest files."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _PATTERN.format(state.step)
+    path = folder / f"step-{state.step:08d}.pt"
     content = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
@@ -48,6 +47,8 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
         "plan": state.plan,
         "config": state.config,
     }
+    for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
+        stale.unlink()
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
         torch.save(content, file)
@@ -65,26 +66,61 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def load(path: Path, state: TrainState, device: torch.device) -> None:
+def load(path: Path, state: TrainState) -> list[str]:
     """Set the state to what the file holds.
 
+    Returns:
+      What differs from the configuration that the file was written under, of all that may: one sentence each.
     Raises:
       UserError: the file is damaged, or belongs to another plan; the first field that differs is named.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format_version"]
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Mend that and start again") from error
     except Exception as error:  # torch, pickle and zipfile each raise errors of their own
-        raise UserError(f"{path}: damaged ({type(error).__name__}). Remove it to resume from the one before") from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {reason[:200]}). Remove it to resume from the one before"
+        ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
     refuse_other_plan(path, content["plan"], state.plan)
-    state.student.load_state_dict(content["student"])
-    if state.ema is not None and content["ema"] is not None:
-        state.ema.module.load_state_dict(content["ema"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scaler.load_state_dict(content["scaler"])
+    try:
+        state.student.load_state_dict(content["student"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: of another model ({reason}). Start a new run with another --run.out") from error
+    if state.ema is not None:
+        # an average that was switched on later starts where the student stands
+        state.ema.module.load_state_dict(content["ema"] or content["student"])
+    _load_optimizer(state.optimizer, content["optimizer"])
+    if state.scaler.is_enabled() and content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]
+    return _changes(content["config"], state.config)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """The saved moments under the present settings; torch would bring back the settings of the file, too."""
+    groups = [
+        {**{name: value for name, value in present.items() if name != "params"}, "params": group["params"]}
+        for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _changes(saved: dict, current: dict) -> list[str]:
+    """What of the training differs from the checkpoint's configuration, in words."""
+    return [
+        f"{section}.{name} was {saved.get(section, {}).get(name)}, now it is {value}"
+        for section in ("teacher", "distill", "optim", "schedule", "ema")
+        for name, value in current[section].items()
+        if saved.get(section, {}).get(name) != value
+    ]
 
 
 def refuse_other_plan(path: Path, saved: dict, current: dict) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from pipelines import PIPELINES
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 
@@ -55,7 +54,6 @@ class DataConfig:
     synthetic_classes: int = 1000
 
     def __post_init__(self):
-        _require(self.pipeline in PIPELINES, f"data.pipeline is '{self.pipeline}', not one of {', '.join(PIPELINES)}")
         _require(self.decode in ("roi", "full"), f"data.decode is '{self.decode}', not roi or full")
         _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
         _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")

@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def choice_of_main(self, value: T) -> T:
+        """What rank 0 calls it with, on every rank."""
+        chosen = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(chosen, device=self.device)
+        return chosen[0]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -55,6 +65,8 @@ def join_world(device: str) -> Iterator[World]:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set and RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(

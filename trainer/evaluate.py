@@ -1,5 +1,6 @@
 """Accuracy on the validation set, each image counted exactly once on any number of ranks."""
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -44,12 +45,13 @@ def evaluate(
     sums = {name: torch.zeros(4, dtype=torch.float64, device=world.device) for name in models}
     for model in models.values():
         model.eval()
-    for images in pipeline.batches(eval_plans(plan, batch, world)):
-        pixels = normalize(images.images)
-        for name, model in models.items():
-            with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
-                logits = model(pixels)
-            sums[name] += _counts(logits.float(), images.labels, images.valid)
+    with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
+        for images in batches:
+            pixels = normalize(images.images)
+            for name, model in models.items():
+                with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
+                    logits = model(pixels)
+                sums[name] += _counts(logits.float(), images.labels, images.valid)
     for name, model in models.items():
         model.train(training[name])
     return {name: _metrics(world.sum(total)) for name, total in sums.items()}

@@ -37,16 +37,14 @@ class Normalize(torch.nn.Module):
 
     Args:
       mean, std: the model's own, for pixels in [0, 1].
-      dtype: of the result; computed in float32.
     """
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", scale.float(), persistent=False)
         self.register_buffer("shift", shift.float(), persistent=False)
-        self.dtype = dtype
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype).permute(0, 3, 1, 2)
+        return torch.addcmul(self.shift, pixels.float(), self.scale).permute(0, 3, 1, 2)

@@ -76,6 +76,22 @@ def build_teacher(config: TeacherConfig, num_classes: int, image_size: int) -> n
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def refuse_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Raise a UserError if a model cannot take images of this size."""
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model '{name}' cannot take images of {image_size} px ({reason}). Change data.image_size or "
+            "data.eval_image_size, or use another model"
+        ) from error
+    finally:
+        model.train(training)
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of this trainer (the average if it has one), of timm or of the authors.
 

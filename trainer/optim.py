@@ -5,6 +5,7 @@ import copy
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.config import OptimConfig
 
@@ -23,8 +24,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def batch_norms(model: nn.Module) -> list[_NormBase]:
+    """The layers of a model that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """The running means and variances of a model; no other buffers."""
+    return [buffer for norm in batch_norms(model) for buffer in (norm.running_mean, norm.running_var)]
+
+
 class ModelEma:
-    """Exponential moving average of a model's parameters and floating-point buffers; other buffers are copied.
+    """Exponential moving average of a model's parameters and BatchNorm statistics; other buffers are copied.
 
     Args:
       model: the unwrapped model.
@@ -34,19 +45,19 @@ class ModelEma:
     def __init__(self, model: nn.Module, decay: float):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # the same tensors for the whole life of the models; a shared one occurs once
+        self._averages, self._currents = _averaged(self.module), _averaged(model)
+        averaged = {id(tensor) for tensor in running_statistics(model)}
+        buffers = zip(self.module.buffers(), model.buffers(), strict=True)
+        self._copied = [(ours, theirs) for ours, theirs in buffers if id(theirs) not in averaged]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the model's present weights."""
-        averages, currents = zip(*self._floating, strict=True)
-        torch._foreach_lerp_(list(averages), list(currents), 1.0 - self.decay)
-        for average, current in self._others:
+        torch._foreach_lerp_(self._averages, self._currents, 1.0 - self.decay)
+        for average, current in self._copied:
             average.copy_(current)
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, a shared one once; the same objects for the whole life of the model."""
-    return [*(parameter.data for parameter in model.parameters()), *model.buffers()]
+def _averaged(model: nn.Module) -> list[torch.Tensor]:
+    return [*(parameter.data for parameter in model.parameters()), *running_statistics(model)]

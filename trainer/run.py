@@ -4,12 +4,14 @@ python trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
 torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
@@ -18,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 import torch
 from torch import nn
 
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, refuse_missing_stages, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
@@ -29,7 +31,7 @@ from trainer.config import Config, DataConfig, RunConfig, parse, to_dict, to_yam
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
-from trainer.models import build_student, build_teacher, preprocessing
+from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
@@ -40,7 +42,12 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 @dataclasses.dataclass
 class Run:
-    """Everything that `train` built and the loop uses."""
+    """Everything that `build` made and the loop uses.
+
+    Attributes:
+      evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
+      stop: the step after which this process ends.
+    """
 
     config: Config
     world: World
@@ -48,17 +55,14 @@ class Run:
     pipeline: Pipeline
     state: TrainState
     step: TrainStep
-    evaluate: "Evaluation | None"
+    evaluate: Callable[[], dict[str, dict[str, float]]] | None
     micro_batch: int
+    total_steps: int
     telemetry: Telemetry
 
     @property
-    def total_steps(self) -> int:
-        return self.plan.steps_per_epoch * self.config.schedule.total_epochs
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.run.out / "checkpoints"
+    def stop(self) -> int:
+        return min(self.total_steps, self.config.run.stop_after_steps or self.total_steps)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,7 +80,11 @@ def train(config: Config, world: World) -> dict:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
     run = build(config, world)
+    summary_path = config.run.out / "summary.json"
     start_step, start_s = run.state.step, time.perf_counter()
+    if start_step >= run.stop and world.choice_of_main(summary_path.exists()):
+        run.telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
+        return json.loads(summary_path.read_text())
     with run.telemetry.live():
         results = loop(run)
     elapsed_s = time.perf_counter() - start_s
@@ -97,18 +105,18 @@ def train(config: Config, world: World) -> dict:
         },
     }
     if world.is_main:
-        write_atomically(config.run.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomically(summary_path, json.dumps(summary, indent=1) + "\n")
         state = "finished" if summary["finished"] else "stopped"
-        run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {config.run.out}/summary.json")
+        run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
     return summary
 
 
 def build(config: Config, world: World) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes only the run folder's config."""
     micro_batch = share_of_batch(config, world)
+    refuse_missing_stages(config.data.pipeline, config.augment, world.device)
     index, val_index = open_indices(config.data)
-    torch.manual_seed(config.run.seed)
-    student = build_student(config.student, index.num_classes, config.data.image_size)
+    student, teacher = build_models(config, index.num_classes)
     expects = preprocessing(student)
     plan = TrainPlan(
         index=index,
@@ -118,26 +126,13 @@ def build(config: Config, world: World) -> Run:
         image_size=config.data.image_size,
         fill=expects.fill,
     )
-    teacher = build_teacher(config.teacher, index.num_classes, config.data.image_size)
+    total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipeline = open_configured_pipeline(config.data, index, world)
-    memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
-    student = student.to(world.device, memory_format=memory_format)
     precision = resolve_precision(config.run.precision, world.device)
-    normalize = Normalize(expects.mean, expects.std).to(world.device)
-    normalize_teacher = None
-    if teacher is not None:
-        teacher = teacher.to(world.device, memory_format=memory_format)
-        teacher_expects = preprocessing(teacher)
-        normalize_teacher = Normalize(teacher_expects.mean, teacher_expects.std).to(world.device)
-    state = TrainState(
-        student=student,
-        ema=ModelEma(student, config.ema.decay) if config.ema.decay else None,
-        optimizer=build_optimizer(student, config.optim),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
-        plan={**plan.describe(), "student": config.student.name},
-        config=to_dict(config),
-    )
-    resume(config.run, state, world)
+    student, normalize = place(student, config.run, world)
+    teacher, normalize_teacher = place(teacher, config.run, world)
+    state = build_state(config, plan, student, precision, world)
+    changes = resume(config.run, state, total_steps, world)
     step = TrainStep(
         student,
         teacher,
@@ -155,28 +150,82 @@ def build(config: Config, world: World) -> Run:
     evaluation = None
     if val_index is not None:
         size = config.data.eval_image_size or config.data.image_size
-        eval_plan = EvalPlan(val_index, size, config.data.eval_crop_pct, expects.interpolation)
-        eval_pipeline = open_configured_pipeline(config.data, val_index, world)
-        evaluation = Evaluation(state, normalize, eval_pipeline, eval_plan, config.run.eval_batch, precision, world)
-    total_steps = plan.steps_per_epoch * config.schedule.total_epochs
+        evaluation = functools.partial(
+            evaluate,
+            {"raw": student, **({"ema": state.ema.module} if state.ema else {})},
+            normalize,
+            open_configured_pipeline(config.data, val_index, world),
+            EvalPlan(val_index, size, config.data.eval_crop_pct, expects.interpolation),
+            batch=config.run.eval_batch,
+            precision=precision,
+            world=world,
+        )
     if world.is_main:
         config.run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(config.run.out / "config.yaml", to_yaml(config))
     telemetry = Telemetry(config.run.out if world.is_main else None, state.step, total_steps)
-    run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, telemetry)
-    describe(run, precision)
+    run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, telemetry)
+    describe(run, precision, changes)
     return run
+
+
+def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
+    """Student and teacher on the CPU, after checking that they take the images they will get."""
+    size, eval_size = config.data.image_size, config.data.eval_image_size or config.data.image_size
+    torch.manual_seed(config.run.seed)
+    student = build_student(config.student, num_classes, size)
+    for image_size in {size, eval_size}:
+        refuse_size(student, config.student.name, image_size)
+    teacher = build_teacher(config.teacher, num_classes, size)
+    if teacher is not None:
+        refuse_size(teacher, config.teacher.name, size)
+    return student, teacher
+
+
+def place(model: nn.Module | None, config: RunConfig, world: World) -> tuple[nn.Module | None, Normalize | None]:
+    """A model on its device in its memory format, and its own normalisation."""
+    if model is None:
+        return None, None
+    expects = preprocessing(model)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(world.device, memory_format=memory_format)
+    return model, Normalize(expects.mean, expects.std).to(world.device)
+
+
+def build_state(
+    config: Config, plan: TrainPlan, student: nn.Module, precision: torch.dtype, world: World
+) -> TrainState:
+    """The state of a run that has not begun."""
+    return TrainState(
+        student=student,
+        ema=ModelEma(student, config.ema.decay) if config.ema.decay else None,
+        optimizer=build_optimizer(student, config.optim),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
+        plan={
+            **plan.describe(),
+            "student.name": config.student.name,
+            "student.kwargs": to_dict(config)["student"]["kwargs"],
+        },
+        config=to_dict(config),
+    )
 
 
 def loop(run: Run) -> dict:
     """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
-    config, world, state = run.config, run.world, run.state
-    stop = min(run.total_steps, config.run.stop_after_steps or run.total_steps)
-    plans = rank_plans(run.plan, state.step, stop, world, run.micro_batch)
-    batches = Stopwatch(run.pipeline.batches(plans))
+    plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
+    with contextlib.closing(run.pipeline.batches(plans)) as batches:
+        results = update(run, Stopwatch(batches))
+    if not results and run.evaluate is not None and run.state.step == run.total_steps:
+        results = run.evaluate()  # of a run that was killed after its last step
+    return results
+
+
+def update(run: Run, batches: Stopwatch) -> dict:
+    """The updates themselves, in the order in which things happen."""
+    config, state = run.config, run.state
     log = _LossLog(run, batches)
-    results, saved = {}, state.step
-    while state.step < stop:
+    results = {}
+    while state.step < run.stop:
         epoch = state.step // run.plan.steps_per_epoch
         lr = learning_rate(epoch, config.optim, config.schedule)
         set_learning_rate(state.optimizer, lr)
@@ -184,48 +233,16 @@ def loop(run: Run) -> dict:
         state.step += 1
         run.telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0
-        if state.step % config.run.log_every == 0 or epoch_ends or state.step == stop:
+        if state.step % config.run.log_every == 0 or epoch_ends or state.step == run.stop:
             log.write(epoch, lr)
         evaluation_due = (epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps
         if epoch_ends and evaluation_due and run.evaluate is not None:
             results = run.evaluate()
             run.telemetry.evaluation(state.step, epoch, results)
             log.restart()
-        if state.step % config.run.checkpoint_every == 0:
+        if state.step % config.run.checkpoint_every == 0 or state.step == run.stop:
             save(run)
-            saved = state.step
-    if saved != state.step:
-        save(run)
-    if not results and run.evaluate is not None and state.step == run.total_steps:
-        results = run.evaluate()  # a finished run that was started again
     return results
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """The validation set and how it is evaluated: `evaluation()` gives the metrics of the raw and the EMA weights."""
-
-    state: TrainState
-    normalize: Normalize
-    pipeline: Pipeline
-    plan: EvalPlan
-    batch: int
-    precision: torch.dtype
-    world: World
-
-    def __call__(self) -> dict[str, dict[str, float]]:
-        models: dict[str, nn.Module] = {"raw": self.state.student}
-        if self.state.ema is not None:
-            models["ema"] = self.state.ema.module
-        return evaluate(
-            models,
-            self.normalize,
-            self.pipeline,
-            self.plan,
-            batch=self.batch,
-            precision=self.precision,
-            world=self.world,
-        )
 
 
 class _LossLog:
@@ -324,21 +341,34 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def resume(config: RunConfig, state: TrainState, world: World) -> None:
-    """Set the state to the newest checkpoint in the run folder, if there is one."""
-    found = checkpoint.checkpoints(config.out / "checkpoints")
-    if found:
-        checkpoint.load(found[-1], state, world.device)
+def resume(config: RunConfig, state: TrainState, total_steps: int, world: World) -> list[str]:
+    """Set the state to the newest checkpoint in the run folder, if there is one. Returns what has changed since."""
+    found = checkpoint.checkpoints(checkpoint_folder(config))
+    newest = world.choice_of_main(found[-1] if found else None)
+    if newest is None:
+        return []
+    changes = checkpoint.load(newest, state)
+    if state.step > total_steps:
+        raise UserError(
+            f"{newest}: has done {state.step} steps, this run ends after {total_steps}: raise schedule.epochs, "
+            "or start a new run with another --run.out"
+        )
+    return changes
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run keeps its checkpoints."""
+    return config.out / "checkpoints"
 
 
 def save(run: Run) -> None:
     """Write a checkpoint; all ranks wait for it."""
     if run.world.is_main:
-        checkpoint.save(run.checkpoints, run.state, run.config.run.keep_checkpoints)
+        checkpoint.save(checkpoint_folder(run.config.run), run.state, run.config.run.keep_checkpoints)
     run.world.barrier()
 
 
-def describe(run: Run, precision: torch.dtype) -> None:
+def describe(run: Run, precision: torch.dtype, changes: list[str]) -> None:
     """Say what is about to happen."""
     config, index = run.config, run.plan.index
     teacher = f"from {config.teacher.name}" if config.teacher.name else "without a teacher"
@@ -350,6 +380,8 @@ def describe(run: Run, precision: torch.dtype) -> None:
     )
     if run.state.step:
         run.telemetry.say(f"resuming after step {run.state.step}")
+    for change in changes:
+        run.telemetry.say(f"changed since the checkpoint: {change}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from trainer.config import DistillConfig
 from trainer.distributed import World
 from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
-from trainer.optim import ModelEma
+from trainer.optim import ModelEma, batch_norms, running_statistics
 
 
 class TrainStep:
@@ -50,10 +50,11 @@ class TrainStep:
         world: World,
     ):
         self._model = student
+        self._device = world.device
         if world.size > 1:
-            # Buffers are averaged below instead of broadcast.
+            # Statistics are averaged below instead of broadcast.
             self._model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self._buffers = BufferAverage(student, micro_batches, world)
+        self._statistics = StatisticsAverage(student, micro_batches, world)
         self._teacher = teacher
         self._normalize_student = normalize_student
         self._normalize_teacher = normalize_teacher
@@ -72,8 +73,8 @@ class TrainStep:
           The loss, mean over this rank's images: float32 scalar on the device.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self._buffers.device)
-        self._buffers.begin()
+        total = torch.zeros((), device=self._device)
+        self._statistics.begin()
         for micro_batch in range(self._micro_batches):
             batch = next(batches)
             # Dropout depends on the position, not on the rank or on what was drawn before.
@@ -82,9 +83,9 @@ class TrainStep:
             with self._no_sync(not last):
                 loss = self._loss(batch) / self._micro_batches
                 self._scaler.scale(loss).backward()
-            self._buffers.collect()
+            self._statistics.collect()
             total += loss.detach()
-        self._buffers.end()
+        self._statistics.end()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema is not None:
@@ -108,7 +109,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
 
-class BufferAverage:
+class StatisticsAverage:
     """BatchNorm's running statistics after an update: the mean over all its micro-batches, on whatever rank they ran.
 
     Each micro-batch starts from the statistics before the update, and the results are averaged. So all ranks always
@@ -122,41 +123,35 @@ class BufferAverage:
     """
 
     def __init__(self, model: nn.Module, micro_batches: int, world: World):
-        self.device = next(model.parameters()).device
-        self._floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._others = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
-        self._count = micro_batches * world.size
+        self._statistics = running_statistics(model)
+        self._counters = [norm.num_batches_tracked for norm in batch_norms(model)]
         self._micro_batches = micro_batches
+        self._count = micro_batches * world.size
+        self._split = bool(self._statistics) and micro_batches > 1
+        self._active = bool(self._statistics) and self._count > 1
         self._world = world
-        self._active = self._count > 1 and bool(self._floating)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Before the first forward pass of an update."""
-        if self._active and self._micro_batches > 1:
-            self._before = [buffer.clone() for buffer in self._floating]
-            self._others_before = [buffer.clone() for buffer in self._others]
-            self._total = [torch.zeros_like(buffer) for buffer in self._floating]
+        if self._split:
+            self._before = [buffer.clone() for buffer in self._statistics]
+            self._total = [torch.zeros_like(buffer) for buffer in self._statistics]
 
     @torch.no_grad()
     def collect(self) -> None:
         """After each forward and backward pass."""
-        if self._active and self._micro_batches > 1:
-            torch._foreach_add_(self._total, self._floating)
-            torch._foreach_copy_(self._floating, self._before)
-            self._others_after = [buffer.clone() for buffer in self._others]
-            for buffer, before in zip(self._others, self._others_before, strict=True):
-                buffer.copy_(before)
+        if self._split:
+            torch._foreach_add_(self._total, self._statistics)
+            torch._foreach_copy_(self._statistics, self._before)
 
     @torch.no_grad()
     def end(self) -> None:
         """After the last pass: every rank holds the mean."""
         if not self._active:
             return
-        if self._micro_batches > 1:
-            for buffer, after in zip(self._others, self._others_after, strict=True):
-                buffer.copy_(after)
-        total = self._total if self._micro_batches > 1 else self._floating
-        flat = self._world.sum(torch.cat([buffer.flatten() for buffer in total])) / self._count
-        parts = flat.split([buffer.numel() for buffer in self._floating])
-        torch._foreach_copy_(self._floating, [p.view_as(b) for p, b in zip(parts, self._floating, strict=True)])
+        total = self._total if self._split else self._statistics
+        if self._split:  # an update counts as one batch, however it was split
+            torch._foreach_sub_(self._counters, self._micro_batches - 1)
+        flat = self._world.sum(torch.cat(total)) / self._count
+        torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))

@@ -102,8 +102,8 @@ def _open_log(path: Path, step: int):
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last line that was cut off is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+    *lines, last = [*path.read_text().split("\n")]  # a whole file ends in a newline, so the last part is empty
+    with contextlib.suppress(json.JSONDecodeError):
+        json.loads(last)
+        lines.append(last)
+    return [json.loads(line) for line in lines]
