@@ -26,8 +26,8 @@ from pipelines.reader import ShardReader
 
 CPU = torch.device("cpu")
 NO_OPS = AugmentConfig(mix_group=5, randaugment_ops=0)
-# DALI against PIL, for each photograph, after decoding and resizing, in levels of 255 (docs/design.md). PIL rounds between
-# the two passes of a resize; where 9 x 7 pixels are blown up that shows more.
+# DALI against PIL, for each photograph, after decoding and resizing, in levels of 255 (docs/design.md). PIL rounds
+# between the two passes of a resize; where 9 x 7 pixels are blown up that shows more.
 MEAN_TOLERANCE, TINY_MEAN_TOLERANCE, MAX_TOLERANCE = 0.25, 1.0, 16
 
 

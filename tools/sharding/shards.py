@@ -117,11 +117,12 @@ class _HashingFile:
 
 def _write_sample(tar: webdataset.TarWriter, entry: Entry, jpeg: bytes) -> dict[str, tuple[int, int]]:
     """Write one sample. Returns extension -> (offset, bytes) of its parts."""
-    label = str(entry.label).encode()
-    label_offset = tar.tarstream.offset + len(tar_header(f"{entry.key}.cls", len(label)))
+    label, start = str(entry.label).encode(), tar.tarstream.offset
     tar.write({"__key__": entry.key, "cls": label, "jpg": jpeg})
-    jpeg_offset = tar.tarstream.offset - len(jpeg) - -len(jpeg) % BLOCK
-    return {"cls": (label_offset, len(label)), "jpg": (jpeg_offset, len(jpeg))}
+    # header, label in one block, header as long as the first (their names are), JPEG in whole blocks
+    padded = len(jpeg) + -len(jpeg) % BLOCK
+    header = (tar.tarstream.offset - start - BLOCK - padded) // 2
+    return {"cls": (start + header, len(label)), "jpg": (tar.tarstream.offset - padded, len(jpeg))}
 
 
 def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
