@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -122,7 +123,7 @@ def read_index(root: Path, split: str) -> ShardIndex:
 def _read_samples(path: Path, entry: dict) -> np.ndarray:
     rebuild = "Build the dataset again, or restore the file"
     try:
-        digest = _sha256(path)
+        digest = sha256_of(path)
         if digest != entry["index_sha256"]:
             raise UserError(
                 f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says "
@@ -143,11 +144,3 @@ def _check_size(path: Path, num_bytes: int) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
     if found != num_bytes:
         raise UserError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,13 +1,13 @@
 """The state of a run and its files: written atomically, refused when they belong to another plan."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipelines.errors import UserError
+from pipelines.files import replacing
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
@@ -49,13 +49,8 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
     }
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    _sync_folder(folder)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -131,11 +126,3 @@ def refuse_other_plan(path: Path, saved: dict, current: dict) -> None:
                 f"{path}: belongs to another plan: {name} was {saved.get(name)}, now it is {current.get(name)}. "
                 "Use the same settings and data, or start a new run with another --run.out"
             )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

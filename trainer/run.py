@@ -22,6 +22,7 @@ from torch import nn
 
 from pipelines import Pipeline, open_pipeline, refuse_missing_stages, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.synthetic import synthetic_index
@@ -105,7 +106,7 @@ def train(config: Config, world: World) -> dict:
         },
     }
     if world.is_main:
-        write_atomically(summary_path, json.dumps(summary, indent=1) + "\n")
+        write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
         state = "finished" if summary["finished"] else "stopped"
         run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
     return summary
@@ -162,7 +163,7 @@ def build(config: Config, world: World) -> Run:
         )
     if world.is_main:
         config.run.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.run.out / "config.yaml", to_yaml(config))
+        write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
     telemetry = Telemetry(config.run.out if world.is_main else None, state.step, total_steps)
     run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, telemetry)
     describe(run, precision, changes)
@@ -382,13 +383,6 @@ def describe(run: Run, precision: torch.dtype, changes: list[str]) -> None:
         run.telemetry.say(f"resuming after step {run.state.step}")
     for change in changes:
         run.telemetry.say(f"changed since the checkpoint: {change}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content, all or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.rename(path)
 
 
 if __name__ == "__main__":

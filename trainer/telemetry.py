@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipelines.files import write_synced
+
 T = TypeVar("T")
 
 
@@ -94,9 +96,7 @@ class Telemetry:
 def _open_log(path: Path, step: int):
     """The log, open at its end, without what a later step had written before the run was set back to `step`."""
     kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.rename(path)
+    write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return open(path, "a")
 
 

@@ -28,9 +28,10 @@ import numpy as np
 
 from pipelines import rng
 from pipelines.errors import UserError
+from pipelines.files import sha256_of, sync_folder, write_synced
 from pipelines.index import FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest, sample_dtype, split_digest
 from tools.sharding.images import ImageOptions
-from tools.sharding.shards import HASH_BYTES, read_record, sha256_of, sync_folder, write_shard, write_synced
+from tools.sharding.shards import HASH_BYTES, read_record, write_shard
 from tools.sharding.sources import Entry, Source, open_source
 
 TOOL = "tools/shard_imagenet.py"

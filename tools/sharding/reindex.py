@@ -1,26 +1,17 @@
 """An existing WebDataset, indexed where it lies: its tars are read and never written."""
 
-import hashlib
 import shutil
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import UserError
+from pipelines.files import sha256_of, write_synced
 from pipelines.index import FORMAT_VERSION, MANIFEST, read_manifest
-from tools.sharding.images import TINY_PX, ImageOptions, RejectedImageError, check_image
+from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.job import assemble
-from tools.sharding.shards import (
-    HASH_BYTES,
-    ShardRecord,
-    dali_index,
-    read_record,
-    sha256_of,
-    tar_members,
-    write_record,
-    write_synced,
-)
+from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, tar_members, write_record
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 _SPLITS = {"train": ("train",), "val": ("val", "validation")}
@@ -83,27 +74,28 @@ def _shards(root: Path, folders: tuple[str, ...]) -> list[Path]:
 
 def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
     """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
-    rows, hashes = [], []
-    notes: dict = {"repaired": [], "rejected": [], "tiny": [], "resized": 0}
+    found = ShardRecord({}, [], {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
+    hashes = []
     members = tar_members(path)
     with open(path, "rb") as file:
         for key, parts in members.items():
             try:
-                row, digest = _read_sample(file, key, parts, options)
+                label, offset, image = _read_sample(file, parts, options)
             except RejectedImageError as error:
-                notes["rejected"].append({"sample": key, "source": path.name, "reason": str(error)})
+                found.reject(key, path.name, error)
                 continue
-            rows.append(row)
-            hashes.append(digest)
-            if min(row["height"], row["width"]) < TINY_PX:
-                notes["tiny"].append(key)
+            found.add(key, label, offset, image)
+            hashes.append(source_hash(image.jpeg))
     write_synced(path.with_suffix(".idx"), dali_index(members))
-    entry = {"name": path.name, "bytes": path.stat().st_size, "samples": len(rows), "sha256": sha256_of(path)}
-    write_record(record, ShardRecord(entry, rows, notes), hashes)
+    sha256 = sha256_of(path)
+    found.entry = {"name": path.name, "bytes": path.stat().st_size, "samples": len(found.rows), "sha256": sha256}
+    write_record(record, found, hashes)
 
 
-def _read_sample(file, key: str, parts: dict[str, tuple[int, int]], options: ImageOptions) -> tuple[dict, bytes]:
-    """The row of one sample, and the hash of its image.
+def _read_sample(
+    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions
+) -> tuple[int, int, CheckedImage]:
+    """The class number, the image's offset and the image of one sample.
 
     Raises:
       RejectedImageError: it has no image or no class number, or the image cannot be used as it is.
@@ -111,7 +103,7 @@ def _read_sample(file, key: str, parts: dict[str, tuple[int, int]], options: Ima
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
     if extension is None or "cls" not in parts:
         raise RejectedImageError(f"has {', '.join(parts)}; expected jpg and cls")
-    offset, nbytes = parts[extension]
+    offset, _ = parts[extension]
     content, label = (_slice(file, *parts[name]) for name in (extension, "cls"))
     try:
         number = int(label)
@@ -122,19 +114,9 @@ def _read_sample(file, key: str, parts: dict[str, tuple[int, int]], options: Ima
     image = check_image(content, options)
     if image.repaired:
         raise RejectedImageError(f"{image.repaired}; convert the images with 'build' to repair it")
-    row = {
-        "key": key,
-        "offset": offset,
-        "nbytes": nbytes,
-        "label": number,
-        "height": image.height,
-        "width": image.width,
-        "crc32": zlib.crc32(content),
-        "orientation": image.orientation,
-    }
-    return row, hashlib.sha256(content).digest()[:HASH_BYTES]
+    return number, offset, image
 
 
-def _slice(file, offset: int, nbytes: int) -> bytes:
+def _slice(file: BinaryIO, offset: int, nbytes: int) -> bytes:
     file.seek(offset)
     return file.read(nbytes)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -13,7 +12,8 @@ from typing import BinaryIO
 import webdataset
 
 from pipelines.errors import UserError
-from tools.sharding.images import TINY_PX, ImageOptions, RejectedImageError, check_image
+from pipelines.files import replacing, write_synced
+from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.sources import Entry
 
 BLOCK = 512  # of a tar
@@ -33,6 +33,30 @@ class ShardRecord:
     entry: dict
     rows: list[dict]
     notes: dict
+
+    def add(self, key: str, label: int, offset: int, image: CheckedImage) -> None:
+        """A sample that is in the tar, its image at byte `offset`."""
+        self.rows.append(
+            {
+                "key": key,
+                "offset": offset,
+                "nbytes": len(image.jpeg),
+                "label": label,
+                "height": image.height,
+                "width": image.width,
+                "crc32": zlib.crc32(image.jpeg),
+                "orientation": image.orientation,
+            }
+        )
+        if image.repaired:
+            self.notes["repaired"].append({"sample": key, "reason": image.repaired})
+        if min(image.height, image.width) < TINY_PX:
+            self.notes["tiny"].append(key)
+        self.notes["resized"] += image.resized
+
+    def reject(self, key: str, source: str, error: RejectedImageError) -> None:
+        """A sample that cannot be used, and why."""
+        self.notes["rejected"].append({"sample": key, "source": source, "reason": str(error)})
 
 
 def write_shard(
@@ -57,48 +81,32 @@ def write_shard(
       UserError: a source cannot be read at all (which says nothing about the image).
       OSError: the shard cannot be written.
     """
-    rows, hashes = [], []
-    notes: dict = {"repaired": [], "rejected": [], "tiny": [], "resized": 0}
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            hashing = _HashingFile(file)
-            with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
-                for entry in entries:
-                    content = _read(entry, read)
-                    on_image(len(content))
-                    try:
-                        image = check_image(content, options)
-                    except RejectedImageError as error:
-                        source = entry.location.partition("\n")[0]
-                        notes["rejected"].append({"sample": entry.key, "source": source, "reason": str(error)})
-                        continue
-                    _note(notes, entry.key, image)
-                    members[entry.key] = _write_sample(tar, entry, image.jpeg)
-                    hashes.append(hashlib.sha256(content).digest()[:HASH_BYTES])
-                    rows.append(
-                        {
-                            "key": entry.key,
-                            "offset": members[entry.key]["jpg"][0],
-                            "nbytes": len(image.jpeg),
-                            "label": entry.label,
-                            "height": image.height,
-                            "width": image.width,
-                            "crc32": zlib.crc32(image.jpeg),
-                            "orientation": image.orientation,
-                        }
-                    )
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = hashing.sha256.hexdigest()
-        entry = {"name": path.name, "bytes": hashing.num_bytes, "samples": len(rows), "sha256": sha256}
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    record = ShardRecord({}, [], {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
+    hashes = []
+    with replacing(path) as file:
+        hashing = _HashingFile(file)
+        with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
+            for entry in entries:
+                content = _read(entry, read)
+                on_image(len(content))
+                try:
+                    image = check_image(content, options)
+                except RejectedImageError as error:
+                    record.reject(entry.key, entry.location.partition("\n")[0], error)
+                    continue
+                members[entry.key] = _write_sample(tar, entry, image.jpeg)
+                record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image)
+                hashes.append(source_hash(content))
+    num_bytes, sha256 = hashing.num_bytes, hashing.sha256.hexdigest()
+    record.entry = {"name": path.name, "bytes": num_bytes, "samples": len(record.rows), "sha256": sha256}
     write_synced(path.with_suffix(".idx"), dali_index(members))
-    write_record(records / f"{path.stem}.json", ShardRecord(entry, rows, notes), hashes)
+    write_record(records / f"{path.stem}.json", record, hashes)
+
+
+def source_hash(content: bytes) -> bytes:
+    """What duplicates are found by."""
+    return hashlib.sha256(content).digest()[:HASH_BYTES]
 
 
 class _HashingFile:
@@ -133,14 +141,6 @@ def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
         raise UserError(
             f"{source}: cannot be read ({error.strerror or error}). Mend that and run the same command again"
         ) from error
-
-
-def _note(notes: dict, key: str, image) -> None:
-    if image.repaired:
-        notes["repaired"].append({"sample": key, "reason": image.repaired})
-    if min(image.height, image.width) < TINY_PX:
-        notes["tiny"].append(key)
-    notes["resized"] += image.resized
 
 
 def write_record(path: Path, record: ShardRecord, hashes: list[bytes]) -> None:
@@ -189,36 +189,3 @@ def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
             " ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, (offset, size) in parts.items())
         )
     return "\n".join(lines).encode() + b"\n"
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Replace a file's content, all or nothing, and on the disk when this returns."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.files import sha256_of
 from pipelines.index import INDEX, MANIFEST, read_manifest
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
-from tools.sharding.shards import BLOCK, dali_index, sha256_of, tar_header, tar_members
+from tools.sharding.shards import BLOCK, dali_index, tar_header, tar_members
 
 
 @dataclasses.dataclass(frozen=True)
