@@ -9,6 +9,7 @@ setup: .venv/.complete
 # One virtual environment, built once; rebuilt when the dependencies change.
 .venv/.complete: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is %d.%d: call make PYTHON=/path/to/newer/python" % sys.version_info[:2])'
+	@echo "Installing into .venv: about 6.5 GB, most of it PyTorch with CUDA. This takes some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

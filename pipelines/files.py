@@ -1,11 +1,14 @@
 """Files that are there in full or not at all, and stay when the power goes."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from pipelines.errors import UserError
 
 
 @contextlib.contextmanager
@@ -32,6 +35,21 @@ def write_synced(path: Path, content: bytes) -> None:
     """Replace a file's content, all or nothing, and on the disk when this returns."""
     with replacing(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock that the system gives back when the process ends, however it ends.
+
+    Raises:
+      UserError: another process holds it and `wait` is off; `message` says what that means.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"{message}. Wait for it, or stop it") from error
+        yield
 
 
 def sync_folder(folder: Path) -> None:

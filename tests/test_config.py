@@ -79,6 +79,16 @@ def test_mistakes_in_a_file(tmp_path, text, message):
         (["--run.global_batch", "many"], "run.global_batch"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: No such file or directory"),
         (["leftover"], "leftover"),
+        (["--student", "resnet50"], "--student takes a YAML file, and resnet50 is none; did you mean '--student.KEY'?"),
+        (["--config"], "--config: which file?"),
+        (["--optim.lr", "fast"], "--optim.lr: Expected a"),
+        (["--optim.betas", "0.9,0.99"], "a list is written [1,2]"),
+        (["--run.out", ""], "run.out is empty"),
+        (["--teacher.name", "null", "--teacher.checkpoint", "x"], "teacher.checkpoint is x, but teacher.name is null"),
+        (
+            ["--student.kwargs.num_classes", "7"],
+            "student.kwargs.num_classes: decided by the dataset and student.checkpoint",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message):

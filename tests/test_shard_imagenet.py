@@ -567,6 +567,26 @@ def test_a_source_without_anything(tmp_path, parts):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("val/loose.jpg", "1 images lie directly in it"),
+        ("train/cat/sub/x.jpg", "train/cat/sub: a folder inside a class"),
+    ],
+)
+def test_images_in_the_wrong_place_are_not_left_out_unnoticed(folder, tmp_path, file, message):
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_bytes(jpeg_of(photographs()[0][1]))
+    with pytest.raises(UserError, match=message):
+        convert(folder, tmp_path / "out")
+
+
+def test_a_broken_link_is_not_left_out_unnoticed(folder, tmp_path):
+    (folder / "train" / "cat" / "link.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(UserError, match="train/cat/link.jpg: cannot be read"):
+        convert(folder, tmp_path / "out")
+
+
 def test_two_files_of_one_name(folder, tmp_path):
     (folder / "train" / "cat" / "a.jpg").write_bytes((folder / "train" / "cat" / "a.JPEG").read_bytes())
     with pytest.raises(UserError, match="would both be sample cat/a. Rename one"):

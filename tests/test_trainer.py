@@ -18,6 +18,7 @@ import yaml
 from conftest import REPOSITORY, TINY, run_trainer
 
 from pipelines.errors import UserError
+from pipelines.files import locked
 from pipelines.index import read_index
 from pipelines.plan import EvalPlan
 from trainer.checkpoint import refuse_other_plan
@@ -373,6 +374,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     [
         (["--augment.flip", "0.25"], r"augment.flip was 0.5, now it is 0.25. Use the same settings"),
         (["--run.seed", "1"], "seed was 0, now it is 1"),
+        (["--student.kwargs.drop_rate", "0.3"], r"student.kwargs was \{'drop_rate': 0.2.*now it is \{'drop_rate': 0.3"),
         (["--student.name", "test_vit"], "student.name was test_resnet, now it is test_vit"),
         (["--data.image_size", "64"], "image_size was 32, now it is 64"),
     ],
@@ -381,7 +383,7 @@ def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, undistur
     run = shutil.copytree(undisturbed, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another plan: .*" + message):
-        train_here(digits, run, *arguments)
+        train_here(digits, run, *DROPOUT, *arguments)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -414,6 +416,43 @@ def test_a_model_that_cannot_take_the_images_is_refused_at_once(digits, tmp_path
     with pytest.raises(UserError, match="model 'vit_tiny_patch16_224' cannot take images of 48 px"):
         train_here(digits, tmp_path / "run", *fixed)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_stops_with_its_checkpoints(digits, tmp_path):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
+    with pytest.raises(UserError, match="the loss is (nan|inf) in one of the 1 steps up to .* Lower optim.lr"):
+        train_here(digits, tmp_path, "--optim.lr", "1e30", "--schedule.warmup_lr", "1e30", "--run.log_every", 1)
+    assert newest(tmp_path)["step"] == 2
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_built(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder that can be written. Change --run.out"):
+        train(parse([*TINY, "--run.out", str(tmp_path / "file" / "run")]), ONE)
+
+
+def test_two_runs_in_one_folder(digits, tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    with locked(tmp_path / "run" / ".lock", ""), pytest.raises(UserError, match="run: another run is working in it"):
+        train_here(digits, tmp_path / "run")
+
+
+def test_an_average_too_slow_for_the_run_is_told(digits, tmp_path, capsys):
+    train_here(digits, tmp_path, "--ema.decay", "0.99996", "--run.stop_after_steps", 1)
+    assert "ema.decay 0.99996 is slow for 20 steps: at the end the average still holds 100%" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line(digits, tmp_path):
+    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, *EVERY_3]
+    command += ["--data.root", str(digits), "--run.out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "interrupted. Run the same command again to go on from the newest checkpoint\n"
 
 
 def test_a_plan_with_a_field_less_differs():

@@ -60,24 +60,26 @@ def demo(folder: Path) -> dict:
     folder.mkdir(parents=True)
     (folder / _MARKER).touch()
     write_digits(folder / "images")
-    _run("tools/shard_imagenet.py", "build", folder / "images", folder / "dataset", "--samples-per-shard", 500)
-    train = ("trainer/run.py", "--config", REPOSITORY / "configs" / "demo.yaml", "--data.root", folder / "dataset")
+    images, dataset = folder / "images", folder / "dataset"
+    _run("Shards", "tools/shard_imagenet.py", "build", images, dataset, "--samples-per-shard", 500)
+    train = ("trainer/run.py", "--config", REPOSITORY / "configs" / "demo.yaml", "--data.root", dataset)
     alone = ("--teacher.name", "null")
     # The teacher learns from unmixed images: it needs fewer epochs that way. The two students follow the scheme.
-    quickly = ("--augment.mix_prob", 0, "--schedule.epochs", 26)
-    _run(*train, "--student.name", TEACHER, *alone, *quickly, "--run.out", folder / "teacher")
-    _run(*train, "--student.name", STUDENT, *alone, "--run.out", folder / "student")
+    as_teacher = (*train, "--student.name", TEACHER, *alone, "--augment.mix_prob", 0, "--schedule.epochs", 26)
+    as_student = (*train, "--student.name", STUDENT)
+    _run("The teacher, on labels", *as_teacher, "--run.out", folder / "teacher")
+    _run("The student alone, on labels", *as_student, *alone, "--run.out", folder / "student")
     teacher = ("--teacher.name", TEACHER, "--teacher.checkpoint", _newest_checkpoint(folder / "teacher"))
-    _run(*train, "--student.name", STUDENT, *teacher, "--run.out", folder / "distilled")
+    _run("The same student, distilled from the teacher", *as_student, *teacher, "--run.out", folder / "distilled")
     summary = {f"{name}_top1": _top1(folder / name) for name in ("teacher", "student", "distilled")}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _run(*command) -> None:
+def _run(title: str, *command) -> None:
     """A stage, as a user would type it in the repository."""
     command = [sys.executable, *(str(c).removeprefix(f"{REPOSITORY}/") for c in command)]
-    print(f"\n$ python {shlex.join(command[1:])}", flush=True)
+    print(f"\n=== {title} ===\n$ python {shlex.join(command[1:])}", flush=True)
     if subprocess.run(command, cwd=REPOSITORY).returncode:
         raise UserError(f"this stage failed, see above: python {shlex.join(command[1:])}")
 
@@ -101,7 +103,7 @@ def main() -> None:
     start_s = time.perf_counter()
     with exit_on_user_error():
         summary = demo(folder)
-    table = Table(title="Top-1 on 360 digits that none of them has seen")
+    table = Table(title="Top-1 of the averaged weights on 360 digits that none of them has seen")
     table.add_column("model")
     table.add_column("learned from")
     table.add_column("top-1 %", justify="right")

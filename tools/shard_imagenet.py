@@ -138,7 +138,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     build.add_argument("src", type=Path, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files")
     build.add_argument("out", type=Path, help="dataset folder to make")
     build.add_argument("--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)")
-    build.add_argument("--seed", type=int, default=0, help="of the order of the training samples (default 0)")
+    build.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
     build.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
     build.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
     build.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
@@ -176,6 +176,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{number} is not in [0, 2**64)")
     return number
 
 

@@ -49,8 +49,12 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
     }
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
-    with replacing(path) as file:
-        torch.save(content, file)
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be written ({reason}). Make room; older ones are kept") from error
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -110,11 +114,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 def _changes(saved: dict, current: dict) -> list[str]:
     """What of the training differs from the checkpoint's configuration, in words."""
+    keys = [
+        (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
+    ]
+    keys += [("data", "pipeline"), ("run", "precision"), ("run", "micro_batch")]
     return [
-        f"{section}.{name} was {saved.get(section, {}).get(name)}, now it is {value}"
-        for section in ("teacher", "distill", "optim", "schedule", "ema")
-        for name, value in current[section].items()
-        if saved.get(section, {}).get(name) != value
+        f"{section}.{name} was {saved.get(section, {}).get(name)}, now it is {current[section][name]}"
+        for section, name in keys
+        if saved.get(section, {}).get(name) != current[section][name]
     ]
 
 

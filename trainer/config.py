@@ -5,6 +5,7 @@ Every default stands here (or beside what it configures) once; the defaults are 
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ Kwargs = dict[str, bool | int | float | str | list | None]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
+    for name in ("num_classes", "pretrained", "checkpoint_path"):
+        _require(
+            name not in kwargs, f"{section}.kwargs.{name}: decided by the dataset and {section}.checkpoint. Remove it"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,9 @@ class StudentConfig:
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        _refuse_reserved("student", self.kwargs)
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
@@ -84,13 +95,21 @@ class TeacherConfig:
 
     Attributes:
       name: any timm model, or the authors' tresnet_l_v2; no teacher means labels alone.
-      checkpoint: its weights, timm's or the authors' own file; without it timm's pretrained weights are downloaded.
+      checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the averaged
+        weights are taken; without it timm's pretrained weights are downloaded.
       kwargs: passed to timm.create_model.
     """
 
     name: str | None = "tresnet_v2_l"
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _refuse_reserved("teacher", self.kwargs)
+        _require(
+            self.name is not None or self.checkpoint is None,
+            f"teacher.checkpoint is {self.checkpoint}, but teacher.name is null: name the model, or leave both out",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +240,7 @@ class RunConfig:
         _require(
             self.precision in precisions, f"run.precision is '{self.precision}', not one of {', '.join(precisions)}"
         )
+        _require(self.out != Path(), "run.out is empty: name the run's folder")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
@@ -259,7 +279,8 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise UserError(f"{error}. See --help for the keys and their types") from error
+        reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(str(error).split()))
+        raise UserError(f"{reason}. See --help for the keys and their types; a list is written [1,2]") from error
     return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
 
 
@@ -269,8 +290,12 @@ def _check_keys(arguments: list[str]) -> None:
         if not argument.startswith("--"):
             continue
         key, _, value = argument[2:].partition("=")
+        value = value or "".join(arguments[i + 1 : i + 2])
+        if key in _SECTIONS and not Path(value).is_file():
+            raise UserError(f"--{key} takes a YAML file, and {value or 'nothing'} is none; did you mean '--{key}.KEY'?")
         if key == "config":
-            path = Path(value or "".join(arguments[i + 1 : i + 2]))
+            _require(bool(value), "--config: which file? Give its path")
+            path = Path(value)
             for file_key in _keys_of(path):
                 _check_key(file_key, f"{path}: ", "")
         elif key not in _FLAGS:

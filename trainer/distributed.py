@@ -68,6 +68,8 @@ def join_world(device: str) -> Iterator[World]:
     if size > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set and RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or mend the driver")
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own, this machine has {torch.cuda.device_count()}: start "

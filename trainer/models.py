@@ -108,8 +108,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: damaged, or holds more than weights, which is not loaded ({reason[0]})") from error
+        raise UserError(
+            f"{path}: damaged, or holds more than weights, which is not loaded ({type(error).__name__}). "
+            "Save its state_dict alone"
+        ) from error
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -157,7 +159,7 @@ def _known(name: str) -> str:
     name = _ALIASES.get(name, name)
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists them"
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() lists them; null is no model"
         raise UserError(f"unknown model '{name}'; {hint}")
     return name
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from torch import nn
 
 from pipelines import Pipeline, open_pipeline, refuse_missing_stages, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import write_synced
+from pipelines.files import locked, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.synthetic import synthetic_index
@@ -68,10 +69,14 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    with exit_on_user_error():
-        config = parse(arguments, prog="trainer/run.py")
-        with join_world(config.run.device) as world:
-            train(config, world)
+    try:
+        with exit_on_user_error():
+            config = parse(arguments, prog="trainer/run.py")
+            with join_world(config.run.device) as world:
+                train(config, world)
+    except KeyboardInterrupt:
+        print("interrupted. Run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def train(config: Config, world: World) -> dict:
@@ -80,7 +85,15 @@ def train(config: Config, world: World) -> dict:
     Raises:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
+    refuse_unwritable(config.run.out)
     run = build(config, world)
+    with claimed(config.run.out, world):
+        return conduct(run)
+
+
+def conduct(run: Run) -> dict:
+    """Go through a run that was built. Returns the summary."""
+    config, world = run.config, run.world
     summary_path = config.run.out / "summary.json"
     start_step, start_s = run.state.step, time.perf_counter()
     if start_step >= run.stop and world.choice_of_main(summary_path.exists()):
@@ -110,6 +123,20 @@ def train(config: Config, world: World) -> dict:
         state = "finished" if summary["finished"] else "stopped"
         run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
     return summary
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Raise a UserError, before anything is built, if the run folder cannot be made."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --run.out")
+
+
+@contextlib.contextmanager
+def claimed(out: Path, world: World) -> Iterator[None]:
+    """Keep other runs out of the run folder."""
+    with locked(out / ".lock", f"{out}: another run is working in it") if world.is_main else contextlib.nullcontext():
+        yield
 
 
 def build(config: Config, world: World) -> Run:
@@ -162,12 +189,20 @@ def build(config: Config, world: World) -> Run:
             world=world,
         )
     if world.is_main:
-        config.run.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.run.out)
         write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
     telemetry = Telemetry(config.run.out if world.is_main else None, state.step, total_steps)
     run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, telemetry)
     describe(run, precision, changes)
     return run
+
+
+def make_folder(out: Path) -> None:
+    """Make the run folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}). Change --run.out") from error
 
 
 def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
@@ -203,9 +238,9 @@ def build_state(
         optimizer=build_optimizer(student, config.optim),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         plan={
-            **plan.describe(),
             "student.name": config.student.name,
             "student.kwargs": to_dict(config)["student"]["kwargs"],
+            **plan.describe(),
         },
         config=to_dict(config),
     )
@@ -234,10 +269,10 @@ def update(run: Run, batches: Stopwatch) -> dict:
         state.step += 1
         run.telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0
-        if state.step % config.run.log_every == 0 or epoch_ends or state.step == run.stop:
+        evaluation_due = epoch_ends and ((epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps)
+        if state.step % config.run.log_every == 0 or evaluation_due or state.step == run.stop:
             log.write(epoch, lr)
-        evaluation_due = (epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps
-        if epoch_ends and evaluation_due and run.evaluate is not None:
+        if evaluation_due and run.evaluate is not None:
             results = run.evaluate()
             run.telemetry.evaluation(state.step, epoch, results)
             log.restart()
@@ -267,6 +302,11 @@ class _LossLog:
     def write(self, epoch: int, lr: float) -> None:
         world = self._run.world
         loss = world.sum(self._loss).item() / world.size / self._steps
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in one of the {self._steps} steps up to {self._run.state.step}. "
+                "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint"
+            )
         elapsed_s = time.perf_counter() - self._start_s
         record = {
             "step": self._run.state.step,
@@ -381,6 +421,12 @@ def describe(run: Run, precision: torch.dtype, changes: list[str]) -> None:
     )
     if run.state.step:
         run.telemetry.say(f"resuming after step {run.state.step}")
+    remaining = config.ema.decay**run.total_steps
+    if remaining > 0.05:
+        run.telemetry.say(
+            f"ema.decay {config.ema.decay} is slow for {run.total_steps} steps: at the end the average still holds "
+            f"{remaining:.0%} of the initial weights"
+        )
     for change in changes:
         run.telemetry.say(f"changed since the checkpoint: {change}")
 

@@ -1,6 +1,7 @@
 """One update: mix, student and teacher forward, loss, backward, AdamW, averages. No I/O, no clock, no host sync."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -52,8 +53,10 @@ class TrainStep:
         self._model = student
         self._device = world.device
         if world.size > 1:
-            # Statistics are averaged below instead of broadcast.
-            self._model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Statistics are averaged below instead of broadcast; newer PyTorch has another name for that.
+            named = inspect.signature(DistributedDataParallel).parameters
+            no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+            self._model = DistributedDataParallel(student, gradient_as_bucket_view=True, **{no_broadcast: False})
         self._statistics = StatisticsAverage(student, micro_batches, world)
         self._teacher = teacher
         self._normalize_student = normalize_student

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipelines.files import write_synced
 
 T = TypeVar("T")
+_TIME_LEFT = TimeRemainingColumn(compact=True)
 
 
 class Stopwatch(Iterator[T]):
@@ -41,14 +42,9 @@ class Telemetry:
 
     def __init__(self, folder: Path | None, step: int, total_steps: int):
         self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.1f}%"),
-            TimeRemainingColumn(),
-        )
+        columns = BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total} {task.description}"), _TIME_LEFT
         self._progress = Progress(*columns, console=self._console, disable=folder is None)
-        self._task = self._progress.add_task("step", total=total_steps, completed=step)
+        self._task = self._progress.add_task("steps", total=total_steps, completed=step)
         self._file = None if folder is None else _open_log(folder / "metrics.jsonl", step)
 
     @contextlib.contextmanager
@@ -69,11 +65,15 @@ class Telemetry:
     def train(self, record: dict) -> None:
         """A line about the steps since the last one: step, epoch, loss, lr, images_per_s, input_wait."""
         self._write({"kind": "train", **record})
+        self._progress.update(
+            self._task,
+            description=f"loss {record['loss']:.3f}, {record['images_per_s']:,.0f} images/s, "
+            f"{record['input_wait']:.0%} waiting",
+        )
         text = (
             f"epoch {record['epoch']} step {record['step']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{record['images_per_s']:,.0f} images/s  waiting for input {record['input_wait']:.0%}"
         )
-        self._progress.update(self._task, description=text)
         if not self._console.is_terminal:
             self.say(text)
 

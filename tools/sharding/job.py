@@ -10,9 +10,7 @@ become the index and the manifest, and OUT.partial is renamed to OUT. Every step
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import os
@@ -28,7 +26,7 @@ import numpy as np
 
 from pipelines import rng
 from pipelines.errors import UserError
-from pipelines.files import sha256_of, sync_folder, write_synced
+from pipelines.files import locked, sha256_of, sync_folder, write_synced
 from pipelines.index import FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest, sample_dtype, split_digest
 from tools.sharding.images import ImageOptions
 from tools.sharding.shards import HASH_BYTES, read_record, write_shard
@@ -95,8 +93,8 @@ def build(
     _claim(partial, job)
     if (partial / MANIFEST).is_file():  # interrupted at the very end
         return _finish(partial, out, job)
-    with _locked(partial / f".lock-{part[0]}", f"another process is already working on {partial}, part {part[0]}"):
-        with _locked(partial / ".lock-listing", wait=True):
+    with locked(partial / f".lock-{part[0]}", f"another process is already working on {partial}, part {part[0]}"):
+        with locked(partial / ".lock-listing", "", wait=True):
             for split, samples in source.splits.items():
                 _list(partial, split, samples)
         _write_shards(partial, source, options, workers, part, on_progress)
@@ -190,17 +188,6 @@ def _claim(partial: Path, job: dict) -> None:
             f"{partial}: holds an unfinished conversion that is another one: {different}. Finish that one, "
             "remove the folder, or choose another"
         )
-
-
-@contextlib.contextmanager
-def _locked(path: Path, message: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold a lock that the system gives back when the process ends, however it ends."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"{message}. Wait for it, or stop it") from error
-        yield
 
 
 # --- the listing ---

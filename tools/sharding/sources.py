@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")
 
 
@@ -88,7 +88,7 @@ def _folder(root: Path) -> Source:
         raise UserError(
             f"{train}: not found. Expected {root}/train/CLASS/*.jpg and, for validation, {root}/val/CLASS/*"
         )
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    classes = _class_folders(train)
     if not classes:
         raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
     splits = {
@@ -97,9 +97,19 @@ def _folder(root: Path) -> Source:
     return Source("folder", root, classes, [], splits, lambda location: (root / location).read_bytes())
 
 
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _list_folder(root: Path, split: str, classes: list[str]) -> Iterator[Entry]:
     folder = root / split
-    unknown = sorted({entry.name for entry in os.scandir(folder) if entry.is_dir()} - set(classes))
+    loose = [entry.name for entry in os.scandir(folder) if _is_image(entry.name)]
+    if loose:
+        raise UserError(
+            f"{folder}: {len(loose)} images lie directly in it ({min(loose)}). Sort them into class folders, or "
+            f"convert ImageNet from its own files ({VAL_TAR} and {DEVKIT})"
+        )
+    unknown = sorted(set(_class_folders(folder)) - set(classes))
     if unknown:
         raise UserError(f"{folder / unknown[0]}: a class without a training folder ({len(unknown)} such). Remove it")
     for label, name in enumerate(classes):
@@ -109,7 +119,11 @@ def _list_folder(root: Path, split: str, classes: list[str]) -> Iterator[Entry]:
 
 
 def _list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[Entry]:
-    files = sorted(entry.name for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file())
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    files = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
+    nested = sorted(entry.name for entry in entries if entry.is_dir())
+    if nested:
+        raise UserError(f"{folder / nested[0]}: a folder inside a class. Move its images up, or remove it")
     if not files:
         raise UserError(f"{folder}: no images ({', '.join(EXTENSIONS)}). Add some, or remove the class")
     by_key: dict[str, str] = {}
@@ -232,7 +246,7 @@ def _kaggle(root: Path) -> Source:
     train, solution = root / _KAGGLE_DATA / "train", root / "LOC_val_solution.csv"
     if not train.is_dir():
         raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
-    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    classes = _class_folders(train)
     numbers = {wnid: label for label, wnid in enumerate(classes)}
     splits = {"train": lambda _: _list_kaggle_train(root, train, classes)}
     if (root / _KAGGLE_DATA / "val").is_dir():
