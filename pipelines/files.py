@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,10 +16,9 @@ from pipelines.errors import UserError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path`, on the disk, when the block ends.
 
-    If the block fails nothing has changed. A process that dies inside leaves a file with its number in the name and
-    `.partial` at the end.
+    If the block fails nothing has changed. A process that dies inside leaves a file whose name ends in `.partial`.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -49,6 +49,8 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"{message}. Wait for it, or stop it") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked ({error.strerror}). Use a file system with locks") from error
         yield
 
 

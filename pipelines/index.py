@@ -3,6 +3,7 @@
 A dataset folder looks like this (`tools/shard_imagenet.py` writes it):
 
     OUT/manifest.json            classes, and for each split: shards with bytes, samples and sha256; digest
+    OUT/audit.jsonl              what was remarked on single images when they were converted
     OUT/train/train-00000.tar    WebDataset: KEY.cls, KEY.jpg
     OUT/train/train-00000.idx    the same for DALI's own webdataset reader
     OUT/train/index.npy          one row a sample, memory-mapped: the plan reads it
@@ -21,6 +22,7 @@ from pipelines.files import sha256_of
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+AUDIT = "audit.jsonl"
 _FIELDS = {
     "shard": "<i4",
     "offset": "<i8",

@@ -1,9 +1,9 @@
 """The converter: what goes in comes out, from every kind of source, and at any number of workers and machines."""
 
 import csv
-import dataclasses
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def folder(tmp_path) -> Path:
         path = src / "train" / ("cat", "dog")[i % 2] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         images[i].save(path, None if path.suffix == ".png" else "JPEG")
-    (src / "train" / "cat" / "notes.txt").write_text("not an image")
+    (src / "train" / "cat" / ".DS_Store").write_text("not an image")
     return src
 
 
@@ -152,12 +152,14 @@ def test_merge_names_the_shards_that_are_missing(digits_folder, tmp_path):
 
 def test_the_share_of_a_machine_comes_from_torchrun_or_slurm(digits_folder, tmp_path, monkeypatch, capsys):
     arguments = ["build", str(digits_folder), str(tmp_path / "out"), "--samples-per-shard", "100"]
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     for rank, size, number in (("RANK", "WORLD_SIZE", "0"), ("SLURM_PROCID", "SLURM_NTASKS", "1")):
         monkeypatch.setenv(rank, number)
         monkeypatch.setenv(size, "2")
         main(arguments)
-        monkeypatch.delenv(rank)
-        monkeypatch.delenv(size)
+        if rank == "RANK":
+            monkeypatch.delenv(rank)
+            monkeypatch.delenv(size)
         assert f"part {int(number) + 1}/2 is done" in capsys.readouterr().out
     main(["merge", str(tmp_path / "out")])
     assert len(read_index(tmp_path / "out", "train")) == 320
@@ -317,7 +319,7 @@ def test_parquet_files_give_the_images_and_labels_of_their_rows(tmp_path, named)
     assert manifest["classes"] == (["tench", "goldfish", "shark"] if named else ["0", "1", "2"])
     assert sorted(samples_of(tmp_path / "out").values()) == sorted(rows)
     assert sorted(samples_of(tmp_path / "out", "val").values()) == sorted(splits["validation-00000-of-00001"])
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "train", "val"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "audit.jsonl", "train", "val"}
 
 
 def test_existing_webdataset_tars_are_indexed_and_not_touched(digits, tmp_path):
@@ -326,6 +328,10 @@ def test_existing_webdataset_tars_are_indexed_and_not_touched(digits, tmp_path):
         (root / split).mkdir(parents=True)
         for path in sorted((digits / split).glob("*.tar")):
             (root / split / path.name).write_bytes(path.read_bytes())
+    (root / "train" / "train-00000.idx").write_text("v1.2 1\njpg 1 2 other.jpg\n")
+    with pytest.raises(UserError, match="train-00000.idx: describes another tar"):
+        index_webdataset(root)
+    (root / "train" / "train-00000.idx").unlink()
     before = tree(root)
     index_webdataset(root, workers=2)
     after = tree(root)
@@ -356,16 +362,48 @@ def test_tars_of_another_writer_are_indexed_too(tmp_path):
     assert not (root / "manifest.json").exists()
     manifest = index_webdataset(root, skip_bad=True)
     assert samples_of(root) == {"x/1": (jpeg_of(photo), 2)}
-    assert len(manifest["audit"]["rejected"]) == 2 and len(manifest["classes"]) == 3
+    assert manifest["audit"]["counts"]["rejected"] == 2 and len(manifest["classes"]) == 3
     with pytest.raises(UserError, match="exists already"):
         index_webdataset(root)
+
+
+@pytest.mark.parametrize("position", [0, 512 * 4 + 3, -1])
+def test_damaged_headers_of_tars_are_named_and_not_taken_for_the_end(digits, tmp_path, position):
+    root = tmp_path / "wds"
+    (root / "train").mkdir(parents=True)
+    content = bytearray((digits / "train" / "train-00000.tar").read_bytes())
+    if position < 0:
+        content = content[: 512 * 9 + 100]  # cut off within a header
+    else:
+        content[position] ^= 1
+    (root / "train" / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"a.tar: (damaged or cut off at byte|not an uncompressed tar, or damaged)"):
+        index_webdataset(root)
+
+
+def test_names_that_occur_twice_in_a_tar_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
+        for name in ("1.cls", "1.jpg", "2.cls", "2.jpg", "1.cls"):
+            add(tar, name, b"0")
+    with pytest.raises(UserError, match="1.cls occurs twice"):
+        index_webdataset(tmp_path)
+
+
+def test_absurd_class_numbers_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
+        add(tar, "1.cls", b"3000000")
+        add(tar, "1.jpg", jpeg_of(photographs()[0][1]))
+    with pytest.raises(UserError, match="class numbers up to 3000000 for 1 samples"):
+        index_webdataset(tmp_path)
 
 
 def test_a_kind_of_source_can_be_forced(tmp_path):
     write_kaggle(tmp_path / "src")
     write_as_folder(tmp_path / "src")
-    assert open_source(tmp_path / "src").kind == "kaggle"
-    assert open_source(tmp_path / "src", "folder").kind == "folder"
+    assert open_source(tmp_path / "src", "auto", tmp_path).kind == "kaggle"
+    assert open_source(tmp_path / "src", "folder", tmp_path).kind == "folder"
 
 
 @pytest.mark.parametrize(
@@ -373,7 +411,12 @@ def test_a_kind_of_source_can_be_forced(tmp_path):
     [
         (lambda src: (src / "ILSVRC2012_devkit_t12.tar.gz").unlink(), "devkit_t12.tar.gz: not found. Expected"),
         (lambda src: (src / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"x"), "not the ILSVRC2012 devkit, or damaged"),
-        (lambda src: (src / "ILSVRC2012_img_train.tar").write_bytes(b"x" * 999), "not a tar file, or damaged"),
+        (lambda src: (src / "ILSVRC2012_img_train.tar").write_bytes(b"x" * 999), "not an uncompressed tar, or damaged"),
+        (lambda src: spoil_byte(src / "ILSVRC2012_img_train.tar", -1024 * 12), "damaged or cut off at byte"),
+        (lambda src: spoil_byte(src / "ILSVRC2012_img_train.tar", 512 + 3), "damaged"),
+        (lambda src: spoil_byte(src / "ILSVRC2012_img_train.tar", 3), "damaged"),
+        (lambda src: cut(src / "ILSVRC2012_devkit_t12.tar.gz", 300), "not the ILSVRC2012 devkit, or damaged"),
+        (lambda src: cut(src / "ILSVRC2012_img_val.tar", 3000), "damaged"),
     ],
 )
 def test_damaged_imagenet_files_are_named(tmp_path, spoil, message):
@@ -382,6 +425,40 @@ def test_damaged_imagenet_files_are_named(tmp_path, spoil, message):
     with pytest.raises(UserError, match=message):
         convert(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def spoil_byte(path: Path, position: int) -> None:
+    """Flip a bit of the header at `position`, or of the last header before it where it is counted from the end."""
+    content = bytearray(path.read_bytes())
+    if position < 0:
+        with tarfile.open(path) as tar:
+            position = tar.getmembers()[-1].offset + 3
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_a_kaggle_solution_that_lacks_images_is_refused(tmp_path):
+    write_kaggle(tmp_path / "src")
+    solution = tmp_path / "src" / "LOC_val_solution.csv"
+    solution.write_text("\n".join(solution.read_text().splitlines()[:3]) + "\n")
+    with pytest.raises(UserError, match=r"ILSVRC2012_val_\d+ is not in the file \(2 such\)"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
+def test_rejected_images_of_containers_are_named(tmp_path):
+    write_ilsvrc(tmp_path / "src")
+    path = tmp_path / "src" / "ILSVRC2012_img_val.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[1]
+    content = bytearray(path.read_bytes())
+    content[member.offset_data : member.offset_data + 4] = b"oops"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"ILSVRC2012_img_val.tar: {member.name} \(not an image\)"):
+        convert(tmp_path / "src", tmp_path / "out")
 
 
 # --- the audit ---
@@ -455,7 +532,7 @@ def test_plain_jpegs_keep_their_bytes(folder, tmp_path):
     samples = samples_of(tmp_path / "out")
     for name, (content, _) in plain.items():
         assert samples[f"cat/{Path(name).stem}"][0] == content
-    assert manifest["audit"]["oriented"] == 1
+    assert manifest["audit"]["oriented"] == ["train/cat/exif"]
     rows = read_index(tmp_path / "out", "train").samples
     row = rows[rows["key"] == b"cat/exif"][0]
     assert (row["orientation"], row["height"], row["width"]) == (6, 90, 70)
@@ -509,8 +586,10 @@ def test_duplicates_are_found_within_a_split_and_across_splits(folder, tmp_path,
 
 
 def test_tiny_images_are_counted_with_examples(digits):
-    tiny = read_manifest(digits)["audit"]["tiny"]
-    assert tiny["count"] == 416 and len(tiny["examples"]) == 20
+    audit = read_manifest(digits)["audit"]
+    assert audit["counts"]["tiny"] == 416 and len(audit["tiny"]) == 416
+    remarks = [json.loads(line) for line in (digits / "audit.jsonl").read_text().splitlines()]
+    assert [remark["what"] for remark in remarks if remark["kind"] == "tiny"] == audit["tiny"]
 
 
 def test_without_the_audit_bytes_are_the_same_and_damage_stays_unnoticed(digits_folder, digits, folder, tmp_path):
@@ -539,7 +618,7 @@ def test_shrinking_only_ever_shrinks_and_the_index_follows(folder, tmp_path):
             assert (row["width"], row["height"]) == original.size
         jpeg = Image.open(io.BytesIO(samples_of(tmp_path / "out")[f"{Path(file).parent}/{name}"][0]))
         assert jpeg.size == (row["width"], row["height"])
-    assert manifest["audit"]["resized"] == resized + 1  # and dog/b
+    assert manifest["audit"]["counts"]["resized"] == resized + 1  # and dog/b
 
 
 # --- mistakes ---
@@ -585,6 +664,39 @@ def test_a_broken_link_is_not_left_out_unnoticed(folder, tmp_path):
     (folder / "train" / "cat" / "link.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(UserError, match="train/cat/link.jpg: cannot be read"):
         convert(folder, tmp_path / "out")
+
+
+def test_what_is_no_image_is_refused_with_its_name(folder, tmp_path):
+    (folder / "train" / "cat" / "a.txt").write_text("a caption")
+    with pytest.raises(UserError, match=r"1 images cannot be used: train/cat/a.txt \(not an image\)"):
+        convert(folder, tmp_path / "out")
+    assert len(samples_of_skipping(folder, tmp_path / "out")) == 6
+
+
+def samples_of_skipping(folder: Path, out: Path) -> dict:
+    convert(folder, out, skip_bad=True)
+    return samples_of(out)
+
+
+def test_two_classes_of_one_name(folder, tmp_path):
+    for name in ("a b", "a_b"):
+        (folder / "train" / name).mkdir()
+    with pytest.raises(UserError, match="would both be class a_b/. Rename one"):
+        convert(folder, tmp_path / "out")
+
+
+def test_a_source_that_changes_during_or_after_a_conversion_is_noticed(folder, tmp_path):
+    convert(folder, tmp_path / "parts", samples_per_shard=2, part=(0, 2))
+    convert(folder, tmp_path / "done")
+    photographs()[1][1].save(folder / "train" / "cat" / "new.jpg")
+    with pytest.raises(UserError, match="its train images have changed since the conversion began"):
+        convert(folder, tmp_path / "parts", samples_per_shard=2, part=(1, 2))
+    with pytest.raises(UserError, match="made differently: the source's train images are others by now"):
+        convert(folder, tmp_path / "done")
+    (folder / "val" / "cat").mkdir(parents=True)
+    photographs()[1][1].save(folder / "val" / "cat" / "new.jpg")
+    with pytest.raises(UserError, match=r"made differently: splits was \['train'\], now it is \['train', 'val'\]"):
+        convert(folder, tmp_path / "done")
 
 
 def test_two_files_of_one_name(folder, tmp_path):
@@ -647,7 +759,7 @@ def test_info_tells_what_a_dataset_holds(digits, capsys):
 
 
 def test_options_are_plain_values_of_the_manifest():
-    described = job._describe(dataclasses.replace(_source()), BuildOptions())
+    described = job._describe(_source(), BuildOptions())
     assert described["options"] == {
         "seed": 0,
         "samples_per_shard": 5000,

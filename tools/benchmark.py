@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
@@ -64,8 +65,8 @@ def shard(images: int, repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         paths = photographs(folder / "src", images)
-        source = open_source(folder / "src")
-        entries = list(source.splits["train"](folder))
+        source = open_source(folder / "src", "folder", folder)
+        entries = list(source.splits["train"]())
         names = folder / "names"
         names.write_text("".join(f"{path.relative_to(folder / 'src')}\n" for path in paths))
 
@@ -112,15 +113,20 @@ def _ratio(baseline: list[float], ours: list[float]) -> float:
 
 def machine() -> dict:
     """What a number depends on."""
-    from importlib.metadata import version
-
     packages = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset")
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> None:

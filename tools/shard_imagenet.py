@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         with exit_on_user_error():
             options.run(options)
     except KeyboardInterrupt:
-        print(f"interrupted. {job.GO_ON}", file=sys.stderr)
+        print(f"interrupted. {job.GO_ON if options.command == 'build' else ''}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -112,16 +113,15 @@ def _verify(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     table = Table(show_header=False, box=None)
     for label, text in summarize(options.out).items():
-        table.add_row(f"[bold]{label}[/bold]", text)
+        table.add_row(f"[bold]{label}[/bold]", escape(text))
     Console().print(table)
 
 
 def _counts(manifest: dict) -> str:
     counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
     audit = manifest["audit"]
-    notes = [f"{len(audit[note])} {note}" for note in ("repaired", "rejected") if audit[note]]
-    if audit["duplicates"]:
-        notes.append(f"{len(audit['duplicates'])} groups of duplicates")
+    words = {"repaired": "repaired", "rejected": "rejected", "duplicates": "groups of duplicates"}
+    notes = [f"{audit['counts'][kind]:,} {word}" for kind, word in words.items() if audit["counts"][kind]]
     return "; ".join([f"{counts} samples of {len(manifest['classes'])} classes", *notes])
 
 
@@ -198,9 +198,11 @@ def _part(text: str) -> tuple[int, int]:
 
 def _part_from_environment() -> tuple[int, int]:
     """This process's share under torchrun or srun; the whole elsewhere."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A batch script itself, outside srun, has SLURM_NTASKS as well; its step is not a number.
+    if os.environ.get("SLURM_STEP_ID", "").isdigit():
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return 0, 1
 
 

@@ -75,7 +75,7 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
             return _decode(content, header, plain, options)
-    except RejectedImageError:
+    except (RejectedImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise RejectedImageError("not an image") from error

@@ -4,39 +4,53 @@ While it goes on, everything lies in OUT.partial; a shard is complete when its r
 become the index and the manifest, and OUT.partial is renamed to OUT. Every step may be repeated.
 
     OUT.partial/job.json              what is being converted, and how; another command finds itself refused
-    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.npy: where each line starts
+    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.npy: where each line starts; SPLIT.json: number and hash
     OUT.partial/records/SPLIT/*.json  one for each finished shard
     OUT.partial/SPLIT/*.tar, *.idx    the shards
 """
 
 import collections
+import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from multiprocessing.connection import wait as wait_for_handles
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipelines import rng
 from pipelines.errors import UserError
-from pipelines.files import locked, sha256_of, sync_folder, write_synced
-from pipelines.index import FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest, sample_dtype, split_digest
+from pipelines.files import locked, replacing, sha256_of, sync_folder, write_synced
+from pipelines.index import (
+    AUDIT,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    manifest_bytes,
+    read_manifest,
+    sample_dtype,
+    split_digest,
+)
 from tools.sharding.images import ImageOptions
 from tools.sharding.shards import HASH_BYTES, read_record, write_shard
 from tools.sharding.sources import Entry, Source, open_source
 
-TOOL = "tools/shard_imagenet.py"
+TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 GO_ON = "Run the same command again to go on: finished shards are kept"
 _JOB = "job.json"
 _HASHES_AT_A_TIME = 1 << 20  # of the search for duplicates, which never holds more
-_EXAMPLES = 20  # tiny images named in the manifest
+_EXAMPLES = 1000  # of each kind of remark in the manifest; all of them are in audit.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,10 @@ class BuildOptions:
     seed: int = 0
     samples_per_shard: int = 5000
     image: ImageOptions = dataclasses.field(default_factory=ImageOptions)
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 1 << 64 or self.samples_per_shard < 1:
+            raise UserError(f"seed {self.seed}, samples_per_shard {self.samples_per_shard}: out of range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +103,24 @@ def build(
     Raises:
       UserError: the source, OUT or images are not as they must be; OUT does not exist then, finished shards are kept.
     """
-    source = open_source(src, kind)
-    job = _describe(source, options)
-    if out.exists():
-        return _already_there(out, job)
     partial = _partial(out)
-    _claim(partial, job)
-    if (partial / MANIFEST).is_file():  # interrupted at the very end
-        return _finish(partial, out, job)
-    with locked(partial / f".lock-{part[0]}", f"another process is already working on {partial}, part {part[0]}"):
-        with locked(partial / ".lock-listing", "", wait=True):
-            for split, samples in source.splits.items():
-                _list(partial, split, samples)
-        _write_shards(partial, source, options, workers, part, on_progress)
-        if part[1] > 1:
-            return None
-        _refuse_rejected(partial, skip_bad)
-        return _finish(partial, out, job)
+    source = open_source(src, kind, partial / "scratch")
+    job = _describe(source, options)
+    with _told():
+        if out.exists():
+            return _already_there(out, job, source)
+        _claim(partial, job)
+        busy = f"another process is already working on {partial}, part {part[0] + 1}"
+        with locked(partial / f".lock-{part[0]}-{part[1]}", busy):
+            if not (partial / MANIFEST).is_file():  # else it was interrupted at the very end
+                with locked(partial / ".lock-listing", "", wait=True):
+                    for split in source.splits:
+                        _list(partial, split, source)
+                _write_shards(partial, source, options, workers, part, on_progress)
+                if part[1] > 1:
+                    return None
+                _refuse_rejected(partial, skip_bad)
+            return _finish(partial, out, job)
 
 
 def merge(out: Path, skip_bad: bool = False) -> dict:
@@ -111,18 +130,37 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
       UserError: there is none, or shards are missing; they are named.
     """
     partial = _partial(out)
-    if out.exists():
-        return read_manifest(out)
-    if not (partial / _JOB).is_file():
-        raise UserError(f"{partial}: not found. Run 'build' with --part 1/N to --part N/N first")
-    job = json.loads((partial / _JOB).read_text())
-    splits = [path.stem for path in sorted((partial / "listing").glob("*.npy"))]
-    missing = [shard for split in splits for shard in _shards(partial, split, job) if not _is_done(partial, shard)]
-    if missing or not splits:
-        named = ", ".join(name for _, name in missing[:10]) + (" ..." if len(missing) > 10 else "")
+    with _told():
+        if out.exists():
+            (out / _JOB).unlink(missing_ok=True)
+            return read_manifest(out)
+        if not (partial / _JOB).is_file():
+            raise UserError(f"{partial}: not found. Run 'build' with --part 1/N to --part N/N first")
+        job = json.loads((partial / _JOB).read_text())
+        with locked(partial / ".lock-merge", f"another process is already merging {partial}"):
+            if not (partial / MANIFEST).is_file():
+                _refuse_missing(partial, job)
+                _refuse_rejected(partial, skip_bad)
+            return _finish(partial, out, job)
+
+
+def _refuse_missing(partial: Path, job: dict) -> None:
+    unlisted = [split for split in job["splits"] if not (partial / "listing" / f"{split}.json").is_file()]
+    shards = [shard for split in job["splits"] if split not in unlisted for shard in _shards(partial, split, job)]
+    missing = [name for split, name in shards if not _is_done(partial, (split, name))]
+    if missing or unlisted:
+        named = ", ".join([*unlisted, *missing][:10]) + (" ..." if len(missing) > 10 else "")
         raise UserError(f"{partial}: {len(missing)} shards are missing ({named}). Run the parts that should write them")
-    _refuse_rejected(partial, skip_bad)
-    return _finish(partial, out, job)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Tells of disks that are full or fail, wherever it happens."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}. Mend that. {GO_ON}") from error
 
 
 # --- what is being converted ---
@@ -131,6 +169,7 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
 def _describe(source: Source, options: BuildOptions) -> dict:
     return {
         "format_version": FORMAT_VERSION,
+        "made_with": {"tool": VERSION, "pillow": version("pillow"), "webdataset": version("webdataset")},
         "source": {"kind": source.kind, "name": source.root.resolve().name, "files": source.files},
         "options": {
             "seed": options.seed,
@@ -147,12 +186,17 @@ def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _already_there(out: Path, job: dict) -> dict:
+def _already_there(out: Path, job: dict, source: Source) -> dict:
     if not (out / MANIFEST).is_file():
         raise UserError(f"{out}: exists already and is not a dataset. Remove it, or choose another folder")
     manifest = read_manifest(out)
     (out / _JOB).unlink(missing_ok=True)  # left by a process that was killed between its last two actions
-    if different := _difference({key: manifest[key] for key in job if key != "splits"}, job):
+    there = {**{key: manifest.get(key) for key in job if key != "splits"}, "splits": list(manifest["splits"])}
+    different = _difference(there, job)
+    for split, entry in manifest["splits"].items() if not different and not source.copies else ():
+        if _digest(source.splits[split]()) != entry["listing_sha256"]:
+            different = f"the source's {split} images are others by now"
+    if different:
         raise UserError(f"{out}: exists already, made differently: {different}. Remove it, or choose another folder")
     return manifest
 
@@ -176,11 +220,16 @@ def _claim(partial: Path, job: dict) -> None:
     """Make OUT.partial ours, or make sure that it is."""
     path = partial / _JOB
     if not path.is_file():
-        if partial.exists() and any(entry.suffix != ".partial" for entry in partial.iterdir()):
+        if partial.exists() and any(not entry.name.endswith(".partial") for entry in partial.iterdir()):
             raise UserError(f"{partial}: exists and was not left by this tool. Remove it, or choose another folder")
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            write_synced(path, json.dumps(job).encode())
+            claim = partial / f"{_JOB}.{secrets.token_hex(4)}.partial"
+            claim.write_text(json.dumps(job))
+            with contextlib.suppress(FileExistsError):  # of several machines the first one says what the job is
+                os.link(claim, path)
+            claim.unlink()
+            sync_folder(partial)
         except OSError as error:
             raise UserError(f"{partial}: cannot be made ({error.strerror}). Choose another folder") from error
     if different := _difference(json.loads(path.read_text()), job):
@@ -193,27 +242,39 @@ def _claim(partial: Path, job: dict) -> None:
 # --- the listing ---
 
 
-def _list(partial: Path, split: str, samples: Callable[[Path], Iterator[Entry]]) -> None:
-    """Write the listing of a split, once."""
-    starts_path = partial / "listing" / f"{split}.npy"
-    if starts_path.is_file():
+def _list(partial: Path, split: str, source: Source) -> None:
+    """Write the listing of a split, or make sure that it is still what the source holds."""
+    about = partial / "listing" / f"{split}.json"
+    if about.is_file():
+        if not source.copies and _digest(source.splits[split]()) != json.loads(about.read_text())["sha256"]:
+            raise UserError(
+                f"{source.root}: its {split} images have changed since the conversion began. Put them back, or remove "
+                f"{partial} to begin again"
+            )
         return
-    starts_path.parent.mkdir(exist_ok=True)
-    lines, starts = starts_path.with_suffix(".jsonl"), starts_path.with_suffix(".starts")
-    position = count = 0
-    with open(lines, "wb") as file, open(starts, "wb") as starts_file:
-        for entry in samples(partial / "scratch" / split):
-            line = json.dumps([entry.key, entry.label, entry.location]).encode() + b"\n"
-            starts_file.write(position.to_bytes(8, "little"))
+    about.parent.mkdir(exist_ok=True)
+    digest, position, count = hashlib.sha256(), 0, 0
+    with replacing(about.with_suffix(".jsonl")) as file, replacing(about.with_suffix(".npy")) as starts:
+        for entry in source.splits[split]():
+            line = _line(entry)
+            digest.update(line)
+            starts.write(position.to_bytes(8, "little"))
             position, count = position + len(line), count + 1
             file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
     if not count:
-        starts.unlink()
         raise UserError(f"{split}: the source has no images in this split. Add some, or remove it")
-    starts.rename(starts_path)
-    sync_folder(starts_path.parent)
+    write_synced(about, json.dumps({"samples": count, "sha256": digest.hexdigest()}).encode())
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps([entry.key, entry.label, entry.location, entry.source]).encode() + b"\n"
+
+
+def _digest(entries: Iterator[Entry]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(_line(entry))
+    return digest.hexdigest()
 
 
 class Listing:
@@ -232,7 +293,7 @@ class Listing:
 
 
 def _num_listed(partial: Path, split: str) -> int:
-    return (partial / "listing" / f"{split}.npy").stat().st_size // 8
+    return json.loads((partial / "listing" / f"{split}.json").read_text())["samples"]
 
 
 def _shards(partial: Path, split: str, job: dict) -> list[tuple[str, str]]:
@@ -266,7 +327,7 @@ def _write_shards(
     if not missing:
         return
     total = sum(len(_rows(shard, _num_listed(partial, shard[0]), options.samples_per_shard)) for shard in missing)
-    context = _context()
+    context = worker_context()
     counters = context.Value("Q", 0), context.Value("Q", 0)
     setup = (partial, source.root, source.kind, options, counters)
     with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, setup) as pool:
@@ -280,13 +341,11 @@ def _write_shards(
         except BrokenProcessPool as error:
             message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {GO_ON}"
             raise UserError(message) from error
-        except OSError as error:
-            raise UserError(f"{error.filename or partial}: {error.strerror or error}. Mend that. {GO_ON}") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def worker_context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a server process that has imported this module once, and nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -306,8 +365,8 @@ class _Worker:
         self.partial = partial
         self.options = options
         self.counters = counters
-        self.read = open_source(root, kind).read
-        self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.npy")}
+        self.read = open_source(root, kind, partial / "scratch").read
+        self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.json")}
 
     def count(self, nbytes: int) -> None:
         for counter, amount in zip(self.counters, (1, nbytes), strict=True):
@@ -362,8 +421,11 @@ def _finish(partial: Path, out: Path, job: dict) -> dict:
     """Index, manifest, and the final name."""
     if not (partial / MANIFEST).is_file():
         description = {key: value for key, value in job.items() if key != "splits"}
-        names = {split: [name for _, name in _shards(partial, split, job)] for split in job["splits"]}
-        assemble(partial, partial / "records", description, names)
+        shards = {split: [name for _, name in _shards(partial, split, job)] for split in job["splits"]}
+        manifest = assemble(partial, partial / "records", description, shards)
+        for split, entry in manifest["splits"].items():
+            entry["listing_sha256"] = json.loads((partial / "listing" / f"{split}.json").read_text())["sha256"]
+        write_synced(partial / MANIFEST, manifest_bytes(manifest))
     for leftover in ("listing", "records", "scratch"):
         shutil.rmtree(partial / leftover, ignore_errors=True)
     for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
@@ -374,80 +436,94 @@ def _finish(partial: Path, out: Path, job: dict) -> dict:
     return read_manifest(out)
 
 
-def assemble(root: Path, records: Path, description: dict, shards: dict[str, list[str]]) -> None:
-    """Make the index of each split and the manifest from the records of all shards.
+def assemble(root: Path, records: Path, description: dict, shards: dict[str, list[str]]) -> dict:
+    """Make the index of each split and the audit's file from the records of all shards.
 
     Args:
       root: the dataset folder.
       records: folder with SPLIT/NAME.json.
       description: the manifest's part that says what the dataset is.
       shards: split -> names of its shards, in order.
+    Returns:
+      The manifest, not yet written.
     """
-    audit = {"repaired": [], "rejected": [], "resized": 0, "tiny": {"count": 0, "examples": []}, "oriented": 0}
-    splits = {}
-    for split, names in shards.items():
-        paths = [records / split / f"{name}.json" for name in names]
-        splits[split] = _write_index(root / split / INDEX, paths, len(description["classes"]), audit)
-    audit["duplicates"] = find_duplicates(records)
-    manifest = {**description, "tool": TOOL, "splits": splits, "audit": audit}
-    write_synced(root / MANIFEST, manifest_bytes(manifest))
+    paths = {split: [records / split / f"{name}.json" for name in names] for split, names in shards.items()}
+    num_classes = len(description["classes"])
+    splits = {split: _write_index(root / split / INDEX, found, num_classes) for split, found in paths.items()}
+    with replacing(root / AUDIT) as file:
+        audit = _write_audit(file, paths)
+    return {**description, "tool": TOOL, "splits": splits, "audit": {**audit, "sha256": sha256_of(root / AUDIT)}}
 
 
-def _write_index(path: Path, records: list[Path], num_classes: int, audit: dict) -> dict:
+def _write_audit(file: BinaryIO, records: dict[str, list[Path]]) -> dict:
+    """Every remark on a sample, a line of JSON each. Returns how many of each kind there are, and the first few."""
+    kinds = ("repaired", "rejected", "tiny", "oriented", "duplicates")
+    counts, examples, resized = dict.fromkeys(kinds, 0), {kind: [] for kind in kinds}, 0
+
+    def remark(kind: str, item) -> None:
+        counts[kind] += 1
+        if len(examples[kind]) < _EXAMPLES:
+            examples[kind].append(item)
+        file.write(json.dumps({"kind": kind, "what": item}).encode() + b"\n")
+
+    for split, paths in records.items():
+        for record in map(read_record, paths):
+            resized += record.notes["resized"]
+            for kind in ("repaired", "rejected"):
+                for item in record.notes[kind]:
+                    remark(kind, {**item, "sample": f"{split}/{item['sample']}"})
+            for key in record.notes["tiny"]:
+                remark("tiny", f"{split}/{key}")
+            for row in record.rows:
+                if row["orientation"] != 1:
+                    remark("oriented", f"{split}/{row['key']}")
+    for group in find_duplicates([path for paths in records.values() for path in paths]):
+        remark("duplicates", group)
+    return {"counts": {**counts, "resized": resized}, **examples}
+
+
+def _write_index(path: Path, records: list[Path], num_classes: int) -> dict:
     """Write a split's index from its shards' records, one after the other. Returns its entry in the manifest."""
-    split = path.parent.name
     key_bytes = samples = 0
-    for record_path in records:
-        record = read_record(record_path)
+    for record in map(read_record, records):
         samples += len(record.rows)
         key_bytes = max([key_bytes, *(len(row["key"].encode()) for row in record.rows)])
     if not samples:
-        raise UserError(f"{split}: no image of this split can be used. Look at the source")
-    index = np.lib.format.open_memmap(path, mode="w+", dtype=sample_dtype(key_bytes), shape=(samples,))
-    entries, start = [], 0
-    for number, record_path in enumerate(records):
-        record = read_record(record_path)
-        entries.append(record.entry)
-        rows = index[start : start + len(record.rows)]
-        rows["shard"] = number
-        for field in ("offset", "nbytes", "label", "height", "width", "crc32", "orientation"):
-            rows[field] = [row[field] for row in record.rows]
-        rows["key"] = [row["key"].encode() for row in record.rows]
-        audit["oriented"] += int((rows["orientation"] != 1).sum())
-        start += len(record.rows)
-        for note, found in record.notes.items():
-            _add_note(audit, note, found, split)
-    index.flush()
-    counts = np.bincount(index["label"], minlength=num_classes).tolist()
+        raise UserError(f"{path.parent.name}: no image of this split can be used. Look at the source")
+    dtype = sample_dtype(key_bytes)
+    entries, counts = [], np.zeros(num_classes, dtype=np.int64)
+    with replacing(path) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_2_0(file, header)
+        for number, record in enumerate(map(read_record, records)):
+            entries.append(record.entry)
+            rows = np.zeros(len(record.rows), dtype=dtype)
+            for field in dtype.names:
+                rows[field] = number if field == "shard" else [_encoded(row[field]) for row in record.rows]
+            file.write(rows.tobytes())
+            counts += np.bincount(rows["label"], minlength=num_classes)
     index_sha256 = sha256_of(path)
     return {
         "samples": samples,
         "bytes": sum(entry["bytes"] for entry in entries),
-        "class_counts": counts,
+        "class_counts": counts.tolist(),
         "index_sha256": index_sha256,
         "digest": split_digest(index_sha256, [entry["sha256"] for entry in entries]),
         "shards": entries,
     }
 
 
-def _add_note(audit: dict, note: str, found, split: str) -> None:
-    if note == "resized":
-        audit[note] += found
-    elif note == "tiny":
-        audit[note]["count"] += len(found)
-        missing = _EXAMPLES - len(audit[note]["examples"])
-        audit[note]["examples"] += [f"{split}/{key}" for key in found[:missing]]
-    else:
-        audit[note] += [{**item, "sample": f"{split}/{item['sample']}"} for item in found]
+def _encoded(value: int | str) -> int | bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
-def find_duplicates(records: Path) -> list[list[str]]:
+def find_duplicates(records: list[Path]) -> list[list[str]]:
     """Groups of samples, as SPLIT/KEY, whose sources have the same content, within a split and across splits.
 
     The hashes are gone through several times, each time for another share of them, so that memory does not grow with
     the dataset.
     """
-    paths = sorted(records.rglob("*.sha256"))
+    paths = [path.with_suffix(".sha256") for path in records]
     total = sum(path.stat().st_size for path in paths) // HASH_BYTES
     passes = max(1, -(-total // _HASHES_AT_A_TIME))
     groups = []

@@ -8,13 +8,14 @@ from typing import BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.files import sha256_of, write_synced
-from pipelines.index import FORMAT_VERSION, MANIFEST, read_manifest
+from pipelines.index import FORMAT_VERSION, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import assemble
-from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, tar_members, write_record
+from tools.sharding.job import VERSION, assemble, worker_context
+from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, write_record
+from tools.sharding.sources import SPLITS
+from tools.sharding.tars import tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
-_SPLITS = {"train": ("train",), "val": ("val", "validation")}
 
 
 def index_webdataset(
@@ -36,40 +37,56 @@ def index_webdataset(
     """
     if (root / MANIFEST).exists():
         raise UserError(f"{root / MANIFEST}: exists already. Remove it to index the folder again")
-    found = {split: _shards(root, folders) for split, folders in _SPLITS.items()}
-    found = {split: shards for split, shards in found.items() if shards}
+    found = {split: sorted((root / split).glob("*.tar")) for split in SPLITS}
+    found = {split: paths for split, paths in found.items() if paths}
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. Expected WebDataset tars (jpg, cls) in train/ and val/")
     records = root / ".index.partial"
-    jobs = [
-        (path, records / split / f"{path.stem}.json", ImageOptions(audit=audit))
-        for split, paths in found.items()
-        for path in paths
-    ]
+    shutil.rmtree(records, ignore_errors=True)
     for split in found:
-        (records / split).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        for done, _ in enumerate(pool.map(_read_shard, *zip(*jobs, strict=True))):
-            on_shard(done + 1, len(jobs))
-    rejected = [item for _, path, _ in jobs for item in read_record(path).notes["rejected"]]
+        (records / split).mkdir(parents=True)
+    try:
+        jobs = [
+            (path, records / split / f"{path.stem}.json", ImageOptions(audit=audit))
+            for split, paths in found.items()
+            for path in paths
+        ]
+        with ProcessPoolExecutor(workers, worker_context()) as pool:
+            for done, _ in enumerate(pool.map(_read_shard, *zip(*jobs, strict=True))):
+                on_shard(done + 1, len(jobs))
+        description = _describe(root, [path for _, path, _ in jobs], audit, skip_bad)
+        shards = {split: [path.stem for path in paths] for split, paths in found.items()}
+        manifest = assemble(root, records, description, shards)
+    finally:
+        shutil.rmtree(records)
+    write_synced(root / MANIFEST, manifest_bytes(manifest))
+    return read_manifest(root)
+
+
+def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> dict:
+    """What the manifest says of the dataset as a whole.
+
+    Raises:
+      UserError: samples cannot be used and `skip_bad` is off, or the class numbers make no sense.
+    """
+    rejected, samples, top = [], 0, -1
+    for record in map(read_record, records):
+        rejected += record.notes["rejected"]
+        samples += len(record.rows)
+        top = max([top, *(row["label"] for row in record.rows)])
     if rejected and not skip_bad:
         named = "; ".join(f"{item['source']}: {item['sample']} ({item['reason']})" for item in rejected)
         raise UserError(f"{len(rejected)} samples cannot be used: {named}. Leave them out with --on-bad skip")
-    top = max((row["label"] for _, path, _ in jobs for row in read_record(path).rows), default=-1)
-    description = {
+    if top >= max(1000, 100 * samples):
+        raise UserError(f"{root}: class numbers up to {top} for {samples} samples. Look at the cls files")
+    return {
         "format_version": FORMAT_VERSION,
+        "made_with": {"tool": VERSION},
         "source": {"kind": "webdataset", "name": root.resolve().name, "files": {}},
         "options": {"audit": audit},
         "classes": [str(label) for label in range(top + 1)],
         "class_names": [],
     }
-    assemble(root, records, description, {split: [path.stem for path in paths] for split, paths in found.items()})
-    shutil.rmtree(records)
-    return read_manifest(root)
-
-
-def _shards(root: Path, folders: tuple[str, ...]) -> list[Path]:
-    return next((shards for folder in folders if (shards := sorted((root / folder).glob("*.tar")))), [])
 
 
 def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
@@ -86,9 +103,11 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
                 continue
             found.add(key, label, offset, image)
             hashes.append(source_hash(image.jpeg))
-    write_synced(path.with_suffix(".idx"), dali_index(members))
-    sha256 = sha256_of(path)
-    found.entry = {"name": path.name, "bytes": path.stat().st_size, "samples": len(found.rows), "sha256": sha256}
+    idx, idx_path = dali_index(members), path.with_suffix(".idx")
+    if idx_path.exists() and idx_path.read_bytes().split() != idx.split():
+        raise UserError(f"{idx_path}: describes another tar. Remove it to have it written")
+    write_synced(idx_path, idx)
+    found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
     write_record(record, found, hashes)
 
 

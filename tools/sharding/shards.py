@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,8 +14,8 @@ from pipelines.errors import UserError
 from pipelines.files import replacing, write_synced
 from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.sources import Entry
+from tools.sharding.tars import BLOCK
 
-BLOCK = 512  # of a tar
 HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
 
 
@@ -25,7 +24,7 @@ class ShardRecord:
     """What is known of a finished shard.
 
     Attributes:
-      entry: its entry in the manifest: name, bytes, samples, sha256.
+      entry: its entry in the manifest: name, bytes, samples, sha256, idx_sha256.
       rows: [samples] with the fields of pipelines.index.sample_dtype but the shard, in the order of the tar.
       notes: repaired and rejected, each a list of samples with reasons; tiny, a list of keys; resized, a number.
     """
@@ -53,6 +52,17 @@ class ShardRecord:
         if min(image.height, image.width) < TINY_PX:
             self.notes["tiny"].append(key)
         self.notes["resized"] += image.resized
+
+    def describe(self, name: str, num_bytes: int, sha256: str, idx: bytes) -> None:
+        """The shard itself."""
+        idx_sha256 = hashlib.sha256(idx).hexdigest()
+        self.entry = {
+            "name": name,
+            "bytes": num_bytes,
+            "samples": len(self.rows),
+            "sha256": sha256,
+            "idx_sha256": idx_sha256,
+        }
 
     def reject(self, key: str, source: str, error: RejectedImageError) -> None:
         """A sample that cannot be used, and why."""
@@ -93,14 +103,15 @@ def write_shard(
                 try:
                     image = check_image(content, options)
                 except RejectedImageError as error:
-                    record.reject(entry.key, entry.location.partition("\n")[0], error)
+                    record.reject(entry.key, entry.source, error)
                     continue
+                assert entry.key not in members, entry.key
                 members[entry.key] = _write_sample(tar, entry, image.jpeg)
                 record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image)
                 hashes.append(source_hash(content))
-    num_bytes, sha256 = hashing.num_bytes, hashing.sha256.hexdigest()
-    record.entry = {"name": path.name, "bytes": num_bytes, "samples": len(record.rows), "sha256": sha256}
-    write_synced(path.with_suffix(".idx"), dali_index(members))
+    idx = dali_index(members)
+    write_synced(path.with_suffix(".idx"), idx)
+    record.describe(path.name, hashing.num_bytes, hashing.sha256.hexdigest(), idx)
     write_record(records / f"{path.stem}.json", record, hashes)
 
 
@@ -137,9 +148,8 @@ def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
     try:
         return read(entry.location)
     except OSError as error:
-        source = entry.location.partition("\n")[0]
         raise UserError(
-            f"{source}: cannot be read ({error.strerror or error}). Mend that and run the same command again"
+            f"{entry.source}: cannot be read ({error.strerror or error}). Mend that and run the same command again"
         ) from error
 
 
@@ -152,33 +162,6 @@ def write_record(path: Path, record: ShardRecord, hashes: list[bytes]) -> None:
 def read_record(path: Path) -> ShardRecord:
     """The record of a finished shard."""
     return ShardRecord(**json.loads(path.read_text()))
-
-
-def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (offset, bytes) of the data, as found in the headers of a tar.
-
-    Raises:
-      UserError: it is not an uncompressed tar, or its headers are damaged.
-    """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    members.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: not an uncompressed tar, or damaged ({error}). Restore it") from error
-    return members
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """What stands before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o444
-    return info.tobuf()
 
 
 def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:

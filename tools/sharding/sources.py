@@ -11,10 +11,14 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import UserError
+from pipelines.files import replacing
+from tools.sharding.tars import tar_files
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")
@@ -28,11 +32,13 @@ class Entry:
       key: its name in the dataset, CLASS/STEM, without dots (WebDataset ends a key at the first).
       label: class number.
       location: where `Source.read` finds it.
+      source: how people are told which one it is.
     """
 
     key: str
     label: int
     location: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +53,24 @@ class Source:
       splits: for each split a function that lists its samples.
       read: location -> the file's bytes.
       files: what identifies the source besides its kind: relative path and bytes of each container file.
-      scratch: whether listing copies the images into a scratch folder first (as large as the dataset).
+      copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
     """
 
     kind: str
     root: Path
     classes: list[str]
     class_names: list[str]
-    splits: dict[str, Callable[[Path], Iterator[Entry]]]
+    splits: dict[str, Callable[[], Iterator[Entry]]]
     read: Callable[[str], bytes]
     files: dict[str, int] = dataclasses.field(default_factory=dict)
+    copies: bool = False
 
 
-def open_source(root: Path, kind: str = "auto") -> Source:
-    """Recognise a source, or take it for what it is said to be.
+def open_source(root: Path, kind: str, scratch: Path) -> Source:
+    """Recognise a source ('auto'), or take it for what it is said to be.
 
+    Args:
+      scratch: folder for copies, where a kind needs them to read single images.
     Raises:
       UserError: it is none of the kinds, or lacks a part; the message says what was expected.
     """
@@ -71,7 +80,7 @@ def open_source(root: Path, kind: str = "auto") -> Source:
         kind = next((name for name, (looks_like, _) in KINDS.items() if looks_like(root)), "")
         if not kind:
             raise UserError(f"{root}: not recognised as a source. {_EXPECTED}")
-    return KINDS[kind][1](root)
+    return KINDS[kind][1](root, scratch)
 
 
 def sample_key(class_id: str, stem: str) -> str:
@@ -82,7 +91,7 @@ def sample_key(class_id: str, stem: str) -> str:
 # --- image folders ---
 
 
-def _folder(root: Path) -> Source:
+def _folder(root: Path, scratch: Path) -> Source:
     train = root / "train"
     if not train.is_dir():
         raise UserError(
@@ -92,13 +101,24 @@ def _folder(root: Path) -> Source:
     if not classes:
         raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
     splits = {
-        split: lambda _, split=split: _list_folder(root, split, classes) for split in SPLITS if (root / split).is_dir()
+        split: lambda split=split: _list_folder(root, split, classes) for split in SPLITS if (root / split).is_dir()
     }
     return Source("folder", root, classes, [], splits, lambda location: (root / location).read_bytes())
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """The classes in alphabetical order.
+
+    Raises:
+      UserError: two of them would have samples of the same names.
+    """
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    by_key: dict[str, str] = {}
+    for name in names:
+        if (key := sample_key(name, "")) in by_key:
+            raise UserError(f"{folder / name} and {by_key[key]} would both be class {key}. Rename one")
+        by_key[key] = name
+    return names
 
 
 def _list_folder(root: Path, split: str, classes: list[str]) -> Iterator[Entry]:
@@ -120,19 +140,23 @@ def _list_folder(root: Path, split: str, classes: list[str]) -> Iterator[Entry]:
 
 def _list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[Entry]:
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    files = sorted(entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir())
+    files = sorted(entry.name for entry in entries if not entry.is_dir())
     nested = sorted(entry.name for entry in entries if entry.is_dir())
     if nested:
         raise UserError(f"{folder / nested[0]}: a folder inside a class. Move its images up, or remove it")
-    if not files:
+    if not any(map(_is_image, files)):
         raise UserError(f"{folder}: no images ({', '.join(EXTENSIONS)}). Add some, or remove the class")
     by_key: dict[str, str] = {}
     for file in files:
-        key = sample_key(class_id, Path(file).stem)
+        # what does not look like an image is looked at as well, and refused with its name
+        key = sample_key(class_id, Path(file).stem if _is_image(file) else file)
         if key in by_key:
             raise UserError(f"{folder / file} and {by_key[key]} would both be sample {key}. Rename one")
         by_key[key] = file
-        yield Entry(key, label, str((folder / file).relative_to(root)))
+        location = str((folder / file).relative_to(root))
+        if not location.isprintable():
+            raise UserError(f"{location!r}: a name that is not printable UTF-8. Rename it")
+        yield Entry(key, label, location, location)
 
 
 def _is_image(name: str) -> bool:
@@ -144,7 +168,7 @@ def _is_image(name: str) -> bool:
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
-def _ilsvrc(root: Path) -> Source:
+def _ilsvrc(root: Path, scratch: Path) -> Source:
     for name in (TRAIN_TAR, DEVKIT):
         if not (root / name).is_file():
             raise UserError(f"{root / name}: not found. Expected {TRAIN_TAR}, {DEVKIT} and, for validation, {VAL_TAR}")
@@ -152,10 +176,10 @@ def _ilsvrc(root: Path) -> Source:
     # Classes are numbered by WordNet id, as everybody does; the devkit's own numbers are others.
     classes = sorted(wnid for wnid, _ in synsets.values())
     names = {wnid: words for wnid, words in synsets.values()}
-    splits = {"train": lambda _: _list_train_tar(root / TRAIN_TAR, classes)}
+    splits = {"train": lambda: _list_train_tar(root / TRAIN_TAR, classes)}
     if (root / VAL_TAR).is_file():
         labels = {i + 1: classes.index(synsets[number][0]) for i, number in enumerate(ground_truth)}
-        splits["val"] = lambda _: _list_val_tar(root / VAL_TAR, classes, labels)
+        splits["val"] = lambda: _list_val_tar(root / VAL_TAR, classes, labels)
     files = {name: (root / name).stat().st_size for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if (root / name).is_file()}
     return Source("ilsvrc", root, classes, [names[wnid] for wnid in classes], splits, _slice_reader(root), files)
 
@@ -178,47 +202,68 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
             if int(row["num_children"]) == 0  # the others are inner nodes of the hierarchy
         }
         return synsets, [int(line) for line in truth.split()]
-    except (KeyError, ValueError, OSError, tarfile.TarError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"{path}: not the ILSVRC2012 devkit, or damaged ({error}). Download it again") from error
 
 
 def _list_train_tar(path: Path, classes: list[str]) -> Iterator[Entry]:
     """The images in the class tars in the tar, located by their bytes in the outer file: nothing is unpacked."""
     numbers = {wnid: label for label, wnid in enumerate(classes)}
-    with open(path, "rb") as file, _open_tar(path, file) as outer:
-        class_tars = {Path(member.name).stem: member for member in outer if member.name.endswith(".tar")}
-        unknown = sorted(set(class_tars) - set(numbers))
-        if unknown or not class_tars:
-            what = f"class {unknown[0]} is not in the devkit" if unknown else "no class tars inside"
-            raise UserError(f"{path}: {what}. Expected n01440764.tar and so on")
+    with open(path, "rb") as file:
+        class_tars = {Path(m.name).stem: m for m in tar_files(path, file) if m.name.endswith(".tar")}
+        if different := sorted(set(class_tars) ^ set(numbers)):
+            where = "the devkit" if different[0] in class_tars else "the tar"
+            raise UserError(f"{path}: class {different[0]} is not in {where} ({len(different)} such). Restore both")
         for wnid in sorted(class_tars):
-            with _open_tar(path, outer.extractfile(class_tars[wnid])) as inner:
-                start = class_tars[wnid].offset_data
-                members = sorted((m.name, m.offset_data, m.size) for m in inner if _is_image(m.name))
+            start = class_tars[wnid].offset_data
+            inner = _Part(file, start, class_tars[wnid].size)
+            name = path / class_tars[wnid].name
+            members = sorted((m.name, m.offset_data, m.size) for m in tar_files(name, inner) if _is_image(m.name))
             for name, offset, size in members:
-                yield Entry(sample_key(wnid, Path(name).stem), numbers[wnid], f"{path.name}\n{start + offset}\n{size}")
+                location = f"{path.name}\n{start + offset}\n{size}"
+                yield Entry(sample_key(wnid, Path(name).stem), numbers[wnid], location, f"{path.name}: {name}")
+
+
+class _Part(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(content)
+        return content
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
 
 
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry]:
-    with open(path, "rb") as file, _open_tar(path, file) as tar:
-        members = sorted((Path(m.name).name, m.offset_data, m.size) for m in tar if _is_image(m.name))
+    with open(path, "rb") as file:
+        members = sorted((Path(m.name).name, m.offset_data, m.size) for m in tar_files(path, file) if _is_image(m.name))
     if len(members) != len(labels):
-        raise UserError(
-            f"{path}: {len(members)} images, the devkit's ground truth has {len(labels)}. Download it again"
-        )
+        raise UserError(f"{path}: {len(members)} images, the devkit labels {len(labels)}. Download it again")
     for name, offset, size in members:
         number = re.search(r"(\d+)\.\w+$", name)
         label = labels.get(int(number[1])) if number else None
         if label is None:
             raise UserError(f"{path}: {name} has no line in the devkit's ground truth. Download both again")
-        yield Entry(sample_key(classes[label], Path(name).stem), label, f"{path.name}\n{offset}\n{size}")
-
-
-def _open_tar(path: Path, file) -> tarfile.TarFile:
-    try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a tar file, or damaged ({error}). Download it again") from error
+        location = f"{path.name}\n{offset}\n{size}"
+        yield Entry(sample_key(classes[label], Path(name).stem), label, location, f"{path.name}: {name}")
 
 
 def _slice_reader(root: Path) -> Callable[[str], bytes]:
@@ -242,17 +287,17 @@ def _slice_reader(root: Path) -> Callable[[str], bytes]:
 _KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
 
 
-def _kaggle(root: Path) -> Source:
+def _kaggle(root: Path, scratch: Path) -> Source:
     train, solution = root / _KAGGLE_DATA / "train", root / "LOC_val_solution.csv"
     if not train.is_dir():
         raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
     classes = _class_folders(train)
     numbers = {wnid: label for label, wnid in enumerate(classes)}
-    splits = {"train": lambda _: _list_kaggle_train(root, train, classes)}
+    splits = {"train": lambda: _list_kaggle_train(root, train, classes)}
     if (root / _KAGGLE_DATA / "val").is_dir():
         if not solution.is_file():
             raise UserError(f"{solution}: not found; it holds the validation labels. Put it there, or remove val/")
-        splits["val"] = lambda _: _list_kaggle_val(root, solution, numbers)
+        splits["val"] = lambda: _list_kaggle_val(root, solution, numbers)
     mapping = root / "LOC_synset_mapping.txt"
     lines = mapping.read_text().splitlines() if mapping.is_file() else []
     words = dict(line.split(" ", 1) for line in lines if " " in line)
@@ -268,11 +313,15 @@ def _list_kaggle_train(root: Path, train: Path, classes: list[str]) -> Iterator[
 def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Iterator[Entry]:
     with open(solution, newline="") as file:
         rows = sorted((row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file))
+    images = {Path(entry.name).stem for entry in os.scandir(root / _KAGGLE_DATA / "val")}
+    if different := sorted(images ^ {image for image, _ in rows}):
+        where = "the folder" if different[0] not in images else "the file"
+        raise UserError(f"{solution}: {different[0]} is not in {where} ({len(different)} such). Restore both")
     for image, wnid in rows:
         if wnid not in numbers:
             raise UserError(f"{solution}: {image} is of class {wnid}, which has no training folder")
-        location = _KAGGLE_DATA / "val" / f"{image}.JPEG"
-        yield Entry(sample_key(wnid, image), numbers[wnid], str(location))
+        location = str(_KAGGLE_DATA / "val" / f"{image}.JPEG")
+        yield Entry(sample_key(wnid, image), numbers[wnid], location, location)
 
 
 # --- Hugging Face parquet files ---
@@ -280,7 +329,7 @@ def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Ite
 _PARQUET_SPLITS = {"train": ("train",), "val": ("validation", "val")}
 
 
-def _parquet(root: Path) -> Source:
+def _parquet(root: Path, scratch: Path) -> Source:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -301,12 +350,12 @@ def _parquet(root: Path) -> Source:
         top = max(max(parquet.read_table(path, columns=["label"])["label"].to_pylist()) for path in found["train"])
         names = [str(label) for label in range(top + 1)]
     splits = {
-        split: lambda scratch, paths=paths: _list_parquet(root, paths, scratch, names)
+        split: lambda split=split, paths=paths: _list_parquet(root, paths, scratch, split, names)
         for split, paths in found.items()
         if paths
     }
     files = {str(path.relative_to(root)): path.stat().st_size for paths in found.values() for path in paths}
-    return Source("parquet", root, names, [], splits, lambda location: _read_scratch(location), files)
+    return Source("parquet", root, names, [], splits, _slice_reader(scratch), files, copies=True)
 
 
 def _parquet_class_names(schema) -> list[str]:
@@ -318,43 +367,39 @@ def _parquet_class_names(schema) -> list[str]:
         return []
 
 
-def _list_parquet(root: Path, paths: list[Path], scratch: Path, names: list[str]) -> Iterator[Entry]:
+def _list_parquet(root: Path, paths: list[Path], scratch: Path, split: str, names: list[str]) -> Iterator[Entry]:
     """Copy the images of each file one after the other into a scratch file, where any of them can be read alone.
 
     Parquet compresses rows in groups: reading single images in a shuffled order would read each group over and over.
     """
     import pyarrow.parquet as parquet
 
-    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / split).mkdir(parents=True, exist_ok=True)
     row = 0
     for number, path in enumerate(paths):
-        copy = scratch / f"{number:05d}.bin"
-        with open(copy, "wb") as file:
+        copy = f"{split}/{number:05d}.bin"
+        with replacing(scratch / copy) as file:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=64, columns=["image", "label"]):
                 for item in batch.to_pylist():
-                    content, label = item["image"]["bytes"] or b"", item["label"]
+                    content, label = (item["image"] or {}).get("bytes") or b"", item["label"]
                     if label is None or not 0 <= label < len(names):
                         raise UserError(f"{path}: row {row} has label {label}; there are {len(names)} classes")
-                    yield Entry(sample_key(names[label], f"{row:09d}"), label, f"{copy}\n{file.tell()}\n{len(content)}")
+                    location, source = f"{copy}\n{file.tell()}\n{len(content)}", f"{path.relative_to(root)}: row {row}"
+                    yield Entry(sample_key(names[label], f"{row:09d}"), label, location, source)
                     file.write(content)
                     row += 1
-            file.flush()
-            os.fsync(file.fileno())
 
 
-def _read_scratch(location: str) -> bytes:
-    name, offset, size = location.split("\n")
-    with open(name, "rb") as file:
-        file.seek(int(offset))
-        return file.read(int(size))
+def _has_parquet(root: Path) -> bool:
+    return any(next(folder.glob("*.parquet"), None) is not None for folder in (root, root / "data"))
 
 
 # kind -> (does a folder look like it, open it); the first that fits is taken
-KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Source]]] = {
+KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, Path], Source]]] = {
     "ilsvrc": (lambda root: (root / TRAIN_TAR).is_file(), _ilsvrc),
     "kaggle": (lambda root: (root / _KAGGLE_DATA).is_dir(), _kaggle),
-    "parquet": (lambda root: root.is_dir() and next(root.rglob("*.parquet"), None) is not None, _parquet),
-    "folder": (lambda root: (root / "train").is_dir(), _folder),
+    "folder": (lambda root: (root / "train").is_dir() and not _has_parquet(root / "train"), _folder),
+    "parquet": (lambda root: _has_parquet(root) or _has_parquet(root / "train"), _parquet),
 }
 _EXPECTED = (
     f"Expected a folder with train/CLASS/*.jpg; or {TRAIN_TAR}, {VAL_TAR} and {DEVKIT}; or Kaggle's "

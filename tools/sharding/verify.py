@@ -1,17 +1,22 @@
 """Is a dataset still what was written, and what is in it."""
 
 import dataclasses
+import mmap
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.errors import UserError
 from pipelines.files import sha256_of
-from pipelines.index import INDEX, MANIFEST, read_manifest
+from pipelines.index import AUDIT, INDEX, MANIFEST, read_manifest
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
-from tools.sharding.shards import BLOCK, dali_index, tar_header, tar_members
+from tools.sharding.job import worker_context
+from tools.sharding.shards import dali_index
+from tools.sharding.tars import BLOCK, tar_header, tar_members
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,78 +52,95 @@ def verify(
     """
     manifest = read_manifest(root)
     faults, jobs = [], []
-    known = {MANIFEST}
+    known = {MANIFEST, AUDIT}
+    faults += _verify_file(root, AUDIT, manifest["audit"]["sha256"])
     for split, entry in manifest["splits"].items():
-        rows, fault = _read_index(root, split, entry)
-        faults += fault
+        index_faults = _verify_file(root, f"{split}/{INDEX}", entry["index_sha256"])
+        faults += index_faults
         known.add(f"{split}/{INDEX}")
-        for number, shard in enumerate(entry["shards"]):
-            name = shard["name"]
-            known |= {f"{split}/{name}", f"{split}/{Path(name).with_suffix('.idx')}"}
-            mine = None if rows is None else rows[rows["shard"] == number]
-            jobs.append((root, split, shard, mine, decode, manifest["source"]["kind"] != "webdataset"))
+        start = 0
+        for shard in entry["shards"]:
+            known |= {f"{split}/{shard['name']}", f"{split}/{Path(shard['name']).with_suffix('.idx')}"}
+            rows = None if index_faults else (start, start + shard["samples"])
+            start += shard["samples"]
+            jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset"))
     faults += [
         Fault(str(path.relative_to(root)), "", "is not in the manifest; remove it, or verify the folder it came from")
         for path in sorted(root.rglob("*"))
         if path.is_file() and str(path.relative_to(root)) not in known
     ]
-    with ProcessPoolExecutor(workers) as pool:
-        for number, found in enumerate(pool.map(_verify_shard, *zip(*jobs, strict=True))):
-            faults += found
-            on_shard(number + 1, len(jobs))
+    with ProcessPoolExecutor(workers, worker_context()) as pool:
+        try:
+            for number, found in enumerate(pool.map(_verify_shard, *zip(*jobs, strict=True))):
+                faults += found
+                on_shard(number + 1, len(jobs))
+        except BrokenProcessPool as error:
+            raise UserError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
     return faults
 
 
-def _read_index(root: Path, split: str, entry: dict) -> tuple[np.ndarray | None, list[Fault]]:
-    path = root / split / INDEX
-    name = f"{split}/{INDEX}"
-    if not path.is_file():
-        return None, [Fault(name, "", "missing")]
-    if sha256_of(path) == entry["index_sha256"]:
-        return np.load(path, mmap_mode="r", allow_pickle=False), []
-    return None, [Fault(name, "", f"{path.stat().st_size} bytes that are not those of the manifest: damaged or stale")]
+def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
+    """The fault of a file that is not the one of the manifest."""
+    path = root / name
+    try:
+        if not path.is_file():
+            return [Fault(name, "", "missing")]
+        if sha256_of(path) == sha256:
+            return []
+        return [Fault(name, "", f"{path.stat().st_size} bytes that are not those of the manifest: damaged or stale")]
+    except OSError as error:
+        return [Fault(name, "", f"cannot be read ({error.strerror})")]
 
 
 def _verify_shard(
-    root: Path, split: str, shard: dict, rows: np.ndarray | None, decode: bool, ours: bool
+    root: Path, split: str, shard: dict, span: tuple[int, int] | None, decode: bool, ours: bool
 ) -> list[Fault]:
-    path = root / split / shard["name"]
-    name = f"{split}/{shard['name']}"
+    """The faults of a shard and its .idx; `span` says which rows of the index are its own, if the index can be used."""
+    path, name = root / split / shard["name"], f"{split}/{shard['name']}"
+    try:
+        rows = None if span is None else np.load(root / split / INDEX, mmap_mode="r", allow_pickle=False)[slice(*span)]
+        faults = _verify_tar(path, name, shard, rows, ours)
+        if decode and rows is not None and not faults:
+            faults = _decode(path, name, rows)
+    except OSError as error:
+        faults = [Fault(name, "", f"cannot be read ({error.strerror})")]
+    return faults + _verify_idx(root, split, shard, intact=not faults)
+
+
+def _verify_tar(path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool) -> list[Fault]:
     if not path.is_file():
         return [Fault(name, "", "missing")]
     faults = []
     if path.stat().st_size != shard["bytes"]:
         faults.append(Fault(name, "", f"{path.stat().st_size} bytes, the manifest says {shard['bytes']}"))
-    if sha256_of(path) != shard["sha256"]:
-        found = list(_locate(path, name, rows) if ours else _locate_images(path, name, rows))
-        faults += found or [Fault(name, "", "its hash is not the manifest's: swapped for another shard, or rewritten")]
-    else:
-        faults += _verify_idx(path, name)
-    if decode and rows is not None and not faults:
-        faults += _decode(path, name, rows)
-    return faults
-
-
-def _verify_idx(path: Path, name: str) -> list[Fault]:
-    idx = path.with_suffix(".idx")
-    idx_name = str(Path(name).with_suffix(".idx"))
-    if not idx.is_file():
-        return [Fault(idx_name, "", "missing")]
-    found, expected = idx.read_bytes(), dali_index(tar_members(path))
-    if found == expected:
-        return []
-    first = next(
-        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
-    )
-    line = expected[:first].count(b"\n") + 1
-    return [Fault(idx_name, f"line {line}, byte {first}", "does not describe its shard: damaged or stale")]
-
-
-def _locate(path: Path, name: str, rows: np.ndarray | None) -> Iterator[Fault]:
-    """Where in a damaged shard the damage is: the samples, headers and padding that are not as they were."""
+    if sha256_of(path) == shard["sha256"]:
+        return faults
     if rows is None:
-        return
-    content = path.read_bytes()
+        return [
+            *faults,
+            Fault(name, "", "damaged or swapped; without the index the place cannot be told"),
+        ]
+    found = list(_locate(path, name, rows) if ours else _locate_images(path, name, rows))
+    unknown = Fault(name, "", "swapped for another shard, or damaged outside its samples")
+    return faults + (found or [unknown])
+
+
+def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault]:
+    name = f"{split}/{Path(shard['name']).with_suffix('.idx')}"
+    faults = _verify_file(root, name, shard["idx_sha256"])
+    if not faults or not intact or not (root / name).is_file():
+        return faults
+    found, expected = (root / name).read_bytes(), dali_index(tar_members(root / split / shard["name"]))
+    shorter = min(len(found), len(expected))
+    first = next((i for i in range(shorter) if found[i] != expected[i]), shorter)
+    line = expected[:first].count(b"\n") + 1
+    return [Fault(name, f"line {line}, byte {first}", "does not describe its shard: damaged or stale")]
+
+
+def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
+    """Where in a damaged shard the damage is: the samples, headers and padding that are not as they were."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     position = 0
     for row in rows:
         key, label = row["key"].decode(), str(int(row["label"])).encode()
@@ -142,19 +164,36 @@ def _locate(path: Path, name: str, rows: np.ndarray | None) -> Iterator[Fault]:
     yield from _check_zeros(content, name, "the end of the tar", position, len(content))
 
 
-def _check_zeros(content: bytes, name: str, what: str, start: int, stop: int) -> Iterator[Fault]:
+def _check_zeros(content: bytes | mmap.mmap, name: str, what: str, start: int, stop: int) -> Iterator[Fault]:
     rest = content[start:stop]
     if rest.strip(b"\0"):
         yield Fault(name, f"byte {start + len(rest) - len(rest.lstrip(bytes(1)))}", f"{what} is damaged")
 
 
-def _locate_images(path: Path, name: str, rows: np.ndarray | None) -> Iterator[Fault]:
-    """As `_locate` for tars of another writer, of which only the images' places are known."""
-    content = path.read_bytes()
-    for row in rows if rows is not None else ():
-        start, stop = int(row["offset"]), int(row["offset"] + row["nbytes"])
-        if zlib.crc32(content[start:stop]) != row["crc32"]:
-            yield Fault(name, f"sample {row['key'].decode()}, bytes {start} to {stop}", "its image is damaged")
+def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
+    """As `_locate` for tars of another writer: images by their checksums, labels where the .idx says they are."""
+    labels = _labels(path.with_suffix(".idx"))
+    with open(path, "rb") as file:
+        for row in rows:
+            key, start, nbytes = row["key"].decode(), int(row["offset"]), int(row["nbytes"])
+            file.seek(start)
+            if zlib.crc32(file.read(nbytes)) != row["crc32"]:
+                yield Fault(name, f"sample {key}, bytes {start} to {start + nbytes}", "its image is damaged")
+            start, nbytes = labels.get(key, (0, 0))
+            file.seek(start)
+            if nbytes and file.read(nbytes).strip() != str(int(row["label"])).encode():
+                yield Fault(name, f"sample {key}, bytes {start} to {start + nbytes}", "its label is damaged")
+
+
+def _labels(idx: Path) -> dict[str, tuple[int, int]]:
+    """key -> (offset, bytes) of the label, from an .idx file; {} where there is none."""
+    labels = {}
+    for line in idx.read_text(errors="replace").splitlines()[1:] if idx.is_file() else ():
+        fields = line.split()
+        for extension, offset, size, member in zip(*(fields[i::4] for i in range(4)), strict=False):
+            if extension == "cls" and offset.isdigit() and size.isdigit():
+                labels[member.removesuffix(".cls")] = (int(offset), int(size))
+    return labels
 
 
 def _decode(path: Path, name: str, rows: np.ndarray) -> list[Fault]:
@@ -192,17 +231,15 @@ def summarize(root: Path) -> dict[str, str]:
         if empty := [manifest["classes"][i] for i in np.flatnonzero(counts == 0)]:
             lines[f"{split}: empty classes"] = ", ".join(empty[:10]) + (" ..." if len(empty) > 10 else "")
         lines[f"{split}: digest"] = entry["digest"][:16]
-    leaks = [group for group in audit["duplicates"] if len({key.partition("/")[0] for key in group}) > 1]
-    lines["repaired"] = _reasons(audit["repaired"])
-    lines["rejected"] = _reasons(audit["rejected"])
-    lines["duplicates"] = f"{len(audit['duplicates']):,} groups, {len(leaks):,} of them across splits"
-    lines["tiny, oriented, resized"] = f"{audit['tiny']['count']:,}, {audit['oriented']:,}, {audit['resized']:,}"
+    counts = audit["counts"]
+    leaks = sum(len({key.partition("/")[0] for key in group}) > 1 for group in audit["duplicates"])
+    for kind in ("repaired", "rejected"):
+        named = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
+        lines[kind] = f"{counts[kind]:,}" + (f": {named}" if named else "") + (" ..." if counts[kind] > 3 else "")
+    among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
+    lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
+    lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
     return lines
-
-
-def _reasons(items: list[dict]) -> str:
-    examples = "; ".join(f"{item['sample']} ({item['reason']})" for item in items[:3])
-    return f"{len(items):,}" + (f": {examples}" if items else "") + (" ..." if len(items) > 3 else "")
 
 
 def human_bytes(num: float) -> str:
