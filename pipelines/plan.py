@@ -7,6 +7,7 @@ positions, which share one mixing draw and are mixed with themselves reversed.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -64,6 +65,13 @@ class BatchPlan:
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    def split(self, size: int) -> Iterator["BatchPlan"]:
+        """The same rows, `size` at a time: the fixed cost of planning is paid once for all of them."""
+        columns = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        for start in range(0, len(self), size):
+            part = {name: value[start : start + size] for name, value in columns.items()}
+            yield dataclasses.replace(self, position=self.position + start, **part)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,14 @@ def test_any_split_of_a_range_equals_the_whole():
         assert_same_rows(whole, [plan.rows(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)])
 
 
+def test_splitting_a_plan_equals_planning_the_parts():
+    plan = make_plan()
+    for part in plan.rows(256, 384).split(32):
+        alone = plan.rows(part.position, part.position + 32)
+        assert_same_rows(part, [alone])
+        assert (part.mix_group, part.image_size, part.fill) == (alone.mix_group, alone.image_size, alone.fill)
+
+
 def test_an_epoch_shows_a_third_of_the_images_three_times():
     plan = make_plan(num_samples=1536, global_batch=128)
     epoch = plan.rows(0, plan.steps_per_epoch * 128)

@@ -325,8 +325,7 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
     share = plan.global_batch // world.size
     for s in range(step, stop):
         first = s * plan.global_batch + world.rank * share
-        for start in range(first, first + share, micro_batch):
-            yield plan.rows(start, start + micro_batch)
+        yield from plan.rows(first, first + share).split(micro_batch)
 
 
 def share_of_batch(config: Config, world: World) -> int:
