@@ -48,6 +48,8 @@ class Run:
 
     Attributes:
       evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
+      precision: of the forward passes.
+      changes: what differs from the checkpoint's configuration, in words.
       stop: the step after which this process ends.
     """
 
@@ -60,7 +62,8 @@ class Run:
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
     micro_batch: int
     total_steps: int
-    telemetry: Telemetry
+    precision: torch.dtype
+    changes: list[str]
 
     @property
     def stop(self) -> int:
@@ -88,19 +91,23 @@ def train(config: Config, world: World) -> dict:
     refuse_unwritable(config.run.out)
     run = build(config, world)
     with claimed(config.run.out, world):
-        return conduct(run)
+        if world.is_main:
+            write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
+        folder = config.run.out if world.is_main else None
+        return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
 
 
-def conduct(run: Run) -> dict:
+def conduct(run: Run, telemetry: Telemetry) -> dict:
     """Go through a run that was built. Returns the summary."""
     config, world = run.config, run.world
     summary_path = config.run.out / "summary.json"
     start_step, start_s = run.state.step, time.perf_counter()
+    describe(run, telemetry)
     if start_step >= run.stop and world.choice_of_main(summary_path.exists()):
-        run.telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
+        telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
         return json.loads(summary_path.read_text())
-    with run.telemetry.live():
-        results = loop(run)
+    with telemetry.live():
+        results = loop(run, telemetry)
     elapsed_s = time.perf_counter() - start_s
     summary = {
         "finished": run.state.step == run.total_steps,
@@ -121,7 +128,7 @@ def conduct(run: Run) -> dict:
     if world.is_main:
         write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
         state = "finished" if summary["finished"] else "stopped"
-        run.telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
+        telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
     return summary
 
 
@@ -134,13 +141,20 @@ def refuse_unwritable(out: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(out: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of the run folder."""
-    with locked(out / ".lock", f"{out}: another run is working in it") if world.is_main else contextlib.nullcontext():
+    """Make the run folder and keep other runs out of it."""
+    if not world.is_main:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}). Change --run.out") from error
+    with locked(out / ".lock", f"{out}: another run is working in it"):
         yield
 
 
 def build(config: Config, world: World) -> Run:
-    """Check everything, build everything, and set it to the newest checkpoint. Writes only the run folder's config."""
+    """Check everything, build everything, and set it to the newest checkpoint. Writes nothing."""
     micro_batch = share_of_batch(config, world)
     refuse_missing_stages(config.data.pipeline, config.augment, world.device)
     index, val_index = open_indices(config.data)
@@ -188,21 +202,7 @@ def build(config: Config, world: World) -> Run:
             precision=precision,
             world=world,
         )
-    if world.is_main:
-        make_folder(config.run.out)
-        write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
-    telemetry = Telemetry(config.run.out if world.is_main else None, state.step, total_steps)
-    run = Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, telemetry)
-    describe(run, precision, changes)
-    return run
-
-
-def make_folder(out: Path) -> None:
-    """Make the run folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}). Change --run.out") from error
+    return Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, precision, changes)
 
 
 def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
@@ -246,20 +246,20 @@ def build_state(
     )
 
 
-def loop(run: Run) -> dict:
+def loop(run: Run, telemetry: Telemetry) -> dict:
     """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
     with contextlib.closing(run.pipeline.batches(plans)) as batches:
-        results = update(run, Stopwatch(batches))
+        results = update(run, telemetry, Stopwatch(batches))
     if not results and run.evaluate is not None and run.state.step == run.total_steps:
         results = run.evaluate()  # of a run that was killed after its last step
     return results
 
 
-def update(run: Run, batches: Stopwatch) -> dict:
+def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
     """The updates themselves, in the order in which things happen."""
     config, state = run.config, run.state
-    log = _LossLog(run, batches)
+    log = _LossLog(run, telemetry, batches)
     results = {}
     while state.step < run.stop:
         epoch = state.step // run.plan.steps_per_epoch
@@ -267,14 +267,14 @@ def update(run: Run, batches: Stopwatch) -> dict:
         set_learning_rate(state.optimizer, lr)
         log.add(run.step(batches))
         state.step += 1
-        run.telemetry.advance(state.step)
+        telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0
         evaluation_due = epoch_ends and ((epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps)
         if state.step % config.run.log_every == 0 or evaluation_due or state.step == run.stop:
             log.write(epoch, lr)
         if evaluation_due and run.evaluate is not None:
             results = run.evaluate()
-            run.telemetry.evaluation(state.step, epoch, results)
+            telemetry.evaluation(state.step, epoch, results)
             log.restart()
         if state.step % config.run.checkpoint_every == 0 or state.step == run.stop:
             save(run)
@@ -284,8 +284,9 @@ def update(run: Run, batches: Stopwatch) -> dict:
 class _LossLog:
     """Averages between two lines of the log. Reading them is the only time the host waits for the device."""
 
-    def __init__(self, run: Run, batches: Stopwatch):
+    def __init__(self, run: Run, telemetry: Telemetry, batches: Stopwatch):
         self._run = run
+        self._telemetry = telemetry
         self._batches = batches
         self.restart()
 
@@ -316,7 +317,7 @@ class _LossLog:
             "images_per_s": self._steps * self._run.config.run.global_batch / elapsed_s,
             "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
         }
-        self._run.telemetry.train(record)
+        self._telemetry.train(record)
         self.restart()
 
 
@@ -408,26 +409,26 @@ def save(run: Run) -> None:
     run.world.barrier()
 
 
-def describe(run: Run, precision: torch.dtype, changes: list[str]) -> None:
+def describe(run: Run, telemetry: Telemetry) -> None:
     """Say what is about to happen."""
     config, index = run.config, run.plan.index
     teacher = f"from {config.teacher.name}" if config.teacher.name else "without a teacher"
     pipeline = resolve_pipeline(config.data.pipeline, run.world.device)
-    run.telemetry.say(
+    telemetry.say(
         f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "
         f"{config.schedule.total_epochs} epochs of {run.plan.steps_per_epoch} steps of {config.run.global_batch} on "
-        f"{run.world.size} x {run.world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline"
+        f"{run.world.size} x {run.world.device.type}, {str(run.precision).removeprefix('torch.')}, {pipeline} pipeline"
     )
     if run.state.step:
-        run.telemetry.say(f"resuming after step {run.state.step}")
+        telemetry.say(f"resuming after step {run.state.step}")
     remaining = config.ema.decay**run.total_steps
     if remaining > 0.05:
-        run.telemetry.say(
+        telemetry.say(
             f"ema.decay {config.ema.decay} is slow for {run.total_steps} steps: at the end the average still holds "
             f"{remaining:.0%} of the initial weights"
         )
-    for change in changes:
-        run.telemetry.say(f"changed since the checkpoint: {change}")
+    for change in run.changes:
+        telemetry.say(f"changed since the checkpoint: {change}")
 
 
 if __name__ == "__main__":

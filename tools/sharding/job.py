@@ -4,7 +4,7 @@ While it goes on, everything lies in OUT.partial; a shard is complete when its r
 become the index and the manifest, and OUT.partial is renamed to OUT. Every step may be repeated.
 
     OUT.partial/job.json              what is being converted, and how; another command finds itself refused
-    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.npy: where each line starts; SPLIT.json: number and hash
+    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.starts: where each line starts; SPLIT.json: number and hash
     OUT.partial/records/SPLIT/*.json  one for each finished shard
     OUT.partial/SPLIT/*.tar, *.idx    the shards
 """
@@ -254,7 +254,7 @@ def _list(partial: Path, split: str, source: Source) -> None:
         return
     about.parent.mkdir(exist_ok=True)
     digest, position, count = hashlib.sha256(), 0, 0
-    with replacing(about.with_suffix(".jsonl")) as file, replacing(about.with_suffix(".npy")) as starts:
+    with replacing(about.with_suffix(".jsonl")) as file, replacing(about.with_suffix(".starts")) as starts:
         for entry in source.splits[split]():
             line = _line(entry)
             digest.update(line)
@@ -281,7 +281,7 @@ class Listing:
     """The samples of a split, any of them read on its own from the listing on disk."""
 
     def __init__(self, partial: Path, split: str):
-        self._starts = np.memmap(partial / "listing" / f"{split}.npy", dtype="<u8", mode="r")
+        self._starts = np.memmap(partial / "listing" / f"{split}.starts", dtype="<u8", mode="r")
         self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115 (open as long as the worker)
 
     def __len__(self) -> int:
