@@ -68,8 +68,9 @@ def photos(tmp_path_factory) -> ShardIndex:
         path = folder / "train" / f"class{i % 2}" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, "JPEG", **{"quality": 92, **options})
-    build(folder, folder / "out", BuildOptions(samples_per_shard=4))
-    return read_index(folder / "out", "train")
+    out = tmp_path_factory.mktemp("datasets") / "photos"
+    build(folder, out, BuildOptions(samples_per_shard=4))
+    return read_index(out, "train")
 
 
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:

@@ -357,9 +357,13 @@ def test_tars_of_another_writer_are_indexed_too(tmp_path):
         add(tar, "x/2.jpg", jpeg_of(photo))
         add(tar, "x/3.jpg", jpeg_of(photo, format="PNG"))
         add(tar, "x/3.cls", b"0")
-    with pytest.raises(UserError, match=r"2 samples cannot be used: a.tar: x/2 \(has jpg; .*x/3 \(PNG image"):
+    with pytest.raises(UserError, match=r"2 samples cannot be used: train/a.tar: x/2 \(has jpg; .*x/3 \(PNG image"):
         index_webdataset(root)
     assert not (root / "manifest.json").exists()
+    (root / "train" / "b.tar.gz").touch()
+    with pytest.raises(UserError, match=r"b.tar.gz: not an uncompressed tar \(1 such\)"):
+        index_webdataset(root)
+    (root / "train" / "b.tar.gz").unlink()
     manifest = index_webdataset(root, skip_bad=True)
     assert samples_of(root) == {"x/1": (jpeg_of(photo), 2)}
     assert manifest["audit"]["counts"]["rejected"] == 2 and len(manifest["classes"]) == 3
@@ -676,6 +680,24 @@ def test_what_is_no_image_is_refused_with_its_name(folder, tmp_path):
 def samples_of_skipping(folder: Path, out: Path) -> dict:
     convert(folder, out, skip_bad=True)
     return samples_of(out)
+
+
+def test_a_validation_folder_of_another_name_is_not_left_out_unnoticed(folder, tmp_path):
+    (folder / "validation").mkdir()
+    with pytest.raises(UserError, match="validation: the validation images belong in .*val. Rename it"):
+        convert(folder, tmp_path / "out")
+
+
+def test_a_dataset_is_not_written_into_its_source(folder):
+    with pytest.raises(UserError, match="lies inside its own source"):
+        convert(folder, folder / "out")
+
+
+def test_a_long_list_of_rejected_images_goes_into_a_file(folder, tmp_path):
+    put(folder, {f"{i}.jpg": (b"", "") for i in range(120)})
+    with pytest.raises(UserError, match=r"120 images cannot be used: .* and 20 more, all of them in .*rejected.txt"):
+        convert(folder, tmp_path / "out")
+    assert len((tmp_path / "out.partial" / "rejected.txt.partial").read_text().splitlines()) == 120
 
 
 def test_two_classes_of_one_name(folder, tmp_path):

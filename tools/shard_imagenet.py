@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
@@ -46,7 +47,7 @@ def _build(options: argparse.Namespace) -> None:
     start_s = time.perf_counter()
     image = ImageOptions(audit=options.audit, resize_short=options.resize_short, quality=options.quality)
     build_options = job.BuildOptions(options.seed, options.samples_per_shard, image)
-    last = job.Progress(0, 0, 0)
+    last, say = job.Progress(0, 0, 0), _Lines()
 
     def show(progress: job.Progress) -> None:
         nonlocal last
@@ -54,6 +55,7 @@ def _build(options: argparse.Namespace) -> None:
         elapsed_s = time.perf_counter() - start_s
         rates = f"{progress.images / elapsed_s:,.0f} images/s, {human_bytes(progress.nbytes / elapsed_s)}/s"
         bar.update(task, completed=progress.images, total=progress.total_images, description=rates)
+        say(f"{progress.images:,} of {progress.total_images:,} images, {rates}")
 
     with _bar() as bar:
         task = bar.add_task("listing", total=None)
@@ -71,9 +73,9 @@ def _build(options: argparse.Namespace) -> None:
     converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
     if manifest is None:
         part, parts = options.part
-        print(f"part {part + 1}/{parts} is done: {converted}. When all are: {job.TOOL} merge {options.out}")
+        print(f"part {part + 1}/{parts} is done: {converted}. When all are: python {job.TOOL} merge {options.out}")
     else:
-        print(f"{options.out}: {_counts(manifest)} ({converted})")
+        print(f"{options.out}: {_counts(manifest)} ({converted if last.images else 'nothing was left to convert'})")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -81,7 +83,19 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: {_counts(manifest)}")
 
 
+def _shown() -> Callable[[ProgressBar, int, int, int], None]:
+    """Shows finished shards in a bar, or in lines."""
+    say = _Lines()
+
+    def show(bar: ProgressBar, task: int, done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        say(f"{done:,} of {total:,} shards")
+
+    return show
+
+
 def _index(options: argparse.Namespace) -> None:
+    show = _shown()
     with _bar() as bar:
         task = bar.add_task("shards", total=None)
         manifest = reindex.index_webdataset(
@@ -89,19 +103,20 @@ def _index(options: argparse.Namespace) -> None:
             audit=options.audit,
             skip_bad=options.on_bad == "skip",
             workers=options.workers,
-            on_shard=lambda done, total: bar.update(task, completed=done, total=total),
+            on_shard=lambda done, total: show(bar, task, done, total),
         )
     print(f"{options.root}: {_counts(manifest)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
+    show = _shown()
     with _bar() as bar:
         task = bar.add_task("shards", total=None)
         faults = verify(
             options.out,
             decode=options.decode,
             workers=options.workers,
-            on_shard=lambda done, total: bar.update(task, completed=done, total=total),
+            on_shard=lambda done, total: show(bar, task, done, total),
         )
     for fault in faults:
         print(fault)
@@ -122,7 +137,23 @@ def _counts(manifest: dict) -> str:
     audit = manifest["audit"]
     words = {"repaired": "repaired", "rejected": "rejected", "duplicates": "groups of duplicates"}
     notes = [f"{audit['counts'][kind]:,} {word}" for kind, word in words.items() if audit["counts"][kind]]
+    for split, entry in manifest["splits"].items():
+        if empty := entry["class_counts"].count(0):
+            notes.append(f"{empty} classes without {split} images")
     return "; ".join([f"{counts} samples of {len(manifest['classes'])} classes", *notes])
+
+
+class _Lines:
+    """Says how far things are in plain lines, now and then, where there is no terminal to show a bar."""
+
+    def __init__(self, every_s: float = 30.0):
+        self._every_s = 0.0 if sys.stderr.isatty() else every_s
+        self._last_s = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self._every_s and time.monotonic() - self._last_s >= self._every_s:
+            self._last_s = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
 
 def _bar() -> ProgressBar:
@@ -179,6 +210,9 @@ def _positive(text: str) -> int:
     return number
 
 
+_positive.__name__ = "positive number"  # argparse shows it
+
+
 def _seed(text: str) -> int:
     if not 0 <= (number := int(text)) < 1 << 64:
         raise argparse.ArgumentTypeError(f"{number} is not in [0, 2**64)")
@@ -198,11 +232,11 @@ def _part(text: str) -> tuple[int, int]:
 
 def _part_from_environment() -> tuple[int, int]:
     """This process's share under torchrun or srun; the whole elsewhere."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if os.environ.get("RANK", "").isdigit() and os.environ.get("WORLD_SIZE", "").isdigit():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A batch script itself, outside srun, has SLURM_NTASKS as well; its step is not a number.
     if os.environ.get("SLURM_STEP_ID", "").isdigit():
-        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        return int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
     return 0, 1
 
 

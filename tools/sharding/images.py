@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.errors import UserError
+
 TINY_PX = 32  # a shorter side below this is reported
 MAX_PIXELS = 1 << 27  # 134 megapixels; larger ones are refused before they are decoded
 _EXIF_ORIENTATION = 0x0112
@@ -31,6 +33,10 @@ class ImageOptions:
     audit: bool = True
     resize_short: int = 0
     quality: int = 90
+
+    def __post_init__(self):
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"quality is {self.quality}; JPEG's runs from 1 to 100")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,13 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for_handles
 from pathlib import Path
 from typing import BinaryIO
@@ -50,6 +52,7 @@ TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 GO_ON = "Run the same command again to go on: finished shards are kept"
 _JOB = "job.json"
 _HASHES_AT_A_TIME = 1 << 20  # of the search for duplicates, which never holds more
+_NAMED = 100  # rejected images in an error; a longer list goes into a file
 _EXAMPLES = 1000  # of each kind of remark in the manifest; all of them are in audit.jsonl
 
 
@@ -104,6 +107,8 @@ def build(
       UserError: the source, OUT or images are not as they must be; OUT does not exist then, finished shards are kept.
     """
     partial = _partial(out)
+    if src.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"{out}: lies inside its own source. Choose a folder outside {src}")
     source = open_source(src, kind, partial / "scratch")
     job = _describe(source, options)
     with _told():
@@ -338,7 +343,7 @@ def _write_shards(
                 on_progress(Progress(counters[0].value, counters[1].value, total))
                 for finished in done:
                     finished.result()
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, EOFError, ConnectionError) as error:  # a worker, or the server that forks them
             message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {GO_ON}"
             raise UserError(message) from error
         finally:
@@ -349,6 +354,13 @@ def worker_context() -> multiprocessing.context.BaseContext:
     """Workers are forked from a server process that has imported this module once, and nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
+    # inherit that the signal is blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return context
 
 
@@ -411,8 +423,12 @@ def _refuse_rejected(partial: Path, skip_bad: bool) -> None:
             rejected += [f"{item['source']} ({item['reason']})" for item in found]
             path.unlink()
     if rejected:
+        named = "; ".join(rejected[:_NAMED])
+        if len(rejected) > _NAMED:
+            write_synced(partial / "rejected.txt.partial", "\n".join(rejected).encode())
+            named += f" and {len(rejected) - _NAMED} more, all of them in {partial}/rejected.txt.partial"
         raise UserError(
-            f"{len(rejected)} images cannot be used: {'; '.join(rejected)}. "
+            f"{len(rejected)} images cannot be used: {named}. "
             "Repair them and run the same command again, or leave them out with --on-bad skip"
         )
 

@@ -41,6 +41,13 @@ def index_webdataset(
     found = {split: paths for split, paths in found.items() if paths}
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. Expected WebDataset tars (jpg, cls) in train/ and val/")
+    for split in found:
+        names = sorted(path.name for path in (root / split).iterdir() if not path.name.startswith("."))
+        if others := [name for name in names if not name.endswith((".tar", ".idx", ".npy"))]:
+            raise UserError(
+                f"{root / split / others[0]}: not an uncompressed tar ({len(others)} such). Unpack or remove it: "
+                "nothing is left out unnoticed"
+            )
     records = root / ".index.partial"
     shutil.rmtree(records, ignore_errors=True)
     for split in found:
@@ -99,7 +106,7 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
             try:
                 label, offset, image = _read_sample(file, parts, options)
             except RejectedImageError as error:
-                found.reject(key, path.name, error)
+                found.reject(key, f"{path.parent.name}/{path.name}", error)
                 continue
             found.add(key, label, offset, image)
             hashes.append(source_hash(image.jpeg))

@@ -100,6 +100,9 @@ def _folder(root: Path, scratch: Path) -> Source:
     classes = _class_folders(train)
     if not classes:
         raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
+    for entry in os.scandir(root):
+        if entry.is_dir() and entry.name != "val" and entry.name.lower() in ("val", "valid", "validation"):
+            raise UserError(f"{entry.path}: the validation images belong in {root / 'val'}. Rename it")
     splits = {
         split: lambda split=split: _list_folder(root, split, classes) for split in SPLITS if (root / split).is_dir()
     }

@@ -18,6 +18,8 @@ from tools.sharding.job import worker_context
 from tools.sharding.shards import dali_index
 from tools.sharding.tars import BLOCK, tar_header, tar_members
 
+_NAMED = 20  # faults of one shard
+
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
@@ -58,12 +60,12 @@ def verify(
         index_faults = _verify_file(root, f"{split}/{INDEX}", entry["index_sha256"])
         faults += index_faults
         known.add(f"{split}/{INDEX}")
-        start = 0
+        start, names = 0, {shard["sha256"]: shard["name"] for shard in entry["shards"]}
         for shard in entry["shards"]:
             known |= {f"{split}/{shard['name']}", f"{split}/{Path(shard['name']).with_suffix('.idx')}"}
             rows = None if index_faults else (start, start + shard["samples"])
             start += shard["samples"]
-            jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset"))
+            jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset", names))
     faults += [
         Fault(str(path.relative_to(root)), "", "is not in the manifest; remove it, or verify the folder it came from")
         for path in sorted(root.rglob("*"))
@@ -93,13 +95,25 @@ def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
 
 
 def _verify_shard(
-    root: Path, split: str, shard: dict, span: tuple[int, int] | None, decode: bool, ours: bool
+    root: Path,
+    split: str,
+    shard: dict,
+    span: tuple[int, int] | None,
+    decode: bool,
+    ours: bool,
+    names: dict[str, str],
 ) -> list[Fault]:
-    """The faults of a shard and its .idx; `span` says which rows of the index are its own, if the index can be used."""
+    """The faults of a shard and its .idx.
+
+    Args:
+      span: which rows of the index are its own, if the index can be used.
+      ours: whether `write_shard` made it.
+      names: hash -> name of all shards of the split, to tell which one was put in its place.
+    """
     path, name = root / split / shard["name"], f"{split}/{shard['name']}"
     try:
         rows = None if span is None else np.load(root / split / INDEX, mmap_mode="r", allow_pickle=False)[slice(*span)]
-        faults = _verify_tar(path, name, shard, rows, ours)
+        faults = _verify_tar(path, name, shard, rows, ours, names)
         if decode and rows is not None and not faults:
             faults = _decode(path, name, rows)
     except OSError as error:
@@ -107,22 +121,29 @@ def _verify_shard(
     return faults + _verify_idx(root, split, shard, intact=not faults)
 
 
-def _verify_tar(path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool) -> list[Fault]:
+def _verify_tar(
+    path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool, names: dict[str, str]
+) -> list[Fault]:
     if not path.is_file():
         return [Fault(name, "", "missing")]
     faults = []
     if path.stat().st_size != shard["bytes"]:
         faults.append(Fault(name, "", f"{path.stat().st_size} bytes, the manifest says {shard['bytes']}"))
-    if sha256_of(path) == shard["sha256"]:
+    sha256 = sha256_of(path)
+    if sha256 == shard["sha256"]:
         return faults
+    if sha256 in names:
+        return [Fault(name, "", f"holds the content of {names[sha256]}: swapped")]
     if rows is None:
         return [
             *faults,
             Fault(name, "", "damaged or swapped; without the index the place cannot be told"),
         ]
     found = list(_locate(path, name, rows) if ours else _locate_images(path, name, rows))
-    unknown = Fault(name, "", "swapped for another shard, or damaged outside its samples")
-    return faults + (found or [unknown])
+    unknown = Fault(name, "", "not the file of the manifest: damaged outside its samples, or rewritten")
+    if len(found) > _NAMED:
+        found = [*found[:_NAMED], Fault(name, "", f"and {len(found) - _NAMED} more faults")]
+    return faults + found or [unknown]
 
 
 def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault]:
