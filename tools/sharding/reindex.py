@@ -98,7 +98,7 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
 
 def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
     """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
-    found = ShardRecord({}, [], {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
+    found = ShardRecord()
     hashes = []
     members = tar_members(path)
     with open(path, "rb") as file:

@@ -29,9 +29,9 @@ class ShardRecord:
       notes: repaired and rejected, each a list of samples with reasons; tiny, a list of keys; resized, a number.
     """
 
-    entry: dict
-    rows: list[dict]
-    notes: dict
+    entry: dict = dataclasses.field(default_factory=dict)
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    notes: dict = dataclasses.field(default_factory=lambda: {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
 
     def add(self, key: str, label: int, offset: int, image: CheckedImage) -> None:
         """A sample that is in the tar, its image at byte `offset`."""
@@ -92,7 +92,7 @@ def write_shard(
       OSError: the shard cannot be written.
     """
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    record = ShardRecord({}, [], {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
+    record = ShardRecord()
     hashes = []
     with replacing(path) as file:
         hashing = _HashingFile(file)
