@@ -18,6 +18,7 @@ from pipelines.index import read_index
 from tools.shard_imagenet import main
 from tools.sharding.job import merge
 from tools.sharding.verify import verify
+from tools.sharding.workers import LostWorkerError, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,21 @@ def workers_of(process: subprocess.Popen) -> list[int]:
             if int(fields[3]) == process.pid and "forkserver" in command and int(fields[1]) != process.pid:
                 found.append(int(entry.name))
     return found
+
+
+@pytest.mark.parametrize(
+    ("function", "start"), [(signal.raise_signal, None), (os.getpgid, os._exit)], ids=["at work", "at its start"]
+)
+def test_workers_that_die_are_never_waited_for(function, start):
+    for _ in range(5):
+        with pytest.raises(LostWorkerError):
+            list(run_jobs(function, [(signal.SIGKILL,)] * 7, 3, start=start))
+
+
+def test_an_error_of_a_job_arrives_with_its_place_in_the_worker():
+    with pytest.raises(ZeroDivisionError) as error:
+        list(run_jobs(divmod, [(7, 2), (1, 0)], 2))
+    assert "Traceback" in str(error.value.__cause__)
 
 
 def test_a_lost_worker_is_told_and_nothing_is_lost(many, tmp_path):

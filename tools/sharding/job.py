@@ -11,21 +11,17 @@ become the index and the manifest, and OUT.partial is renamed to OUT. Every step
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
-from multiprocessing import forkserver
-from multiprocessing.connection import wait as wait_for_handles
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +43,7 @@ from pipelines.index import (
 from tools.sharding.images import ImageOptions
 from tools.sharding.shards import HASH_BYTES, read_record, write_shard
 from tools.sharding.sources import Entry, Source, open_source
+from tools.sharding.workers import LostWorkerError, run_jobs
 
 TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 GO_ON = "Run the same command again to go on: finished shards are kept"
@@ -332,36 +329,18 @@ def _write_shards(
     if not missing:
         return
     total = sum(len(_rows(shard, _num_listed(partial, shard[0]), options.samples_per_shard)) for shard in missing)
-    context = worker_context()
-    counters = context.Value("Q", 0), context.Value("Q", 0)
-    setup = (partial, source.root, source.kind, options, counters)
-    with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker, setup) as pool:
-        try:
-            jobs: set[Future] = {pool.submit(_write_one, *shard) for shard in missing}
-            while jobs:
-                done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_COMPLETED)
-                on_progress(Progress(counters[0].value, counters[1].value, total))
-                for finished in done:
-                    finished.result()
-        except (BrokenProcessPool, EOFError, ConnectionError) as error:  # a worker, or the server that forks them
-            message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {GO_ON}"
-            raise UserError(message) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    counters = RawArray("Q", 2 * workers)  # images and bytes, a pair for each worker: nothing is locked
+    start = functools.partial(_start_worker, partial, source.root, source.kind, options, counters)
 
+    def tell() -> None:
+        on_progress(Progress(sum(counters[0::2]), sum(counters[1::2]), total))
 
-def worker_context() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a server process that has imported this module once, and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
-    # inherit that the signal is blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    return context
+        for _ in run_jobs(_write_one, missing, workers, start=start, on_wait=tell):
+            pass
+    except LostWorkerError as error:
+        message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {GO_ON}"
+        raise UserError(message) from error
 
 
 def _rows(shard: tuple[str, str], samples: int, samples_per_shard: int) -> range:
@@ -373,17 +352,19 @@ def _rows(shard: tuple[str, str], samples: int, samples_per_shard: int) -> range
 class _Worker:
     """What a worker process opens once."""
 
-    def __init__(self, partial: Path, root: Path, kind: str, options: BuildOptions, counters: tuple):
+    def __init__(
+        self, partial: Path, root: Path, kind: str, options: BuildOptions, counters: ctypes.Array, number: int
+    ):
         self.partial = partial
         self.options = options
         self.counters = counters
+        self.number = number
         self.read = open_source(root, kind, partial / "scratch").read
         self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.json")}
 
     def count(self, nbytes: int) -> None:
-        for counter, amount in zip(self.counters, (1, nbytes), strict=True):
-            with counter.get_lock():
-                counter.value += amount
+        self.counters[2 * self.number] += 1
+        self.counters[2 * self.number + 1] += nbytes
 
     def entries(self, shard: tuple[str, str]) -> Iterator[Entry]:
         """The samples of a shard: training samples in the seed's order, others as listed."""
@@ -397,12 +378,11 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(partial: Path, root: Path, kind: str, options: BuildOptions, counters: tuple) -> None:
-    # A worker whose parent was killed must not go on writing beside the next attempt.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (wait_for_handles([parent.sentinel]), os._exit(1)), daemon=True).start()
+def _start_worker(
+    partial: Path, root: Path, kind: str, options: BuildOptions, counters: ctypes.Array, number: int
+) -> None:
     global _worker
-    _worker = _Worker(partial, root, kind, options, counters)
+    _worker = _Worker(partial, root, kind, options, counters, number)
 
 
 def _write_one(split: str, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,10 +9,11 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import FORMAT_VERSION, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import VERSION, assemble, worker_context
+from tools.sharding.job import VERSION, assemble
 from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, write_record
 from tools.sharding.sources import SPLITS
 from tools.sharding.tars import tar_members
+from tools.sharding.workers import LostWorkerError, run_jobs
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
@@ -58,9 +58,11 @@ def index_webdataset(
             for split, paths in found.items()
             for path in paths
         ]
-        with ProcessPoolExecutor(workers, worker_context()) as pool:
-            for done, _ in enumerate(pool.map(_read_shard, *zip(*jobs, strict=True))):
+        try:
+            for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
                 on_shard(done + 1, len(jobs))
+        except LostWorkerError as error:
+            raise UserError(f"{error}, perhaps for want of memory. Use fewer --workers") from error
         description = _describe(root, [path for _, path, _ in jobs], audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
         manifest = assemble(root, records, description, shards)

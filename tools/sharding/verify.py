@@ -4,8 +4,6 @@ import dataclasses
 import mmap
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,9 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from pipelines.index import AUDIT, INDEX, MANIFEST, read_manifest
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import worker_context
 from tools.sharding.shards import dali_index
 from tools.sharding.tars import BLOCK, tar_header, tar_members
+from tools.sharding.workers import LostWorkerError, run_jobs
 
 _NAMED = 20  # faults of one shard
 
@@ -71,14 +69,14 @@ def verify(
         for path in sorted(root.rglob("*"))
         if path.is_file() and str(path.relative_to(root)) not in known
     ]
-    with ProcessPoolExecutor(workers, worker_context()) as pool:
-        try:
-            for number, found in enumerate(pool.map(_verify_shard, *zip(*jobs, strict=True))):
-                faults += found
-                on_shard(number + 1, len(jobs))
-        except BrokenProcessPool as error:
-            raise UserError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
-    return faults
+    found = {}
+    try:
+        for number, of_shard in run_jobs(_verify_shard, jobs, workers):
+            found[number] = of_shard
+            on_shard(len(found), len(jobs))
+    except LostWorkerError as error:
+        raise UserError(f"{error}, perhaps for want of memory. Use fewer --workers") from error
+    return faults + [fault for number in sorted(found) for fault in found[number]]
 
 
 def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
