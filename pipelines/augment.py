@@ -126,7 +126,7 @@ def flips(u: np.ndarray, config: AugmentConfig) -> np.ndarray:
 
 
 class Op(enum.IntEnum):
-    """The 15 operations of timm's increasing RandAugment; NONE where the gate left an operation out."""
+    """What is done to a cropped image: timm's increasing RandAugment and more; NONE where the gate left it out."""
 
     NONE = 0
     AUTO_CONTRAST = 1
@@ -144,9 +144,10 @@ class Op(enum.IntEnum):
     SHEAR_Y = 13
     TRANSLATE_X = 14  # argument: share of the width
     TRANSLATE_Y = 15
+    GAUSSIAN_BLUR = 16  # argument: radius, the standard deviation in pixels; not one of RandAugment's
 
 
-NUM_OPS = len(Op) - 1
+NUM_OPS = 15  # RandAugment's: AUTO_CONTRAST to TRANSLATE_Y
 _Argument = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
