@@ -46,6 +46,7 @@ def apply_ops(
         kernel = images.is_cuda and _has_triton()
     if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
+    args = args.astype(np.float32)
     if not ops.any():
         return images.clone(memory_format=torch.contiguous_format)
     layer = _kernel_layer if kernel else _torch_layer
@@ -120,7 +121,7 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
         images,
         out,
         kinds=_to_device(kinds, device),
-        factors=_to_device(args.astype(np.float32), device),
+        factors=_to_device(args, device),
         matrices=_to_device(matrices, device),
         tables=_all_tables(images, ops, args),
         fill=_colour(fill, device),
@@ -190,7 +191,7 @@ _TABLES: dict[Op, Callable[[np.ndarray], np.ndarray]] = {
 
 def _host_tables(op: Op, args: np.ndarray) -> np.ndarray:
     """uint8 [n, 256], the same for the three channels, of an operation in _TABLES."""
-    return _TABLES[op](args.astype(np.float32)[:, None]).astype(np.uint8)
+    return _TABLES[op](args[:, None]).astype(np.uint8)
 
 
 # --- and with tables made from the pixels: uint8 [n, S, S, 3], float32 args [n] -> uint8 [n, 3, 256] ---
@@ -299,7 +300,7 @@ def _smooth(images: torch.Tensor) -> torch.Tensor:
 
 
 def _per_image(args: np.ndarray, device: torch.device) -> torch.Tensor:
-    return _to_device(args.astype(np.float32), device)[:, None, None, None]
+    return _to_device(args, device)[:, None, None, None]
 
 
 # --- affine transforms: argument, size in pixels -> matrix (a, b, c, d, e, f): the pixel at (x, y) comes from
@@ -397,7 +398,7 @@ def _box_weights(sigma: np.ndarray) -> np.ndarray:
     Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", as PIL
       computes it: variables are float32, expressions with a float64 constant are float64.
     """
-    variance = sigma.astype(np.float32) ** 2 / np.float32(_BLUR_PASSES)
+    variance = sigma**2 / np.float32(_BLUR_PASSES)
     length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
     whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)

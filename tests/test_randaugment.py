@@ -189,7 +189,7 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...]) -> None:
 @needs_triton
 def test_the_interpreted_kernel_equals_torch():
     """In a process of its own: what Triton interprets is settled when it is imported."""
-    script = "from test_randaugment import assert_kernel_equals_torch as check; check('cpu', (2, 21)); print('equal')"
+    script = "from test_randaugment import assert_kernel_equals_torch as check; check('cpu', (2, 17)); print('equal')"
     folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
@@ -197,9 +197,8 @@ def test_the_interpreted_kernel_equals_torch():
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_without_fused_multiplications(capability, tmp_path, monkeypatch):
-    """No GPU is needed to compile for one; a fused multiplication and addition would round otherwise than PIL."""
+def test_the_kernel_compiles_without_fused_multiplications(tmp_path, monkeypatch):
+    """No GPU is needed to compile for an H100; a fused multiplication and addition would round otherwise than PIL."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
@@ -211,7 +210,7 @@ def test_the_kernel_compiles_without_fused_multiplications(capability, tmp_path,
     types = (*pointers, "i32", "i32", "constexpr")
     signature = dict(zip(kernel._layer.arg_names, types, strict=True))
     source = ASTSource(fn=kernel._layer, signature=signature, constexprs={"BLOCK": 256})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
     assert "mul.rn.f64" in compiled.asm["ptx"] and "fma." not in compiled.asm["ptx"]
     assert compiled.asm["cubin"]
 
