@@ -1,10 +1,15 @@
 """The pipelines carry out the same plan: each stage against timm and PIL, and against each other."""
 
 import dataclasses
+import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +21,13 @@ from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as F
 
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, probe, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
-from pipelines.cpu import apply_op, decode, transform
+from pipelines.cpu import apply_op, augmented, decode, transform
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.probe import probe_decode
 from pipelines.reader import ShardReader
 
 CPU = torch.device("cpu")
@@ -40,7 +46,8 @@ def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> li
 
 
 def opened(name: str, index: ShardIndex, *, device: torch.device = CPU, **options) -> Pipeline:
-    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65}
+    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65, "decoder_padding_mib": 0}
+    options.setdefault("on_bad", lambda sample, error: pytest.fail(f"{sample}: {error}"))
     return open_pipeline(name, index, device=device, **{**defaults, **options})
 
 
@@ -211,12 +218,57 @@ def test_dali_follows_a_change_of_the_image_size(photos):
         assert np.array_equal(batch.images.numpy(), pixels("dali", photos, [plan]))
 
 
-def test_dali_refuses_randaugment(photos):
-    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5)), 1)
+def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
+    """Where equalize or posterize follow, a level's difference after the resize becomes a larger one."""
+    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5), size=96), 12)
+    diff = difference(pixels("dali", photos, plans), pixels("torchvision", photos, plans))
+    assert diff.mean() <= MEAN_TOLERANCE and diff.mean(axis=(1, 2, 3)).max() <= 4
+
+
+def test_operations_on_dalis_pixels_are_timms(photos):
+    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5), size=96), 12)
+    without = [dataclasses.replace(plan, ops=np.zeros_like(plan.ops)) for plan in plans]
+    expected = iter(pixels("dali", photos, without))
+    for plan, ours in zip(plans, np.split(pixels("dali", photos, plans), len(plans)), strict=True):
+        for row, image in enumerate(ours):
+            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+
+
+# --- which decode path ---
+
+
+def jpeg_of(index: ShardIndex) -> np.ndarray:
+    return ShardReader(index).read(np.array([0]))[0]
+
+
+def test_the_probe_finds_region_decoding_where_it_works(photos):
+    assert probe_decode("cpu", jpeg_of(photos)) == ("roi", "it works")
+
+
+def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
+    crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
+    assert probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", crash)) == (
+        "full",
+        "decoding regions failed: it ended by SIGSEGV",
+    )
+
+
+def test_the_probe_says_that_nothing_works(photos):
+    wrong = "import sys; sys.exit(sys.argv[2] + ' is broken')"
     with pytest.raises(
-        UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
+        UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
     ):
-        list(opened("dali", photos).batches(plans))
+        probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", wrong))
+
+
+def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
+    """An image whose regions are another image's."""
+    monkeypatch.setattr(
+        "pipelines.dali.decoded_regions", lambda jpeg, crops, *_: [np.zeros((*c[2:], 3)) for c in crops]
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jpeg_of(photos).tobytes())))
+    with pytest.raises(SystemExit, match="its pixels differ by"):
+        probe._main("cpu", "roi")
 
 
 @pytest.mark.gpu
@@ -231,23 +283,91 @@ def test_dali_on_the_gpu_is_close_to_the_reference(photos):
 # --- what goes wrong ---
 
 
-@pytest.fixture
-def damaged(digits, tmp_path):
-    """A dataset with one sample whose JPEG was overwritten after the conversion."""
-    root = shutil.copytree(digits, tmp_path / "damaged")
+def overwritten(digits: Path, root: Path, row: int, content: bytes, **fields) -> ShardIndex:
+    """A copy of the dataset in which a sample has other bytes, and fields of its index row other values."""
+    shutil.copytree(digits, root)
     index = read_index(root, "train")
-    row = index.samples[7]
-    with open(index.paths[row["shard"]], "r+b") as file:
-        file.seek(int(row["offset"]))
-        file.write(b"\0" * int(row["nbytes"]))
-    return index
+    samples = index.samples.copy()
+    place = samples[row]
+    with open(index.paths[place["shard"]], "r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(content.ljust(int(place["nbytes"]), b"\0"))
+    for name, value in fields.items():
+        samples[name][row] = value
+    return dataclasses.replace(index, samples=samples)
 
 
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
-def test_an_image_that_cannot_be_decoded_is_named(damaged, name):
-    plan = EvalPlan(damaged, 32, 1.0, "bicubic").rows(7, 8)
-    with pytest.raises(UserError, match=r"train-00000.tar: sample .* at byte \d+"):
-        pixels(name, damaged, [plan])
+BOTH = pytest.mark.parametrize("name", ["torchvision", "dali"])
+BAD = 7
+
+
+def assert_gray_and_the_rest_unchanged(name: str, index: ShardIndex, digits: Path, message: str, **options) -> None:
+    """The sample BAD is mid-gray in every batch and told once; everything else is as if nothing had happened."""
+    told = []
+    augment = dataclasses.replace(NO_OPS, repeats=1)
+    plan = TrainPlan(index, augment, 0, global_batch=10, image_size=24, fill=(0, 0, 0))
+    plans = plans_of(plan, 2 * plan.steps_per_epoch)
+    ours = pixels(name, index, plans, on_bad=lambda *found: told.append(found), **options)
+    whole = dataclasses.replace(plan, index=read_index(digits, "train"))
+    expected = pixels(name, whole.index, plans_of(whole, len(plans)), **options)
+    bad = np.concatenate([plan.sample for plan in plans]) == BAD
+    assert bad.sum() > 1 and (ours[bad] == 128).all()
+    assert np.array_equal(ours[~bad], expected[~bad])
+    assert [sample for sample, _ in told] == [BAD] and message in told[0][1]
+
+
+@BOTH
+def test_an_image_whose_bytes_changed_becomes_gray_and_is_told_once(digits, tmp_path, name):
+    intact = read_index(digits, "train")
+    row = intact.samples[BAD]
+    jpeg = bytearray(ShardReader(intact).read(np.array([BAD]))[0].tobytes())
+    jpeg[-30] ^= 1  # still a JPEG that can be decoded
+    index = overwritten(digits, tmp_path / "flipped", BAD, bytes(jpeg))
+    assert_gray_and_the_rest_unchanged(
+        name, index, digits, f"(crc32 {zlib.crc32(jpeg):08x}, the index has {row['crc32']:08x})"
+    )
+
+
+@BOTH
+def test_an_image_that_cannot_be_decoded_becomes_gray_and_is_told_once(digits, tmp_path, name):
+    """Its checksum is right: it was no image when the dataset was made without an audit."""
+    nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
+    index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
+    assert_gray_and_the_rest_unchanged(name, index, digits, "cannot be decoded (cannot identify image file")
+
+
+def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path):
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    gif = io.BytesIO()
+    picture.save(gif, "GIF")
+    content = gif.getvalue()
+    fields = {"nbytes": len(content), "crc32": zlib.crc32(content)}
+    roomy = max(range(320), key=lambda i: read_index(digits, "train").samples["nbytes"][i])
+    index = overwritten(digits, tmp_path / "gif", roomy, content, **fields)
+    told = []
+    plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
+    ours = pixels("dali", index, plans, on_bad=lambda *found: told.append(found))
+    assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
+    assert [sample for sample, _ in told] == [roomy]
+    assert "DALI cannot decode it, PIL can, whose pixels are used" in told[0][1]
+
+
+@BOTH
+def test_an_image_that_the_storage_cannot_give_becomes_gray(digits, monkeypatch, name):
+    index = read_index(digits, "train")
+    place, preadv = int(index.samples[BAD]["offset"]), os.preadv
+
+    def failing(file, buffers, offset):
+        if offset == place and os.path.samestat(os.fstat(file), os.stat(index.paths[0])):
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(file, buffers, offset)
+
+    told = []
+    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr("pipelines.checked._PAUSES_S", (0.0, 0.0))
+    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=lambda *a: told.append(a))
+    assert (images[BAD] == 128).all()
+    assert told == [(BAD, "cannot be read (Input/output error)")]
 
 
 def test_auto_is_dali_with_a_gpu_and_torchvision_without():

@@ -12,6 +12,7 @@ from timm.data.mixup import FastCollateMixup, mixup_target
 from timm.scheduler import CosineLRScheduler
 
 from pipelines.batch import Batch
+from trainer.audit import audit, audit_table
 from trainer.config import Config, DistillConfig, OptimConfig, ScheduleConfig, parse
 from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
@@ -58,6 +59,33 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def usi() -> Config:
     return parse(["--config", str(REPOSITORY / "configs" / "usi.yaml")])
+
+
+def test_the_audit_of_the_recipe_is_empty(usi):
+    assert audit(usi) == [] and audit_table([]) == "every setting is the one of the USI recipe"
+
+
+def test_the_audit_names_what_differs_with_both_values_and_its_meaning():
+    changed = ["--optim.lr", "1e-3", "--augment.repeats", "1", "--student.kwargs", "{drop_path_rate: 0.1}"]
+    elsewhere = ["--run.seed", "7", "--data.threads", "3", "--student.name", "vit_small_patch16_224"]
+    listed = audit(parse([*changed, *elsewhere]))
+    assert [(item["key"], item["usi"], item["here"]) for item in listed] == [
+        ("augment.repeats", 3, 1),
+        ("student.kwargs", {}, {"drop_path_rate": 0.1}),
+        ("optim.lr", 2e-3, 1e-3),
+    ]
+    assert listed[2]["meaning"] == "peak learning rate; not scaled with the batch size."
+    assert "optim.lr: USI 0.002, here 0.001\n      peak learning rate" in audit_table(listed)
+
+
+def test_everything_that_the_recipe_fixes_is_audited():
+    """Settings that the published recipe has a value for, each changed in turn."""
+    usi = Config()
+    for key in RECIPE:
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(usi, section))
+        object.__setattr__(part, name, "changed")
+        assert [item["key"] for item in audit(dataclasses.replace(usi, **{section: part}))] == [key]
 
 
 @pytest.mark.parametrize("key", RECIPE)

@@ -20,7 +20,7 @@ class TrainState:
     Attributes:
       student, optimizer, scaler: their own states; ema: or None where no average is kept.
       plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; another is refused.
-      config: the resolved configuration, for whoever finds the file.
+      config: the resolved configuration, audit: what of it differs from USI; for whoever finds the file.
       step: updates done.
     """
 
@@ -30,6 +30,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     plan: dict
     config: dict
+    audit: list[dict]
     step: int = 0
 
 
@@ -46,6 +47,7 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
         "scaler": state.scaler.state_dict(),
         "plan": state.plan,
         "config": state.config,
+        "audit": state.audit,
     }
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()

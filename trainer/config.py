@@ -38,10 +38,14 @@ class DataConfig:
     Attributes:
       root: dataset folder made by tools/shard_imagenet.py; not needed for the synthetic pipeline.
       pipeline: auto, dali, torchvision or synthetic; auto is DALI with a GPU, torchvision without.
-      decode: DALI: roi decodes the crop alone, full the whole image; the pixels are the same.
+      decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
+        works, which is tried once a run.
       hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
+      decoder_padding_mib: DALI: memory that the GPU's decoder takes at once; 0 is what the largest image takes.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
       prefetch: finished batches that wait for the training step.
+      max_bad_fraction: of the images of a split; the run ends when more are damaged. A single one never ends it, unless
+        this is 0.
       image_size: side of the training image, pixels.
       eval_image_size: side of the validation image, pixels; 0 is image_size.
       eval_crop_pct: validation resizes the short side to floor(eval_image_size / eval_crop_pct).
@@ -51,10 +55,12 @@ class DataConfig:
 
     root: Path | None = None
     pipeline: str = "auto"
-    decode: str = "roi"
+    decode: str = "auto"
     hw_decoder_load: float = 0.65
+    decoder_padding_mib: int = 0
     threads: int = 0
     prefetch: int = 2
+    max_bad_fraction: float = 0.001
     image_size: int = 224
     eval_image_size: int = 0
     eval_crop_pct: float = 0.95
@@ -62,9 +68,12 @@ class DataConfig:
     synthetic_classes: int = 1000
 
     def __post_init__(self):
-        _require(self.decode in ("roi", "full"), f"data.decode is '{self.decode}', not roi or full")
+        decodes = ("auto", "roi", "full")
+        _require(self.decode in decodes, f"data.decode is '{self.decode}', not one of {', '.join(decodes)}")
         _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
-        _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")
+        _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction is {self.max_bad_fraction}, not in [0, 1]")
+        for name in ("threads", "decoder_padding_mib"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
         _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
         for name in ("prefetch", "image_size", "synthetic_samples", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
@@ -274,6 +283,7 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     arguments = sys.argv[1:] if arguments is None else arguments
     _check_keys(arguments)
     parser = ArgumentParser(prog=prog, description="Train a student from a teacher.", exit_on_error=False)
+    parser.add_argument("--audit", action="store_true", help="list what differs from the USI recipe, and train nothing")
     parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
     parser.add_class_arguments(Config)
     try:
@@ -336,7 +346,7 @@ def _check_key(key: str, where: str, dashes: str) -> None:
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 _KEYS = [f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)]
 _FREE_KEYS = [key for key in _KEYS if key.endswith(".kwargs")]
-_FLAGS = ("help", "print_config")
+_FLAGS = ("help", "print_config", "audit")
 
 
 def to_dict(config: Config) -> dict:
