@@ -6,18 +6,23 @@ positions, which share one mixing draw and are mixed with themselves reversed.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from pipelines import augment, rng
+from pipelines import augment, order, rng
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.rng import Stream
 
-PLAN_VERSION = 1  # of this file's and augment.py's arithmetic: a run does not go on with another
+PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
+# What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
+BEFORE = {
+    "window_shards": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,7 @@ class TrainPlan:
       global_batch: positions a step, over all ranks; a multiple of augment.mix_group.
       image_size: side of the square training image, pixels.
       fill: see BatchPlan.
+      window_shards: shards whose images are shuffled together (order.window_order); 0 shuffles all images together.
     Raises:
       UserError: the groups do not divide the global batch, or the dataset is smaller than one global batch.
     """
@@ -95,6 +101,7 @@ class TrainPlan:
     global_batch: int
     image_size: int
     fill: tuple[int, int, int]
+    window_shards: int = 0
 
     def __post_init__(self):
         group = self.augment.mix_group
@@ -121,6 +128,7 @@ class TrainPlan:
             "global_batch": self.global_batch,
             "image_size": self.image_size,
             "fill": list(self.fill),
+            "window_shards": self.window_shards,
             **{f"augment.{name}": _plain(value) for name, value in dataclasses.asdict(self.augment).items()},
         }
 
@@ -173,8 +181,18 @@ class TrainPlan:
         sample = np.empty(positions.shape, dtype=np.int32)
         for e in np.unique(epoch):
             image = entry[epoch == e] // self.augment.repeats
-            sample[epoch == e] = rng.permute(self.seed, Stream.ORDER, int(e), len(self.index), image)
+            sample[epoch == e] = self._images(int(e), image)
         return sample
+
+    def _images(self, epoch: int, entry: np.ndarray) -> np.ndarray:
+        """The image at each entry of an epoch's order: int64 [n]."""
+        if not self.window_shards:
+            return order.global_order(self.seed, epoch, len(self.index), entry)
+        return order.window_order(self.seed, epoch, self._shard_starts, self.window_shards, entry)
+
+    @functools.cached_property
+    def _shard_starts(self) -> np.ndarray:
+        return order.shard_starts(self.index)
 
 
 @dataclasses.dataclass(frozen=True)

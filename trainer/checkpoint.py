@@ -8,6 +8,7 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
+from pipelines.plan import BEFORE
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
@@ -87,7 +88,7 @@ def load(path: Path, state: TrainState) -> list[str]:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
-    refuse_other_plan(path, content["plan"], state.plan)
+    refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     try:
         state.student.load_state_dict(content["student"])
     except RuntimeError as error:

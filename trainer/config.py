@@ -42,6 +42,9 @@ class DataConfig:
       hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
       prefetch: finished batches that wait for the training step.
+      shuffle: global shuffles all training images together; window shuffles the shards, then the images of
+        window_shards shards that follow each other, so that fewer files are read from at a time.
+      window_shards: shards in a window, where shuffle is window.
       image_size: side of the training image, pixels.
       eval_image_size: side of the validation image, pixels; 0 is image_size.
       eval_crop_pct: validation resizes the short side to floor(eval_image_size / eval_crop_pct).
@@ -55,6 +58,8 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     threads: int = 0
     prefetch: int = 2
+    shuffle: str = "global"
+    window_shards: int = 16
     image_size: int = 224
     eval_image_size: int = 0
     eval_crop_pct: float = 0.95
@@ -63,10 +68,11 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.decode in ("roi", "full"), f"data.decode is '{self.decode}', not roi or full")
+        _require(self.shuffle in ("global", "window"), f"data.shuffle is '{self.shuffle}', not global or window")
         _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
         _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")
         _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
-        for name in ("prefetch", "image_size", "synthetic_samples", "synthetic_classes"):
+        for name in ("prefetch", "window_shards", "image_size", "synthetic_samples", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
 

@@ -167,6 +167,7 @@ def build(config: Config, world: World) -> Run:
         global_batch=config.run.global_batch,
         image_size=config.data.image_size,
         fill=expects.fill,
+        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
     )
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipeline = open_configured_pipeline(config.data, index, world)
