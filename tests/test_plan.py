@@ -173,6 +173,63 @@ def test_describe_changes_with_everything_the_plan_depends_on():
     assert make_plan().describe() == base.describe()
 
 
+SIZES = ((0, 32), (2, 48), (3, 64))
+
+
+def test_the_image_size_follows_its_schedule():
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    epoch = plan.steps_per_epoch * 128
+    for number, size in enumerate((32, 32, 48, 64, 64, 64)):
+        rows = plan.rows(number * epoch, (number + 1) * epoch)
+        constant = dataclasses.replace(plan, image_size=size)
+        assert rows.image_size == size
+        # crops, operations and mixing boxes are those of a plan of that size alone
+        assert_same_rows(rows, [constant.rows(number * epoch, (number + 1) * epoch)])
+        assert (rows.box[:, :2] + rows.box[:, 2:]).max() == size and (rows.resize == size).all()
+
+
+def test_a_range_of_one_size_may_span_epochs_and_of_two_sizes_may_not():
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    epoch = plan.steps_per_epoch * 128
+    assert plan.rows(epoch - 16, epoch + 16).image_size == 32
+    assert plan.rows(3 * epoch, 9 * epoch).image_size == 64
+    for start, stop in ((2 * epoch - 16, 2 * epoch + 16), (0, 4 * epoch), (3 * epoch - 16, 8 * epoch)):
+        with pytest.raises(ValueError, match=r"are of two image sizes; ask for each epoch alone"):
+            plan.rows(start, stop)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 64])
+def test_no_plan_of_a_rank_spans_two_sizes(micro_batch):
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    steps = plan.steps_per_epoch
+    for rank in (0, 1):
+        plans = list(rank_plans(plan, 0, 5 * steps, World(rank, 2, 2, None), micro_batch))
+        expected = [plan.image_size_at(part.position // 128 // steps) for part in plans]
+        assert [part.image_size for part in plans] == expected
+        assert sorted(set(expected)) == [32, 48, 64]
+
+
+def test_a_schedule_of_one_size_is_described_as_that_size():
+    plan = make_plan()
+    assert dataclasses.replace(plan, image_size=((0, 64),)).describe() == plan.describe()
+    assert dataclasses.replace(plan, image_size=SIZES).describe()["image_size"] == [[0, 32], [2, 48], [3, 64]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((), r"data.image_size is \[\]; the first \[epoch, size\] must be of epoch 0"),
+        (((1, 64),), r"data.image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
+        (((0, 64), (5, 96), (5, 128)), r"\[5, 128\]\]; the epochs of its \[epoch, size\] pairs must increase"),
+        (((0, 64), (5, 0)), r"data.image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),
+        (0, "data.image_size is 0; a size must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(make_plan(), image_size=sizes)
+
+
 def test_a_dataset_smaller_than_one_global_batch_is_refused():
     with pytest.raises(UserError, match="has 100 images, fewer than one global batch of 128: lower run.global_batch"):
         make_plan(num_samples=100)

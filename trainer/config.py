@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
+from pipelines.plan import size_schedule
 
 Kwargs = dict[str, bool | int | float | str | list | None]
 
@@ -45,8 +46,8 @@ class DataConfig:
       shuffle: global shuffles all training images together; window shuffles the shards, then the images of
         window_shards shards that follow each other, so that fewer files are read from at a time.
       window_shards: shards in a window, where shuffle is window.
-      image_size: side of the training image, pixels.
-      eval_image_size: side of the validation image, pixels; 0 is image_size.
+      image_size: side of the training image, pixels; or a list of [epoch, size], each size from its epoch on.
+      eval_image_size: side of the validation image, pixels; 0 is image_size, the last one of a list.
       eval_crop_pct: validation resizes the short side to floor(eval_image_size / eval_crop_pct).
       synthetic_samples: images in the synthetic dataset, where there is no root.
       synthetic_classes: its classes.
@@ -60,7 +61,7 @@ class DataConfig:
     prefetch: int = 2
     shuffle: str = "global"
     window_shards: int = 16
-    image_size: int = 224
+    image_size: int | list[tuple[int, int]] = 224
     eval_image_size: int = 0
     eval_crop_pct: float = 0.95
     synthetic_samples: int = 1_281_167
@@ -72,9 +73,20 @@ class DataConfig:
         _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
         _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")
         _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
-        for name in ("prefetch", "window_shards", "image_size", "synthetic_samples", "synthetic_classes"):
+        size_schedule(self.image_size)
+        for name in ("prefetch", "window_shards", "synthetic_samples", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
+
+    @property
+    def train_sizes(self) -> list[int]:
+        """Sides of the training images, pixels, in the order of the run."""
+        return [size for _, size in size_schedule(self.image_size)]
+
+    @property
+    def eval_size(self) -> int:
+        """Side of the validation image, pixels."""
+        return self.eval_image_size or self.train_sizes[-1]
 
 
 @dataclasses.dataclass(frozen=True)
