@@ -37,6 +37,11 @@ def refuse_missing_stages(name: str, augment: AugmentConfig, device: torch.devic
     """Raise a UserError if a pipeline cannot carry out an augmentation, before anything is built."""
     if resolve_pipeline(name, device) == "dali" and augment.randaugment_ops and augment.randaugment_prob:
         raise UserError(NO_RANDAUGMENT)
+    for setting in ("three_augment", "color_jitter", "erase_prob"):
+        if resolve_pipeline(name, device) == "dali" and getattr(augment, setting):
+            raise UserError(
+                f"the DALI pipeline has no augment.{setting}: use --data.pipeline torchvision, or leave the setting out"
+            )
 
 
 def open_pipeline(

@@ -115,7 +115,7 @@ class DaliPipeline:
 
     def _inputs(self, plan: BatchPlan) -> tuple:
         """What the graph takes of a plan, in the order of its external source."""
-        if plan.ops.any():
+        if plan.ops.any() or plan.erase.any():
             raise UserError(NO_RANDAUGMENT)
         self._reader.will_need(plan.sample)
         inputs = (

@@ -23,6 +23,9 @@ PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a ru
 # What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
 BEFORE = {
     "window_shards": 0,
+    "augment.three_augment": False,
+    "augment.color_jitter": 0.0,
+    "augment.erase_prob": 0.0,
 }
 
 
@@ -31,13 +34,14 @@ class BatchPlan:
     """What a pipeline carries out for B consecutive positions.
 
     The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
-    `image_size` at `window`, flip, the operations from left to right. Mixing follows in the training step.
+    `image_size` at `window`, flip, the operations from left to right, fill the box `erase`. Mixing follows in the
+    training step.
 
     Attributes:
       position: of the first row.
       image_size: side of the square output, pixels.
       interpolation: filter of the resize, bicubic or bilinear, antialiased.
-      fill: RGB that geometric operations put where the source has no pixel.
+      fill: RGB that geometric operations put where the source has no pixel, and erasing everywhere in its box.
       mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
       sample: int32 [B], row of the ShardIndex.
       crop: int32 [B, 4], top, left, height, width in source pixels.
@@ -46,6 +50,7 @@ class BatchPlan:
       flip: bool [B].
       ops: uint8 [B, L], values of augment.Op.
       args: float32 [B, L], their arguments.
+      erase: int32 [B, 4], top, left, height, width of what becomes the fill colour at last; zeros erase nothing.
       lam: float32 [B], share of the row's own label after mixing.
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
@@ -64,6 +69,7 @@ class BatchPlan:
     flip: np.ndarray
     ops: np.ndarray
     args: np.ndarray
+    erase: np.ndarray
     lam: np.ndarray
     box: np.ndarray
     valid: np.ndarray
@@ -175,8 +181,7 @@ class TrainPlan:
         sample = self._samples(np.arange(start, stop))
         rows = self.index.samples[sample]
         u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, augment.CROP_DRAWS)
-        k = augment.randaugment_draws(self.augment)
-        ops, args = augment.randaugment(rng.uniforms(self.seed, Stream.RANDAUGMENT, start, stop, k), self.augment)
+        ops, args = augment.operations(self.seed, start, stop, self.augment)
         u_mix = rng.uniforms(self.seed, Stream.MIX, start // group, stop // group, augment.MIX_DRAWS)
         lam, box = augment.mixes(u_mix, image_size, self.augment)
         num = len(sample)
@@ -193,11 +198,18 @@ class TrainPlan:
             flip=augment.flips(u_crop, self.augment),
             ops=ops,
             args=args,
+            erase=self._erasures(start, stop, image_size),
             lam=np.repeat(lam, group),
             box=np.repeat(box, group, axis=0),
             valid=np.ones(num, dtype=bool),
             windowed=False,
         )
+
+    def _erasures(self, start: int, stop: int, image_size: int) -> np.ndarray:
+        if not self.augment.erase_prob:
+            return np.zeros((stop - start, 4), dtype=np.int32)
+        u = rng.uniforms(self.seed, Stream.ERASE, start, stop, augment.ERASE_DRAWS)
+        return augment.erasures(u, image_size, self.augment)
 
     def _size_of(self, start: int, stop: int) -> int:
         """The one image size of positions [start, stop)."""
@@ -277,6 +289,7 @@ class EvalPlan:
             flip=np.zeros(num, dtype=bool),
             ops=np.zeros((num, 0), dtype=np.uint8),
             args=np.zeros((num, 0), dtype=np.float32),
+            erase=np.zeros((num, 4), dtype=np.int32),
             lam=np.ones(num, dtype=np.float32),
             box=np.zeros((num, 4), dtype=np.int32),
             valid=valid,

@@ -23,6 +23,9 @@ class Stream(enum.IntEnum):
     SYNTHETIC = 6
     SHARD_ORDER = 7  # the order of the shards in an epoch: one row an epoch
     WINDOW_ORDER = 8  # the order of the samples in a window of shards: one row for each window of an epoch
+    COLOR_JITTER = 9
+    THREE_AUGMENT = 10
+    ERASE = 11
 
 
 def words(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.ndarray:

@@ -76,6 +76,7 @@ def test_configurations_cannot_be_changed():
         ("data: {image_size: [128, 160]}", "--data.image_size: Does not validate"),
         ("data: {shuffle: local}", "data.shuffle is 'local', not global or window"),
         ("data: {shuffle: window, window_shards: 0}", "data.window_shards is 0; it must be at least 1"),
+        ("distill: {label_smoothing: 1}", "distill.label_smoothing is 1.0; it lies in [0, 1)"),
         ("schedule: {epochs: 3}", "schedule.warmup_epochs is 5; it must be shorter than schedule.epochs, 3"),
     ],
 )

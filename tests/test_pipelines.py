@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, fake_index
-from PIL import Image
-from timm.data import create_transform
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter, Grayscale
 from torchvision.transforms import functional as F
 
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, refuse_missing_stages, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
 from pipelines.cpu import apply_op, decode, transform
 from pipelines.errors import UserError
@@ -113,6 +114,54 @@ def test_each_operation_is_timms(photos, op, name, arg):
     ours = apply_op(image, op, float(np.float32(arg or 0.0)), fill)
     assert np.array_equal(np.asarray(ours), np.asarray(expected))
     assert not np.array_equal(np.asarray(ours), np.asarray(image))
+
+
+@pytest.fixture(scope="module")
+def photo(photos) -> Image.Image:
+    return decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+
+
+@pytest.mark.parametrize(
+    ("op", "arg", "theirs"),
+    [
+        (Op.COLOR, 0.0, Grayscale(3)),
+        (Op.SOLARIZE, 128.0, ImageOps.solarize),
+        (Op.GAUSSIAN_BLUR, 0.1, lambda image: image.filter(ImageFilter.GaussianBlur(0.1))),
+        (Op.GAUSSIAN_BLUR, 1.375, lambda image: image.filter(ImageFilter.GaussianBlur(1.375))),
+    ],
+    ids=["grayscale", "solarize", "hardly blurred", "blurred"],
+)
+def test_three_augments_are_torchvisions_and_pils(photo, op, arg, theirs):
+    ours = apply_op(photo, op, float(np.float32(arg)), (124, 116, 104))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs(photo)))
+
+
+def test_colour_jitter_equals_torchvisions_with_the_same_factors(photos, monkeypatch):
+    plan = train_plan(photos, AugmentConfig(mix_group=5, randaugment_ops=0, color_jitter=0.4)).rows(0, 10)
+    bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
+    numbers = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
+    theirs = ColorJitter(0.4, 0.4, 0.4)
+    for row, jpeg in enumerate(ShardReader(photos).read(plan.sample)):
+        ops, args = plan.ops[row].tolist(), plan.args[row].tolist()
+        params = torch.tensor([numbers.index(op) for op in ops]), *(args[ops.index(op)] for op in numbers), None
+        monkeypatch.setattr(theirs, "get_params", lambda *_, params=params: params)
+        expected = theirs(transform(decode(jpeg), bare, row))
+        assert np.array_equal(np.asarray(transform(decode(jpeg), plan, row)), np.asarray(expected))
+
+
+def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothing(photos):
+    config = AugmentConfig(mix_group=5, erase_prob=1.0, color_jitter=0.4)
+    plan = train_plan(photos, config).rows(0, 10)
+    ours = pixels("torchvision", photos, [plan])
+    expected = pixels("torchvision", photos, [dataclasses.replace(plan, erase=np.zeros_like(plan.erase))])
+    for row, (top, left, height, width) in enumerate(plan.erase.tolist()):
+        assert height and width
+        assert not np.array_equal(ours[row], expected[row])
+        expected[row, top : top + height, left : left + width] = plan.fill
+    assert np.array_equal(ours, expected)
+    # timm erases to 0 after normalisation; the nearest uint8 pixel is half a level off at most
+    normalised = (np.array(plan.fill) / 255 - np.array(IMAGENET_DEFAULT_MEAN)) / np.array(IMAGENET_DEFAULT_STD)
+    assert abs(normalised).max() < 0.5 / 255 / min(IMAGENET_DEFAULT_STD)
 
 
 def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
@@ -217,6 +266,16 @@ def test_dali_refuses_randaugment(photos):
         UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
     ):
         list(opened("dali", photos).batches(plans))
+
+
+@pytest.mark.parametrize("setting", ["three_augment", "color_jitter", "erase_prob"])
+def test_dali_refuses_what_it_would_leave_out(photos, setting):
+    config = dataclasses.replace(NO_OPS, **{setting: True})
+    refuse_missing_stages("torchvision", config, CPU)
+    with pytest.raises(UserError, match=f"has no augment.{setting}: use --data.pipeline torchvision, or leave"):
+        refuse_missing_stages("dali", config, CPU)
+    with pytest.raises(UserError, match="the DALI pipeline has no"):
+        list(opened("dali", photos).batches(plans_of(train_plan(photos, config), 1)))
 
 
 @pytest.mark.gpu

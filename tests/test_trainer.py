@@ -20,7 +20,7 @@ from conftest import REPOSITORY, TINY, run_trainer
 from pipelines.errors import UserError
 from pipelines.files import locked
 from pipelines.index import read_index
-from pipelines.plan import EvalPlan
+from pipelines.plan import BEFORE, EvalPlan
 from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
 from trainer.distributed import World
@@ -143,6 +143,17 @@ def test_a_run_whose_images_grow_resumes_bit_equal_before_at_and_after_the_chang
     assert a["plan"]["image_size"] == [[0, 24], [2, 32]]
 
 
+def test_all_augmentations_together_train_and_resume_bit_equal(digits, tmp_path):
+    more = ["--augment.three_augment", "true", "--augment.color_jitter", 0.3, "--augment.erase_prob", 0.25]
+    more += ["--distill.label_smoothing", 0.1]
+    for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
+        for steps in stops:
+            train_here(digits, tmp_path / name, *more, "--run.stop_after_steps", steps)
+    assert_equal_states(newest(tmp_path / "whole")["student"], newest(tmp_path / "stopped")["student"])
+    with pytest.raises(UserError, match="augment.erase_prob was 0.25, now it is 0.0"):
+        train_here(digits, tmp_path / "whole", *more[:4], *more[6:])
+
+
 def test_each_epoch_trains_on_images_of_its_size_and_the_last_size_is_evaluated(digits, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Normalize, "forward", _noting(Normalize.forward, seen))
@@ -174,8 +185,14 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(dig
     train_here(digits, tmp_path, "--run.stop_after_steps", 2)
     (path,) = (tmp_path / "checkpoints").glob("*.pt")
     content = torch.load(path, weights_only=True)
-    del content["plan"]["window_shards"]
+    for name in BEFORE:
+        del content["plan"][name]
+    del content["config"]["distill"]["label_smoothing"]
     torch.save(content, path)
+    arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]
+    assert build(parse(arguments), ONE).changes == []
+    smooth = build(parse([*arguments, "--distill.label_smoothing", "0.1"]), ONE)
+    assert smooth.changes == ["distill.label_smoothing was 0.0, now it is 0.1"]
     with pytest.raises(UserError, match="belongs to another plan: window_shards was 0, now it is 16"):
         train_here(digits, tmp_path, "--data.shuffle", "window")
     assert train_here(digits, tmp_path, "--run.stop_after_steps", 3)["session"]["start_step"] == 2

@@ -9,6 +9,7 @@ from torch import nn
 from pipelines.errors import UserError
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
+from trainer.config import Config, to_dict
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
@@ -119,10 +120,12 @@ def _changes(saved: dict, current: dict) -> list[str]:
         (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
     ]
     keys += [("data", "pipeline"), ("run", "precision"), ("run", "micro_batch")]
+    defaults = to_dict(Config())  # a setting that is younger than the file had its default then
+    before = {section: {**values, **saved.get(section, {})} for section, values in defaults.items()}
     return [
-        f"{section}.{name} was {saved.get(section, {}).get(name)}, now it is {current[section][name]}"
+        f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
         for section, name in keys
-        if saved.get(section, {}).get(name) != current[section][name]
+        if before[section][name] != current[section][name]
     ]
 
 

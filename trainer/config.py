@@ -138,14 +138,17 @@ class DistillConfig:
       weight: of the divergence from the teacher.
       label_weight: of the cross-entropy with the mixed labels.
       temperature: divides both models' logits in the divergence.
+      label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
     """
 
     weight: float = 5.0
     label_weight: float = 1.0
     temperature: float = 1.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         _require(self.temperature > 0, f"distill.temperature is {self.temperature}; it must be positive")
+        _require(0 <= self.label_smoothing < 1, f"distill.label_smoothing is {self.label_smoothing}; it lies in [0, 1)")
         for name in ("weight", "label_weight"):
             _require(getattr(self, name) >= 0, f"distill.{name} is {getattr(self, name)}; it must not be negative")
 
