@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment as timm_ops
 from torchvision.transforms.v2 import functional as F
 
@@ -169,7 +169,7 @@ def decode_checked(reader: CheckedReader, sample: int) -> Image.Image:
 
 
 def transform(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
-    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations."""
+    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations, erasing."""
     image = crop_resize(image, plan, row)
     if plan.flip[row]:
         image = ImageOps.mirror(image)
@@ -180,6 +180,10 @@ def augmented(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
     """What a plan does to an image after it was cropped, resized and flipped."""
     for op, arg in zip(plan.ops[row].tolist(), plan.args[row].tolist(), strict=True):
         image = apply_op(image, Op(op), arg, plan.fill)
+    top, left, height, width = plan.erase[row].tolist()
+    if height * width:
+        image = image.copy()
+        image.paste(plan.fill, (left, top, left + width, top + height))
     return image
 
 
@@ -194,7 +198,8 @@ def crop_resize(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
     return F.crop(resized, top, left, size, size)
 
 
-# op -> timm's own function and whether it takes the argument; the geometric ones also take fill and filter.
+# op -> timm's own function, PIL's for the blur, and whether it takes the argument; the geometric ones also take fill
+# and filter.
 _PIL_OPS = {
     Op.AUTO_CONTRAST: (timm_ops.auto_contrast, False),
     Op.EQUALIZE: (timm_ops.equalize, False),
@@ -211,11 +216,12 @@ _PIL_OPS = {
     Op.SHEAR_Y: (timm_ops.shear_y, True),
     Op.TRANSLATE_X: (timm_ops.translate_x_rel, True),
     Op.TRANSLATE_Y: (timm_ops.translate_y_rel, True),
+    Op.GAUSSIAN_BLUR: (lambda image, radius, **_: image.filter(ImageFilter.GaussianBlur(radius)), True),
 }
 
 
 def apply_op(image: Image.Image, op: Op, arg: float, fill: tuple[int, int, int]) -> Image.Image:
-    """One RandAugment operation through timm's own PIL function, bicubic where it is geometric."""
+    """One operation through timm's own PIL function, bicubic where it is geometric."""
     if op == Op.NONE:
         return image
     function, takes_argument = _PIL_OPS[op]

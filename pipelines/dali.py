@@ -19,7 +19,7 @@ from pipelines.cpu import augmented, decode_checked
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
-from pipelines.randaugment import apply_ops
+from pipelines.randaugment import apply_ops, erase
 from pipelines.reader import look_ahead, read_ahead
 
 TensorList = TensorListCPU | TensorListGPU
@@ -147,6 +147,8 @@ class DaliPipeline:
         if self._on_gpu:
             with torch.cuda.stream(self._maker.stream):
                 images = apply_ops(torch.from_dlpack(pixels.as_tensor()), plan.ops, plan.args, plan.fill)
+                if plan.erase.any():
+                    images = erase(images, plan.erase, plan.fill)
         else:
             images = torch.from_numpy(_augmented(np.asarray(pixels.as_tensor()), plan, pool))
         return self._maker.make(images, plan)
@@ -249,7 +251,7 @@ def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) ->
     def fill(row: int) -> None:
         images[row] = np.asarray(augmented(Image.fromarray(pixels[row]), plan, row)) if busy[row] else pixels[row]
 
-    busy = plan.ops.any(axis=1)
+    busy = plan.ops.any(axis=1) | plan.erase.any(axis=1)
     collections.deque(pool.map(fill, range(len(plan))), maxlen=0)
     return images
 

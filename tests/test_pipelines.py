@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, fake_index
-from PIL import Image
-from timm.data import create_transform
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter, Grayscale
 from torchvision.transforms import functional as F
 
 from pipelines import Pipeline, open_pipeline, probe, resolve_pipeline
@@ -120,6 +121,54 @@ def test_each_operation_is_timms(photos, op, name, arg):
     ours = apply_op(image, op, float(np.float32(arg or 0.0)), fill)
     assert np.array_equal(np.asarray(ours), np.asarray(expected))
     assert not np.array_equal(np.asarray(ours), np.asarray(image))
+
+
+@pytest.fixture(scope="module")
+def photo(photos) -> Image.Image:
+    return decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+
+
+@pytest.mark.parametrize(
+    ("op", "arg", "theirs"),
+    [
+        (Op.COLOR, 0.0, Grayscale(3)),
+        (Op.SOLARIZE, 128.0, ImageOps.solarize),
+        (Op.GAUSSIAN_BLUR, 0.1, lambda image: image.filter(ImageFilter.GaussianBlur(0.1))),
+        (Op.GAUSSIAN_BLUR, 1.375, lambda image: image.filter(ImageFilter.GaussianBlur(1.375))),
+    ],
+    ids=["grayscale", "solarize", "hardly blurred", "blurred"],
+)
+def test_three_augments_are_torchvisions_and_pils(photo, op, arg, theirs):
+    ours = apply_op(photo, op, float(np.float32(arg)), (124, 116, 104))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs(photo)))
+
+
+def test_colour_jitter_equals_torchvisions_with_the_same_factors(photos, monkeypatch):
+    plan = train_plan(photos, AugmentConfig(mix_group=5, randaugment_ops=0, color_jitter=0.4)).rows(0, 10)
+    bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
+    numbers = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
+    theirs = ColorJitter(0.4, 0.4, 0.4)
+    for row, jpeg in enumerate(ShardReader(photos).read(plan.sample)):
+        ops, args = plan.ops[row].tolist(), plan.args[row].tolist()
+        params = torch.tensor([numbers.index(op) for op in ops]), *(args[ops.index(op)] for op in numbers), None
+        monkeypatch.setattr(theirs, "get_params", lambda *_, params=params: params)
+        expected = theirs(transform(decode(jpeg), bare, row))
+        assert np.array_equal(np.asarray(transform(decode(jpeg), plan, row)), np.asarray(expected))
+
+
+def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothing(photos):
+    config = AugmentConfig(mix_group=5, erase_prob=1.0, color_jitter=0.4)
+    plan = train_plan(photos, config).rows(0, 10)
+    ours = pixels("torchvision", photos, [plan])
+    expected = pixels("torchvision", photos, [dataclasses.replace(plan, erase=np.zeros_like(plan.erase))])
+    for row, (top, left, height, width) in enumerate(plan.erase.tolist()):
+        assert height and width
+        assert not np.array_equal(ours[row], expected[row])
+        expected[row, top : top + height, left : left + width] = plan.fill
+    assert np.array_equal(ours, expected)
+    # timm erases to 0 after normalisation; the nearest uint8 pixel is half a level off at most
+    normalised = (np.array(plan.fill) / 255 - np.array(IMAGENET_DEFAULT_MEAN)) / np.array(IMAGENET_DEFAULT_STD)
+    assert abs(normalised).max() < 0.5 / 255 / min(IMAGENET_DEFAULT_STD)
 
 
 def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
@@ -225,10 +274,13 @@ def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
     assert diff.mean() <= MEAN_TOLERANCE and diff.mean(axis=(1, 2, 3)).max() <= 4
 
 
-def test_operations_on_dalis_pixels_are_timms(photos):
-    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5), size=96), 12)
-    without = [dataclasses.replace(plan, ops=np.zeros_like(plan.ops)) for plan in plans]
-    expected = iter(pixels("dali", photos, without))
+EVERYTHING = AugmentConfig(mix_group=5, three_augment=True, color_jitter=0.3, erase_prob=0.5)
+
+
+def test_operations_on_dalis_pixels_are_the_references(photos):
+    plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
+    bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
+    expected = iter(pixels("dali", photos, bare))
     for plan, ours in zip(plans, np.split(pixels("dali", photos, plans), len(plans)), strict=True):
         for row, image in enumerate(ours):
             assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
@@ -271,13 +323,55 @@ def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
         probe._main("cpu", "roi")
 
 
+# --- on a GPU ---
+
+
+def on_gpu(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
+    batches = list(opened(name, index, device=torch.device("cuda", 0), **options).batches(plans))
+    torch.cuda.synchronize()
+    return np.concatenate([batch.images.cpu().numpy() for batch in batches])
+
+
 @pytest.mark.gpu
-def test_dali_on_the_gpu_is_close_to_the_reference(photos):
+@pytest.mark.parametrize("decode_path", ["roi", "full"])
+def test_dali_on_the_gpu_is_close_to_the_reference(photos, decode_path):
     plans = plans_of(train_plan(photos), 8)
-    reference = pixels("torchvision", photos, plans)
-    pipeline = opened("dali", photos, device=torch.device("cuda", 0))
-    ours = np.concatenate([batch.images.cpu().numpy() for batch in pipeline.batches(plans)])
-    assert difference(ours, reference).mean() <= 1.0
+    ours = on_gpu("dali", photos, plans, decode=decode_path)
+    assert difference(ours, pixels("torchvision", photos, plans)).mean() <= 1.0
+
+
+@pytest.mark.gpu
+def test_operations_on_the_gpu_are_the_references(photos):
+    plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
+    bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
+    expected = iter(on_gpu("dali", photos, bare))
+    for plan, ours in zip(plans, np.split(on_gpu("dali", photos, plans), len(plans)), strict=True):
+        for row, image in enumerate(ours):
+            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_do_not_depend_on_threads_prefetch_or_batch_size(photos):
+    plan = train_plan(photos, EVERYTHING)
+    expected = on_gpu("dali", photos, [plan.rows(0, 40)], threads=1, prefetch=1)
+    assert np.array_equal(on_gpu("dali", photos, plans_of(plan, 4), threads=4, prefetch=3), expected)
+    assert np.array_equal(on_gpu("dali", photos, plans_of(plan, 8, batch=5)), expected)
+
+
+@pytest.mark.gpu
+def test_a_damaged_image_on_the_gpu_becomes_gray(digits, tmp_path):
+    nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
+    index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
+    told = []
+    images = on_gpu(
+        "dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_bad=lambda *found: told.append(found)
+    )
+    assert (images[BAD::10] == 128).all() and [sample for sample, _ in told] == [BAD]
+
+
+@pytest.mark.gpu
+def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
+    assert probe_decode("cuda:0", jpeg_of(photos))[0] in ("roi", "full")
 
 
 # --- what goes wrong ---

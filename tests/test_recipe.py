@@ -30,11 +30,15 @@ RECIPE = {
     "augment.randaugment_prob": 0.5,
     "augment.randaugment_magnitude": 7,
     "augment.randaugment_std": 0.5,
+    "augment.three_augment": False,
+    "augment.color_jitter": 0.0,  # the authors' 0.4 is ignored beside RandAugment
+    "augment.erase_prob": 0.0,
     "augment.mixup_alpha": 0.8,
     "augment.cutmix_alpha": 1.0,
     "augment.mix_prob": 1.0,
     "augment.cutmix_prob": 0.5,
     "augment.mix_group": 128,
+    "data.shuffle": "global",
     "data.image_size": 224,
     "data.eval_image_size": 0,  # as image_size
     "data.eval_crop_pct": 0.95,
@@ -42,6 +46,7 @@ RECIPE = {
     "distill.weight": 5.0,
     "distill.label_weight": 1.0,
     "distill.temperature": 1.0,
+    "distill.label_smoothing": 0.0,
     "optim.lr": 2e-3,
     "optim.betas": (0.9, 0.999),
     "optim.eps": 1e-8,
@@ -149,6 +154,18 @@ def test_the_loss_is_the_recipes_formula():
     expected = plain_loss(student, teacher, torch.cat(targets).double().numpy(), weight=5.0)
     loss = usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig())
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_label_smoothing_is_timms_in_the_label_term_alone(smoothing):
+    student, teacher, labels, lam = random_logits(4)
+    targets = [mixup_target(labels[i : i + 8], 10, float(lam[i]), smoothing) for i in (0, 8)]
+    expected = plain_loss(student, teacher, torch.cat(targets).double().numpy(), weight=5.0)
+    config = DistillConfig(label_smoothing=smoothing)
+    loss = usi_loss(student, teacher, labels, partners(labels, 8), lam, config)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    without = usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig())
+    assert loss.item() != pytest.approx(without.item(), rel=1e-3)
 
 
 def test_the_losss_gradient_is_the_recipes():

@@ -28,7 +28,7 @@ from pipelines.checked import CheckedReader
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.plan import BatchPlan, EvalPlan, TrainPlan, size_schedule
 from pipelines.probe import probe_decode
 from pipelines.synthetic import synthetic_index
 from trainer import checkpoint
@@ -174,6 +174,7 @@ def claimed(out: Path, world: World) -> Iterator[None]:
 def build(config: Config, world: World) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing."""
     micro_batch = share_of_batch(config, world)
+    refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
     student, teacher = build_models(config, index.num_classes)
     expects = preprocessing(student)
@@ -184,6 +185,7 @@ def build(config: Config, world: World) -> Run:
         global_batch=config.run.global_batch,
         image_size=config.data.image_size,
         fill=expects.fill,
+        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
     )
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     decode = choose_decode(config, index, world)
@@ -211,13 +213,12 @@ def build(config: Config, world: World) -> Run:
     )
     evaluation = None
     if val_index is not None:
-        size = config.data.eval_image_size or config.data.image_size
         evaluation = functools.partial(
             evaluate,
             {"raw": student, **({"ema": state.ema.module} if state.ema else {})},
             normalize,
             opened(val_index, on_bad=quarantine.collector("val")),
-            EvalPlan(val_index, size, config.data.eval_crop_pct, expects.interpolation),
+            EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation),
             batch=config.run.eval_batch,
             precision=precision,
             world=world,
@@ -241,15 +242,19 @@ def build(config: Config, world: World) -> Run:
 
 
 def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher on the CPU, after checking that they take the images they will get."""
-    size, eval_size = config.data.image_size, config.data.eval_image_size or config.data.image_size
+    """Student and teacher on the CPU, after checking that they take the images they will get, of every size.
+
+    Models that take one size alone are built for the last one.
+    """
+    sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
-    student = build_student(config.student, num_classes, size)
-    for image_size in {size, eval_size}:
-        refuse_size(student, config.student.name, image_size)
-    teacher = build_teacher(config.teacher, num_classes, size)
+    student = build_student(config.student, num_classes, sizes[-1])
+    for size in sorted({*sizes, config.data.eval_size}):
+        refuse_size(student, config.student.name, size)
+    teacher = build_teacher(config.teacher, num_classes, sizes[-1])
     if teacher is not None:
-        refuse_size(teacher, config.teacher.name, size)
+        for size in sorted(set(sizes)):
+            refuse_size(teacher, config.teacher.name, size)
     return student, teacher
 
 
@@ -389,6 +394,16 @@ def share_of_batch(config: Config, world: World) -> int:
             f"rank's share of the global batch, {total // world.size}"
         )
     return micro_batch
+
+
+def refuse_unreached_sizes(config: Config) -> None:
+    """Raise a UserError if the run ends before the last image size begins."""
+    epoch, size = size_schedule(config.data.image_size)[-1]
+    if epoch >= config.schedule.total_epochs:
+        raise UserError(
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
+        )
 
 
 def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
