@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test chaos lint clean
+.PHONY: setup demo test gpu chaos lint clean
 
 setup: .venv/.complete
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What needs an NVIDIA GPU; `make test` skips it where there is none.
+gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 # Fault injection that takes minutes; `make test` keeps a short version of each.
 chaos: setup

@@ -7,8 +7,8 @@ from conftest import fake_index
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.plan import PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
+from trainer.data import rank_plans
 from trainer.distributed import World
-from trainer.run import rank_plans
 
 SMALL = AugmentConfig(mix_group=16)
 

@@ -23,10 +23,11 @@ from pipelines.index import read_index
 from pipelines.plan import BEFORE, EvalPlan
 from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
+from trainer.data import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
 from trainer.distributed import World
 from trainer.evaluate import eval_plans, evaluate
 from trainer.mix import Normalize
-from trainer.run import build, main, open_configured_pipeline, rank_plans, share_of_batch, train
+from trainer.run import build, main, train
 from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -324,7 +325,7 @@ def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
     model = timm.create_model("test_resnet", num_classes=10)
     plan = EvalPlan(index, 32, 0.95, "bicubic")
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-    pipeline = open_configured_pipeline(parse(TINY).data, index, ONE)
+    pipeline = open_configured_pipeline(parse(TINY).data, index, world=ONE, decode="roi", on_bad=pytest.fail)
     results = [
         evaluate({"raw": model}, normalize, pipeline, plan, batch=batch, precision=torch.float32, world=ONE)["raw"]
         for batch in (96, 7, 100)
@@ -431,7 +432,6 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "unknown model 'resnet5O'; did you mean" in mistake(out, *data, "--student.name", "resnet5O")
     assert "has 320 images, fewer than one global batch of 1024" in mistake(out, *data, "--run.global_batch", 1024)
     assert "1 ranks cannot share its 3.125 groups of 16" in mistake(out, *data, "--run.global_batch", 50)
-    assert "DALI pipeline has no RandAugment" in mistake(out, *data, "--data.pipeline", "dali")
     assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
@@ -569,3 +569,24 @@ def test_a_damaged_image_ends_the_run_with_its_name(digits, tmp_path):
     done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: train-00000.tar: sample ") and "cannot be decoded" in done.stderr
+
+
+def test_the_card_is_tried_once_and_the_answer_remembered(digits, tmp_path, monkeypatch):
+    """On a machine without a GPU, which the world and the card's name only pretend to be."""
+    index, tried = read_index(digits, "train"), []
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr("trainer.data.probe_decode", lambda *a: tried.append(a) or ("full", "regions crashed"))
+    config = parse([*TINY, "--run.out", str(tmp_path)])
+    chosen = choose_decode(config, index, world)
+    assert chosen["decode"] == "full" and chosen["why"] == "regions crashed" and len(tried) == 1
+    assert choose_decode(config, index, world) == chosen and len(tried) == 2  # nothing was written yet
+    (tmp_path / "decode.json").write_text(json.dumps(chosen))
+    assert choose_decode(config, index, world) == chosen and len(tried) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    assert choose_decode(config, index, world)["device"] == "H200" and len(tried) == 3
+    (tmp_path / "decode.json").write_text('{"deco')
+    choose_decode(config, index, world)
+    assert len(tried) == 4
+    assert choose_decode(config, index, ONE) == {"decode": "roi"}
+    assert choose_decode(parse([*TINY, "--data.decode", "full"]), index, world) == {"decode": "full"}

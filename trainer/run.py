@@ -13,28 +13,31 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 from torch import nn
 
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
-from pipelines.checked import CheckedReader
+from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, write_synced
-from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan, size_schedule
-from pipelines.probe import probe_decode
-from pipelines.synthetic import synthetic_index
+from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState
-from trainer.config import Config, DataConfig, RunConfig, parse, to_dict, to_yaml
+from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
+from trainer.data import (
+    DECODE,
+    choose_decode,
+    open_configured_pipeline,
+    open_indices,
+    rank_plans,
+    refuse_unreached_sizes,
+    share_of_batch,
+)
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
@@ -45,7 +48,6 @@ from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
 
-DECODE = "decode.json"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -108,7 +110,8 @@ def train(config: Config, world: World) -> dict:
     with claimed(config.run.out, world):
         if world.is_main:
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
-            write_synced(config.run.out / DECODE, (json.dumps(run.decode) + "\n").encode())
+            if "device" in run.decode:
+                write_synced(config.run.out / DECODE, (json.dumps(run.decode) + "\n").encode())
         folder = config.run.out if world.is_main else None
         return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
 
@@ -369,93 +372,6 @@ class _LossLog:
         }
         self._telemetry.train(record)
         self.restart()
-
-
-def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time."""
-    share = plan.global_batch // world.size
-    for s in range(step, stop):
-        first = s * plan.global_batch + world.rank * share
-        yield from plan.rows(first, first + share).split(micro_batch)
-
-
-def share_of_batch(config: Config, world: World) -> int:
-    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups."""
-    group, total = config.augment.mix_group, config.run.global_batch
-    if total % (group * world.size):
-        raise UserError(
-            f"run.global_batch is {total}: {world.size} ranks cannot share its {total / group:g} groups of {group} "
-            "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
-        )
-    micro_batch = config.run.micro_batch or group
-    if micro_batch % group or (total // world.size) % micro_batch:
-        raise UserError(
-            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
-            f"rank's share of the global batch, {total // world.size}"
-        )
-    return micro_batch
-
-
-def refuse_unreached_sizes(config: Config) -> None:
-    """Raise a UserError if the run ends before the last image size begins."""
-    epoch, size = size_schedule(config.data.image_size)[-1]
-    if epoch >= config.schedule.total_epochs:
-        raise UserError(
-            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
-            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
-        )
-
-
-def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The training set and, if there is one, the validation set."""
-    if config.root is None:
-        if config.pipeline != "synthetic":
-            raise UserError(
-                "--data.root is missing: give the dataset folder that tools/shard_imagenet.py made, "
-                "or use --data.pipeline synthetic"
-            )
-        return synthetic_index(config.synthetic_samples, config.synthetic_classes), None
-    index = read_index(config.root, "train")
-    val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
-    return index, val
-
-
-def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
-    """DALI's decode path as {"decode": roi or full, "device", "dali", "why"}: the configured one, or the one that works
-    on this card. The card is tried once; the run's folder remembers it for as long as card and DALI stay the same.
-    """
-    on_card = world.device.type == "cuda" and resolve_pipeline(config.data.pipeline, world.device) == "dali"
-    if config.data.decode != "auto" or not on_card:
-        return {"decode": "roi" if config.data.decode == "auto" else config.data.decode, "why": "configured"}
-    place = {"device": torch.cuda.get_device_name(world.device), "dali": version("nvidia-dali-cuda120")}
-    decode, why = world.choice_of_main(_remembered_or_tried(config.run.out / DECODE, place, index, world))
-    return {"decode": decode, "why": why, **place}
-
-
-def _remembered_or_tried(path: Path, place: dict[str, str], index: ShardIndex, world: World) -> tuple[str, str] | None:
-    if not world.is_main:
-        return None
-    remembered = json.loads(path.read_text()) if path.exists() else {}
-    if place.items() <= remembered.items():
-        return remembered["decode"], remembered["why"]
-    return probe_decode(str(world.device), CheckedReader(index, lambda *bad: None).read(np.array([0]))[0])
-
-
-def open_configured_pipeline(
-    config: DataConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
-) -> Pipeline:
-    """The configured pipeline over one split."""
-    return open_pipeline(
-        config.pipeline,
-        index,
-        device=world.device,
-        threads=config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size),
-        prefetch=config.prefetch,
-        decode=decode,
-        hw_decoder_load=config.hw_decoder_load,
-        decoder_padding_mib=config.decoder_padding_mib,
-        on_bad=on_bad,
-    )
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,116 @@
+"""The images of a run: which rank sees what, the splits, and the pipelines over them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines.checked import CheckedReader
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.plan import BatchPlan, TrainPlan, size_schedule
+from pipelines.probe import probe_decode
+from pipelines.synthetic import synthetic_index
+from trainer.config import Config, DataConfig
+from trainer.distributed import World
+
+DECODE = "decode.json"
+
+
+def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
+    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time."""
+    share = plan.global_batch // world.size
+    for s in range(step, stop):
+        first = s * plan.global_batch + world.rank * share
+        yield from plan.rows(first, first + share).split(micro_batch)
+
+
+def share_of_batch(config: Config, world: World) -> int:
+    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups."""
+    group, total = config.augment.mix_group, config.run.global_batch
+    if total % (group * world.size):
+        raise UserError(
+            f"run.global_batch is {total}: {world.size} ranks cannot share its {total / group:g} groups of {group} "
+            "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
+        )
+    micro_batch = config.run.micro_batch or group
+    if micro_batch % group or (total // world.size) % micro_batch:
+        raise UserError(
+            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
+            f"rank's share of the global batch, {total // world.size}"
+        )
+    return micro_batch
+
+
+def refuse_unreached_sizes(config: Config) -> None:
+    """Raise a UserError if the run ends before the last image size begins."""
+    epoch, size = size_schedule(config.data.image_size)[-1]
+    if epoch >= config.schedule.total_epochs:
+        raise UserError(
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
+        )
+
+
+def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The training set and, if there is one, the validation set."""
+    if config.root is None:
+        if config.pipeline != "synthetic":
+            raise UserError(
+                "--data.root is missing: give the dataset folder that tools/shard_imagenet.py made, "
+                "or use --data.pipeline synthetic"
+            )
+        return synthetic_index(config.synthetic_samples, config.synthetic_classes), None
+    index = read_index(config.root, "train")
+    val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
+    return index, val
+
+
+def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
+    """DALI's decode path: the configured one, or the one that works on this card.
+
+    The card is tried once; the run's folder remembers it for as long as card and DALI stay the same.
+
+    Returns:
+      {"decode": roi or full}, and if the card was tried "device", "dali" (its version) and "why".
+    """
+    if config.data.decode != "auto":
+        return {"decode": config.data.decode}
+    if world.device.type != "cuda" or resolve_pipeline(config.data.pipeline, world.device) != "dali":
+        return {"decode": "roi"}
+    place = {"device": torch.cuda.get_device_name(world.device), "dali": version("nvidia-dali-cuda120")}
+    remembered = _remembered(config.run.out / DECODE) if world.is_main else {}
+    if world.is_main and not place.items() <= remembered.items():
+        (encoded,) = CheckedReader(index, lambda sample, error: None).read(np.array([0]))
+        decode, why = probe_decode(str(world.device), encoded)
+        remembered = {"decode": decode, "why": why, **place}
+    return world.choice_of_main(remembered)
+
+
+def _remembered(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # a file cut off by a crash is as good as none
+        return {}
+
+
+def open_configured_pipeline(
+    config: DataConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
+) -> Pipeline:
+    """The configured pipeline over one split."""
+    return open_pipeline(
+        config.pipeline,
+        index,
+        device=world.device,
+        threads=config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size),
+        prefetch=config.prefetch,
+        decode=decode,
+        hw_decoder_load=config.hw_decoder_load,
+        decoder_padding_mib=config.decoder_padding_mib,
+        on_bad=on_bad,
+    )
