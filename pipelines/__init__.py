@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from pipelines.errors import UserError
@@ -10,12 +10,10 @@ from pipelines.errors import UserError
 if TYPE_CHECKING:  # planning and sharding need no torch, and start faster without it
     import torch
 
-    from pipelines.augment import AugmentConfig
     from pipelines.batch import Batch
     from pipelines.index import ShardIndex
     from pipelines.plan import BatchPlan
 
-NO_RANDAUGMENT = "the DALI pipeline has no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
 PIPELINES = ("auto", "dali", "torchvision", "synthetic")
 
 
@@ -33,12 +31,6 @@ def resolve_pipeline(name: str, device: torch.device) -> str:
     return name if name != "auto" else "dali" if device.type == "cuda" else "torchvision"
 
 
-def refuse_missing_stages(name: str, augment: AugmentConfig, device: torch.device) -> None:
-    """Raise a UserError if a pipeline cannot carry out an augmentation, before anything is built."""
-    if resolve_pipeline(name, device) == "dali" and augment.randaugment_ops and augment.randaugment_prob:
-        raise UserError(NO_RANDAUGMENT)
-
-
 def open_pipeline(
     name: str,
     index: ShardIndex,
@@ -48,10 +40,12 @@ def open_pipeline(
     prefetch: int,
     decode: str,
     hw_decoder_load: float,
+    decoder_padding_mib: int,
+    on_bad: Callable[[int, str], None],
 ) -> Pipeline:
     """A pipeline by name. Imports only what it needs, so a machine without DALI can use the others.
 
-    Args: as for the pipelines; `decode` and `hw_decoder_load` concern DALI alone.
+    Args: as for the pipelines; `decode` (roi or full) and the decoder's options concern DALI alone.
     Raises:
       UserError: an unknown name, or DALI was asked for and is not installed.
     """
@@ -63,7 +57,7 @@ def open_pipeline(
     if name == "torchvision":
         from pipelines.cpu import TorchvisionPipeline
 
-        return TorchvisionPipeline(index, device=device, threads=threads, prefetch=prefetch)
+        return TorchvisionPipeline(index, device=device, threads=threads, prefetch=prefetch, on_bad=on_bad)
     try:
         from pipelines.dali import DaliPipeline
     except ImportError as error:
@@ -78,4 +72,6 @@ def open_pipeline(
         prefetch=prefetch,
         decode=decode,
         hw_decoder_load=hw_decoder_load,
+        decoder_padding_mib=decoder_padding_mib,
+        on_bad=on_bad,
     )

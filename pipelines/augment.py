@@ -1,4 +1,4 @@
-"""Uniform draws -> crops, flips, RandAugment operations and mixes. Vectorised numpy, no state.
+"""Uniform draws -> crops, flips, operations, erased boxes and mixes. Vectorised numpy, no state.
 
 Every function maps a row of uniforms to physical values (pixels, degrees, factors), so that the two pipelines carry
 out the same numbers. The distributions are those of timm's PIL transforms, which the recipe was published with.
@@ -7,14 +7,20 @@ out the same numbers. The distributions are those of timm's PIL transforms, whic
 import dataclasses
 import enum
 import functools
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from pipelines import rng
 from pipelines.errors import UserError
+from pipelines.rng import Stream
 
 CROP_TRIES = 10
 CROP_DRAWS = 24  # uniforms a position: (area, aspect) for each try, top, left, flip, one spare
+ERASE_TRIES = 10
+ERASE_DRAWS = 24  # uniforms a position: whether, (area, aspect) for each try, top, left, one spare
 MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
 _OP_DRAWS = 5  # uniforms an operation: which, gate, two for the normal magnitude, sign
 MAX_MAGNITUDE = 10.0
@@ -34,6 +40,9 @@ class AugmentConfig:
       randaugment_prob: probability that a drawn operation is applied.
       randaugment_magnitude: mean magnitude, 0 to 10.
       randaugment_std: standard deviation of the magnitude.
+      three_augment: one of grayscale, solarize and Gaussian blur for every image, after RandAugment (DeiT III).
+      color_jitter: brightness, contrast and saturation change by factors of up to 1 +- this much, after the others.
+      erase_prob: probability of random erasing: a box of 2 % to a third of the image becomes the fill colour.
       mixup_alpha: Beta parameter of mixup's lambda; 0 switches mixup off.
       cutmix_alpha: Beta parameter of CutMix's lambda; 0 switches CutMix off.
       mix_prob: probability that a group is mixed at all.
@@ -50,6 +59,9 @@ class AugmentConfig:
     randaugment_prob: float = 0.5
     randaugment_magnitude: float = 7.0
     randaugment_std: float = 0.5
+    three_augment: bool = False
+    color_jitter: float = 0.0
+    erase_prob: float = 0.0
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     mix_prob: float = 1.0
@@ -60,10 +72,10 @@ class AugmentConfig:
         for name in ("repeats", "mix_group"):
             if getattr(self, name) < 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("flip", "randaugment_prob", "mix_prob", "cutmix_prob"):
+        for name in ("flip", "randaugment_prob", "erase_prob", "mix_prob", "cutmix_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
-        for name in ("randaugment_ops", "randaugment_std", "mixup_alpha", "cutmix_alpha"):
+        for name in ("randaugment_ops", "randaugment_std", "color_jitter", "mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0:
                 raise UserError(f"augment.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("crop_area", "crop_aspect"):
@@ -212,6 +224,108 @@ def randaugment(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.nd
         chosen = ops == op
         args[chosen] = argument(magnitude[chosen], sign[chosen])
     return ops, args
+
+
+class _Stage(NamedTuple):
+    """A few columns of operations.
+
+    Attributes:
+      stream: that its uniforms come from.
+      num_ops: columns under a configuration; 0 where the stage is off.
+      num_draws: uniforms a position, a multiple of 4.
+      draw: uniforms [n, num_draws] -> ops uint8 [n, num_ops], args float32 [n, num_ops].
+    """
+
+    stream: Stream
+    num_ops: Callable[[AugmentConfig], int]
+    num_draws: Callable[[AugmentConfig], int]
+    draw: Callable[[np.ndarray, AugmentConfig], tuple[np.ndarray, np.ndarray]]
+
+
+def three_augments(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Grayscale, solarize or Gaussian blur, each with probability 1/3.
+
+    Args:
+      u: uniforms [n, >= 2].
+    Returns:
+      ops: uint8 [n, 1]: COLOR with factor 0, SOLARIZE from 128 on, or GAUSSIAN_BLUR with a radius of 0.1 to 2 pixels.
+      args: float32 [n, 1].
+    Source: DeiT III (arXiv 2204.07118), section 3; PIL's ImageOps.solarize has the same threshold as its default.
+    """
+    ops = np.array([Op.COLOR, Op.SOLARIZE, Op.GAUSSIAN_BLUR], dtype=np.uint8)[(u[:, 0] * 3).astype(np.int64)]
+    args = np.select([ops == Op.COLOR, ops == Op.SOLARIZE], [0.0, 128.0], 0.1 + (2.0 - 0.1) * u[:, 1])
+    return ops[:, None], args[:, None].astype(np.float32)
+
+
+_JITTERS = np.array(list(itertools.permutations((Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR))), dtype=np.uint8)
+
+
+def color_jitters(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness, contrast and saturation, in random order.
+
+    Args:
+      u: uniforms [n, >= 4].
+    Returns:
+      ops: uint8 [n, 3]: BRIGHTNESS, CONTRAST and COLOR in one of their six orders.
+      args: float32 [n, 3], their factors, uniform in [max(0, 1 - color_jitter), 1 + color_jitter].
+    Source: torchvision.transforms.ColorJitter(x, x, x), as timm uses it; no hue.
+    """
+    low, high = max(0.0, 1.0 - config.color_jitter), 1.0 + config.color_jitter
+    ops = _JITTERS[(u[:, 0] * len(_JITTERS)).astype(np.int64)]
+    return ops, (low + (high - low) * u[:, 1:4]).astype(np.float32)
+
+
+# From left to right, in the order in which they are carried out.
+_STAGES = (
+    _Stage(Stream.RANDAUGMENT, lambda config: config.randaugment_ops, randaugment_draws, randaugment),
+    _Stage(Stream.THREE_AUGMENT, lambda config: int(config.three_augment), lambda config: 4, three_augments),
+    _Stage(Stream.COLOR_JITTER, lambda config: 3 * (config.color_jitter > 0), lambda config: 4, color_jitters),
+)
+
+
+def operations(seed: int, start: int, stop: int, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """All operations of positions [start, stop): RandAugment's, 3-augment's, colour jitter's.
+
+    Returns:
+      ops: uint8 [stop - start, L], values of `Op`, applied from left to right. L depends on `config` alone.
+      args: float32 [stop - start, L], the argument of each as `Op` describes it.
+    """
+    ops = [np.zeros((stop - start, 0), dtype=np.uint8)]
+    args = [np.zeros((stop - start, 0), dtype=np.float32)]
+    for stage in _STAGES:
+        if stage.num_ops(config):
+            u = rng.uniforms(seed, stage.stream, start, stop, stage.num_draws(config))
+            stage_ops, stage_args = stage.draw(u, config)
+            ops.append(stage_ops)
+            args.append(stage_args)
+    return np.concatenate(ops, axis=1), np.concatenate(args, axis=1)
+
+
+def erasures(u: np.ndarray, image_size: int, config: AugmentConfig) -> np.ndarray:
+    """Random erasing: up to ten tries at a box of random area and aspect, smaller than the image.
+
+    Args:
+      u: uniforms [n, ERASE_DRAWS].
+      image_size: side of the square image, pixels.
+    Returns:
+      int32 [n, 4]: top, left, height, width of the box to erase; zeros where nothing is erased.
+    Source: timm.data.random_erasing.RandomErasing with its defaults: one box of 0.02 to 1/3 of the area, height / width
+      log-uniform in 0.3 to 1 / 0.3.
+    """
+    tries = u[:, 1 : 1 + 2 * ERASE_TRIES].reshape(-1, ERASE_TRIES, 2)
+    area = (0.02 + (1 / 3 - 0.02) * tries[..., 0]) * image_size**2
+    aspect = np.exp(np.log(0.3) * (1.0 - 2.0 * tries[..., 1]))
+    # [n, tries]; rint is Python's round: half to even
+    height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (height < image_size) & (width < image_size)
+    row, first = np.arange(len(u)), fits.argmax(axis=1)
+    height, width = height[row, first], width[row, first]
+    u_top, u_left = u[:, 1 + 2 * ERASE_TRIES], u[:, 2 + 2 * ERASE_TRIES]
+    top, left = np.floor(u_top * (image_size - height + 1)), np.floor(u_left * (image_size - width + 1))
+    box = np.stack([top, left, height, width], axis=1).astype(np.int32)
+    erased = (u[:, 0] < config.erase_prob) & fits[row, first] & (height * width > 0)
+    box[~erased] = 0
+    return box
 
 
 def mixes(u: np.ndarray, image_size: int, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,5 @@
 """The batch: what every pipeline hands to the training step."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -38,25 +37,24 @@ class BatchMaker:
 
     On a GPU the copies run in a stream of their own, so that neither they nor waiting for them has to do with the
     training step, which runs in the device's default stream. Used from one background thread.
+
+    Attributes:
+      stream: of the copies and of whatever else is done to a batch before it is handed over; None on the CPU.
     """
 
     def __init__(self, index: ShardIndex, device: torch.device):
         self._index = index
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def stream(self) -> contextlib.AbstractContextManager:
-        """The copies' stream; whoever shares memory with another library does so inside."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(self, images: torch.Tensor, plan: BatchPlan) -> Batch:
         """The batch, complete when this returns.
 
         Args:
-          images: uint8 [B, S, S, 3] on the CPU or the device; taken over where it is on the CPU already, copied where
-            it is on the device.
+          images: uint8 [B, S, S, 3] on the CPU or the device, taken over: nobody else may write into it. On the device
+            it was made in `stream`.
         """
-        with self.stream():
+        with torch.cuda.stream(self.stream):
             batch = Batch(
                 images=self._pixels(images),
                 labels=self._on_device(self._index.samples["label"][plan.sample]),
@@ -66,17 +64,17 @@ class BatchMaker:
                 position=plan.position,
                 mix_group=plan.mix_group,
             )
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
             for tensor in (batch.images, batch.labels, batch.lam, batch.box, batch.valid):
                 # the memory may be used again only after what the training step has enqueued
                 tensor.record_stream(torch.cuda.default_stream(self._device))
         return batch
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
-        if self._stream is None:
+        if self.stream is None or images.is_cuda:
             return images
-        return images.clone() if images.is_cuda else images.pin_memory().to(self._device, non_blocking=True)
+        return images.pin_memory().to(self._device, non_blocking=True)
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

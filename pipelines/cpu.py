@@ -1,25 +1,29 @@
 """The reference pipeline: PIL, torchvision and timm's own PIL operations in a thread pool."""
 
 import collections
+import functools
 import io
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment as timm_ops
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import Op
 from pipelines.batch import Batch, BatchMaker
-from pipelines.errors import UserError
+from pipelines.checked import CheckedReader
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
-from pipelines.reader import ShardReader, read_ahead
+from pipelines.reader import look_ahead, read_ahead
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BATCHES_IN_FLIGHT = 2  # the pool works on the next batch while the last images of this one are finished
+_PLANS_AHEAD = 8  # whose bytes are asked for, and among which copies of an image are looked for: the recipe's step
+_KEPT_BYTES = 512 << 20  # decoded images at a time: a global batch of ImageNet has 192 MB of different ones
 
 
 class TorchvisionPipeline:
@@ -30,29 +34,44 @@ class TorchvisionPipeline:
       device: where the batches go.
       threads: of the pool; PIL works outside Python's lock.
       prefetch: finished batches that wait for the training step.
+      on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
     """
 
-    def __init__(self, index: ShardIndex, *, device: torch.device, threads: int, prefetch: int):
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        device: torch.device,
+        threads: int,
+        prefetch: int,
+        on_bad: Callable[[int, str], None],
+    ):
         self._index = index
         self._maker = BatchMaker(index, device)
         self._threads = threads
         self._prefetch = prefetch
-        self._reader = ShardReader(index)
+        self._reader = CheckedReader(index, on_bad)
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """The batch of each plan, in order, made ahead in the background.
 
         Raises:
-          UserError: a sample cannot be read or decoded; the message names it.
+          UserError: a shard is missing or shorter than the index says.
         """
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         in_flight: collections.deque[tuple[BatchPlan, np.ndarray, list[Future]]] = collections.deque()
+        images = _RepeatedImages(self._index, self._decode)
+
+        def announce(plan: BatchPlan) -> None:
+            self._reader.will_need(plan.sample)
+            images.announce(plan.sample)
+
         with ThreadPoolExecutor(self._threads, thread_name_prefix="augment") as pool:
             try:
-                for plan in plans:
-                    in_flight.append(self._submit(pool, plan))
+                for plan in look_ahead(plans, _PLANS_AHEAD, announce):
+                    in_flight.append(self._submit(pool, plan, images))
                     if len(in_flight) == _BATCHES_IN_FLIGHT:
                         yield self._finish(*in_flight.popleft())
                 while in_flight:
@@ -60,20 +79,76 @@ class TorchvisionPipeline:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, plan: BatchPlan) -> tuple[BatchPlan, np.ndarray, list[Future]]:
-        self._reader.will_need(plan.sample)
-        images = np.empty((len(plan), plan.image_size, plan.image_size, 3), dtype=np.uint8)
-        return plan, images, [pool.submit(self._fill, images, plan, row) for row in range(len(plan))]
+    @staticmethod
+    def _submit(
+        pool: ThreadPoolExecutor, plan: BatchPlan, images: "_RepeatedImages"
+    ) -> tuple[BatchPlan, np.ndarray, list[Future]]:
+        pixels = np.empty((len(plan), plan.image_size, plan.image_size, 3), dtype=np.uint8)
 
-    def _finish(self, plan: BatchPlan, images: np.ndarray, rows: list[Future]) -> Batch:
+        def fill(row: int, image: Callable[[], Image.Image]) -> None:
+            pixels[row] = np.asarray(transform(image(), plan, row))
+
+        rows = [pool.submit(fill, row, images.take(sample)) for row, sample in enumerate(plan.sample.tolist())]
+        return plan, pixels, rows
+
+    def _finish(self, plan: BatchPlan, pixels: np.ndarray, rows: list[Future]) -> Batch:
         for row in rows:
             row.result()
-        return self._maker.make(torch.from_numpy(images), plan)
+        return self._maker.make(torch.from_numpy(pixels), plan)
 
-    def _fill(self, images: np.ndarray, plan: BatchPlan, row: int) -> None:
-        sample = int(plan.sample[row])
-        jpeg = self._reader.read(plan.sample[row : row + 1])[0]
-        images[row] = np.asarray(transform(try_decode(jpeg, self._index, sample), plan, row))
+    def _decode(self, sample: int) -> Image.Image:
+        return decode_checked(self._reader, sample)
+
+
+class _RepeatedImages:
+    """Decoded images; one that upcoming plans show again is kept from its first use to its last.
+
+    Repeated augmentation shows an image several times within a global batch: it is decoded once then. What is kept
+    changes no pixel.
+    """
+
+    def __init__(self, index: ShardIndex, decode: Callable[[int], Image.Image]):
+        self._index = index
+        self._decode = decode
+        self._uses: collections.Counter[int] = collections.Counter()  # announced and not yet taken
+        self._kept: dict[int, _Once] = {}
+        self._kept_bytes = 0
+
+    def announce(self, samples: np.ndarray) -> None:
+        """The samples will be taken, once for each time they are announced."""
+        self._uses.update(samples.tolist())
+
+    def take(self, sample: int) -> Callable[[], Image.Image]:
+        """What gives the decoded image; it is decoded where it is first called, in one of the pool's threads."""
+        self._uses[sample] -= 1
+        image = self._kept.get(sample) or _Once(functools.partial(self._decode, sample))
+        if self._uses[sample] == 0:
+            del self._uses[sample]
+            if self._kept.pop(sample, None):
+                self._kept_bytes -= self._nbytes(sample)
+        elif sample not in self._kept and self._kept_bytes + self._nbytes(sample) <= _KEPT_BYTES:
+            self._kept[sample] = image
+            self._kept_bytes += self._nbytes(sample)
+        return image
+
+    def _nbytes(self, sample: int) -> int:
+        row = self._index.samples[sample]
+        return 3 * int(row["height"]) * int(row["width"])
+
+
+class _Once:
+    """Calls a function the first time it is called itself, and gives that result ever after, in any thread."""
+
+    def __init__(self, function: Callable[[], Image.Image]):
+        self._function = function
+        self._lock = threading.Lock()
+        self._result: Image.Image | None = None
+
+    def __call__(self) -> Image.Image:
+        with self._lock:
+            if self._result is None:
+                self._result = self._function()
+            return self._result
 
 
 def decode(jpeg: np.ndarray | bytes) -> Image.Image:
@@ -81,23 +156,34 @@ def decode(jpeg: np.ndarray | bytes) -> Image.Image:
     return Image.open(io.BytesIO(jpeg)).convert("RGB")
 
 
-def try_decode(jpeg: np.ndarray | bytes, index: ShardIndex, sample: int) -> Image.Image:
-    """As `decode`; raises a UserError that names the sample."""
+def decode_checked(reader: CheckedReader, sample: int) -> Image.Image:
+    """RGB pixels of a sample; one that cannot be decoded is rejected, and its replacement decoded."""
+    (encoded,) = reader.read(np.array([sample]))
     try:
-        return decode(jpeg)
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError on some damaged headers
-        raise UserError(
-            f"{index.name(sample)}: cannot be decoded ({error}). The shard was damaged after it was made: restore it"
-        ) from error
+        return decode(encoded)
+    except Exception as error:  # damaged bytes bring PIL to raise nearly anything; the reader tells about it
+        if reader.is_replaced(sample):
+            raise
+        reader.reject(sample, f"cannot be decoded ({error})")
+    return decode_checked(reader, sample)
 
 
 def transform(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
-    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations."""
+    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations, erasing."""
     image = crop_resize(image, plan, row)
     if plan.flip[row]:
         image = ImageOps.mirror(image)
+    return augmented(image, plan, row)
+
+
+def augmented(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
+    """What a plan does to an image after it was cropped, resized and flipped."""
     for op, arg in zip(plan.ops[row].tolist(), plan.args[row].tolist(), strict=True):
         image = apply_op(image, Op(op), arg, plan.fill)
+    top, left, height, width = plan.erase[row].tolist()
+    if height * width:
+        image = image.copy()
+        image.paste(plan.fill, (left, top, left + width, top + height))
     return image
 
 
@@ -112,7 +198,8 @@ def crop_resize(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
     return F.crop(resized, top, left, size, size)
 
 
-# op -> timm's own function and whether it takes the argument; the geometric ones also take fill and filter.
+# op -> timm's own function, PIL's for the blur, and whether it takes the argument; the geometric ones also take fill
+# and filter.
 _PIL_OPS = {
     Op.AUTO_CONTRAST: (timm_ops.auto_contrast, False),
     Op.EQUALIZE: (timm_ops.equalize, False),
@@ -129,11 +216,12 @@ _PIL_OPS = {
     Op.SHEAR_Y: (timm_ops.shear_y, True),
     Op.TRANSLATE_X: (timm_ops.translate_x_rel, True),
     Op.TRANSLATE_Y: (timm_ops.translate_y_rel, True),
+    Op.GAUSSIAN_BLUR: (lambda image, radius, **_: image.filter(ImageFilter.GaussianBlur(radius)), True),
 }
 
 
 def apply_op(image: Image.Image, op: Op, arg: float, fill: tuple[int, int, int]) -> Image.Image:
-    """One RandAugment operation through timm's own PIL function, bicubic where it is geometric."""
+    """One operation through timm's own PIL function, bicubic where it is geometric."""
     if op == Op.NONE:
         return image
     function, takes_argument = _PIL_OPS[op]

@@ -1,33 +1,46 @@
-"""The DALI pipeline: decode, crop, resize and flip on the GPU, or on DALI's CPU backend where there is none."""
+"""The DALI pipeline: everything on the GPU, or on DALI's CPU backend and PIL where there is none."""
 
 import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from PIL import Image
 
-from pipelines import NO_RANDAUGMENT
 from pipelines.batch import Batch, BatchMaker
+from pipelines.checked import CheckedReader
+from pipelines.cpu import augmented, decode_checked
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
-from pipelines.reader import ShardReader, read_ahead
+from pipelines.randaugment import apply_ops, erase
+from pipelines.reader import look_ahead, read_ahead
+
+TensorList = TensorListCPU | TensorListGPU
 
 _INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+_PLANS_AHEAD = 8  # whose bytes are asked for, and whose graphs are built
 _IN_FLIGHT = 2  # batches DALI works on at a time: one is decoded on the host while one is finished on the device
 
 
 @dataclasses.dataclass(frozen=True)
-class _Graph:
+class _Shape:
     """What a DALI graph is built for; another value needs another graph."""
 
     batch_size: int
     image_size: int
     interpolation: str
     windowed: bool
+
+    @staticmethod
+    def of(plan: BatchPlan) -> "_Shape":
+        return _Shape(len(plan), plan.image_size, plan.interpolation, plan.windowed)
 
 
 class DaliPipeline:
@@ -40,6 +53,9 @@ class DaliPipeline:
       prefetch: finished batches that wait for the training step.
       decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
       hw_decoder_load: share of the images given to the GPU's JPEG engine, where it has one.
+      decoder_padding_mib: memory that the GPU's decoder takes at once, so that a large image does not make it
+        allocate in the middle of a run; 0 is what the largest image of the index takes.
+      on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
     """
 
     def __init__(
@@ -51,73 +67,57 @@ class DaliPipeline:
         prefetch: int,
         decode: str,
         hw_decoder_load: float,
+        decoder_padding_mib: int,
+        on_bad: Callable[[int, str], None],
     ):
-        self._index = index
         self._device = device
         self._maker = BatchMaker(index, device)
         self._threads = threads
         self._prefetch = prefetch
-        self._decode = decode
-        self._hw_decoder_load = hw_decoder_load
-        self._reader = ShardReader(index)
+        self._reader = CheckedReader(index, on_bad)
+        decoder = {"hw_decoder_load": hw_decoder_load, **_padding(index, decoder_padding_mib)}
+        self._options = {
+            "decode": decode,
+            "decoder": decoder if self._on_gpu else {},
+            "num_threads": threads,
+            "device_id": (device.index or 0) if self._on_gpu else None,
+        }
+        self._graphs: dict[_Shape, Future[_Graph]] = {}
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        """The batch of each plan, in order, made ahead in the background. All plans have the same shape.
+        """The batch of each plan, in order, made ahead in the background.
 
         Raises:
-          UserError: a plan asks for RandAugment.
-          UserError: a sample cannot be read or decoded.
+          UserError: a shard is missing or shorter than the index says, or DALI fails on images that are not damaged.
         """
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        if self._device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.set_device(self._device)  # of this background thread
-        for graph, same_shape in itertools.groupby(plans, _graph):
-            yield from self._run(graph, same_shape)
+        with ThreadPoolExecutor(1, "build-dali") as builder, ThreadPoolExecutor(self._threads, "augment") as pool:
 
-    def _run(self, graph: _Graph, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
-        """The batches of plans of one shape. DALI asks for plans ahead; what it was given stays alive until its batch
-        is finished, because it reads the shards' memory itself."""
-        in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
+            def announce(plan: BatchPlan) -> None:
+                self._reader.will_need(plan.sample)
+                if (shape := _Shape.of(plan)) not in self._graphs:
+                    self._graphs[shape] = builder.submit(self._build, shape)
 
-        def next_inputs() -> tuple:
-            plan = next(plans)
-            in_flight.append((plan, self._inputs(plan)))
-            return in_flight[-1][1]
+            previous = None
+            for shape, same_shape in itertools.groupby(look_ahead(plans, _PLANS_AHEAD, announce), _Shape.of):
+                self._graphs.pop(previous, None)  # progressive resizing does not come back; its memory is needed
+                previous = shape
+                for plan, pixels in self._pixels(shape, same_shape):
+                    yield self._finish(plan, pixels, pool)
 
-        on_gpu = self._device.type == "cuda"
-        pipeline = _dali_graph(
-            graph,
-            next_inputs,
-            on_gpu=on_gpu,
-            decode=self._decode,
-            hw_decoder_load=self._hw_decoder_load,
-            batch_size=graph.batch_size,
-            num_threads=self._threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=_IN_FLIGHT,
-        )
-        pipeline.build()
-        while True:
-            try:
-                (output,) = pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._failure(in_flight[0][0], error) from error
-            with self._maker.stream():
-                shared = torch.from_dlpack(output.as_tensor())
-            # DALI writes a later batch into the same memory: the maker copies what is on a GPU, this what is not.
-            images = shared if shared.is_cuda else shared.clone()
-            plan, _ = in_flight.popleft()
-            yield self._maker.make(images, plan)
+    def _build(self, shape: _Shape) -> "_Graph":
+        return _Graph(shape, self._inputs, **self._options)
 
     def _inputs(self, plan: BatchPlan) -> tuple:
         """What the graph takes of a plan, in the order of its external source."""
-        if plan.ops.any():
-            raise UserError(NO_RANDAUGMENT)
-        self._reader.will_need(plan.sample)
         inputs = (
             self._reader.read(plan.sample),
             np.ascontiguousarray(plan.crop[:, :2]),
@@ -127,50 +127,193 @@ class DaliPipeline:
         )
         return (*inputs, plan.window) if plan.windowed else inputs
 
-    def _failure(self, plan: BatchPlan, error: RuntimeError) -> UserError:
-        """DALI fails a whole batch and does not say which sample it was; the reference decoder does."""
-        from pipelines.cpu import try_decode
+    def _pixels(self, shape: _Shape, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorList]]:
+        """Plans of one shape and their pixels, which are DALI's until the next ones are asked for."""
+        while True:
+            if shape not in self._graphs:
+                self._graphs[shape] = _done(self._build(shape))
+            try:
+                return (yield from self._graphs[shape].result().run(plans, self._maker.stream))
+            except _FailedBatchError as failed:
+                del self._graphs[shape]
+                self._replace_damaged(failed.plans[0], failed)
+                plans = itertools.chain(failed.plans, plans)
+            except BaseException:  # left early, with batches in work: of no more use
+                self._graphs.pop(shape, None)
+                raise
 
-        for sample, jpeg in zip(plan.sample.tolist(), self._reader.read(plan.sample), strict=True):
-            try_decode(jpeg, self._index, sample)
-        reason = " ".join(str(error).split())
-        return UserError(
-            f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), "
-            f"whose images PIL can decode: {reason}"
+    def _finish(self, plan: BatchPlan, pixels: TensorList, pool: ThreadPoolExecutor) -> Batch:
+        """The operations, into memory of the batch's own: DALI writes a later batch into the pixels'."""
+        if self._on_gpu:
+            with torch.cuda.stream(self._maker.stream):
+                images = apply_ops(torch.from_dlpack(pixels.as_tensor()), plan.ops, plan.args, plan.fill)
+                if plan.erase.any():
+                    images = erase(images, plan.erase, plan.fill)
+        else:
+            images = torch.from_numpy(_augmented(np.asarray(pixels.as_tensor()), plan, pool))
+        return self._maker.make(images, plan)
+
+    def _replace_damaged(self, plan: BatchPlan, error: Exception) -> None:
+        """Find what DALI failed on: it fails a whole batch and does not say which sample it was.
+
+        Raises:
+          UserError: it was none of them.
+        """
+        found = [self._is_replaced_now(int(sample)) for sample in np.unique(plan.sample)]
+        if any(found):
+            return
+        for row in plan.split(1):  # PIL decodes them all, DALI does not
+            try:
+                collections.deque(self._build(_Shape.of(row)).run(iter([row]), self._maker.stream), maxlen=0)
+            except _FailedBatchError as failed:
+                sample = int(row.sample[0])
+                image = decode_checked(self._reader, sample)
+                self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({failed})", image)
+                found.append(True)
+        if not any(found):
+            raise UserError(
+                f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), and on none of their images "
+                f"alone: {error}"
+            )
+
+    def _is_replaced_now(self, sample: int) -> bool:
+        """Whether the sample is damaged and was not known to be."""
+        before = self._reader.is_replaced(sample)
+        decode_checked(self._reader, sample)
+        return self._reader.is_replaced(sample) and not before
+
+
+class _FailedBatchError(Exception):
+    """DALI could not carry out a batch.
+
+    Attributes:
+      plans: the one it failed on, and those it had been given after it.
+    """
+
+    def __init__(self, plans: list[BatchPlan], error: RuntimeError):
+        super().__init__(" ".join(str(error).split()))
+        self.plans = plans
+
+
+class _Graph:
+    """A DALI pipeline, built, and the plans it is working on.
+
+    Args:
+      inputs: what the external source gives for a plan.
+    """
+
+    def __init__(self, shape: _Shape, inputs: Callable[[BatchPlan], tuple], **options):
+        self._inputs = inputs
+        self._plans: Iterator[BatchPlan] = iter(())
+        # DALI asks for plans ahead and reads their bytes where they are: they stay alive until it is done
+        self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
+        self._pipeline = _dali_graph(
+            shape, self._next_inputs, batch_size=shape.batch_size, prefetch_queue_depth=_IN_FLIGHT, **options
         )
+        self._pipeline.build()
+
+    def run(
+        self, plans: Iterator[BatchPlan], stream: torch.cuda.Stream | None
+    ) -> Iterator[tuple[BatchPlan, TensorList]]:
+        """The plans and their pixels, uint8 [B, S, S, 3] in the order of `stream`. To the end it can be run again.
+
+        Raises:
+          _FailedBatchError: a batch could not be carried out; then it cannot be run again.
+        """
+        self._plans = plans
+        while True:
+            try:
+                (pixels,) = self._pipeline.run(stream)
+            except StopIteration:
+                return self._pipeline.reset()
+            except RuntimeError as error:
+                raise _FailedBatchError([plan for plan, _ in self._in_flight], error) from error
+            plan, inputs = self._in_flight.popleft()
+            yield plan, pixels
+            del inputs
+
+    def _next_inputs(self) -> tuple:
+        plan = next(self._plans)
+        self._in_flight.append((plan, self._inputs(plan)))
+        return self._in_flight[-1][1]
 
 
-def _graph(plan: BatchPlan) -> _Graph:
-    return _Graph(len(plan), plan.image_size, plan.interpolation, plan.windowed)
+def _done(graph: _Graph) -> "Future[_Graph]":
+    future: Future[_Graph] = Future()
+    future.set_result(graph)
+    return future
+
+
+def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) -> np.ndarray:
+    """The plan's operations on the CPU, where PIL is the fastest: a new array."""
+    images = np.empty_like(pixels)
+
+    def fill(row: int) -> None:
+        images[row] = np.asarray(augmented(Image.fromarray(pixels[row]), plan, row)) if busy[row] else pixels[row]
+
+    busy = plan.ops.any(axis=1) | plan.erase.any(axis=1)
+    collections.deque(pool.map(fill, range(len(plan))), maxlen=0)
+    return images
+
+
+def _padding(index: ShardIndex, mib: int) -> dict[str, int]:
+    rows = index.samples
+    nbytes = mib << 20 if mib else 3 * int((rows["height"].astype(np.int64) * rows["width"]).max())
+    return {"device_memory_padding": nbytes, "host_memory_padding": nbytes}
 
 
 @pipeline_def
-def _dali_graph(graph: _Graph, next_inputs: Callable[[], tuple], *, on_gpu: bool, decode: str, hw_decoder_load: float):
-    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, *[types.INT32] * graph.windowed]
-    jpeg, start, shape, size, flip, *window = fn.external_source(
+def _dali_graph(shape: _Shape, next_inputs: Callable[[], tuple], *, decode: str, decoder: dict):
+    """The graph; `decoder` are options of the GPU's decoder, {} without a GPU."""
+    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, *[types.INT32] * shape.windowed]
+    jpeg, corner, extent, size, flip, *window = fn.external_source(
         next_inputs,
         num_outputs=len(dtypes),
         no_copy=True,
         dtype=dtypes,
-        ndim=[1, 1, 1, 1, 0, *[1] * graph.windowed],
+        ndim=[1, 1, 1, 1, 0, *[1] * shape.windowed],
     )
+    images = _decode(jpeg, corner, extent, decode, decoder)
+    images = fn.resize(images, size=size, interp_type=_INTERPOLATION[shape.interpolation], antialias=True)
+    if shape.windowed:
+        side = [shape.image_size, shape.image_size]
+        images = fn.slice(images, start=window[0], shape=side, axis_names="HW")
+    return fn.flip(images, horizontal=flip)
+
+
+def _decode(jpeg: DataNode, corner: DataNode, extent: DataNode, decode: str, decoder: dict) -> DataNode:
+    """The region of each image, RGB."""
     # Fancy upsampling and the slow IDCT are what libjpeg does in PIL; PIL does not turn images by their EXIF tag.
     options = {
-        "device": "mixed" if on_gpu else "cpu",
+        "device": "mixed" if decoder else "cpu",
         "output_type": types.RGB,
         "jpeg_fancy_upsampling": True,
         "use_fast_idct": False,
         "adjust_orientation": False,
+        **decoder,
     }
-    if on_gpu:
-        options["hw_decoder_load"] = hw_decoder_load
-    region = {"start": start, "shape": shape, "axis_names": "HW"}
+    region = {"start": corner, "shape": extent, "axis_names": "HW"}
     if decode == "roi":
-        images = fn.decoders.image_slice(jpeg, **region, **options)
-    else:
-        images = fn.slice(fn.decoders.image(jpeg, **options), **region)
-    images = fn.resize(images, size=size, interp_type=_INTERPOLATION[graph.interpolation], antialias=True)
-    if graph.windowed:
-        side = [graph.image_size, graph.image_size]
-        images = fn.slice(images, start=window[0], shape=side, axis_names="HW")
-    return fn.flip(images, horizontal=flip)
+        return fn.decoders.image_slice(jpeg, **region, **options)
+    return fn.slice(fn.decoders.image(jpeg, **options), **region)
+
+
+def decoded_regions(jpeg: np.ndarray, crops: np.ndarray, device: torch.device, decode: str) -> list[np.ndarray]:
+    """Regions of one image as this machine's DALI decodes them: uint8 [height, width, 3] each.
+
+    Args:
+      crops: int32 [n, 4], top, left, height, width.
+    """
+    on_gpu = device.type == "cuda"
+
+    @pipeline_def
+    def graph():
+        inputs = ([jpeg] * len(crops), np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]))
+        nodes = fn.external_source(lambda: inputs, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32])
+        return _decode(*nodes, decode, {"hw_decoder_load": 0.65} if on_gpu else {})
+
+    pipeline = graph(batch_size=len(crops), num_threads=2, device_id=(device.index or 0) if on_gpu else None)
+    pipeline.build()
+    (regions,) = pipeline.run()
+    regions = regions.as_cpu()
+    return [np.array(regions.at(i)) for i in range(len(crops))]

@@ -6,18 +6,27 @@ positions, which share one mixing draw and are mixed with themselves reversed.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipelines import augment, rng
+from pipelines import augment, order, rng
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.rng import Stream
 
-PLAN_VERSION = 1  # of this file's and augment.py's arithmetic: a run does not go on with another
+PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
+# What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
+BEFORE = {
+    "window_shards": 0,
+    "augment.three_augment": False,
+    "augment.color_jitter": 0.0,
+    "augment.erase_prob": 0.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +34,14 @@ class BatchPlan:
     """What a pipeline carries out for B consecutive positions.
 
     The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
-    `image_size` at `window`, flip, the operations from left to right. Mixing follows in the training step.
+    `image_size` at `window`, flip, the operations from left to right, fill the box `erase`. Mixing follows in the
+    training step.
 
     Attributes:
       position: of the first row.
       image_size: side of the square output, pixels.
       interpolation: filter of the resize, bicubic or bilinear, antialiased.
-      fill: RGB that geometric operations put where the source has no pixel.
+      fill: RGB that geometric operations put where the source has no pixel, and erasing everywhere in its box.
       mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
       sample: int32 [B], row of the ShardIndex.
       crop: int32 [B, 4], top, left, height, width in source pixels.
@@ -40,6 +50,7 @@ class BatchPlan:
       flip: bool [B].
       ops: uint8 [B, L], values of augment.Op.
       args: float32 [B, L], their arguments.
+      erase: int32 [B, 4], top, left, height, width of what becomes the fill colour at last; zeros erase nothing.
       lam: float32 [B], share of the row's own label after mixing.
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
@@ -58,6 +69,7 @@ class BatchPlan:
     flip: np.ndarray
     ops: np.ndarray
     args: np.ndarray
+    erase: np.ndarray
     lam: np.ndarray
     box: np.ndarray
     valid: np.ndarray
@@ -74,6 +86,26 @@ class BatchPlan:
             yield dataclasses.replace(self, position=self.position + start, **part)
 
 
+SizeSchedule = Sequence[tuple[int, int]]
+
+
+def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]:
+    """The image sizes of a run: pairs (epoch, side in pixels), each size holds from its epoch until the next pair's.
+
+    Raises:
+      UserError: the first epoch is not 0, epochs do not increase, or a size is not positive.
+    """
+    pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
+    where = f"data.image_size is {image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]}"
+    if not pairs or pairs[0][0] != 0:
+        raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
+    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
+        raise UserError(f"{where}; the epochs of its [epoch, size] pairs must increase")
+    if any(size < 1 for _, size in pairs):
+        raise UserError(f"{where}; a size must be at least 1")
+    return pairs
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """The training set, augmented, as a function of the position.
@@ -83,20 +115,24 @@ class TrainPlan:
       augment: the recipe.
       seed: of everything that is drawn.
       global_batch: positions a step, over all ranks; a multiple of augment.mix_group.
-      image_size: side of the square training image, pixels.
+      image_size: side of the square training image, pixels; or (epoch, size) pairs as for `size_schedule`.
       fill: see BatchPlan.
+      window_shards: shards whose images are shuffled together (order.window_order); 0 shuffles all images together.
     Raises:
-      UserError: the groups do not divide the global batch, or the dataset is smaller than one global batch.
+      UserError: the groups do not divide the global batch, the dataset is smaller than one global batch, or the sizes
+        are no schedule.
     """
 
     index: ShardIndex
     augment: AugmentConfig
     seed: int
     global_batch: int
-    image_size: int
+    image_size: int | SizeSchedule
     fill: tuple[int, int, int]
+    window_shards: int = 0
 
     def __post_init__(self):
+        size_schedule(self.image_size)
         group = self.augment.mix_group
         if self.global_batch < 1 or self.global_batch % group:
             raise UserError(
@@ -112,15 +148,21 @@ class TrainPlan:
     def steps_per_epoch(self) -> int:
         return len(self.index) // self.global_batch
 
+    def image_size_at(self, epoch: int) -> int:
+        """Side of the square training image in an epoch, pixels."""
+        return next(size for start, size in reversed(size_schedule(self.image_size)) if start <= epoch)
+
     def describe(self) -> dict:
         """Everything the plan depends on, as plain values. Equal descriptions mean equal plans."""
+        sizes = size_schedule(self.image_size)
         return {
             "plan_version": PLAN_VERSION,
             "dataset": self.index.digest,
             "seed": self.seed,
             "global_batch": self.global_batch,
-            "image_size": self.image_size,
+            "image_size": sizes[0][1] if len(sizes) == 1 else [list(pair) for pair in sizes],
             "fill": list(self.fill),
+            "window_shards": self.window_shards,
             **{f"augment.{name}": _plain(value) for name, value in dataclasses.asdict(self.augment).items()},
         }
 
@@ -128,36 +170,55 @@ class TrainPlan:
         """The plan for positions [start, stop), both multiples of augment.mix_group.
 
         Any split of a range gives the same rows: `rows(a, c)` is `rows(a, b)` followed by `rows(b, c)`.
+
+        Raises:
+          ValueError: the range is none, or its images are of two sizes.
         """
         group = self.augment.mix_group
         if start % group or stop % group or not 0 <= start < stop:
             raise ValueError(f"positions [{start}, {stop}) are not whole groups of {group}")
+        image_size = self._size_of(start, stop)
         sample = self._samples(np.arange(start, stop))
         rows = self.index.samples[sample]
         u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, augment.CROP_DRAWS)
-        k = augment.randaugment_draws(self.augment)
-        ops, args = augment.randaugment(rng.uniforms(self.seed, Stream.RANDAUGMENT, start, stop, k), self.augment)
+        ops, args = augment.operations(self.seed, start, stop, self.augment)
         u_mix = rng.uniforms(self.seed, Stream.MIX, start // group, stop // group, augment.MIX_DRAWS)
-        lam, box = augment.mixes(u_mix, self.image_size, self.augment)
+        lam, box = augment.mixes(u_mix, image_size, self.augment)
         num = len(sample)
         return BatchPlan(
             position=start,
-            image_size=self.image_size,
+            image_size=image_size,
             interpolation=self.augment.interpolation,
             fill=self.fill,
             mix_group=group,
             sample=sample,
             crop=augment.resized_crops(u_crop, rows["height"], rows["width"], self.augment),
-            resize=np.full((num, 2), self.image_size, dtype=np.int32),
+            resize=np.full((num, 2), image_size, dtype=np.int32),
             window=np.zeros((num, 2), dtype=np.int32),
             flip=augment.flips(u_crop, self.augment),
             ops=ops,
             args=args,
+            erase=self._erasures(start, stop, image_size),
             lam=np.repeat(lam, group),
             box=np.repeat(box, group, axis=0),
             valid=np.ones(num, dtype=bool),
             windowed=False,
         )
+
+    def _erasures(self, start: int, stop: int, image_size: int) -> np.ndarray:
+        if not self.augment.erase_prob:
+            return np.zeros((stop - start, 4), dtype=np.int32)
+        u = rng.uniforms(self.seed, Stream.ERASE, start, stop, augment.ERASE_DRAWS)
+        return augment.erasures(u, image_size, self.augment)
+
+    def _size_of(self, start: int, stop: int) -> int:
+        """The one image size of positions [start, stop)."""
+        per_epoch = self.steps_per_epoch * self.global_batch
+        first, last = start // per_epoch, (stop - 1) // per_epoch
+        size = self.image_size_at(first)
+        if any(first < epoch <= last and other != size for epoch, other in size_schedule(self.image_size)):
+            raise ValueError(f"positions [{start}, {stop}) are of two image sizes; ask for each epoch alone")
+        return size
 
     def _samples(self, positions: np.ndarray) -> np.ndarray:
         """The image at each position: int32, same shape.
@@ -173,8 +234,18 @@ class TrainPlan:
         sample = np.empty(positions.shape, dtype=np.int32)
         for e in np.unique(epoch):
             image = entry[epoch == e] // self.augment.repeats
-            sample[epoch == e] = rng.permute(self.seed, Stream.ORDER, int(e), len(self.index), image)
+            sample[epoch == e] = self._images(int(e), image)
         return sample
+
+    def _images(self, epoch: int, entry: np.ndarray) -> np.ndarray:
+        """The image at each entry of an epoch's order: int64 [n]."""
+        if not self.window_shards:
+            return order.global_order(self.seed, epoch, len(self.index), entry)
+        return order.window_order(self.seed, epoch, self._shard_starts, self.window_shards, entry)
+
+    @functools.cached_property
+    def _shard_starts(self) -> np.ndarray:
+        return order.shard_starts(self.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +289,7 @@ class EvalPlan:
             flip=np.zeros(num, dtype=bool),
             ops=np.zeros((num, 0), dtype=np.uint8),
             args=np.zeros((num, 0), dtype=np.float32),
+            erase=np.zeros((num, 4), dtype=np.int32),
             lam=np.ones(num, dtype=np.float32),
             box=np.zeros((num, 4), dtype=np.int32),
             valid=valid,

@@ -1,10 +1,12 @@
 """Bytes from shards, and work done ahead in the background."""
 
-import mmap
+import collections
+import os
 import queue
 import resource
 import threading
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -16,67 +18,76 @@ _files_needed = 512  # by the rest of the process, and then by every reader
 
 
 class ShardReader:
-    """JPEG bytes of samples as views into memory-mapped shards.
+    """JPEG bytes of samples, read where the index says they lie.
 
-    Nothing is held: the pages belong to the system, which drops them when memory is short, so shards may be larger than
-    memory. `will_need` asks for pages before they are read. Safe to call from several threads.
+    `will_need` has the system read ahead what the plan needs next; `read` then copies it out of the page cache. Against
+    memory maps that is as fast from the cache and faster from storage (docs/performance.md), and a disk that fails is
+    an error instead of a SIGBUS. Safe to call from several threads.
     """
 
     def __init__(self, index: ShardIndex):
         self._index = index
-        self._maps: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(index.paths)
+        self._files: list[int | None] = [None] * len(index.paths)
         self._lock = threading.Lock()
         _allow_open_files(len(index.paths))
+        weakref.finalize(self, _close, self._files)
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
-        """The bytes of each sample: uint8 [nbytes] views, valid for as long as they are referenced.
+        """The bytes of each sample: uint8 [nbytes].
 
         Raises:
           UserError: a shard is missing, or shorter than the index says.
+          OSError: the storage fails.
         """
-        rows = self._index.samples[samples]
-        return [self._view(*row) for row in zip(*self._columns(rows), strict=True)]
+        return [self._read(*place) for place in self._places(samples)]
 
     def will_need(self, samples: np.ndarray) -> None:
-        """Start reading the samples' pages from storage; returns at once. Raises as `read`."""
-        for shard, offset, nbytes in zip(*self._columns(self._index.samples[samples]), strict=True):
-            self._view(shard, offset, nbytes)
-            start = offset - offset % mmap.PAGESIZE
-            self._open(shard)[0].madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
+        """Start reading the samples from storage into the page cache; returns at once. Raises UserError as `read`."""
+        for shard, offset, nbytes in self._places(samples):
+            os.posix_fadvise(self._open(shard), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    @staticmethod
-    def _columns(rows: np.ndarray) -> list[list[int]]:
-        return [rows[name].tolist() for name in ("shard", "offset", "nbytes")]
+    def _places(self, samples: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        rows = self._index.samples[samples]
+        return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
 
-    def _view(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
-        content = self._open(shard)[1]
-        if offset < 0 or offset + nbytes > len(content):
-            raise UserError(
-                f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
-                f"the shard has {len(content)}. Restore the shard, or build the dataset again"
-            )
-        return content[offset : offset + nbytes]
+    def _read(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
+        content = np.empty(nbytes, dtype=np.uint8)
+        done = 0
+        while done < nbytes:
+            count = os.preadv(self._open(shard), [content[done:]], offset + done)
+            if count == 0:
+                size = os.fstat(self._open(shard)).st_size
+                raise UserError(
+                    f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
+                    f"the shard has {size}. Restore the shard, or build the dataset again"
+                )
+            done += count
+        return content
 
-    def _open(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
-        if (opened := self._maps[shard]) is not None:
+    def _open(self, shard: int) -> int:
+        if (opened := self._files[shard]) is not None:
             return opened
         with self._lock:
-            if self._maps[shard] is None:
+            if self._files[shard] is None:
                 path = self._index.paths[shard]
                 try:
-                    with open(path, "rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-                    raise UserError(f"{path}: cannot be read ({error})") from error
+                    file = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
                 # Samples are read in random order; what is needed is asked for in `will_need`.
-                mapped.madvise(mmap.MADV_RANDOM)
-                self._maps[shard] = mapped, np.frombuffer(mapped, dtype=np.uint8)
-            return self._maps[shard]
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+                self._files[shard] = file
+            return self._files[shard]
+
+
+def _close(files: list[int | None]) -> None:
+    for file in files:
+        if file is not None:
+            os.close(file)
 
 
 def _allow_open_files(num: int) -> None:
-    """Raise the soft limit for `num` more open files: a mapped file stays open in Python, and a thousand shards exceed
-    the usual limit of 1,024."""
+    """Raise the soft limit for `num` more open files: a thousand shards exceed the usual limit of 1,024."""
     global _files_needed
     _files_needed += num
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -91,6 +102,18 @@ def _allow_open_files(num: int) -> None:
 
 
 T = TypeVar("T")
+
+
+def look_ahead(items: Iterable[T], depth: int, announce: Callable[[T], None]) -> Iterator[T]:
+    """The items, each announced `depth` items before its turn (the first ones at once)."""
+    waiting: collections.deque[T] = collections.deque()
+    for item in items:
+        announce(item)
+        waiting.append(item)
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 class _End:

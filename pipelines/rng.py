@@ -21,6 +21,11 @@ class Stream(enum.IntEnum):
     MODEL = 4  # seeds for dropout and the like
     SHARDS = 5  # the order in which samples are written to shards
     SYNTHETIC = 6
+    SHARD_ORDER = 7  # the order of the shards in an epoch: one row an epoch
+    WINDOW_ORDER = 8  # the order of the samples in a window of shards: one row for each window of an epoch
+    COLOR_JITTER = 9
+    THREE_AUGMENT = 10
+    ERASE = 11
 
 
 def words(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.ndarray:
@@ -58,21 +63,26 @@ def uniforms(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.nda
     return (words(seed, stream, start, stop, k) >> np.uint64(11)) * 2.0**-53
 
 
-def permute(seed: int, stream: Stream, epoch: int, n: int, index: np.ndarray) -> np.ndarray:
-    """Where a random order of range(n), one for each epoch, sends an index.
+def permute(seed: int, stream: Stream, epoch: int, n: int, index: np.ndarray, *, part: int = 0) -> np.ndarray:
+    """Where a random order of range(n), one for each part of each epoch, sends an index.
 
     The order is never held: an entry costs the same for a thousand samples and for a billion, and a run resumed in the
     middle of an epoch has nothing to catch up on.
 
     Args:
+      epoch: 0 <= epoch < 2**63.
       index: integers [...] in [0, n).
+      part: which of an epoch's orders, where it is permuted in several; 0 <= part < 2**64.
     Returns:
-      int64, same shape; over all of range(n) each value occurs once. Depends only on (seed, stream, epoch, n, index).
+      int64, same shape; over all of range(n) each value occurs once. Depends only on (seed, stream, epoch, part, n,
+      index).
     Source: a Feistel network (Luby & Rackoff 1988, four rounds suffice; eight here) over the next even number of bits,
       walked until the value falls below n (Black & Rogaway 2002); the round function is splitmix64's finalizer
       (Steele et al. 2014).
     """
-    keys = words(seed, stream, epoch, epoch + 1, _ROUNDS)[0]
+    # Epoch and part fill words of their own in Philox's 256-bit counter, so no two pairs share a row.
+    row = (part << 64) | epoch
+    keys = words(seed, stream, row, row + 1, _ROUNDS)[0]
     half_bits = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
     value = np.asarray(index).astype(np.uint64).ravel()
     value = _feistel(value, keys, half_bits)

@@ -1,14 +1,18 @@
 """The draws have the distributions of timm's own classes, as installed."""
 
+import itertools
 import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 from timm.data import auto_augment as timm_augment
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter
 
 from pipelines import augment, rng
 from pipelines.augment import AugmentConfig, Op
@@ -124,6 +128,90 @@ def test_two_operations_of_an_image_are_drawn_independently():
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("strength", [0.3, 0.4, 1.5])
+def test_colour_jitter_draws_as_torchvisions(strength):
+    config = AugmentConfig(color_jitter=strength)
+    ops, args = augment.color_jitters(rng.uniforms(9, Stream.COLOR_JITTER, 0, DRAWS, 4), config)
+    torch.manual_seed(9)
+    theirs = ColorJitter(strength, strength, strength)
+    ranges = (theirs.brightness, theirs.contrast, theirs.saturation)
+    drawn = [ColorJitter.get_params(*ranges, None) for _ in range(DRAWS)]
+    numbers = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)  # torchvision's functions 0, 1 and 2; 3 is hue, which is off
+    orders = np.array([[numbers[i] for i in order.tolist() if i < 3] for order, *_ in drawn])
+    counts = []
+    for order in itertools.permutations(numbers):
+        counts.append([(ops == order).all(1).sum(), (orders == order).all(1).sum()])
+    assert np.sum(counts) == 2 * DRAWS
+    assert stats.chi2_contingency(counts).pvalue > 1e-3
+    for i, op in enumerate(numbers):
+        assert same_distribution(args[ops == op], np.array([factors[i] for _, *factors in drawn], dtype=np.float32))
+    assert abs(np.corrcoef(args, rowvar=False) - np.eye(3)).max() < 0.03
+    assert args.min() >= max(0, 1 - strength) - 1e-6 and args.max() <= 1 + strength + 1e-6
+
+
+def test_three_augment_chooses_one_of_three_evenly_and_blurs_by_a_uniform_radius():
+    ops, args = augment.three_augments(rng.uniforms(10, Stream.THREE_AUGMENT, 0, DRAWS, 4), USI)
+    found, counts = np.unique(ops, return_counts=True)
+    assert sorted(found) == sorted([Op.COLOR, Op.SOLARIZE, Op.GAUSSIAN_BLUR])
+    assert stats.chisquare(counts).pvalue > 1e-3
+    assert (args[ops == Op.COLOR] == 0).all() and (args[ops == Op.SOLARIZE] == 128).all()
+    assert stats.kstest(args[ops == Op.GAUSSIAN_BLUR], "uniform", (0.1, 1.9)).pvalue > 1e-3
+
+
+class Erased:
+    """Stands for an image: notes the box that timm erases."""
+
+    box = (0, 0, 0, 0)
+
+    def __setitem__(self, key, value):
+        _, rows, columns = key
+        self.box = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+
+
+@pytest.mark.parametrize(("size", "probability"), [(224, 0.25), (32, 1.0), (5, 1.0)])
+def test_boxes_are_erased_as_timm_does(size, probability):
+    u = rng.uniforms(11, Stream.ERASE, 0, DRAWS, augment.ERASE_DRAWS)
+    ours = augment.erasures(u, size, AugmentConfig(erase_prob=probability))
+    random.seed(11)
+    erasing = RandomErasing(probability, device="cpu")
+    theirs = []
+    for _ in range(DRAWS):
+        image = Erased()
+        erasing._erase(image, 3, size, size, torch.float32)
+        theirs.append(image.box)
+    theirs = np.array(theirs)
+    theirs[theirs[:, 2] * theirs[:, 3] == 0] = 0
+    counts = [[(box[:, 2] > 0).sum(), (box[:, 2] == 0).sum() + 1] for box in (ours, theirs)]
+    assert stats.chi2_contingency(counts).pvalue > 1e-3
+    ours, theirs = ours[ours[:, 2] > 0], theirs[theirs[:, 2] > 0]
+    for column, timms in zip(ours.T, theirs.T, strict=True):
+        assert same_distribution(column, timms)
+    assert same_distribution(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all() and (ours[:, 2:] < size).all()
+
+
+def test_an_image_too_small_for_a_box_keeps_its_pixels():
+    u = rng.uniforms(12, Stream.ERASE, 0, 100, augment.ERASE_DRAWS)
+    assert not augment.erasures(u, 1, AugmentConfig(erase_prob=1.0)).any()
+
+
+def test_operations_are_randaugments_then_three_augments_then_colour_jitters():
+    settings = {"randaugment_ops": 2, "three_augment": True, "color_jitter": 0.3}
+    drawn = {}
+    for name, value in settings.items():
+        off = {"randaugment_ops": 0, "three_augment": False, "color_jitter": 0.0}
+        drawn[name] = augment.operations(13, 40, 140, AugmentConfig(**{**off, name: value}))
+    assert [ops.shape[1] for ops, _ in drawn.values()] == [2, 1, 3]
+    ops, args = augment.operations(13, 40, 140, AugmentConfig(**settings))
+    assert np.array_equal(ops, np.concatenate([ops for ops, _ in drawn.values()], axis=1))
+    assert np.array_equal(args, np.concatenate([args for _, args in drawn.values()], axis=1))
+    assert ops.dtype == np.uint8 and args.dtype == np.float32
+    parts = [augment.operations(13, start, start + 20, AugmentConfig(**settings))[1] for start in range(40, 140, 20)]
+    assert np.array_equal(args, np.concatenate(parts))
+    none = augment.operations(13, 40, 140, AugmentConfig(randaugment_ops=0))
+    assert [part.shape for part in none] == [(100, 0), (100, 0)]
+
+
 def test_mixes_are_distributed_as_timms():
     size = 224
     u = rng.uniforms(6, Stream.MIX, 0, DRAWS, augment.MIX_DRAWS)
@@ -179,6 +267,8 @@ def test_beta_quantiles_are_exact(alpha):
         ({"crop_area": (0.5, 2.0)}, "at most the whole image"),
         ({"interpolation": "nearest"}, "augment.interpolation is 'nearest', not one of bicubic, bilinear"),
         ({"randaugment_magnitude": 11}, "augment.randaugment_magnitude is 11"),
+        ({"color_jitter": -0.1}, "augment.color_jitter is -0.1; it must not be negative"),
+        ({"erase_prob": 25}, "augment.erase_prob is 25; a probability lies in"),
         ({"mixup_alpha": -1}, "augment.mixup_alpha is -1"),
     ],
 )

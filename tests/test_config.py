@@ -41,6 +41,17 @@ def test_the_resolved_configuration_reads_back_to_an_equal_one(tmp_path):
     assert yaml.safe_load(to_yaml(config)) == to_dict(config)
 
 
+@pytest.mark.parametrize("sizes", ["[[0,128],[100,160],[200,224]]", "[[0, 192]]", "96"])
+def test_image_sizes_are_given_on_the_command_line_and_in_a_file(tmp_path, sizes):
+    config = parse(["--data.image_size", sizes])
+    assert parse(["--config", write(tmp_path, f"data: {{image_size: {sizes}}}")]) == config
+    assert parse(["--config", write(tmp_path, to_yaml(config))]) == config
+    expected = yaml.safe_load(sizes)
+    assert config.data.train_sizes == ([expected] if isinstance(expected, int) else [size for _, size in expected])
+    assert config.data.eval_size == config.data.train_sizes[-1]
+    assert parse(["--data.image_size", sizes, "--data.eval_image_size", "288"]).data.eval_size == 288
+
+
 def test_configurations_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().optim.lr = 1.0
@@ -59,6 +70,13 @@ def test_configurations_cannot_be_changed():
         ("optim: {lr: fast}", "optim.lr"),
         ("optim: {lr: -1}", "optim.lr is -1.0; it must not be negative"),
         ("run: {precision: int8}", "run.precision is 'int8', not one of auto, bf16, fp16, fp32"),
+        ("data: {image_size: 0}", "data.image_size is 0; a size must be at least 1"),
+        ("data: {image_size: [[0, 128], [0, 160]]}", "data.image_size is [[0, 128], [0, 160]]; the epochs of its"),
+        ("data: {image_size: [[5, 128]]}", "data.image_size is [[5, 128]]; the first [epoch, size] must be of epoch 0"),
+        ("data: {image_size: [128, 160]}", "--data.image_size: Does not validate"),
+        ("data: {shuffle: local}", "data.shuffle is 'local', not global or window"),
+        ("data: {shuffle: window, window_shards: 0}", "data.window_shards is 0; it must be at least 1"),
+        ("distill: {label_smoothing: 1}", "distill.label_smoothing is 1.0; it lies in [0, 1)"),
         ("schedule: {epochs: 3}", "schedule.warmup_epochs is 5; it must be shorter than schedule.epochs, 3"),
     ],
 )

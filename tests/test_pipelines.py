@@ -1,27 +1,34 @@
 """The pipelines carry out the same plan: each stage against timm and PIL, and against each other."""
 
 import dataclasses
+import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, fake_index
-from PIL import Image
-from timm.data import create_transform
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter, Grayscale
 from torchvision.transforms import functional as F
 
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, probe, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
-from pipelines.cpu import apply_op, decode, transform
+from pipelines.cpu import apply_op, augmented, decode, transform
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.probe import probe_decode
 from pipelines.reader import ShardReader
 
 CPU = torch.device("cpu")
@@ -40,7 +47,8 @@ def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> li
 
 
 def opened(name: str, index: ShardIndex, *, device: torch.device = CPU, **options) -> Pipeline:
-    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65}
+    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65, "decoder_padding_mib": 0}
+    options.setdefault("on_bad", lambda sample, error: pytest.fail(f"{sample}: {error}"))
     return open_pipeline(name, index, device=device, **{**defaults, **options})
 
 
@@ -113,6 +121,54 @@ def test_each_operation_is_timms(photos, op, name, arg):
     ours = apply_op(image, op, float(np.float32(arg or 0.0)), fill)
     assert np.array_equal(np.asarray(ours), np.asarray(expected))
     assert not np.array_equal(np.asarray(ours), np.asarray(image))
+
+
+@pytest.fixture(scope="module")
+def photo(photos) -> Image.Image:
+    return decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+
+
+@pytest.mark.parametrize(
+    ("op", "arg", "theirs"),
+    [
+        (Op.COLOR, 0.0, Grayscale(3)),
+        (Op.SOLARIZE, 128.0, ImageOps.solarize),
+        (Op.GAUSSIAN_BLUR, 0.1, lambda image: image.filter(ImageFilter.GaussianBlur(0.1))),
+        (Op.GAUSSIAN_BLUR, 1.375, lambda image: image.filter(ImageFilter.GaussianBlur(1.375))),
+    ],
+    ids=["grayscale", "solarize", "hardly blurred", "blurred"],
+)
+def test_three_augments_are_torchvisions_and_pils(photo, op, arg, theirs):
+    ours = apply_op(photo, op, float(np.float32(arg)), (124, 116, 104))
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs(photo)))
+
+
+def test_colour_jitter_equals_torchvisions_with_the_same_factors(photos, monkeypatch):
+    plan = train_plan(photos, AugmentConfig(mix_group=5, randaugment_ops=0, color_jitter=0.4)).rows(0, 10)
+    bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
+    numbers = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
+    theirs = ColorJitter(0.4, 0.4, 0.4)
+    for row, jpeg in enumerate(ShardReader(photos).read(plan.sample)):
+        ops, args = plan.ops[row].tolist(), plan.args[row].tolist()
+        params = torch.tensor([numbers.index(op) for op in ops]), *(args[ops.index(op)] for op in numbers), None
+        monkeypatch.setattr(theirs, "get_params", lambda *_, params=params: params)
+        expected = theirs(transform(decode(jpeg), bare, row))
+        assert np.array_equal(np.asarray(transform(decode(jpeg), plan, row)), np.asarray(expected))
+
+
+def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothing(photos):
+    config = AugmentConfig(mix_group=5, erase_prob=1.0, color_jitter=0.4)
+    plan = train_plan(photos, config).rows(0, 10)
+    ours = pixels("torchvision", photos, [plan])
+    expected = pixels("torchvision", photos, [dataclasses.replace(plan, erase=np.zeros_like(plan.erase))])
+    for row, (top, left, height, width) in enumerate(plan.erase.tolist()):
+        assert height and width
+        assert not np.array_equal(ours[row], expected[row])
+        expected[row, top : top + height, left : left + width] = plan.fill
+    assert np.array_equal(ours, expected)
+    # timm erases to 0 after normalisation; the nearest uint8 pixel is half a level off at most
+    normalised = (np.array(plan.fill) / 255 - np.array(IMAGENET_DEFAULT_MEAN)) / np.array(IMAGENET_DEFAULT_STD)
+    assert abs(normalised).max() < 0.5 / 255 / min(IMAGENET_DEFAULT_STD)
 
 
 def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
@@ -211,43 +267,201 @@ def test_dali_follows_a_change_of_the_image_size(photos):
         assert np.array_equal(batch.images.numpy(), pixels("dali", photos, [plan]))
 
 
-def test_dali_refuses_randaugment(photos):
-    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5)), 1)
+def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
+    """Where equalize or posterize follow, a level's difference after the resize becomes a larger one."""
+    plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5), size=96), 12)
+    diff = difference(pixels("dali", photos, plans), pixels("torchvision", photos, plans))
+    assert diff.mean() <= MEAN_TOLERANCE and diff.mean(axis=(1, 2, 3)).max() <= 4
+
+
+EVERYTHING = AugmentConfig(mix_group=5, three_augment=True, color_jitter=0.3, erase_prob=0.5)
+
+
+def test_operations_on_dalis_pixels_are_the_references(photos):
+    plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
+    bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
+    expected = iter(pixels("dali", photos, bare))
+    for plan, ours in zip(plans, np.split(pixels("dali", photos, plans), len(plans)), strict=True):
+        for row, image in enumerate(ours):
+            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+
+
+# --- which decode path ---
+
+
+def jpeg_of(index: ShardIndex) -> np.ndarray:
+    return ShardReader(index).read(np.array([0]))[0]
+
+
+def test_the_probe_finds_region_decoding_where_it_works(photos):
+    assert probe_decode("cpu", jpeg_of(photos)) == ("roi", "it works")
+
+
+def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
+    crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
+    assert probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", crash)) == (
+        "full",
+        "decoding regions failed: it ended by SIGSEGV",
+    )
+
+
+def test_the_probe_says_that_nothing_works(photos):
+    wrong = "import sys; sys.exit(sys.argv[2] + ' is broken')"
     with pytest.raises(
-        UserError, match=r"no RandAugment: use --data.pipeline torchvision, or --augment.randaugment_ops 0"
+        UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
     ):
-        list(opened("dali", photos).batches(plans))
+        probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", wrong))
+
+
+def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
+    """An image whose regions are another image's."""
+    monkeypatch.setattr(
+        "pipelines.dali.decoded_regions", lambda jpeg, crops, *_: [np.zeros((*c[2:], 3)) for c in crops]
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jpeg_of(photos).tobytes())))
+    with pytest.raises(SystemExit, match="its pixels differ by"):
+        probe._main("cpu", "roi")
+
+
+# --- on a GPU ---
+
+
+def on_gpu(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
+    batches = list(opened(name, index, device=torch.device("cuda", 0), **options).batches(plans))
+    torch.cuda.synchronize()
+    return np.concatenate([batch.images.cpu().numpy() for batch in batches])
 
 
 @pytest.mark.gpu
-def test_dali_on_the_gpu_is_close_to_the_reference(photos):
+@pytest.mark.parametrize("decode_path", ["roi", "full"])
+def test_dali_on_the_gpu_is_close_to_the_reference(photos, decode_path):
     plans = plans_of(train_plan(photos), 8)
-    reference = pixels("torchvision", photos, plans)
-    pipeline = opened("dali", photos, device=torch.device("cuda", 0))
-    ours = np.concatenate([batch.images.cpu().numpy() for batch in pipeline.batches(plans)])
-    assert difference(ours, reference).mean() <= 1.0
+    ours = on_gpu("dali", photos, plans, decode=decode_path)
+    assert difference(ours, pixels("torchvision", photos, plans)).mean() <= 1.0
+
+
+@pytest.mark.gpu
+def test_operations_on_the_gpu_are_the_references(photos):
+    plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
+    bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
+    expected = iter(on_gpu("dali", photos, bare))
+    for plan, ours in zip(plans, np.split(on_gpu("dali", photos, plans), len(plans)), strict=True):
+        for row, image in enumerate(ours):
+            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_do_not_depend_on_threads_prefetch_or_batch_size(photos):
+    plan = train_plan(photos, EVERYTHING)
+    expected = on_gpu("dali", photos, [plan.rows(0, 40)], threads=1, prefetch=1)
+    assert np.array_equal(on_gpu("dali", photos, plans_of(plan, 4), threads=4, prefetch=3), expected)
+    assert np.array_equal(on_gpu("dali", photos, plans_of(plan, 8, batch=5)), expected)
+
+
+@pytest.mark.gpu
+def test_a_damaged_image_on_the_gpu_becomes_gray(digits, tmp_path):
+    nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
+    index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
+    told = []
+    images = on_gpu(
+        "dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_bad=lambda *found: told.append(found)
+    )
+    assert (images[BAD::10] == 128).all() and [sample for sample, _ in told] == [BAD]
+
+
+@pytest.mark.gpu
+def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
+    assert probe_decode("cuda:0", jpeg_of(photos))[0] in ("roi", "full")
 
 
 # --- what goes wrong ---
 
 
-@pytest.fixture
-def damaged(digits, tmp_path):
-    """A dataset with one sample whose JPEG was overwritten after the conversion."""
-    root = shutil.copytree(digits, tmp_path / "damaged")
+def overwritten(digits: Path, root: Path, row: int, content: bytes, **fields) -> ShardIndex:
+    """A copy of the dataset in which a sample has other bytes, and fields of its index row other values."""
+    shutil.copytree(digits, root)
     index = read_index(root, "train")
-    row = index.samples[7]
-    with open(index.paths[row["shard"]], "r+b") as file:
-        file.seek(int(row["offset"]))
-        file.write(b"\0" * int(row["nbytes"]))
-    return index
+    samples = index.samples.copy()
+    place = samples[row]
+    with open(index.paths[place["shard"]], "r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(content.ljust(int(place["nbytes"]), b"\0"))
+    for name, value in fields.items():
+        samples[name][row] = value
+    return dataclasses.replace(index, samples=samples)
 
 
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
-def test_an_image_that_cannot_be_decoded_is_named(damaged, name):
-    plan = EvalPlan(damaged, 32, 1.0, "bicubic").rows(7, 8)
-    with pytest.raises(UserError, match=r"train-00000.tar: sample .* at byte \d+"):
-        pixels(name, damaged, [plan])
+BOTH = pytest.mark.parametrize("name", ["torchvision", "dali"])
+BAD = 7
+
+
+def assert_gray_and_the_rest_unchanged(name: str, index: ShardIndex, digits: Path, message: str, **options) -> None:
+    """The sample BAD is mid-gray in every batch and told once; everything else is as if nothing had happened."""
+    told = []
+    augment = dataclasses.replace(NO_OPS, repeats=1)
+    plan = TrainPlan(index, augment, 0, global_batch=10, image_size=24, fill=(0, 0, 0))
+    plans = plans_of(plan, 2 * plan.steps_per_epoch)
+    ours = pixels(name, index, plans, on_bad=lambda *found: told.append(found), **options)
+    whole = dataclasses.replace(plan, index=read_index(digits, "train"))
+    expected = pixels(name, whole.index, plans_of(whole, len(plans)), **options)
+    bad = np.concatenate([plan.sample for plan in plans]) == BAD
+    assert bad.sum() > 1 and (ours[bad] == 128).all()
+    assert np.array_equal(ours[~bad], expected[~bad])
+    assert [sample for sample, _ in told] == [BAD] and message in told[0][1]
+
+
+@BOTH
+def test_an_image_whose_bytes_changed_becomes_gray_and_is_told_once(digits, tmp_path, name):
+    intact = read_index(digits, "train")
+    row = intact.samples[BAD]
+    jpeg = bytearray(ShardReader(intact).read(np.array([BAD]))[0].tobytes())
+    jpeg[-30] ^= 1  # still a JPEG that can be decoded
+    index = overwritten(digits, tmp_path / "flipped", BAD, bytes(jpeg))
+    assert_gray_and_the_rest_unchanged(
+        name, index, digits, f"(crc32 {zlib.crc32(jpeg):08x}, the index has {row['crc32']:08x})"
+    )
+
+
+@BOTH
+def test_an_image_that_cannot_be_decoded_becomes_gray_and_is_told_once(digits, tmp_path, name):
+    """Its checksum is right: it was no image when the dataset was made without an audit."""
+    nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
+    index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
+    assert_gray_and_the_rest_unchanged(name, index, digits, "cannot be decoded (cannot identify image file")
+
+
+def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path):
+    picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    gif = io.BytesIO()
+    picture.save(gif, "GIF")
+    content = gif.getvalue()
+    fields = {"nbytes": len(content), "crc32": zlib.crc32(content)}
+    roomy = max(range(320), key=lambda i: read_index(digits, "train").samples["nbytes"][i])
+    index = overwritten(digits, tmp_path / "gif", roomy, content, **fields)
+    told = []
+    plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
+    ours = pixels("dali", index, plans, on_bad=lambda *found: told.append(found))
+    assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
+    assert [sample for sample, _ in told] == [roomy]
+    assert "DALI cannot decode it, PIL can, whose pixels are used" in told[0][1]
+
+
+@BOTH
+def test_an_image_that_the_storage_cannot_give_becomes_gray(digits, monkeypatch, name):
+    index = read_index(digits, "train")
+    place, preadv = int(index.samples[BAD]["offset"]), os.preadv
+
+    def failing(file, buffers, offset):
+        if offset == place and os.path.samestat(os.fstat(file), os.stat(index.paths[0])):
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(file, buffers, offset)
+
+    told = []
+    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr("pipelines.checked._PAUSES_S", (0.0, 0.0))
+    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=lambda *a: told.append(a))
+    assert (images[BAD] == 128).all()
+    assert told == [(BAD, "cannot be read (Input/output error)")]
 
 
 def test_auto_is_dali_with_a_gpu_and_torchvision_without():

@@ -166,11 +166,110 @@ def test_describe_changes_with_everything_the_plan_depends_on():
         make_plan(global_batch=256),
         make_plan(seed=1),
         make_plan(augment=dataclasses.replace(SMALL, flip=0.4)),
+        make_plan(augment=dataclasses.replace(SMALL, three_augment=True)),
+        make_plan(augment=dataclasses.replace(SMALL, color_jitter=0.3)),
+        make_plan(augment=dataclasses.replace(SMALL, erase_prob=0.25)),
+        dataclasses.replace(base, window_shards=16),
         dataclasses.replace(base, image_size=32),
+        dataclasses.replace(base, image_size=((0, 64), (1, 32))),
         dataclasses.replace(base, fill=(0, 0, 0)),
     ]
     assert all(other.describe() != base.describe() for other in others)
     assert make_plan().describe() == base.describe()
+
+
+def test_what_is_switched_on_leaves_all_the_rest_as_it_was():
+    on = dataclasses.replace(SMALL, three_augment=True, color_jitter=0.4, erase_prob=0.5)
+    bare, more = make_plan().rows(256, 640), make_plan(augment=on).rows(256, 640)
+    assert more.ops.shape == more.args.shape == (384, 6)
+    cut = dataclasses.replace(more, ops=more.ops[:, :2], args=more.args[:, :2], erase=bare.erase)
+    assert_same_rows(bare, [cut])
+    assert 120 < more.erase.any(1).sum() < 264 and not bare.erase.any()
+    assert_same_rows(more, list(more.split(32)))
+    assert_same_rows(more, [make_plan(augment=on).rows(start, start + 48) for start in range(256, 640, 48)])
+
+
+GOLDEN_MORE = {
+    "ops": [[16, 9, 8, 10], [8, 8, 10, 9], [16, 9, 8, 10]],
+    "args": [[0.2598581, 1.3473735, 0.805068, 0.6386502], [0.0, 0.6655276, 0.7571012, 1.3128132]],
+    "erase": [[92, 15, 81, 144], [77, 150, 111, 36], [43, 126, 96, 51], [48, 56, 44, 103]],
+    "sums": [37862, 163276],
+}
+
+
+def test_what_came_later_never_changes_either():
+    config = AugmentConfig(randaugment_ops=0, three_augment=True, color_jitter=0.4, erase_prob=0.5)
+    rows = TrainPlan(fake_index(5000), config, seed=3, global_batch=1024, image_size=224, fill=(0, 0, 0)).rows(
+        7 * 1024, 8 * 1024
+    )
+    assert rows.ops[:3].tolist() == GOLDEN_MORE["ops"]
+    assert np.allclose(rows.args[:2], GOLDEN_MORE["args"], rtol=1e-6)
+    assert rows.erase[:4].tolist() == GOLDEN_MORE["erase"]
+    assert [int(rows.ops.sum()), int(rows.erase.sum())] == GOLDEN_MORE["sums"]
+
+
+def test_erased_boxes_follow_the_image_size():
+    plan = make_plan(augment=dataclasses.replace(SMALL, erase_prob=1.0))
+    for size in (32, 256):
+        box = dataclasses.replace(plan, image_size=size).rows(0, 640).erase
+        assert size / 2 < (box[:, :2] + box[:, 2:]).max() <= size
+
+
+SIZES = ((0, 32), (2, 48), (3, 64))
+
+
+def test_the_image_size_follows_its_schedule():
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    epoch = plan.steps_per_epoch * 128
+    for number, size in enumerate((32, 32, 48, 64, 64, 64)):
+        rows = plan.rows(number * epoch, (number + 1) * epoch)
+        constant = dataclasses.replace(plan, image_size=size)
+        assert rows.image_size == size
+        # crops, operations and mixing boxes are those of a plan of that size alone
+        assert_same_rows(rows, [constant.rows(number * epoch, (number + 1) * epoch)])
+        assert (rows.box[:, :2] + rows.box[:, 2:]).max() == size and (rows.resize == size).all()
+
+
+def test_a_range_of_one_size_may_span_epochs_and_of_two_sizes_may_not():
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    epoch = plan.steps_per_epoch * 128
+    assert plan.rows(epoch - 16, epoch + 16).image_size == 32
+    assert plan.rows(3 * epoch, 9 * epoch).image_size == 64
+    for start, stop in ((2 * epoch - 16, 2 * epoch + 16), (0, 4 * epoch), (3 * epoch - 16, 8 * epoch)):
+        with pytest.raises(ValueError, match=r"are of two image sizes; ask for each epoch alone"):
+            plan.rows(start, stop)
+
+
+@pytest.mark.parametrize("micro_batch", [16, 64])
+def test_no_plan_of_a_rank_spans_two_sizes(micro_batch):
+    plan = dataclasses.replace(make_plan(), image_size=SIZES)
+    steps = plan.steps_per_epoch
+    for rank in (0, 1):
+        plans = list(rank_plans(plan, 0, 5 * steps, World(rank, 2, 2, None), micro_batch))
+        expected = [plan.image_size_at(part.position // 128 // steps) for part in plans]
+        assert [part.image_size for part in plans] == expected
+        assert sorted(set(expected)) == [32, 48, 64]
+
+
+def test_a_schedule_of_one_size_is_described_as_that_size():
+    plan = make_plan()
+    assert dataclasses.replace(plan, image_size=((0, 64),)).describe() == plan.describe()
+    assert dataclasses.replace(plan, image_size=SIZES).describe()["image_size"] == [[0, 32], [2, 48], [3, 64]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((), r"data.image_size is \[\]; the first \[epoch, size\] must be of epoch 0"),
+        (((1, 64),), r"data.image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
+        (((0, 64), (5, 96), (5, 128)), r"\[5, 128\]\]; the epochs of its \[epoch, size\] pairs must increase"),
+        (((0, 64), (5, 0)), r"data.image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),
+        (0, "data.image_size is 0; a size must be at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(make_plan(), image_size=sizes)
 
 
 def test_a_dataset_smaller_than_one_global_batch_is_refused():

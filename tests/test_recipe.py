@@ -12,6 +12,7 @@ from timm.data.mixup import FastCollateMixup, mixup_target
 from timm.scheduler import CosineLRScheduler
 
 from pipelines.batch import Batch
+from trainer.audit import audit, audit_table
 from trainer.config import Config, DistillConfig, OptimConfig, ScheduleConfig, parse
 from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
@@ -29,11 +30,15 @@ RECIPE = {
     "augment.randaugment_prob": 0.5,
     "augment.randaugment_magnitude": 7,
     "augment.randaugment_std": 0.5,
+    "augment.three_augment": False,
+    "augment.color_jitter": 0.0,  # the authors' 0.4 is ignored beside RandAugment
+    "augment.erase_prob": 0.0,
     "augment.mixup_alpha": 0.8,
     "augment.cutmix_alpha": 1.0,
     "augment.mix_prob": 1.0,
     "augment.cutmix_prob": 0.5,
     "augment.mix_group": 128,
+    "data.shuffle": "global",
     "data.image_size": 224,
     "data.eval_image_size": 0,  # as image_size
     "data.eval_crop_pct": 0.95,
@@ -41,6 +46,7 @@ RECIPE = {
     "distill.weight": 5.0,
     "distill.label_weight": 1.0,
     "distill.temperature": 1.0,
+    "distill.label_smoothing": 0.0,
     "optim.lr": 2e-3,
     "optim.betas": (0.9, 0.999),
     "optim.eps": 1e-8,
@@ -58,6 +64,33 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def usi() -> Config:
     return parse(["--config", str(REPOSITORY / "configs" / "usi.yaml")])
+
+
+def test_the_audit_of_the_recipe_is_empty(usi):
+    assert audit(usi) == [] and audit_table([]) == "every setting is the one of the USI recipe"
+
+
+def test_the_audit_names_what_differs_with_both_values_and_its_meaning():
+    changed = ["--optim.lr", "1e-3", "--augment.repeats", "1", "--student.kwargs", "{drop_path_rate: 0.1}"]
+    elsewhere = ["--run.seed", "7", "--data.threads", "3", "--student.name", "vit_small_patch16_224"]
+    listed = audit(parse([*changed, *elsewhere]))
+    assert [(item["key"], item["usi"], item["here"]) for item in listed] == [
+        ("augment.repeats", 3, 1),
+        ("student.kwargs", {}, {"drop_path_rate": 0.1}),
+        ("optim.lr", 2e-3, 1e-3),
+    ]
+    assert listed[2]["meaning"] == "peak learning rate; not scaled with the batch size."
+    assert "optim.lr: USI 0.002, here 0.001\n      peak learning rate" in audit_table(listed)
+
+
+def test_everything_that_the_recipe_fixes_is_audited():
+    """Settings that the published recipe has a value for, each changed in turn."""
+    usi = Config()
+    for key in RECIPE:
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(usi, section))
+        object.__setattr__(part, name, "changed")
+        assert [item["key"] for item in audit(dataclasses.replace(usi, **{section: part}))] == [key]
 
 
 @pytest.mark.parametrize("key", RECIPE)
@@ -121,6 +154,18 @@ def test_the_loss_is_the_recipes_formula():
     expected = plain_loss(student, teacher, torch.cat(targets).double().numpy(), weight=5.0)
     loss = usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig())
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_label_smoothing_is_timms_in_the_label_term_alone(smoothing):
+    student, teacher, labels, lam = random_logits(4)
+    targets = [mixup_target(labels[i : i + 8], 10, float(lam[i]), smoothing) for i in (0, 8)]
+    expected = plain_loss(student, teacher, torch.cat(targets).double().numpy(), weight=5.0)
+    config = DistillConfig(label_smoothing=smoothing)
+    loss = usi_loss(student, teacher, labels, partners(labels, 8), lam, config)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    without = usi_loss(student, teacher, labels, partners(labels, 8), lam, DistillConfig())
+    assert loss.item() != pytest.approx(without.item(), rel=1e-3)
 
 
 def test_the_losss_gradient_is_the_recipes():

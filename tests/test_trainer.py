@@ -20,7 +20,7 @@ from conftest import REPOSITORY, TINY, run_trainer
 from pipelines.errors import UserError
 from pipelines.files import locked
 from pipelines.index import read_index
-from pipelines.plan import EvalPlan
+from pipelines.plan import BEFORE, EvalPlan
 from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
 from trainer.distributed import World
@@ -129,6 +129,73 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed
     (run / "summary.json").unlink()
     run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
     assert json.loads((run / "summary.json").read_text())["evaluation"] == summaries[1]["evaluation"]
+
+
+def test_a_run_whose_images_grow_resumes_bit_equal_before_at_and_after_the_change(digits, teacher, tmp_path):
+    """5 steps an epoch: the eleventh is the first of 32 px."""
+    growing = ["--data.image_size", "[[0,24],[2,32]]", *teacher, *DROPOUT, "--run.log_every", 1]
+    for name, stops in (("whole", (12,)), ("stopped", (9, 10, 11, 12))):
+        for steps in stops:
+            train_here(digits, tmp_path / name, *growing, "--run.stop_after_steps", steps)
+    a, b = newest(tmp_path / "whole"), newest(tmp_path / "stopped")
+    for part in ("student", "ema", "optimizer"):
+        assert_equal_states(a[part], b[part], part)
+    assert a["plan"]["image_size"] == [[0, 24], [2, 32]]
+
+
+def test_all_augmentations_together_train_and_resume_bit_equal(digits, tmp_path):
+    more = ["--augment.three_augment", "true", "--augment.color_jitter", 0.3, "--augment.erase_prob", 0.25]
+    more += ["--distill.label_smoothing", 0.1]
+    for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
+        for steps in stops:
+            train_here(digits, tmp_path / name, *more, "--run.stop_after_steps", steps)
+    assert_equal_states(newest(tmp_path / "whole")["student"], newest(tmp_path / "stopped")["student"])
+    with pytest.raises(UserError, match="augment.erase_prob was 0.25, now it is 0.0"):
+        train_here(digits, tmp_path / "whole", *more[:4], *more[6:])
+
+
+def test_each_epoch_trains_on_images_of_its_size_and_the_last_size_is_evaluated(digits, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Normalize, "forward", _noting(Normalize.forward, seen))
+    sizes = ["--data.image_size", "[[0,24],[1,16],[2,32]]", "--run.eval_every", 2, "--run.micro_batch", 64]
+    train_here(digits, tmp_path, *sizes, "--run.stop_after_steps", 12)
+    evaluation = [32]  # 96 images, in one batch
+    assert seen == [24] * 5 + [16] * 5 + evaluation + [32] * 2
+
+
+def _noting(forward, sizes: list[int]):
+    def noting(self, pixels):
+        sizes.append(pixels.shape[1])
+        return forward(self, pixels)
+
+    return noting
+
+
+def test_a_run_in_windows_of_shards_resumes_bit_equal(digits, tmp_path):
+    window = ["--data.shuffle", "window", "--data.window_shards", 2]
+    for name, stops in (("whole", (7,)), ("stopped", (4, 7))):
+        for steps in stops:
+            train_here(digits, tmp_path / name, *window, "--run.stop_after_steps", steps)
+    assert_equal_states(newest(tmp_path / "whole")["student"], newest(tmp_path / "stopped")["student"])
+    with pytest.raises(UserError, match="belongs to another plan: window_shards was 2, now it is 0"):
+        train_here(digits, tmp_path / "whole")
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on_with_its_default(digits, tmp_path):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
+    (path,) = (tmp_path / "checkpoints").glob("*.pt")
+    content = torch.load(path, weights_only=True)
+    for name in BEFORE:
+        del content["plan"][name]
+    del content["config"]["distill"]["label_smoothing"]
+    torch.save(content, path)
+    arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]
+    assert build(parse(arguments), ONE).changes == []
+    smooth = build(parse([*arguments, "--distill.label_smoothing", "0.1"]), ONE)
+    assert smooth.changes == ["distill.label_smoothing was 0.0, now it is 0.1"]
+    with pytest.raises(UserError, match="belongs to another plan: window_shards was 0, now it is 16"):
+        train_here(digits, tmp_path, "--data.shuffle", "window")
+    assert train_here(digits, tmp_path, "--run.stop_after_steps", 3)["session"]["start_step"] == 2
 
 
 def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_never_used(digits, tmp_path):
@@ -415,6 +482,29 @@ def test_a_model_that_cannot_take_the_images_is_refused_at_once(digits, tmp_path
     fixed = ["--student.name", "vit_tiny_patch16_224", "--student.kwargs.depth", 1, "--data.eval_image_size", 48]
     with pytest.raises(UserError, match="model 'vit_tiny_patch16_224' cannot take images of 48 px"):
         train_here(digits, tmp_path / "run", *fixed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_one_size_is_refused_where_sizes_change_unless_it_takes_any(digits, tmp_path):
+    vit = {"model_name": "vit_tiny_patch16_224", "depth": 1}
+    sizes = ["--data.image_size", "[[0,16],[1,32]]", "--run.stop_after_steps", 6]
+    student = [*sizes, "--student.name", vit["model_name"], "--student.kwargs.depth", 1]
+    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .*some of timm's take any size with kwargs.dynamic"
+    with pytest.raises(UserError, match=fixed):
+        train_here(digits, tmp_path / "run", *student)
+    weights = tmp_path / "teacher.pth"
+    torch.save(timm.create_model(**vit, num_classes=10, img_size=32).state_dict(), weights)
+    teacher = ["--teacher.name", vit["model_name"], "--teacher.kwargs.depth", 1, "--teacher.checkpoint", weights]
+    with pytest.raises(UserError, match=fixed):
+        train_here(digits, tmp_path / "run", *sizes, *teacher)
+    assert not (tmp_path / "run").exists()
+    train_here(digits, tmp_path / "run", *student, "--student.kwargs.dynamic_img_size", "true")
+
+
+def test_a_size_that_would_never_be_reached_is_refused(digits, tmp_path):
+    message = "data.image_size: 64 px begin with epoch 4, but the run ends after 4 epochs: let them begin earlier, or"
+    with pytest.raises(UserError, match=message):
+        train_here(digits, tmp_path / "run", "--data.image_size", "[[0,32],[4,64]]")
     assert not (tmp_path / "run").exists()
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.files import replacing
+from pipelines.plan import BEFORE
+from trainer.config import Config, to_dict
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
@@ -20,7 +22,7 @@ class TrainState:
     Attributes:
       student, optimizer, scaler: their own states; ema: or None where no average is kept.
       plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; another is refused.
-      config: the resolved configuration, for whoever finds the file.
+      config: the resolved configuration, audit: what of it differs from USI; for whoever finds the file.
       step: updates done.
     """
 
@@ -30,6 +32,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     plan: dict
     config: dict
+    audit: list[dict]
     step: int = 0
 
 
@@ -46,6 +49,7 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
         "scaler": state.scaler.state_dict(),
         "plan": state.plan,
         "config": state.config,
+        "audit": state.audit,
     }
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
@@ -87,7 +91,7 @@ def load(path: Path, state: TrainState) -> list[str]:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
-    refuse_other_plan(path, content["plan"], state.plan)
+    refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     try:
         state.student.load_state_dict(content["student"])
     except RuntimeError as error:
@@ -118,10 +122,12 @@ def _changes(saved: dict, current: dict) -> list[str]:
         (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
     ]
     keys += [("data", "pipeline"), ("run", "precision"), ("run", "micro_batch")]
+    defaults = to_dict(Config())  # a setting that is younger than the file had its default then
+    before = {section: {**values, **saved.get(section, {})} for section, values in defaults.items()}
     return [
-        f"{section}.{name} was {saved.get(section, {}).get(name)}, now it is {current[section][name]}"
+        f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
         for section, name in keys
-        if saved.get(section, {}).get(name) != current[section][name]
+        if before[section][name] != current[section][name]
     ]
 
 

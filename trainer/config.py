@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
+from pipelines.plan import size_schedule
 
 Kwargs = dict[str, bool | int | float | str | list | None]
 
@@ -38,12 +39,19 @@ class DataConfig:
     Attributes:
       root: dataset folder made by tools/shard_imagenet.py; not needed for the synthetic pipeline.
       pipeline: auto, dali, torchvision or synthetic; auto is DALI with a GPU, torchvision without.
-      decode: DALI: roi decodes the crop alone, full the whole image; the pixels are the same.
+      decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
+        works, which is tried once a run.
       hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
+      decoder_padding_mib: DALI: memory that the GPU's decoder takes at once; 0 is what the largest image takes.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
       prefetch: finished batches that wait for the training step.
-      image_size: side of the training image, pixels.
-      eval_image_size: side of the validation image, pixels; 0 is image_size.
+      max_bad_fraction: of the images of a split; the run ends when more are damaged. A single one never ends it, unless
+        this is 0.
+      shuffle: global shuffles all training images together; window shuffles the shards, then the images of
+        window_shards shards that follow each other, so that fewer files are read from at a time.
+      window_shards: shards in a window, where shuffle is window.
+      image_size: side of the training image, pixels; or a list of [epoch, size], each size from its epoch on.
+      eval_image_size: side of the validation image, pixels; 0 is image_size, the last one of a list.
       eval_crop_pct: validation resizes the short side to floor(eval_image_size / eval_crop_pct).
       synthetic_samples: images in the synthetic dataset, where there is no root.
       synthetic_classes: its classes.
@@ -51,24 +59,43 @@ class DataConfig:
 
     root: Path | None = None
     pipeline: str = "auto"
-    decode: str = "roi"
+    decode: str = "auto"
     hw_decoder_load: float = 0.65
+    decoder_padding_mib: int = 0
     threads: int = 0
     prefetch: int = 2
-    image_size: int = 224
+    max_bad_fraction: float = 0.001
+    shuffle: str = "global"
+    window_shards: int = 16
+    image_size: int | list[tuple[int, int]] = 224
     eval_image_size: int = 0
     eval_crop_pct: float = 0.95
     synthetic_samples: int = 1_281_167
     synthetic_classes: int = 1000
 
     def __post_init__(self):
-        _require(self.decode in ("roi", "full"), f"data.decode is '{self.decode}', not roi or full")
+        decodes = ("auto", "roi", "full")
+        _require(self.decode in decodes, f"data.decode is '{self.decode}', not one of {', '.join(decodes)}")
+        _require(self.shuffle in ("global", "window"), f"data.shuffle is '{self.shuffle}', not global or window")
         _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
-        _require(self.threads >= 0, f"data.threads is {self.threads}; it must not be negative")
+        _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction is {self.max_bad_fraction}, not in [0, 1]")
+        for name in ("threads", "decoder_padding_mib"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
         _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
-        for name in ("prefetch", "image_size", "synthetic_samples", "synthetic_classes"):
+        size_schedule(self.image_size)
+        for name in ("prefetch", "window_shards", "synthetic_samples", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
+
+    @property
+    def train_sizes(self) -> list[int]:
+        """Sides of the training images, pixels, in the order of the run."""
+        return [size for _, size in size_schedule(self.image_size)]
+
+    @property
+    def eval_size(self) -> int:
+        """Side of the validation image, pixels."""
+        return self.eval_image_size or self.train_sizes[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +147,17 @@ class DistillConfig:
       weight: of the divergence from the teacher.
       label_weight: of the cross-entropy with the mixed labels.
       temperature: divides both models' logits in the divergence.
+      label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
     """
 
     weight: float = 5.0
     label_weight: float = 1.0
     temperature: float = 1.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         _require(self.temperature > 0, f"distill.temperature is {self.temperature}; it must be positive")
+        _require(0 <= self.label_smoothing < 1, f"distill.label_smoothing is {self.label_smoothing}; it lies in [0, 1)")
         for name in ("weight", "label_weight"):
             _require(getattr(self, name) >= 0, f"distill.{name} is {getattr(self, name)}; it must not be negative")
 
@@ -274,6 +304,7 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     arguments = sys.argv[1:] if arguments is None else arguments
     _check_keys(arguments)
     parser = ArgumentParser(prog=prog, description="Train a student from a teacher.", exit_on_error=False)
+    parser.add_argument("--audit", action="store_true", help="list what differs from the USI recipe, and train nothing")
     parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
     parser.add_class_arguments(Config)
     try:
@@ -336,7 +367,7 @@ def _check_key(key: str, where: str, dashes: str) -> None:
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 _KEYS = [f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)]
 _FREE_KEYS = [key for key in _KEYS if key.endswith(".kwargs")]
-_FLAGS = ("help", "print_config")
+_FLAGS = ("help", "print_config", "audit")
 
 
 def to_dict(config: Config) -> dict:

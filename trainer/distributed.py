@@ -46,6 +46,13 @@ class World:
             dist.broadcast_object_list(chosen, device=self.device)
         return chosen[0]
 
+    def gather(self, values: list[T]) -> list[T]:
+        """The lists of all ranks, one after the other; every rank must call it."""
+        lists = [values] * self.size
+        if self.size > 1:
+            dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

@@ -18,16 +18,18 @@ def usi_loss(
 
     Args:
       student, teacher: logits [B, C]; without a teacher the divergence is left out.
-      labels, partner_labels: int64 [B]; the target is lam x one_hot(labels) + (1 - lam) x one_hot(partner_labels).
+      labels, partner_labels: int64 [B]; the target is lam x one_hot(labels) + (1 - lam) x one_hot(partner_labels),
+        of which label_smoothing is spread evenly over all C classes.
       lam: float32 [B].
-      config: the weights and the temperature T.
+      config: the weights, the temperature T and the smoothing.
     Returns:
       float32 scalar. Computed in float32 whatever the logits' type.
     Source: USI (arXiv 2204.03475), section 3; T^2 as in Hinton et al. 2015.
     """
     student = student.float()
-    own = F.cross_entropy(student, labels, reduction="none")
-    other = F.cross_entropy(student, partner_labels, reduction="none")
+    smoothing = config.label_smoothing
+    own = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
+    other = F.cross_entropy(student, partner_labels, reduction="none", label_smoothing=smoothing)
     loss = config.label_weight * (lam * own + (1.0 - lam) * other).mean()
     if teacher is None:
         return loss

@@ -13,21 +13,26 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from torch import nn
 
-from pipelines import Pipeline, open_pipeline, refuse_missing_stages, resolve_pipeline
+from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines.checked import CheckedReader
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.plan import BatchPlan, EvalPlan, TrainPlan, size_schedule
+from pipelines.probe import probe_decode
 from pipelines.synthetic import synthetic_index
 from trainer import checkpoint
+from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState
 from trainer.config import Config, DataConfig, RunConfig, parse, to_dict, to_yaml
 from trainer.distributed import World, join_world
@@ -35,10 +40,12 @@ from trainer.evaluate import evaluate
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
+from trainer.quarantine import QUARANTINE, Quarantine, read_quarantine
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
 
+DECODE = "decode.json"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,6 +55,8 @@ class Run:
 
     Attributes:
       evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
+      quarantine: collects the damaged samples that the pipelines meet.
+      decode: DALI's decode path, and how it was chosen.
       precision: of the forward passes.
       changes: what differs from the checkpoint's configuration, in words.
       stop: the step after which this process ends.
@@ -60,6 +69,8 @@ class Run:
     state: TrainState
     step: TrainStep
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
+    quarantine: Quarantine
+    decode: dict[str, str]
     micro_batch: int
     total_steps: int
     precision: torch.dtype
@@ -74,7 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     try:
         with exit_on_user_error():
+            arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
+            if "--audit" in arguments:
+                print(audit_table(audit(config)))
+                return
             with join_world(config.run.device) as world:
                 train(config, world)
     except KeyboardInterrupt:
@@ -93,6 +108,7 @@ def train(config: Config, world: World) -> dict:
     with claimed(config.run.out, world):
         if world.is_main:
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
+            write_synced(config.run.out / DECODE, (json.dumps(run.decode) + "\n").encode())
         folder = config.run.out if world.is_main else None
         return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
 
@@ -116,6 +132,8 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         "student": config.student.name,
         "teacher": config.teacher.name,
         "dataset": run.plan.index.digest,
+        "deviations": run.state.audit,
+        "quarantined": len(read_quarantine(config.run.out / QUARANTINE)),
         "evaluation": results,
         "session": {
             "start_step": start_step,
@@ -156,7 +174,7 @@ def claimed(out: Path, world: World) -> Iterator[None]:
 def build(config: Config, world: World) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing."""
     micro_batch = share_of_batch(config, world)
-    refuse_missing_stages(config.data.pipeline, config.augment, world.device)
+    refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
     student, teacher = build_models(config, index.num_classes)
     expects = preprocessing(student)
@@ -167,9 +185,13 @@ def build(config: Config, world: World) -> Run:
         global_batch=config.run.global_batch,
         image_size=config.data.image_size,
         fill=expects.fill,
+        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
     )
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
-    pipeline = open_configured_pipeline(config.data, index, world)
+    decode = choose_decode(config, index, world)
+    indices = {"train": index, **({"val": val_index} if val_index else {})}
+    quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
+    opened = functools.partial(open_configured_pipeline, config.data, world=world, decode=decode["decode"])
     precision = resolve_precision(config.run.precision, world.device)
     student, normalize = place(student, config.run, world)
     teacher, normalize_teacher = place(teacher, config.run, world)
@@ -191,30 +213,48 @@ def build(config: Config, world: World) -> Run:
     )
     evaluation = None
     if val_index is not None:
-        size = config.data.eval_image_size or config.data.image_size
         evaluation = functools.partial(
             evaluate,
             {"raw": student, **({"ema": state.ema.module} if state.ema else {})},
             normalize,
-            open_configured_pipeline(config.data, val_index, world),
-            EvalPlan(val_index, size, config.data.eval_crop_pct, expects.interpolation),
+            opened(val_index, on_bad=quarantine.collector("val")),
+            EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation),
             batch=config.run.eval_batch,
             precision=precision,
             world=world,
         )
-    return Run(config, world, plan, pipeline, state, step, evaluation, micro_batch, total_steps, precision, changes)
+    pipeline = opened(index, on_bad=quarantine.collector("train"))
+    return Run(
+        config=config,
+        world=world,
+        plan=plan,
+        pipeline=pipeline,
+        state=state,
+        step=step,
+        evaluate=evaluation,
+        quarantine=quarantine,
+        decode=decode,
+        micro_batch=micro_batch,
+        total_steps=total_steps,
+        precision=precision,
+        changes=changes,
+    )
 
 
 def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher on the CPU, after checking that they take the images they will get."""
-    size, eval_size = config.data.image_size, config.data.eval_image_size or config.data.image_size
+    """Student and teacher on the CPU, after checking that they take the images they will get, of every size.
+
+    Models that take one size alone are built for the last one.
+    """
+    sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
-    student = build_student(config.student, num_classes, size)
-    for image_size in {size, eval_size}:
-        refuse_size(student, config.student.name, image_size)
-    teacher = build_teacher(config.teacher, num_classes, size)
+    student = build_student(config.student, num_classes, sizes[-1])
+    for size in sorted({*sizes, config.data.eval_size}):
+        refuse_size(student, config.student.name, size)
+    teacher = build_teacher(config.teacher, num_classes, sizes[-1])
     if teacher is not None:
-        refuse_size(teacher, config.teacher.name, size)
+        for size in sorted(set(sizes)):
+            refuse_size(teacher, config.teacher.name, size)
     return student, teacher
 
 
@@ -243,6 +283,7 @@ def build_state(
             **plan.describe(),
         },
         config=to_dict(config),
+        audit=audit(config),
     )
 
 
@@ -253,6 +294,7 @@ def loop(run: Run, telemetry: Telemetry) -> dict:
         results = update(run, telemetry, Stopwatch(batches))
     if not results and run.evaluate is not None and run.state.step == run.total_steps:
         results = run.evaluate()  # of a run that was killed after its last step
+    settle(run, telemetry)
     return results
 
 
@@ -272,13 +314,21 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
         evaluation_due = epoch_ends and ((epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps)
         if state.step % config.run.log_every == 0 or evaluation_due or state.step == run.stop:
             log.write(epoch, lr)
+            settle(run, telemetry)
         if evaluation_due and run.evaluate is not None:
             results = run.evaluate()
             telemetry.evaluation(state.step, epoch, results)
             log.restart()
         if state.step % config.run.checkpoint_every == 0 or state.step == run.stop:
+            settle(run, telemetry)
             save(run)
     return results
+
+
+def settle(run: Run, telemetry: Telemetry) -> None:
+    """Write down what damaged samples were met, and end the run if they are too many."""
+    if found := run.quarantine.settle():
+        telemetry.say(f"{found} damaged images became mid-gray: {run.config.run.out / QUARANTINE}")
 
 
 class _LossLog:
@@ -346,6 +396,16 @@ def share_of_batch(config: Config, world: World) -> int:
     return micro_batch
 
 
+def refuse_unreached_sizes(config: Config) -> None:
+    """Raise a UserError if the run ends before the last image size begins."""
+    epoch, size = size_schedule(config.data.image_size)[-1]
+    if epoch >= config.schedule.total_epochs:
+        raise UserError(
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
+        )
+
+
 def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """The training set and, if there is one, the validation set."""
     if config.root is None:
@@ -360,7 +420,30 @@ def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
     return index, val
 
 
-def open_configured_pipeline(config: DataConfig, index: ShardIndex, world: World) -> Pipeline:
+def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
+    """DALI's decode path as {"decode": roi or full, "device", "dali", "why"}: the configured one, or the one that works
+    on this card. The card is tried once; the run's folder remembers it for as long as card and DALI stay the same.
+    """
+    on_card = world.device.type == "cuda" and resolve_pipeline(config.data.pipeline, world.device) == "dali"
+    if config.data.decode != "auto" or not on_card:
+        return {"decode": "roi" if config.data.decode == "auto" else config.data.decode, "why": "configured"}
+    place = {"device": torch.cuda.get_device_name(world.device), "dali": version("nvidia-dali-cuda120")}
+    decode, why = world.choice_of_main(_remembered_or_tried(config.run.out / DECODE, place, index, world))
+    return {"decode": decode, "why": why, **place}
+
+
+def _remembered_or_tried(path: Path, place: dict[str, str], index: ShardIndex, world: World) -> tuple[str, str] | None:
+    if not world.is_main:
+        return None
+    remembered = json.loads(path.read_text()) if path.exists() else {}
+    if place.items() <= remembered.items():
+        return remembered["decode"], remembered["why"]
+    return probe_decode(str(world.device), CheckedReader(index, lambda *bad: None).read(np.array([0]))[0])
+
+
+def open_configured_pipeline(
+    config: DataConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
+) -> Pipeline:
     """The configured pipeline over one split."""
     return open_pipeline(
         config.pipeline,
@@ -368,8 +451,10 @@ def open_configured_pipeline(config: DataConfig, index: ShardIndex, world: World
         device=world.device,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size),
         prefetch=config.prefetch,
-        decode=config.decode,
+        decode=decode,
         hw_decoder_load=config.hw_decoder_load,
+        decoder_padding_mib=config.decoder_padding_mib,
+        on_bad=on_bad,
     )
 
 
@@ -427,6 +512,8 @@ def describe(run: Run, telemetry: Telemetry) -> None:
             f"ema.decay {config.ema.decay} is slow for {run.total_steps} steps: at the end the average still holds "
             f"{remaining:.0%} of the initial weights"
         )
+    if run.state.audit:
+        telemetry.say(f"{len(run.state.audit)} settings differ from the USI recipe; --audit lists them")
     for change in run.changes:
         telemetry.say(f"changed since the checkpoint: {change}")
 

@@ -1,0 +1,92 @@
+"""Encoded images that a decoder can be given without a second thought: damaged ones are noticed and replaced."""
+
+import errno
+import io
+import threading
+import time
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
+from pipelines.reader import ShardReader
+
+MID_GRAY = (128, 128, 128)
+_PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again
+
+
+class CheckedReader:
+    """The encoded image of each sample; mid-gray of the same size for a sample that is damaged.
+
+    A sample is damaged if its bytes are not those that the index has the checksum of, if the storage cannot give them,
+    or if a decoder rejected it. Which samples are damaged depends on the stored bytes alone, so the data stays a
+    function of seed and position. A checksum is looked at when a sample is first read. Safe to call from several
+    threads.
+
+    Args:
+      index: where the samples lie.
+      on_bad: told (sample, what is wrong) once for each damaged sample.
+    """
+
+    def __init__(self, index: ShardIndex, on_bad: Callable[[int, str], None]):
+        self._index = index
+        self._on_bad = on_bad
+        self._reader = ShardReader(index)
+        self._intact = np.zeros(len(index), dtype=bool)
+        self._replaced: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def read(self, samples: np.ndarray) -> list[np.ndarray]:
+        """The encoded image of each sample: uint8 [nbytes].
+
+        Raises:
+          UserError: a shard is missing, or shorter than the index says.
+        """
+        return [self._read(sample) for sample in samples.tolist()]
+
+    def will_need(self, samples: np.ndarray) -> None:
+        """Start reading the samples from storage; returns at once."""
+        self._reader.will_need(samples)
+
+    def is_replaced(self, sample: int) -> bool:
+        """Whether `read` gives something else than the stored bytes."""
+        return sample in self._replaced
+
+    def reject(self, sample: int, error: str, image: Image.Image | None = None) -> None:
+        """From now on `read` gives `image` for the sample, mid-gray if there is none."""
+        if image is None:
+            row = self._index.samples[sample]
+            image = Image.new("RGB", (int(row["width"]), int(row["height"])), MID_GRAY)
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG", compress_level=1)
+        with self._lock:
+            if sample in self._replaced:
+                return
+            self._replaced[sample] = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+        self._on_bad(sample, error)
+
+    def _read(self, sample: int) -> np.ndarray:
+        if sample not in self._replaced and (content := self._stored(sample)) is not None:
+            return content
+        return self._replaced[sample]
+
+    def _stored(self, sample: int) -> np.ndarray | None:
+        """The stored bytes; None after they were found damaged."""
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                (content,) = self._reader.read(np.array([sample]))
+                break
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise UserError(f"{self._index.name(sample)}: cannot be read ({error.strerror})") from error
+                if pause_s is None:
+                    return self.reject(sample, f"cannot be read ({error.strerror})")
+                time.sleep(pause_s)
+        if not self._intact[sample]:
+            if (found := zlib.crc32(content)) != (expected := int(self._index.samples[sample]["crc32"])):
+                return self.reject(sample, f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})")
+            self._intact[sample] = True
+        return content

@@ -1,0 +1,63 @@
+"""The order of an epoch: which image each of its entries is. Pure functions of (seed, epoch, entry); numpy only.
+
+An entry is a place in the epoch's order, 0 <= entry < number of images. No order is ever held: an entry costs the same
+at the start of an epoch and deep inside one, whatever the number of images.
+"""
+
+import bisect
+import functools
+
+import numpy as np
+
+from pipelines import rng
+from pipelines.index import ShardIndex
+from pipelines.rng import Stream
+
+
+def global_order(seed: int, epoch: int, num_samples: int, entry: np.ndarray) -> np.ndarray:
+    """The image at each entry where all images are shuffled together: int64, same shape as `entry`."""
+    return rng.permute(seed, Stream.ORDER, epoch, num_samples, entry)
+
+
+def shard_starts(index: ShardIndex) -> np.ndarray:
+    """The first sample of each shard, and the number of all samples at the end: int64 [shards + 1].
+
+    Found by bisection, so that only a few pages of a memory-mapped index are read. An index holds the samples of a
+    shard together and the shards in order; even if it did not, the order below would still show each image once.
+    """
+    starts = [0]
+    for shard in range(1, len(index.paths)):
+        starts.append(bisect.bisect_left(index.samples["shard"], shard, lo=starts[-1]))
+    return np.array([*starts, len(index)], dtype=np.int64)
+
+
+def window_order(seed: int, epoch: int, starts: np.ndarray, window_shards: int, entry: np.ndarray) -> np.ndarray:
+    """The image at each entry where only images of near shards are shuffled together.
+
+    The shards are shuffled, `window_shards` shards that follow each other are a window (the last may have fewer), and
+    the images of a window are shuffled. So a run reads from `window_shards` files at a time.
+
+    Args:
+      starts: as from `shard_starts`.
+      entry: integers [n].
+    Returns:
+      int64 [n]; over an epoch's entries each image occurs once.
+    """
+    num_shards = len(starts) - 1
+    shards = _shard_order(seed, epoch, num_shards)
+    # places: [shards + 1], the first place of each shard in the epoch's order, and the number of all places
+    places = np.concatenate([[0], np.cumsum(np.diff(starts)[shards])])
+    window = (np.searchsorted(places, entry, side="right") - 1) // window_shards
+    place = np.empty(len(entry), dtype=np.int64)
+    for w in np.unique(window).tolist():
+        first, stop = places[w * window_shards], places[min((w + 1) * window_shards, num_shards)]
+        inside = window == w
+        shuffled = rng.permute(seed, Stream.WINDOW_ORDER, epoch, int(stop - first), entry[inside] - first, part=w)
+        place[inside] = first + shuffled
+    shard = np.searchsorted(places, place, side="right") - 1
+    return starts[shards[shard]] + place - places[shard]
+
+
+@functools.lru_cache(maxsize=2)  # the steps of an epoch ask for the same, and a reader may be an epoch ahead
+def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
+    return rng.permute(seed, Stream.SHARD_ORDER, epoch, num_shards, np.arange(num_shards))

@@ -1,0 +1,82 @@
+"""Which of DALI's decode paths this machine's GPU can be trusted with, tried in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.errors import UserError
+
+_TIMEOUT_S = 180
+_TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
+_PROGRAM = (sys.executable, "-m", "pipelines.probe")
+
+
+def probe_decode(device: str, jpeg: np.ndarray, program: Sequence[str] = _PROGRAM) -> tuple[str, str]:
+    """The faster decode path that works, and why it was chosen.
+
+    Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so it is
+    tried in another one.
+
+    Args:
+      device: as torch.device understands it.
+      jpeg: the bytes of an image of the dataset, uint8 [nbytes].
+      program: what tries `DEVICE PATH` with the image on its standard input; its exit status 0 means that it works.
+    Returns:
+      'roi' or 'full', and a sentence.
+    Raises:
+      UserError: neither works.
+    """
+    trouble = {}
+    for path in ("roi", "full"):
+        trouble[path] = _try(program, device, path, jpeg)
+        if not trouble[path]:
+            return path, "it works" if path == "roi" else f"decoding regions failed: {trouble['roi']}"
+    raise UserError(
+        f"DALI can decode neither regions ({trouble['roi']}) nor whole images ({trouble['full']}) on {device}: "
+        "look at the driver and DALI's version, or use --data.pipeline torchvision"
+    )
+
+
+def _try(program: Sequence[str], device: str, path: str, jpeg: np.ndarray) -> str:
+    """What went wrong, '' if nothing did."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [*program, device, path]
+    try:
+        done = subprocess.run(command, input=jpeg.tobytes(), capture_output=True, env=environment, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {_TIMEOUT_S} s"
+    if done.returncode < 0:
+        return f"it ended by {signal.Signals(-done.returncode).name}"
+    last_line = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    return last_line or f"exit status {done.returncode}" if done.returncode else ""
+
+
+def _main(device: str, path: str) -> None:
+    """Decode the same regions of the image on standard input here and with PIL; exit with what is wrong, if it is."""
+    import torch
+
+    from pipelines.cpu import decode
+    from pipelines.dali import decoded_regions
+
+    jpeg = np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
+    whole = np.asarray(decode(jpeg))
+    height, width = whole.shape[:2]
+    crops = np.array(
+        [[0, 0, height, width], [height // 3, width // 4, -(-height // 2), -(-width // 2)]], dtype=np.int32
+    )
+    for crop, ours in zip(crops, decoded_regions(jpeg, crops, torch.device(device), path), strict=True):
+        top, left, rows, columns = crop
+        expected = whole[top : top + rows, left : left + columns]
+        difference = abs(ours.astype(int) - expected).mean() if ours.shape == expected.shape else np.inf
+        if difference > _TOLERANCE:
+            sys.exit(f"its pixels differ by {difference:.1f} from PIL's")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

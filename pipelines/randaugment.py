@@ -1,0 +1,433 @@
+"""RandAugment's operations, and Gaussian blur, on a batch of pixels that lies on the device.
+
+Every operation gives the pixels of its PIL function in `pipelines.cpu`, to the last bit: where PIL computes in
+float32 or float64 and truncates, this computes in the same type and order and truncates; where a rounded quotient can
+be had from integers, it is. The readable version in torch is the reference on every device; on the GPU a Triton
+kernel (`pipelines.randaugment_kernel`) does a whole layer of operations in one launch.
+
+What is done to which row is known on the host, from the plan, so nothing here waits for the device.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pipelines.augment import Op
+
+Fill = tuple[int, int, int]
+_Matrix = tuple[float, float, float, float, float, float]
+_VALUES = np.arange(256)
+_BLUR_PASSES = 3  # PIL approximates a Gaussian by three box blurs in each direction
+
+
+def apply_ops(
+    images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill, *, kernel: bool | None = None
+) -> torch.Tensor:
+    """Each row's operations, one column of `ops` after the other.
+
+    Args:
+      images: uint8 [B, S, S, 3], on any device; left as it is.
+      ops: uint8 [B, L] on the host, values of `Op`.
+      args: float32 [B, L] on the host, the argument of each as `Op` describes it.
+      fill: RGB colour that rotating, shearing and shifting leave where no pixel comes from.
+      kernel: the Triton kernel (True) or torch (False); None takes the kernel on CUDA if Triton is installed.
+    Returns:
+      uint8 [B, S, S, 3], a tensor of its own on the device of `images`.
+    Raises:
+      ValueError: a shape, type or operation is not as above, or the kernel is asked for where it cannot run.
+    """
+    _check(images, ops, args)
+    if kernel is None:
+        kernel = images.is_cuda and _has_triton()
+    if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
+    args = args.astype(np.float32)
+    if not ops.any():
+        return images.clone(memory_format=torch.contiguous_format)
+    layer = _kernel_layer if kernel else _torch_layer
+    images = images.contiguous()
+    for column in np.flatnonzero(ops.any(axis=0)).tolist():
+        images = layer(images, ops[:, column], args[:, column], fill)
+    return images
+
+
+def erase(images: torch.Tensor, boxes: np.ndarray, fill: Fill) -> torch.Tensor:
+    """Random erasing: one box of each image becomes the fill colour.
+
+    Args:
+      images: uint8 [B, S, S, 3]; left as it is.
+      boxes: int32 [B, 4] on the host: top, left, height, width in pixels. An empty box erases nothing.
+    Returns:
+      uint8 [B, S, S, 3], a tensor of its own on the device of `images`.
+    """
+    top, left, height, width = _to_device(boxes.astype(np.int32), images.device).T[..., None]
+    row = torch.arange(images.shape[1], device=images.device)
+    column = torch.arange(images.shape[2], device=images.device)
+    # [B, S] each
+    rows, columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[..., None], _colour(fill, images.device), images)
+
+
+def _check(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (images.shape[2], images.shape[2], 3):
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}, not uint8 [B, S, S, 3]")
+    if ops.ndim != 2 or ops.shape != args.shape or len(ops) != len(images):
+        raise ValueError(f"ops are {list(ops.shape)}, args {list(args.shape)}: both must be [{len(images)}, L]")
+    if ops.size and ops.max() > max(Op):
+        raise ValueError(f"ops hold {ops.max()}; the last one is {max(Op)} ({max(Op).name})")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device. To a GPU it goes from pinned memory, so that the host does not wait for it."""
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _colour(fill: Fill, device: torch.device) -> torch.Tensor:
+    return _to_device(np.array(fill, dtype=np.uint8), device)
+
+
+def _torch_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    """One operation a row, into a new tensor: the rows of an operation are taken out, changed together and put back."""
+    out = images.clone()
+    for op in np.unique(ops[ops != Op.NONE]).tolist():
+        chosen = np.flatnonzero(ops == op)
+        rows = _to_device(chosen, images.device)
+        out.index_copy_(0, rows, _FUNCTIONS[op](images.index_select(0, rows), args[chosen], fill))
+    return out
+
+
+def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    """The same in one launch of the Triton kernel, into a new tensor; only blurred rows are left to torch."""
+    from pipelines import randaugment_kernel as kernel
+
+    out = torch.empty_like(images)
+    kinds = np.array([_kind(Op(op), kernel) for op in ops.tolist()], dtype=np.int32)
+    matrices = np.zeros((len(ops), 6))
+    for row in np.flatnonzero(kinds == kernel.AFFINE.value).tolist():
+        matrices[row] = _MATRICES[ops[row]](float(args[row]), images.shape[1])
+    device = images.device
+    kernel.launch(
+        images,
+        out,
+        kinds=_to_device(kinds, device),
+        factors=_to_device(args, device),
+        matrices=_to_device(matrices, device),
+        tables=_all_tables(images, ops, args),
+        fill=_colour(fill, device),
+    )
+    blurred = np.flatnonzero(ops == Op.GAUSSIAN_BLUR)
+    if len(blurred):
+        rows = _to_device(blurred, device)
+        out.index_copy_(0, rows, _gaussian_blur(images.index_select(0, rows), args[blurred], fill))
+    return out
+
+
+def _kind(op: Op, kernel) -> int:
+    """What the kernel does with an image: one of its own numbers."""
+    if op in _TABLES or op in _PIXEL_TABLES:
+        return kernel.TABLE.value
+    if op in _MATRICES:
+        return kernel.AFFINE.value
+    return {Op.COLOR: kernel.COLOR, Op.SHARPNESS: kernel.SHARPNESS}.get(op, kernel.COPY).value
+
+
+def _all_tables(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
+    """uint8 [B, 3, 256]; what stands in rows whose operation has no table means nothing."""
+    known = np.zeros((len(ops), 256), dtype=np.uint8)
+    for op in _TABLES:
+        known[ops == op] = _host_tables(op, args[ops == op])
+    tables = _to_device(known, images.device)[:, None, :].repeat(1, 3, 1)
+    for op, function in _PIXEL_TABLES.items():
+        chosen = np.flatnonzero(ops == op)
+        if len(chosen):
+            rows = _to_device(chosen, images.device)
+            tables.index_copy_(0, rows, function(images.index_select(0, rows), args[chosen]))
+    return tables
+
+
+# --- operations that map every value by a table; with tables that do not depend on the pixels, float32 args [n, 1] ->
+# integers [n, 256] in [0, 255] ---
+
+
+def _invert(args: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(255 - _VALUES, (len(args), 256))
+
+
+def _posterize(bits: np.ndarray) -> np.ndarray:
+    return _VALUES & -(1 << np.maximum(8 - bits.astype(np.int64), 0))
+
+
+def _solarize(threshold: np.ndarray) -> np.ndarray:
+    return np.where(threshold.astype(np.int64) > _VALUES, _VALUES, 255 - _VALUES)
+
+
+def _solarize_add(add: np.ndarray) -> np.ndarray:
+    return np.where(_VALUES < 128, (_VALUES + add.astype(np.int64)).clip(0, 255), _VALUES)
+
+
+def _brightness(factor: np.ndarray) -> np.ndarray:
+    return (factor * _VALUES.astype(np.float32)).clip(0, 255)  # a blend with black, truncated when stored
+
+
+_TABLES: dict[Op, Callable[[np.ndarray], np.ndarray]] = {
+    Op.INVERT: _invert,
+    Op.POSTERIZE: _posterize,
+    Op.SOLARIZE: _solarize,
+    Op.SOLARIZE_ADD: _solarize_add,
+    Op.BRIGHTNESS: _brightness,
+}
+
+
+def _host_tables(op: Op, args: np.ndarray) -> np.ndarray:
+    """uint8 [n, 256], the same for the three channels, of an operation in _TABLES."""
+    return _TABLES[op](args[:, None]).astype(np.uint8)
+
+
+# --- and with tables made from the pixels: uint8 [n, S, S, 3], float32 args [n] -> uint8 [n, 3, 256] ---
+
+
+def _auto_contrast(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
+    """Source: PIL.ImageOps.autocontrast, in Python's float64."""
+    # [n, 3, 1]
+    low = images.amin((1, 2))[..., None].to(torch.float64)
+    high = images.amax((1, 2))[..., None].to(torch.float64)
+    values = torch.arange(256, dtype=torch.float64, device=images.device)
+    # torch takes `255.0 / tensor` as 255 times the reciprocal, which is rounded twice
+    scale = torch.full_like(low, 255.0) / (high - low)  # inf for a constant channel, which stays as it is
+    offset = -low * scale
+    return torch.where(high > low, values * scale + offset, values).clamp(0, 255).to(torch.uint8)
+
+
+def _equalize(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
+    """Source: PIL.ImageOps.equalize."""
+    counts = _histograms(images)
+    highest = images.amax((1, 2))[..., None].long()
+    # counts of the highest value are left out of the step; [n, 3, 1]
+    step = (images.shape[1] * images.shape[2] - counts.gather(2, highest)) // 255
+    below = counts.cumsum(2) - counts
+    values = torch.arange(256, device=images.device)
+    table = (step // 2 + below) // step.clamp(min=1)
+    # step 0: one value only, or next to it
+    return torch.where(step > 0, table, values).clamp(max=255).to(torch.uint8)
+
+
+def _histograms(images: torch.Tensor) -> torch.Tensor:
+    """int64 [n, 3, 256]."""
+    channels = 256 * torch.arange(3, device=images.device)
+    index = (images + channels).reshape(len(images), -1)
+    counts = torch.zeros(len(images), 3 * 256, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(1, index, torch.ones_like(index)).reshape(-1, 3, 256)
+
+
+def _contrast(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
+    """Source: PIL.ImageEnhance.Contrast: a blend with the mean brightness, rounded half up."""
+    pixels = images.shape[1] * images.shape[2]
+    mean = (2 * _gray(images).sum((1, 2), dtype=torch.int64) + pixels) // (2 * pixels)
+    values = torch.arange(256, device=images.device)
+    # [n, 256]
+    table = _blend(mean[:, None], values, _to_device(args[:, None], images.device))
+    return table[:, None, :].expand(-1, 3, -1)
+
+
+_PIXEL_TABLES: dict[Op, Callable[[torch.Tensor, np.ndarray], torch.Tensor]] = {
+    Op.AUTO_CONTRAST: _auto_contrast,
+    Op.EQUALIZE: _equalize,
+    Op.CONTRAST: _contrast,
+}
+
+
+def _through_table(op: Op, images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    if op in _TABLES:
+        tables = _to_device(_host_tables(op, args), images.device)[:, None, :].expand(-1, 3, -1)
+    else:
+        tables = _PIXEL_TABLES[op](images, args)
+    channels = 256 * torch.arange(3, device=images.device)
+    index = (images + channels).reshape(len(images), -1)
+    return tables.reshape(len(images), -1).gather(1, index).reshape(images.shape)
+
+
+# --- blends with an image made from the pixels ---
+
+
+def _blend(degenerate: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """uint8; factor 0 gives `degenerate`, 1 gives `images`. Source: PIL.Image.blend, float32 and truncated."""
+    blended = degenerate + factor * (images - degenerate).to(torch.float32)
+    return blended.clamp(0, 255).to(torch.uint8)
+
+
+def _gray(images: torch.Tensor) -> torch.Tensor:
+    """int32 [n, S, S]. Source: PIL's convert('L'): ITU-R 601-2 luma in 16 bits, rounded."""
+    red, green, blue = images.to(torch.int32).unbind(-1)
+    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+
+
+def _color(images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    """Source: PIL.ImageEnhance.Color: a blend with the gray image."""
+    return _blend(_gray(images)[..., None], images.to(torch.int32), _per_image(args, images.device))
+
+
+def _sharpness(images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    """Source: PIL.ImageEnhance.Sharpness: a blend with the smoothed image."""
+    images = images.to(torch.int32)
+    return _blend(_smooth(images), images, _per_image(args, images.device))
+
+
+def _smooth(images: torch.Tensor) -> torch.Tensor:
+    """int32 [n, S, S, 3]: weights 1 and, in the middle, 5 of 13; the border stays.
+
+    Source: PIL.ImageFilter.SMOOTH, rounded half up. PIL sums float32; an odd number of 26ths is never near a whole
+    number, so integers give the same.
+    """
+    smooth = images.clone()
+    size = images.shape[1]
+    if size < 3:
+        return smooth
+    rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
+    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * images[:, 1:-1, 1:-1]
+    smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26
+    return smooth
+
+
+def _per_image(args: np.ndarray, device: torch.device) -> torch.Tensor:
+    return _to_device(args, device)[:, None, None, None]
+
+
+# --- affine transforms: argument, size in pixels -> matrix (a, b, c, d, e, f): the pixel at (x, y) comes from
+# (a x + b y + c, d x + e y + f) ---
+
+
+def _rotate(degrees: float, size: int) -> _Matrix:
+    """About the centre. Source: PIL.Image.rotate; its short cuts for right angles give the same pixels."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    centre = size / 2
+    return cos, sin, cos * -centre + sin * -centre + centre, -sin, cos, -sin * -centre + cos * -centre + centre
+
+
+_MATRICES: dict[Op, Callable[[float, int], _Matrix]] = {
+    Op.ROTATE: _rotate,
+    Op.SHEAR_X: lambda factor, size: (1, factor, 0, 0, 1, 0),
+    Op.SHEAR_Y: lambda factor, size: (1, 0, 0, factor, 1, 0),
+    Op.TRANSLATE_X: lambda share, size: (1, 0, share * size, 0, 1, 0),
+    Op.TRANSLATE_Y: lambda share, size: (1, 0, 0, 0, 1, share * size),
+}
+
+
+def _host_matrices(op: Op, args: np.ndarray, size: int) -> np.ndarray:
+    """float64 [n, 6]."""
+    return np.array([_MATRICES[op](arg, size) for arg in args.tolist()], dtype=np.float64)
+
+
+def _transform(op: Op, images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    matrices = _to_device(_host_matrices(op, args, images.shape[1]), images.device)
+    return _affine(images, matrices, _colour(fill, images.device))
+
+
+def _affine(images: torch.Tensor, matrices: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    """Bicubic resampling at the centres of the pixels, edge pixels repeated, truncated.
+
+    Args:
+      matrices: float64 [n, 6].
+      colour: uint8 [3], for pixels that come from outside.
+    Source: PIL.Image.transform, which computes in float64.
+    """
+    size = images.shape[1]
+    centre = torch.arange(size, dtype=torch.float64, device=images.device) + 0.5
+    x, y = centre, centre[:, None]
+    # [n, 1, 1] each
+    a, b, c, d, e, f = matrices.T[..., None, None]
+    source_x, source_y = a * x + b * y + c, d * x + e * y + f
+    inside = (source_x >= 0) & (source_x < size) & (source_y >= 0) & (source_y < size)
+    source_x, source_y = source_x - 0.5, source_y - 0.5
+    left, top = source_x.floor(), source_y.floor()
+    right_share, lower_share = (source_x - left)[:, None], (source_y - top)[:, None]
+    columns = [(left.long() + i).clamp(0, size - 1) for i in range(-1, 3)]
+    lines = [size * (top.long() + i).clamp(0, size - 1) for i in range(-1, 3)]
+    # [n, 3, S * S]: channels apart are twice as fast on the CPU; whole numbers are exact in float32
+    planes = images.permute(0, 3, 1, 2).flatten(2).to(torch.float32)
+
+    def tap(line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return planes.gather(2, (line + column).flatten(1)[:, None].expand(-1, 3, -1)).reshape(-1, 3, size, size)
+
+    cubic = [_cubic(*(tap(line, column) for column in columns), right_share) for line in lines]
+    resampled = _cubic(*cubic, lower_share).clamp(0, 255).to(torch.uint8)
+    return torch.where(inside[:, None], resampled, colour[:, None, None]).permute(0, 2, 3, 1)
+
+
+def _cubic(v0, v1, v2, v3, share):
+    """Float64 between v1 (share 0) and v2 (share 1). Source: PIL's cubic, a = -1, in its order of operations."""
+    linear = v2 - v0
+    square = 2 * (v0 - v1) + v2 - v3
+    cube = v1 - v0 - v2 + v3
+    return v1 + share * (linear + share * (square + share * cube))
+
+
+# --- Gaussian blur ---
+
+
+def _gaussian_blur(images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
+    """Three box blurs along the rows, then three along the columns, each rounded.
+
+    Source: PIL.ImageFilter.GaussianBlur; the arithmetic is in fixed point, 1 is 1 << 24.
+    """
+    weights = _to_device(_box_weights(args), images.device)
+    for _ in range(_BLUR_PASSES):
+        images = _box_blur(images, weights)
+    images = images.transpose(1, 2)
+    for _ in range(_BLUR_PASSES):
+        images = _box_blur(images, weights)
+    return images.transpose(1, 2)
+
+
+def _box_weights(sigma: np.ndarray) -> np.ndarray:
+    """int64 [n, taps], an odd number of taps around the pixel, of a box whose ends count in part.
+
+    Args:
+      sigma: standard deviations of the Gaussians, pixels, float32 [n].
+    Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", as PIL
+      computes it: variables are float32, expressions with a float64 constant are float64.
+    """
+    variance = sigma**2 / np.float32(_BLUR_PASSES)
+    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
+    whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    part = part / (6 * (variance - (whole + 1) * (whole + 1)))
+    radius = whole + part
+    whole = radius.astype(np.int64)[:, None]
+    inner = (np.float32(1 << 24) / (radius * 2 + 1)).astype(np.int64)[:, None]
+    outer = ((1 << 24) - (2 * whole + 1) * inner) // 2
+    reach = int(whole.max()) + 1
+    distance = abs(np.arange(-reach, reach + 1))
+    return np.where(distance <= whole, inner, np.where(distance == whole + 1, outer, 0))
+
+
+def _box_blur(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One weighted box along dimension 2 of [n, S, S, 3], edge pixels repeated."""
+    size, reach = images.shape[2], weights.shape[1] // 2
+    total = torch.full(images.shape, 1 << 23, dtype=torch.int64, device=images.device)  # a half, to round
+    column = torch.arange(size, device=images.device)
+    for tap, weight in enumerate(weights.T):
+        shifted = images.index_select(2, (column + tap - reach).clamp(0, size - 1))
+        total += weight[:, None, None, None] * shifted
+    return (total >> 24).to(torch.uint8)
+
+
+# op -> images [n, S, S, 3], args [n], fill -> images
+_FUNCTIONS: dict[Op, Callable[[torch.Tensor, np.ndarray, Fill], torch.Tensor]] = {
+    **{op: functools.partial(_through_table, op) for op in (*_TABLES, *_PIXEL_TABLES)},
+    **{op: functools.partial(_transform, op) for op in _MATRICES},
+    Op.COLOR: _color,
+    Op.SHARPNESS: _sharpness,
+    Op.GAUSSIAN_BLUR: _gaussian_blur,
+}

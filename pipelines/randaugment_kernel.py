@@ -1,0 +1,177 @@
+"""The Triton kernel behind `pipelines.randaugment`: one operation on every image of a batch in one launch.
+
+Imported only where it runs, so that a machine without Triton needs none. It computes what the torch version computes,
+in the same types and order of operations; the launch forbids the compiler to contract a multiplication and an addition
+into one (that rounds once instead of twice, and a truncated result may then differ).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# what is done to an image
+COPY = tl.constexpr(0)
+TABLE = tl.constexpr(1)
+COLOR = tl.constexpr(2)
+SHARPNESS = tl.constexpr(3)
+AFFINE = tl.constexpr(4)
+
+_PIXELS_PER_PROGRAM = 256
+
+
+def launch(
+    images: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    kinds: torch.Tensor,
+    factors: torch.Tensor,
+    matrices: torch.Tensor,
+    tables: torch.Tensor,
+    fill: torch.Tensor,
+) -> None:
+    """Writes the changed images; nothing waits for the device.
+
+    Args:
+      images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
+      kinds: int32 [B]: COPY, TABLE, COLOR, SHARPNESS or AFFINE.
+      factors: float32 [B], for COLOR and SHARPNESS.
+      matrices: float64 [B, 6], for AFFINE.
+      tables: uint8 [B, 3, 256], contiguous, for TABLE.
+      fill: uint8 [3], the colour of what AFFINE takes from outside.
+    """
+    size = images.shape[1]
+    blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
+    with torch.cuda.device_of(images):
+        _layer[(len(images) * blocks,)](
+            images,
+            out,
+            kinds,
+            factors,
+            matrices,
+            tables,
+            fill,
+            size,
+            blocks,
+            _PIXELS_PER_PROGRAM,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _layer(images, out, kinds, factors, matrices, tables, fill, size, blocks, BLOCK: tl.constexpr):
+    """Program i: pixels [(i % blocks) BLOCK, ... + BLOCK) of image i // blocks."""
+    image = tl.program_id(0) // blocks
+    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < size * size
+    # a batch may hold more than 2**31 values, an image not
+    start = image.to(tl.int64) * (size * size * 3)
+    source = images + start
+    target = out + start + pixel * 3
+    kind = tl.load(kinds + image)
+    if kind == TABLE:
+        _look_up(source, target, tables + image * 768, pixel, mask)
+    elif kind == COLOR:
+        _color(source, target, tl.load(factors + image), pixel, mask)
+    elif kind == SHARPNESS:
+        _sharpness(source, target, tl.load(factors + image), pixel, mask, size)
+    elif kind == AFFINE:
+        _affine(source, target, matrices + image * 6, fill, pixel, mask, size)
+    else:
+        for channel in tl.static_range(3):
+            tl.store(target + channel, tl.load(source + pixel * 3 + channel, mask=mask), mask=mask)
+
+
+@triton.jit
+def _look_up(source, target, table, pixel, mask):
+    for channel in tl.static_range(3):
+        value = tl.load(source + pixel * 3 + channel, mask=mask, other=0).to(tl.int32)
+        tl.store(target + channel, tl.load(table + channel * 256 + value, mask=mask), mask=mask)
+
+
+@triton.jit
+def _color(source, target, factor, pixel, mask):
+    red = tl.load(source + pixel * 3, mask=mask, other=0).to(tl.int32)
+    green = tl.load(source + pixel * 3 + 1, mask=mask, other=0).to(tl.int32)
+    blue = tl.load(source + pixel * 3 + 2, mask=mask, other=0).to(tl.int32)
+    gray = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    tl.store(target, _blend(gray, red, factor), mask=mask)
+    tl.store(target + 1, _blend(gray, green, factor), mask=mask)
+    tl.store(target + 2, _blend(gray, blue, factor), mask=mask)
+
+
+@triton.jit
+def _sharpness(source, target, factor, pixel, mask, size):
+    row = pixel // size
+    column = pixel % size
+    inner = mask & (row > 0) & (row < size - 1) & (column > 0) & (column < size - 1)
+    for channel in tl.static_range(3):
+        value = tl.load(source + pixel * 3 + channel, mask=mask, other=0).to(tl.int32)
+        total = 4 * value
+        for down in tl.static_range(-1, 2):
+            for right in tl.static_range(-1, 2):
+                neighbour = source + (pixel + down * size + right) * 3 + channel
+                total += tl.load(neighbour, mask=inner, other=0).to(tl.int32)
+        smooth = tl.where(inner, (2 * total + 13) // 26, value)
+        tl.store(target + channel, _blend(smooth, value, factor), mask=mask)
+
+
+@triton.jit
+def _blend(degenerate, value, factor):
+    """int32, int32, float32 -> uint8."""
+    blended = degenerate.to(tl.float32) + factor * (value - degenerate).to(tl.float32)
+    return _clip(blended)
+
+
+@triton.jit
+def _clip(value):
+    """To uint8: limited to [0, 255], truncated."""
+    return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def _affine(source, target, matrix, fill, pixel, mask, size):
+    x = (pixel % size).to(tl.float64) + 0.5
+    y = (pixel // size).to(tl.float64) + 0.5
+    source_x = tl.load(matrix) * x + tl.load(matrix + 1) * y + tl.load(matrix + 2)
+    source_y = tl.load(matrix + 3) * x + tl.load(matrix + 4) * y + tl.load(matrix + 5)
+    inside = mask & (source_x >= 0) & (source_x < size) & (source_y >= 0) & (source_y < size)
+    source_x -= 0.5
+    source_y -= 0.5
+    left = tl.floor(source_x)
+    top = tl.floor(source_y)
+    right_share = source_x - left
+    lower_share = source_y - top
+    # far outside, where nothing is loaded, they need not fit into 32 bits
+    left = tl.where(inside, left, 0.0).to(tl.int32)
+    top = tl.where(inside, top, 0.0).to(tl.int32)
+    for channel in tl.static_range(3):
+        line0 = _cubic_line(source + channel, left, top - 1, right_share, inside, size)
+        line1 = _cubic_line(source + channel, left, top, right_share, inside, size)
+        line2 = _cubic_line(source + channel, left, top + 1, right_share, inside, size)
+        line3 = _cubic_line(source + channel, left, top + 2, right_share, inside, size)
+        value = _clip(_cubic(line0, line1, line2, line3, lower_share))
+        tl.store(target + channel, tl.where(inside, value, tl.load(fill + channel)), mask=mask)
+
+
+@triton.jit
+def _cubic_line(source, left, row, share, inside, size):
+    """float64: between the pixels at `left` and left + 1 of a row, edge pixels repeated."""
+    line = source + _limit(row, size) * size * 3
+    v0 = tl.load(line + _limit(left - 1, size) * 3, mask=inside, other=0).to(tl.float64)
+    v1 = tl.load(line + _limit(left, size) * 3, mask=inside, other=0).to(tl.float64)
+    v2 = tl.load(line + _limit(left + 1, size) * 3, mask=inside, other=0).to(tl.float64)
+    v3 = tl.load(line + _limit(left + 2, size) * 3, mask=inside, other=0).to(tl.float64)
+    return _cubic(v0, v1, v2, v3, share)
+
+
+@triton.jit
+def _limit(index, size):
+    return tl.minimum(tl.maximum(index, 0), size - 1)
+
+
+@triton.jit
+def _cubic(v0, v1, v2, v3, share):
+    linear = v2 - v0
+    square = 2 * (v0 - v1) + v2 - v3
+    cube = v1 - v0 - v2 + v3
+    return v1 + share * (linear + share * (square + share * cube))

@@ -1,0 +1,109 @@
+"""Damaged images never end a run, and are named exactly once; too many of them do end it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_trainer
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from pipelines.index import read_index
+from tools.sharding.job import BuildOptions, build
+from trainer.quarantine import QUARANTINE, read_quarantine
+
+
+def flip_bytes(root, split: str, samples: np.ndarray, seed: int = 0) -> set[tuple[str, str, str, int]]:
+    """Change one random byte of each sample's JPEG. Returns their (split, shard, key, offset)."""
+    index, generator = read_index(root, split), np.random.default_rng(seed)
+    changed = set()
+    for row in index.samples[samples]:
+        path = index.paths[row["shard"]]
+        with open(path, "r+b") as file:
+            place = int(row["offset"]) + int(generator.integers(row["nbytes"]))
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ int(generator.integers(1, 256))]))
+        changed.add((split, path.name, row["key"].decode(), int(row["offset"])))
+    return changed
+
+
+def named(run) -> list[tuple[str, str, str, int]]:
+    return [(line["split"], line["shard"], line["key"], line["offset"]) for line in read_quarantine(run / QUARANTINE)]
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    """The digits with 5 damaged training and 3 damaged validation images, and which these are."""
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    bad = flip_bytes(root, "train", np.array([0, 17, 100, 101, 319])) | flip_bytes(root, "val", np.array([0, 50, 95]))
+    return root, bad
+
+
+ALL = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.04")  # every image is shown
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp_path, ranks):
+    root, bad = damaged
+    done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", *ALL, ranks=ranks)
+    assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
+    assert "damaged images became mid-gray" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"] and summary["quarantined"] == 8
+
+
+def test_a_run_that_goes_on_names_nothing_twice(damaged, tmp_path):
+    root, bad = damaged
+    arguments = ("--data.root", root, "--run.out", tmp_path / "run", *ALL)
+    run_trainer(*arguments, "--run.stop_after_steps", "6")
+    path = tmp_path / "run" / QUARANTINE
+    path.write_text(path.read_text() + '{"split": "tr')  # killed while it wrote
+    run_trainer(*arguments)
+    assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
+
+
+def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path):
+    root, bad = damaged
+    strict = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.01", "--run.log_every", "5")
+    done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", *strict, check=False)
+    assert done.returncode == 1
+    assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction, 0.01" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert named(tmp_path / "run") and set(named(tmp_path / "run")) <= bad
+
+
+def test_a_single_damaged_image_never_ends_a_run(digits, tmp_path):
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    bad = flip_bytes(root, "train", np.array([5]))
+    arguments = ("--data.root", root, "--augment.repeats", "1", "--schedule.epochs", "2")
+    run_trainer(*arguments, "--run.out", tmp_path / "run")
+    assert set(named(tmp_path / "run")) == bad
+    done = run_trainer(*arguments, "--run.out", tmp_path / "none", "--data.max_bad_fraction", "0", check=False)
+    assert "1 of the 320 images in 'train' are damaged" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pipeline", ["torchvision", "dali"])
+def test_a_thousand_damaged_of_twenty_thousand_are_named_exactly(tmp_path, pipeline):
+    write_crops(tmp_path / "src", 20_000)
+    build(tmp_path / "src", tmp_path / "data", BuildOptions(samples_per_shard=2000), workers=2)
+    bad = flip_bytes(tmp_path / "data", "train", np.random.default_rng(1).permutation(20_000)[:1000])
+    arguments = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.1", "--data.pipeline", pipeline)
+    epochs = ("--schedule.epochs", "2", "--run.global_batch", "80")  # 80 divides 20,000: nothing is dropped
+    run_trainer("--data.root", tmp_path / "data", "--run.out", tmp_path / "run", *arguments, *epochs)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+    assert len(named(tmp_path / "run")) == 1000 and set(named(tmp_path / "run")) == bad
+
+
+def write_crops(folder: Path, count: int) -> None:
+    """Small pieces of a photograph, each another one."""
+    picture = Image.fromarray(load_sample_images().images[0])
+    for i in range(count):
+        left, top = i % 500, i // 500
+        path = folder / "train" / f"class{i % 10}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.crop((left, top, left + 64, top + 48)).save(path)

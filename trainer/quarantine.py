@@ -1,0 +1,103 @@
+"""Damaged samples of a run: each named once in RUN/quarantine.jsonl, and a limit to how many there may be."""
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
+from trainer.distributed import World
+
+QUARANTINE = "quarantine.jsonl"
+
+
+class Quarantine:
+    """Collects what the pipelines find, on every rank, and settles it from time to time.
+
+    Args:
+      path: the file; its lines are {"split", "shard", "key", "offset", "error"}.
+      indices: the index of each split.
+      max_bad_fraction: of a split's samples; more end the run.
+    """
+
+    def __init__(self, path: Path, indices: dict[str, ShardIndex], max_bad_fraction: float, world: World):
+        self._path = path
+        self._indices = indices
+        self._max_bad_fraction = max_bad_fraction
+        self._world = world
+        self._lock = threading.Lock()
+        self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
+        self._bad: dict[str, set[int]] = {split: set() for split in indices}
+
+    def collector(self, split: str) -> Callable[[int, str], None]:
+        """What a pipeline of the split calls with (sample, error); from any thread."""
+        return functools.partial(self._add, split)
+
+    def _add(self, split: str, sample: int, error: str) -> None:
+        with self._lock:
+            self._found.append((split, sample, error))
+
+    def settle(self) -> int:
+        """Write down what any rank has found since the last time. Every rank must call it.
+
+        Returns:
+          how many samples were found damaged for the first time in this process's life.
+        Raises:
+          UserError: a split has too many damaged samples, on every rank.
+        """
+        with self._lock:
+            mine, self._found = self._found, []
+        new = []
+        for split, sample, error in sorted(self._world.gather(mine)):
+            if sample not in self._bad[split]:
+                self._bad[split].add(sample)
+                new.append(_line(split, self._indices[split], sample, error))
+        if new and self._world.is_main:
+            _append(self._path, new)
+        for split, bad in self._bad.items():
+            total = len(self._indices[split])
+            if len(bad) > self._max_bad_fraction * total and (len(bad) > 1 or not self._max_bad_fraction):
+                raise UserError(
+                    f"{len(bad)} of the {total} images in '{split}' are damaged, more than data.max_bad_fraction, "
+                    f"{self._max_bad_fraction:g}: {self._path} names them. Restore the shards "
+                    "('tools/shard_imagenet.py verify' finds them), or raise the limit; the run goes on from its "
+                    "newest checkpoint"
+                )
+        return len(new)
+
+
+def _line(split: str, index: ShardIndex, sample: int, error: str) -> dict:
+    row = index.samples[sample]
+    return {
+        "split": split,
+        "shard": index.paths[row["shard"]].name,
+        "key": row["key"].decode(),
+        "offset": int(row["offset"]),
+        "error": error,
+    }
+
+
+def read_quarantine(path: Path) -> list[dict]:
+    """The lines of a quarantine.jsonl, [] if there is none; a last line that was cut off is left out."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    named = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            named.append(json.loads(line))
+    return named
+
+
+def _append(path: Path, lines: list[dict]) -> None:
+    """Add what is not there yet: a run that goes on finds the same samples again."""
+
+    def place(line: dict) -> tuple:
+        return line["split"], line["shard"], line["offset"]
+
+    known = {place(line) for line in read_quarantine(path)}
+    with open(path, "a") as file:
+        if file.tell() and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")
+        file.writelines(json.dumps(line) + "\n" for line in lines if place(line) not in known)
