@@ -10,11 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from pipelines.index import ShardIndex, read_index
 from tools.demo import write_digits
+from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,32 +41,11 @@ def digits(digits_folder, tmp_path_factory) -> Path:
     return out
 
 
-def photographs() -> list[tuple[str, Image.Image, dict]]:
-    """Name, picture and JPEG options: ImageNet-like sizes, tall, wide, tiny, grayscale, progressive, without chroma
-    subsampling."""
-    china, flower = (Image.fromarray(image) for image in load_sample_images().images)
-    return [
-        ("usual", china.crop((60, 20, 560, 395)), {}),
-        ("flower", flower.crop((100, 30, 600, 405)), {"quality": 85}),
-        ("tall", china.crop((200, 0, 300, 420)), {}),
-        ("wide", flower.crop((0, 200, 640, 290)), {}),
-        ("small", china.resize((64, 48), Image.Resampling.LANCZOS), {}),
-        ("tiny", flower.resize((9, 7), Image.Resampling.LANCZOS), {}),
-        ("gray", flower.convert("L"), {}),
-        ("progressive", china, {"progressive": True}),
-        ("full-chroma", flower.crop((37, 11, 401, 318)), {"subsampling": "4:4:4"}),
-        ("odd", china.crop((1, 2, 334, 225)), {"subsampling": "4:2:0", "quality": 75}),
-    ]
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> ShardIndex:
     """The photographs as a dataset's training split."""
     folder = tmp_path_factory.mktemp("photos")
-    for i, (name, image, options) in enumerate(photographs()):
-        path = folder / "train" / f"class{i % 2}" / f"{name}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, "JPEG", **{"quality": 92, **options})
+    write_photographs(folder)
     out = tmp_path_factory.mktemp("datasets") / "photos"
     build(folder, out, BuildOptions(samples_per_shard=4))
     return read_index(out, "train")

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import photographs
 from test_shard_imagenet import TOOL, convert, tree
 
 from pipelines.errors import UserError
 from pipelines.index import read_index
+from tools.photos import photographs
 from tools.shard_imagenet import main
 from tools.sharding.job import merge
 from tools.sharding.verify import verify

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import REPOSITORY, photographs
+from conftest import REPOSITORY
 from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.index import read_index, read_manifest
 from pipelines.reader import ShardReader
+from tools.photos import photographs
 from tools.shard_imagenet import main
 from tools.sharding import job
 from tools.sharding.images import ImageOptions

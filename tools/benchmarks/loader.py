@@ -1,0 +1,299 @@
+"""Training batches: our pipelines against DALI's own reader, timm's loader and webdataset, on the same pictures.
+
+What makes the rows comparable:
+
+- Every row decodes as many pictures, and ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if
+  there is one (timm's loader normalises there; without a GPU its batches are taken before that).
+- Every row has as many threads or worker processes as there are cores, and reads from the page cache.
+- Starting up does not count: a run opens its loader, takes some batches, and then times the next ones. Loaders are
+  endless, so nobody's queue runs dry in between, and batches are counted in multiples of the workers, which deliver
+  theirs together.
+- RandAugment is a different one everywhere. The recipe's applies each of two operations with probability 0.5;
+  torchvision and DALI always apply both, so what their rows compare with is "every op" of ours and timm's. Their
+  magnitude is 7 of bins 0 to 10, timm's scale.
+- The others run as they are fastest: torchvision's decoder and transforms on tensors, DALI's default decoder settings.
+"""
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from pipelines import open_pipeline
+from pipelines.augment import AugmentConfig
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex, read_index
+from pipelines.plan import TrainPlan
+from tools.benchmarks.measure import interleaved, num_cores, ratio
+from tools.photos import write_common_photographs
+from tools.sharding.job import BuildOptions, build
+from trainer.config import DataConfig
+
+SIZE_PX = 224
+COLUMNS = {
+    "what": "what",
+    "images_per_s": "images/s",
+    "min": "min",
+    "max": "max",
+    "ratio": "ratio",
+    "of": "of",
+}
+BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
+_RANDAUGMENT = {BARE: {"randaugment_ops": 0}, RECIPE: {}, EVERY_OP: {"randaugment_prob": 1.0}}
+_TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mstd0.5-inc1"}
+_NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # of DALI's and torchvision's RandAugment
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all rows share: the pictures as a folder and as shards, images a batch, threads or processes, device."""
+
+    folder: Path
+    index: ShardIndex
+    batch: int
+    workers: int
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One row: who, with which augmentation, and how to open its endless batches of images."""
+
+    what: str
+    augmentation: str
+    open: Callable[[], Iterator[torch.Tensor]]
+
+
+def device() -> torch.device:
+    """Where the batches go: the GPU if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def loader(images: int, repeats: int, batch: int) -> list[dict]:
+    """The rows of the benchmark, over `images` photographs, in batches of `batch` or of all the images there are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, out = Path(scratch) / "src", Path(scratch) / "out"
+        write_common_photographs(folder, images)
+        workers = num_cores()
+        build(folder, out, BuildOptions(samples_per_shard=max(1, images // (4 * workers))), workers=workers)
+        setting = Setting(folder / "train", read_index(out, "train"), min(batch, images), workers, device())
+        rows, present = {}, {}
+        for contender in contenders(setting):
+            name = f"{contender.what}, {contender.augmentation}"
+            rows[name] = {"what": contender.what, "augmentation": contender.augmentation}
+            if reason := missing(contender, setting):
+                rows[name]["note"] = reason
+            else:
+                present[name] = contender
+        num_batches = -(-images // (setting.batch * workers)) * workers
+        runs = {
+            name: functools.partial(_seconds, contender.open, 2 * workers, num_batches)
+            for name, contender in present.items()
+        }
+        seconds = interleaved(runs, repeats)
+    for name, times in seconds.items():
+        rows[name] |= _measured(num_batches * setting.batch, times)
+        rows[name] |= _compared(rows[name], seconds)
+    return list(rows.values())
+
+
+def contenders(setting: Setting) -> list[Contender]:
+    """Every loader with every augmentation it has."""
+    found = []
+    for augmentation in _RANDAUGMENT:
+        for name in ("dali", "torchvision"):
+            for repeats in (1, 3) if augmentation != EVERY_OP else (1,):
+                what = _ours_name(name) + ("" if repeats == 1 else f", repeats {repeats}")
+                found.append((what, augmentation, functools.partial(_ours, setting, name, augmentation, repeats)))
+        if augmentation != RECIPE:
+            randaugment = augmentation == EVERY_OP
+            found += [
+                ("DALI's own reader", augmentation, functools.partial(_dali, setting, randaugment)),
+                ("webdataset + torchvision", augmentation, functools.partial(_webdataset, setting, randaugment)),
+            ]
+        found.append(("timm", augmentation, functools.partial(_timm, setting, augmentation)))
+    return [Contender(*fields) for fields in found]
+
+
+def missing(contender: Contender, setting: Setting) -> str | None:
+    """Why a contender cannot run here, or None. Takes one batch and looks at its shape."""
+    try:
+        with closing(contender.open()) as batches:
+            shape = tuple(next(batches).shape)
+    except ImportError as error:
+        return f"not installed ({error.name})"
+    except UserError as error:
+        return str(error)
+    channels_last = (setting.batch, SIZE_PX, SIZE_PX, 3)
+    assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (contender, shape)
+    return None
+
+
+def _ours_name(pipeline: str) -> str:
+    return {"dali": "ours on DALI", "torchvision": "ours on torchvision"}[pipeline]
+
+
+def _measured(images: int, times: list[float]) -> dict:
+    return {
+        "images_per_s": round(images / statistics.median(times)),
+        "min": round(images / max(times)),
+        "max": round(images / min(times)),
+    }
+
+
+def _compared(row: dict, seconds: dict[str, list[float]]) -> dict:
+    """The row's speed over ours with the same augmentation: on DALI, or on torchvision where DALI cannot run."""
+    for pipeline in ("dali", "torchvision"):
+        ours = f"{_ours_name(pipeline)}, {row['augmentation']}"
+        if ours in seconds:
+            times = seconds[f"{row['what']}, {row['augmentation']}"]
+            return {"ratio": ratio(seconds[ours], times), "of": _ours_name(pipeline)}
+    return {}
+
+
+def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:
+    """Seconds for `count` batches after the first `lead`, by when the loader is running evenly."""
+    with closing(open_batches()) as batches:
+        for _ in range(lead):
+            next(batches)
+        _synchronize()
+        start_s = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        _synchronize()
+        return time.perf_counter() - start_s
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---
+
+
+def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
+    augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
+    # As many groups in a global batch as the recipe has, where there are so many images: the copies of an image are
+    # then in different batches.
+    global_batch = min(8, len(setting.index) // setting.batch) * setting.batch
+    plan = TrainPlan(setting.index, augment, 0, global_batch, SIZE_PX, fill=(124, 116, 104))
+    defaults = DataConfig()
+    pipeline = open_pipeline(
+        name,
+        setting.index,
+        device=setting.device,
+        threads=setting.workers,
+        prefetch=defaults.prefetch,
+        decode=defaults.decode,
+        hw_decoder_load=defaults.hw_decoder_load,
+    )
+    plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
+    with closing(pipeline.batches(plans)) as batches:
+        for batch in batches:
+            yield batch.images
+
+
+def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.auto_aug.rand_augment import rand_augment
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    on_gpu = setting.device.type == "cuda"
+
+    @pipeline_def(enable_conditionals=True)
+    def graph():
+        jpeg, _ = fn.readers.webdataset(
+            paths=[str(path) for path in setting.index.paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in setting.index.paths],
+            ext=["jpg", "cls"],
+            random_shuffle=True,
+        )
+        images = fn.decoders.image_random_crop(
+            jpeg,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            random_area=[0.08, 1.0],
+            random_aspect_ratio=[3 / 4, 4 / 3],
+            num_attempts=10,
+        )
+        images = fn.resize(images, size=[SIZE_PX, SIZE_PX], interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.flip(images, horizontal=fn.random.coin_flip())
+        if randaugment:
+            images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=[SIZE_PX, SIZE_PX])
+        return images
+
+    with warnings.catch_warnings(record=True):  # DALI's RandAugment uses what DALI calls deprecated, past any filter
+        pipeline = graph(batch_size=setting.batch, num_threads=setting.workers, device_id=0 if on_gpu else None)
+        batches = DALIGenericIterator([pipeline], ["images"])  # of unknown size: without end
+    for outputs in batches:
+        yield outputs[0]["images"]
+
+
+def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
+    from timm.data import create_dataset, create_loader
+
+    batches = create_loader(
+        create_dataset("", str(setting.folder)),
+        input_size=(3, SIZE_PX, SIZE_PX),
+        batch_size=setting.batch,
+        is_training=True,
+        auto_augment=_TIMM[augmentation],
+        color_jitter=None,
+        interpolation="bicubic",
+        num_workers=setting.workers,
+        pin_memory=setting.device.type == "cuda",
+        device=setting.device,
+        use_multi_epochs_loader=True,
+    )
+    if setting.device.type == "cpu":
+        batches = batches.loader  # uint8, before the normalisation that is meant for a GPU
+    while True:
+        for images, _ in batches:
+            yield images
+
+
+def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
+    import webdataset
+
+    shards = [str(path) for path in setting.index.paths]
+    dataset = (
+        webdataset.WebDataset(shards, resampled=True, shardshuffle=False, handler=webdataset.reraise_exception)
+        .shuffle(1000)
+        .to_tuple("jpg")
+        .map_tuple(_TensorTransform(randaugment))
+        .batched(setting.batch, partial=False)
+    )
+    on_gpu = setting.device.type == "cuda"
+    for (images,) in webdataset.WebLoader(dataset, batch_size=None, num_workers=setting.workers, pin_memory=on_gpu):
+        yield images.to(setting.device, non_blocking=True)
+
+
+class _TensorTransform:
+    """JPEG bytes -> uint8 [3, SIZE_PX, SIZE_PX] through torchvision's decoder and v2 transforms. RandAugment runs on
+    PIL images, where it is faster."""
+
+    def __init__(self, randaugment: bool):
+        from torchvision.transforms import InterpolationMode, v2
+
+        stages = [
+            v2.RandomResizedCrop(SIZE_PX, interpolation=InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
+        if randaugment:
+            operations = v2.RandAugment(_NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS)
+            stages += [v2.ToPILImage(), operations, v2.PILToTensor()]
+        self._transform = v2.Compose(stages)
+
+    def __call__(self, jpeg: bytes) -> torch.Tensor:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        return self._transform(decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB))

@@ -1,0 +1,66 @@
+"""What every benchmark shares: timing in turns, and what a number depends on."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset")
+
+
+def interleaved(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each contender returns, its seconds, `repeats` times in turn, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            elapsed_s = run()
+            if turn:
+                seconds[name].append(elapsed_s)
+    return seconds
+
+
+def timed(run: Callable[[], None]) -> Callable[[], float]:
+    """`run` as a contender: all of it counts."""
+
+    def seconds() -> float:
+        start_s = time.perf_counter()
+        run()
+        return time.perf_counter() - start_s
+
+    return seconds
+
+
+def ratio(baseline: list[float], times: list[float]) -> float:
+    """The speed of `times` over the baseline's: the median of the ratios of neighbouring runs."""
+    return round(statistics.median(b / t for b, t in zip(baseline, times, strict=True)), 3)
+
+
+def machine() -> dict:
+    """What a number depends on."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": num_cores(),
+        "gpu": _gpu(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,57 @@
+"""Real photographs for tests, benchmarks and the parity report: cut from the two that scikit-learn brings along."""
+
+from pathlib import Path
+
+from PIL import Image
+
+
+def photographs() -> list[tuple[str, Image.Image, dict]]:
+    """Name, picture and JPEG options: ImageNet-like sizes, tall, wide, tiny, grayscale, progressive, without chroma
+    subsampling."""
+    china, flower = _pictures()
+    return [
+        ("usual", china.crop((60, 20, 560, 395)), {}),
+        ("flower", flower.crop((100, 30, 600, 405)), {"quality": 85}),
+        ("tall", china.crop((200, 0, 300, 420)), {}),
+        ("wide", flower.crop((0, 200, 640, 290)), {}),
+        ("small", china.resize((64, 48), Image.Resampling.LANCZOS), {}),
+        ("tiny", flower.resize((9, 7), Image.Resampling.LANCZOS), {}),
+        ("gray", flower.convert("L"), {}),
+        ("progressive", china, {"progressive": True}),
+        ("full-chroma", flower.crop((37, 11, 401, 318)), {"subsampling": "4:4:4"}),
+        ("odd", china.crop((1, 2, 334, 225)), {"subsampling": "4:2:0", "quality": 75}),
+    ]
+
+
+def write_photographs(folder: Path) -> dict[str, Path]:
+    """The photographs as JPEGs in FOLDER/train/CLASS, two classes, quality 92 unless their options say otherwise.
+
+    Returns:
+      Name -> file, in the order of `photographs`.
+    """
+    paths = {}
+    for i, (name, image, options) in enumerate(photographs()):
+        paths[name] = folder / "train" / f"class{i % 2}" / f"{name}.jpg"
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        image.save(paths[name], "JPEG", **{"quality": 92, **options})
+    return paths
+
+
+def write_common_photographs(folder: Path, count: int) -> list[Path]:
+    """`count` JPEGs of ImageNet's common size (500 x 375, quality 92) in FOLDER/train/CLASS, ten classes."""
+    pictures = _pictures()
+    paths = []
+    for i in range(count):
+        left, top = 7 * i % 141, 5 * i % 53
+        path = folder / "train" / f"class{i % 10}" / f"{i:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[i % 2].crop((left, top, left + 499, top + 374)).resize((500, 375)).save(path, quality=92)
+        paths.append(path)
+    return paths
+
+
+def _pictures() -> list[Image.Image]:
+    """china.jpg and flower.jpg, 640 x 427."""
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(image) for image in load_sample_images().images]
