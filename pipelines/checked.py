@@ -18,6 +18,15 @@ MID_GRAY = (128, 128, 128)
 _PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again
 
 
+def refuse_damaged(index: ShardIndex) -> Callable[[int, str], None]:
+    """For pipelines whose user wants no gray images: an `on_bad` that raises a UserError which names the sample."""
+
+    def refuse(sample: int, error: str) -> None:
+        raise UserError(f"{index.name(sample)}: {error}. Restore the shard: 'tools/shard_imagenet.py verify' checks it")
+
+    return refuse
+
+
 class CheckedReader:
     """The encoded image of each sample; mid-gray of the same size for a sample that is damaged.
 

@@ -29,6 +29,7 @@ import torch
 
 from pipelines import open_pipeline
 from pipelines.augment import AugmentConfig
+from pipelines.checked import refuse_damaged
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import TrainPlan
@@ -193,8 +194,10 @@ def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Itera
         device=setting.device,
         threads=setting.workers,
         prefetch=defaults.prefetch,
-        decode=defaults.decode,
+        decode="roi",
         hw_decoder_load=defaults.hw_decoder_load,
+        decoder_padding_mib=defaults.decoder_padding_mib,
+        on_bad=refuse_damaged(setting.index),
     )
     plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
     with closing(pipeline.batches(plans)) as batches:

@@ -16,6 +16,7 @@ from torchvision.transforms import functional as F
 from pipelines import open_pipeline
 from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
+from pipelines.checked import refuse_damaged
 from pipelines.cpu import apply_op, decode
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
@@ -78,6 +79,8 @@ class Executor:
             prefetch=defaults.prefetch,
             decode=self.decode,
             hw_decoder_load=defaults.hw_decoder_load,
+            decoder_padding_mib=defaults.decoder_padding_mib,
+            on_bad=refuse_damaged(photos.index),
         )
         (batch,) = pipeline.batches([plan])
         return batch.images.cpu().numpy()
