@@ -536,6 +536,7 @@ def test_an_average_too_slow_for_the_run_is_told(digits, tmp_path, capsys):
 def test_ctrl_c_is_one_line(digits, tmp_path):
     command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, *EVERY_3]
     command += ["--data.root", str(digits), "--run.out", str(tmp_path)]
+    command += ["--schedule.epochs", "300"]  # on a busy machine 4 end before the signal
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
         assert process.poll() is None
