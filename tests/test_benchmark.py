@@ -53,7 +53,7 @@ def test_loader_measures_every_row(tmp_path):
 def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monkeypatch, module, what):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
-    setting = loaders.Setting(tmp_path, photos, 2, 1, torch.device("cpu"), "roi")
+    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
     rows = [row for row in loaders.contenders(setting) if what in row.what]
     assert rows
     for row in rows:

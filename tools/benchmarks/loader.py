@@ -2,8 +2,10 @@
 
 What makes the rows comparable:
 
-- Every row decodes as many pictures, and ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if
-  there is one (timm's loader normalises there; without a GPU its batches are taken before that).
+- Every row ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if there is one (timm's loader
+  normalises there; without a GPU its batches are taken before that).
+- Our pipelines keep a decoded picture that comes again within the batches they look ahead, which is what "repeats 3"
+  shows. There are more pictures than are timed, so that no run reaches a second epoch and no other row gains by it.
 - Every row has as many threads or worker processes as there are cores, and reads from the page cache.
 - Starting up does not count: a run opens its loader, takes some batches, and then times the next ones. Loaders are
   endless, so nobody's queue runs dry in between, and batches are counted in multiples of the workers, which deliver
@@ -50,6 +52,8 @@ COLUMNS = {
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
 _RANDAUGMENT = {BARE: {"randaugment_ops": 0}, RECIPE: {}, EVERY_OP: {"randaugment_prob": 1.0}}
 _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mstd0.5-inc1"}
+_GROUPS = 8  # batches in a global batch, as in the recipe: the copies of an image are in different ones
+_AHEAD = 16  # batches a pipeline may look ahead
 _NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # of DALI's and torchvision's RandAugment
 _CLEAN_PROCESSES = "forkserver"  # workers forked from a process with DALI's and our threads end by SIGSEGV at times
 
@@ -77,17 +81,19 @@ class Contender:
 
 
 def loader(images: int, repeats: int, batch: int) -> list[dict]:
-    """The rows of the benchmark, over `images` photographs, in batches of `batch` or of all the images there are."""
+    """The rows of the benchmark; a run times `images` images or some more, in batches of `batch` or of all of them."""
     _start_clean_process()
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "src", Path(scratch) / "out"
-        write_common_photographs(folder, images)
         workers = num_cores()
-        build(folder, out, BuildOptions(samples_per_shard=max(1, images // (4 * workers))), workers=workers)
+        batch, lead = min(batch, images), 2 * workers
+        num_batches = -(-images // (batch * workers)) * workers
+        num_pictures = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
+        write_common_photographs(folder, num_pictures)
+        build(folder, out, BuildOptions(samples_per_shard=-(-num_pictures // (4 * workers))), workers=workers)
         index, device = read_index(out, "train"), first_device()
         decode, _ = decode_path(index, device)
-        setting = Setting(folder / "train", index, min(batch, images), workers, device, decode)
-        num_batches = -(-images // (setting.batch * workers)) * workers
+        setting = Setting(folder / "train", index, batch, workers, device, decode)
         rows, runs = {}, {}
         for contender in contenders(setting):
             name = f"{contender.what}, {contender.augmentation}"
@@ -95,7 +101,7 @@ def loader(images: int, repeats: int, batch: int) -> list[dict]:
             if reason := missing(contender, setting):
                 rows[name]["note"] = reason
             else:
-                runs[name] = functools.partial(_seconds, contender.open, 2 * workers, num_batches)
+                runs[name] = functools.partial(_seconds, contender.open, lead, num_batches)
         seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
     for name, times in seconds.items():
         rows[name] |= _measured(num_batches * setting.batch, times)
@@ -186,10 +192,7 @@ def _synchronize() -> None:
 
 def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
     augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
-    # As many groups in a global batch as the recipe has, where there are so many images: the copies of an image are
-    # then in different batches.
-    global_batch = min(8, len(setting.index) // setting.batch) * setting.batch
-    plan = TrainPlan(setting.index, augment, 0, global_batch, SIZE_PX, fill=(124, 116, 104))
+    plan = TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=(124, 116, 104))
     pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
     plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
     with closing(pipeline.batches(plans)) as batches:
