@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, photographs
+from conftest import REPOSITORY
 from PIL import Image
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
 from pipelines.cpu import apply_op
 from pipelines.randaugment import apply_ops, erase
+from tools.photos import photographs
 
 FILL = (124, 116, 104)
 FACTORS = (0.0, 0.1, 0.37, 1.0, 1.63, 1.9, 3.0)

@@ -21,6 +21,7 @@ from rich.table import Table
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import shard as shards
 from tools.benchmarks.measure import machine, num_cores
+from tools.opening import first_device
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         columns, where = shards.COLUMNS, "one core"
         rows = shards.shard(options.images, options.repeats)
     else:
-        columns, where = loaders.COLUMNS, f"{loaders.SIZE_PX} px, {num_cores()} cores, {loaders.device().type}"
+        columns, where = loaders.COLUMNS, f"{loaders.SIZE_PX} px, {num_cores()} cores, {first_device().type}"
         rows = loaders.loader(options.images, options.repeats, options.batch)
     print(f"{options.images} JPEGs of 500 x 375, {where}, median of {options.repeats}")
     console = Console()

@@ -2,8 +2,10 @@
 
 What makes the rows comparable:
 
-- Every row decodes as many pictures, and ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if
-  there is one (timm's loader normalises there; without a GPU its batches are taken before that).
+- Every row ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if there is one (timm's loader
+  normalises there; without a GPU its batches are taken before that).
+- Our pipelines keep a decoded picture that comes again within the batches they look ahead, which is what "repeats 3"
+  shows. There are more pictures than are timed, so that no run reaches a second epoch and no other row gains by it.
 - Every row has as many threads or worker processes as there are cores, and reads from the page cache.
 - Starting up does not count: a run opens its loader, takes some batches, and then times the next ones. Loaders are
   endless, so nobody's queue runs dry in between, and batches are counted in multiples of the workers, which deliver
@@ -17,26 +19,27 @@ What makes the rows comparable:
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
 
-from pipelines import open_pipeline
 from pipelines.augment import AugmentConfig
 from pipelines.checked import refuse_damaged
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import TrainPlan
 from tools.benchmarks.measure import interleaved, num_cores, ratio
+from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.config import DataConfig
 
 SIZE_PX = 224
 COLUMNS = {
@@ -50,18 +53,23 @@ COLUMNS = {
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
 _RANDAUGMENT = {BARE: {"randaugment_ops": 0}, RECIPE: {}, EVERY_OP: {"randaugment_prob": 1.0}}
 _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mstd0.5-inc1"}
+_GROUPS = 8  # batches in a global batch, as in the recipe: the copies of an image are in different ones
+_AHEAD = 16  # batches a pipeline may look ahead
 _NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # of DALI's and torchvision's RandAugment
+_CLEAN_PROCESSES = "forkserver"  # workers forked from a process with DALI's and our threads end by SIGSEGV at times
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all rows share: the pictures as a folder and as shards, images a batch, threads or processes, device."""
+    """What all rows share: the pictures as a folder and as shards, images a batch, threads or processes, device; and
+    our decode path."""
 
     folder: Path
     index: ShardIndex
     batch: int
     workers: int
     device: torch.device
+    decode: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,33 +81,29 @@ class Contender:
     open: Callable[[], Iterator[torch.Tensor]]
 
 
-def device() -> torch.device:
-    """Where the batches go: the GPU if there is one."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def loader(images: int, repeats: int, batch: int) -> list[dict]:
-    """The rows of the benchmark, over `images` photographs, in batches of `batch` or of all the images there are."""
+    """The rows of the benchmark; a run times `images` images or some more, in batches of `batch` or of all of them."""
+    _start_clean_process()
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "src", Path(scratch) / "out"
-        write_common_photographs(folder, images)
         workers = num_cores()
-        build(folder, out, BuildOptions(samples_per_shard=max(1, images // (4 * workers))), workers=workers)
-        setting = Setting(folder / "train", read_index(out, "train"), min(batch, images), workers, device())
-        rows, present = {}, {}
+        batch, lead = min(batch, images), 2 * workers
+        num_batches = -(-images // (batch * workers)) * workers
+        num_pictures = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
+        write_common_photographs(folder, num_pictures)
+        build(folder, out, BuildOptions(samples_per_shard=-(-num_pictures // (4 * workers))), workers=workers)
+        index, device = read_index(out, "train"), first_device()
+        decode, _ = decode_path(index, device)
+        setting = Setting(folder / "train", index, batch, workers, device, decode)
+        rows, runs = {}, {}
         for contender in contenders(setting):
             name = f"{contender.what}, {contender.augmentation}"
             rows[name] = {"what": contender.what, "augmentation": contender.augmentation}
             if reason := missing(contender, setting):
                 rows[name]["note"] = reason
             else:
-                present[name] = contender
-        num_batches = -(-images // (setting.batch * workers)) * workers
-        runs = {
-            name: functools.partial(_seconds, contender.open, 2 * workers, num_batches)
-            for name, contender in present.items()
-        }
-        seconds = interleaved(runs, repeats)
+                runs[name] = functools.partial(_seconds, contender.open, lead, num_batches)
+        seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
     for name, times in seconds.items():
         rows[name] |= _measured(num_batches * setting.batch, times)
         rows[name] |= _compared(rows[name], seconds)
@@ -173,6 +177,12 @@ def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, coun
         return time.perf_counter() - start_s
 
 
+def _start_clean_process() -> None:
+    """Start the process that workers are forked from, with what they import: they are there at once then."""
+    multiprocessing.set_forkserver_preload(["timm.data", "torchvision.transforms.v2", "webdataset"])
+    forkserver.ensure_running()
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -183,22 +193,8 @@ def _synchronize() -> None:
 
 def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
     augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
-    # As many groups in a global batch as the recipe has, where there are so many images: the copies of an image are
-    # then in different batches.
-    global_batch = min(8, len(setting.index) // setting.batch) * setting.batch
-    plan = TrainPlan(setting.index, augment, 0, global_batch, SIZE_PX, fill=(124, 116, 104))
-    defaults = DataConfig()
-    pipeline = open_pipeline(
-        name,
-        setting.index,
-        device=setting.device,
-        threads=setting.workers,
-        prefetch=defaults.prefetch,
-        decode="roi",
-        hw_decoder_load=defaults.hw_decoder_load,
-        decoder_padding_mib=defaults.decoder_padding_mib,
-        on_bad=refuse_damaged(setting.index),
-    )
+    plan = TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=(124, 116, 104))
+    pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
     plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
     with closing(pipeline.batches(plans)) as batches:
         for batch in batches:
@@ -257,6 +253,7 @@ def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
         device=setting.device,
         use_multi_epochs_loader=True,
     )
+    batches.loader.multiprocessing_context = _CLEAN_PROCESSES
     if setting.device.type == "cpu":
         batches = batches.loader  # uint8, before the normalisation that is meant for a GPU
     while True:
@@ -275,8 +272,14 @@ def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
         .map_tuple(_TensorTransform(randaugment))
         .batched(setting.batch, partial=False)
     )
-    on_gpu = setting.device.type == "cuda"
-    for (images,) in webdataset.WebLoader(dataset, batch_size=None, num_workers=setting.workers, pin_memory=on_gpu):
+    batches = webdataset.WebLoader(
+        dataset,
+        batch_size=None,
+        num_workers=setting.workers,
+        pin_memory=setting.device.type == "cuda",
+        multiprocessing_context=_CLEAN_PROCESSES,
+    )
+    for (images,) in batches:
         yield images.to(setting.device, non_blocking=True)
 
 

@@ -10,13 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset")
 
 
-def interleaved(contenders: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each contender returns, its seconds, `repeats` times in turn, after one round of warm-up."""
+def interleaved(
+    contenders: dict[str, Callable[[], float]], repeats: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """What each contender returns, its seconds, `repeats` times in turn, after a round of warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         for name, run in contenders.items():
             elapsed_s = run()
-            if turn:
+            if turn >= warm_up:
                 seconds[name].append(elapsed_s)
     return seconds
 

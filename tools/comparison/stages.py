@@ -13,7 +13,6 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torchvision.transforms import functional as F
 
-from pipelines import open_pipeline
 from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
 from pipelines.checked import refuse_damaged
@@ -25,9 +24,9 @@ from pipelines.randaugment import apply_ops
 from pipelines.reader import ShardReader
 from tools.comparison import timm_reference
 from tools.comparison.rows import EXACT, Row, Tolerance, compare, not_compared
+from tools.opening import decode_path, first_device, opened
 from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.config import DataConfig
 from trainer.mix import Normalize, mix_pixels
 from trainer.models import preprocessing
 
@@ -70,18 +69,7 @@ class Executor:
 
     def pixels(self, photos: Photos, plan: BatchPlan) -> np.ndarray:
         """The plan carried out: uint8 [B, S, S, 3]."""
-        defaults = DataConfig()
-        pipeline = open_pipeline(
-            self.pipeline,
-            photos.index,
-            device=self.device,
-            threads=2,
-            prefetch=defaults.prefetch,
-            decode=self.decode,
-            hw_decoder_load=defaults.hw_decoder_load,
-            decoder_padding_mib=defaults.decoder_padding_mib,
-            on_bad=refuse_damaged(photos.index),
-        )
+        pipeline = opened(self.pipeline, photos.index, device=self.device, threads=2, decode=self.decode)
         (batch,) = pipeline.batches([plan])
         return batch.images.cpu().numpy()
 
@@ -96,7 +84,7 @@ class Executor:
 
 def executors() -> list[Executor]:
     """The reference, and DALI on the GPU if there is one."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    device = first_device()
     on = "GPU" if device.type == "cuda" else "CPU"
     return [
         Executor("torchvision", "torchvision", CPU),
@@ -119,6 +107,9 @@ def open_photos(folder: Path) -> Photos:
 def report(photos: Photos, size: int = 224) -> Iterator[Row]:
     """All comparisons, stage by stage, with training images of `size` pixels."""
     ways = executors()
+    path, why = decode_path(photos.index, ways[1].device)
+    if path == "full":
+        yield not_compared("decode", ways.pop(1).name, "timm", why)
     for way in ways:
         yield from _attempt("decode", decoding, photos, way)
     for name in INTERPOLATIONS:
@@ -253,7 +244,7 @@ def operations(photos: Photos, size: int) -> Iterator[Row]:
 
 def _device_operations() -> dict[str, Callable]:
     """The operations on a batch of pixels: in torch, and the GPU's kernel where it can run."""
-    device = executors()[1].device
+    device = first_device()
 
     def way(kernel: bool) -> Callable:
         def apply(images: np.ndarray, ops: np.ndarray, args: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:

@@ -1,0 +1,43 @@
+"""Pipelines with the default settings, for tools that compare them. A damaged image ends the tool."""
+
+import numpy as np
+import torch
+
+from pipelines import Pipeline, open_pipeline
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
+from pipelines.probe import probe_decode
+from pipelines.reader import ShardReader
+from trainer.config import DataConfig
+
+
+def first_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def decode_path(index: ShardIndex, device: torch.device) -> tuple[str, str]:
+    """DALI's decode path as a training run would choose it, roi or full, and why."""
+    if device.type == "cpu":
+        return "roi", "it works"
+    return probe_decode(str(device), ShardReader(index).read(np.array([0]))[0])
+
+
+def opened(name: str, index: ShardIndex, *, device: torch.device, threads: int, decode: str) -> Pipeline:
+    """A pipeline by name; `decode` concerns DALI alone. Raises a UserError if it cannot be had here."""
+    defaults = DataConfig()
+    return open_pipeline(
+        name,
+        index,
+        device=device,
+        threads=threads,
+        prefetch=defaults.prefetch,
+        decode=decode,
+        hw_decoder_load=defaults.hw_decoder_load,
+        decoder_padding_mib=defaults.decoder_padding_mib,
+        on_bad=_refuse,
+    )
+
+
+def _refuse(sample: int, error: str) -> None:
+    raise UserError(f"sample {sample} is damaged: {error}")
