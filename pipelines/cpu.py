@@ -182,8 +182,8 @@ def transform(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
 def crop_resize(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
     """The crop, resized, and of that the window: uint8 [image_size, image_size, 3].
 
-    Torch's resize of uint8 pixels is PIL's, in integers of 16 instead of 22 bits: one or, rarely, two levels of difference
-    (docs/parity.md), and four to eight times as fast.
+    Torch's resize of uint8 pixels is PIL's with filter weights of 16 instead of 22 bits: one or, rarely, two levels of
+    difference (docs/parity.md), and four to eight times as fast.
     """
     top, left, height, width = plan.crop[row].tolist()
     # a copy: torch would make one itself, in threads that get into each other's way

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipelines import Pipeline, open_pipeline
-from pipelines.errors import UserError
+from pipelines.checked import refuse_damaged
 from pipelines.index import ShardIndex
 from pipelines.probe import probe_decode
 from pipelines.reader import ShardReader
@@ -35,9 +35,5 @@ def opened(name: str, index: ShardIndex, *, device: torch.device, threads: int, 
         decode=decode,
         hw_decoder_load=defaults.hw_decoder_load,
         decoder_padding_mib=defaults.decoder_padding_mib,
-        on_bad=_refuse,
+        on_bad=refuse_damaged(index),
     )
-
-
-def _refuse(sample: int, error: str) -> None:
-    raise UserError(f"sample {sample} is damaged: {error}")

@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 
 from pipelines.augment import AugmentConfig
-from pipelines.checked import refuse_damaged
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import TrainPlan
