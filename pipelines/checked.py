@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.reader import ShardReader
 
-MID_GRAY = (128, 128, 128)
+MID_GRAY = 128
 _PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again
 
 
@@ -64,13 +64,13 @@ class CheckedReader:
         """Whether `read` gives something else than the stored bytes."""
         return sample in self._replaced
 
-    def reject(self, sample: int, error: str, image: Image.Image | None = None) -> None:
-        """From now on `read` gives `image` for the sample, mid-gray if there is none."""
-        if image is None:
+    def reject(self, sample: int, error: str, pixels: np.ndarray | None = None) -> None:
+        """From now on `read` gives `pixels`, uint8 [height, width, 3], for the sample; mid-gray if there are none."""
+        if pixels is None:
             row = self._index.samples[sample]
-            image = Image.new("RGB", (int(row["width"]), int(row["height"])), MID_GRAY)
+            pixels = np.full((row["height"], row["width"], 3), MID_GRAY, dtype=np.uint8)
         encoded = io.BytesIO()
-        image.save(encoded, "PNG", compress_level=1)
+        Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
         with self._lock:
             if sample in self._replaced:
                 return

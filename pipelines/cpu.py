@@ -1,10 +1,10 @@
-"""The reference pipeline: PIL's decoder, torch's resize and timm's own PIL operations in a thread pool."""
+"""The reference pipeline: libjpeg, torch's resize and timm's own PIL operations in a thread pool."""
 
 import collections
 import functools
 import io
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.augment import Op
 from pipelines.batch import Batch, BatchMaker
@@ -31,7 +32,7 @@ class TorchvisionPipeline:
     Args:
       index: where the samples lie.
       device: where the batches go.
-      threads: of the pool; PIL works outside Python's lock.
+      threads: of the pool; what they do is done outside Python's lock.
       prefetch: finished batches that wait for the training step.
       on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
     """
@@ -61,7 +62,7 @@ class TorchvisionPipeline:
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         in_flight: collections.deque[tuple[BatchPlan, np.ndarray, list[Future]]] = collections.deque()
-        images = _RepeatedImages(self._index, self._decode)
+        images = _RepeatedImages(self._index, functools.partial(decode_checked, self._reader))
 
         def announce(plan: BatchPlan) -> None:
             self._reader.will_need(plan.sample)
@@ -94,9 +95,6 @@ class TorchvisionPipeline:
         for row in rows:
             row.result()
         return self._maker.make(torch.from_numpy(pixels), plan)
-
-    def _decode(self, sample: int) -> np.ndarray:
-        return np.asarray(decode_checked(self._reader, sample))
 
 
 class _RepeatedImages:
@@ -150,17 +148,32 @@ class _Once:
             return self._result
 
 
-def decode(jpeg: np.ndarray | bytes) -> Image.Image:
-    """RGB pixels as stored: EXIF orientation is not applied."""
-    return Image.open(io.BytesIO(jpeg)).convert("RGB")
+def decode(encoded: np.ndarray) -> np.ndarray:
+    """RGB pixels as stored, uint8 [height, width, 3]: EXIF orientation is not applied.
+
+    torchvision's decoder of JPEGs gives PIL's pixels and leaves other threads alone meanwhile; PIL decodes the rest.
+
+    Raises:
+      Exception: nearly any, if the bytes are no image.
+    """
+    try:
+        # a copy: torch wants memory that it may write to
+        return decode_jpeg(torch.from_numpy(encoded.copy()), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except RuntimeError:  # no JPEG, or a damaged one; PIL can tell which
+        return np.asarray(decode_with_pil(encoded))
 
 
-def decode_checked(reader: CheckedReader, sample: int) -> Image.Image:
+def decode_with_pil(encoded: np.ndarray | bytes) -> Image.Image:
+    """The same by PIL: what other decoders are held to."""
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def decode_checked(reader: CheckedReader, sample: int) -> np.ndarray:
     """RGB pixels of a sample; one that cannot be decoded is rejected, and its replacement decoded."""
     (encoded,) = reader.read(np.array([sample]))
     try:
         return decode(encoded)
-    except Exception as error:  # damaged bytes bring PIL to raise nearly anything; the reader tells about it
+    except Exception as error:  # damaged bytes bring decoders to raise nearly anything; the reader tells about it
         if reader.is_replaced(sample):
             raise
         reader.reject(sample, f"cannot be decoded ({error})")
@@ -180,19 +193,24 @@ def transform(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
 
 
 def crop_resize(image: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
-    """The crop, resized, and of that the window: uint8 [image_size, image_size, 3].
+    """The crop, resized, and of that the window: uint8 [image_size, image_size, 3]."""
+    resized = resized_crop(image, plan.crop[row].tolist(), plan.resize[row].tolist(), plan.interpolation)
+    top, left = plan.window[row].tolist()
+    return resized[top : top + plan.image_size, left : left + plan.image_size]
+
+
+def resized_crop(image: np.ndarray, box: Sequence[int], size: Sequence[int], interpolation: str) -> np.ndarray:
+    """A box (top, left, height, width) of an image, resized with antialiasing: uint8 [*size, 3].
 
     Torch's resize of uint8 pixels is PIL's with filter weights of 16 instead of 22 bits: one or, rarely, two levels of
     difference (docs/parity.md), and four to eight times as fast.
     """
-    top, left, height, width = plan.crop[row].tolist()
+    top, left, height, width = box
     # a copy: torch would make one itself, in threads that get into each other's way
-    crop = torch.from_numpy(image[top : top + height, left : left + width].copy())
-    size = tuple(plan.resize[row].tolist())
-    # [1, 3, height, width] -> [height, width, 3]
-    resized = F.interpolate(crop.permute(2, 0, 1)[None], size, mode=plan.interpolation, antialias=True)[0]
-    top, left = plan.window[row].tolist()
-    return resized[:, top : top + plan.image_size, left : left + plan.image_size].permute(1, 2, 0).numpy()
+    crop = torch.from_numpy(image[None, top : top + height, left : left + width].copy())
+    # [1, 3, height, width] and back, channels last in memory throughout
+    resized = F.interpolate(crop.permute(0, 3, 1, 2), tuple(size), mode=interpolation, antialias=True)
+    return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
 def augmented(pixels: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:

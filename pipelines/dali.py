@@ -25,6 +25,7 @@ TensorList = TensorListCPU | TensorListGPU
 
 _INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _PLANS_AHEAD = 8  # whose bytes are asked for, and whose graphs are built
+_MOST_PADDING_MIB = 64  # unless told otherwise: 22 megapixels; of larger images there are few
 _IN_FLIGHT = 2  # batches DALI works on at a time: one is decoded on the host while one is finished on the device
 
 
@@ -52,8 +53,8 @@ class DaliPipeline:
       prefetch: finished batches that wait for the training step.
       decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
       hw_decoder_load: share of the images given to the GPU's JPEG engine, where it has one.
-      decoder_padding_mib: memory that the GPU's decoder takes at once, so that a large image does not make it
-        allocate in the middle of a run; 0 is what the largest image of the index takes.
+      decoder_padding_mib: memory that each thread of the GPU's decoder takes at once, so that a large image does not
+        make it allocate in the middle of a run; 0 is what the largest image of the index takes, 64 at the most.
       on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
     """
 
@@ -166,8 +167,8 @@ class DaliPipeline:
                 collections.deque(self._build(_Shape.of(row)).run(iter([row]), self._maker.stream), maxlen=0)
             except _FailedBatchError as failed:
                 sample = int(row.sample[0])
-                image = decode_checked(self._reader, sample)
-                self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({failed})", image)
+                pixels = decode_checked(self._reader, sample)
+                self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({failed})", pixels)
                 found.append(True)
         if not any(found):
             raise UserError(
@@ -255,8 +256,10 @@ def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) ->
 
 
 def _padding(index: ShardIndex, mib: int) -> dict[str, int]:
+    """How much memory each of the decoder's threads takes at once, on the device and pinned on the host."""
     rows = index.samples
-    nbytes = mib << 20 if mib else 3 * int((rows["height"].astype(np.int64) * rows["width"]).max())
+    largest = 3 * int((rows["height"].astype(np.int64) * rows["width"]).max())
+    nbytes = mib << 20 if mib else min(largest, _MOST_PADDING_MIB << 20)
     return {"device_memory_padding": nbytes, "host_memory_padding": nbytes}
 
 

@@ -61,11 +61,11 @@ def _main(device: str, path: str) -> None:
     """Decode the same regions of the image on standard input here and with PIL; exit with what is wrong, if it is."""
     import torch
 
-    from pipelines.cpu import decode
+    from pipelines.cpu import decode_with_pil
     from pipelines.dali import decoded_regions
 
     jpeg = np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
-    whole = np.asarray(decode(jpeg))
+    whole = np.asarray(decode_with_pil(jpeg))
     height, width = whole.shape[:2]
     crops = np.array(
         [[0, 0, height, width], [height // 3, width // 4, -(-height // 2), -(-width // 2)]], dtype=np.int32

@@ -22,6 +22,15 @@ def run(tmp_path, *arguments: str) -> tuple[list[dict], str]:
     return result["rows"], done.stdout
 
 
+def test_read_measures_every_row_warm_and_cold(tmp_path):
+    rows, printed = run(tmp_path, "read", "--images", "16")
+    names = [(row["augmentation"], row["what"]) for row in rows]
+    assert len(set(names)) == len(names) == 12 and {"warm", "cold"} == {temperature for temperature, _ in names}
+    for row in rows:
+        assert 0 < row["min"] <= row["mb_per_s"] <= row["max"] and row["ratio"] > 0, row
+        assert row["what"] in printed
+
+
 def test_shard_measures_every_row(tmp_path):
     rows, printed = run(tmp_path, "shard", "--images", "12")
     assert [row["what"] for row in rows if row["images_per_s"] > 0 and row["mb_per_s"] > 0] == [

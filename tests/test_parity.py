@@ -25,8 +25,9 @@ def test_every_stage_is_within_its_tolerance(rows):
     assert {("mixup", "trainer.mix"), ("CutMix", "trainer.mix")} <= compared
 
 
-def test_the_reference_equals_timms_whole_training_transform_drawing_the_same_numbers(rows):
-    (row,) = [row for row in rows if row.stage == "whole training transform" and row.ours == "torchvision"]
+def test_the_cpu_pipeline_equals_timms_whole_training_transform_but_for_the_resize(rows):
+    """Drawing the same numbers: which crop, which operations, which arguments, and how they are done."""
+    (row,) = [row for row in rows if row.stage == "whole training transform" and row.against == "timm with our resize"]
     assert row.images >= 100 and row.max == 0 and row.tolerance == str(EXACT)
 
 

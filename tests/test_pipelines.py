@@ -24,7 +24,7 @@ from torchvision.transforms import functional as F
 
 from pipelines import Pipeline, open_pipeline, probe, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
-from pipelines.cpu import apply_op, augmented, decode, transform
+from pipelines.cpu import apply_op, augmented, decode, decode_with_pil, transform
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
@@ -84,10 +84,18 @@ def test_training_crops_equal_timms_crop_of_the_same_box(photos, monkeypatch):
     for row, jpeg in enumerate(ShardReader(photos).read(plan.sample)):
         box = tuple(plan.crop[row].tolist())
         monkeypatch.setattr(timms, "get_params", lambda *_, box=box: box)
-        expected = timms(decode(jpeg))
+        expected = timms(decode_with_pil(jpeg))
         if plan.flip[row]:
             expected = F.hflip(expected)
         assert_nearly_equal(ours[row], np.asarray(expected))
+
+
+def test_jpegs_are_decoded_to_pils_pixels_and_other_images_too(photos):
+    for jpeg in ShardReader(photos).read(np.arange(10)):
+        assert np.array_equal(decode(jpeg), np.asarray(decode_with_pil(jpeg)))
+    png = io.BytesIO()
+    decode_with_pil(jpeg).save(png, "PNG")
+    assert np.array_equal(decode(np.frombuffer(png.getvalue(), np.uint8)), decode(jpeg))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -95,7 +103,7 @@ def test_evaluation_equals_timms_transform(photos, interpolation):
     ours = pixels("torchvision", photos, [EvalPlan(photos, 224, 0.95, interpolation).rows(0, 10)])
     timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=0.95, normalize=False)
     for row, jpeg in enumerate(ShardReader(photos).read(np.arange(10))):
-        expected = timms(decode(jpeg)).permute(1, 2, 0).numpy()
+        expected = timms(decode_with_pil(jpeg)).permute(1, 2, 0).numpy()
         assert_nearly_equal(ours[row], expected)
 
 
@@ -120,7 +128,7 @@ TIMM_ARGUMENTS = [
 
 @pytest.mark.parametrize(("op", "name", "arg"), TIMM_ARGUMENTS, ids=[name for _, name, _ in TIMM_ARGUMENTS])
 def test_each_operation_is_timms(photos, op, name, arg):
-    image = decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+    image = decode_with_pil(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
     fill = (124, 116, 104)
     arguments = () if arg is None else (arg,)
     expected = NAME_TO_OP[name](image, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
@@ -131,7 +139,7 @@ def test_each_operation_is_timms(photos, op, name, arg):
 
 @pytest.fixture(scope="module")
 def photo(photos) -> Image.Image:
-    return decode(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
+    return decode_with_pil(ShardReader(photos).read(np.array([0]))[0]).resize((96, 96))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_colour_jitter_equals_torchvisions_with_the_same_factors(photos, monkeyp
         ops, args = plan.ops[row].tolist(), plan.args[row].tolist()
         params = torch.tensor([numbers.index(op) for op in ops]), *(args[ops.index(op)] for op in numbers), None
         monkeypatch.setattr(theirs, "get_params", lambda *_, params=params: params)
-        image = np.asarray(decode(jpeg))
+        image = decode(jpeg)
         expected = theirs(Image.fromarray(transform(image, bare, row)))
         assert np.array_equal(transform(image, plan, row), np.asarray(expected))
 
@@ -181,7 +189,7 @@ def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothin
 def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
     plan = train_plan(photos, AugmentConfig(mix_group=5)).rows(0, 200)
     row = int(np.flatnonzero((plan.ops > 0).all(1) & ~plan.flip)[0])
-    image = np.asarray(decode(ShardReader(photos).read(plan.sample[row : row + 1])[0]))
+    image = decode(ShardReader(photos).read(plan.sample[row : row + 1])[0])
     bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
     expected = Image.fromarray(transform(image, bare, row))
     for op, arg in zip(plan.ops[row], plan.args[row], strict=True):
@@ -249,7 +257,7 @@ def test_dali_decodes_the_same_pixels_as_pil(photos):
             window=np.zeros((1, 2), dtype=np.int32),
         )
         top, left = crop[0, :2].tolist()
-        expected = np.asarray(decode(reader.read(np.array([sample]))[0]))[top : top + side, left : left + side]
+        expected = np.asarray(decode_with_pil(reader.read(np.array([sample]))[0]))[top : top + side, left : left + side]
         assert np.array_equal(pixels("dali", photos, [plan])[0], expected), photos.name(sample)
 
 
@@ -272,6 +280,30 @@ def test_dali_follows_a_change_of_the_image_size(photos):
     assert [batch.images.shape[1] for batch in batches] == [96, 96, 64, 64]
     for batch, plan in zip(batches, plans, strict=True):
         assert np.array_equal(batch.images.numpy(), pixels("dali", photos, [plan]))
+
+
+def test_dalis_graphs_are_built_ahead_and_used_again(photos, monkeypatch):
+    """For a new size while the batches of the old one are made, and once for all evaluations."""
+    from pipelines import dali
+
+    built = []
+
+    class Graph(dali._Graph):
+        def __init__(self, shape, *arguments, **options):
+            built.append((shape.image_size, threading.current_thread().name))
+            super().__init__(shape, *arguments, **options)
+
+    monkeypatch.setattr(dali, "_Graph", Graph)
+    plans = [train_plan(photos, size=size).rows(0, 10) for size in (64, 64, 96, 96)]
+    pipeline = opened("dali", photos, prefetch=1)
+    batches = pipeline.batches(plans)
+    next(batches)
+    assert [size for size, _ in built] == [64, 96]
+    assert all(thread.startswith("build-dali") for _, thread in built)
+    list(batches)
+    for _ in range(3):
+        assert len(list(pipeline.batches(plans[2:]))) == 2
+    assert len(built) == 2
 
 
 def test_dali_agrees_with_the_reference_with_randaugment_on(photos):

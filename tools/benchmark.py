@@ -1,5 +1,6 @@
 """Measures what users wait for, side by side in the same run: medians of repeated, interleaved runs.
 
+    python tools/benchmark.py read   [--images N] [--repeats R] [--json FILE]
     python tools/benchmark.py shard  [--images N] [--repeats R] [--json FILE]
     python tools/benchmark.py loader [--images N] [--repeats R] [--batch B] [--json FILE]
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.benchmarks import loader as loaders
+from tools.benchmarks import read as reads
 from tools.benchmarks import shard as shards
 from tools.benchmarks.measure import machine, num_cores
 from tools.opening import first_device
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, images, repeats, about in (
+        ("read", 4096, 7, "bytes from shards, on one core, from the page cache and from the disk"),
         ("shard", 400, 7, "writing shards, on one core"),
         ("loader", 1024, 5, "training batches, against DALI's own reader, timm and webdataset, on all cores"),
     ):
@@ -38,7 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--json", type=Path, help="write the result to this file, too")
     command.add_argument("--batch", type=int, default=128, help="images a batch; at most --images")
     options = parser.parse_args(arguments)
-    if options.command == "shard":
+    if options.command == "read":
+        columns, where = reads.COLUMNS, "one reading thread"
+        rows = reads.read(options.images, options.repeats)
+    elif options.command == "shard":
         columns, where = shards.COLUMNS, "one core"
         rows = shards.shard(options.images, options.repeats)
     else:

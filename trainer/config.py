@@ -42,7 +42,8 @@ class DataConfig:
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
         works, which is tried once a run.
       hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
-      decoder_padding_mib: DALI: memory that the GPU's decoder takes at once; 0 is what the largest image takes.
+      decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
+        takes, 64 at the most.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
       prefetch: finished batches that wait for the training step.
       max_bad_fraction: of the images of a split; the run ends when more are damaged. A single one never ends it, unless

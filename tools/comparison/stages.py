@@ -195,13 +195,19 @@ def crop_resize(stage: str, photos: Photos, way: Executor, size: int, interpolat
 
 def training(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
     """The whole training transform, from the uniforms on: crop, resize, flip, RandAugment."""
-    sample, pairs = _trained(photos, way, _train_plan(photos, size), steps=16)
+    plan = _train_plan(photos, size)
+    if way.pipeline == "torchvision":
+        sample, pairs = _trained(photos, way, plan, steps=16, our_resize=True)
+        yield compare(stage, way.name, "timm with our resize", pairs, EXACT, sample)
+    sample, pairs = _trained(photos, way, plan, steps=16)
     yield compare(stage, way.name, "timm", pairs, way.allows(TRAINING, TRAINING_TORCH), sample)
 
 
-def _trained(photos: Photos, way: Executor, plan: TrainPlan, steps: int) -> tuple[np.ndarray, list]:
+def _trained(
+    photos: Photos, way: Executor, plan: TrainPlan, steps: int, *, our_resize: bool = False
+) -> tuple[np.ndarray, list]:
     rows = plan.rows(0, steps * plan.global_batch)
-    timms = timm_reference.TimmTraining(plan)
+    timms = timm_reference.TimmTraining(plan, our_resize=our_resize)
     expected = [timms(photos.timms[sample], position) for position, sample in enumerate(rows.sample)]
     return rows.sample, list(zip(way.pixels(photos, rows), expected, strict=True))
 

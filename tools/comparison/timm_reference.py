@@ -19,6 +19,7 @@ from timm.data.mixup import FastCollateMixup
 
 from pipelines import augment, rng
 from pipelines.augment import AugmentConfig, Op
+from pipelines.cpu import resized_crop
 from pipelines.plan import TrainPlan
 from pipelines.rng import Stream
 
@@ -44,10 +45,15 @@ NAMES = {
 
 
 class TimmTraining:
-    """timm's training transform, for the positions of a plan. The plan's RandAugment is the recipe's, or none."""
+    """timm's training transform, for the positions of a plan. The plan's RandAugment is the recipe's, or none.
 
-    def __init__(self, plan: TrainPlan):
+    Args:
+      our_resize: timm's own resize is replaced by the CPU pipeline's, so that everything else can be held to equality.
+    """
+
+    def __init__(self, plan: TrainPlan, *, our_resize: bool = False):
         self._plan = plan
+        self._our_resize = our_resize
         self._transform = create_transform(
             plan.image_size,
             is_training=True,
@@ -68,9 +74,14 @@ class TimmTraining:
         draws = augment.randaugment_draws(config)
         (operations,) = rng.uniforms(seed, Stream.RANDAUGMENT, position, position + 1, draws)
         self._transform.transforms[1].p = float(augment.flips(crop[None], config)[0])
-        with _PlannedRandom(crop, operations).installed():
+        resize = mock.patch("timm.data.transforms.F.resized_crop", self._resized_crop)
+        with _PlannedRandom(crop, operations).installed(), resize if self._our_resize else contextlib.nullcontext():
             pixels = self._transform(image)
         return pixels.permute(1, 2, 0).numpy()
+
+    def _resized_crop(self, image: Image.Image, top: int, left: int, height: int, width: int, size, _) -> Image.Image:
+        box = top, left, height, width
+        return Image.fromarray(resized_crop(np.asarray(image), box, size, self._plan.augment.interpolation))
 
 
 class _PlannedRandom:
