@@ -20,9 +20,9 @@ _files_needed = 512  # by the rest of the process, and then by every reader
 class ShardReader:
     """JPEG bytes of samples, read where the index says they lie.
 
-    `will_need` has the system read ahead what the plan needs next; `read` then copies it out of the page cache. Against
-    memory maps that is as fast from the cache and faster from storage (docs/performance.md), and a disk that fails is
-    an error instead of a SIGBUS. Safe to call from several threads.
+    `will_need` has the system read ahead what the plan needs next; `read` then copies it out of the page cache. That is
+    as fast as memory maps (docs/performance.md), and a disk that fails is an error instead of a SIGBUS. Safe to call
+    from several threads.
     """
 
     def __init__(self, index: ShardIndex):

@@ -294,7 +294,7 @@ class _TensorTransform:
             v2.RandomHorizontalFlip(),
         ]
         if randaugment:
-            operations = v2.RandAugment(_NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS)
+            operations = v2.RandAugment(_NUM_OPS, _MAGNITUDE, _BINS, interpolation=InterpolationMode.BICUBIC)
             stages += [v2.ToPILImage(), operations, v2.PILToTensor()]
         self._transform = v2.Compose(stages)
 

@@ -24,7 +24,7 @@ from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
 
 COLUMNS = {"what": "what", "mb_per_s": "MB/s", "min": "min", "max": "max", "ratio": "ratio", "of": "of"}
-OURS = "ours: pread after posix_fadvise"
+OURS = "ours (pread, fadvise)"
 _BATCH = 128
 _BATCHES_AHEAD = 8  # as the pipelines
 
@@ -165,10 +165,10 @@ def _webdataset(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
 
 _WAYS = {
     OURS: _ours,
-    "pread alone": _pread,
-    "memory map after madvise": _mapped_advised,
-    "memory map alone": _mapped_plain,
-    "DALI's readers.webdataset, in order": _dali,
-    "webdataset, in order": _webdataset,
+    "pread": _pread,
+    "memory map, madvise": _mapped_advised,
+    "memory map": _mapped_plain,
+    "DALI's reader": _dali,
+    "webdataset": _webdataset,
 }
-_NEEDS = {"DALI's readers.webdataset, in order": "nvidia", "webdataset, in order": "webdataset"}
+_NEEDS = {"DALI's reader": "nvidia", "webdataset": "webdataset"}
