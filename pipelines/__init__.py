@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # planning and sharding need no torch, and start faster witho
     from pipelines.index import ShardIndex
     from pipelines.plan import BatchPlan
 
+PIXELS_VERSION = 1  # of what pipelines make of a plan: a run that goes on with another is told
 PIPELINES = ("auto", "dali", "torchvision", "synthetic")
 
 

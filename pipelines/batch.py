@@ -47,6 +47,11 @@ class BatchMaker:
         self._device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def use_device(self) -> None:
+        """Called once in the background thread: a thread's current GPU is the first one unless it is told otherwise."""
+        if self.stream is not None:
+            torch.cuda.set_device(self._device)
+
     def make(self, images: torch.Tensor, plan: BatchPlan) -> Batch:
         """The batch, complete when this returns.
 

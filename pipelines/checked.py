@@ -27,17 +27,29 @@ def refuse_damaged(index: ShardIndex) -> Callable[[int, str], None]:
     return refuse
 
 
+def decode_with_pil(encoded: np.ndarray | bytes) -> Image.Image:
+    """RGB pixels as stored: EXIF orientation is not applied. What other decoders are held to."""
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def lossless(pixels: np.ndarray) -> np.ndarray:
+    """Pixels, uint8 [height, width, 3], encoded so that every decoder gives them back: uint8 [nbytes]."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
+    return np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+
+
 class CheckedReader:
     """The encoded image of each sample; mid-gray of the same size for a sample that is damaged.
 
-    A sample is damaged if its bytes are not those that the index has the checksum of, if the storage cannot give them,
-    or if a decoder rejected it. Which samples are damaged depends on the stored bytes alone, so the data stays a
-    function of seed and position. A checksum is looked at when a sample is first read. Safe to call from several
-    threads.
+    A sample is damaged if its bytes do not have the checksum of the index, if PIL cannot decode them (looked at where
+    the dataset was made without an audit), or if the storage fails on them again and again. So it depends on what is
+    stored, and neither on the crop nor on the batch or the run that first meets the sample. It is looked at when a
+    sample is first read. Safe to call from several threads.
 
     Args:
       index: where the samples lie.
-      on_bad: told (sample, what is wrong) once for each damaged sample.
+      on_bad: told (sample, what is wrong) once for each sample that is replaced.
     """
 
     def __init__(self, index: ShardIndex, on_bad: Callable[[int, str], None]):
@@ -65,16 +77,16 @@ class CheckedReader:
         return sample in self._replaced
 
     def reject(self, sample: int, error: str, pixels: np.ndarray | None = None) -> None:
-        """From now on `read` gives `pixels`, uint8 [height, width, 3], for the sample; mid-gray if there are none."""
+        """From now on `read` gives `pixels`, uint8 [height, width, 3], for the sample; mid-gray if there are none.
+        A sample that was replaced before stays as it is."""
         if pixels is None:
             row = self._index.samples[sample]
             pixels = np.full((row["height"], row["width"], 3), MID_GRAY, dtype=np.uint8)
-        encoded = io.BytesIO()
-        Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
+        encoded = lossless(pixels)
         with self._lock:
             if sample in self._replaced:
                 return
-            self._replaced[sample] = np.frombuffer(encoded.getvalue(), dtype=np.uint8)
+            self._replaced[sample] = encoded
         self._on_bad(sample, error)
 
     def _read(self, sample: int) -> np.ndarray:
@@ -95,7 +107,18 @@ class CheckedReader:
                     return self.reject(sample, f"cannot be read ({error.strerror})")
                 time.sleep(pause_s)
         if not self._intact[sample]:
-            if (found := zlib.crc32(content)) != (expected := int(self._index.samples[sample]["crc32"])):
-                return self.reject(sample, f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})")
+            if damage := self._damage(sample, content):
+                return self.reject(sample, damage)
             self._intact[sample] = True
         return content
+
+    def _damage(self, sample: int, content: np.ndarray) -> str:
+        """What is wrong with a sample's bytes, '' if nothing is."""
+        if (found := zlib.crc32(content)) != (expected := int(self._index.samples[sample]["crc32"])):
+            return f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})"
+        if not self._index.audited:
+            try:
+                decode_with_pil(content)
+            except Exception as error:  # damaged bytes bring PIL to raise nearly anything
+                return f"cannot be decoded ({error})"
+        return ""

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import io
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.augment import Op
 from pipelines.batch import Batch, BatchMaker
-from pipelines.checked import CheckedReader
+from pipelines.checked import CheckedReader, decode_with_pil
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.reader import look_ahead, read_ahead
@@ -34,7 +33,7 @@ class TorchvisionPipeline:
       device: where the batches go.
       threads: of the pool; what they do is done outside Python's lock.
       prefetch: finished batches that wait for the training step.
-      on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
+      on_bad: told (sample, error) once for each sample that is replaced (CheckedReader).
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class TorchvisionPipeline:
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        self._maker.use_device()
         in_flight: collections.deque[tuple[BatchPlan, np.ndarray, list[Future]]] = collections.deque()
         images = _RepeatedImages(self._index, functools.partial(decode_checked, self._reader))
 
@@ -163,18 +163,14 @@ def decode(encoded: np.ndarray) -> np.ndarray:
         return np.asarray(decode_with_pil(encoded))
 
 
-def decode_with_pil(encoded: np.ndarray | bytes) -> Image.Image:
-    """The same by PIL: what other decoders are held to."""
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
-
-
 def decode_checked(reader: CheckedReader, sample: int) -> np.ndarray:
     """RGB pixels of a sample; one that cannot be decoded is rejected, and its replacement decoded."""
+    was_replaced = reader.is_replaced(sample)  # before it is read: another thread may reject it meanwhile
     (encoded,) = reader.read(np.array([sample]))
     try:
         return decode(encoded)
     except Exception as error:  # damaged bytes bring decoders to raise nearly anything; the reader tells about it
-        if reader.is_replaced(sample):
+        if was_replaced:
             raise
         reader.reject(sample, f"cannot be decoded ({error})")
     return decode_checked(reader, sample)

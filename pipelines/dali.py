@@ -13,7 +13,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from pipelines.batch import Batch, BatchMaker
-from pipelines.checked import CheckedReader
+from pipelines.checked import CheckedReader, lossless
 from pipelines.cpu import augmented, decode_checked
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
@@ -55,7 +55,7 @@ class DaliPipeline:
       hw_decoder_load: share of the images given to the GPU's JPEG engine, where it has one.
       decoder_padding_mib: memory that each thread of the GPU's decoder takes at once, so that a large image does not
         make it allocate in the middle of a run; 0 is what the largest image of the index takes, 64 at the most.
-      on_bad: told (sample, error) once for each damaged sample, which becomes mid-gray.
+      on_bad: told (sample, error) once for each sample that is replaced (CheckedReader).
     """
 
     def __init__(
@@ -97,8 +97,7 @@ class DaliPipeline:
         return read_ahead(self._batches(plans), self._prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        if self._on_gpu:
-            torch.cuda.set_device(self._device)  # of this background thread
+        self._maker.use_device()
         with ThreadPoolExecutor(1, "build-dali") as builder, ThreadPoolExecutor(self._threads, "augment") as pool:
 
             def announce(plan: BatchPlan) -> None:
@@ -114,12 +113,13 @@ class DaliPipeline:
                     yield self._finish(plan, pixels, pool)
 
     def _build(self, shape: _Shape) -> "_Graph":
-        return _Graph(shape, self._inputs, **self._options)
+        return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), **self._options)
 
-    def _inputs(self, plan: BatchPlan) -> tuple:
-        """What the graph takes of a plan, in the order of its external source."""
+    @staticmethod
+    def _inputs(plan: BatchPlan, encoded: list[np.ndarray]) -> tuple:
+        """What the graph takes of a plan and its images, in the order of its external source."""
         inputs = (
-            self._reader.read(plan.sample),
+            encoded,
             np.ascontiguousarray(plan.crop[:, :2]),
             np.ascontiguousarray(plan.crop[:, 2:]),
             plan.resize.astype(np.float32),
@@ -128,7 +128,7 @@ class DaliPipeline:
         return (*inputs, plan.window) if plan.windowed else inputs
 
     def _pixels(self, shape: _Shape, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorList]]:
-        """Plans of one shape and their pixels, which are DALI's until the next ones are asked for."""
+        """Plans of one shape and their pixels, which lie in DALI's memory."""
         while True:
             if shape not in self._graphs:
                 self._graphs[shape] = _done(self._build(shape))
@@ -136,14 +136,16 @@ class DaliPipeline:
                 return (yield from self._graphs[shape].result().run(plans, self._maker.stream))
             except _FailedBatchError as failed:
                 del self._graphs[shape]
-                self._replace_damaged(failed.plans[0], failed)
-                plans = itertools.chain(failed.plans, plans)
+                in_work, reason = failed.plans, str(failed)
             except BaseException:  # left early, with batches in work: of no more use
                 self._graphs.pop(shape, None)
                 raise
+            # behind the handler: the error's traceback would keep the dead graph and its memory alive
+            self._replace_damaged(in_work[0], reason)
+            plans = itertools.chain(in_work, plans)
 
     def _finish(self, plan: BatchPlan, pixels: TensorList, pool: ThreadPoolExecutor) -> Batch:
-        """The operations, into memory of the batch's own: DALI writes a later batch into the pixels'."""
+        """The operations, into memory of the batch's own: DALI uses the pixels' again."""
         if self._on_gpu:
             with torch.cuda.stream(self._maker.stream):
                 images = apply_ops(torch.from_dlpack(pixels.as_tensor()), plan.ops, plan.args, plan.fill)
@@ -153,34 +155,39 @@ class DaliPipeline:
             images = torch.from_numpy(_augmented(np.asarray(pixels.as_tensor()), plan, pool))
         return self._maker.make(images, plan)
 
-    def _replace_damaged(self, plan: BatchPlan, error: Exception) -> None:
+    def _replace_damaged(self, plan: BatchPlan, error: str) -> None:
         """Find what DALI failed on: it fails a whole batch and does not say which sample it was.
 
+        PIL decodes them all, or the reader would have replaced them. So DALI is given each image alone; one that it
+        fails on is replaced by PIL's pixels if it carries those out, which shows that it is the image's fault.
+
         Raises:
-          UserError: it was none of them.
+          UserError: it was none of the images.
         """
-        found = [self._is_replaced_now(int(sample)) for sample in np.unique(plan.sample)]
-        if any(found):
-            return
-        for row in plan.split(1):  # PIL decodes them all, DALI does not
-            try:
-                collections.deque(self._build(_Shape.of(row)).run(iter([row]), self._maker.stream), maxlen=0)
-            except _FailedBatchError as failed:
-                sample = int(row.sample[0])
+        found = False
+        for row in plan.split(1):
+            sample = int(row.sample[0])
+            if reason := self._failure_on(row, self._reader.read(row.sample)):
                 pixels = decode_checked(self._reader, sample)
-                self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({failed})", pixels)
-                found.append(True)
-        if not any(found):
+                if self._reader.is_replaced(sample) or self._failure_on(row, [lossless(pixels)]):
+                    found = False
+                    break
+                self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
+                found = True
+        if not found:
             raise UserError(
-                f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), and on none of their images "
-                f"alone: {error}"
+                f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), not because of an image: "
+                f"{error}. Look at the driver and at the memory that is left, or use --data.pipeline torchvision"
             )
 
-    def _is_replaced_now(self, sample: int) -> bool:
-        """Whether the sample is damaged and was not known to be."""
-        before = self._reader.is_replaced(sample)
-        decode_checked(self._reader, sample)
-        return self._reader.is_replaced(sample) and not before
+    def _failure_on(self, row: BatchPlan, encoded: list[np.ndarray]) -> str:
+        """Why DALI cannot carry out a plan of one row, '' if it can."""
+        graph = _Graph(_Shape.of(row), lambda plan: self._inputs(plan, encoded), **self._options)
+        try:
+            collections.deque(graph.run(iter([row]), self._maker.stream), maxlen=0)
+        except _FailedBatchError as failed:
+            return str(failed)
+        return ""
 
 
 class _FailedBatchError(Exception):
@@ -227,6 +234,8 @@ class _Graph:
             except StopIteration:
                 return self._pipeline.reset()
             except RuntimeError as error:
+                if not self._in_flight:
+                    raise
                 raise _FailedBatchError([plan for plan, _ in self._in_flight], error) from error
             plan, inputs = self._in_flight.popleft()
             yield plan, pixels
@@ -299,7 +308,9 @@ def _decode(jpeg: DataNode, corner: DataNode, extent: DataNode, decode: str, dec
     return fn.slice(fn.decoders.image(jpeg, **options), **region)
 
 
-def decoded_regions(jpeg: np.ndarray, crops: np.ndarray, device: torch.device, decode: str) -> list[np.ndarray]:
+def decoded_regions(
+    jpeg: np.ndarray, crops: np.ndarray, device: torch.device, decode: str, hw_decoder_load: float
+) -> list[np.ndarray]:
     """Regions of one image as this machine's DALI decodes them: uint8 [height, width, 3] each.
 
     Args:
@@ -311,7 +322,7 @@ def decoded_regions(jpeg: np.ndarray, crops: np.ndarray, device: torch.device, d
     def graph():
         inputs = ([jpeg] * len(crops), np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]))
         nodes = fn.external_source(lambda: inputs, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32])
-        return _decode(*nodes, decode, {"hw_decoder_load": 0.65} if on_gpu else {})
+        return _decode(*nodes, decode, {"hw_decoder_load": hw_decoder_load} if on_gpu else {})
 
     pipeline = graph(batch_size=len(crops), num_threads=2, device_id=(device.index or 0) if on_gpu else None)
     pipeline.build()

@@ -51,12 +51,14 @@ class ShardIndex:
         JPEG, orientation (1 is upright), key.
       num_classes: labels are 0 <= label < num_classes.
       digest: hex sha256 over the index and the shards' hashes; two datasets with the same digest are the same data.
+      audited: whether every image was decoded in full when the dataset was made.
     """
 
     paths: tuple[Path, ...]
     samples: np.ndarray
     num_classes: int
     digest: str
+    audited: bool = True
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,7 +121,7 @@ def read_index(root: Path, split: str) -> ShardIndex:
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
     for path, shard in zip(paths, entry["shards"], strict=True):
         _check_size(path, shard["bytes"])
-    return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"])
+    return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"], manifest["options"]["audit"])
 
 
 def _read_samples(path: Path, entry: dict) -> np.ndarray:

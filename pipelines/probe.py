@@ -16,7 +16,9 @@ _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
 _PROGRAM = (sys.executable, "-m", "pipelines.probe")
 
 
-def probe_decode(device: str, jpeg: np.ndarray, program: Sequence[str] = _PROGRAM) -> tuple[str, str]:
+def probe_decode(
+    device: str, jpeg: np.ndarray, hw_decoder_load: float, program: Sequence[str] = _PROGRAM
+) -> tuple[str, str]:
     """The faster decode path that works, and why it was chosen.
 
     Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so it is
@@ -25,7 +27,8 @@ def probe_decode(device: str, jpeg: np.ndarray, program: Sequence[str] = _PROGRA
     Args:
       device: as torch.device understands it.
       jpeg: the bytes of an image of the dataset, uint8 [nbytes].
-      program: what tries `DEVICE PATH` with the image on its standard input; its exit status 0 means that it works.
+      hw_decoder_load: as for the pipeline.
+      program: what tries `DEVICE PATH LOAD` with the image on its standard input; exit status 0: it works.
     Returns:
       'roi' or 'full', and a sentence.
     Raises:
@@ -33,7 +36,7 @@ def probe_decode(device: str, jpeg: np.ndarray, program: Sequence[str] = _PROGRA
     """
     trouble = {}
     for path in ("roi", "full"):
-        trouble[path] = _try(program, device, path, jpeg)
+        trouble[path] = _try([*program, device, path, str(hw_decoder_load)], jpeg)
         if not trouble[path]:
             return path, "it works" if path == "roi" else f"decoding regions failed: {trouble['roi']}"
     raise UserError(
@@ -42,11 +45,10 @@ def probe_decode(device: str, jpeg: np.ndarray, program: Sequence[str] = _PROGRA
     )
 
 
-def _try(program: Sequence[str], device: str, path: str, jpeg: np.ndarray) -> str:
+def _try(command: Sequence[str], jpeg: np.ndarray) -> str:
     """What went wrong, '' if nothing did."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    command = [*program, device, path]
     try:
         done = subprocess.run(command, input=jpeg.tobytes(), capture_output=True, env=environment, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -57,11 +59,11 @@ def _try(program: Sequence[str], device: str, path: str, jpeg: np.ndarray) -> st
     return last_line or f"exit status {done.returncode}" if done.returncode else ""
 
 
-def _main(device: str, path: str) -> None:
+def _main(device: str, path: str, hw_decoder_load: str) -> None:
     """Decode the same regions of the image on standard input here and with PIL; exit with what is wrong, if it is."""
     import torch
 
-    from pipelines.cpu import decode_with_pil
+    from pipelines.checked import decode_with_pil
     from pipelines.dali import decoded_regions
 
     jpeg = np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
@@ -70,7 +72,8 @@ def _main(device: str, path: str) -> None:
     crops = np.array(
         [[0, 0, height, width], [height // 3, width // 4, -(-height // 2), -(-width // 2)]], dtype=np.int32
     )
-    for crop, ours in zip(crops, decoded_regions(jpeg, crops, torch.device(device), path), strict=True):
+    regions = decoded_regions(jpeg, crops, torch.device(device), path, float(hw_decoder_load))
+    for crop, ours in zip(crops, regions, strict=True):
         top, left, rows, columns = crop
         expected = whole[top : top + rows, left : left + columns]
         difference = abs(ours.astype(int) - expected).mean() if ours.shape == expected.shape else np.inf

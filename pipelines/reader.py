@@ -81,6 +81,8 @@ class ShardReader:
 
 
 def _close(files: list[int | None]) -> None:
+    global _files_needed
+    _files_needed -= len(files)
     for file in files:
         if file is not None:
             os.close(file)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from torchvision.transforms import functional as F
 
 from pipelines import Pipeline, open_pipeline, probe, resolve_pipeline
 from pipelines.augment import AugmentConfig, Op
-from pipelines.cpu import apply_op, augmented, decode, decode_with_pil, transform
+from pipelines.checked import decode_with_pil
+from pipelines.cpu import _RepeatedImages, apply_op, augmented, decode, transform
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
@@ -47,7 +49,7 @@ def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> li
 
 
 def opened(name: str, index: ShardIndex, *, device: torch.device = CPU, **options) -> Pipeline:
-    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 0.65, "decoder_padding_mib": 0}
+    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 1.0, "decoder_padding_mib": 0}
     options.setdefault("on_bad", lambda sample, error: pytest.fail(f"{sample}: {error}"))
     return open_pipeline(name, index, device=device, **{**defaults, **options})
 
@@ -333,12 +335,12 @@ def jpeg_of(index: ShardIndex) -> np.ndarray:
 
 
 def test_the_probe_finds_region_decoding_where_it_works(photos):
-    assert probe_decode("cpu", jpeg_of(photos)) == ("roi", "it works")
+    assert probe_decode("cpu", jpeg_of(photos), 1.0) == ("roi", "it works")
 
 
 def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
     crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
-    assert probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", crash)) == (
+    assert probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", crash)) == (
         "full",
         "decoding regions failed: it ended by SIGSEGV",
     )
@@ -349,7 +351,7 @@ def test_the_probe_says_that_nothing_works(photos):
     with pytest.raises(
         UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
     ):
-        probe_decode("cpu", jpeg_of(photos), (sys.executable, "-c", wrong))
+        probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", wrong))
 
 
 def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
@@ -359,7 +361,7 @@ def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jpeg_of(photos).tobytes())))
     with pytest.raises(SystemExit, match="its pixels differ by"):
-        probe._main("cpu", "roi")
+        probe._main("cpu", "roi", "1.0")
 
 
 # --- on a GPU ---
@@ -402,15 +404,13 @@ def test_a_damaged_image_on_the_gpu_becomes_gray(digits, tmp_path):
     nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
     index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
     told = []
-    images = on_gpu(
-        "dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_bad=lambda *found: told.append(found)
-    )
+    images = on_gpu("dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_bad=recording(told))
     assert (images[BAD::10] == 128).all() and [sample for sample, _ in told] == [BAD]
 
 
 @pytest.mark.gpu
 def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
-    assert probe_decode("cuda:0", jpeg_of(photos))[0] in ("roi", "full")
+    assert probe_decode("cuda:0", jpeg_of(photos), 1.0)[0] in ("roi", "full")
 
 
 # --- what goes wrong ---
@@ -427,7 +427,11 @@ def overwritten(digits: Path, root: Path, row: int, content: bytes, **fields) ->
         file.write(content.ljust(int(place["nbytes"]), b"\0"))
     for name, value in fields.items():
         samples[name][row] = value
-    return dataclasses.replace(index, samples=samples)
+    return dataclasses.replace(index, samples=samples, audited=False)
+
+
+def recording(told: list[tuple[int, str]]) -> Callable[[int, str], None]:
+    return lambda sample, error: told.append((sample, error))
 
 
 BOTH = pytest.mark.parametrize("name", ["torchvision", "dali"])
@@ -440,7 +444,7 @@ def assert_gray_and_the_rest_unchanged(name: str, index: ShardIndex, digits: Pat
     augment = dataclasses.replace(NO_OPS, repeats=1)
     plan = TrainPlan(index, augment, 0, global_batch=10, image_size=24, fill=(0, 0, 0))
     plans = plans_of(plan, 2 * plan.steps_per_epoch)
-    ours = pixels(name, index, plans, on_bad=lambda *found: told.append(found), **options)
+    ours = pixels(name, index, plans, on_bad=recording(told), **options)
     whole = dataclasses.replace(plan, index=read_index(digits, "train"))
     expected = pixels(name, whole.index, plans_of(whole, len(plans)), **options)
     bad = np.concatenate([plan.sample for plan in plans]) == BAD
@@ -479,10 +483,74 @@ def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tm
     index = overwritten(digits, tmp_path / "gif", roomy, content, **fields)
     told = []
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
-    ours = pixels("dali", index, plans, on_bad=lambda *found: told.append(found))
+    ours = pixels("dali", index, plans, on_bad=recording(told))
     assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
     assert [sample for sample, _ in told] == [roomy]
     assert "DALI cannot decode it, PIL can, whose pixels are used" in told[0][1]
+
+
+@pytest.mark.parametrize("decode_path", ["roi", "full"])
+def test_a_truncated_image_is_gray_in_any_crop_and_beside_any_others(photos, tmp_path, decode_path):
+    """Its upper part could be decoded, and was shown where a crop needed no more."""
+    content = jpeg_of(photos).tobytes()
+    cut = content[: len(content) // 2]
+    index = overwritten(photos.paths[0].parents[1], tmp_path / "cut", 0, cut.ljust(len(content), b"\0"))
+    samples = index.samples.copy()
+    samples["nbytes"][0], samples["crc32"][0] = len(cut), zlib.crc32(cut)
+    index = dataclasses.replace(index, samples=samples)
+    whole = EvalPlan(index, 64, 1.0, "bicubic").rows(0, 2)
+    crop = whole.crop.copy()
+    crop[0] = 0, 0, 20, 20
+    square = {"resize": np.full((2, 2), 64, np.int32), "window": np.zeros((2, 2), np.int32)}
+    top = dataclasses.replace(whole, crop=crop, **square)
+    for name in ("dali", "torchvision"):
+        told = []
+        images = pixels(name, index, [top, whole, top], decode=decode_path, on_bad=recording(told))
+        assert (images[::2] == 128).all() and not (images[1::2] == 128).all()
+        assert [sample for sample, _ in told] == [0]
+
+
+def test_what_dali_fails_on_without_an_image_being_at_fault_ends_the_run(photos, monkeypatch):
+    from pipelines import dali
+
+    def run(self, plans, stream):
+        raise dali._FailedBatchError([next(plans)], RuntimeError("out of memory"))
+        yield
+
+    monkeypatch.setattr(dali._Graph, "run", run)
+    with pytest.raises(UserError, match=r"DALI failed on positions \[0, 10\), not because of an image: out of memory"):
+        pixels("dali", photos, plans_of(train_plan(photos), 3))
+
+
+def test_an_image_is_decoded_once_for_all_plans_that_show_it(photos):
+    decoded = []
+
+    def decode(sample: int) -> np.ndarray:
+        decoded.append(sample)
+        return np.full((1, 1, 3), sample)
+
+    images = _RepeatedImages(photos, decode)
+    shown = [np.array([1, 2, 1]), np.array([2, 3]), np.array([1])]
+    for samples in shown:
+        images.announce(samples)
+    for samples in shown:
+        assert [int(images.take(s)()[0, 0, 0]) for s in samples.tolist()] == samples.tolist()
+    assert sorted(decoded) == [1, 2, 3]
+    assert not images._kept and not images._uses and images._kept_bytes == 0
+
+
+def test_what_is_kept_changes_nothing(digits, tmp_path, monkeypatch):
+    """Copies that meet a damaged image at the same time, too."""
+    nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
+    index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
+    plan = EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)
+    plan = dataclasses.replace(plan, sample=np.array([BAD, 1] * 5, dtype=np.int32))
+    for budget in (0, 200, 1 << 20):
+        monkeypatch.setattr("pipelines.cpu._KEPT_BYTES", budget)
+        told = []
+        images = pixels("torchvision", index, [plan] * 4, threads=4, on_bad=recording(told))
+        assert (images[::2] == 128).all() and len(told) == 1
+        assert all(np.array_equal(image, images[1]) for image in images[1::2])
 
 
 @BOTH
@@ -498,7 +566,7 @@ def test_an_image_that_the_storage_cannot_give_becomes_gray(digits, monkeypatch,
     told = []
     monkeypatch.setattr(os, "preadv", failing)
     monkeypatch.setattr("pipelines.checked._PAUSES_S", (0.0, 0.0))
-    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=lambda *a: told.append(a))
+    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=recording(told))
     assert (images[BAD] == 128).all()
     assert told == [(BAD, "cannot be read (Input/output error)")]
 

@@ -6,12 +6,15 @@ from docstring_parser import parse as parse_docstring
 
 from trainer.config import Config, to_dict
 
-# Settings outside these concern where and how fast a run goes on, not what it computes.
-_FIXED = (
-    *("augment", "teacher.name", "teacher.kwargs", "student.kwargs", "distill", "optim", "schedule", "ema"),
-    *("data.image_size", "data.eval_image_size", "data.eval_crop_pct", "data.shuffle"),
-    *("run.global_batch", "run.micro_batch", "run.precision"),
-)
+# Where a run reads, computes and writes, and what it starts from: the scheme leaves these open. All others are its own.
+_OPEN = {
+    *("data.root", "data.pipeline", "data.decode", "data.hw_decoder_load", "data.decoder_padding_mib", "data.threads"),
+    *("data.prefetch", "data.max_bad_fraction", "data.window_shards"),
+    *("data.synthetic_samples", "data.synthetic_classes"),
+    *("student.name", "teacher.checkpoint"),
+    *("run.out", "run.seed", "run.device", "run.channels_last", "run.eval_every", "run.eval_batch"),
+    *("run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.stop_after_steps"),
+}
 
 
 def audit(config: Config) -> list[dict]:
@@ -26,7 +29,7 @@ def audit(config: Config) -> list[dict]:
         {"key": f"{section}.{name}", "usi": usi[section][name], "here": value, "meaning": _meaning(section, name)}
         for section, values in here.items()
         for name, value in values.items()
-        if (section in _FIXED or f"{section}.{name}" in _FIXED) and value != usi[section][name]
+        if f"{section}.{name}" not in _OPEN and value != usi[section][name]
     ]
 
 

@@ -1,11 +1,14 @@
 """The state of a run and its files: written atomically, refused when they belong to another plan."""
 
+import contextlib
 import dataclasses
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pipelines import PIXELS_VERSION
 from pipelines.errors import UserError
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
@@ -50,6 +53,7 @@ def save(folder: Path, state: TrainState, keep: int) -> Path:
         "plan": state.plan,
         "config": state.config,
         "audit": state.audit,
+        "software": _software(),
     }
     for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
@@ -104,7 +108,7 @@ def load(path: Path, state: TrainState) -> list[str]:
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]
-    return _changes(content["config"], state.config)
+    return _changes(content["config"], state.config) + _newer_software(content.get("software", {}))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -121,13 +125,36 @@ def _changes(saved: dict, current: dict) -> list[str]:
     keys = [
         (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
     ]
-    keys += [("data", "pipeline"), ("run", "precision"), ("run", "micro_batch")]
+    keys += [
+        ("data", "pipeline"),
+        ("data", "decode"),
+        ("data", "hw_decoder_load"),
+        ("run", "precision"),
+        ("run", "micro_batch"),
+    ]
     defaults = to_dict(Config())  # a setting that is younger than the file had its default then
     before = {section: {**values, **saved.get(section, {})} for section, values in defaults.items()}
     return [
         f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
         for section, name in keys
         if before[section][name] != current[section][name]
+    ]
+
+
+def _software() -> dict[str, str]:
+    """What pixels and gradients depend on in their last bits."""
+    versions = {"pipelines": str(PIXELS_VERSION)}
+    for package in ("pillow", "torch", "torchvision", "timm", "nvidia-dali-cuda120"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def _newer_software(saved: dict[str, str]) -> list[str]:
+    return [
+        f"{name} was {saved[name]}, now it is {present}: pixels or gradients may differ in their last bits"
+        for name, present in _software().items()
+        if saved.get(name, present) != present
     ]
 
 

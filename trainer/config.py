@@ -41,7 +41,8 @@ class DataConfig:
       pipeline: auto, dali, torchvision or synthetic; auto is DALI with a GPU, torchvision without.
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
         works, which is tried once a run.
-      hw_decoder_load: DALI: share of the images given to the GPU's JPEG engine.
+      hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is divided
+        among two decoders, and an image's last bit may depend on which one it came to.
       decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
         takes, 64 at the most.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
@@ -61,7 +62,7 @@ class DataConfig:
     root: Path | None = None
     pipeline: str = "auto"
     decode: str = "auto"
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = 1.0
     decoder_padding_mib: int = 0
     threads: int = 0
     prefetch: int = 2

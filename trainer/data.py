@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -74,22 +73,37 @@ def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
 def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
     """DALI's decode path: the configured one, or the one that works on this card.
 
-    The card is tried once; the run's folder remembers it for as long as card and DALI stay the same.
+    The card is tried once; the run's folder remembers it for as long as card, DALI and the decoder's setting stay the
+    same.
 
     Returns:
-      {"decode": roi or full}, and if the card was tried "device", "dali" (its version) and "why".
+      {"decode": roi or full}, and if the card was tried what it was tried with, and "why".
     """
     if config.data.decode != "auto":
         return {"decode": config.data.decode}
     if world.device.type != "cuda" or resolve_pipeline(config.data.pipeline, world.device) != "dali":
         return {"decode": "roi"}
-    place = {"device": torch.cuda.get_device_name(world.device), "dali": version("nvidia-dali-cuda120")}
+    try:
+        import nvidia.dali as dali
+    except ImportError:  # opening the pipeline says what to do about it
+        return {"decode": "roi"}
+    load = config.data.hw_decoder_load
+    place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
     remembered = _remembered(config.run.out / DECODE) if world.is_main else {}
     if world.is_main and not place.items() <= remembered.items():
-        (encoded,) = CheckedReader(index, lambda sample, error: None).read(np.array([0]))
-        decode, why = probe_decode(str(world.device), encoded)
+        decode, why = probe_decode(str(world.device), _intact_image(index), load)
         remembered = {"decode": decode, "why": why, **place}
     return world.choice_of_main(remembered)
+
+
+def _intact_image(index: ShardIndex) -> np.ndarray:
+    """The bytes of the first sample that is not damaged, of the first hundred."""
+    reader = CheckedReader(index, lambda sample, error: None)
+    for sample in range(min(100, len(index))):
+        (encoded,) = reader.read(np.array([sample]))
+        if not reader.is_replaced(sample):
+            return encoded
+    raise UserError(f"{index.paths[0]}: the first images are all damaged. Restore the shards")
 
 
 def _remembered(path: Path) -> dict[str, str]:

@@ -14,8 +14,13 @@ from trainer.distributed import World
 QUARANTINE = "quarantine.jsonl"
 
 
+_Place = tuple[str, str, int]  # split, shard and offset of a sample
+
+
 class Quarantine:
     """Collects what the pipelines find, on every rank, and settles it from time to time.
+
+    What an earlier session of the run has named counts, too: it is read when the run is built.
 
     Args:
       path: the file; its lines are {"split", "shard", "key", "offset", "error"}.
@@ -30,7 +35,8 @@ class Quarantine:
         self._world = world
         self._lock = threading.Lock()
         self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
-        self._bad: dict[str, set[int]] = {split: set() for split in indices}
+        named = world.choice_of_main([_place(line) for line in read_quarantine(path)] if world.is_main else None)
+        self._named: set[_Place] = set(named)
 
     def collector(self, split: str) -> Callable[[int, str], None]:
         """What a pipeline of the split calls with (sample, error); from any thread."""
@@ -44,29 +50,33 @@ class Quarantine:
         """Write down what any rank has found since the last time. Every rank must call it.
 
         Returns:
-          how many samples were found damaged for the first time in this process's life.
+          how many samples were found for the first time in the run.
         Raises:
           UserError: a split has too many damaged samples, on every rank.
         """
         with self._lock:
             mine, self._found = self._found, []
-        new = []
+        new = {}
         for split, sample, error in sorted(self._world.gather(mine)):
-            if sample not in self._bad[split]:
-                self._bad[split].add(sample)
-                new.append(_line(split, self._indices[split], sample, error))
+            line = _line(split, self._indices[split], sample, error)
+            if _place(line) not in self._named:
+                new.setdefault(_place(line), line)
+        self._named |= set(new)
         if new and self._world.is_main:
-            _append(self._path, new)
-        for split, bad in self._bad.items():
-            total = len(self._indices[split])
-            if len(bad) > self._max_bad_fraction * total and (len(bad) > 1 or not self._max_bad_fraction):
-                raise UserError(
-                    f"{len(bad)} of the {total} images in '{split}' are damaged, more than data.max_bad_fraction, "
-                    f"{self._max_bad_fraction:g}: {self._path} names them. Restore the shards "
-                    "('tools/shard_imagenet.py verify' finds them), or raise the limit; the run goes on from its "
-                    "newest checkpoint"
-                )
+            _append(self._path, list(new.values()))
+        self._refuse_too_many()
         return len(new)
+
+    def _refuse_too_many(self) -> None:
+        for split, index in self._indices.items():
+            bad = sum(place[0] == split for place in self._named)
+            if bad > self._max_bad_fraction * len(index) and (bad > 1 or not self._max_bad_fraction):
+                raise UserError(
+                    f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
+                    f"{self._max_bad_fraction:g}: {self._path} names them. Raise the limit, or restore the shards "
+                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and remove that file; the run "
+                    "goes on from its newest checkpoint"
+                )
 
 
 def _line(split: str, index: ShardIndex, sample: int, error: str) -> dict:
@@ -80,8 +90,12 @@ def _line(split: str, index: ShardIndex, sample: int, error: str) -> dict:
     }
 
 
+def _place(line: dict) -> _Place:
+    return line["split"], line["shard"], line["offset"]
+
+
 def read_quarantine(path: Path) -> list[dict]:
-    """The lines of a quarantine.jsonl, [] if there is none; a last line that was cut off is left out."""
+    """The lines of a quarantine.jsonl, [] if there is none; one that was cut off by a crash is left out."""
     lines = path.read_text().split("\n") if path.exists() else []
     named = []
     for line in lines:
@@ -91,13 +105,7 @@ def read_quarantine(path: Path) -> list[dict]:
 
 
 def _append(path: Path, lines: list[dict]) -> None:
-    """Add what is not there yet: a run that goes on finds the same samples again."""
-
-    def place(line: dict) -> tuple:
-        return line["split"], line["shard"], line["offset"]
-
-    known = {place(line) for line in read_quarantine(path)}
     with open(path, "a") as file:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
-        file.writelines(json.dumps(line) + "\n" for line in lines if place(line) not in known)
+        file.writelines(json.dumps(line) + "\n" for line in lines)

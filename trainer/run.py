@@ -315,15 +315,15 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
         telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0
         evaluation_due = epoch_ends and ((epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps)
-        if state.step % config.run.log_every == 0 or evaluation_due or state.step == run.stop:
+        checkpoint_due = state.step % config.run.checkpoint_every == 0 or state.step == run.stop
+        if state.step % config.run.log_every == 0 or evaluation_due or checkpoint_due:
             log.write(epoch, lr)
             settle(run, telemetry)
         if evaluation_due and run.evaluate is not None:
             results = run.evaluate()
             telemetry.evaluation(state.step, epoch, results)
             log.restart()
-        if state.step % config.run.checkpoint_every == 0 or state.step == run.stop:
-            settle(run, telemetry)
+        if checkpoint_due:
             save(run)
     return results
 
@@ -331,7 +331,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
 def settle(run: Run, telemetry: Telemetry) -> None:
     """Write down what damaged samples were met, and end the run if they are too many."""
     if found := run.quarantine.settle():
-        telemetry.say(f"{found} damaged images became mid-gray: {run.config.run.out / QUARANTINE}")
+        telemetry.say(f"{found} damaged images were replaced: {run.config.run.out / QUARANTINE}")
 
 
 class _LossLog:

@@ -41,7 +41,7 @@ RESIZE, RESIZE_TINY = Tolerance(max=16, mean=0.25), Tolerance(max=16, mean=1.0)
 RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # the filter's weights have 16 bits there, 22 in PIL
 # A level's difference before an operation may become many by it (posterize, solarize, equalize, auto-contrast).
 TRAINING, TRAINING_TORCH = Tolerance(max=None, mean=1.5), Tolerance(max=None, mean=0.1)
-OPERATION = Tolerance(max=1)
+ROUNDED_ARGUMENTS = Tolerance(max=1)
 GPU_DECODER_MEAN = 2.0  # what nvJPEG's chroma upsampling and inverse DCT may add
 
 
@@ -243,10 +243,10 @@ def operations(photos: Photos, size: int) -> Iterator[Row]:
         repeated = np.concatenate([images] * (len(args) // len(images)))
         for way, apply in on_device.items():
             pixels = apply(repeated, np.full((len(args), 1), op, np.uint8), np.array(args)[:, None], plan.fill)
-            yield compare(name, way, "timm", zip(pixels, theirs, strict=True), OPERATION)
+            yield compare(name, way, "timm", zip(pixels, theirs, strict=True), EXACT)
     if not any(KERNEL in way for way in on_device):
         yield not_compared("RandAugment", KERNEL, "timm", "it needs a GPU, or TRITON_INTERPRET=1 and a small --size")
-    yield compare("RandAugment: float32 arguments", "timm, rounded", "timm", unrounded, OPERATION)
+    yield compare("RandAugment: float32 arguments", "timm, rounded", "timm", unrounded, ROUNDED_ARGUMENTS)
 
 
 def _device_operations() -> dict[str, Callable]:

@@ -7,6 +7,7 @@ a lock that a dead worker held stays locked. So each worker has a pipe of its ow
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -113,4 +114,12 @@ def _work(connection: Connection, function: Callable, start: Callable[[int], Non
                 answer = index, function(*job), None, ""
             except Exception as error:
                 answer = index, None, error, traceback.format_exc()
-            connection.send(answer)
+            _send(connection, answer)
+
+
+def _send(connection: Connection, answer: tuple) -> None:
+    """Send an answer; what cannot be pickled goes as text."""
+    try:
+        connection.send(answer)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        connection.send((answer[0], None, RuntimeError(f"{error}: {answer[2] or answer[1]!r}"), answer[3]))
