@@ -270,7 +270,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
     run = build(parse(arguments), ONE)
     for name, model in (("student", run.state.student), ("teacher", run.step._teacher)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
-    with contextlib.closing(run.pipeline.batches(rank_plans(run.plan, 0, 1, ONE, 16))) as batches:
+    with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 16))) as batches:
         run.step(batches)
 
     def raw(images, mean, std):

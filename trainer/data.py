@@ -1,5 +1,6 @@
 """The images of a run: which rank sees what, the splits, and the pipelines over them."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pipelines.probe import probe_decode
 from pipelines.synthetic import synthetic_index
 from trainer.config import Config, DataConfig
 from trainer.distributed import World
+from trainer.quarantine import QUARANTINE, Quarantine
 
 DECODE = "decode.json"
 
@@ -68,6 +70,47 @@ def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
     index = read_index(config.root, "train")
     val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
     return index, val
+
+
+def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
+    """The plan of the configuration; `fill` as for TrainPlan."""
+    return TrainPlan(
+        index=index,
+        augment=config.augment,
+        seed=config.run.seed,
+        global_batch=config.run.global_batch,
+        image_size=config.data.image_size,
+        fill=fill,
+        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipelines:
+    """A run's pipelines and what they share.
+
+    Attributes:
+      of: the pipeline of each split.
+      quarantine: collects the damaged samples that they meet.
+      decode: DALI's decode path, and how it was chosen.
+    """
+
+    of: dict[str, Pipeline]
+    quarantine: Quarantine
+    decode: dict[str, str]
+
+
+def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World) -> Pipelines:
+    """The configured pipeline over each split."""
+    quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
+    decode = choose_decode(config, indices["train"], world)
+    of = {
+        split: open_configured_pipeline(
+            config.data, index, world=world, decode=decode["decode"], on_bad=quarantine.collector(split)
+        )
+        for split, index in indices.items()
+    }
+    return Pipelines(of, quarantine, decode)
 
 
 def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:

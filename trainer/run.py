@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 import torch
 from torch import nn
 
-from pipelines import Pipeline, resolve_pipeline
+from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
@@ -31,19 +31,20 @@ from trainer.checkpoint import TrainState
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.data import (
     DECODE,
-    choose_decode,
-    open_configured_pipeline,
+    Pipelines,
     open_indices,
+    open_pipelines,
     rank_plans,
     refuse_unreached_sizes,
     share_of_batch,
+    train_plan,
 )
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
-from trainer.quarantine import QUARANTINE, Quarantine, read_quarantine
+from trainer.quarantine import QUARANTINE, read_quarantine
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
@@ -57,8 +58,6 @@ class Run:
 
     Attributes:
       evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
-      quarantine: collects the damaged samples that the pipelines meet.
-      decode: DALI's decode path, and how it was chosen.
       precision: of the forward passes.
       changes: what differs from the checkpoint's configuration, in words.
       stop: the step after which this process ends.
@@ -67,12 +66,10 @@ class Run:
     config: Config
     world: World
     plan: TrainPlan
-    pipeline: Pipeline
+    pipelines: Pipelines
     state: TrainState
     step: TrainStep
     evaluate: Callable[[], dict[str, dict[str, float]]] | None
-    quarantine: Quarantine
-    decode: dict[str, str]
     micro_batch: int
     total_steps: int
     precision: torch.dtype
@@ -110,8 +107,8 @@ def train(config: Config, world: World) -> dict:
     with claimed(config.run.out, world):
         if world.is_main:
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
-            if "device" in run.decode:
-                write_synced(config.run.out / DECODE, (json.dumps(run.decode) + "\n").encode())
+            if "device" in run.pipelines.decode:
+                write_synced(config.run.out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
         folder = config.run.out if world.is_main else None
         return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
 
@@ -181,20 +178,9 @@ def build(config: Config, world: World) -> Run:
     index, val_index = open_indices(config.data)
     student, teacher = build_models(config, index.num_classes)
     expects = preprocessing(student)
-    plan = TrainPlan(
-        index=index,
-        augment=config.augment,
-        seed=config.run.seed,
-        global_batch=config.run.global_batch,
-        image_size=config.data.image_size,
-        fill=expects.fill,
-        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
-    )
+    plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
-    decode = choose_decode(config, index, world)
-    indices = {"train": index, **({"val": val_index} if val_index else {})}
-    quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
-    opened = functools.partial(open_configured_pipeline, config.data, world=world, decode=decode["decode"])
+    pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = resolve_precision(config.run.precision, world.device)
     student, normalize = place(student, config.run, world)
     teacher, normalize_teacher = place(teacher, config.run, world)
@@ -220,23 +206,20 @@ def build(config: Config, world: World) -> Run:
             evaluate,
             {"raw": student, **({"ema": state.ema.module} if state.ema else {})},
             normalize,
-            opened(val_index, on_bad=quarantine.collector("val")),
+            pipelines.of["val"],
             EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation),
             batch=config.run.eval_batch,
             precision=precision,
             world=world,
         )
-    pipeline = opened(index, on_bad=quarantine.collector("train"))
     return Run(
         config=config,
         world=world,
         plan=plan,
-        pipeline=pipeline,
+        pipelines=pipelines,
         state=state,
         step=step,
         evaluate=evaluation,
-        quarantine=quarantine,
-        decode=decode,
         micro_batch=micro_batch,
         total_steps=total_steps,
         precision=precision,
@@ -293,7 +276,7 @@ def build_state(
 def loop(run: Run, telemetry: Telemetry) -> dict:
     """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
-    with contextlib.closing(run.pipeline.batches(plans)) as batches:
+    with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         results = update(run, telemetry, Stopwatch(batches))
     if not results and run.evaluate is not None and run.state.step == run.total_steps:
         results = run.evaluate()  # of a run that was killed after its last step
@@ -330,7 +313,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
 
 def settle(run: Run, telemetry: Telemetry) -> None:
     """Write down what damaged samples were met, and end the run if they are too many."""
-    if found := run.quarantine.settle():
+    if found := run.pipelines.quarantine.settle():
         telemetry.say(f"{found} damaged images were replaced: {run.config.run.out / QUARANTINE}")
 
 
