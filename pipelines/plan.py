@@ -97,10 +97,12 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
     """
     pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
     where = f"data.image_size is {image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]}"
-    if not pairs or pairs[0][0] != 0:
-        raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
+    if not pairs:
+        raise UserError(f"{where}; it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]")
     if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
         raise UserError(f"{where}; the epochs of its [epoch, size] pairs must increase")
+    if not pairs or pairs[0][0] != 0:
+        raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
     if any(size < 1 for _, size in pairs):
         raise UserError(f"{where}; a size must be at least 1")
     return pairs

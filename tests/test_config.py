@@ -73,7 +73,7 @@ def test_configurations_cannot_be_changed():
         ("data: {image_size: 0}", "data.image_size is 0; a size must be at least 1"),
         ("data: {image_size: [[0, 128], [0, 160]]}", "data.image_size is [[0, 128], [0, 160]]; the epochs of its"),
         ("data: {image_size: [[5, 128]]}", "data.image_size is [[5, 128]]; the first [epoch, size] must be of epoch 0"),
-        ("data: {image_size: [128, 160]}", "--data.image_size: Does not validate"),
+        ("data: {image_size: [128, 160]}", "--data.image_size: not understood: [128, 160]. See --help"),
         ("data: {shuffle: local}", "data.shuffle is 'local', not global or window"),
         ("data: {shuffle: window, window_shards: 0}", "data.window_shards is 0; it must be at least 1"),
         ("distill: {label_smoothing: 1}", "distill.label_smoothing is 1.0; it lies in [0, 1)"),

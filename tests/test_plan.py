@@ -260,7 +260,8 @@ def test_a_schedule_of_one_size_is_described_as_that_size():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((), r"data.image_size is \[\]; the first \[epoch, size\] must be of epoch 0"),
+        ((), r"data.image_size is \[\]; it needs a size, like 224, or \[epoch, size\] pairs"),
+        (((5, 96), (0, 64)), r"data.image_size is \[\[5, 96\], \[0, 64\]\]; the epochs .* must increase"),
         (((1, 64),), r"data.image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
         (((0, 64), (5, 96), (5, 128)), r"\[5, 128\]\]; the epochs of its \[epoch, size\] pairs must increase"),
         (((0, 64), (5, 0)), r"data.image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),

@@ -51,7 +51,7 @@ def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp
     root, bad = damaged
     done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", *ALL, ranks=ranks)
     assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
-    assert "damaged images were replaced" in done.stdout
+    assert "damaged and replaced: train: sample" in done.stdout and f"8 in all, named in {tmp_path}" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["finished"] and summary["quarantined"] == 8
 
@@ -64,6 +64,16 @@ def test_a_run_that_goes_on_names_nothing_twice(damaged, tmp_path):
     path.write_text(path.read_text() + '{"split": "tr')  # killed while it wrote
     run_trainer(*arguments)
     assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
+
+
+def test_the_limit_counts_what_earlier_sessions_found(damaged, tmp_path):
+    """It is not passed by stopping and going on."""
+    root, _ = damaged
+    arguments = ("--data.root", root, "--run.out", tmp_path / "run", "--augment.repeats", "1")
+    run_trainer(*arguments, "--data.max_bad_fraction", "1", "--run.stop_after_steps", "5")
+    assert len(named(tmp_path / "run")) == 8
+    done = run_trainer(*arguments, "--data.max_bad_fraction", "0.01", check=False)
+    assert "5 of the 320 images in 'train' are damaged" in done.stderr
 
 
 def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path):

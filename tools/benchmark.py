@@ -16,13 +16,12 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import read as reads
 from tools.benchmarks import shard as shards
-from tools.benchmarks.measure import machine, num_cores
+from tools.benchmarks.measure import console, machine, num_cores
 from tools.opening import first_device
 
 
@@ -51,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         columns, where = loaders.COLUMNS, f"{loaders.SIZE_PX} px, {num_cores()} cores, {first_device().type}"
         rows = loaders.loader(options.images, options.repeats, options.batch)
     print(f"{options.images} JPEGs of 500 x 375, {where}, median of {options.repeats}")
-    console = Console()
+    shown = console()
     for title in dict.fromkeys(row.get("augmentation") for row in rows):
-        console.print(_table(title, columns, [row for row in rows if row.get("augmentation") == title]))
+        shown.print(_table(title, columns, [row for row in rows if row.get("augmentation") == title]))
     for note in dict.fromkeys(f"{row['what']}: {row['note']}" for row in rows if "note" in row):
         print(note)
     if options.json:

@@ -16,10 +16,9 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from tools.benchmarks.measure import machine
+from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row
 from tools.comparison.stages import open_photos, report
 
@@ -82,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
-    Console().print(table(rows))
+    console().print(table(rows))
     print(*notes(rows), sep="\n")
     if options.json:
         content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}

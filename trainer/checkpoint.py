@@ -158,11 +158,21 @@ def _newer_software(saved: dict[str, str]) -> list[str]:
     ]
 
 
+# Fields of a plan that are a setting under another name.
+_KEYS = {
+    "seed": "run.seed",
+    "global_batch": "run.global_batch",
+    "image_size": "data.image_size",
+    "window_shards": "data.window_shards (0 is data.shuffle global)",
+}
+
+
 def refuse_other_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:
         if saved.get(name) != current.get(name):
+            key = _KEYS.get(name, name)
             raise UserError(
-                f"{path}: belongs to another plan: {name} was {saved.get(name)}, now it is {current.get(name)}. "
+                f"{path}: belongs to another plan: {key} was {saved.get(name)}, now it is {current.get(name)}. "
                 "Use the same settings and data, or start a new run with another --run.out"
             )

@@ -312,9 +312,17 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(str(error).split()))
-        raise UserError(f"{reason}. See --help for the keys and their types; a list is written [1,2]") from error
+        raise UserError(f"{_reason(str(error))}. See --help for the keys and their types; {_NOTATION}") from error
     return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
+
+
+_NOTATION = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a switch true or false"
+
+
+def _reason(message: str) -> str:
+    """jsonargparse's message as one line, without the types that a union was tried with."""
+    reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
+    return re.sub(r"Does not validate against any of the Union subtypes.*Given value: ", "not understood: ", reason)
 
 
 def _check_keys(arguments: list[str]) -> None:

@@ -34,9 +34,13 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
 def share_of_batch(config: Config, world: World) -> int:
     """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups."""
     group, total = config.augment.mix_group, config.run.global_batch
+    if total % group:
+        raise UserError(
+            f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}: change one of them"
+        )
     if total % (group * world.size):
         raise UserError(
-            f"run.global_batch is {total}: {world.size} ranks cannot share its {total / group:g} groups of {group} "
+            f"run.global_batch is {total}: {world.size} ranks cannot share its {total // group} groups of {group} "
             "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
         )
     micro_batch = config.run.micro_batch or group

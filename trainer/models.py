@@ -86,7 +86,8 @@ def refuse_size(model: nn.Module, name: str, image_size: int) -> None:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model '{name}' cannot take images of {image_size} px ({reason}). Change data.image_size or "
-            "data.eval_image_size, or use another model; some of timm's take any size with kwargs.dynamic_img_size true"
+            "data.eval_image_size, or use another model; some of timm's take any size with "
+            "--student.kwargs.dynamic_img_size true"
         ) from error
     finally:
         model.train(training)

@@ -46,11 +46,11 @@ class Quarantine:
         with self._lock:
             self._found.append((split, sample, error))
 
-    def settle(self) -> int:
+    def settle(self) -> str:
         """Write down what any rank has found since the last time. Every rank must call it.
 
         Returns:
-          how many samples were found for the first time in the run.
+          a line about samples that were found for the first time in the run, '' if there are none.
         Raises:
           UserError: a split has too many damaged samples, on every rank.
         """
@@ -65,7 +65,11 @@ class Quarantine:
         if new and self._world.is_main:
             _append(self._path, list(new.values()))
         self._refuse_too_many()
-        return len(new)
+        if not new:
+            return ""
+        places = [f"{line['split']}: sample {line['key']} in {line['shard']}" for line in new.values()]
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        return f"damaged and replaced: {places[0]}{more}; {len(self._named)} in all, named in {self._path}"
 
     def _refuse_too_many(self) -> None:
         for split, index in self._indices.items():

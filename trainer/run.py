@@ -304,6 +304,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
             settle(run, telemetry)
         if evaluation_due and run.evaluate is not None:
             results = run.evaluate()
+            settle(run, telemetry)
             telemetry.evaluation(state.step, epoch, results)
             log.restart()
         if checkpoint_due:
@@ -313,8 +314,8 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
 
 def settle(run: Run, telemetry: Telemetry) -> None:
     """Write down what damaged samples were met, and end the run if they are too many."""
-    if found := run.pipelines.quarantine.settle():
-        telemetry.say(f"{found} damaged images were replaced: {run.config.run.out / QUARANTINE}")
+    if line := run.pipelines.quarantine.settle():
+        telemetry.say(line)
 
 
 class _LossLog:

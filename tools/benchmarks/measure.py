@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+from rich.console import Console
+
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset")
 
 
@@ -48,6 +50,12 @@ def machine() -> dict:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal, and wide enough where there is none."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=160)
 
 
 def num_cores() -> int:
