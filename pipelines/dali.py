@@ -167,9 +167,10 @@ class DaliPipeline:
         found = False
         for row in plan.split(1):
             sample = int(row.sample[0])
+            known = self._reader.is_replaced(sample)
             if reason := self._failure_on(row, self._reader.read(row.sample)):
                 pixels = decode_checked(self._reader, sample)
-                if self._reader.is_replaced(sample) or self._failure_on(row, [lossless(pixels)]):
+                if known or self._failure_on(row, [lossless(pixels)]):
                     found = False
                     break
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)

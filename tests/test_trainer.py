@@ -144,9 +144,10 @@ def test_a_run_whose_images_grow_resumes_bit_equal_before_at_and_after_the_chang
     assert a["plan"]["image_size"] == [[0, 24], [2, 32]]
 
 
-def test_all_augmentations_together_train_and_resume_bit_equal(digits, tmp_path):
+@pytest.mark.parametrize("pipeline", ["torchvision", "dali"])
+def test_all_augmentations_together_train_and_resume_bit_equal(digits, tmp_path, pipeline):
     more = ["--augment.three_augment", "true", "--augment.color_jitter", 0.3, "--augment.erase_prob", 0.25]
-    more += ["--distill.label_smoothing", 0.1]
+    more += ["--distill.label_smoothing", 0.1, "--data.pipeline", pipeline]
     for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
         for steps in stops:
             train_here(digits, tmp_path / name, *more, "--run.stop_after_steps", steps)
