@@ -545,7 +545,7 @@ def test_ctrl_c_is_one_line(digits, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "interrupted. Run the same command again to go on from the newest checkpoint\n"
+    assert error == "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one\n"
 
 
 def test_a_plan_with_a_field_less_differs():

@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
             with join_world(config.run.device) as world:
                 train(config, world)
     except KeyboardInterrupt:
-        print("interrupted. Run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        message = "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one"
+        print(message, file=sys.stderr)
         sys.exit(130)
 
 
@@ -343,7 +344,7 @@ class _LossLog:
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in one of the {self._steps} steps up to {self._run.state.step}. "
-                "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint"
+                "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint, if there is one"
             )
         elapsed_s = time.perf_counter() - self._start_s
         record = {
