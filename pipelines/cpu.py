@@ -18,10 +18,9 @@ from pipelines.batch import Batch, BatchMaker
 from pipelines.checked import CheckedReader, decode_with_pil
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
-from pipelines.reader import look_ahead, read_ahead
+from pipelines.reader import PLANS_AHEAD, look_ahead, read_ahead
 
 _BATCHES_IN_FLIGHT = 2  # the pool works on the next batch while the last images of this one are finished
-_PLANS_AHEAD = 8  # whose bytes are asked for, and among which copies of an image are looked for: the recipe's step
 _KEPT_BYTES = 512 << 20  # decoded images at a time: a global batch of ImageNet has 192 MB of different ones
 
 
@@ -70,7 +69,7 @@ class TorchvisionPipeline:
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="augment") as pool:
             try:
-                for plan in look_ahead(plans, _PLANS_AHEAD, announce):
+                for plan in look_ahead(plans, PLANS_AHEAD, announce):
                     in_flight.append(self._submit(pool, plan, images))
                     if len(in_flight) == _BATCHES_IN_FLIGHT:
                         yield self._finish(*in_flight.popleft())

@@ -19,12 +19,11 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.randaugment import apply_ops, erase
-from pipelines.reader import look_ahead, read_ahead
+from pipelines.reader import PLANS_AHEAD, look_ahead, read_ahead
 
 TensorList = TensorListCPU | TensorListGPU
 
 _INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-_PLANS_AHEAD = 8  # whose bytes are asked for, and whose graphs are built
 _MOST_PADDING_MIB = 64  # unless told otherwise: 22 megapixels; of larger images there are few
 _IN_FLIGHT = 2  # batches DALI works on at a time: one is decoded on the host while one is finished on the device
 
@@ -106,7 +105,7 @@ class DaliPipeline:
                     self._graphs[shape] = builder.submit(self._build, shape)
 
             previous = None
-            for shape, same_shape in itertools.groupby(look_ahead(plans, _PLANS_AHEAD, announce), _Shape.of):
+            for shape, same_shape in itertools.groupby(look_ahead(plans, PLANS_AHEAD, announce), _Shape.of):
                 self._graphs.pop(previous, None)  # progressive resizing does not come back; its memory is needed
                 previous = shape
                 for plan, pixels in self._pixels(shape, same_shape):

@@ -9,11 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.checked import CheckedReader, decode_with_pil
 from pipelines.errors import UserError
+from pipelines.index import ShardIndex
 
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
 _PROGRAM = (sys.executable, "-m", "pipelines.probe")
+
+
+def probe_dataset(index: ShardIndex, device: str, hw_decoder_load: float) -> tuple[str, str]:
+    """As `probe_decode`, with the first image of a dataset that is not damaged, of its first hundred."""
+    reader = CheckedReader(index, lambda sample, error: None)
+    for sample in range(min(100, len(index))):
+        (encoded,) = reader.read(np.array([sample]))
+        if not reader.is_replaced(sample):
+            return probe_decode(device, encoded, hw_decoder_load)
+    raise UserError(f"{index.paths[0]}: the first images are all damaged. Restore the shards")
 
 
 def probe_decode(
@@ -63,7 +75,6 @@ def _main(device: str, path: str, hw_decoder_load: str) -> None:
     """Decode the same regions of the image on standard input here and with PIL; exit with what is wrong, if it is."""
     import torch
 
-    from pipelines.checked import decode_with_pil
     from pipelines.dali import decoded_regions
 
     jpeg = np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)

@@ -114,8 +114,8 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
     out = torch.empty_like(images)
     kinds = np.array([_kind(Op(op), kernel) for op in ops.tolist()], dtype=np.int32)
     matrices = np.zeros((len(ops), 6))
-    for row in np.flatnonzero(kinds == kernel.AFFINE.value).tolist():
-        matrices[row] = _MATRICES[ops[row]](float(args[row]), images.shape[1])
+    for op in _MATRICES:
+        matrices[ops == op] = _host_matrices(op, args[ops == op], images.shape[1])
     device = images.device
     kernel.launch(
         images,
@@ -326,7 +326,7 @@ _MATRICES: dict[Op, Callable[[float, int], _Matrix]] = {
 
 def _host_matrices(op: Op, args: np.ndarray, size: int) -> np.ndarray:
     """float64 [n, 6]."""
-    return np.array([_MATRICES[op](arg, size) for arg in args.tolist()], dtype=np.float64)
+    return np.array([_MATRICES[op](arg, size) for arg in args.tolist()], dtype=np.float64).reshape(-1, 6)
 
 
 def _transform(op: Op, images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:

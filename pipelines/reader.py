@@ -14,6 +14,7 @@ import numpy as np
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 
+PLANS_AHEAD = 8  # micro-batches whose bytes are asked for: the recipe's step on one rank
 _files_needed = 512  # by the rest of the process, and then by every reader
 
 
@@ -39,16 +40,12 @@ class ShardReader:
           UserError: a shard is missing, or shorter than the index says.
           OSError: the storage fails.
         """
-        return [self._read(*place) for place in self._places(samples)]
+        return [self._read(*place) for place in places(self._index, samples)]
 
     def will_need(self, samples: np.ndarray) -> None:
         """Start reading the samples from storage into the page cache; returns at once. Raises UserError as `read`."""
-        for shard, offset, nbytes in self._places(samples):
+        for shard, offset, nbytes in places(self._index, samples):
             os.posix_fadvise(self._open(shard), offset, nbytes, os.POSIX_FADV_WILLNEED)
-
-    def _places(self, samples: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        rows = self._index.samples[samples]
-        return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
 
     def _read(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
         content = np.empty(nbytes, dtype=np.uint8)
@@ -78,6 +75,12 @@ class ShardReader:
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
                 self._files[shard] = file
             return self._files[shard]
+
+
+def places(index: ShardIndex, samples: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(shard, offset, nbytes) of each sample."""
+    rows = index.samples[samples]
+    return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
 
 
 def _close(files: list[int | None]) -> None:

@@ -9,6 +9,8 @@ import torch
 from conftest import REPOSITORY
 
 from tools.benchmarks import loader as loaders
+from tools.opening import decode_path
+from trainer.config import DataConfig
 
 
 def run(tmp_path, *arguments: str) -> tuple[list[dict], str]:
@@ -68,3 +70,11 @@ def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monke
     for row in rows:
         reason = loaders.missing(row, setting)
         assert "not installed" in reason or "cannot be imported" in reason
+
+
+def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
+    """On a machine without a GPU: what is tried there is only noted."""
+    commands = []
+    monkeypatch.setattr("pipelines.probe._try", lambda command, jpeg: commands.append(command) or "")
+    assert decode_path(photos, torch.device("cuda", 0)) == ("roi", "it works")
+    assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]

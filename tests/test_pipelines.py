@@ -318,13 +318,17 @@ def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
 EVERYTHING = AugmentConfig(mix_group=5, three_augment=True, color_jitter=0.3, erase_prob=0.5)
 
 
-def test_operations_on_dalis_pixels_are_the_references(photos):
+def assert_operations_are_the_references(carry_out: Callable[..., np.ndarray], photos: ShardIndex) -> None:
     plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
     bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
-    expected = iter(pixels("dali", photos, bare))
-    for plan, ours in zip(plans, np.split(pixels("dali", photos, plans), len(plans)), strict=True):
+    expected = iter(carry_out("dali", photos, bare))
+    for plan, ours in zip(plans, np.split(carry_out("dali", photos, plans), len(plans)), strict=True):
         for row, image in enumerate(ours):
             assert np.array_equal(image, augmented(next(expected), plan, row))
+
+
+def test_operations_on_dalis_pixels_are_the_references(photos):
+    assert_operations_are_the_references(pixels, photos)
 
 
 # --- which decode path ---
@@ -383,12 +387,7 @@ def test_dali_on_the_gpu_is_close_to_the_reference(photos, decode_path):
 
 @pytest.mark.gpu
 def test_operations_on_the_gpu_are_the_references(photos):
-    plans = plans_of(train_plan(photos, EVERYTHING, size=96), 12)
-    bare = [dataclasses.replace(p, ops=np.zeros_like(p.ops), erase=np.zeros_like(p.erase)) for p in plans]
-    expected = iter(on_gpu("dali", photos, bare))
-    for plan, ours in zip(plans, np.split(on_gpu("dali", photos, plans), len(plans)), strict=True):
-        for row, image in enumerate(ours):
-            assert np.array_equal(image, augmented(next(expected), plan, row))
+    assert_operations_are_the_references(on_gpu, photos)
 
 
 @pytest.mark.gpu

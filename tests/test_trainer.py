@@ -566,7 +566,7 @@ def test_the_card_is_tried_once_and_the_answer_remembered(digits, tmp_path, monk
     index, tried = read_index(digits, "train"), []
     world = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    monkeypatch.setattr("trainer.data.probe_decode", lambda *a: tried.append(a) or ("full", "regions crashed"))
+    monkeypatch.setattr("trainer.data.probe_dataset", lambda *a: tried.append(a) or ("full", "regions crashed"))
     config = parse([*TINY, "--run.out", str(tmp_path)])
     chosen = choose_decode(config, index, world)
     assert chosen["decode"] == "full" and chosen["why"] == "regions crashed" and len(tried) == 1

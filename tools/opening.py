@@ -1,13 +1,11 @@
 """Pipelines with the default settings, for tools that compare them. A damaged image ends the tool."""
 
-import numpy as np
 import torch
 
 from pipelines import Pipeline, open_pipeline
 from pipelines.checked import refuse_damaged
 from pipelines.index import ShardIndex
-from pipelines.probe import probe_decode
-from pipelines.reader import ShardReader
+from pipelines.probe import probe_dataset
 from trainer.config import DataConfig
 
 
@@ -20,7 +18,7 @@ def decode_path(index: ShardIndex, device: torch.device) -> tuple[str, str]:
     """DALI's decode path as a training run would choose it, roi or full, and why."""
     if device.type == "cpu":
         return "roi", "it works"
-    return probe_decode(str(device), ShardReader(index).read(np.array([0]))[0])
+    return probe_dataset(index, str(device), DataConfig().hw_decoder_load)
 
 
 def opened(name: str, index: ShardIndex, *, device: torch.device, threads: int, decode: str) -> Pipeline:

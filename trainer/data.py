@@ -6,15 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipelines import Pipeline, open_pipeline, resolve_pipeline
-from pipelines.checked import CheckedReader
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, TrainPlan, size_schedule
-from pipelines.probe import probe_decode
+from pipelines.probe import probe_dataset
 from pipelines.synthetic import synthetic_index
 from trainer.config import Config, DataConfig
 from trainer.distributed import World
@@ -138,19 +136,9 @@ def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, 
     place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
     remembered = _remembered(config.run.out / DECODE) if world.is_main else {}
     if world.is_main and not place.items() <= remembered.items():
-        decode, why = probe_decode(str(world.device), _intact_image(index), load)
+        decode, why = probe_dataset(index, str(world.device), load)
         remembered = {"decode": decode, "why": why, **place}
     return world.choice_of_main(remembered)
-
-
-def _intact_image(index: ShardIndex) -> np.ndarray:
-    """The bytes of the first sample that is not damaged, of the first hundred."""
-    reader = CheckedReader(index, lambda sample, error: None)
-    for sample in range(min(100, len(index))):
-        (encoded,) = reader.read(np.array([sample]))
-        if not reader.is_replaced(sample):
-            return encoded
-    raise UserError(f"{index.paths[0]}: the first images are all damaged. Restore the shards")
 
 
 def _remembered(path: Path) -> dict[str, str]:

@@ -38,6 +38,10 @@ class Quarantine:
         named = world.choice_of_main([_place(line) for line in read_quarantine(path)] if world.is_main else None)
         self._named: set[_Place] = set(named)
 
+    def __len__(self) -> int:
+        """How many samples have been named."""
+        return len(self._named)
+
     def collector(self, split: str) -> Callable[[int, str], None]:
         """What a pipeline of the split calls with (sample, error); from any thread."""
         return functools.partial(self._add, split)
@@ -69,7 +73,7 @@ class Quarantine:
             return ""
         places = [f"{line['split']}: sample {line['key']} in {line['shard']}" for line in new.values()]
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        return f"damaged and replaced: {places[0]}{more}; {len(self._named)} in all, named in {self._path}"
+        return f"damaged and replaced: {places[0]}{more}; {len(self)} in all, named in {self._path}"
 
     def _refuse_too_many(self) -> None:
         for split, index in self._indices.items():

@@ -44,7 +44,6 @@ from trainer.evaluate import evaluate
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
-from trainer.quarantine import QUARANTINE, read_quarantine
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
@@ -134,7 +133,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         "teacher": config.teacher.name,
         "dataset": run.plan.index.digest,
         "deviations": run.state.audit,
-        "quarantined": len(read_quarantine(config.run.out / QUARANTINE)),
+        "quarantined": len(run.pipelines.quarantine),
         "evaluation": results,
         "session": {
             "start_step": start_step,

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipelines import rng
 from pipelines.index import ShardIndex, read_index
-from pipelines.reader import ShardReader, look_ahead
+from pipelines.reader import PLANS_AHEAD, ShardReader, look_ahead, places
 from tools.benchmarks.measure import interleaved, ratio, timed
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
@@ -26,7 +26,6 @@ from tools.sharding.job import BuildOptions, build
 COLUMNS = {"what": "what", "mb_per_s": "MB/s", "min": "min", "max": "max", "ratio": "ratio", "of": "of"}
 OURS = "ours (pread, fadvise)"
 _BATCH = 128
-_BATCHES_AHEAD = 8  # as the pipelines
 
 
 def read(images: int, repeats: int) -> list[dict]:
@@ -97,7 +96,7 @@ def _total(function: Callable, index: ShardIndex, batches: list[np.ndarray]) -> 
 
 def _ours(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
     reader = ShardReader(index)
-    for batch in look_ahead(batches, _BATCHES_AHEAD, reader.will_need):
+    for batch in look_ahead(batches, PLANS_AHEAD, reader.will_need):
         yield from reader.read(batch)
 
 
@@ -114,17 +113,13 @@ def _mapped(index: ShardIndex, batches: list[np.ndarray], *, advise: bool) -> It
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             maps[-1].madvise(mmap.MADV_RANDOM)
 
-    def places(batch: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        rows = index.samples[batch]
-        return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
-
     def announce(batch: np.ndarray) -> None:
-        for shard, offset, nbytes in places(batch) if advise else ():
+        for shard, offset, nbytes in places(index, batch) if advise else ():
             start = offset - offset % mmap.PAGESIZE
             maps[shard].madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
 
-    for batch in look_ahead(batches, _BATCHES_AHEAD, announce):
-        for shard, offset, nbytes in places(batch):
+    for batch in look_ahead(batches, PLANS_AHEAD, announce):
+        for shard, offset, nbytes in places(index, batch):
             yield memoryview(maps[shard])[offset : offset + nbytes]
 
 

@@ -13,7 +13,7 @@ from tools.sharding.job import VERSION, assemble
 from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, write_record
 from tools.sharding.sources import SPLITS
 from tools.sharding.tars import tar_members
-from tools.sharding.workers import LostWorkerError, run_jobs
+from tools.sharding.workers import run_jobs
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
@@ -58,11 +58,8 @@ def index_webdataset(
             for split, paths in found.items()
             for path in paths
         ]
-        try:
-            for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
-                on_shard(done + 1, len(jobs))
-        except LostWorkerError as error:
-            raise UserError(f"{error}, perhaps for want of memory. Use fewer --workers") from error
+        for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
+            on_shard(done + 1, len(jobs))
         description = _describe(root, [path for _, path, _ in jobs], audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
         manifest = assemble(root, records, description, shards)

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from pipelines.index import AUDIT, INDEX, MANIFEST, read_manifest
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
 from tools.sharding.shards import dali_index
 from tools.sharding.tars import BLOCK, tar_header, tar_members
-from tools.sharding.workers import LostWorkerError, run_jobs
+from tools.sharding.workers import run_jobs
 
 _NAMED = 20  # faults of one shard
 
@@ -70,12 +69,9 @@ def verify(
         if path.is_file() and str(path.relative_to(root)) not in known
     ]
     found = {}
-    try:
-        for number, of_shard in run_jobs(_verify_shard, jobs, workers):
-            found[number] = of_shard
-            on_shard(len(found), len(jobs))
-    except LostWorkerError as error:
-        raise UserError(f"{error}, perhaps for want of memory. Use fewer --workers") from error
+    for number, of_shard in run_jobs(_verify_shard, jobs, workers):
+        found[number] = of_shard
+        on_shard(len(found), len(jobs))
     return faults + [fault for number in sorted(found) for fault in found[number]]
 
 

@@ -16,10 +16,12 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 
+from pipelines.errors import UserError
+
 _PATIENCE_S = 0.2  # between two calls of `on_wait`
 
 
-class LostWorkerError(RuntimeError):
+class LostWorkerError(UserError):
     """A worker process, or the server that forks them, was killed."""
 
 
@@ -83,7 +85,7 @@ def _telling_lost_workers() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:
-        raise LostWorkerError("a worker was killed") from error
+        raise LostWorkerError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
 
 
 def _context() -> multiprocessing.context.BaseContext:
