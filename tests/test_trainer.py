@@ -272,7 +272,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
     for name, model in (("student", run.state.student), ("teacher", run.step._teacher)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
     with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 16))) as batches:
-        run.step(batches)
+        run.step(batches, 0)
 
     def raw(images, mean, std):
         return images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)

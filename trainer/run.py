@@ -293,7 +293,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
         epoch = state.step // run.plan.steps_per_epoch
         lr = learning_rate(epoch, config.optim, config.schedule)
         set_learning_rate(state.optimizer, lr)
-        log.add(run.step(batches))
+        log.add(run.step(batches, state.step).loss)
         state.step += 1
         telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0

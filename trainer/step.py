@@ -1,6 +1,7 @@
 """One update: mix, student and teacher forward, loss, backward, AdamW, averages. No I/O, no clock, no host sync."""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 
@@ -17,8 +18,21 @@ from trainer.mix import Normalize, mix_pixels, partners
 from trainer.optim import ModelEma, batch_norms, running_statistics
 
 
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What an update tells, on the device: nobody has waited for it yet.
+
+    Attributes:
+      loss: float32 scalar, mean over this rank's images.
+      bad: bool [images of this rank], in the order of their positions: where a model's output is not finite.
+    """
+
+    loss: torch.Tensor
+    bad: torch.Tensor
+
+
 class TrainStep:
-    """The update of a student, `step(batches)`, made once a run.
+    """The update of a student, `step(batches, number)`, made once a run.
 
     Args:
       student: the unwrapped model on its device.
@@ -69,14 +83,10 @@ class TrainStep:
         self._seed = seed
         self._micro_batches = micro_batches
 
-    def __call__(self, batches: Iterator[Batch]) -> torch.Tensor:
-        """One update from the next `micro_batches` batches.
-
-        Returns:
-          The loss, mean over this rank's images: float32 scalar on the device.
-        """
+    def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
+        """Update `number` (the run's first is 0) from the next `micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self._device)
+        total, bad = torch.zeros((), device=self._device), []
         self._statistics.begin()
         for micro_batch in range(self._micro_batches):
             batch = next(batches)
@@ -84,18 +94,21 @@ class TrainStep:
             torch.manual_seed(int(rng.words(self._seed, rng.Stream.MODEL, batch.position, batch.position + 1, 4)[0, 0]))
             last = micro_batch == self._micro_batches - 1
             with self._no_sync(not last):
-                loss = self._loss(batch) / self._micro_batches
+                loss, bad_rows = self._loss(batch)
+                loss = loss / self._micro_batches
                 self._scaler.scale(loss).backward()
             self._statistics.collect()
             total += loss.detach()
+            bad.append(bad_rows)
         self._statistics.end()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        return total
+        return StepMetrics(total, torch.cat(bad))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and which rows are bad."""
         pixels = mix_pixels(batch)
         with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
             student = self._model(self._normalize_student(pixels))
@@ -104,12 +117,20 @@ class TrainStep:
                 with torch.no_grad():
                     teacher = self._teacher(self._normalize_teacher(pixels))
         labels = batch.labels
-        return usi_loss(student, teacher, labels, partners(labels, batch.mix_group), batch.lam, self._distill)
+        loss = usi_loss(student, teacher, labels, partners(labels, batch.mix_group), batch.lam, self._distill)
+        bad = ~_finite_rows(student.detach())
+        if teacher is not None:
+            bad |= ~_finite_rows(teacher)
+        return loss, bad
 
     def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager:
         if skip and isinstance(self._model, DistributedDataParallel):
             return self._model.no_sync()
         return contextlib.nullcontext()
+
+
+def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
+    return logits.isfinite().all(1)
 
 
 class StatisticsAverage:
