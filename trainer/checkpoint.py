@@ -1,9 +1,17 @@
-"""The state of a run and its files: written atomically, refused when they belong to another plan."""
+"""The state of a run and its files: copied to the host, hashed and written in the background, checked when read.
+
+A checkpoint is written to a file of another name, synced and renamed: it is there in full or not at all. Its `digest`
+covers all it holds. Reading takes the newest one that is whole, and refuses one of another plan.
+"""
 
 import contextlib
 import dataclasses
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +24,7 @@ from trainer.config import Config, to_dict
 from trainer.optim import ModelEma
 
 FORMAT_VERSION = 1
+BEST = "best.pt"
 
 
 @dataclasses.dataclass
@@ -26,7 +35,10 @@ class TrainState:
       student, optimizer, scaler: their own states; ema: or None where no average is kept.
       plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; another is refused.
       config: the resolved configuration, audit: what of it differs from USI; for whoever finds the file.
+      micro_batch: images of a forward pass on one rank.
       step: updates done.
+      evaluated: the update after which the weights were evaluated last; 0 is never.
+      best: {"step", "weights": raw or ema, "top1"} of the best evaluation so far; {} without one.
     """
 
     student: nn.Module
@@ -36,36 +48,151 @@ class TrainState:
     plan: dict
     config: dict
     audit: list[dict]
+    micro_batch: int
     step: int = 0
+    evaluated: int = 0
+    best: dict = dataclasses.field(default_factory=dict)
 
 
-def save(folder: Path, state: TrainState, keep: int) -> Path:
-    """Write the state to `folder`, all of it or nothing, and delete all but the `keep` newest files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{state.step:08d}.pt"
-    content = {
-        "format_version": FORMAT_VERSION,
-        "step": state.step,
-        "student": state.student.state_dict(),
-        "ema": state.ema.module.state_dict() if state.ema else None,
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "plan": state.plan,
-        "config": state.config,
-        "audit": state.audit,
-        "software": _software(),
-    }
-    for stale in folder.glob("*.partial"):  # of a process that was killed while it wrote
-        stale.unlink()
-    try:
-        with replacing(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be written ({reason}). Make room; older ones are kept") from error
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
+def content_of(state: TrainState) -> dict:
+    """What a checkpoint holds but its digest, on the host, in memory of its own: the training may go on."""
+    return to_host(
+        {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "evaluated": state.evaluated,
+            "best": state.best,
+            "student": state.student.state_dict(),
+            "ema": state.ema.module.state_dict() if state.ema else None,
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "micro_batch": state.micro_batch,
+            "plan": state.plan,
+            "config": state.config,
+            "audit": state.audit,
+            "software": _software(),
+        }
+    )
+
+
+def best_content_of(state: TrainState, metrics: dict[str, float]) -> dict:
+    """What best.pt holds: the weights that `state.best` speaks of and no others, and how good they are."""
+    model = state.ema.module if state.best["weights"] == "ema" else state.student
+    return to_host(
+        {
+            "format_version": FORMAT_VERSION,
+            **state.best,
+            "metrics": metrics,
+            "state_dict": model.state_dict(),
+            "plan": state.plan,
+            "config": state.config,
+            "audit": state.audit,
+            "software": _software(),
+        }
+    )
+
+
+def to_host(content: Any) -> Any:
+    """A copy of nested dictionaries, lists and tensors; the device is waited for once, after all copies."""
+    on_device = []
+
+    def copied(value):
+        if torch.is_tensor(value):
+            value = value.detach()
+            if not value.is_cuda:
+                return value.clone()
+            on_device.append(value)
+            host = torch.empty_like(value, device="cpu", pin_memory=True)
+            return host.copy_(value, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: copied(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(copied(item) for item in value)
+        return value
+
+    copy = copied(content)
+    if on_device:
+        torch.cuda.current_stream(on_device[0].device).synchronize()
+    return copy
+
+
+def digest_of(content: Any) -> str:
+    """sha256 over names, types, shapes and bytes of nested dictionaries, lists, tensors and plain values, in hex."""
+    sha = hashlib.sha256()
+
+    def feed(value) -> None:
+        if torch.is_tensor(value):
+            sha.update(f"{value.dtype} {list(value.shape)};".encode())
+            sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"{len(value)} entries;".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"{len(value)} items;".encode())
+            for item in value:
+                feed(item)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    feed(content)
+    return sha.hexdigest()
+
+
+class Writer:
+    """Writes files one after the other, in a thread of its own.
+
+    Attributes:
+      failure: why a file could not be written, '' if all were. Nothing is written after a failure.
+    """
+
+    _AT_ONCE = 2  # files in memory; a slower disk makes the training wait
+
+    def __init__(self):
+        self.failure = ""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future] = []
+
+    def submit(self, path: Path, content: dict, then: Callable[[], None] = lambda: None) -> None:
+        """Write `content` with its digest to `path`, all of it or nothing, and call `then`.
+
+        `content` is nobody else's from now on.
+        """
+        while len(self._pending) >= self._AT_ONCE:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(self._write, path, content, then))
+
+    def wait(self) -> None:
+        """Until the last file is on the disk, or has failed."""
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def _write(self, path: Path, content: dict, then: Callable[[], None]) -> None:
+        if self.failure:
+            return
+        try:
+            _refuse_not_finite(content)
+            with replacing(path) as file:
+                torch.save({**content, "digest": digest_of(content)}, file)
+            then()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = " ".join(str(error).split())[:200]
+            self.failure = f"{path}: cannot be written ({reason}). Make room; older ones are kept"
+        except UserError as error:
+            self.failure = f"{path}: not written: {error}"
+
+
+def _refuse_not_finite(content: dict) -> None:
+    for part in ("student", "state_dict"):
+        for name, value in (content.get(part) or {}).items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"the student's {name} is not finite. Lower optim.lr or change run.precision")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint."""
+    return folder / f"step-{step:08d}.pt"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -73,13 +200,54 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def load(path: Path, state: TrainState) -> list[str]:
-    """Set the state to what the file holds.
+def prepare(folder: Path, step: int) -> None:
+    """Make a folder ready for a run that goes on after `step`.
+
+    Half files of processes that were killed are removed. Files of later steps, which can only be damaged, are put
+    aside under another name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.partial"):
+        stale.unlink()
+    for later in checkpoints(folder):
+        if later > path_of(folder, step):
+            later.rename(later.with_suffix(".damaged"))
+
+
+def prune(folder: Path, keep: int, every: int) -> None:
+    """Delete all but the `keep` newest checkpoints and those of steps that `every` divides; 0 divides none."""
+    for old in checkpoints(folder)[:-keep]:
+        if not every or int(old.stem.removeprefix("step-")) % every:
+            old.unlink()
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict, list[str]]:
+    """The newest checkpoint that is as it was written.
 
     Returns:
-      What differs from the configuration that the file was written under, of all that may: one sentence each.
+      its path, None if there is none; what it holds; what is wrong with later ones, a sentence each.
     Raises:
-      UserError: the file is damaged, or belongs to another plan; the first field that differs is named.
+      UserError: a file cannot be read for another reason, which may pass.
+    """
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return path, read(path), damaged
+        except DamagedError as error:
+            damaged.append(str(error))
+    return None, {}, damaged
+
+
+def read(path: Path) -> dict:
+    """What a checkpoint holds, checked against its digest.
+
+    Raises:
+      DamagedError: it is truncated or changed.
+      UserError: it cannot be read, or is of another format.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,14 +255,29 @@ def load(path: Path, state: TrainState) -> list[str]:
     except MemoryError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Mend that and start again") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}). Mend that and start again; all ranks read it, so "
+            "run.out must be a folder that all machines share"
+        ) from error
     except Exception as error:  # torch, pickle and zipfile each raise errors of their own
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {reason[:200]}). Remove it to resume from the one before"
-        ) from error
+        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason[:200]})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
+    digest = content.pop("digest", None)  # files of earlier versions have none
+    if digest is not None and digest != digest_of(content):
+        raise DamagedError(f"{path}: damaged (its content does not have the hash {digest[:12]}... it was written with)")
+    return content
+
+
+def load(path: Path, content: dict, state: TrainState) -> list[str]:
+    """Set the state to what a file holds.
+
+    Returns:
+      What differs from the configuration that the file was written under, of all that may: one sentence each.
+    Raises:
+      UserError: the file belongs to another plan; the first field that differs is named.
+    """
     refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     try:
         state.student.load_state_dict(content["student"])
@@ -108,6 +291,9 @@ def load(path: Path, state: TrainState) -> list[str]:
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]
+    state.evaluated = content.get("evaluated", state.step)
+    state.best = content.get("best", {})
+    state.micro_batch = content.get("micro_batch", state.micro_batch)
     return _changes(content["config"], state.config) + _newer_software(content.get("software", {}))
 
 

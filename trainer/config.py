@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -241,13 +242,18 @@ class RunConfig:
       seed: of the plan, the initial weights and dropout.
       device: auto, cuda or cpu.
       global_batch: images an update, over all ranks and micro-batches.
-      micro_batch: images a forward pass on one rank, whole mixing groups; 0 is one group.
+      micro_batch: images a forward pass on one rank, whole mixing groups; 0 is one group; auto is the largest that fits
+        the GPU's memory, which is tried before a run begins. BatchNorm sees a micro-batch at a time, so with it the
+        result depends on this.
       precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
       channels_last: memory format of both models.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       eval_batch: validation images a forward pass on one rank.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many of the newest are kept.
+      keep_checkpoints: how many of the newest are kept; the best weights are in best.pt besides.
+      keep_every: of the checkpoints, each so-many-th is kept for good; 0 keeps none.
+      on_nonfinite: what a loss that is not finite does: stop ends the run; rollback goes back to the newest checkpoint
+        and tries again, and ends the run if it comes to nothing.
       log_every: steps between lines in metrics.jsonl.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
     """
@@ -256,13 +262,15 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     global_batch: int = 1024
-    micro_batch: int = 0
+    micro_batch: int | Literal["auto"] = 0
     precision: str = "auto"
     channels_last: bool = True
     eval_every: int = 1
     eval_batch: int = 128
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    on_nonfinite: str = "stop"
     log_every: int = 50
     stop_after_steps: int = 0
 
@@ -276,8 +284,16 @@ class RunConfig:
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch", "stop_after_steps"):
+        for name in ("keep_every", "stop_after_steps"):
             _require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            self.micro_batch == "auto" or self.micro_batch >= 0,
+            f"run.micro_batch is {self.micro_batch}; it must not be negative",
+        )
+        _require(
+            self.on_nonfinite in ("stop", "rollback"),
+            f"run.on_nonfinite is '{self.on_nonfinite}', not stop or rollback",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

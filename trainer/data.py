@@ -30,7 +30,10 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
 
 
 def share_of_batch(config: Config, world: World) -> int:
-    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups."""
+    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
+
+    One group where the configuration leaves it open; fitting.py may then find a larger one.
+    """
     group, total = config.augment.mix_group, config.run.global_batch
     if total % group:
         raise UserError(
@@ -41,6 +44,8 @@ def share_of_batch(config: Config, world: World) -> int:
             f"run.global_batch is {total}: {world.size} ranks cannot share its {total // group} groups of {group} "
             "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
         )
+    if config.run.micro_batch == "auto":
+        return group
     micro_batch = config.run.micro_batch or group
     if micro_batch % group or (total // world.size) % micro_batch:
         raise UserError(

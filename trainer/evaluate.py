@@ -1,7 +1,7 @@
 """Accuracy on the validation set, each image counted exactly once on any number of ranks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +31,38 @@ def evaluate(
     batch: int,
     precision: torch.dtype,
     world: World,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
     """Evaluate several weights of one model in a single pass over the images. Every rank must call it.
 
     Args:
       models: by name; all normalised alike. Their training mode is as before afterwards.
       batch: images a forward pass on each rank.
+      interrupted: asked before each batch; True, on all ranks at once, gives the evaluation up.
     Returns:
-      for each name: top1 and top5 in percent, loss (cross-entropy), images.
+      for each name: top1 and top5 in percent, loss (cross-entropy), images; {} if it was given up.
     """
     training = {name: model.training for name, model in models.items()}
     # correct at 1, correct at 5, sum of losses, images
     sums = {name: torch.zeros(4, dtype=torch.float64, device=world.device) for name in models}
+    complete = False
     for model in models.values():
         model.eval()
     with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
         for images in batches:
+            if interrupted():
+                break
             pixels = normalize(images.images)
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
                     logits = model(pixels)
                 sums[name] += _counts(logits.float(), images.labels, images.valid)
+        else:
+            complete = True
     for name, model in models.items():
         model.train(training[name])
+    if not complete:
+        return {}
     return {name: _metrics(world.sum(total)) for name, total in sums.items()}
 
 

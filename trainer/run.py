@@ -5,14 +5,13 @@ torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
-import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
@@ -27,56 +26,28 @@ from pipelines.files import locked, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
-from trainer.checkpoint import TrainState
+from trainer.checkpoint import TrainState, Writer
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
+from trainer.control import INTERRUPTED, Control, exit_code
 from trainer.data import (
     DECODE,
-    Pipelines,
     open_indices,
     open_pipelines,
-    rank_plans,
     refuse_unreached_sizes,
     share_of_batch,
     train_plan,
 )
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
+from trainer.fitting import settle_micro_batch
+from trainer.loop import Run, loop, resume
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
-from trainer.optim import ModelEma, build_optimizer, set_learning_rate
-from trainer.schedule import learning_rate
-from trainer.step import TrainStep
-from trainer.telemetry import Stopwatch, Telemetry
+from trainer.optim import ModelEma, build_optimizer
+from trainer.step import TrainStep, gray_batch
+from trainer.telemetry import Telemetry
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything that `build` made and the loop uses.
-
-    Attributes:
-      evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
-      precision: of the forward passes.
-      changes: what differs from the checkpoint's configuration, in words.
-      stop: the step after which this process ends.
-    """
-
-    config: Config
-    world: World
-    plan: TrainPlan
-    pipelines: Pipelines
-    state: TrainState
-    step: TrainStep
-    evaluate: Callable[[], dict[str, dict[str, float]]] | None
-    micro_batch: int
-    total_steps: int
-    precision: torch.dtype
-    changes: list[str]
-
-    @property
-    def stop(self) -> int:
-        return min(self.total_steps, self.config.run.stop_after_steps or self.total_steps)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,23 +60,30 @@ def main(arguments: list[str] | None = None) -> None:
                 print(audit_table(audit(config)))
                 return
             with join_world(config.run.device) as world:
-                train(config, world)
+                summary = train(config, world)
     except KeyboardInterrupt:
         message = "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one"
         print(message, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    if stopped_by := summary["session"].get("stopped_by"):
+        sys.exit(exit_code(signal.Signals[stopped_by]))
 
 
 def train(config: Config, world: World) -> dict:
     """Train, from the newest checkpoint in run.out if there is one. Returns the summary.
 
+    SIGTERM, SIGUSR1 and SIGINT on any rank end it after the present step, with a checkpoint.
+
     Raises:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
     refuse_unwritable(config.run.out)
-    run = build(config, world)
-    with claimed(config.run.out, world):
+    control = Control(world)
+    with control.catching_signals(), contextlib.ExitStack() as stack:
+        run = build(config, world, control)
+        stack.enter_context(claimed(config.run.out, world))
         if world.is_main:
+            checkpoint.prepare(run.folder, run.state.step)
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
             if "device" in run.pipelines.decode:
                 write_synced(config.run.out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
@@ -119,14 +97,14 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / "summary.json"
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    if start_step >= run.stop and world.choice_of_main(summary_path.exists()):
+    if start_step >= run.stop and not run.evaluation_pending and world.choice_of_main(summary_path.exists()):
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
         return json.loads(summary_path.read_text())
     with telemetry.live():
-        results = loop(run, telemetry)
+        outcome = loop(run, telemetry)
     elapsed_s = time.perf_counter() - start_s
     summary = {
-        "finished": run.state.step == run.total_steps,
+        "finished": run.state.step == run.total_steps and not outcome.signal,
         "step": run.state.step,
         "total_steps": run.total_steps,
         "student": config.student.name,
@@ -134,20 +112,32 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         "dataset": run.plan.index.digest,
         "deviations": run.state.audit,
         "quarantined": len(run.pipelines.quarantine),
-        "evaluation": results,
+        "evaluation": outcome.evaluation,
+        "best": run.state.best,
         "session": {
             "start_step": start_step,
             "elapsed_s": round(elapsed_s, 3),
             "images_per_s": round((run.state.step - start_step) * config.run.global_batch / elapsed_s, 1),
             "ranks": world.size,
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            **({"stopped_by": signal.Signals(outcome.signal).name} if outcome.signal else {}),
         },
     }
     if world.is_main:
         write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
-        state = "finished" if summary["finished"] else "stopped"
-        telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
+        telemetry.say(ending(run, outcome.signal))
     return summary
+
+
+def ending(run: Run, signal_number: int) -> str:
+    """The last line."""
+    where = f"after step {run.state.step} of {run.total_steps}"
+    if signal_number:
+        return (
+            f"{signal.Signals(signal_number).name}: stopped {where}. Run the same command again: it goes on from there"
+        )
+    state = "finished" if run.state.step == run.total_steps else "stopped"
+    return f"{state} {where}: {run.config.run.out / 'summary.json'}"
 
 
 def refuse_unwritable(out: Path) -> None:
@@ -171,7 +161,7 @@ def claimed(out: Path, world: World) -> Iterator[None]:
         yield
 
 
-def build(config: Config, world: World) -> Run:
+def build(config: Config, world: World, control: Control | None = None) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing."""
     micro_batch = share_of_batch(config, world)
     refuse_unreached_sizes(config)
@@ -184,22 +174,34 @@ def build(config: Config, world: World) -> Run:
     precision = resolve_precision(config.run.precision, world.device)
     student, normalize = place(student, config.run, world)
     teacher, normalize_teacher = place(teacher, config.run, world)
-    state = build_state(config, plan, student, precision, world)
-    changes = resume(config.run, state, total_steps, world)
-    step = TrainStep(
-        student,
-        teacher,
-        normalize_student=normalize,
-        normalize_teacher=normalize_teacher,
-        optimizer=state.optimizer,
-        scaler=state.scaler,
-        ema=state.ema,
-        distill=config.distill,
-        precision=precision,
-        seed=config.run.seed,
-        micro_batches=config.run.global_batch // world.size // micro_batch,
-        world=world,
-    )
+    state = build_state(config, plan, student, precision, micro_batch, world)
+    notes = resume(config.run, state, total_steps, world)
+
+    def make_step(world: World, micro_batch: int) -> TrainStep:
+        return TrainStep(
+            student,
+            teacher,
+            normalize_student=normalize,
+            normalize_teacher=normalize_teacher,
+            optimizer=state.optimizer,
+            scaler=state.scaler,
+            ema=state.ema,
+            distill=config.distill,
+            precision=precision,
+            seed=config.run.seed,
+            micro_batches=config.run.global_batch // world.size // micro_batch,
+            world=world,
+        )
+
+    if config.run.micro_batch == "auto":
+        notes.append(settle_micro_batch(config, plan, state, pipelines, world, make_step))
+    else:
+        state.micro_batch = micro_batch
+    step = make_step(world, state.micro_batch)
+    if world.size > 1:
+        # DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends
+        # on them, so without this a run that goes on would differ from one that was never stopped.
+        step.rehearse(gray_batch(2, config.data.train_sizes[-1], world.device))
     evaluation = None
     if val_index is not None:
         evaluation = functools.partial(
@@ -220,10 +222,11 @@ def build(config: Config, world: World) -> Run:
         state=state,
         step=step,
         evaluate=evaluation,
-        micro_batch=micro_batch,
+        control=control or Control(world),
+        writer=Writer(),
         total_steps=total_steps,
         precision=precision,
-        changes=changes,
+        notes=notes,
     )
 
 
@@ -255,7 +258,7 @@ def place(model: nn.Module | None, config: RunConfig, world: World) -> tuple[nn.
 
 
 def build_state(
-    config: Config, plan: TrainPlan, student: nn.Module, precision: torch.dtype, world: World
+    config: Config, plan: TrainPlan, student: nn.Module, precision: torch.dtype, micro_batch: int, world: World
 ) -> TrainState:
     """The state of a run that has not begun."""
     return TrainState(
@@ -270,92 +273,8 @@ def build_state(
         },
         config=to_dict(config),
         audit=audit(config),
+        micro_batch=micro_batch,
     )
-
-
-def loop(run: Run, telemetry: Telemetry) -> dict:
-    """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
-    plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
-    with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
-        results = update(run, telemetry, Stopwatch(batches))
-    if not results and run.evaluate is not None and run.state.step == run.total_steps:
-        results = run.evaluate()  # of a run that was killed after its last step
-    settle(run, telemetry)
-    return results
-
-
-def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
-    """The updates themselves, in the order in which things happen."""
-    config, state = run.config, run.state
-    log = _LossLog(run, telemetry, batches)
-    results = {}
-    while state.step < run.stop:
-        epoch = state.step // run.plan.steps_per_epoch
-        lr = learning_rate(epoch, config.optim, config.schedule)
-        set_learning_rate(state.optimizer, lr)
-        log.add(run.step(batches, state.step).loss)
-        state.step += 1
-        telemetry.advance(state.step)
-        epoch_ends = state.step % run.plan.steps_per_epoch == 0
-        evaluation_due = epoch_ends and ((epoch + 1) % config.run.eval_every == 0 or state.step == run.total_steps)
-        checkpoint_due = state.step % config.run.checkpoint_every == 0 or state.step == run.stop
-        if state.step % config.run.log_every == 0 or evaluation_due or checkpoint_due:
-            log.write(epoch, lr)
-            settle(run, telemetry)
-        if evaluation_due and run.evaluate is not None:
-            results = run.evaluate()
-            settle(run, telemetry)
-            telemetry.evaluation(state.step, epoch, results)
-            log.restart()
-        if checkpoint_due:
-            save(run)
-    return results
-
-
-def settle(run: Run, telemetry: Telemetry) -> None:
-    """Write down what damaged samples were met, and end the run if they are too many."""
-    if line := run.pipelines.quarantine.settle():
-        telemetry.say(line)
-
-
-class _LossLog:
-    """Averages between two lines of the log. Reading them is the only time the host waits for the device."""
-
-    def __init__(self, run: Run, telemetry: Telemetry, batches: Stopwatch):
-        self._run = run
-        self._telemetry = telemetry
-        self._batches = batches
-        self.restart()
-
-    def restart(self) -> None:
-        self._loss = torch.zeros((), device=self._run.world.device)
-        self._steps = 0
-        self._start_s = time.perf_counter()
-        self._waited_s = self._batches.waited_s
-
-    def add(self, loss: torch.Tensor) -> None:
-        self._loss += loss
-        self._steps += 1
-
-    def write(self, epoch: int, lr: float) -> None:
-        world = self._run.world
-        loss = world.sum(self._loss).item() / world.size / self._steps
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in one of the {self._steps} steps up to {self._run.state.step}. "
-                "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint, if there is one"
-            )
-        elapsed_s = time.perf_counter() - self._start_s
-        record = {
-            "step": self._run.state.step,
-            "epoch": epoch,
-            "loss": loss,
-            "lr": lr,
-            "images_per_s": self._steps * self._run.config.run.global_batch / elapsed_s,
-            "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
-        }
-        self._telemetry.train(record)
-        self.restart()
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -365,33 +284,6 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def resume(config: RunConfig, state: TrainState, total_steps: int, world: World) -> list[str]:
-    """Set the state to the newest checkpoint in the run folder, if there is one. Returns what has changed since."""
-    found = checkpoint.checkpoints(checkpoint_folder(config))
-    newest = world.choice_of_main(found[-1] if found else None)
-    if newest is None:
-        return []
-    changes = checkpoint.load(newest, state)
-    if state.step > total_steps:
-        raise UserError(
-            f"{newest}: has done {state.step} steps, this run ends after {total_steps}: raise schedule.epochs, "
-            "or start a new run with another --run.out"
-        )
-    return changes
-
-
-def checkpoint_folder(config: RunConfig) -> Path:
-    """Where a run keeps its checkpoints."""
-    return config.out / "checkpoints"
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint; all ranks wait for it."""
-    if run.world.is_main:
-        checkpoint.save(checkpoint_folder(run.config.run), run.state, run.config.run.keep_checkpoints)
-    run.world.barrier()
 
 
 def describe(run: Run, telemetry: Telemetry) -> None:
@@ -414,8 +306,8 @@ def describe(run: Run, telemetry: Telemetry) -> None:
         )
     if run.state.audit:
         telemetry.say(f"{len(run.state.audit)} settings differ from the USI recipe; --audit lists them")
-    for change in run.changes:
-        telemetry.say(f"changed since the checkpoint: {change}")
+    for note in run.notes:
+        telemetry.say(note)
 
 
 if __name__ == "__main__":

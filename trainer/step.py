@@ -64,7 +64,7 @@ class TrainStep:
         micro_batches: int,
         world: World,
     ):
-        self._model = student
+        self._model = self._student = student
         self._device = world.device
         if world.size > 1:
             # Statistics are averaged below instead of broadcast; newer PyTorch has another name for that.
@@ -123,10 +123,41 @@ class TrainStep:
             bad |= ~_finite_rows(teacher)
         return loss, bad
 
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
+
+        Raises:
+          torch.OutOfMemoryError: it does not fit.
+        """
+        buffers = list(self._student.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        moments = (
+            [] if self._optimizer.state else [torch.empty_like(p) for p in self._student.parameters() for _ in "mv"]
+        )
+        try:
+            self._scaler.scale(self._loss(batch)[0]).backward()
+        finally:
+            del moments
+            self._optimizer.zero_grad(set_to_none=True)
+            torch._foreach_copy_(buffers, before)
+
     def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager:
         if skip and isinstance(self._model, DistributedDataParallel):
             return self._model.no_sync()
         return contextlib.nullcontext()
+
+
+def gray_batch(num_images: int, size: int, device: torch.device) -> Batch:
+    """Images without content, to rehearse with: uint8 [num_images, size, size, 3]."""
+    return Batch(
+        images=torch.full((num_images, size, size, 3), 128, dtype=torch.uint8, device=device),
+        labels=torch.zeros(num_images, dtype=torch.int64, device=device),
+        lam=torch.ones(num_images, device=device),
+        box=torch.zeros(num_images, 4, dtype=torch.int32, device=device),
+        valid=torch.ones(num_images, dtype=torch.bool, device=device),
+        position=0,
+        mix_group=0,
+    )
 
 
 def _finite_rows(logits: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,13 @@ class Telemetry:
         """A line for whoever watches."""
         self._console.print(text, markup=False)
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: drop what was written about later ones."""
+        self._progress.update(self._task, completed=step)
+        if self._file is not None:
+            self._file.close()
+            self._file = _open_log(Path(self._file.name), step)
+
     def _write(self, record: dict) -> None:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")

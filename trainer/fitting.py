@@ -1,0 +1,85 @@
+"""The largest micro-batch that fits, found by trying."""
+
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable
+
+import torch
+
+from pipelines.errors import UserError
+from pipelines.plan import TrainPlan
+from trainer.checkpoint import TrainState
+from trainer.config import Config
+from trainer.data import Pipelines, rank_plans
+from trainer.distributed import World
+from trainer.step import TrainStep
+
+
+def settle_micro_batch(
+    config: Config,
+    plan: TrainPlan,
+    state: TrainState,
+    pipelines: Pipelines,
+    world: World,
+    make_step: Callable[[World, int], TrainStep],
+) -> str:
+    """Set `state.micro_batch` where the configuration leaves it open. Returns what was chosen, in words.
+
+    A run that goes on keeps the one it has, where the ranks can still share it: what BatchNorm does depends on it. A
+    GPU gets the largest; a CPU one group, since more would not be faster.
+
+    Args:
+      make_step: (world, micro-batch) -> the update.
+    """
+    share = config.run.global_batch // world.size
+    if state.step and share % state.micro_batch == 0:
+        return f"run.micro_batch auto: {state.micro_batch}, as before"
+    if world.device.type != "cuda":
+        state.micro_batch = config.augment.mix_group
+        return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
+    alone = dataclasses.replace(world, rank=0, size=1)  # nothing is sent between the ranks, one may fail alone
+
+    def fits(micro_batch: int) -> bool:
+        return rehearsal_fits(config, plan, pipelines, world, make_step(alone, micro_batch), micro_batch)
+
+    state.micro_batch = largest_micro_batch(config, world, fits)
+    return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {share} images"
+
+
+def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch in whole groups that divides a rank's share and fits on every rank.
+
+    Args:
+      fits: tries one on this rank. Called from the largest down, on all ranks alike.
+    Raises:
+      UserError: not even one group fits.
+    """
+    group, share = config.augment.mix_group, config.run.global_batch // world.size
+    for micro_batch in range(share, 0, -group):
+        if share % micro_batch == 0 and world.sum(torch.tensor(int(not fits(micro_batch)), device=world.device)) == 0:
+            return micro_batch
+    raise UserError(
+        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
+        "augment.mix_group, data.image_size or data.prefetch, or use a smaller model"
+    )
+
+
+def rehearsal_fits(
+    config: Config, plan: TrainPlan, pipelines: Pipelines, world: World, step: TrainStep, micro_batch: int
+) -> bool:
+    """Whether an update fits beside the pipeline and the batches that it has ready, where images are largest."""
+    epochs = range(config.schedule.total_epochs)
+    start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
+    plans = rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch)
+    try:
+        with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
+            step.rehearse(next(batches))
+            return True
+    except RuntimeError as error:  # PyTorch's OutOfMemoryError is one, and DALI has no type for it
+        if not any(words in str(error).lower() for words in ("out of memory", "memoryallocation")):
+            raise
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()

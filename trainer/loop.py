@@ -1,0 +1,306 @@
+"""The loop over updates: what happens between them, and in which order."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipelines.errors import UserError
+from pipelines.plan import TrainPlan
+from trainer import checkpoint
+from trainer.checkpoint import TrainState
+from trainer.config import Config, RunConfig
+from trainer.control import Control
+from trainer.data import Pipelines, rank_plans
+from trainer.distributed import World
+from trainer.optim import set_learning_rate
+from trainer.schedule import learning_rate
+from trainer.step import StepMetrics, TrainStep
+from trainer.telemetry import Stopwatch, Telemetry
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that a run was built of.
+
+    Attributes:
+      evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
+      control: stops all ranks together; writer: of checkpoints.
+      precision: of the forward passes.
+      notes: what is worth saying before the run begins, in sentences.
+      stop: the step after which this process ends.
+    """
+
+    config: Config
+    world: World
+    plan: TrainPlan
+    pipelines: Pipelines
+    state: TrainState
+    step: TrainStep
+    evaluate: Callable[..., dict[str, dict[str, float]]] | None
+    control: Control
+    writer: checkpoint.Writer
+    total_steps: int
+    precision: torch.dtype
+    notes: list[str]
+
+    @property
+    def stop(self) -> int:
+        return min(self.total_steps, self.config.run.stop_after_steps or self.total_steps)
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints."""
+        return checkpoint_folder(self.config.run)
+
+    @property
+    def evaluation_pending(self) -> bool:
+        """Whether the weights are to be evaluated after the present step, and have not been."""
+        epoch, within = divmod(self.state.step, self.plan.steps_per_epoch)
+        due = (
+            epoch > 0
+            and within == 0
+            and (epoch % self.config.run.eval_every == 0 or self.state.step == self.total_steps)
+        )
+        return due and self.evaluate is not None and self.state.evaluated < self.state.step
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a loop ended.
+
+    Attributes:
+      evaluation: the last one of this process, {} without one.
+      signal: what stopped it, 0 if it came to its end.
+    """
+
+    evaluation: dict[str, dict[str, float]]
+    signal: int
+
+
+class NonFiniteError(UserError):
+    """A loss that is not finite, at update `step`."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    """Where a run keeps its checkpoints."""
+    return config.out / "checkpoints"
+
+
+def loop(run: Run, telemetry: Telemetry) -> Outcome:
+    """All updates from the state's step on."""
+    retried = -1
+    while True:
+        try:
+            outcome = go_on(run, telemetry)
+        except NonFiniteError as error:
+            # the same data give the same loss: only what the machine did differently can help
+            if run.config.run.on_nonfinite == "stop" or error.step <= retried:
+                raise
+            retried = error.step
+            telemetry.say(str(error))
+            roll_back(run, telemetry)
+            continue
+        if not outcome.evaluation and not outcome.signal and run.evaluate and run.state.step == run.total_steps:
+            outcome = dataclasses.replace(outcome, evaluation=run.evaluate())  # of a run killed after its last step
+        settle(run, telemetry)
+        run.writer.wait()
+        refuse_failure(run, failed=True)
+        return outcome
+
+
+def go_on(run: Run, telemetry: Telemetry) -> Outcome:
+    """Updates until the run ends, is stopped, or meets a loss that is not finite."""
+    plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
+    with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
+        return update(run, telemetry, Stopwatch(batches))
+
+
+def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
+    """The updates themselves, and what comes between them in the order in which it happens."""
+    config, state = run.config, run.state
+    log = StepLog(run, telemetry, batches)
+    saved, evaluation = state.step, {}
+    while True:
+        agreed = run.control.ask(bool(run.writer.failure))
+        refuse_failure(run, agreed.failed)
+        ends = bool(agreed.signal) or state.step == run.stop
+        checkpoint_due = state.step > saved and (ends or state.step % config.run.checkpoint_every == 0)
+        if state.step % config.run.log_every == 0 or run.evaluation_pending or checkpoint_due:
+            log.write()
+            settle(run, telemetry)
+        if run.evaluation_pending and not agreed.signal:
+            evaluation = evaluate(run, telemetry)
+            log.restart()
+            if not evaluation:  # given up for a signal, which all ranks are about to be told
+                continue
+        if checkpoint_due:
+            save(run)
+            saved = state.step
+        if ends:
+            complete = state.step == run.stop and not run.evaluation_pending
+            return Outcome(evaluation, 0 if complete else agreed.signal)
+        set_learning_rate(
+            state.optimizer, learning_rate(state.step // run.plan.steps_per_epoch, config.optim, config.schedule)
+        )
+        log.add(run.step(batches, state.step))
+        state.step += 1
+        telemetry.advance(state.step)
+
+
+def evaluate(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
+    """The metrics of the present weights, {} if a signal came; the best weights so far are kept."""
+    results = run.evaluate(interrupted=lambda: bool(run.control.ask(False).signal))
+    settle(run, telemetry)
+    if not results:
+        return {}
+    state = run.state
+    state.evaluated = state.step
+    telemetry.evaluation(state.step, state.step // run.plan.steps_per_epoch - 1, results)
+    weights = max(results, key=lambda name: results[name]["top1"])
+    if results[weights]["top1"] > state.best.get("top1", -1.0):
+        state.best = {"step": state.step, "weights": weights, "top1": results[weights]["top1"]}
+        if run.world.is_main:
+            content = checkpoint.best_content_of(state, results[weights])
+            run.writer.submit(run.folder / checkpoint.BEST, content)
+    return results
+
+
+def save(run: Run) -> None:
+    """Copy the state to the host; it is written while the training goes on."""
+    if run.world.is_main:
+        config = run.config.run
+        keep = (run.folder, config.keep_checkpoints, config.keep_every * config.checkpoint_every)
+        path = checkpoint.path_of(run.folder, run.state.step)
+        run.writer.submit(path, checkpoint.content_of(run.state), lambda: checkpoint.prune(*keep))
+
+
+def refuse_failure(run: Run, failed: bool) -> None:
+    """End the run on all ranks if a checkpoint could not be written."""
+    if failed and (failure := run.world.choice_of_main(run.writer.failure)):
+        raise UserError(failure)
+
+
+def settle(run: Run, telemetry: Telemetry) -> None:
+    """Write down what damaged samples were met, and end the run if they are too many."""
+    if line := run.pipelines.quarantine.settle():
+        telemetry.say(line)
+
+
+def resume(config: RunConfig, state: TrainState, total_steps: int, world: World) -> list[str]:
+    """Set the state to the newest whole checkpoint in the run folder, if there is one.
+
+    Returns:
+      what is worth saying: which checkpoints are damaged, and what has changed since.
+    """
+    path, content, damaged = None, {}, []
+    if world.is_main:
+        path, content, damaged = checkpoint.newest_whole(checkpoint_folder(config))
+    path, damaged = world.choice_of_main((path, damaged))
+    if path is None:
+        return [f"{line}; there is none before it: the run begins anew" for line in damaged]
+    notes = [f"{line}; going on from an earlier one, {path.name}" for line in damaged]
+    changes = checkpoint.load(path, content or checkpoint.read(path), state)
+    notes += [f"changed since the checkpoint: {change}" for change in changes]
+    if state.step > total_steps:
+        raise UserError(
+            f"{path}: has done {state.step} steps, this run ends after {total_steps}: raise schedule.epochs, "
+            "or start a new run with another --run.out"
+        )
+    return notes
+
+
+def roll_back(run: Run, telemetry: Telemetry) -> None:
+    """Go back to the newest checkpoint."""
+    run.writer.wait()
+    refuse_failure(run, failed=True)
+    step = run.state.step
+    for note in resume(run.config.run, run.state, run.total_steps, run.world):
+        telemetry.say(note)
+    if run.state.step == step:
+        raise UserError("there is no checkpoint to go back to. Lower optim.lr or change run.precision, and start again")
+    telemetry.rewind(run.state.step)
+    telemetry.say(f"going back to step {run.state.step}")
+
+
+class StepLog:
+    """Averages between two lines of the log. Reading them is the only time the host waits for the device."""
+
+    def __init__(self, run: Run, telemetry: Telemetry, batches: Stopwatch):
+        self._run = run
+        self._telemetry = telemetry
+        self._batches = batches
+        self.restart()
+
+    def restart(self) -> None:
+        self._loss = torch.zeros((), device=self._run.world.device)
+        self._bad: list[torch.Tensor] = []  # of each step: bool [images of this rank]
+        self._start_s = time.perf_counter()
+        self._waited_s = self._batches.waited_s
+
+    def add(self, metrics: StepMetrics) -> None:
+        self._loss += metrics.loss
+        self._bad.append(metrics.bad)
+
+    def write(self) -> None:
+        """A line about the steps since the last one, if there are any. Every rank must call it.
+
+        Raises:
+          NonFiniteError: on every rank, if some rank's loss was not finite.
+        """
+        steps, state = len(self._bad), self._run.state
+        if not steps:
+            return
+        bad = torch.stack([rows.any() for rows in self._bad]).any()
+        loss, num_bad = self._run.world.sum(torch.stack([self._loss, bad.float()])).tolist()
+        loss = loss / self._run.world.size / steps
+        if num_bad or not math.isfinite(loss):
+            raise self._error(loss)
+        elapsed_s = time.perf_counter() - self._start_s
+        record = {
+            "step": state.step,
+            "epoch": (state.step - 1) // self._run.plan.steps_per_epoch,
+            "loss": loss,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "images_per_s": steps * self._run.config.run.global_batch / elapsed_s,
+            "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
+        }
+        self._telemetry.train(record)
+        self.restart()
+
+    def _error(self, loss: float) -> NonFiniteError:
+        """Names the first step in which a loss was not finite, and samples."""
+        run, last = self._run, self._run.state.step
+        advice = "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint, if there is one"
+        mine = [
+            (step, len(rows), self._names(step, rows[:3]))
+            for step, bad in enumerate(self._bad, start=last - len(self._bad))
+            if len(rows := bad.nonzero().flatten().tolist())
+        ][:1]
+        found = run.world.gather(mine)
+        if not found:
+            return NonFiniteError(
+                f"the loss is {loss} in one of the {len(self._bad)} steps up to {last}. {advice}", last
+            )
+        first = min(step for step, _, _ in found)
+        count = sum(num for step, num, _ in found if step == first)
+        names = [name for step, _, names in found if step == first for name in names]
+        message = (
+            f"step {first}: the output of the student or the teacher is not finite for {count} of "
+            f"{run.config.run.global_batch} images: {', '.join(names[:3])}{', ...' if count > 3 else ''}. {advice}"
+        )
+        return NonFiniteError(message, first)
+
+    def _names(self, step: int, rows: list[int]) -> list[str]:
+        """The samples that this rank's rows of a step are."""
+        plan = self._run.plan
+        (share,) = rank_plans(plan, step, step + 1, self._run.world, plan.global_batch // self._run.world.size)
+        return [plan.index.name(int(share.sample[row])) for row in rows]
