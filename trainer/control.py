@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,31 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def exit_code(signal_number: int) -> int:
     """What a run that a signal stopped ends with: 130 for Ctrl-C, 75 for all others, which want it to go on later."""
     return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
+
+
+@contextlib.contextmanager
+def requeued_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once: for as long as there is nothing to save."""
+
+    def end(_number: int, _frame) -> None:
+        sys.exit(REQUEUE)
+
+    with handling({signal.SIGTERM: end, signal.SIGUSR1: end}):
+        yield
+
+
+@contextlib.contextmanager
+def handling(handlers: dict[int, Callable]) -> Iterator[None]:
+    """Inside, signals have these handlers. Only the main thread may say so; in another nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +77,8 @@ class Control:
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
         """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():
+        with handling(dict.fromkeys(STOPPING, self._note)):
             yield
-            return
-        before = {number: signal.signal(number, self._note) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

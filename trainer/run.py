@@ -28,7 +28,7 @@ from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
-from trainer.control import INTERRUPTED, Control, exit_code
+from trainer.control import INTERRUPTED, Control, exit_code, requeued_by_signals
 from trainer.data import (
     DECODE,
     open_indices,
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             if "--audit" in arguments:
                 print(audit_table(audit(config)))
                 return
-            with join_world(config.run.device) as world:
+            with requeued_by_signals(), join_world(config.run.device) as world:
                 summary = train(config, world)
     except KeyboardInterrupt:
         message = "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one"

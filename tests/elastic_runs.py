@@ -1,0 +1,61 @@
+"""Started by tests/test_preemption.py: runs whose number of ranks changes, with a note of all that each step was given.
+
+python tests/elastic_runs.py FOLDER leaves FOLDER/{steady,changing,four,four-stopped} and what their steps were given beside them.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools import chaos  # noqa: E402
+from trainer.step import TrainStep  # noqa: E402
+
+LENGTH = ["--schedule.epochs", "4", "--run.checkpoint_every", "1000"]
+
+
+def noting_batches(out: Path) -> None:
+    """Every group of images that a step is given is noted, as the hash of pixels and mixing, with its position."""
+    loss = TrainStep._loss
+
+    def noting(self, batch):
+        if batch.mix_group:  # not a rehearsal
+            columns = (batch.images, batch.labels, batch.lam, batch.box)
+            digest = hashlib.sha256(b"".join(column.contiguous().numpy().tobytes() for column in columns)).hexdigest()
+            with open(out.with_suffix(".positions.jsonl"), "a") as file:
+                file.write(json.dumps([batch.position, len(batch.labels), digest]) + "\n")
+        return loss(self, batch)
+
+    TrainStep._loss = noting
+
+
+def run(root: Path, out: Path, ranks: int, stop: int) -> None:
+    """Go on until `stop` with so many ranks."""
+    if not os.fork():
+        noting_batches(out)
+        chaos.RANKS = ranks
+        arguments = [*chaos.SETTINGS, *LENGTH, "--data.root", str(root), "--run.out", str(out)]
+        codes = chaos.wait(chaos.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log")))
+        os._exit(any(codes))
+    if os.wait()[1]:
+        sys.exit(out.with_suffix(".log").read_text())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    root = chaos.make_dataset(folder)
+    for name, parts in {
+        "steady": [(2, 20)],
+        "changing": [(2, 10), (4, 15), (1, 20)],
+        "four": [(4, 8)],
+        "four-stopped": [(4, 3), (4, 8)],
+    }.items():
+        for ranks, stop in parts:
+            run(root, folder / name, ranks, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Stopped at any moment, in any way, on any number of ranks: the run that goes on is the run that was not stopped."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, run_trainer
+
+from pipelines.errors import UserError
+from pipelines.index import read_index
+from tools.chaos import equal
+from trainer import checkpoint
+from trainer.checkpoint import Writer, checkpoints, read
+from trainer.config import parse
+from trainer.control import REQUEUE
+from trainer.distributed import World
+from trainer.fitting import largest_micro_batch
+from trainer.run import main, train
+from trainer.step import StepMetrics, TrainStep
+from trainer.telemetry import read_metrics
+
+ONE = World(0, 1, 1, torch.device("cpu"))
+STATE = ("step", "evaluated", "best", "student", "ema", "optimizer", "scaler")
+
+
+def arguments_for(digits: Path, out: Path, *arguments) -> list[str]:
+    return [*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]
+
+
+def train_here(digits: Path, out: Path, *arguments) -> dict:
+    return train(parse(arguments_for(digits, out, *arguments)), ONE)
+
+
+def newest(out: Path) -> dict:
+    return read(checkpoints(out / "checkpoints")[-1])
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    a, b = newest(a), newest(b)
+    assert [part for part in STATE if not equal(a[part], b[part])] == []
+
+
+def at_step(monkeypatch, number: int, action) -> None:
+    """Call `action` while update `number` is made."""
+    call = TrainStep.__call__
+
+    def acting(self, batches, n):
+        if n == number:
+            action()
+        return call(self, batches, n)
+
+    monkeypatch.setattr(TrainStep, "__call__", acting)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train_here(digits, out)
+    return out
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
+    digits, undisturbed, tmp_path, monkeypatch, capsys, number
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(number))
+        with pytest.raises(SystemExit) as end:
+            main(arguments_for(digits, tmp_path))
+    assert end.value.code == (130 if number == signal.SIGINT else REQUEUE)
+    told = f"{number.name}: stopped after step 7 of 20. Run the same command again: it goes on from there"
+    assert told in capsys.readouterr().out
+    assert newest(tmp_path)["step"] == 7
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["session"]["stopped_by"] == number.name and not summary["finished"]
+    main(arguments_for(digits, tmp_path))  # ends without raising SystemExit
+    assert_same_end(undisturbed, tmp_path)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 6, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(SystemExit) as end:
+        main(arguments_for(digits, tmp_path))
+    assert end.value.code == 130 and "interrupted. Run the same command again" in capsys.readouterr().err
+    assert not checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.run.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built"))
+    with pytest.raises(SystemExit, match="built"):  # it is only noted here
+        main(arguments_for(digits, tmp_path))
+    monkeypatch.setattr("trainer.run.join_world", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        main(arguments_for(digits, tmp_path))
+    assert end.value.code == REQUEUE and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [5, 20])
+def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed, tmp_path, monkeypatch, step):
+    """Also the last one: the run is not finished without it."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step - 1, lambda: patch.setattr("trainer.evaluate._counts", signalling))
+        with pytest.raises(SystemExit) as end:
+            main(arguments_for(digits, tmp_path, "--run.eval_batch", 8))
+    assert end.value.code == REQUEUE
+    assert newest(tmp_path)["step"] == step and newest(tmp_path)["evaluated"] == step - 5
+    assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
+    assert train_here(digits, tmp_path)["finished"]
+    assert_same_end_but_for_evaluated(undisturbed, tmp_path, step)
+    evaluations = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
+    assert evaluations == [5, 10, 15, 20]
+
+
+def signalling(*_):
+    signal.raise_signal(signal.SIGTERM)
+    return torch.zeros(4, dtype=torch.float64)
+
+
+def assert_same_end_but_for_evaluated(a: Path, b: Path, step: int) -> None:
+    """A run that was stopped in its last evaluation has written its last checkpoint before."""
+    a, b = newest(a), newest(b)
+    parts = [part for part in STATE if step < 20 or part not in ("evaluated", "best")]
+    assert [part for part in parts if not equal(a[part], b[part])] == []
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(digits, tmp_path):
+    arguments = [*TINY, "--data.root", str(digits), "--run.checkpoint_every", "3", "--run.log_every", "1"]
+    run_trainer(*arguments, "--run.out", tmp_path / "peace", ranks=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "--max-restarts",
+        "2",
+        str(REPOSITORY / "trainer" / "run.py"),
+        *arguments,
+        "--run.out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and any(line["step"] >= 7 for line in read_metrics(metrics))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    rank = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "run.py"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(rank[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "resuming after step 6" in output or "resuming after step 9" in output
+    assert_same_end(tmp_path / "peace", tmp_path / "run")
+
+
+# --- other numbers of ranks ---
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    command = [sys.executable, str(REPOSITORY / "tests" / "elastic_runs.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(elastic):
+    """2 ranks all along, and 2, then 4, then 1."""
+    steady, changing = (
+        sorted(map(json.loads, (elastic / f"{name}.positions.jsonl").read_text().splitlines()))
+        for name in ("steady", "changing")
+    )
+    assert [position for position, *_ in steady] == list(range(0, 20 * 64, 16))
+    assert steady == changing
+    a, b = newest(elastic / "steady")["student"], newest(elastic / "changing")["student"]
+    assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-3, atol=1e-3) for name in a)
+
+
+def test_four_ranks_resume_bit_equal(elastic):
+    """With more than two, the order in which gradients are summed depends on DDP's buckets."""
+    assert_same_end(elastic / "four", elastic / "four-stopped")
+
+
+# --- checkpoints ---
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written(digits, undisturbed, tmp_path, monkeypatch):
+    """The file holds the weights of its step, though it is written two steps later."""
+    later, saved = threading.Event(), Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda *arguments: (later.wait(60), saved(*arguments)))
+    at_step(monkeypatch, 5, later.set)
+    train_here(digits, tmp_path, "--run.checkpoint_every", 3, "--run.keep_checkpoints", 9, "--run.eval_every", 9)
+    assert later.is_set()
+    train_here(digits, tmp_path / "short", "--run.stop_after_steps", 3)
+    third = checkpoint.path_of(tmp_path / "checkpoints", 3)
+    assert equal(read(third)["student"], newest(tmp_path / "short")["student"])
+
+
+def test_the_last_ones_each_mth_and_the_best_weights_are_kept(digits, tmp_path):
+    summary = train_here(digits, tmp_path, "--run.checkpoint_every", 2, "--run.keep_every", 3, "--optim.lr", "1e-2")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    kept = [6, 12, 18, 20]
+    assert names == ["best.pt", *(f"step-{step:08d}.pt" for step in kept)]
+    evaluations = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
+    top1 = {(line["step"], name): line[name]["top1"] for line in evaluations for name in ("raw", "ema")}
+    best = read(tmp_path / "checkpoints" / "best.pt")
+    assert best["top1"] == max(top1.values()) == top1[best["step"], best["weights"]] == best["metrics"]["top1"]
+    assert summary["best"] == {name: best[name] for name in ("step", "weights", "top1")}
+    # these very weights have this accuracy
+    start = ["--student.checkpoint", tmp_path / "checkpoints" / "best.pt", "--optim.lr", 0, "--schedule.warmup_lr", 0]
+    frozen = train_here(digits, tmp_path / "again", *start, "--schedule.epochs", 2, "--schedule.min_lr", 0)
+    if best["weights"] == "raw":  # statistics move on in training
+        assert frozen["evaluation"]["raw"]["images"] == 96
+
+
+def test_a_full_disk_is_an_error_and_the_run_stays_as_it_was(digits, undisturbed, tmp_path):
+    train_here(digits, tmp_path, "--run.stop_after_steps", 3)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the system refuses to write more into a file
+    try:
+        with pytest.raises(UserError, match=r"step-0000000\d.pt: cannot be written .* Make room; older ones are kept"):
+            train_here(digits, tmp_path, "--run.checkpoint_every", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+    train_here(digits, tmp_path)
+    assert_same_end(undisturbed, tmp_path)
+
+
+def test_every_truncation_and_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+    content = {"format_version": 1, "weight": torch.arange(50.0), "step": 3, "nested": [{"a": 1.5}, (1, 2)]}
+    writer = Writer()
+    writer.submit(tmp_path / "x.pt", content)
+    writer.wait()
+    assert not writer.failure and equal(read(tmp_path / "x.pt"), content)
+    whole = (tmp_path / "x.pt").read_bytes()
+    generator = np.random.default_rng(0)
+    for length in generator.integers(0, len(whole), 50):
+        (tmp_path / "x.pt").write_bytes(whole[:length])
+        with pytest.raises(checkpoint.DamagedError, match="x.pt: damaged"):
+            read(tmp_path / "x.pt")
+    unnoticed = 0
+    for place in generator.integers(0, len(whole), 300):
+        changed = bytearray(whole)
+        changed[place] ^= int(generator.integers(1, 256))
+        (tmp_path / "x.pt").write_bytes(changed)
+        try:
+            found = read(tmp_path / "x.pt")
+        except UserError:
+            continue
+        assert equal(found, content)  # padding of the container
+        unnoticed += 1
+    assert unnoticed < 300
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    writer = Writer()
+    writer.submit(tmp_path / "x.pt", {"student": {"fc.weight": torch.tensor([1.0, float("nan")])}})
+    writer.wait()
+    assert "x.pt: not written: the student's fc.weight is not finite" in writer.failure and not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoints_alone_begin_a_run_anew_and_are_put_aside(digits, undisturbed, tmp_path, capsys):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    for path in checkpoints(run / "checkpoints"):
+        path.write_bytes(b"")
+    train_here(digits, run)
+    assert "there is none before it: the run begins anew" in capsys.readouterr().out
+    assert_same_end(undisturbed, run)
+    assert [path.name for path in (run / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
+
+
+# --- losses that are not finite ---
+
+
+def spoil(monkeypatch, number: int, times: int) -> None:
+    """Update `number` ends with weights that are not a number, the first `times` times."""
+    call, left = TrainStep.__call__, [times]
+
+    def spoiling(self, batches, n):
+        metrics = call(self, batches, n)
+        if n != number or not left[0]:
+            return metrics
+        left[0] -= 1
+        with torch.no_grad():
+            next(self._student.parameters()).fill_(float("nan"))
+        return StepMetrics(metrics.loss, torch.tensor([False, True] + [False] * 62))
+
+    monkeypatch.setattr(TrainStep, "__call__", spoiling)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_sample(digits, tmp_path, monkeypatch):
+    spoil(monkeypatch, 7, times=1)
+    index = read_index(digits, "train")
+    with pytest.raises(UserError, match=r"step 7: .* is not finite for 1 of 64 images: train.*: sample ") as error:
+        train_here(digits, tmp_path, "--run.checkpoint_every", 3)
+    from trainer.data import train_plan
+
+    plan = train_plan(parse(arguments_for(digits, tmp_path)), index, (128, 128, 128))
+    assert index.name(int(plan.rows(7 * 64, 8 * 64).sample[1])) in str(error.value)
+    assert newest(tmp_path)["step"] == 6
+
+
+def test_a_run_goes_back_once_and_ends_as_if_nothing_had_been(digits, undisturbed, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, 7, times=1)
+    train_here(digits, tmp_path, "--run.checkpoint_every", 3, "--run.on_nonfinite", "rollback")
+    assert "going back to step 6" in capsys.readouterr().out
+    assert_same_end(undisturbed, tmp_path)
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(steps) == len(set(steps))
+
+
+def test_a_loss_that_is_not_finite_again_ends_the_run(digits, tmp_path, monkeypatch):
+    spoil(monkeypatch, 7, times=2)
+    with pytest.raises(UserError, match="step 7: "):
+        train_here(digits, tmp_path, "--run.checkpoint_every", 3, "--run.on_nonfinite", "rollback")
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, times=1)
+        with pytest.raises(UserError, match="there is no checkpoint to go back to"):
+            train_here(digits, tmp_path / "other", "--run.on_nonfinite", "rollback")
+
+
+# --- micro-batches ---
+
+
+@pytest.mark.parametrize(("limit", "ranks", "expected"), [(1000, 1, 1024), (600, 1, 512), (300, 2, 256), (128, 8, 128)])
+def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
+    config = parse(["--run.micro_batch", "auto"])
+    world = World(0, ranks, ranks, torch.device("cpu"))
+    world_sum = World.sum
+    tried = []
+
+    def fits(micro_batch: int) -> bool:
+        tried.append(micro_batch)
+        return micro_batch <= max(limit, 1024 if limit == 1000 else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "sum", lambda self, values: values if self.size > 1 else world_sum(self, values))
+        assert largest_micro_batch(config, world, fits) == expected
+        assert tried == sorted(tried, reverse=True) and all(1024 // ranks % size == 0 for size in tried)
+        with pytest.raises(UserError, match="not even one group of 128 images fits"):
+            largest_micro_batch(config, world, lambda _: False)
+
+
+def test_auto_is_one_group_on_a_cpu_and_is_kept_by_a_run_that_goes_on(digits, tmp_path, capsys):
+    train_here(digits, tmp_path, "--run.micro_batch", 32, "--run.stop_after_steps", 2)
+    train_here(digits, tmp_path, "--run.micro_batch", "auto", "--run.stop_after_steps", 3)
+    assert "run.micro_batch auto: 32, as before" in capsys.readouterr().out
+    train_here(digits, tmp_path / "new", "--run.micro_batch", "auto", "--run.stop_after_steps", 1)
+    assert "run.micro_batch auto: 16, one group, on a CPU" in capsys.readouterr().out
+
+
+def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
+    from trainer.run import build
+    from trainer.step import gray_batch
+
+    run = build(parse(arguments_for(digits, tmp_path, "--student.kwargs.drop_rate", "0.5")), ONE)
+    before = checkpoint.content_of(run.state)
+    run.step.rehearse(gray_batch(32, 32, ONE.device))
+    assert equal(before, checkpoint.content_of(run.state))
+    assert all(parameter.grad is None for parameter in run.state.student.parameters())

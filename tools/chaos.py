@@ -1,0 +1,276 @@
+"""Breaks training runs at random moments, starts them again, and compares what they end with to a run left in peace.
+
+python tools/chaos.py --runs 50 --markdown docs/chaos.md
+
+Each run trains a small student with two ranks on the CPU, on scikit-learn's digits, three of them damaged. A process
+that has everything imported forks the ranks, so that a start takes a second and not ten; else they are the processes
+that torchrun would start.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on two cores; before torch is imported
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import write_synced
+from pipelines.index import read_index
+from tools.demo import write_digits
+from tools.sharding.job import BuildOptions, build
+from trainer import run as trainer
+from trainer.checkpoint import checkpoints, read
+from trainer.control import REQUEUE
+from trainer.quarantine import QUARANTINE, read_quarantine
+from trainer.telemetry import read_metrics
+
+RANKS = 2
+SETTINGS = [
+    *("--student.name", "test_resnet", "--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"),
+    *("--teacher.name", "null", "--data.image_size", "32", "--augment.mix_group", "16", "--run.global_batch", "64"),
+    *("--data.max_bad_fraction", "0.05", "--ema.decay", "0.9", "--run.device", "cpu"),
+    *("--schedule.epochs", "6", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
+    *("--run.checkpoint_every", "3", "--run.log_every", "1"),
+]
+STEPS = 30
+_PATIENCE_S = 60.0  # a rank that is still there so long after the other has died hangs
+
+
+def kill_one(ranks: list[int], chance: random.Random, _: Path) -> None:
+    """SIGKILL to one rank."""
+    os.kill(chance.choice(ranks), signal.SIGKILL)
+
+
+def kill_all(ranks: list[int], _chance: random.Random, _: Path) -> None:
+    """SIGKILL to all ranks, as when the power goes."""
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+
+
+def preempt(ranks: list[int], chance: random.Random, _: Path) -> None:
+    """SIGTERM or SIGUSR1 to one rank."""
+    os.kill(chance.choice(ranks), chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+
+
+def truncate_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
+    """SIGKILL to all ranks, and the newest checkpoint is cut off somewhere."""
+    kill_all(ranks, chance, out)
+    for path in checkpoints(out / "checkpoints")[-1:]:
+        os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def change_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
+    """SIGKILL to all ranks, and a byte of the newest checkpoint changes."""
+    kill_all(ranks, chance, out)
+    for path in checkpoints(out / "checkpoints")[-1:]:
+        with open(path, "r+b") as file:
+            place = chance.randrange(path.stat().st_size)
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ chance.randrange(1, 256)]))
+
+
+FAULTS = (kill_one, kill_all, preempt, truncate_newest, change_newest)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What happened to the runs.
+
+    Attributes:
+      faults: how often each was done to a run that had not ended.
+      wrong: what differed from the undisturbed run, a sentence each.
+    """
+
+    faults: collections.Counter
+    wrong: list[str]
+
+
+def make_dataset(folder: Path) -> Path:
+    """Digits as a dataset, in several shards, three of its training images damaged."""
+    write_digits(folder / "images", num_train=320, num_val=96)
+    build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=100), workers=2)
+    index = read_index(folder / "dataset", "train")
+    for row in index.samples[[7, 100, 319]]:
+        with open(index.paths[row["shard"]], "r+b") as file:
+            file.seek(int(row["offset"]) + int(row["nbytes"]) // 2)
+            file.write(b"damaged")
+    return folder / "dataset"
+
+
+def start(arguments: list[str], log: Path) -> list[int]:
+    """Fork the ranks of a run. Returns their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [_fork(rank, port, arguments, log) for rank in range(RANKS)]
+
+
+def _fork(rank: int, port: int, arguments: list[str], log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        trainer.main(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(ranks: list[int]) -> list[int]:
+    """Exit codes of the ranks, negative for a signal. One that outlives the other by a minute is killed."""
+    codes, deadline = {}, None
+    while len(codes) < len(ranks):
+        for pid in set(ranks) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                deadline = deadline or time.monotonic() + _PATIENCE_S
+        if deadline and time.monotonic() > deadline:
+            for pid in set(ranks) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+            raise UserError("a rank hangs a minute after the other has ended")
+        time.sleep(0.01)
+    return [codes[pid] for pid in ranks]
+
+
+def disturbed(out: Path, arguments: list[str], duration_s: float, chance: random.Random, tally: Tally) -> None:
+    """A run that is broken once or more and started again until it ends."""
+    faults = chance.choices(FAULTS, k=chance.choice([1, 1, 2]))
+    log = out.with_suffix(".log")
+    for fault in [*faults, None]:
+        ranks = start(arguments, log)
+        begun = False
+        if fault is not None:
+            time.sleep(chance.uniform(0, duration_s))
+            begun = (out / "metrics.jsonl").exists()
+            with contextlib.suppress(ProcessLookupError):
+                fault(ranks, chance, out)
+                tally.faults[fault.__doc__.rstrip(".")] += 1
+        codes = wait(ranks)
+        if fault is None and codes != [0] * RANKS:
+            raise UserError(f"{log}: the undisturbed rest ended with {codes}")
+        if fault is preempt and begun and codes not in ([0] * RANKS, [REQUEUE] * RANKS):
+            tally.wrong.append(f"{log}: exit codes {codes} after a signal")
+
+
+def compare(expected: Path, found: Path) -> list[str]:
+    """How two runs that should be equal are not: weights, average, optimizer, log, quarantine."""
+    a, b = (read(checkpoints(out / "checkpoints")[-1]) for out in (expected, found))
+    wrong = [part for part in ("step", "student", "ema", "optimizer", "best") if not equal(a[part], b[part])]
+    for kind, key in (("train", "loss"), ("eval", "raw")):
+        lines = [
+            [(line["step"], line[key]) for line in read_metrics(out / "metrics.jsonl") if line["kind"] == kind]
+            for out in (expected, found)
+        ]
+        wrong += [f"the {kind} lines of metrics.jsonl"] if lines[0] != lines[1] else []
+    named = [sorted(map(str, read_quarantine(out / QUARANTINE))) for out in (expected, found)]
+    wrong += ["quarantine.jsonl"] if named[0] != named[1] else []
+    return [f"{found}: {what} differs" for what in wrong]
+
+
+def equal(a, b) -> bool:
+    """Whether nested dictionaries and lists of tensors are, bit by bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def chaos(folder: Path, runs: int, seed: int, progress: Callable = lambda items: items) -> Tally:
+    """Break `runs` runs in `folder`, which is empty."""
+    root = make_dataset(folder)
+    tally = Tally(collections.Counter(), [])
+
+    def arguments(out: Path) -> list[str]:
+        return [*SETTINGS, "--data.root", str(root), "--run.out", str(out)]
+
+    peace, begin = folder / "undisturbed", time.monotonic()
+    if (codes := wait(start(arguments(peace), folder / "undisturbed.log"))) != [0] * RANKS:
+        raise UserError(f"{folder / 'undisturbed.log'}: the undisturbed run ended with {codes}")
+    duration_s = time.monotonic() - begin
+    for number in progress(range(runs)):
+        out = folder / f"run-{number:02d}"
+        disturbed(out, arguments(out), duration_s, random.Random(f"{seed} {number}"), tally)
+        tally.wrong += compare(peace, out)
+    return tally
+
+
+def to_markdown(tally: Tally, runs: int, seed: int, elapsed_s: float) -> str:
+    """The report."""
+    rows = [f"| {name} | {count} |" for name, count in sorted(tally.faults.items())]
+    equal_runs = runs - len({line.partition(": ")[0] for line in tally.wrong})
+    return "\n".join(
+        [
+            "# Runs that were broken",
+            "",
+            f"Made by `python tools/chaos.py --runs {runs} --seed {seed}` ({elapsed_s / 60:.0f} minutes, "
+            f"{os.cpu_count()} CPU cores, torch {torch.__version__.partition('+')[0]}): runs of {STEPS} steps with "
+            f"{RANKS} ranks, each broken at one or two random moments and started again. {equal_runs} of {runs} ended "
+            "with weights, average, optimizer, log and quarantine bit-equal to those of a run left in peace.",
+            "",
+            "| fault | times |",
+            "|---|---|",
+            *rows,
+            *(["", *(f"- {line}" for line in tally.wrong)] if tally.wrong else []),
+            "",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=50, help="runs to break (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of what happens when (default: 0)")
+    parser.add_argument("--markdown", type=Path, help="write the report here, too")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    with exit_on_user_error(), tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        console = Console(stderr=True)
+        tally = chaos(
+            Path(folder),
+            options.runs,
+            options.seed,
+            lambda items: track(items, "runs", console=console, total=len(items)),
+        )
+        report = to_markdown(tally, options.runs, options.seed, time.monotonic() - begin)
+        print(report)
+        if options.markdown:
+            write_synced(options.markdown, report.encode())
+    sys.exit(1 if tally.wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
