@@ -32,6 +32,7 @@ from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.data import (
     DECODE,
     Pipelines,
+    dataset_classes,
     open_indices,
     open_pipelines,
     rank_plans,
@@ -42,10 +43,11 @@ from trainer.data import (
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
-from trainer.models import build_student, build_teacher, preprocessing, refuse_size
+from trainer.models import build_student, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
 from trainer.schedule import learning_rate
-from trainer.step import TrainStep
+from trainer.step import StepMetrics, TrainStep
+from trainer.teachers import Teachers, build_teachers, chance_warning
 from trainer.telemetry import Stopwatch, Telemetry
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,6 +61,7 @@ class Run:
       evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
       precision: of the forward passes.
       changes: what differs from the checkpoint's configuration, in words.
+      notes: what is worth saying of the teachers, in words.
       stop: the step after which this process ends.
     """
 
@@ -73,6 +76,7 @@ class Run:
     total_steps: int
     precision: torch.dtype
     changes: list[str]
+    notes: list[str]
 
     @property
     def stop(self) -> int:
@@ -130,7 +134,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         "step": run.state.step,
         "total_steps": run.total_steps,
         "student": config.student.name,
-        "teacher": config.teacher.name,
+        "teacher": config.teacher.title,
         "dataset": run.plan.index.digest,
         "deviations": run.state.audit,
         "quarantined": len(run.pipelines.quarantine),
@@ -176,21 +180,20 @@ def build(config: Config, world: World) -> Run:
     micro_batch = share_of_batch(config, world)
     refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
-    student, teacher = build_models(config, index.num_classes)
+    student, teacher = build_models(config, index.num_classes, dataset_classes(config.data))
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = resolve_precision(config.run.precision, world.device)
-    student, normalize = place(student, config.run, world)
-    teacher, normalize_teacher = place(teacher, config.run, world)
+    student, teacher = place(student, config.run, world), place(teacher, config.run, world)
+    normalize = Normalize(expects.mean, expects.std).to(world.device)
     state = build_state(config, plan, student, precision, world)
     changes = resume(config.run, state, total_steps, world)
     step = TrainStep(
         student,
         teacher,
-        normalize_student=normalize,
-        normalize_teacher=normalize_teacher,
+        normalize=normalize,
         optimizer=state.optimizer,
         scaler=state.scaler,
         ema=state.ema,
@@ -224,34 +227,27 @@ def build(config: Config, world: World) -> Run:
         total_steps=total_steps,
         precision=precision,
         changes=changes,
+        notes=[] if teacher is None else teacher.notes,
     )
 
 
-def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher on the CPU, after checking that they take the images they will get, of every size.
+def build_models(config: Config, num_classes: int, classes: list[str] | None) -> tuple[nn.Module, Teachers | None]:
+    """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
-    Models that take one size alone are built for the last one.
+    Models that take one size alone are built for the last one, or for teacher.image_size. `classes` are the dataset's.
     """
     sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
     student = build_student(config.student, num_classes, sizes[-1])
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
-    teacher = build_teacher(config.teacher, num_classes, sizes[-1])
-    if teacher is not None:
-        for size in sorted(set(sizes)):
-            refuse_size(teacher, config.teacher.name, size)
-    return student, teacher
+    return student, build_teachers(config, num_classes, classes)
 
 
-def place(model: nn.Module | None, config: RunConfig, world: World) -> tuple[nn.Module | None, Normalize | None]:
-    """A model on its device in its memory format, and its own normalisation."""
-    if model is None:
-        return None, None
-    expects = preprocessing(model)
+def place(model: nn.Module | None, config: RunConfig, world: World) -> nn.Module | None:
+    """A model on its device in its memory format; None stays None."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=memory_format)
-    return model, Normalize(expects.mean, expects.std).to(world.device)
+    return None if model is None else model.to(world.device, memory_format=memory_format)
 
 
 def build_state(
@@ -293,7 +289,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> dict:
         epoch = state.step // run.plan.steps_per_epoch
         lr = learning_rate(epoch, config.optim, config.schedule)
         set_learning_rate(state.optimizer, lr)
-        log.add(run.step(batches, state.step).loss)
+        log.add(run.step(batches, state.step))
         state.step += 1
         telemetry.advance(state.step)
         epoch_ends = state.step % run.plan.steps_per_epoch == 0
@@ -325,21 +321,22 @@ class _LossLog:
         self._run = run
         self._telemetry = telemetry
         self._batches = batches
+        self._teacher_hits, self._teacher_images, self._teacher_warned = 0.0, 0, False
         self.restart()
 
     def restart(self) -> None:
-        self._loss = torch.zeros((), device=self._run.world.device)
+        self._sums = torch.zeros(3, device=self._run.world.device)
         self._steps = 0
         self._start_s = time.perf_counter()
         self._waited_s = self._batches.waited_s
 
-    def add(self, loss: torch.Tensor) -> None:
-        self._loss += loss
+    def add(self, metrics: StepMetrics) -> None:
+        self._sums += torch.stack([metrics.loss, metrics.teacher_top1, metrics.agreement])
         self._steps += 1
 
     def write(self, epoch: int, lr: float) -> None:
         world = self._run.world
-        loss = world.sum(self._loss).item() / world.size / self._steps
+        loss, teacher_top1, agreement = (total / world.size / self._steps for total in world.sum(self._sums).tolist())
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} in one of the {self._steps} steps up to {self._run.state.step}. "
@@ -354,8 +351,21 @@ class _LossLog:
             "images_per_s": self._steps * self._run.config.run.global_batch / elapsed_s,
             "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
         }
+        if self._run.config.teacher.name is not None:
+            record |= {"teacher_top1": 100 * teacher_top1, "agreement": 100 * agreement}
+            self._watch_teacher(teacher_top1)
         self._telemetry.train(record)
         self.restart()
+
+    def _watch_teacher(self, top1: float) -> None:
+        """Warn, once, of a teacher that does not know the labels."""
+        images = self._steps * self._run.config.run.global_batch
+        self._teacher_images += images
+        self._teacher_hits += top1 * images
+        warning = chance_warning(self._teacher_hits, self._teacher_images, self._run.plan.index.num_classes)
+        if warning and not self._teacher_warned:
+            self._telemetry.say(warning)
+            self._teacher_warned = True
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -397,7 +407,7 @@ def save(run: Run) -> None:
 def describe(run: Run, telemetry: Telemetry) -> None:
     """Say what is about to happen."""
     config, index = run.config, run.plan.index
-    teacher = f"from {config.teacher.name}" if config.teacher.name else "without a teacher"
+    teacher = f"from {config.teacher.title}" if config.teacher.title else "without a teacher"
     pipeline = resolve_pipeline(config.data.pipeline, run.world.device)
     telemetry.say(
         f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "
@@ -416,6 +426,8 @@ def describe(run: Run, telemetry: Telemetry) -> None:
         telemetry.say(f"{len(run.state.audit)} settings differ from the USI recipe; --audit lists them")
     for change in run.changes:
         telemetry.say(f"changed since the checkpoint: {change}")
+    for note in run.notes:
+        telemetry.say(note)
 
 
 if __name__ == "__main__":
