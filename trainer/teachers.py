@@ -91,9 +91,9 @@ def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
 def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """Square images in another size; untouched where they have it.
 
-    Raw pixels are resized, bicubic and antialiased, then rounded and clipped to what a byte holds, in float32: so a
-    model sees what it saw in training, where images were resized as bytes. (Normalised ones would keep the filter's
-    overshoot beyond black and white; and torch resizes bytes on the CPU alone.)
+    Raw pixels, bicubic and antialiased, as Pillow does it: columns, then rows, each rounded (half up) and clipped to
+    what a byte holds. So a model sees what it saw in training, where images were resized as bytes. (Normalised pixels
+    would keep the filter's overshoot beyond black and white.) In float32, since torch resizes bytes on the CPU alone.
 
     Args:
       pixels: uint8 [B, S, S, 3].
@@ -103,8 +103,10 @@ def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     if pixels.shape[1] == size:
         return pixels
     images = pixels.permute(0, 3, 1, 2).float()
-    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized.round().clamp(0, 255).permute(0, 2, 3, 1)
+    for shape in ((pixels.shape[1], size), (size, size)):
+        images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
+        images = (images + 0.5).floor().clamp(0, 255)
+    return images.permute(0, 2, 3, 1).contiguous()
 
 
 def agreement(
