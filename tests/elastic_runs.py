@@ -1,6 +1,6 @@
 """Started by tests/test_preemption.py: runs whose number of ranks changes, with a note of all that each step was given.
 
-python tests/elastic_runs.py FOLDER: leaves FOLDER/{steady,changing,four,four-stopped}, beside them what each step was given.
+python tests/elastic_runs.py FOLDER: FOLDER/{steady,changing,four,four-stopped}, beside each what its steps were given.
 """
 
 import hashlib

@@ -6,7 +6,8 @@ import torch
 
 from pipelines.errors import UserError
 from trainer.config import StudentConfig, TeacherConfig
-from trainer.models import build_student, build_teacher, preprocessing, read_weights
+from trainer.models import build_student, preprocessing, read_checkpoint, read_weights
+from trainer.teachers import build_teacher
 
 NAME = "test_resnet"
 
@@ -28,7 +29,7 @@ def source():
 
 
 def teacher(path, num_classes=7, name=NAME):
-    return build_teacher(TeacherConfig(name=name, checkpoint=path), num_classes, image_size=64)
+    return build_teacher(TeacherConfig(name=name, checkpoint=path), num_classes, image_size=64).model
 
 
 @pytest.mark.parametrize("nest", [None, "state_dict", "model", "student", "ema", "state_dict_ema"])
@@ -88,7 +89,7 @@ def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path, nest):
 
 def test_another_number_of_classes_is_refused_with_both_numbers(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(UserError, match="teacher.pth: a model of 7 classes, the dataset has 10"):
+    with pytest.raises(UserError, match="teacher.pth: its weights have 7 classes, the dataset has 10"):
         teacher(tmp_path / "teacher.pth", num_classes=10)
 
 
@@ -123,6 +124,17 @@ def test_a_missing_file_and_a_file_without_tensors(tmp_path):
         read_weights(tmp_path / "empty.pth")
 
 
+def test_a_checkpoint_of_this_trainer_tells_the_names_of_its_classes(source, tmp_path):
+    content = {"student": source.state_dict(), "ema": None, "classes": list("abcdefg")}
+    torch.save(content, tmp_path / "run.pt")
+    assert read_checkpoint(tmp_path / "run.pt").classes == list("abcdefg")
+    for classes in (None, 7, {"a": 0}, [0, 1]):  # of a synthetic dataset, and in files of others
+        torch.save({**content, "classes": classes}, tmp_path / "other.pt")
+        assert read_checkpoint(tmp_path / "other.pt").classes is None
+    torch.save(source.state_dict(), tmp_path / "plain.pt")
+    assert read_checkpoint(tmp_path / "plain.pt").classes is None
+
+
 def test_an_unknown_model_names_its_neighbours():
     with pytest.raises(UserError, match=r"unknown model 'resnet5O'; did you mean .*resnet50"):
         build_student(StudentConfig(name="resnet5O"), 10, 224)
@@ -147,13 +159,9 @@ def test_a_student_may_start_from_a_checkpoint(source, tmp_path):
     assert torch.equal(logits(student), logits(source))
 
 
-def test_no_teacher():
-    assert build_teacher(TeacherConfig(name=None), 10, 64) is None
-
-
 def test_a_teacher_without_weights_to_download_is_refused():
     without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
-    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with --teacher.checkpoint"):
+    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with teacher.checkpoint"):
         build_teacher(TeacherConfig(name=without), 1000, 224)
 
 

@@ -43,6 +43,8 @@ RECIPE = {
     "data.eval_image_size": 0,  # as image_size
     "data.eval_crop_pct": 0.95,
     "teacher.name": "tresnet_v2_l",
+    "teacher.image_size": 0,  # the student's
+    "teacher.others": [],
     "distill.weight": 5.0,
     "distill.label_weight": 1.0,
     "distill.temperature": 1.0,

@@ -35,7 +35,8 @@ class TrainState:
       student, optimizer, scaler: their own states; ema: or None where no average is kept.
       plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; another is refused.
       config: the resolved configuration, audit: what of it differs from USI; for whoever finds the file.
-      micro_batch: images of a forward pass on one rank.
+      classes: the dataset's class names in the order of the labels, None where it has none.
+      micro_batch: images of a forward pass on one rank; 0 as long as it is not known.
       step: updates done.
       evaluated: the update after which the weights were evaluated last; 0 is never.
       best: {"step", "weights": raw or ema, "top1"} of the best evaluation so far; {} without one.
@@ -48,7 +49,8 @@ class TrainState:
     plan: dict
     config: dict
     audit: list[dict]
-    micro_batch: int
+    classes: list[str] | None
+    micro_batch: int = 0
     step: int = 0
     evaluated: int = 0
     best: dict = dataclasses.field(default_factory=dict)
@@ -70,6 +72,7 @@ def content_of(state: TrainState) -> dict:
             "plan": state.plan,
             "config": state.config,
             "audit": state.audit,
+            "classes": state.classes,
             "software": _software(),
         }
     )
@@ -87,6 +90,7 @@ def best_content_of(state: TrainState, metrics: dict[str, float]) -> dict:
             "plan": state.plan,
             "config": state.config,
             "audit": state.audit,
+            "classes": state.classes,
             "software": _software(),
         }
     )

@@ -120,26 +120,68 @@ class StudentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OtherTeacher:
+    """A further teacher: its settings are those of the first (TeacherConfig).
+
+    Attributes:
+      name: any timm model.
+      checkpoint: its weights; without it timm's pretrained weights are downloaded.
+      kwargs: passed to timm.create_model.
+      image_size: side of the image it sees, pixels; 0 is the student's.
+      classes: text file that names its outputs.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    image_size: int = 0
+    classes: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen model that is learned from.
+    """The frozen model, or models, that are learned from.
 
     Attributes:
       name: any timm model, or the authors' tresnet_l_v2; no teacher means labels alone.
       checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the averaged
         weights are taken; without it timm's pretrained weights are downloaded.
       kwargs: passed to timm.create_model.
+      image_size: side of the image it sees, pixels, throughout the run; the mixed image is resized. 0 is the student's.
+      classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names
+        them; it may have more classes than the dataset. Without it a checkpoint of this trainer names them itself, and
+        the outputs of any other are taken to be in the dataset's order.
+      others: further teachers, each with name, checkpoint, kwargs, image_size and classes of its own; the student
+        learns from the mean of all probabilities.
     """
 
     name: str | None = "tresnet_v2_l"
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    image_size: int = 0
+    classes: Path | None = None
+    others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        _refuse_reserved("teacher", self.kwargs)
-        _require(
-            self.name is not None or self.checkpoint is None,
-            f"teacher.checkpoint is {self.checkpoint}, but teacher.name is null: name the model, or leave both out",
-        )
+        for key, teacher in self.members:
+            _refuse_reserved(key, teacher.kwargs)
+            _require(teacher.image_size >= 0, f"{key}.image_size is {teacher.image_size}; 0 means the student's")
+        for name in ("checkpoint", "image_size", "classes", "others"):
+            _require(
+                self.name is not None or not getattr(self, name),
+                f"teacher.{name} is {getattr(self, name)}, but teacher.name is null: name the model, or leave both out",
+            )
+
+    @property
+    def members(self) -> "list[tuple[str, TeacherConfig | OtherTeacher]]":
+        """Every teacher under its key: the first one, without its others, is `teacher`."""
+        first = [("teacher", self)] if self.name is not None else []
+        return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
+
+    @property
+    def title(self) -> str | None:
+        """All names in one."""
+        return " + ".join(teacher.name for _, teacher in self.members) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +190,7 @@ class DistillConfig:
 
     Attributes:
       weight: of the divergence from the teacher.
-      label_weight: of the cross-entropy with the mixed labels.
+      label_weight: of the cross-entropy with the mixed labels; 0 learns from the teacher alone.
       temperature: divides both models' logits in the divergence.
       label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
     """
@@ -163,6 +205,10 @@ class DistillConfig:
         _require(0 <= self.label_smoothing < 1, f"distill.label_smoothing is {self.label_smoothing}; it lies in [0, 1)")
         for name in ("weight", "label_weight"):
             _require(getattr(self, name) >= 0, f"distill.{name} is {getattr(self, name)}; it must not be negative")
+        _require(
+            self.weight > 0 or self.label_weight > 0,
+            "distill.weight and distill.label_weight are both 0: nothing would be learned. Raise one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +356,12 @@ class Config:
     ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
+    def __post_init__(self):
+        _require(
+            self.teacher.name is not None or self.distill.label_weight > 0,
+            "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
+        )
+
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """The configuration of a command line: `--config FILE` any number of times, and `--section.key value`; later wins.
@@ -332,13 +384,26 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
 
 
-_NOTATION = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a switch true or false"
+_NOTATION = (
+    "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of teachers [{name: resnet50}], "
+    "a switch true or false"
+)
 
 
 def _reason(message: str) -> str:
     """jsonargparse's message as one line, without the types that a union was tried with."""
     reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
+    reason = re.sub(r"Problem with given class_path '[\w.]+': ", "", reason)
+    reason = re.sub(r"Option '(\w+)' is not accepted", _unknown_in_item, reason)
     return re.sub(r"Does not validate against any of the Union subtypes.*Given value: ", "not understood: ", reason)
+
+
+def _unknown_in_item(match: re.Match) -> str:
+    """An unknown key of a further teacher, the only item that has keys."""
+    names = [field.name for field in dataclasses.fields(OtherTeacher)]
+    nearest = difflib.get_close_matches(match[1], names, n=1)
+    hint = f"did you mean '{nearest[0]}'" if nearest else f"there are {', '.join(names)}"
+    return f"unknown key '{match[1]}' in an item; {hint}"
 
 
 def _check_keys(arguments: list[str]) -> None:
@@ -393,7 +458,7 @@ def _check_key(key: str, where: str, dashes: str) -> None:
 _SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 _KEYS = [f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)]
 _FREE_KEYS = [key for key in _KEYS if key.endswith(".kwargs")]
-_FLAGS = ("help", "print_config", "audit")
+_FLAGS = ("help", "print_config", "audit", "teacher.others.help")
 
 
 def to_dict(config: Config) -> dict:

@@ -79,6 +79,11 @@ def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
     return index, val
 
 
+def dataset_classes(config: DataConfig) -> list[str] | None:
+    """The ids of the dataset's classes in the order of their labels; None for the synthetic one, which has none."""
+    return None if config.root is None else list(read_manifest(config.root)["classes"])
+
+
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
     """The plan of the configuration; `fill` as for TrainPlan."""
     return TrainPlan(

@@ -20,6 +20,7 @@ from trainer.distributed import World
 from trainer.optim import set_learning_rate
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainStep
+from trainer.teachers import chance_warning
 from trainer.telemetry import Stopwatch, Telemetry
 
 
@@ -238,16 +239,17 @@ class StepLog:
         self._run = run
         self._telemetry = telemetry
         self._batches = batches
+        self._teacher_hits, self._teacher_images, self._teacher_warned = 0.0, 0, False
         self.restart()
 
     def restart(self) -> None:
-        self._loss = torch.zeros((), device=self._run.world.device)
+        self._sums = torch.zeros(3, device=self._run.world.device)  # loss, teacher_top1, agreement
         self._bad: list[torch.Tensor] = []  # of each step: bool [images of this rank]
         self._start_s = time.perf_counter()
         self._waited_s = self._batches.waited_s
 
     def add(self, metrics: StepMetrics) -> None:
-        self._loss += metrics.loss
+        self._sums += torch.stack([metrics.loss, metrics.teacher_top1, metrics.agreement])
         self._bad.append(metrics.bad)
 
     def write(self) -> None:
@@ -260,8 +262,8 @@ class StepLog:
         if not steps:
             return
         bad = torch.stack([rows.any() for rows in self._bad]).any()
-        loss, num_bad = self._run.world.sum(torch.stack([self._loss, bad.float()])).tolist()
-        loss = loss / self._run.world.size / steps
+        *sums, num_bad = self._run.world.sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
+        loss, teacher_top1, agreement = (total / self._run.world.size / steps for total in sums)
         if num_bad or not math.isfinite(loss):
             raise self._error(loss)
         elapsed_s = time.perf_counter() - self._start_s
@@ -273,8 +275,21 @@ class StepLog:
             "images_per_s": steps * self._run.config.run.global_batch / elapsed_s,
             "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
         }
+        if self._run.config.teacher.name is not None:
+            record |= {"teacher_top1": 100 * teacher_top1, "agreement": 100 * agreement}
+            self._watch_teacher(teacher_top1)
         self._telemetry.train(record)
         self.restart()
+
+    def _watch_teacher(self, top1: float) -> None:
+        """Warn, once, of a teacher that does not know the labels."""
+        images = len(self._bad) * self._run.config.run.global_batch
+        self._teacher_images += images
+        self._teacher_hits += top1 * images
+        warning = chance_warning(self._teacher_hits, self._teacher_images, self._run.plan.index.num_classes)
+        if warning and not self._teacher_warned:
+            self._telemetry.say(warning)
+            self._teacher_warned = True
 
     def _error(self, loss: float) -> NonFiniteError:
         """Names the first step in which a loss was not finite, and samples."""

@@ -23,14 +23,16 @@ def usi_loss(
       lam: float32 [B].
       config: the weights, the temperature T and the smoothing.
     Returns:
-      float32 scalar. Computed in float32 whatever the logits' type.
+      float32 scalar. A label term of weight 0 is not computed. Computed in float32 whatever the logits' type.
     Source: USI (arXiv 2204.03475), section 3; T^2 as in Hinton et al. 2015.
     """
     student = student.float()
-    smoothing = config.label_smoothing
-    own = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
-    other = F.cross_entropy(student, partner_labels, reduction="none", label_smoothing=smoothing)
-    loss = config.label_weight * (lam * own + (1.0 - lam) * other).mean()
+    loss = torch.zeros((), device=student.device)
+    if config.label_weight:
+        smoothing = config.label_smoothing
+        own = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
+        other = F.cross_entropy(student, partner_labels, reduction="none", label_smoothing=smoothing)
+        loss = config.label_weight * (lam * own + (1.0 - lam) * other).mean()
     if teacher is None:
         return loss
     t = config.temperature

@@ -1,4 +1,4 @@
-"""The student and the frozen teacher, both from timm."""
+"""Models from timm, and the files that hold their weights."""
 
 import dataclasses
 import difflib
@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from pipelines.errors import UserError
-from trainer.config import Kwargs, StudentConfig, TeacherConfig
+from trainer.config import Kwargs, StudentConfig
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors; the average comes first, as in timm.
 _NESTED = ("ema", "student", "state_dict_ema", "model_ema", "state_dict", "model")
+_STUDENT_SIZE = (
+    "Change data.image_size or data.eval_image_size, or use another model; some of timm's take any size with "
+    "--student.kwargs.dynamic_img_size true"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,55 +61,67 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int) -> n
       UserError: an unknown model, or a checkpoint that does not fit.
     """
     weights = None if config.checkpoint is None else read_weights(config.checkpoint)
-    return _create(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
-
-
-def build_teacher(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module | None:
-    """The frozen teacher in evaluation mode, or None where the configuration names none.
-
-    Raises:
-      UserError: an unknown model, no weights, weights that do not fit, or another number of classes.
-    """
-    if config.name is None:
-        return None
-    if config.checkpoint is not None:
-        weights = read_weights(config.checkpoint)
-        model = _create(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint)
-    else:
-        model = _download(config, num_classes, image_size)
-    return model.eval().requires_grad_(False)
+    return create_model(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
 
 
 @torch.no_grad()
-def refuse_size(model: nn.Module, name: str, image_size: int) -> None:
-    """Raise a UserError if a model cannot take images of this size."""
+def refuse_size(model: nn.Module, name: str, image_size: int, advice: str = _STUDENT_SIZE) -> None:
+    """Raise a UserError if a model cannot take images of this size; `advice` says what to do about it."""
     training = model.training
     try:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model '{name}' cannot take images of {image_size} px ({reason}). Change data.image_size or "
-            "data.eval_image_size, or use another model; some of timm's take any size with "
-            "--student.kwargs.dynamic_img_size true"
-        ) from error
+        raise UserError(f"model '{name}' cannot take images of {image_size} px ({reason}). {advice}") from error
     finally:
         model.train(training)
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a file says of a model.
+
+    Attributes:
+      weights: tensors by name.
+      classes: names of the model's outputs in their order, in checkpoints of this trainer; None in other files.
+    """
+
+    weights: dict[str, torch.Tensor]
+    classes: list[str] | None
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint of this trainer (the average if it has one), of timm or of the authors.
+    """The weights alone, as `read_checkpoint`."""
+    return read_checkpoint(path).weights
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of this trainer (the averaged weights if it has some), of timm or of the authors.
 
     Raises:
       UserError: the file is missing, damaged, or holds more than plain data.
     """
+    content = _read(path)
+    classes = content.get("classes") if isinstance(content, dict) else None
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        classes = None
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {', '.join(_NESTED)}")
+    return Checkpoint({name.removeprefix("module."): value for name, value in content.items()}, classes)
+
+
+def _read(path: Path):
+    """What a file holds, plain data alone; nothing in it is run."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
@@ -113,16 +129,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: damaged, or holds more than weights, which is not loaded ({type(error).__name__}). "
             "Save its state_dict alone"
         ) from error
-    for key in _NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
-        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {', '.join(_NESTED)}")
-    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def _create(
+def create_model(
     name: str,
     num_classes: int,
     image_size: int,
@@ -131,14 +140,26 @@ def _create(
     path: Path | None = None,
     **pretrained,
 ) -> nn.Module:
-    """A timm model, with weights if there are some; timm renames the keys of older and foreign files."""
-    name = _known(name)
+    """A timm model, with weights if there are some; timm renames the keys of older and foreign files.
+
+    Args:
+      weights, path: what was read, and from where.
+      pretrained: further arguments for timm.create_model.
+    Raises:
+      UserError: an unknown model or argument, or weights that do not fit.
+    """
+    name = known_name(name)
     config = timm.get_pretrained_cfg(name)
     kwargs = {"num_classes": num_classes, **kwargs}
     if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
         kwargs.setdefault("img_size", image_size)
     if weights is not None:
-        _check_classes(path, weights, config.classifier if config else None, num_classes)
+        outputs = num_outputs(name, weights)
+        if outputs not in (None, num_classes):
+            raise UserError(
+                f"{path}: a model of {outputs} classes, the dataset has {num_classes}. "
+                "Use a checkpoint trained on the same classes"
+            )
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
         pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
@@ -156,7 +177,8 @@ def _create(
     return model
 
 
-def _known(name: str) -> str:
+def known_name(name: str) -> str:
+    """timm's name of a model; a UserError if it has none."""
     name = _ALIASES.get(name, name)
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -165,32 +187,10 @@ def _known(name: str) -> str:
     return name
 
 
-def _check_classes(path: Path, weights: dict, classifier: str | tuple[str, ...] | None, num_classes: int) -> None:
-    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
-        weight = weights.get(f"{layer}.weight")
-        if weight is not None and len(weight) != num_classes:
-            raise UserError(
-                f"{path}: a model of {len(weight)} classes, the dataset has {num_classes}. "
-                "Use a checkpoint trained on the same classes"
-            )
-
-
-def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module:
-    give_file = "Give its weights with --teacher.checkpoint FILE"
-    source = timm.get_pretrained_cfg(_known(config.name))
-    if source is None or not source.has_weights:
-        raise UserError(f"teacher '{config.name}': timm has no pretrained weights for it. {give_file}")
-    if source.num_classes != num_classes:
-        raise UserError(
-            f"teacher '{config.name}': timm's weights have {source.num_classes} classes, the dataset has "
-            f"{num_classes}. Give a teacher trained on the same classes with --teacher.checkpoint FILE"
-        )
-    try:
-        return _create(config.name, num_classes, image_size, config.kwargs, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the download library raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}"
-        ) from error
+def num_outputs(name: str, weights: dict[str, torch.Tensor]) -> int | None:
+    """How many classes the weights of a model tell apart; None where they have no classifier under timm's name."""
+    config = timm.get_pretrained_cfg(known_name(name))
+    classifier = config.classifier if config else None
+    layers = (classifier,) if isinstance(classifier, str) else classifier or ()
+    found = [len(weights[f"{layer}.weight"]) for layer in layers if f"{layer}.weight" in weights]
+    return found[0] if found else None

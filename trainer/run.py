@@ -31,6 +31,7 @@ from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.control import INTERRUPTED, Control, exit_code, requeued_by_signals
 from trainer.data import (
     DECODE,
+    dataset_classes,
     open_indices,
     open_pipelines,
     refuse_unreached_sizes,
@@ -42,9 +43,10 @@ from trainer.evaluate import evaluate
 from trainer.fitting import settle_micro_batch
 from trainer.loop import Run, loop, resume
 from trainer.mix import Normalize
-from trainer.models import build_student, build_teacher, preprocessing, refuse_size
+from trainer.models import build_student, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer
 from trainer.step import TrainStep, gray_batch
+from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import Telemetry
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -108,7 +110,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         "step": run.state.step,
         "total_steps": run.total_steps,
         "student": config.student.name,
-        "teacher": config.teacher.name,
+        "teacher": config.teacher.title,
         "dataset": run.plan.index.digest,
         "deviations": run.state.audit,
         "quarantined": len(run.pipelines.quarantine),
@@ -166,42 +168,25 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     micro_batch = share_of_batch(config, world)
     refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
-    student, teacher = build_models(config, index.num_classes)
+    classes = dataset_classes(config.data)
+    student, teacher = build_models(config, index.num_classes, classes)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = resolve_precision(config.run.precision, world.device)
-    student, normalize = place(student, config.run, world)
-    teacher, normalize_teacher = place(teacher, config.run, world)
-    state = build_state(config, plan, student, precision, micro_batch, world)
-    notes = resume(config.run, state, total_steps, world)
+    student, teacher = place(student, config.run, world), place(teacher, config.run, world)
+    normalize = Normalize(expects.mean, expects.std).to(world.device)
+    state = build_state(config, plan, student, precision, classes, world)
+    notes = [*(teacher.notes if teacher else []), *resume(config.run, state, total_steps, world)]
 
     def make_step(world: World, micro_batch: int) -> TrainStep:
-        return TrainStep(
-            student,
-            teacher,
-            normalize_student=normalize,
-            normalize_teacher=normalize_teacher,
-            optimizer=state.optimizer,
-            scaler=state.scaler,
-            ema=state.ema,
-            distill=config.distill,
-            precision=precision,
-            seed=config.run.seed,
-            micro_batches=config.run.global_batch // world.size // micro_batch,
-            world=world,
-        )
+        return build_step(config, state, teacher, normalize, precision, micro_batch, world)
 
     if config.run.micro_batch == "auto":
         notes.append(settle_micro_batch(config, plan, state, pipelines, world, make_step))
     else:
         state.micro_batch = micro_batch
-    step = make_step(world, state.micro_batch)
-    if world.size > 1:
-        # DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends
-        # on them, so without this a run that goes on would differ from one that was never stopped.
-        step.rehearse(gray_batch(2, config.data.train_sizes[-1], world.device))
     evaluation = None
     if val_index is not None:
         evaluation = functools.partial(
@@ -220,7 +205,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         plan=plan,
         pipelines=pipelines,
         state=state,
-        step=step,
+        step=make_step(world, state.micro_batch),
         evaluate=evaluation,
         control=control or Control(world),
         writer=Writer(),
@@ -230,35 +215,32 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     )
 
 
-def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """Student and teacher on the CPU, after checking that they take the images they will get, of every size.
+def build_models(config: Config, num_classes: int, classes: list[str] | None) -> tuple[nn.Module, Teachers | None]:
+    """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
-    Models that take one size alone are built for the last one.
+    Models that take one size alone are built for the last one, or for teacher.image_size. `classes` are the dataset's.
     """
     sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
     student = build_student(config.student, num_classes, sizes[-1])
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
-    teacher = build_teacher(config.teacher, num_classes, sizes[-1])
-    if teacher is not None:
-        for size in sorted(set(sizes)):
-            refuse_size(teacher, config.teacher.name, size)
-    return student, teacher
+    return student, build_teachers(config, num_classes, classes)
 
 
-def place(model: nn.Module | None, config: RunConfig, world: World) -> tuple[nn.Module | None, Normalize | None]:
-    """A model on its device in its memory format, and its own normalisation."""
-    if model is None:
-        return None, None
-    expects = preprocessing(model)
+def place(model: nn.Module | None, config: RunConfig, world: World) -> nn.Module | None:
+    """A model on its device in its memory format; None stays None."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=memory_format)
-    return model, Normalize(expects.mean, expects.std).to(world.device)
+    return None if model is None else model.to(world.device, memory_format=memory_format)
 
 
 def build_state(
-    config: Config, plan: TrainPlan, student: nn.Module, precision: torch.dtype, micro_batch: int, world: World
+    config: Config,
+    plan: TrainPlan,
+    student: nn.Module,
+    precision: torch.dtype,
+    classes: list[str] | None,
+    world: World,
 ) -> TrainState:
     """The state of a run that has not begun."""
     return TrainState(
@@ -273,8 +255,38 @@ def build_state(
         },
         config=to_dict(config),
         audit=audit(config),
-        micro_batch=micro_batch,
+        classes=classes,
     )
+
+
+def build_step(
+    config: Config,
+    state: TrainState,
+    teacher: Teachers | None,
+    normalize: Normalize,
+    precision: torch.dtype,
+    micro_batch: int,
+    world: World,
+) -> TrainStep:
+    """The update of a run."""
+    step = TrainStep(
+        state.student,
+        teacher,
+        normalize=normalize,
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+        ema=state.ema,
+        distill=config.distill,
+        precision=precision,
+        seed=config.run.seed,
+        micro_batches=config.run.global_batch // world.size // micro_batch,
+        world=world,
+    )
+    if world.size > 1:
+        # DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends
+        # on them, so without this a run that goes on would differ from one that was never stopped.
+        step.rehearse(gray_batch(2, config.data.train_sizes[-1], world.device))
+    return step
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -289,7 +301,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def describe(run: Run, telemetry: Telemetry) -> None:
     """Say what is about to happen."""
     config, index = run.config, run.plan.index
-    teacher = f"from {config.teacher.name}" if config.teacher.name else "without a teacher"
+    teacher = f"from {config.teacher.title}" if config.teacher.title else "without a teacher"
     pipeline = resolve_pipeline(config.data.pipeline, run.world.device)
     telemetry.say(
         f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "

@@ -16,6 +16,7 @@ from trainer.distributed import World
 from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
 from trainer.optim import ModelEma, batch_norms, running_statistics
+from trainer.teachers import Teachers, agreement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,14 @@ class StepMetrics:
     Attributes:
       loss: float32 scalar, mean over this rank's images.
       bad: bool [images of this rank], in the order of their positions: where a model's output is not finite.
+      teacher_top1, agreement: float32 scalars, shares of this rank's images where the teacher's best class is the
+        label, and where it is the student's best (trainer/teachers.py); 0 without a teacher.
     """
 
     loss: torch.Tensor
     bad: torch.Tensor
+    teacher_top1: torch.Tensor
+    agreement: torch.Tensor
 
 
 class TrainStep:
@@ -36,8 +41,8 @@ class TrainStep:
 
     Args:
       student: the unwrapped model on its device.
-      teacher: frozen, in evaluation mode; None trains on the labels alone.
-      normalize_student, normalize_teacher: each model's own, from uint8 pixels.
+      teacher: from uint8 pixels to logits (trainer/teachers.py); None trains on the labels alone.
+      normalize: the student's own, from uint8 pixels.
       optimizer: over the student's parameters.
       scaler: a GradScaler, enabled for fp16 alone.
       ema: the average that follows the student, or None.
@@ -51,10 +56,9 @@ class TrainStep:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Teachers | None,
         *,
-        normalize_student: Normalize,
-        normalize_teacher: Normalize | None,
+        normalize: Normalize,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         ema: ModelEma | None,
@@ -73,8 +77,7 @@ class TrainStep:
             self._model = DistributedDataParallel(student, gradient_as_bucket_view=True, **{no_broadcast: False})
         self._statistics = StatisticsAverage(student, micro_batches, world)
         self._teacher = teacher
-        self._normalize_student = normalize_student
-        self._normalize_teacher = normalize_teacher
+        self._normalize = normalize
         self._optimizer = optimizer
         self._scaler = scaler
         self._ema = ema
@@ -86,7 +89,7 @@ class TrainStep:
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
         """Update `number` (the run's first is 0) from the next `micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
-        total, bad = torch.zeros((), device=self._device), []
+        total, bad, agreed = torch.zeros((), device=self._device), [], torch.zeros(2, device=self._device)
         self._statistics.begin()
         for micro_batch in range(self._micro_batches):
             batch = next(batches)
@@ -94,34 +97,36 @@ class TrainStep:
             torch.manual_seed(int(rng.words(self._seed, rng.Stream.MODEL, batch.position, batch.position + 1, 4)[0, 0]))
             last = micro_batch == self._micro_batches - 1
             with self._no_sync(not last):
-                loss, bad_rows = self._loss(batch)
+                loss, bad_rows, shares = self._loss(batch)
                 loss = loss / self._micro_batches
                 self._scaler.scale(loss).backward()
             self._statistics.collect()
             total += loss.detach()
             bad.append(bad_rows)
+            agreed += shares / self._micro_batches
         self._statistics.end()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema is not None:
             self._ema.update()
-        return StepMetrics(total, torch.cat(bad))
+        return StepMetrics(total, torch.cat(bad), *agreed.unbind())
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and which rows are bad."""
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, which rows are bad, and the two shares of agreement."""
         pixels = mix_pixels(batch)
         with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
-            student = self._model(self._normalize_student(pixels))
+            student = self._model(self._normalize(pixels))
             teacher = None
             if self._teacher is not None:
                 with torch.no_grad():
-                    teacher = self._teacher(self._normalize_teacher(pixels))
-        labels = batch.labels
-        loss = usi_loss(student, teacher, labels, partners(labels, batch.mix_group), batch.lam, self._distill)
-        bad = ~_finite_rows(student.detach())
+                    teacher = self._teacher(pixels)
+        targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam
+        loss = usi_loss(student, teacher, *targets, self._distill)
+        bad, agreed = ~_finite_rows(student.detach()), torch.zeros(2, device=self._device)
         if teacher is not None:
             bad |= ~_finite_rows(teacher)
-        return loss, bad
+            agreed = agreement(student.detach(), teacher, *targets)
+        return loss, bad, agreed
 
     def rehearse(self, batch: Batch) -> None:
         """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.

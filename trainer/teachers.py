@@ -1,0 +1,325 @@
+"""What the student learns from: a frozen teacher or the mean of several, in the dataset's order of classes."""
+
+import collections
+import dataclasses
+import math
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipelines.errors import UserError
+from trainer.config import Config, OtherTeacher, TeacherConfig
+from trainer.mix import Normalize
+from trainer.models import (
+    Checkpoint,
+    create_model,
+    known_name,
+    num_outputs,
+    preprocessing,
+    read_checkpoint,
+    refuse_size,
+)
+
+
+class Teacher(nn.Module):
+    """A frozen model behind what is its own: image size, normalisation, order of classes.
+
+    Args:
+      model: in evaluation mode.
+      image_size: side of the image it sees, pixels; 0 leaves every image as it is.
+      order: for each class of the dataset, which output of the model it is; None where they are the same.
+      note: what is worth saying of it; "" is nothing.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int = 0, order: list[int] | None = None, note: str = ""):
+        super().__init__()
+        expects = preprocessing(model)
+        self.model = model
+        self.normalize = Normalize(expects.mean, expects.std)
+        self.image_size = image_size
+        self.note = note
+        self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3], mixed -> logits [B, C] over the dataset's classes."""
+        if self.image_size:
+            pixels = resize_pixels(pixels, self.image_size)
+        logits = self.model(self.normalize(pixels))
+        return logits if self.order is None else logits.index_select(1, self.order)
+
+
+class Teachers(nn.Module):
+    """One or several teachers as one.
+
+    Args:
+      members: at least one.
+      temperature: at which their probabilities are averaged.
+    """
+
+    def __init__(self, members: list[Teacher], temperature: float):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self._temperature = temperature
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth saying of them."""
+        return [teacher.note for teacher in self.members if teacher.note]
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3], mixed -> logits [B, C], as `mean_logits`."""
+        return mean_logits([teacher(pixels) for teacher in self.members], self._temperature)
+
+
+def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
+    """Logits whose softmax at the temperature is the mean of the given ones' softmax at the temperature.
+
+    Args:
+      logits: [B, C] each; a single one is returned as it is.
+    Returns:
+      [B, C]; T x log(mean of the probabilities), in float32, computed without leaving the logarithm.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    log_probabilities = torch.stack([F.log_softmax(each.float() / temperature, dim=1) for each in logits])
+    return temperature * (log_probabilities.logsumexp(0) - math.log(len(logits)))
+
+
+def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Square images in another size; untouched where they have it.
+
+    Raw pixels, bicubic and antialiased, as Pillow does it: columns, then rows, each rounded (half up) and clipped to
+    what a byte holds. So a model sees what it saw in training, where images were resized as bytes. (Normalised pixels
+    would keep the filter's overshoot beyond black and white.) In float32, since torch resizes bytes on the CPU alone.
+
+    Args:
+      pixels: uint8 [B, S, S, 3].
+    Returns:
+      [B, size, size, 3], whole numbers from 0 to 255.
+    """
+    if pixels.shape[1] == size:
+        return pixels
+    images = pixels.permute(0, 3, 1, 2).float()
+    for shape in ((pixels.shape[1], size), (size, size)):
+        images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
+        images = (images + 0.5).floor().clamp(0, 255)
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+def agreement(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor,
+    lam: torch.Tensor,
+) -> torch.Tensor:
+    """How often the best classes are the same.
+
+    Args:
+      student, teacher: logits [B, C].
+      labels, partner_labels: int64 [B]; lam: float32 [B], the share of `labels` in the mixed image.
+    Returns:
+      float32 [2], shares of the images: where the teacher's best class is the label with the larger share (its own, if
+      both have a half), and where it is the student's best class.
+    """
+    best = teacher.argmax(1)
+    label = torch.where(lam >= 0.5, labels, partner_labels)
+    return torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+
+
+def chance_warning(hits: float, images: int, num_classes: int) -> str | None:
+    """What to say of a teacher that knows the labels hardly better than chance; None if it does, or it is too early.
+
+    The classes of such a teacher are probably in another order, and the student would learn nonsense without any error.
+    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all; it is asked for
+    after 10 images of each class.
+
+    Args:
+      hits: mixed images where the teacher's best class was the label with the larger share; of `images`.
+    """
+    chance = 1 / num_classes
+    if images < 10 * num_classes or hits / images >= chance + min(chance, (1 - chance) / 4):
+        return None
+    return (
+        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: its classes "
+        "may be in another order than the dataset's. Name them with teacher.classes FILE, and check teacher.checkpoint"
+    )
+
+
+def build_teachers(config: Config, num_classes: int, names: list[str] | None) -> Teachers | None:
+    """All teachers of the configuration on the CPU, after checking that they take the images they will get.
+
+    Args:
+      num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+    Returns:
+      None where the configuration names no teacher.
+    Raises:
+      UserError: as `build_teacher`; or a model that does not take a size.
+    """
+    sizes = config.data.train_sizes
+    members = []
+    for key, each in config.teacher.members:
+        teacher = build_teacher(each, num_classes, sizes[-1], names=names, key=key)
+        advice = (
+            f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
+            f"dynamic_img_size true in {key}.kwargs"
+        )
+        for size in [each.image_size] if each.image_size else sorted(set(sizes)):
+            refuse_size(teacher.model, each.name, size, advice)
+        members.append(teacher)
+    return Teachers(members, config.distill.temperature) if members else None
+
+
+def build_teacher(
+    config: TeacherConfig | OtherTeacher,
+    num_classes: int,
+    image_size: int,
+    *,
+    names: list[str] | None = None,
+    key: str = "teacher",
+) -> Teacher:
+    """One frozen teacher.
+
+    Args:
+      num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+      image_size: the student's, pixels.
+      key: of the teacher in the configuration, for errors.
+    Raises:
+      UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
+    """
+    saved = None if config.checkpoint is None else read_checkpoint(config.checkpoint)
+    outputs = match_outputs(config, saved, num_classes, names, key)
+    if saved is None:
+        found, owner = _pretrained_outputs(config, key), f"teacher '{config.name}': timm's weights"
+    else:
+        found, owner = num_outputs(config.name, saved.weights), f"{config.checkpoint}: its weights"
+    if found not in (None, outputs.count):
+        raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
+    size = config.image_size or image_size
+    if saved is None:
+        model = _download(config, key, outputs.count, size)
+    else:
+        model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, config.checkpoint)
+    return Teacher(model.eval().requires_grad_(False), config.image_size, outputs.order, outputs.note(config.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a teacher's outputs must be.
+
+    Attributes:
+      count: how many.
+      order: for each class of the dataset, which output it is; None where they are the same.
+      source: the file that names them; None where nothing does, and they are taken to be the dataset's classes.
+    """
+
+    count: int
+    order: list[int] | None = None
+    source: Path | None = None
+
+    def expectation(self, key: str) -> str:
+        """The end of the error about a teacher with another number of outputs."""
+        if self.source is None:
+            return (
+                f"the dataset has {self.count}. Give weights trained on the same classes with {key}.checkpoint FILE, "
+                f"or name all their classes with {key}.classes FILE"
+            )
+        return f"{self.source} names {self.count}. Name every output, one on a line, in their order"
+
+    def note(self, name: str) -> str:
+        """What is worth saying of the order."""
+        if self.order is None:
+            return ""
+        return f"teacher '{name}': {len(self.order)} of its {self.count} classes are found by name ({self.source})"
+
+
+def match_outputs(
+    config: TeacherConfig | OtherTeacher, saved: Checkpoint | None, num_classes: int, names: list[str] | None, key: str
+) -> Outputs:
+    """How a teacher's outputs lie to the dataset's classes: from teacher.classes, or as its checkpoint names them.
+
+    Raises:
+      UserError: a class of the dataset is not among the outputs, or twice.
+    """
+    if config.classes is not None:
+        listed, source = read_classes(config.classes), config.classes
+    elif saved is not None and saved.classes is not None:
+        listed, source = saved.classes, config.checkpoint
+    else:
+        return Outputs(num_classes)
+    if names is None:  # a synthetic dataset: its classes have numbers alone
+        return Outputs(num_classes)
+    order = class_order(names, listed, source, key)
+    return Outputs(len(listed), None if listed == names else order, source)
+
+
+def class_order(names: list[str], listed: list[str], source: Path, key: str) -> list[int]:
+    """Where each of the dataset's classes lies in a teacher's list.
+
+    Args:
+      names: the dataset's, in the order of the labels.
+      listed: the teacher's, in the order of its outputs; `source` is the file that they come from.
+      key: of the teacher in the configuration, for errors.
+    Returns:
+      for each of `names` its place in `listed`.
+    Raises:
+      UserError: a name is not in the list, or twice; the first one in the dataset's order is named.
+    """
+    counts = collections.Counter(listed)
+    for name in names:
+        if counts[name] > 1:
+            first = listed.index(name)
+            raise UserError(
+                f"{source}: class '{name}' is named {counts[name]} times, for the outputs {first} and "
+                f"{listed.index(name, first + 1)} (the first is 0). Every output needs a name of its own"
+            )
+        if not counts[name]:
+            raise UserError(
+                f"{source}: class '{name}' of the dataset is not among the teacher's {len(listed)}. Name its outputs "
+                f"as the dataset's manifest.json does in a file for {key}.classes, or use a teacher that knows them all"
+            )
+    places = {name: place for place, name in enumerate(listed)}
+    return [places[name] for name in names]
+
+
+def read_classes(path: Path) -> list[str]:
+    """The names in a text file, one on a line; empty lines at the end do not count.
+
+    Raises:
+      UserError: the file cannot be read, holds nothing, or has an empty line between names.
+    """
+    try:
+        names = [line.strip() for line in path.read_text().rstrip().split("\n")]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). It should name one class on a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error}). It should name one class on a line") from error
+    if "" in names:
+        raise UserError(f"{path}: line {names.index('') + 1} is empty. Every output of the teacher needs a name")
+    return names
+
+
+def _pretrained_outputs(config: TeacherConfig | OtherTeacher, key: str) -> int:
+    source = timm.get_pretrained_cfg(known_name(config.name))
+    if source is None or not source.has_weights:
+        raise UserError(
+            f"teacher '{config.name}': timm has no pretrained weights for it. Give its weights with "
+            f"{key}.checkpoint FILE"
+        )
+    return source.num_classes
+
+
+def _download(config: TeacherConfig | OtherTeacher, key: str, count: int, image_size: int) -> nn.Module:
+    try:
+        return create_model(config.name, count, image_size, config.kwargs, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the download library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
+            f"{key}.checkpoint FILE"
+        ) from error
