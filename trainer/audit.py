@@ -13,7 +13,7 @@ _OPEN = {
     *("data.synthetic_samples", "data.synthetic_classes"),
     *("student.name", "teacher.checkpoint"),
     *("run.out", "run.seed", "run.device", "run.channels_last", "run.eval_every", "run.eval_batch"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.stop_after_steps"),
+    *("run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.loggers", "run.stop_after_steps"),
 }
 
 

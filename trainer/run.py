@@ -41,6 +41,7 @@ from trainer.data import (
 )
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
+from trainer.loggers import open_sinks
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
@@ -103,14 +104,22 @@ def train(config: Config, world: World) -> dict:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
     refuse_unwritable(config.run.out)
+    sinks = open_sinks(config) if world.is_main else []
     run = build(config, world)
     with claimed(config.run.out, world):
         if world.is_main:
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
             if "device" in run.pipelines.decode:
                 write_synced(config.run.out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
-        folder = config.run.out if world.is_main else None
-        return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
+        telemetry = Telemetry(
+            config.run.out,
+            world,
+            step=run.state.step,
+            total_steps=run.total_steps,
+            steps_per_epoch=run.plan.steps_per_epoch,
+            sinks=sinks,
+        )
+        return conduct(run, telemetry)
 
 
 def conduct(run: Run, telemetry: Telemetry) -> dict:
@@ -140,7 +149,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
             "elapsed_s": round(elapsed_s, 3),
             "images_per_s": round((run.state.step - start_step) * config.run.global_batch / elapsed_s, 1),
             "ranks": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "device": world.device_name,
         },
     }
     if world.is_main:
