@@ -45,6 +45,8 @@ from trainer.loggers import open_sinks
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
+from trainer.report import report_or_reason
+from trainer.samples import SAMPLES, keep_samples
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
@@ -156,6 +158,8 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
         state = "finished" if summary["finished"] else "stopped"
         telemetry.say(f"{state} after step {run.state.step} of {run.total_steps}: {summary_path}")
+        if summary["finished"]:
+            telemetry.say(report_or_reason(config.run.out))
     return summary
 
 
@@ -286,7 +290,8 @@ def loop(run: Run, telemetry: Telemetry) -> dict:
     """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
-        results = update(run, telemetry, Stopwatch(batches))
+        shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
+        results = update(run, telemetry, Stopwatch(shown))
     if not results and run.evaluate is not None and run.state.step == run.total_steps:
         results = run.evaluate()  # of a run that was killed after its last step
     settle(run, telemetry)
