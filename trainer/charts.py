@@ -60,6 +60,7 @@ def draw(chart: Chart) -> bytes:
 
     entries = len(chart.curves) + len({kind for kind, _, _ in chart.marks})
     figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
     axes = figure.add_subplot()
     for kind, color, x in chart.marks:
         shade = "0.55" if color is None else _color(color)
@@ -74,12 +75,12 @@ def draw(chart: Chart) -> bytes:
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """The mean around each value, over a fiftieth of them; fewer at both ends, where there are no more."""
+    """The mean around each value, over a fiftieth of them; at both ends over what there is."""
     half = max(1, len(values) // 100)
     total = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(i, len(values) - 1 - i))  # as far to the left as to the right: no lag
-    return (total[i + reach + 1] - total[i - reach]) / (2 * reach + 1)
+    start, stop = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
 
 
 def _color(number: int) -> str:
@@ -95,7 +96,8 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
     }
     y = curve.y
     if chart.noisy and len(y) >= _MANY_POINTS:
-        axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
+        if len(chart.curves) <= 2:  # more would hide each other
+            axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
         y = moving_average(y)
     marker = "o" if len(y) <= 12 else None
     axes.plot(curve.x, y, **look, linewidth=1.7, marker=marker, markersize=4, zorder=3)
@@ -110,7 +112,7 @@ def _dress(axes, chart: Chart) -> None:
     axes.tick_params(color="0.6", labelcolor="0.25")
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.02)
+    axes.set_xlim(0, 1.02 * max(curve.x[-1] for curve in chart.curves))
     if chart.from_zero:
         axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)

@@ -189,12 +189,14 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "student": section["student"].get("name", _NONE),
         "teacher": section["teacher"].get("name") or "none, labels alone",
         "steps done": f"{run.step:,} of {total:,}" if total != "?" else f"{run.step:,}",
-        "top-1, averaged weights (EMA)": f"{last['ema']['top1']:.2f} %" if "ema" in last else _NONE,
-        "top-1, raw weights": f"{last['raw']['top1']:.2f} %" if "raw" in last else _NONE,
-        "best top-1": f"{best[0]:.2f} % ({best[1]}, epoch {best[2]})" if best else _NONE,
+        "top-1, averaged weights (EMA)": _percent(last["ema"]["top1"]) if "ema" in last else _NONE,
+        "top-1, raw weights": _percent(last["raw"]["top1"]) if "raw" in last else _NONE,
+        "best top-1": f"{_percent(best[0])} ({best[1]}, epoch {best[2]})" if best else _NONE,
         "training loss, last line": f"{train[-1]['loss']:.4f}" if train else _NONE,
         "images/s, median": f"{statistics.median(line['images_per_s'] for line in train):,.0f}" if train else _NONE,
-        "waiting for input, mean": f"{statistics.mean(line['input_wait'] for line in train):.1%}" if train else _NONE,
+        "waiting for input, mean": _percent(100 * statistics.mean(line["input_wait"] for line in train), 1)
+        if train
+        else _NONE,
         "from the first line to the last": _duration(run.lines),
         "restarts": str(len(run.restarts)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
@@ -204,13 +206,17 @@ def numbers(run: RunRecord) -> dict[str, str]:
     }
 
 
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f} %"
+
+
 def _state(run: RunRecord) -> str:
     if run.summary:
         return "finished" if run.summary["finished"] else "stopped as asked"
     if not run.of("train"):
-        return "not finished, no line of training yet"
+        return "not finished; no line of training yet"
     times = [line["time"] for line in run.lines if "time" in line]
-    return f"not finished, last line at {_clock(times[-1])}" if times else "not finished"
+    return f"not finished; last line {_clock(times[-1])}" if times else "not finished"
 
 
 def _clock(unix_s: float) -> str:
@@ -235,7 +241,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list]:
 def _page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
     template = Path(__file__).with_name("report.html").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clock"] = _clock
+    environment.filters |= {"clock": _clock, "setting": _setting}
     columns = [numbers(run) for run in runs]
     return environment.from_string(template).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -247,6 +253,11 @@ def _page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips:
         summaries={run.name: json.dumps(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
+
+
+def _setting(value: object) -> str:
+    """As the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _embedded(png: bytes) -> str:
