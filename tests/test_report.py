@@ -185,6 +185,15 @@ def test_agreement_with_the_teacher_is_drawn_where_the_log_has_it(tmp_path):
     }
 
 
+def test_a_number_that_is_not_finite_or_not_there_leaves_a_gap(tmp_path):
+    run = logged(tmp_path / "run", 3)
+    lines = read_metrics(run / "metrics.jsonl")
+    lines[2]["loss"], lines[3]["agreement"] = float("nan"), None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = {chart.name: chart for chart in charts([read_run(run, "it")])}
+    assert list(drawn["loss"].curves[0].y) == [3.0, 1.0] and "agreement" not in drawn
+
+
 def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_path, finished):
     other = logged(tmp_path / "lower lr", 9, "--optim.lr", 1e-4, "--student.kwargs.drop_rate", 0.1)
     page = Page(write_report([finished, other], tmp_path / "out"))

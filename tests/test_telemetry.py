@@ -159,7 +159,10 @@ def test_on_a_terminal_one_line_tells_it_all(tmp_path, capsys, monkeypatch):
 
 def test_scalars_are_the_numbers_of_train_and_eval_lines():
     times = {"step": 3, "time": 1.0}
-    assert dict(scalars({"kind": "train", **times, "epoch": 0, "loss": 2.5})) == {"train/epoch": 0, "train/loss": 2.5}
+    assert dict(scalars({"kind": "train", **times, "epoch": 0, "loss": 2.5, "agreement": None})) == {
+        "train/epoch": 0,
+        "train/loss": 2.5,
+    }
     assert dict(scalars({"kind": "eval", **times, "raw": {"top1": 50.0}})) == {"eval/raw/top1": 50.0}
     assert not dict(scalars({"kind": "session", **times, "ranks": 8}))
 

@@ -12,7 +12,7 @@ _MARKS = {"session": ("restarted", (0, (4, 3))), "rollback": ("went back to a ch
 _MANY_POINTS = 100  # of a noisy curve: from here on its moving average is drawn over it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
     """A line in a chart.
 
@@ -100,7 +100,9 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
             axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
         y = moving_average(y)
     marker = "o" if len(y) <= 12 else None
-    axes.plot(curve.x, y, **look, linewidth=1.7, marker=marker, markersize=4, zorder=3)
+    # equal schedules would hide each other: the earlier ones show as rims
+    width = 1.7 + 2.0 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.steps
+    axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
 
 
 def _dress(axes, chart: Chart) -> None:

@@ -35,7 +35,7 @@ def scalars(record: dict) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from ((f"{record['kind']}/{name}/{part}", number) for part, number in value.items())
-        elif name not in ("kind", "step", "time"):
+        elif name not in ("kind", "step", "time") and isinstance(value, (int, float)):
             yield f"{record['kind']}/{name}", value
 
 

@@ -167,10 +167,11 @@ def _curves(run: RunRecord, number: int, num_runs: int, in_epochs: bool, series:
     curves = []
     for i, (kind, key, inner, factor, label) in enumerate(series):
         lines = [line for line in run.of(kind) if line.get(key) is not None]
-        if not lines:
-            continue
         x = np.array([line["step"] for line in lines]) / (run.steps_per_epoch if in_epochs else 1)
         y = np.array([line[key][inner] if inner else line[key] for line in lines], float) * factor
+        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+        if not len(y):
+            continue
         names = [run.name] * (num_runs > 1) + [label] * bool(label)
         color = i if num_runs == 1 else number
         curves.append(Curve(", ".join(names), color, x, y, "dashed" if i else "solid"))
@@ -212,7 +213,7 @@ def _percent(value: float, digits: int = 2) -> str:
 
 def _state(run: RunRecord) -> str:
     if run.summary:
-        return "finished" if run.summary["finished"] else "stopped as asked"
+        return "finished" if run.summary["finished"] else f"stopped after step {run.step:,}"
     if not run.of("train"):
         return "not finished; no line of training yet"
     times = [line["time"] for line in run.lines if "time" in line]
