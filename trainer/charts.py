@@ -40,7 +40,7 @@ class Chart:
       marks: (kind of line in metrics.jsonl, color or None for gray, x) of what happened to a run.
       noisy: moving averages are drawn over the curves.
       from_zero: the y axis begins at 0.
-      steps: values hold until the next one.
+      rims: curves may be equal and hide each other; earlier ones are drawn wider, and show as rims.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Chart:
     marks: list[tuple[str, int | None, float]]
     noisy: bool = False
     from_zero: bool = False
-    steps: bool = False
+    rims: bool = False
 
 
 def draw(chart: Chart) -> bytes:
@@ -91,7 +91,6 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
     look = {
         "color": _color(curve.color),
         "linestyle": _DASHES[curve.style],
-        "drawstyle": "steps-pre" if chart.steps else "default",
         "solid_capstyle": "round",
     }
     y = curve.y
@@ -100,8 +99,7 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
             axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
         y = moving_average(y)
     marker = "o" if len(y) <= 12 else None
-    # equal schedules would hide each other: the earlier ones show as rims
-    width = 1.7 + 2.0 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.steps
+    width = 1.7 + 2.0 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.rims
     axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
 
 

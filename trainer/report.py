@@ -141,7 +141,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         chart("loss", "Training loss", "loss", ("train", "loss", None, 1, ""), noisy=True),
         chart("top1", "Validation accuracy", "top-1 (%)", *weights),
         chart("agreement", "Agreement on training images", "images (%)", *teacher, noisy=True),
-        chart("lr", "Learning rate", "learning rate", ("train", "lr", None, 1, ""), from_zero=True, steps=True),
+        chart("lr", "Learning rate", "learning rate", ("train", "lr", None, 1, ""), from_zero=True, rims=True),
         chart(
             "throughput",
             "Throughput",
