@@ -99,7 +99,7 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
             axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
         y = moving_average(y)
     marker = "o" if len(y) <= 12 else None
-    width = 1.7 + 2.0 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.rims
+    width = 1.7 + 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.rims
     axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
 
 
