@@ -3,7 +3,8 @@
     make demo        or        python tools/demo.py [FOLDER]
 
 The images are scikit-learn's handwritten digits: 1,797 real ones of 8 x 8 pixels. Each stage is the command that the
-README shows, with configs/demo.yaml; FOLDER/summary.json holds the three accuracies.
+README shows, with configs/demo.yaml; FOLDER/summary.json holds the three accuracies, FOLDER/report/index.html compares
+the three.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from pipelines.errors import UserError, exit_on_user_error
 from trainer.checkpoint import checkpoints
+from trainer.report import write_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -71,7 +73,9 @@ def demo(folder: Path) -> dict:
     _run("The student alone, on labels", *as_student, *alone, "--run.out", folder / "student")
     teacher = ("--teacher.name", TEACHER, "--teacher.checkpoint", _newest_checkpoint(folder / "teacher"))
     _run("The same student, distilled from the teacher", *as_student, *teacher, "--run.out", folder / "distilled")
-    summary = {f"{name}_top1": _top1(folder / name) for name in ("teacher", "student", "distilled")}
+    runs = ("teacher", "student", "distilled")
+    write_report([folder / name for name in runs], folder / "report")
+    summary = {f"{name}_top1": _top1(folder / name) for name in runs}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -14,7 +14,7 @@ _OPEN = {
     *("student.name", "teacher.checkpoint", "teacher.classes"),
     *("run.out", "run.seed", "run.device", "run.channels_last", "run.eval_every", "run.eval_batch"),
     *("run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.on_nonfinite", "run.log_every"),
-    *("run.stop_after_steps",),
+    *("run.loggers", "run.stop_after_steps"),
 }
 
 

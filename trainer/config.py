@@ -301,6 +301,7 @@ class RunConfig:
       on_nonfinite: what a loss that is not finite does: stop ends the run; rollback goes back to the newest checkpoint
         and tries again, and ends the run if it comes to nothing.
       log_every: steps between lines in metrics.jsonl.
+      loggers: who gets these lines, too: tensorboard, wandb.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
     """
 
@@ -318,6 +319,7 @@ class RunConfig:
     keep_every: int = 0
     on_nonfinite: str = "stop"
     log_every: int = 50
+    loggers: list[str] = dataclasses.field(default_factory=list)
     stop_after_steps: int = 0
 
     def __post_init__(self):
@@ -326,6 +328,9 @@ class RunConfig:
         _require(
             self.precision in precisions, f"run.precision is '{self.precision}', not one of {', '.join(precisions)}"
         )
+        for name in self.loggers:
+            _require(name in ("tensorboard", "wandb"), f"run.loggers names '{name}', not tensorboard or wandb")
+        _require(len({*self.loggers}) == len(self.loggers), f"run.loggers is {self.loggers}: name each once")
         _require(self.out != Path(), "run.out is empty: name the run's folder")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):

@@ -33,6 +33,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """The card's name, or cpu."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; every rank must call it."""
         if self.size > 1:

@@ -18,6 +18,7 @@ from trainer.control import Control
 from trainer.data import Pipelines, rank_plans
 from trainer.distributed import World
 from trainer.optim import set_learning_rate
+from trainer.samples import SAMPLES, keep_samples
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainStep
 from trainer.teachers import chance_warning
@@ -122,7 +123,8 @@ def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     """Updates until the run ends, is stopped, or meets a loss that is not finite."""
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
-        return update(run, telemetry, Stopwatch(batches))
+        shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
+        return update(run, telemetry, Stopwatch(shown))
 
 
 def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:

@@ -41,10 +41,12 @@ from trainer.data import (
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.fitting import settle_micro_batch
+from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, resume
 from trainer.mix import Normalize
 from trainer.models import build_student, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer
+from trainer.report import report_or_reason
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import Telemetry
@@ -80,6 +82,7 @@ def train(config: Config, world: World) -> dict:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
     refuse_unwritable(config.run.out)
+    sinks = open_sinks(config) if world.is_main else []
     control = Control(world)
     with control.catching_signals(), contextlib.ExitStack() as stack:
         run = build(config, world, control)
@@ -89,8 +92,15 @@ def train(config: Config, world: World) -> dict:
             write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
             if "device" in run.pipelines.decode:
                 write_synced(config.run.out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
-        folder = config.run.out if world.is_main else None
-        return conduct(run, Telemetry(folder, run.state.step, run.total_steps))
+        telemetry = Telemetry(
+            config.run.out,
+            world,
+            step=run.state.step,
+            total_steps=run.total_steps,
+            steps_per_epoch=run.plan.steps_per_epoch,
+            sinks=sinks,
+        )
+        return conduct(run, telemetry)
 
 
 def conduct(run: Run, telemetry: Telemetry) -> dict:
@@ -121,13 +131,15 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
             "elapsed_s": round(elapsed_s, 3),
             "images_per_s": round((run.state.step - start_step) * config.run.global_batch / elapsed_s, 1),
             "ranks": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "device": world.device_name,
             **({"stopped_by": signal.Signals(outcome.signal).name} if outcome.signal else {}),
         },
     }
     if world.is_main:
         write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
         telemetry.say(ending(run, outcome.signal))
+        if summary["finished"]:
+            telemetry.say(report_or_reason(config.run.out))
     return summary
 
 

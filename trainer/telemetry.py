@@ -1,19 +1,23 @@
-"""What a run tells: metrics.jsonl, a progress line on a terminal, plain lines elsewhere."""
+"""What a run tells: metrics.jsonl, a progress line on a terminal, plain lines elsewhere, and the loggers asked for."""
 
 import contextlib
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.files import write_synced
+from trainer.distributed import World
+from trainer.loggers import Sink
 
+METRICS = "metrics.jsonl"
+_LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
 T = TypeVar("T")
-_TIME_LEFT = TimeRemainingColumn(compact=True)
 
 
 class Stopwatch(Iterator[T]):
@@ -31,51 +35,127 @@ class Stopwatch(Iterator[T]):
             self.waited_s += time.perf_counter() - start
 
 
+class Pace:
+    """How long the rest of the run will take at the pace of this session: updates, evaluations and all.
+
+    The first update does not count, it waits for the first images and for kernels to be chosen.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
+        self._total = total_steps
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """The run goes on from another step."""
+        self._first = self._last = None
+
+    def advance(self, step: int) -> None:
+        """An update has been done: `step` in all."""
+        self._last = (step, self._clock())
+        self._first = self._first or self._last
+
+    def left(self) -> str:
+        """As 2 d 3 h, 3:04:05 or 4:05; -:-- where it is not known yet."""
+        if self._first == self._last:
+            return "-:--"
+        (first, start_s), (step, now_s) = self._first, self._last
+        seconds = round((now_s - start_s) / (step - first) * (self._total - step))
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        if hours >= 24:
+            return f"{hours // 24} d {hours % 24} h"
+        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
 class Telemetry:
     """Everything that is written down about a run. On ranks other than 0 it writes nothing.
 
     Args:
-      folder: of the run; None on ranks other than 0.
+      folder: of the run.
+      world: the ranks.
       step: the run goes on from here: later lines of metrics.jsonl are dropped, they will be written again.
-      total_steps: of the whole run.
+      total_steps, steps_per_epoch: of the whole run.
+      sinks: each gets every record that metrics.jsonl gets.
     """
 
-    def __init__(self, folder: Path | None, step: int, total_steps: int):
-        self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
-        columns = BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total} {task.description}"), _TIME_LEFT
-        self._progress = Progress(*columns, console=self._console, disable=folder is None)
-        self._task = self._progress.add_task("steps", total=total_steps, completed=step)
-        self._file = None if folder is None else _open_log(folder / "metrics.jsonl", step)
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        sinks: Sequence[Sink] = (),
+    ):
+        self._path = folder / METRICS
+        self._world = world
+        self._step = step
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._sinks = sinks
+        self._file = None  # open in a session, on rank 0
+        self._pace = Pace(total_steps)
+        self._latest = ""  # what the last train line said, for the progress line
+        self._console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
+        bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
+        self._progress = Progress(*bar, TextColumn("{task.description}"), console=self._console)
+        self._task = self._progress.add_task("", total=total_steps, completed=step)
 
     @contextlib.contextmanager
     def live(self) -> Iterator["Telemetry"]:
-        """Shows the progress line inside the block, where the output is a terminal."""
-        show = self._console.is_terminal and self._file is not None
-        with self._progress if show else contextlib.nullcontext():
-            try:
-                yield self
-            finally:
-                if self._file is not None:
-                    self._file.close()
+        """A session: inside the block records are written and, on a terminal, the progress line is shown."""
+        if not self._world.is_main:
+            yield self
+            return
+        with contextlib.ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
+            self._file = _open_log(self._path, self._step)
+            closing.callback(lambda: self._file.close())
+            self._write(
+                {
+                    "kind": "session",
+                    "step": self._step,
+                    "total_steps": self._total_steps,
+                    "steps_per_epoch": self._steps_per_epoch,
+                    "ranks": self._world.size,
+                    "host": socket.gethostname(),
+                    "device": self._world.device_name,
+                }
+            )
+            if self._console.is_terminal:
+                closing.enter_context(self._progress)
+            self._show()
+            yield self
 
     def advance(self, step: int) -> None:
-        """Move the progress line."""
-        self._progress.update(self._task, completed=step)
+        """An update has been done: `step` in all."""
+        self._step = step
+        self._pace.advance(step)
+        self._show()
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step` within a session: later lines are dropped, they will be written again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = _open_log(self._path, step)
+            self._write({"kind": "rollback", "step": step, "from_step": self._step})
+        self._step = step
+        self._pace.restart()
+        self._show()
 
     def train(self, record: dict) -> None:
-        """A line about the steps since the last one: step, epoch, loss, lr, images_per_s, input_wait."""
+        """A line about the steps since the last one: step, epoch, loss, lr, images_per_s, input_wait, and any more."""
         self._write({"kind": "train", **record})
-        self._progress.update(
-            self._task,
-            description=f"loss {record['loss']:.3f}, {record['images_per_s']:,.0f} images/s, "
-            f"{record['input_wait']:.0%} waiting",
-        )
-        text = (
-            f"epoch {record['epoch']} step {record['step']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['images_per_s']:,.0f} images/s  waiting for input {record['input_wait']:.0%}"
-        )
+        speed = f"{record['images_per_s']:,.0f} images/s"
+        self._latest = f"loss {record['loss']:.3f}  {speed}  {record['input_wait']:.0%} waiting  "
+        self._show()
         if not self._console.is_terminal:
-            self.say(text)
+            where = f"epoch {record['epoch']} step {record['step']}/{self._total_steps}"
+            wait = f"waiting for input {record['input_wait']:.0%}"
+            left = f"{self._pace.left()} left"
+            self.say(f"{where}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed}  {wait}  {left}")
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
         """A line about an evaluation."""
@@ -87,22 +167,26 @@ class Telemetry:
         """A line for whoever watches."""
         self._console.print(text, markup=False)
 
-    def rewind(self, step: int) -> None:
-        """The run goes on from an earlier step: drop what was written about later ones."""
-        self._progress.update(self._task, completed=step)
-        if self._file is not None:
-            self._file.close()
-            self._file = _open_log(Path(self._file.name), step)
+    def _show(self) -> None:
+        """Renew the progress line."""
+        epoch = max(self._step - 1, 0) // self._steps_per_epoch  # of the last update
+        text = f"epoch {epoch}  {self._step}/{self._total_steps}  {self._latest}{self._pace.left()} left"
+        self._progress.update(self._task, completed=self._step, description=text)
 
     def _write(self, record: dict) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        record = {**record, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink(record)
 
 
 def _open_log(path: Path, step: int):
     """The log, open at its end, without what a later step had written before the run was set back to `step`."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+    lines = read_metrics(path) if path.exists() else []
+    kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
     write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return open(path, "a")
 

@@ -1,0 +1,32 @@
+"""A page about runs, finished or not: curves, accuracies, samples, restarts, settings. Several are compared.
+
+    python tools/report.py RUN [RUN ...] [--out FOLDER]
+
+The page needs no other file; its pictures lie beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipelines.errors import exit_on_user_error
+from trainer.report import PAGE, write_report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what --run.out was")
+    where = f"for {PAGE} and the pictures (default: RUN/report for one run, ./report for several)"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=where)
+    options = parser.parse_args(arguments)
+    runs = list(dict.fromkeys(options.runs))
+    with exit_on_user_error():
+        print(write_report(runs, options.out or (runs[0] / "report" if len(runs) == 1 else Path("report"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Curves of one run or several as PNGs. matplotlib is imported only when something is drawn."""
+
+import dataclasses
+import io
+
+import numpy as np
+
+# Okabe and Ito, Color Universal Design (2008), without the yellow, which is too light for a line on white
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_DASHES = {"solid": "-", "dashed": (0, (4, 2))}
+_MARKS = {"session": ("restarted", (0, (4, 3))), "rollback": ("went back to a checkpoint", (0, (1, 1.5)))}
+_MANY_POINTS = 100  # of a noisy curve: from here on its moving average is drawn over it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curve:
+    """A line in a chart.
+
+    Attributes:
+      label: in the legend.
+      color: which one: curves of one run share theirs when several are compared.
+      x, y: its points.
+      style: solid or dashed.
+    """
+
+    label: str
+    color: int
+    x: np.ndarray
+    y: np.ndarray
+    style: str = "solid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A picture.
+
+    Attributes:
+      name: of its file, without the ending.
+      title, x_label, y_label: with units.
+      marks: (kind of line in metrics.jsonl, color or None for gray, x) of what happened to a run.
+      noisy: moving averages are drawn over the curves.
+      from_zero: the y axis begins at 0.
+      rims: curves may be equal and hide each other; earlier ones are drawn wider, and show as rims.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    marks: list[tuple[str, int | None, float]]
+    noisy: bool = False
+    from_zero: bool = False
+    rims: bool = False
+
+
+def draw(chart: Chart) -> bytes:
+    """The chart as a PNG of 1120 x 640 pixels or a little more, for a legend of many runs."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no state, drawn by Agg
+
+    entries = len(chart.curves) + len({kind for kind, _, _ in chart.marks})
+    figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    axes = figure.add_subplot()
+    for kind, color, x in chart.marks:
+        shade = "0.55" if color is None else _color(color)
+        axes.axvline(x, color=shade, linestyle=_MARKS[kind][1], linewidth=0.9, alpha=0.7, zorder=1)
+    for curve in chart.curves:
+        _draw_curve(axes, curve, chart)
+    _dress(axes, chart)
+    _add_legend(figure, chart)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def moving_average(values: np.ndarray) -> np.ndarray:
+    """The mean around each value, over a fiftieth of them; at both ends over what there is."""
+    half = max(1, len(values) // 100)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(len(values))
+    start, stop = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    return (total[stop] - total[start]) / (stop - start)
+
+
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
+
+
+def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
+    look = {
+        "color": _color(curve.color),
+        "linestyle": _DASHES[curve.style],
+        "solid_capstyle": "round",
+    }
+    y = curve.y
+    if chart.noisy and len(y) >= _MANY_POINTS:
+        if len(chart.curves) <= 2:  # more would hide each other
+            axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
+        y = moving_average(y)
+    marker = "o" if len(y) <= 12 else None
+    width = 1.7 + 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.rims
+    axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
+
+
+def _dress(axes, chart: Chart) -> None:
+    axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.6")
+    axes.tick_params(color="0.6", labelcolor="0.25")
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0, 1.02 * max(curve.x[-1] for curve in chart.curves))
+    if chart.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
+
+
+def _add_legend(figure, chart: Chart) -> None:
+    """Below the axes, where it hides nothing; none for a single curve that the title names."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    if len(chart.curves) > 1:
+        for curve in chart.curves:
+            look = {"color": _color(curve.color), "linestyle": _DASHES[curve.style], "linewidth": 1.7}
+            handles.append(Line2D([], [], **look, label=curve.label))
+    for kind in dict.fromkeys(kind for kind, _, _ in chart.marks):
+        label, dashes = _MARKS[kind]
+        handles.append(Line2D([], [], color="0.55", linestyle=dashes, linewidth=0.9, label=label))
+    if handles:
+        columns = 2 if max(len(handle.get_label()) for handle in handles) > 24 else 4
+        figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
