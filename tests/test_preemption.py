@@ -1,6 +1,7 @@
 """Stopped at any moment, in any way, on any number of ranks: the run that goes on is the run that was not stopped."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -238,6 +239,17 @@ def test_a_full_disk_is_an_error_and_the_run_stays_as_it_was(digits, undisturbed
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
     train_here(digits, tmp_path)
     assert_same_end(undisturbed, tmp_path)
+
+
+def test_no_space_for_the_log_is_told_in_one_line(digits, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("trainer.telemetry.Telemetry._write", full)
+    with pytest.raises(SystemExit) as end:
+        main(arguments_for(digits, tmp_path))
+    assert end.value.code == 1
+    assert "error: metrics.jsonl: cannot be written (No space left on device). Make room" in capsys.readouterr().err
 
 
 def test_every_truncation_and_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):

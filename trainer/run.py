@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -57,7 +58,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     try:
-        with exit_on_user_error():
+        with exit_on_user_error(), full_disk_is_told():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
@@ -71,6 +72,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     if stopped_by := summary["session"].get("stopped_by"):
         sys.exit(exit_code(signal.Signals[stopped_by]))
+
+
+@contextlib.contextmanager
+def full_disk_is_told() -> Iterator[None]:
+    """Inside, no space for a file is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). Make room and run the same command "
+            "again: it goes on from the newest checkpoint, if there is one"
+        ) from error
 
 
 def train(config: Config, world: World) -> dict:
