@@ -12,8 +12,8 @@ _OPEN = {
     *("data.prefetch", "data.max_bad_fraction", "data.window_shards"),
     *("data.synthetic_samples", "data.synthetic_classes"),
     *("student.name", "teacher.checkpoint"),
-    *("run.out", "run.seed", "run.device", "run.channels_last", "run.eval_every", "run.eval_batch"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.stop_after_steps"),
+    *("run.out", "run.seed", "run.device", "run.tf32", "run.channels_last", "run.eval_every"),
+    *("run.eval_batch", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.stop_after_steps"),
 }
 
 

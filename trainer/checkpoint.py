@@ -129,7 +129,7 @@ def _changes(saved: dict, current: dict) -> list[str]:
         ("data", "pipeline"),
         ("data", "decode"),
         ("data", "hw_decoder_load"),
-        ("run", "precision"),
+        *(("run", name) for name in ("precision", "tf32", "batch_norm")),
         ("run", "micro_batch"),
     ]
     defaults = to_dict(Config())  # a setting that is younger than the file had its default then
