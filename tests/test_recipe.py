@@ -53,13 +53,17 @@ RECIPE = {
     "optim.betas": (0.9, 0.999),
     "optim.eps": 1e-8,
     "optim.weight_decay": 2e-2,
+    "optim.clip_norm": 0.0,
+    "optim.clip_agc": 0.0,
     "schedule.epochs": 300,
     "schedule.warmup_epochs": 5,
     "schedule.warmup_lr": 1e-4,
     "schedule.min_lr": 1e-6,
     "schedule.cooldown_epochs": 10,
     "ema.decay": 0.99996,
+    "ema.warmup": False,
     "run.global_batch": 1024,
+    "run.batch_norm": "reduce",  # timm's --dist-bn
 }
 
 
@@ -269,12 +273,12 @@ def test_weight_decay_spares_vectors_biases_and_what_the_model_names(name):
 
 def test_the_average_follows_weights_and_buffers():
     model = timm.create_model("test_resnet")
-    ema = ModelEma(model, 0.9)
+    ema = ModelEma(model)
     before = {name: value.clone() for name, value in ema.module.state_dict().items()}
     with torch.no_grad():
         for value in model.state_dict().values():
             value.add_(torch.ones_like(value))
-    ema.update()
+    ema.update(0.9)
     for name, value in model.state_dict().items():
         expected = 0.9 * before[name] + 0.1 * value if value.is_floating_point() else value
         assert torch.allclose(ema.module.state_dict()[name], expected, atol=1e-6), name

@@ -39,6 +39,7 @@ class TrainState:
       micro_batch: images of a forward pass on one rank; 0 as long as it is not known.
       step: updates done.
       evaluated: the update after which the weights were evaluated last; 0 is never.
+      rank_statistics: of each rank, where ranks differ (TrainStep.local_statistics); [] where they do not.
       best: {"step", "weights": raw or ema, "top1"} of the best evaluation so far; {} without one.
     """
 
@@ -53,6 +54,7 @@ class TrainState:
     micro_batch: int = 0
     step: int = 0
     evaluated: int = 0
+    rank_statistics: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
     best: dict = dataclasses.field(default_factory=dict)
 
 
@@ -69,6 +71,7 @@ def content_of(state: TrainState) -> dict:
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.scaler.state_dict(),
             "micro_batch": state.micro_batch,
+            "rank_statistics": state.rank_statistics,
             "plan": state.plan,
             "config": state.config,
             "audit": state.audit,
@@ -297,6 +300,7 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     state.step = content["step"]
     state.evaluated = content.get("evaluated", state.step)
     state.best = content.get("best", {})
+    state.rank_statistics = content.get("rank_statistics", [])
     state.micro_batch = content.get("micro_batch", state.micro_batch)
     return _changes(content["config"], state.config) + _newer_software(content.get("software", {}))
 
@@ -319,7 +323,7 @@ def _changes(saved: dict, current: dict) -> list[str]:
         ("data", "pipeline"),
         ("data", "decode"),
         ("data", "hw_decoder_load"),
-        ("run", "precision"),
+        *(("run", name) for name in ("precision", "tf32", "batch_norm")),
         ("run", "micro_batch"),
     ]
     defaults = to_dict(Config())  # a setting that is younger than the file had its default then

@@ -220,17 +220,26 @@ class OptimConfig:
       betas: decay of the running averages.
       eps: added to the root of the second moment.
       weight_decay: decoupled; none on 1-D parameters, biases and what the model itself excludes.
+      clip_norm: norm that the gradients of all parameters together are cut to; 0 cuts nothing.
+      clip_agc: adaptive clipping: share of the norm of each unit's weights that the norm of its gradient is cut to, the
+        classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
     """
 
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 2e-2
+    clip_norm: float = 0.0
+    clip_agc: float = 0.0
 
     def __post_init__(self):
-        for name in ("lr", "eps", "weight_decay"):
+        for name in ("lr", "eps", "weight_decay", "clip_norm", "clip_agc"):
             _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}; each lies in [0, 1)")
+        _require(
+            not (self.clip_norm and self.clip_agc),
+            f"optim.clip_norm is {self.clip_norm} and optim.clip_agc is {self.clip_agc}: set one of them to 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +280,12 @@ class EmaConfig:
 
     Attributes:
       decay: of the average, at every update; 0 keeps none.
+      warmup: lower at first, (1 + t) / (10 + t) after t updates until that reaches decay, so that the initial weights
+        are soon forgotten.
     """
 
     decay: float = 0.99996
+    warmup: bool = False
 
     def __post_init__(self):
         _require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it lies in [0, 1)")
@@ -292,6 +304,10 @@ class RunConfig:
         the GPU's memory, which is tried before a run begins. BatchNorm sees a micro-batch at a time, so with it the
         result depends on this.
       precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
+      tf32: GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32.
+      batch_norm: which running statistics BatchNorm has after an update. reduce: the mean over all ranks; broadcast:
+        rank 0's; none: each rank its own, also in evaluation; sync: layers normalise over the micro-batches of all
+        ranks together (SyncBatchNorm, GPUs alone). On a rank always the mean over its micro-batches.
       channels_last: memory format of both models.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       eval_batch: validation images a forward pass on one rank.
@@ -311,6 +327,11 @@ class RunConfig:
     global_batch: int = 1024
     micro_batch: int | Literal["auto"] = 0
     precision: str = "auto"
+    # The recipe computes in half precision, and what autocast leaves in float32 loses no more than that: TF32 has the
+    # 10 bits of fp16's mantissa and float32's range. PyTorch's own default is true for convolutions and false for
+    # products; the authors left both alone, on cards without TF32.
+    tf32: bool = True
+    batch_norm: str = "reduce"
     channels_last: bool = True
     eval_every: int = 1
     eval_batch: int = 128
@@ -331,6 +352,8 @@ class RunConfig:
         for name in self.loggers:
             _require(name in ("tensorboard", "wandb"), f"run.loggers names '{name}', not tensorboard or wandb")
         _require(len({*self.loggers}) == len(self.loggers), f"run.loggers is {self.loggers}: name each once")
+        modes = ("reduce", "broadcast", "none", "sync")
+        _require(self.batch_norm in modes, f"run.batch_norm is '{self.batch_norm}', not one of {', '.join(modes)}")
         _require(self.out != Path(), "run.out is empty: name the run's folder")
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):

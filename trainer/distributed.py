@@ -44,6 +44,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def tensor_of_main(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values on every rank, in place; every rank must call it with the same shape and type."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def choice_of_main(self, value: T) -> T:
         """What rank 0 calls it with, on every rank."""
         chosen = [value]

@@ -178,7 +178,9 @@ def evaluate(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
 
 
 def save(run: Run) -> None:
-    """Copy the state to the host; it is written while the training goes on."""
+    """Copy the state to the host; it is written while the training goes on. Every rank must call it."""
+    local = run.step.local_statistics()
+    run.state.rank_statistics = run.world.gather([] if local is None else [checkpoint.to_host(local)])
     if run.world.is_main:
         config = run.config.run
         keep = (run.folder, config.keep_checkpoints, config.keep_every * config.checkpoint_every)
@@ -221,6 +223,12 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
     return notes
 
 
+def restore_statistics(step: TrainStep, state: TrainState, world: World) -> None:
+    """Give a rank what it alone knew, after the state was set to a checkpoint of as many ranks."""
+    if step.local_statistics() is not None and len(state.rank_statistics) == world.size:
+        step.set_local_statistics(state.rank_statistics[world.rank])
+
+
 def roll_back(run: Run, telemetry: Telemetry) -> None:
     """Go back to the newest checkpoint."""
     run.writer.wait()
@@ -230,6 +238,7 @@ def roll_back(run: Run, telemetry: Telemetry) -> None:
         telemetry.say(note)
     if run.state.step == step:
         raise UserError("there is no checkpoint to go back to. Lower optim.lr or change run.precision, and start again")
+    restore_statistics(run.step, run.state, run.world)
     telemetry.rewind(run.state.step)
     telemetry.say(f"going back to step {run.state.step}")
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from pipelines.errors import UserError
 from trainer.config import Kwargs, StudentConfig
+from trainer.distributed import World
+from trainer.optim import batch_norms
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
@@ -62,6 +65,24 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int) -> n
     """
     weights = None if config.checkpoint is None else read_weights(config.checkpoint)
     return create_model(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
+
+
+def synchronize_batch_norms(model: nn.Module, world: World) -> nn.Module:
+    """The model with SyncBatchNorm layers, which share parameters and buffers with the ones they replace.
+
+    On one rank, or without BatchNorm, there is nothing to do.
+
+    Raises:
+      UserError: several ranks on CPUs.
+    """
+    if world.size == 1 or not batch_norms(model):
+        return model
+    if world.device.type != "cuda":
+        raise UserError(
+            f"run.batch_norm is sync with {world.size} ranks on CPUs, and PyTorch has SyncBatchNorm on GPUs alone: use "
+            "run.batch_norm reduce, or one rank with a larger run.micro_batch"
+        )
+    return convert_sync_batchnorm(model)
 
 
 @torch.no_grad()

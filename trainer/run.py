@@ -43,11 +43,12 @@ from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.fitting import settle_micro_batch
 from trainer.loggers import open_sinks
-from trainer.loop import Run, loop, resume
+from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
-from trainer.models import build_student, preprocessing, refuse_size
-from trainer.optim import ModelEma, build_optimizer
+from trainer.models import build_student, preprocessing, refuse_size, synchronize_batch_norms
+from trainer.optim import ModelEma, build_optimizer, gradient_clipping
 from trainer.report import report_or_reason
+from trainer.schedule import ema_decay
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import Telemetry
@@ -197,11 +198,15 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
     student, teacher = build_models(config, index.num_classes, classes)
+    if config.run.batch_norm == "sync":
+        student = synchronize_batch_norms(student, world)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = resolve_precision(config.run.precision, world.device)
+    if world.device.type == "cuda":
+        allow_tf32(config.run.tf32)
     student, teacher = place(student, config.run, world), place(teacher, config.run, world)
     normalize = Normalize(expects.mean, expects.std).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
@@ -272,7 +277,7 @@ def build_state(
     """The state of a run that has not begun."""
     return TrainState(
         student=student,
-        ema=ModelEma(student, config.ema.decay) if config.ema.decay else None,
+        ema=ModelEma(student) if config.ema.decay else None,
         optimizer=build_optimizer(student, config.optim),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
         plan={
@@ -302,13 +307,17 @@ def build_step(
         normalize=normalize,
         optimizer=state.optimizer,
         scaler=state.scaler,
+        clip=gradient_clipping(state.student, config.optim),
         ema=state.ema,
+        ema_decay=functools.partial(ema_decay, config=config.ema),
         distill=config.distill,
         precision=precision,
         seed=config.run.seed,
         micro_batches=config.run.global_batch // world.size // micro_batch,
+        batch_norm=config.run.batch_norm,
         world=world,
     )
+    restore_statistics(step, state, world)
     if world.size > 1:
         # DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends
         # on them, so without this a run that goes on would differ from one that was never stopped.
@@ -325,6 +334,17 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32."""
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(products, "fp32_precision") and hasattr(cudnn, "conv"):
+        # PyTorch 2.9 and newer, where the older settings below warn; reading those is an error from now on, which
+        # torch.compile does (pytorch/pytorch#166387).
+        products.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+    else:
+        products.allow_tf32 = cudnn.allow_tf32 = allowed
+
+
 def describe(run: Run, telemetry: Telemetry) -> None:
     """Say what is about to happen."""
     config, index = run.config, run.plan.index
@@ -337,7 +357,7 @@ def describe(run: Run, telemetry: Telemetry) -> None:
     )
     if run.state.step:
         telemetry.say(f"resuming after step {run.state.step}")
-    remaining = config.ema.decay**run.total_steps
+    remaining = math.prod(ema_decay(step, config.ema) for step in range(run.total_steps))
     if remaining > 0.05:
         telemetry.say(
             f"ema.decay {config.ema.decay} is slow for {run.total_steps} steps: at the end the average still holds "

@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the epoch."""
+"""The learning rate as a pure function of the epoch, the average's decay as one of the update."""
 
 import math
 
-from trainer.config import OptimConfig, ScheduleConfig
+from trainer.config import EmaConfig, OptimConfig, ScheduleConfig
 
 
 def learning_rate(epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
@@ -18,3 +18,14 @@ def learning_rate(epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> f
     if epoch < schedule.epochs:
         return schedule.min_lr + 0.5 * (optim.lr - schedule.min_lr) * (1 + math.cos(math.pi * epoch / schedule.epochs))
     return schedule.min_lr
+
+
+def ema_decay(step: int, config: EmaConfig) -> float:
+    """The decay of the average at an update.
+
+    Args:
+      step: updates done before this one; the run's first has 0.
+    Source: the warm-up is tf.train.ExponentialMovingAverage's num_updates: min(decay, (1 + t) / (10 + t)). timm has
+      none of that form (that of its ModelEmaV3 is a power law).
+    """
+    return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay

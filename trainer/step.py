@@ -1,9 +1,9 @@
-"""One update: mix, student and teacher forward, loss, backward, AdamW, averages. No I/O, no clock, no host sync."""
+"""One update: mix, both forward passes, loss, backward, clipping, AdamW, averages. No I/O, no clock, no host sync."""
 
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -45,11 +45,14 @@ class TrainStep:
       normalize: the student's own, from uint8 pixels.
       optimizer: over the student's parameters.
       scaler: a GradScaler, enabled for fp16 alone.
+      clip: clips the student's gradients in place, or None.
       ema: the average that follows the student, or None.
+      ema_decay: the average's decay, from the number of the update.
       distill: the loss.
       precision: of the forward passes.
       seed: of dropout and the like.
       micro_batches: forward passes an update on this rank.
+      batch_norm: which running statistics an update ends with, as run.batch_norm.
       world: the ranks.
     """
 
@@ -61,11 +64,14 @@ class TrainStep:
         normalize: Normalize,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        clip: Callable[[], object] | None,
         ema: ModelEma | None,
+        ema_decay: Callable[[int], float],
         distill: DistillConfig,
         precision: torch.dtype,
         seed: int,
         micro_batches: int,
+        batch_norm: str,
         world: World,
     ):
         self._model = self._student = student
@@ -75,12 +81,17 @@ class TrainStep:
             named = inspect.signature(DistributedDataParallel).parameters
             no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
             self._model = DistributedDataParallel(student, gradient_as_bucket_view=True, **{no_broadcast: False})
-        self._statistics = StatisticsAverage(student, micro_batches, world)
+        self._statistics = StatisticsAverage(student, micro_batches, batch_norm, world)
+        self._local = []
+        if batch_norm == "none" and world.size > 1:
+            self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
         self._teacher = teacher
         self._normalize = normalize
         self._optimizer = optimizer
         self._scaler = scaler
+        self._clip = clip
         self._ema = ema
+        self._ema_decay = ema_decay
         self._distill = distill
         self._precision = precision
         self._seed = seed
@@ -105,11 +116,34 @@ class TrainStep:
             bad.append(bad_rows)
             agreed += shares / self._micro_batches
         self._statistics.end()
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            self._clip()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema is not None:
-            self._ema.update()
+            self._ema.update(self._ema_decay(number))
         return StepMetrics(total, torch.cat(bad), *agreed.unbind())
+
+    def local_statistics(self) -> list[torch.Tensor] | None:
+        """This rank's running statistics where ranks differ (run.batch_norm none, several ranks), else None.
+
+        Returns:
+          copies on the device: the student's, then those of its average if there is one. A checkpoint must hold every
+          rank's, for the student's own state is that of one rank.
+        """
+        return [values.clone() for values in self._local] or None
+
+    @torch.no_grad()
+    def set_local_statistics(self, statistics: list[torch.Tensor]) -> None:
+        """Go on from what `local_statistics` gave on this rank.
+
+        To be called after this step was made (DDP gives all ranks the buffers of rank 0 then), and where
+        `local_statistics` is not None. An average that has been switched on since begins with the student's.
+        """
+        # [student, average], or the student's alone, on either side
+        for ours, theirs in zip(self._local, statistics * 2, strict=False):
+            ours.copy_(theirs)
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss, which rows are bad, and the two shares of agreement."""
@@ -144,7 +178,8 @@ class TrainStep:
         finally:
             del moments
             self._optimizer.zero_grad(set_to_none=True)
-            torch._foreach_copy_(buffers, before)
+            for buffer, saved in zip(buffers, before, strict=True):
+                buffer.copy_(saved)
 
     def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager:
         if skip and isinstance(self._model, DistributedDataParallel):
@@ -170,25 +205,30 @@ def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 class StatisticsAverage:
-    """BatchNorm's running statistics after an update: the mean over all its micro-batches, on whatever rank they ran.
+    """BatchNorm's running statistics after an update: those of all its micro-batches, on whatever rank they ran.
 
-    Each micro-batch starts from the statistics before the update, and the results are averaged. So all ranks always
-    hold the same statistics, and they do not depend on how the global batch was split over ranks and micro-batches.
-    (DDP's own broadcast would keep those of rank 0's images alone.)
+    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank. Then the
+    ranks come to an agreement, by the mode:
+      reduce: the mean over the ranks. So all ranks always hold the same statistics, and they do not depend on how the
+        global batch was split over ranks and micro-batches.
+      broadcast: those of rank 0's images, as DDP's own broadcast has it.
+      none: there is none, each rank keeps its own.
+      sync: nothing to do, for the layers themselves saw the images of all ranks.
 
     Args:
       model: the unwrapped model.
       micro_batches: an update, on this rank.
+      mode: reduce, broadcast, none or sync.
       world: the ranks.
     """
 
-    def __init__(self, model: nn.Module, micro_batches: int, world: World):
+    def __init__(self, model: nn.Module, micro_batches: int, mode: str, world: World):
         self._statistics = running_statistics(model)
         self._counters = [norm.num_batches_tracked for norm in batch_norms(model)]
         self._micro_batches = micro_batches
-        self._count = micro_batches * world.size
         self._split = bool(self._statistics) and micro_batches > 1
-        self._active = bool(self._statistics) and self._count > 1
+        self._shared = bool(self._statistics) and world.size > 1 and mode in ("reduce", "broadcast")
+        self._mode = mode
         self._world = world
 
     @torch.no_grad()
@@ -207,11 +247,15 @@ class StatisticsAverage:
 
     @torch.no_grad()
     def end(self) -> None:
-        """After the last pass: every rank holds the mean."""
-        if not self._active:
-            return
-        total = self._total if self._split else self._statistics
-        if self._split:  # an update counts as one batch, however it was split
+        """After the last pass."""
+        if self._split:
+            # an update counts as one batch, however it was split
             torch._foreach_sub_(self._counters, self._micro_batches - 1)
-        flat = self._world.sum(torch.cat(total)) / self._count
-        torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))
+            torch._foreach_div_(self._total, self._micro_batches)
+            torch._foreach_copy_(self._statistics, self._total)
+        if self._shared:
+            flat = torch.cat(self._statistics)
+            flat = (
+                self._world.sum(flat) / self._world.size if self._mode == "reduce" else self._world.tensor_of_main(flat)
+            )
+            torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))
