@@ -1,6 +1,6 @@
 """Started by tests/test_preemption.py: runs whose number of ranks changes, with a note of all that each step was given.
 
-python tests/elastic_runs.py FOLDER: FOLDER/{steady,changing,four,four-stopped}, beside each what its steps were given.
+python tests/elastic_runs.py FOLDER: the runs below, beside each what its steps were given.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from tools import chaos  # noqa: E402
 from trainer.step import TrainStep  # noqa: E402
 
 LENGTH = ["--schedule.epochs", "4", "--run.checkpoint_every", "1000"]
+OWN = ("--run.batch_norm", "none")
 
 
 def noting_batches(out: Path) -> None:
@@ -32,12 +33,12 @@ def noting_batches(out: Path) -> None:
     TrainStep._loss = noting
 
 
-def run(root: Path, out: Path, ranks: int, stop: int) -> None:
+def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
     """Go on until `stop` with so many ranks."""
     if not os.fork():
         noting_batches(out)
         chaos.RANKS = ranks
-        arguments = [*chaos.SETTINGS, *LENGTH, "--data.root", str(root), "--run.out", str(out)]
+        arguments = [*chaos.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
         codes = chaos.wait(chaos.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log")))
         os._exit(any(codes))
     if os.wait()[1]:
@@ -52,9 +53,11 @@ def main() -> None:
         "changing": [(2, 10), (4, 15), (1, 20)],
         "four": [(4, 8)],
         "four-stopped": [(4, 3), (4, 8)],
+        "own-statistics": [(2, 8, *OWN)],
+        "own-statistics-stopped": [(2, 3, *OWN), (2, 8, *OWN)],
     }.items():
-        for ranks, stop in parts:
-            run(root, folder / name, ranks, stop)
+        for part in parts:
+            run(root, folder / name, *part)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def build_here(digits: Path, out: Path, *arguments) -> Run:
 
 
 def first_batches(run: Run, steps: int) -> list:
-    plans = rank_plans(run.plan, 0, steps, ONE, run.micro_batch)
+    plans = rank_plans(run.plan, 0, steps, ONE, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         return list(batches)
 
@@ -173,7 +173,7 @@ from trainer.run import build
 
 
 def updates(run, start, stop):
-    plans = rank_plans(run.plan, start, stop, run.world, run.micro_batch)
+    plans = rank_plans(run.plan, start, stop, run.world, run.state.micro_batch)
     batches = run.pipelines.of["train"].batches(plans)
     for number in range(start, stop):
         run.step(batches, number)
@@ -429,7 +429,8 @@ def test_changes_of_these_settings_are_told(digits, tmp_path):
     train(parse([*arguments, "--run.stop_after_steps", "1"]), ONE)
     changed = {"optim.clip_agc": "0.01", "ema.warmup": "true", "run.batch_norm": "none", "run.tf32": "false"}
     more = [text for key, value in changed.items() for text in (f"--{key}", value)]
-    assert build(parse([*arguments, *more]), ONE).changes == [
+    told = "changed since the checkpoint: "
+    assert [note.removeprefix(told) for note in build(parse([*arguments, *more]), ONE).notes] == [
         "optim.clip_agc was 0.0, now it is 0.01",
         "ema.warmup was False, now it is True",
         "run.tf32 was True, now it is False",

@@ -194,6 +194,13 @@ def test_four_ranks_resume_bit_equal(elastic):
     assert_same_end(elastic / "four", elastic / "four-stopped")
 
 
+def test_ranks_with_statistics_of_their_own_resume_bit_equal(elastic):
+    runs = [elastic / name for name in ("own-statistics", "own-statistics-stopped")]
+    assert_same_end(*runs)
+    a, b = (newest(run)["rank_statistics"] for run in runs)
+    assert len(a) == 2 and equal(a, b) and not equal(a[0], a[1])
+
+
 # --- checkpoints ---
 
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import sys
