@@ -53,11 +53,33 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 def build_student(config: StudentConfig, num_classes: int, image_size: int) -> nn.Module:
     """The model to train, in training mode.
 
+    Weights of a model with other classes are taken all but the classifier's; `new_classifier` tells.
+
     Raises:
-      UserError: an unknown model, or a checkpoint that does not fit.
+      UserError: an unknown model, a checkpoint that does not fit, or weights that cannot be downloaded.
     """
-    weights = None if config.checkpoint is None else read_weights(config.checkpoint)
-    return _create(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
+    if config.pretrained:
+        return _download(config, num_classes, image_size, role="student").train()
+    if config.checkpoint is None:
+        return _create(config.name, num_classes, image_size, config.kwargs).train()
+    weights = read_weights(config.checkpoint)
+    classes = _classes(config.name, weights) or num_classes
+    model = _create(config.name, classes, image_size, config.kwargs, weights, config.checkpoint)
+    if classes != num_classes:
+        model = _with_new_classifier(config, model, num_classes, image_size)
+    return model.train()
+
+
+def new_classifier(student: nn.Module, num_classes: int) -> str | None:
+    """One sentence if a student that started from weights was given a new classifier; None if it was not.
+
+    Source: timm keeps the number of classes that the weights were of in `pretrained_cfg`, and the model's own beside.
+    """
+    classes = student.pretrained_cfg["num_classes"]
+    if classes == num_classes:
+        return None
+    layers = ", ".join(_classifiers(student.pretrained_cfg.get("classifier")))
+    return f"they are of {classes} classes, the dataset has {num_classes}: the classifier ({layers}) starts anew"
 
 
 def build_teacher(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module | None:
@@ -156,6 +178,32 @@ def _create(
     return model
 
 
+def _with_new_classifier(config: StudentConfig, source: nn.Module, num_classes: int, image_size: int) -> nn.Module:
+    """The model of `source`, with its weights, but with another number of classes.
+
+    `source` has taken the file's weights, every one of them. Of a second model, as random as one that is trained from
+    scratch, exactly those tensors stay whose shape depends on the number of classes.
+    """
+    model = _create(config.name, num_classes, image_size, config.kwargs)
+    random = model.state_dict()
+    kept = {name: value for name, value in source.state_dict().items() if value.shape == random[name].shape}
+    model.load_state_dict({**random, **kept})
+    model.pretrained_cfg = source.pretrained_cfg
+    return model
+
+
+def _classes(name: str, weights: dict[str, torch.Tensor]) -> int | None:
+    """The number of classes of the model that was saved; None where the file calls its classifier something else."""
+    config = timm.get_pretrained_cfg(_known(name))
+    found = (weights.get(f"{layer}.weight") for layer in _classifiers(config.classifier if config else None))
+    return next((len(weight) for weight in found if weight is not None), None)
+
+
+def _classifiers(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """timm names one layer, or several, or none."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
 def _known(name: str) -> str:
     name = _ALIASES.get(name, name)
     if not timm.is_model(name):
@@ -166,7 +214,7 @@ def _known(name: str) -> str:
 
 
 def _check_classes(path: Path, weights: dict, classifier: str | tuple[str, ...] | None, num_classes: int) -> None:
-    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
+    for layer in _classifiers(classifier):
         weight = weights.get(f"{layer}.weight")
         if weight is not None and len(weight) != num_classes:
             raise UserError(
@@ -175,12 +223,15 @@ def _check_classes(path: Path, weights: dict, classifier: str | tuple[str, ...] 
             )
 
 
-def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Module:
-    give_file = "Give its weights with --teacher.checkpoint FILE"
+def _download(
+    config: StudentConfig | TeacherConfig, num_classes: int, image_size: int, role: str = "teacher"
+) -> nn.Module:
+    """A model with timm's pretrained weights; a student's of other classes are taken all but the classifier's."""
+    give_file = f"Give its weights with --{role}.checkpoint FILE"
     source = timm.get_pretrained_cfg(_known(config.name))
     if source is None or not source.has_weights:
-        raise UserError(f"teacher '{config.name}': timm has no pretrained weights for it. {give_file}")
-    if source.num_classes != num_classes:
+        raise UserError(f"{role} '{config.name}': timm has no pretrained weights for it. {give_file}")
+    if role == "teacher" and source.num_classes != num_classes:
         raise UserError(
             f"teacher '{config.name}': timm's weights have {source.num_classes} classes, the dataset has "
             f"{num_classes}. Give a teacher trained on the same classes with --teacher.checkpoint FILE"
@@ -192,5 +243,5 @@ def _download(config: TeacherConfig, num_classes: int, image_size: int) -> nn.Mo
     except Exception as error:  # whatever the download library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}"
+            f"{role} '{config.name}': its weights cannot be downloaded ({reason[0]}). {give_file}"
         ) from error

@@ -42,7 +42,7 @@ from trainer.data import (
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
-from trainer.models import build_student, build_teacher, preprocessing, refuse_size
+from trainer.models import build_student, build_teacher, new_classifier, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
@@ -406,6 +406,9 @@ def describe(run: Run, telemetry: Telemetry) -> None:
     )
     if run.state.step:
         telemetry.say(f"resuming after step {run.state.step}")
+    elif source := "timm's weights" if config.student.pretrained else config.student.checkpoint:
+        anew = new_classifier(run.state.student, index.num_classes)
+        telemetry.say(f"starting from {source}" + (f": {anew}" if anew else ""))
     remaining = config.ema.decay**run.total_steps
     if remaining > 0.05:
         telemetry.say(
