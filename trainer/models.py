@@ -1,5 +1,6 @@
 """The student and the frozen teacher, both from timm."""
 
+import copy
 import dataclasses
 import difflib
 from pathlib import Path
@@ -115,6 +116,26 @@ def refuse_size(model: nn.Module, name: str, image_size: int) -> None:
         model.train(training)
 
 
+@torch.no_grad()
+def refuse_outputs(student: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+    """Raise a UserError if a student does not give one logit for each class in training.
+
+    Some of timm's give features (encoders) or, asked for by their arguments, a second output beside the logits.
+    """
+    with torch.random.fork_rng(devices=[]):  # a copy: BatchNorm's statistics stay what they are
+        outputs = copy.deepcopy(student).train()(torch.zeros(2, 3, image_size, image_size))
+    if not torch.is_tensor(outputs):
+        found = f"{len(outputs)} outputs"
+    elif outputs.shape != (2, num_classes):
+        found = f"{list(outputs.shape)}"
+    else:
+        return
+    raise UserError(
+        f"model '{name}' gives {found} for 2 images in training, not [2, {num_classes}]: it cannot be trained as a "
+        "classifier. Change student.kwargs, or use another model"
+    )
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of this trainer (the average if it has one), of timm or of the authors.
 
@@ -167,6 +188,11 @@ def _create(
         model = timm.create_model(name, **kwargs, **pretrained)
     except TypeError as error:
         raise UserError(f"model '{name}' does not take these arguments ({error}). Change its kwargs") from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(
+            f"model '{name}' cannot be built for images of {image_size} px with these arguments "
+            f"({str(error) or type(error).__name__}). Change data.image_size or its kwargs"
+        ) from error
     except RuntimeError as error:
         if weights is None:
             raise

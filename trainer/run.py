@@ -42,7 +42,7 @@ from trainer.data import (
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
 from trainer.mix import Normalize
-from trainer.models import build_student, build_teacher, new_classifier, preprocessing, refuse_size
+from trainer.models import build_student, build_teacher, new_classifier, preprocessing, refuse_outputs, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
@@ -237,6 +237,7 @@ def build_models(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module
     student = build_student(config.student, num_classes, sizes[-1])
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
+    refuse_outputs(student, config.student.name, num_classes, sizes[-1])
     teacher = build_teacher(config.teacher, num_classes, sizes[-1])
     if teacher is not None:
         for size in sorted(set(sizes)):
