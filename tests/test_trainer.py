@@ -294,6 +294,22 @@ def test_the_average_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     assert summary["evaluation"]["raw"]["loss"] != summary["evaluation"]["ema"]["loss"]
 
 
+def test_a_run_fine_tunes_from_a_run_on_other_classes_says_so_and_resumes(digits, tmp_path, capsys):
+    synthetic = ["--data.pipeline", "synthetic", "--data.synthetic_samples", "64", "--data.synthetic_classes", "5"]
+    train(parse([*TINY, *synthetic, "--run.out", str(tmp_path / "before"), "--run.stop_after_steps", "1"]), ONE)
+    (before,) = (tmp_path / "before" / "checkpoints").iterdir()
+    start = ["--student.checkpoint", before, "--ema.decay", 0.5]
+    capsys.readouterr()
+    summary = train_here(digits, tmp_path / "tuned", *start, "--run.stop_after_steps", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step-00000001.pt: they are of 5 classes, the dataset has 10: the classifier (fc) starts anew" in said
+    assert "student.checkpoint" in {deviation["key"] for deviation in summary["deviations"]}
+    assert summary["evaluation"] == {}
+    train_here(digits, tmp_path / "tuned", *start, "--run.stop_after_steps", 5)
+    assert "starts anew" not in capsys.readouterr().out
+    assert newest(tmp_path / "tuned")["student"]["fc.weight"].shape[0] == 10
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_and_resumes_bit_equal(digits, tmp_path, precision):
     arguments = ["--student.name", "test_vit", "--run.precision", precision]

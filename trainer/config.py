@@ -107,16 +107,23 @@ class StudentConfig:
 
     Attributes:
       name: any timm model.
-      checkpoint: weights to start from, with the same number of classes; random where there is none.
+      checkpoint: weights to start from; random where there is none. Where they are of another number of classes, the
+        classifier starts anew.
+      pretrained: start from timm's weights, which are downloaded; the same holds for their classifier.
       kwargs: passed to timm.create_model.
     """
 
     name: str = "resnet50"
     checkpoint: Path | None = None
+    pretrained: bool = False
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _refuse_reserved("student", self.kwargs)
+        _require(
+            not self.pretrained or self.checkpoint is None,
+            f"student.pretrained is true and student.checkpoint is {self.checkpoint}: start from one of them",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Models from timm, and the files that hold their weights."""
 
+import copy
 import dataclasses
 import difflib
 from pathlib import Path
@@ -60,11 +61,39 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 def build_student(config: StudentConfig, num_classes: int, image_size: int) -> nn.Module:
     """The model to train, in training mode.
 
+    Weights of a model with other classes are taken all but the classifier's; `new_classifier` tells.
+
     Raises:
-      UserError: an unknown model, or a checkpoint that does not fit.
+      UserError: an unknown model, a checkpoint that does not fit, or weights that cannot be downloaded.
     """
-    weights = None if config.checkpoint is None else read_weights(config.checkpoint)
-    return create_model(config.name, num_classes, image_size, config.kwargs, weights, config.checkpoint).train()
+    if config.pretrained:
+        source = timm.get_pretrained_cfg(known_name(config.name))
+        if source is None or not source.has_weights:
+            raise UserError(
+                f"student '{config.name}': timm has no pretrained weights for it. Give its weights with "
+                "--student.checkpoint FILE, or start from scratch"
+            )
+        return download(config.name, num_classes, image_size, config.kwargs, "student").train()
+    if config.checkpoint is None:
+        return create_model(config.name, num_classes, image_size, config.kwargs).train()
+    weights = read_weights(config.checkpoint)
+    classes = num_outputs(config.name, weights) or num_classes
+    model = create_model(config.name, classes, image_size, config.kwargs, weights, config.checkpoint)
+    if classes != num_classes:
+        model = _with_new_classifier(config, model, num_classes, image_size)
+    return model.train()
+
+
+def new_classifier(student: nn.Module, num_classes: int) -> str | None:
+    """One sentence if a student that started from weights was given a new classifier; None if it was not.
+
+    Source: timm keeps the number of classes that the weights were of in `pretrained_cfg`, and the model's own beside.
+    """
+    classes = student.pretrained_cfg["num_classes"]
+    if classes == num_classes:
+        return None
+    layers = ", ".join(_classifiers(student.pretrained_cfg.get("classifier")))
+    return f"they are of {classes} classes, the dataset has {num_classes}: the classifier ({layers}) starts anew"
 
 
 def synchronize_batch_norms(model: nn.Module, world: World) -> nn.Module:
@@ -96,6 +125,26 @@ def refuse_size(model: nn.Module, name: str, image_size: int, advice: str = _STU
         raise UserError(f"model '{name}' cannot take images of {image_size} px ({reason}). {advice}") from error
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def refuse_outputs(student: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+    """Raise a UserError if a student does not give one logit for each class in training.
+
+    Some of timm's give features (encoders) or, asked for by their arguments, a second output beside the logits.
+    """
+    with torch.random.fork_rng(devices=[]):  # a copy: BatchNorm's statistics stay what they are
+        outputs = copy.deepcopy(student).train()(torch.zeros(2, 3, image_size, image_size))
+    if not torch.is_tensor(outputs):
+        found = f"{len(outputs)} outputs"
+    elif outputs.shape != (2, num_classes):
+        found = f"{list(outputs.shape)}"
+    else:
+        return
+    raise UserError(
+        f"model '{name}' gives {found} for 2 images in training, not [2, {num_classes}]: it cannot be trained as a "
+        "classifier. Change student.kwargs, or use another model"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +236,11 @@ def create_model(
         model = timm.create_model(name, **kwargs, **pretrained)
     except TypeError as error:
         raise UserError(f"model '{name}' does not take these arguments ({error}). Change its kwargs") from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(
+            f"model '{name}' cannot be built for images of {image_size} px with these arguments "
+            f"({str(error) or type(error).__name__}). Change data.image_size or its kwargs"
+        ) from error
     except RuntimeError as error:
         if weights is None:
             raise
@@ -196,6 +250,25 @@ def create_model(
         ) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def _with_new_classifier(config: StudentConfig, source: nn.Module, num_classes: int, image_size: int) -> nn.Module:
+    """The model of `source`, with its weights, but with another number of classes.
+
+    `source` has taken the file's weights, every one of them. Of a second model, as random as one that is trained from
+    scratch, exactly those tensors stay whose shape depends on the number of classes.
+    """
+    model = create_model(config.name, num_classes, image_size, config.kwargs)
+    random = model.state_dict()
+    kept = {name: value for name, value in source.state_dict().items() if value.shape == random[name].shape}
+    model.load_state_dict({**random, **kept})
+    model.pretrained_cfg = source.pretrained_cfg
+    return model
+
+
+def _classifiers(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """timm names one layer, or several, or none."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def known_name(name: str) -> str:
@@ -211,7 +284,25 @@ def known_name(name: str) -> str:
 def num_outputs(name: str, weights: dict[str, torch.Tensor]) -> int | None:
     """How many classes the weights of a model tell apart; None where they have no classifier under timm's name."""
     config = timm.get_pretrained_cfg(known_name(name))
-    classifier = config.classifier if config else None
-    layers = (classifier,) if isinstance(classifier, str) else classifier or ()
-    found = [len(weights[f"{layer}.weight"]) for layer in layers if f"{layer}.weight" in weights]
-    return found[0] if found else None
+    found = (weights.get(f"{layer}.weight") for layer in _classifiers(config.classifier if config else None))
+    return next((len(weight) for weight in found if weight is not None), None)
+
+
+def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: str) -> nn.Module:
+    """A model with timm's pretrained weights.
+
+    Args:
+      key: the section that the model belongs to, student or teacher.
+    Raises:
+      UserError: they cannot be downloaded.
+    """
+    try:
+        return create_model(name, num_classes, image_size, kwargs, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the download library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{key.partition('.')[0]} '{name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
+            f"{key}.checkpoint FILE"
+        ) from error

@@ -46,7 +46,14 @@ from trainer.fitting import settle_micro_batch
 from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
-from trainer.models import build_student, preprocessing, refuse_size, synchronize_batch_norms
+from trainer.models import (
+    build_student,
+    new_classifier,
+    preprocessing,
+    refuse_outputs,
+    refuse_size,
+    synchronize_batch_norms,
+)
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
 from trainer.report import report_or_reason
 from trainer.schedule import ema_decay
@@ -258,6 +265,7 @@ def build_models(config: Config, num_classes: int, classes: list[str] | None) ->
     student = build_student(config.student, num_classes, sizes[-1])
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
+    refuse_outputs(student, config.student.name, num_classes, sizes[-1])
     return student, build_teachers(config, num_classes, classes)
 
 
@@ -358,6 +366,9 @@ def describe(run: Run, telemetry: Telemetry) -> None:
     )
     if run.state.step:
         telemetry.say(f"resuming after step {run.state.step}")
+    elif source := "timm's weights" if config.student.pretrained else config.student.checkpoint:
+        anew = new_classifier(run.state.student, index.num_classes)
+        telemetry.say(f"starting from {source}" + (f": {anew}" if anew else ""))
     remaining = math.prod(ema_decay(step, config.ema) for step in range(run.total_steps))
     if remaining > 0.05:
         telemetry.say(

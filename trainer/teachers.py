@@ -16,6 +16,7 @@ from trainer.mix import Normalize
 from trainer.models import (
     Checkpoint,
     create_model,
+    download,
     known_name,
     num_outputs,
     preprocessing,
@@ -200,7 +201,7 @@ def build_teacher(
         raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
     size = config.image_size or image_size
     if saved is None:
-        model = _download(config, key, outputs.count, size)
+        model = download(config.name, outputs.count, size, config.kwargs, key)
     else:
         model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, config.checkpoint)
     return Teacher(model.eval().requires_grad_(False), config.image_size, outputs.order, outputs.note(config.name))
@@ -310,16 +311,3 @@ def _pretrained_outputs(config: TeacherConfig | OtherTeacher, key: str) -> int:
             f"{key}.checkpoint FILE"
         )
     return source.num_classes
-
-
-def _download(config: TeacherConfig | OtherTeacher, key: str, count: int, image_size: int) -> nn.Module:
-    try:
-        return create_model(config.name, count, image_size, config.kwargs, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the download library raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"teacher '{config.name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
-            f"{key}.checkpoint FILE"
-        ) from error
