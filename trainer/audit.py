@@ -14,6 +14,7 @@ _OPEN = {
     *("student.name", "teacher.checkpoint"),
     *("run.out", "run.seed", "run.device", "run.channels_last", "run.eval_every", "run.eval_batch"),
     *("run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.stop_after_steps"),
+    *("run.ready_s", "run.watchdog_s"),
 }
 
 

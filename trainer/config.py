@@ -250,6 +250,8 @@ class RunConfig:
       keep_checkpoints: how many of the newest are kept.
       log_every: steps between lines in metrics.jsonl.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
+      ready_s: seconds within which all ranks must have come, and then have made their first collective.
+      watchdog_s: seconds without progress after which the run is ended, naming the rank that stopped; 0 never does it.
     """
 
     out: Path = Path("runs/default")
@@ -265,6 +267,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     log_every: int = 50
     stop_after_steps: int = 0
+    ready_s: float = 60
+    watchdog_s: float = 900
 
     def __post_init__(self):
         _require(self.device in ("auto", "cuda", "cpu"), f"run.device is '{self.device}', not auto, cuda or cpu")
@@ -276,7 +280,8 @@ class RunConfig:
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch", "stop_after_steps"):
+        _require(self.ready_s > 0, f"run.ready_s is {self.ready_s}; it must be positive")
+        for name in ("micro_batch", "stop_after_steps", "watchdog_s"):
             _require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
 
 

@@ -47,6 +47,7 @@ def evaluate(
         model.eval()
     with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
         for images in batches:
+            world.beat("evaluation")
             pixels = normalize(images.images)
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):

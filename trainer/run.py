@@ -18,6 +18,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank would bury the line that names it
+
 import torch
 from torch import nn
 
@@ -44,11 +46,14 @@ from trainer.evaluate import evaluate
 from trainer.mix import Normalize
 from trainer.models import build_student, build_teacher, preprocessing, refuse_size
 from trainer.optim import ModelEma, build_optimizer, set_learning_rate
+from trainer.ready import facts
 from trainer.schedule import learning_rate
 from trainer.step import TrainStep
 from trainer.telemetry import Stopwatch, Telemetry
+from trainer.watchdog import Beating, watched
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHECKPOINT_PATIENCE_S = 3600  # a slow disk is no hang
 
 
 @dataclasses.dataclass
@@ -88,7 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
             if "--audit" in arguments:
                 print(audit_table(audit(config)))
                 return
-            with join_world(config.run.device) as world:
+            what_must_agree = functools.partial(facts, config)
+            with (
+                join_world(config.run.device, what_must_agree, config.run.ready_s) as joined,
+                watched(joined, config.run.watchdog_s) as world,
+            ):
                 train(config, world)
     except KeyboardInterrupt:
         message = "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one"
@@ -277,7 +286,8 @@ def loop(run: Run, telemetry: Telemetry) -> dict:
     """All updates from the state's step on. Returns the last evaluation, {} without a validation set."""
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
-        results = update(run, telemetry, Stopwatch(batches))
+        beating = Beating(batches, run.world.beat, lambda: f"step {run.state.step + 1}")
+        results = update(run, telemetry, Stopwatch(beating))
     if not results and run.evaluate is not None and run.state.step == run.total_steps:
         results = run.evaluate()  # of a run that was killed after its last step
     settle(run, telemetry)
@@ -389,6 +399,7 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 def save(run: Run) -> None:
     """Write a checkpoint; all ranks wait for it."""
+    run.world.beat(f"checkpoint of step {run.state.step}", CHECKPOINT_PATIENCE_S)
     if run.world.is_main:
         checkpoint.save(checkpoint_folder(run.config.run), run.state, run.config.run.keep_checkpoints)
     run.world.barrier()

@@ -1,0 +1,411 @@
+"""Launching: what is checked before the first step, the watchdog, lost ranks, SLURM, several hosts."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPOSITORY, TINY
+
+from trainer import ready
+from trainer.config import parse
+from trainer.distributed import World
+from trainer.ready import facts, ranks_text
+from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
+
+ONE = World(0, 1, 1, torch.device("cpu"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+class Ranks:
+    """Processes started with RANK and WORLD_SIZE set, as srun and torchrun do; they end with the block."""
+
+    def __init__(self, command: list, size: int, *, started: list[int] | None = None, **environment):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+                | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
+                | {name: str(value) for name, value in environment.items()},
+                cwd=REPOSITORY,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for rank in (range(size) if started is None else started)
+        ]
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def end(self, timeout: float = 60) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of every rank."""
+        ends = [process.communicate(timeout=timeout) for process in self.processes]
+        return [(process.returncode, *end) for process, end in zip(self.processes, ends, strict=True)]
+
+    def await_line(self, rank: int) -> str:
+        """The next line that a rank writes on stdout."""
+        return self.processes[rank].stdout.readline()
+
+
+def one_line(end: tuple[int, str, str], rank: int) -> str:
+    """The message of a rank that ended with exit code 1 and one line."""
+    code, _, error = end
+    assert code == 1 and error.startswith(f"[rank {rank}] error: ") and error.count("\n") == 1, error
+    return error
+
+
+# --- what must agree ---
+
+
+def test_paths_and_threads_may_differ_between_machines_and_nothing_else(digits, tmp_path):
+    here = [*TINY, "--data.root", str(digits)]
+    copy = shutil.copytree(digits, tmp_path / "copy")
+    there = [*TINY, "--data.root", str(copy), "--data.threads", "3", "--run.out", str(tmp_path), "--run.device", "auto"]
+    assert facts(parse(here)) == facts(parse(there))
+    for change in (["--optim.lr", "1"], ["--run.seed", "1"], ["--augment.mix_group", "32"]):
+        assert facts(parse(here)) != facts(parse([*here, *change]))
+
+
+def test_the_facts_hold_the_data_the_code_the_versions_and_the_weights(digits, tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"1")
+    arguments = [*TINY, "--data.root", str(digits), "--student.checkpoint", str(weights)]
+    found = facts(parse(arguments))
+    assert found["version of torch"] and found["source file trainer/ready.py"]
+    assert len(found["dataset digest of 'train'"]) == len(found["dataset digest of 'val'"]) == 12
+    weights.write_bytes(b"2")
+    now = facts(parse(arguments))
+    assert {name for name in found if found[name] != now[name]} == {"content of student.checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"), [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([6, 0, 2, 1, 9, 8], "ranks 0-2, 6, 8-9")]
+)
+def test_ranks_in_words(ranks, text):
+    assert ranks_text(ranks) == text
+
+
+def meet_on(store: dist.Store, described: list[dict], missing: int = 0, seconds: float = 20) -> list[dict]:
+    """The verdicts of ranks that meet in threads, on a store that may hold what others left."""
+    size, verdicts = len(described) + missing, [None] * len(described)
+
+    def one(rank: int) -> None:
+        mine = {"nonce": f"{time.monotonic_ns()}-{rank}", "host": f"host{rank}", "facts": described[rank]}
+        part = ready._lead if rank == 0 else ready._follow
+        verdicts[rank] = part(store, rank, size, mine, time.monotonic() + seconds, seconds)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(described))]
+    for thread in reversed(threads):  # rank 0 comes last: the others see the earlier attempt's challenge first
+        thread.start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    return verdicts
+
+
+def test_what_an_earlier_attempt_left_in_the_store_is_not_taken_for_this_one(monkeypatch):
+    monkeypatch.setattr(ready, "_GRACE_S", 1.0)
+    store = dist.HashStore()
+    first = meet_on(store, [{"lr": 1}, {"lr": 1}, {"lr": 1}])
+    assert not any(verdict["problem"] for verdict in first)
+    second = meet_on(store, [{"lr": 1}, {"lr": 2}, {"lr": 1}])
+    assert {verdict["problem"] for verdict in second} == {
+        "the ranks do not agree: lr is 1 on rank 0 (host0) and 2 on rank 1 (host1). "
+        "Give all machines the same command, data, code and environment"
+    }
+    third = meet_on(store, [{"lr": 1}, {"lr": 1}], missing=1, seconds=2)  # rank 2's old answer does not count
+    assert all(
+        "rank 2 of 3 did not come within 2 s; rank 0 on host0, rank 1 on host1 did" in v["problem"] for v in third
+    )
+    fourth = meet_on(store, [{"lr": 3}, {"lr": 3}, {"lr": 3}])
+    assert not any(verdict["problem"] for verdict in fourth)
+    assert len({verdict["nonces"]["0"] for verdict in (*first, *second, *third, *fourth)}) == 4
+
+
+JOIN = """
+import json, os, sys
+from pipelines.errors import UserError, exit_on_user_error
+from trainer.distributed import join_world
+
+def facts():
+    found = json.loads(os.environ["FACTS"])
+    if os.environ["RANK"] in found:
+        raise UserError(found[os.environ["RANK"]])
+    return found
+
+with exit_on_user_error(), join_world("cpu", facts, float(sys.argv[1])) as world:
+    print("joined", world.rank, world.size)
+"""
+
+
+def join(size: int, ready_s: float = 20, found: str = "{}", **environment) -> list:
+    with Ranks(["-c", JOIN, ready_s], size, FACTS=found, **environment) as ranks:
+        return ranks.end()
+
+
+def test_ranks_join_and_a_mistake_of_one_is_told_on_all():
+    assert [end[1] for end in join(2)] == ["joined 0 2\n", "joined 1 2\n"]
+    mine, theirs = join(2, found='{"1": "/data/manifest.json: not found"}')
+    assert re.search(r"error: rank 1 on \S+: /data/manifest.json: not found\n", one_line(mine, 0))
+    assert one_line(theirs, 1) == "[rank 1] error: /data/manifest.json: not found\n"
+
+
+def test_a_rank_that_does_not_come_is_named_on_the_others():
+    with Ranks(["-c", JOIN, 5], 3, started=[0, 1], FACTS="{}") as ranks:
+        for rank, end in enumerate(ranks.end()):
+            assert "rank 2 of 3 did not come within 5 s; ranks 0-1 on " in one_line(end, rank)
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment", "message"),
+    [
+        (0, {"MASTER_ADDR": "nohost.invalid"}, "rank 1 of 2 did not come within 2 s; rank 0 on "),
+        (1, {"MASTER_ADDR": "nohost.invalid"}, "MASTER_ADDR 'nohost.invalid' has no address"),
+        (1, {}, "nothing listens there: look whether rank 0 runs"),
+        (0, {"MASTER_PORT": ""}, "MASTER_PORT is '': start several ranks with torchrun"),
+    ],
+)
+def test_a_master_that_is_not_there_is_one_line(rank, environment, message):
+    with Ranks(["-c", JOIN, 2], 2, FACTS="{}", started=[rank], **environment) as ranks:
+        assert message in one_line(*ranks.end(), rank)
+
+
+def test_a_port_that_another_program_uses_is_one_line():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        rank0, rank1 = join(2, 3, MASTER_PORT=other.getsockname()[1])
+    assert "cannot be used on " in one_line(rank0, 0) and "another process uses it" in one_line(rank0, 0)
+    assert "is no store of this run: set another MASTER_PORT" in one_line(rank1, 1)
+
+
+def test_an_interface_that_is_not_there_is_told_by_the_first_collective():
+    for rank, end in enumerate(join(2, 10, GLOO_SOCKET_IFNAME="none0")):
+        assert "gloo does not connect them. Look at the interface it uses (GLOO_SOCKET_IFNAME=" in end[2]
+        assert end[0] == 1, rank
+
+
+def test_the_trainer_refuses_ranks_with_other_settings_and_writes_nothing(digits, tmp_path):
+    start = (
+        "import sys, os; from trainer.run import main; main(sys.argv[1:] + ['--optim.lr', '0.00' + os.environ['RANK']])"
+    )
+    arguments = [*TINY, "--data.root", digits, "--run.out", tmp_path / "run"]
+    with Ranks(["-c", start, *arguments], 2) as ranks:
+        for rank, end in enumerate(ranks.end()):
+            assert re.search(r"optim.lr is 0.0 on rank 0 \(.*\) and 0.001 on rank 1 \(", one_line(end, rank))
+    assert not (tmp_path / "run").exists()
+
+
+RESTARTED = """
+import os, sys
+from trainer.distributed import join_world
+with join_world("cpu", dict, 30) as world:
+    world.barrier()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        sys.exit(3)
+    print("joined again", world.rank, flush=True)
+"""
+
+
+def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "1", str(tmp_path / "restarted.py")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["joined again 0", "joined again 1"]
+
+
+# --- the watchdog's judgement ---
+
+
+def seen(*ranks: tuple, now_s: float = 0) -> dict[int, Seen]:
+    """Ranks as (beats, where, seconds silent, seconds without progress[, patience[, ended]])."""
+    return {
+        r: Seen(State(1, beats, where, more[0] if more else 0.0, f"host{r}", *more[1:]), now_s - silent, now_s - still)
+        for r, (beats, where, silent, still, *more) in enumerate(ranks)
+    }
+
+
+def test_the_rank_that_is_behind_is_to_blame_not_those_that_wait():
+    ranks = seen((30, "step 12: update", 1, 70), (29, "step 12: input", 1, 71), (30, "step 12: update", 1, 70))
+    verdict = judge(ranks, 0, 60)
+    assert verdict.ranks == [1]
+    assert verdict.line.startswith(
+        "no progress on rank 1 on host1 in 'step 12: input' for 71 s, ranks 0, 2 waiting in 'step 12: update'. "
+    )
+
+
+def test_nobody_is_blamed_while_the_slowest_still_moves_or_has_been_given_time():
+    assert judge(seen((30, "update", 1, 500), (29, "input", 1, 59)), 0, 60) is None
+    assert judge(seen((30, "checkpoint", 1, 500), (29, "checkpoint", 1, 500, 600.0)), 0, 60) is None
+    assert judge(seen((30, "checkpoint", 1, 601), (29, "checkpoint", 1, 601, 600.0)), 0, 60).ranks == [1]
+    assert judge(seen((9, "step 2: update", 1, 10), (30, "the end", 500, 500, 0.0, "")), 0, 60) is None
+
+
+def test_ranks_in_the_same_place_are_named_together():
+    verdict = judge(seen((8, "update", 1, 61), (8, "update", 1, 62)), 0, 60)
+    assert (
+        verdict.ranks == [0, 1] and "all ranks stand still: no progress on rank 0 on host0 in 'update'" in verdict.line
+    )
+
+
+def test_silence_comes_before_standing_still_and_an_error_is_passed_on():
+    ranks = seen((30, "update", 1, 70), (29, "input", 1, 71), (30, "update", 65, 70))
+    assert (
+        judge(ranks, 0, 60).ranks == [2]
+        and "lost rank 2 on host2 in 'update': silent for 65 s" in judge(ranks, 0, 60).line
+    )
+    ended = seen((30, "update", 1, 31), (29, "input", 31, 31, 0.0, "OutOfMemoryError: CUDA"))
+    assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in judge(ended, 0, 60).line
+    assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in lost(ended, 0, 2)
+    assert lost(seen((1, "a", 1, 1), (1, "a", 7, 7)), 0, 2) == ""
+    assert "lost rank 1 on host1" in lost(seen((1, "a", 1, 1), (1, "a", 9, 9)), 0, 2)
+
+
+def test_beats_say_who_waits_for_input_and_who_works():
+    beats = []
+    for item in Beating(iter([1, 2]), beats.append, lambda: "step 1"):
+        beats.append(item)
+    assert beats == ["step 1: input", "step 1: update", 1, "step 1: input", "step 1: update", 2, "step 1: input"]
+
+
+def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_beats():
+    before = threading.active_count()
+    with Watchdog(ONE, 0) as watchdog:
+        watchdog.beat("step 1")
+        assert threading.active_count() == before
+    with Watchdog(ONE, 60) as watchdog:
+        watchdog.beat("step 1")
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+# --- ranks that stop ---
+
+# Updates for ever; what happens at step 20, and on which rank, is told on the command line.
+LOOP = """
+import os, signal, sys, time
+import torch
+from pipelines.errors import exit_on_user_error
+from trainer.distributed import join_world
+from trainer.watchdog import Beating, watched
+
+seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def inputs(world):
+    for step in range(10**9):
+        if step == 20 and world.rank == rank:
+            print("now", flush=True)
+            if what == "sleep":
+                time.sleep(1000)
+            if what == "error":
+                raise IndexError("no such sample")
+            if what in ("KILL", "STOP"):
+                os.kill(os.getpid(), signal.Signals["SIG" + what])
+        time.sleep(0.05)
+        yield step
+
+def checkpoint(world):
+    world.beat("checkpoint", 4 * seconds)
+    if world.is_main:
+        time.sleep(3 * seconds)
+    world.barrier()
+
+with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
+    for step in Beating(inputs(world), world.beat, lambda: "step"):
+        world.sum(torch.ones(1))
+        if what == "slow" and step == 20:
+            checkpoint(world)
+            break
+print("over")
+"""
+
+
+def stop(rank: int, what: str, size: int = 2, seconds: float = 3) -> list[tuple[int, str, str]]:
+    """The ends of ranks of which one stops at step 20; also asserts that all end soon after."""
+    with Ranks(["-c", LOOP, seconds, rank, what], size) as ranks:
+        assert ranks.await_line(rank) == "now\n"
+        start = time.monotonic()
+        others = [process for r, process in enumerate(ranks.processes) if r != rank or what != "STOP"]
+        for process in others:
+            process.wait(30)
+        assert time.monotonic() - start < 15
+        if what == "STOP":
+            ranks.processes[rank].kill()
+        return ranks.end()
+
+
+def test_a_rank_that_hangs_is_named_on_rank_0_and_shows_its_stack():
+    waiting, hanging = stop(1, "sleep")
+    assert re.search(
+        r"watchdog: no progress on rank 1 on \S+ in 'step: input' for \d+ s, rank 0 waiting in 'step: upd",
+        one_line(waiting, 0),
+    )
+    assert hanging[0] == 1 and "[rank 1] watchdog: stacks of this process, in 'step: input':" in hanging[2]
+    assert re.search(r'File "<string>", line \d+ in inputs', hanging[2]) and "error" not in hanging[2]
+
+
+def test_a_rank_0_that_hangs_names_itself():
+    hanging, waiting = stop(0, "sleep")
+    assert "stacks of this process" in hanging[2] and "watchdog: no progress on rank 0 on" in hanging[2]
+    assert waiting[0] == 1
+
+
+def test_one_rank_alone_says_where_it_hangs():
+    ((code, _, error),) = stop(0, "sleep", size=1)
+    assert code == 1 and re.search(r"line \d+ in inputs", error)
+    assert re.search(r"error: watchdog: no progress on rank 0 on \S+ in 'step: input' for \d+ s. Its stack", error)
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_that_is_killed_is_named_by_the_other(rank, other):
+    ends = stop(rank, "KILL")
+    assert ends[rank][0] == -signal.SIGKILL
+    assert re.search(rf"\[rank {other}\] error: lost rank {rank} on \S+ in 'step: input': silent for", ends[other][2])
+    assert ends[other][0] == 1 and "Traceback" not in ends[other][2]
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
+    ends = stop(rank, "STOP")
+    assert re.search(rf"\[rank {other}\] error: watchdog: lost rank {rank} on \S+ in 'step: input'", ends[other][2])
+    assert ends[other][0] == 1
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, other):
+    ends = stop(rank, "error")
+    assert ends[rank][0] == 1 and "IndexError: no such sample" in ends[rank][2] and "Traceback" in ends[rank][2]
+    expected = rf"error: rank {rank} on \S+ ended in 'step: input': IndexError: no such sample. The run goes on from"
+    assert re.search(expected, one_line(ends[other], other))
+
+
+def test_a_slow_checkpoint_is_not_a_hang():
+    with Ranks(["-c", LOOP, 2, 0, "slow"], 2) as ranks:
+        assert [(code, out, error) for code, out, error in ranks.end()] == [(0, "now\nover\n", ""), (0, "over\n", "")]
