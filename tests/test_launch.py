@@ -1,5 +1,6 @@
 """Launching: what is checked before the first step, the watchdog, lost ranks, SLURM, several hosts."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, run_trainer
 
 from trainer import ready
 from trainer.config import parse
@@ -409,3 +410,227 @@ def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, othe
 def test_a_slow_checkpoint_is_not_a_hang():
     with Ranks(["-c", LOOP, 2, 0, "slow"], 2) as ranks:
         assert [(code, out, error) for code, out, error in ranks.end()] == [(0, "now\nover\n", ""), (0, "over\n", "")]
+
+
+# --- SLURM ---
+
+# srun starts SLURM_NTASKS tasks of its command, hands SIGUSR1 to all of their processes as slurmstepd does, and ends
+# with the highest exit code.
+SRUN = """#!/usr/bin/env python3
+import itertools, json, os, signal, subprocess, sys, time
+
+options = list(itertools.takewhile(lambda argument: argument.startswith("--"), sys.argv[1:]))
+command = sys.argv[1 + len(options):]
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(["srun", *options]) + "\\n")
+tasks = [
+    subprocess.Popen(command, start_new_session=True, env={**os.environ, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+    for rank in map(str, range(int(os.environ["SLURM_NTASKS"])))
+]
+while "SIGNAL" in os.environ and not all(os.path.exists(f"ready-{rank}") for rank in range(len(tasks))):
+    time.sleep(0.1)
+if "SIGNAL" in os.environ:
+    for task in tasks:
+        os.killpg(task.pid, signal.SIGUSR1)
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+
+SCONTROL = """#!/usr/bin/env python3
+import json, os, sys
+
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(["scontrol", *sys.argv[1:]]) + "\\n")
+if sys.argv[1:3] == ["show", "hostnames"]:
+    print("localhost\\nsecond")
+"""
+
+# Stands for the trainer: joins, and ends with 75 once it was told to.
+RANK = """
+import os, signal, sys, time
+signalled = []
+signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
+from pipelines.errors import exit_on_user_error
+from trainer.distributed import join_world
+with exit_on_user_error(), join_world("cpu") as world:
+    open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")
+    open(f"ready-{world.rank}", "w").close()
+    while sys.argv[1] == "75" and not signalled:
+        time.sleep(0.05)
+    world.barrier()
+    time.sleep(world.rank)  # they do not end at once
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs train.sbatch as SLURM would, with a stand-in for the trainer. Returns the process and what was called."""
+
+    def run(code: int, **environment) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("rank.py", RANK)):
+            (tmp_path / name).write_text(content)
+            (tmp_path / name).chmod(0o755)
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", str(REPOSITORY / "tools" / "slurm" / "train.sbatch"), "--run.out", "a b"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "PYTHONPATH": str(REPOSITORY),
+                "CALLS": str(calls),
+                "TRAIN_PROGRAM": f"{sys.executable} rank.py {code}",
+                "SLURM_JOB_ID": str(140000 + free_port() % 20000),
+                "SLURM_JOB_NODELIST": "some[1-2]",
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "2",
+                "SLURM_CPUS_PER_TASK": "3",
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done, [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_path):
+    done, calls = slurm(75, SIGNAL="1")
+    assert done.returncode == 0, done.stderr
+    assert "stopped by a signal with a checkpoint; job 1" in done.stdout
+    requeues = [call for call in calls if call[:2] == ["scontrol", "requeue"]]
+    assert len(requeues) == 1 and requeues[0][2].startswith("1")
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text() == f"2 2 {rank} ['--run.out', 'a b']"
+    (srun,) = [call for call in calls if call[0] == "srun"]
+    assert {"--kill-on-bad-exit=0", "--cpu-bind=none", "--cpus-per-task=3"} <= set(srun)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_slurm_job_that_finished_or_failed_is_not_queued_again(slurm, code):
+    done, calls = slurm(code, SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1")
+    assert done.returncode == code
+    assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
+    assert ("is not put back into the queue" in done.stderr) == bool(code)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_slurm_script_passes_shellcheck():
+    done = subprocess.run(["shellcheck", str(REPOSITORY / "tools" / "slurm" / "train.sbatch")], capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
+
+
+# --- two hosts ---
+
+
+def ip(*arguments) -> None:
+    subprocess.run(["ip", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts that only a cable connects: network namespaces with 10.77.0.1 and 10.77.0.2. Gives their names."""
+    tag = f"usi{os.getpid() % 10000:04d}{time.monotonic_ns() % 1000:03d}"
+    names = [f"{tag}a", f"{tag}b"]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces need root and iproute2 ({getattr(error, 'stderr', None) or error})")
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def start_on(host: str, command: list, **environment) -> subprocess.Popen:
+    """A program on one of the hosts, which Gloo connects by their cable."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", host, *map(str, command)],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": host, **environment},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end_all(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+
+
+def rendezvous(backend: str, node: int) -> list:
+    """What torchrun is told on each of the two hosts."""
+    if backend == "static":
+        return ["--node-rank", node, "--master-addr", "10.77.0.1", "--master-port", 29400]
+    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-conf", f"is_host={1 - node}"] + [
+        *("--rdzv-id", "two-hosts", "--local-addr", f"10.77.0.{node + 1}")
+    ]
+
+
+@pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.long)])
+def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_path, backend):
+    arguments = [*TINY, "--data.root", digits, "--run.stop_after_steps", 3, "--run.log_every", 1]
+    trainer = [REPOSITORY / "trainer" / "run.py", *arguments, "--run.out", tmp_path / "two"]
+    processes = [start_on(host, [*TORCHRUN, *rendezvous(backend, n), *trainer]) for n, host in enumerate(hosts)]
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+    finally:
+        end_all(processes)
+    run_trainer(*arguments[len(TINY) :], "--run.out", tmp_path / "one", ranks=2)
+    runs = [
+        torch.load(tmp_path / run / "checkpoints" / "step-00000003.pt", weights_only=True) for run in ("one", "two")
+    ]
+    for name, weights in runs[0]["student"].items():
+        assert torch.equal(weights, runs[1]["student"][name]), name
+
+
+def ranks_on(hosts: list[str], command: list, **environment) -> list[subprocess.Popen]:
+    """A rank on each host, as srun starts them."""
+    master = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29400", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return [start_on(host, command, RANK=str(rank), **{**master, **environment}) for rank, host in enumerate(hosts)]
+
+
+def test_a_cable_that_is_pulled_is_told_on_both_hosts(hosts):
+    processes = ranks_on(hosts, [sys.executable, "-c", LOOP, 4, 0, "nothing"])
+    try:
+        assert processes[0].stdout.readline() == "now\n"
+        ip("-n", hosts[0], "link", "set", hosts[0], "down")
+        start = time.monotonic()
+        for rank, process in enumerate(processes):
+            _, error = process.communicate(timeout=30)
+            assert process.returncode == 1
+            assert re.search(rf"\[rank {rank}\] error: watchdog: lost rank {1 - rank} on \S+ in 'step: ", error), error
+        assert time.monotonic() - start < 15
+    finally:
+        end_all(processes)
+
+
+def test_hosts_that_gloo_cannot_connect_are_told_what_to_look_at(hosts):
+    """Both take the loopback for the network, as a machine does whose own name has the address 127.0.0.1."""
+    processes = ranks_on(hosts, [sys.executable, "-c", JOIN, 6], FACTS="{}", GLOO_SOCKET_IFNAME="lo")
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=40)
+            assert process.returncode == 1 and "GLOO_SOCKET_IFNAME=eth0 or the like sets it" in error, error
+    finally:
+        end_all(processes)

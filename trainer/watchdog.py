@@ -163,7 +163,9 @@ class Watchdog:
         self._seen: dict[int, Seen] = {}
         self._lost = ""
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._verdict: Verdict | None = None
+        targets = [self._watch] if world.is_main else [self._watch, self._talk]
+        self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
         self._store: dist.TCPStore | None = None
 
     def beat(self, where: str, patience_s: float = 0) -> None:
@@ -177,7 +179,8 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             self._open_store()
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -186,7 +189,8 @@ class Watchdog:
         proper = error is None or isinstance(error, SystemExit) or self._blames_another
         self._ended = "" if proper else f"{kind.__name__}: {' '.join(str(error).split())}"
         self._wake.set()
-        self._thread.join(_LINGER_S)
+        for thread in self._threads:
+            thread.join(_LINGER_S / 3)
         faulthandler.cancel_dump_traceback_later()
         if error is not None and self._world.size > 1:  # closing down may wait for ranks that are gone
             faulthandler.dump_traceback_later(_LINGER_S, exit=True, file=_STDERR)
@@ -211,16 +215,11 @@ class Watchdog:
     def _await_lost(self) -> str:
         """Who is lost, as soon as it is known."""
         deadline = time.monotonic() + (_SILENT_PERIODS + 3) * self._period_s + 1
-        named = ""
-        while not named and time.monotonic() < deadline:
+        while not self._lost and time.monotonic() < deadline:
             time.sleep(self._period_s / 4)
-            # the thread may hang at rank 0's store: then rank 0 is the one that is not heard
-            named = self._lost or lost(
-                {r: s for r, s in self._seen.items() if r == 0}, time.monotonic(), self._period_s
-            )
-        return named
+        return self._lost
 
-    # --- the thread ---
+    # --- the threads ---
 
     def _watch(self) -> None:
         look = self._look_alone if self._world.size == 1 else self._lead if self._world.is_main else self._follow
@@ -230,10 +229,7 @@ class Watchdog:
             limit_s = max(self._seconds, self._beat[2]) + _LINGER_S
             faulthandler.dump_traceback_later(limit_s, exit=True, file=_STDERR)
             over = look()
-            if self._ended is None:
-                self._wake.wait(self._period_s)
-            else:
-                time.sleep(self._period_s / 4)
+            self._pause()
 
     def _state(self) -> State:
         beats, where, patience_s = self._beat
@@ -266,9 +262,9 @@ class Watchdog:
             self._end(verdict, tell=True)
         if self._ended is None:
             return False
-        patience_s = _SILENT_PERIODS * self._period_s if self._ended else _LINGER_S / 3
-        all_ended = all(rank.state.ended is not None for rank in self._seen.values())
-        return all_ended or now_s - self._seen[0].moved_s > patience_s
+        silent_s = _SILENT_PERIODS * self._period_s
+        gone = (rank.state.ended is not None or now_s - rank.heard_s > silent_s for rank in self._seen.values())
+        return all(gone) or now_s - self._seen[0].moved_s > (silent_s if self._ended else _LINGER_S / 4)
 
     def _publish(self, verdict: Verdict | None) -> None:
         """Tell the others what rank 0 has found."""
@@ -276,18 +272,33 @@ class Watchdog:
         self._store.set("found", json.dumps({"leader": leader, "lost": self._lost, "verdict": verdict}))
 
     def _follow(self) -> bool:
-        """The others: publish, and read what rank 0 has found. Returns whether it is over."""
-        state = self._state()
-        if found := self._exchange(state):
-            self._note(0, State(**found["leader"]))
-            self._lost = found["lost"]
-            if found["verdict"] and state.ended is None:
-                self._end(Verdict(**found["verdict"]), tell=False)
-        now_s = time.monotonic()
+        """The others: act on what rank 0 has found, or on its silence. Returns whether it is over."""
+        ended, now_s = self._ended is not None, time.monotonic()
+        if self._verdict and not ended:
+            self._end(self._verdict, tell=False)
         self._lost = self._lost or lost(self._seen, now_s, self._period_s)
-        if state.ended is None and (verdict := judge_life(self._seen, now_s, self._seconds)):
+        if not ended and (verdict := judge_life(self._seen, now_s, self._seconds)):
             self._end(verdict, tell=True)
-        return state.ended is not None
+        return ended
+
+    def _talk(self) -> None:
+        """The others' second thread: publishes, and hears rank 0. It hangs in the store for as long as rank 0 does."""
+        over = False
+        while not over:
+            state = self._state()
+            found = self._exchange(state)
+            over = found is None or state.ended is not None
+            if found is not None:
+                self._note(0, State(**found["leader"]))
+                self._lost = found["lost"]
+                self._verdict = Verdict(**found["verdict"]) if found["verdict"] else None
+            self._pause()
+
+    def _pause(self) -> None:
+        if self._ended is None:
+            self._wake.wait(self._period_s)
+        else:
+            time.sleep(self._period_s / 4)
 
     def _end(self, verdict: Verdict, *, tell: bool) -> None:
         """End this process, after saying what is to be said here."""
