@@ -180,7 +180,6 @@ def test_a_rank_that_does_not_come_is_named_on_the_others():
 @pytest.mark.parametrize(
     ("rank", "environment", "message"),
     [
-        (0, {"MASTER_ADDR": "nohost.invalid"}, "rank 1 of 2 did not come within 2 s; rank 0 on "),
         (1, {"MASTER_ADDR": "nohost.invalid"}, "MASTER_ADDR 'nohost.invalid' has no address"),
         (1, {}, "nothing listens there: look whether rank 0 runs"),
         (0, {"MASTER_PORT": ""}, "MASTER_PORT is '': start several ranks with torchrun"),
@@ -200,6 +199,7 @@ def test_a_port_that_another_program_uses_is_one_line():
     assert "is no store of this run: set another MASTER_PORT" in one_line(rank1, 1)
 
 
+@pytest.mark.long
 def test_an_interface_that_is_not_there_is_told_by_the_first_collective():
     for rank, end in enumerate(join(2, 10, GLOO_SOCKET_IFNAME="none0")):
         assert "gloo does not connect them. Look at the interface it uses (GLOO_SOCKET_IFNAME=" in end[2]
@@ -228,6 +228,7 @@ with join_world("cpu", dict, 30) as world:
 """
 
 
+@pytest.mark.long
 def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
     (tmp_path / "restarted.py").write_text(RESTARTED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -372,6 +373,7 @@ def test_a_rank_that_hangs_is_named_on_rank_0_and_shows_its_stack():
     assert re.search(r'File "<string>", line \d+ in inputs', hanging[2]) and "error" not in hanging[2]
 
 
+@pytest.mark.long
 def test_a_rank_0_that_hangs_names_itself():
     hanging, waiting = stop(0, "sleep")
     assert "stacks of this process" in hanging[2] and "watchdog: no progress on rank 0 on" in hanging[2]
@@ -392,6 +394,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other(rank, other):
     assert ends[other][0] == 1 and "Traceback" not in ends[other][2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
 def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
     ends = stop(rank, "STOP")
@@ -399,7 +402,7 @@ def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
     assert ends[other][0] == 1
 
 
-@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), pytest.param(1, 0, marks=pytest.mark.long)])
 def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, other):
     ends = stop(rank, "error")
     assert ends[rank][0] == 1 and "IndexError: no such sample" in ends[rank][2] and "Traceback" in ends[rank][2]
@@ -407,9 +410,27 @@ def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, othe
     assert re.search(expected, one_line(ends[other], other))
 
 
+@pytest.mark.long
 def test_a_slow_checkpoint_is_not_a_hang():
     with Ranks(["-c", LOOP, 2, 0, "slow"], 2) as ranks:
         assert [(code, out, error) for code, out, error in ranks.end()] == [(0, "now\nover\n", ""), (0, "over\n", "")]
+
+
+def test_the_trainer_names_the_rank_that_was_killed_and_goes_on_from_its_checkpoint(digits, tmp_path):
+    arguments = ["--data.root", digits, "--run.out", tmp_path, "--run.checkpoint_every", 3, "--run.log_every", 1]
+    trainer = [REPOSITORY / "trainer" / "run.py", *TINY, *arguments]
+    with Ranks([*trainer, "--schedule.epochs", 400], 2) as ranks:
+        while "step 4 " not in (line := ranks.await_line(0)):
+            assert line, ranks.end()[0][2]
+        ranks.processes[1].kill()
+        _, error = ranks.processes[0].communicate(timeout=60)
+        assert ranks.processes[0].returncode == 1
+    named = (
+        r"\[rank 0\] error: lost rank 1 on \S+ in 'step \d+: (input|update)': silent for .* The run goes on from its"
+    )
+    assert re.fullmatch(named + ".*\n", error), error
+    done = run_trainer(*arguments, "--schedule.epochs", 400, "--run.stop_after_steps", 1)
+    assert "nothing to do" in done.stdout or "resuming after step" in done.stdout
 
 
 # --- SLURM ---
@@ -632,5 +653,24 @@ def test_hosts_that_gloo_cannot_connect_are_told_what_to_look_at(hosts):
         for process in processes:
             _, error = process.communicate(timeout=40)
             assert process.returncode == 1 and "GLOO_SOCKET_IFNAME=eth0 or the like sets it" in error, error
+    finally:
+        end_all(processes)
+
+
+@pytest.mark.long
+def test_the_trainer_on_two_hosts_ends_when_the_cable_is_pulled(digits, hosts, tmp_path):
+    arguments = [*TINY, "--data.root", digits, "--run.out", tmp_path, "--run.watchdog_s", 8, "--schedule.epochs", 400]
+    trainer = [REPOSITORY / "trainer" / "run.py", *arguments, "--run.log_every", 1]
+    processes = [start_on(host, [*TORCHRUN, *rendezvous("static", n), *trainer]) for n, host in enumerate(hosts)]
+    try:
+        while "step 60 " not in (line := processes[0].stdout.readline()):
+            assert line
+        ip("-n", hosts[0], "link", "set", hosts[0], "down")
+        start = time.monotonic()
+        for rank, process in enumerate(processes):
+            _, error = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert re.search(rf"\[rank {rank}\] error: watchdog: lost rank {1 - rank} on \S+ in 'step ", error), error
+        assert time.monotonic() - start < 40
     finally:
         end_all(processes)

@@ -158,7 +158,7 @@ class Watchdog:
         self._period_s = min(_PERIOD_S, seconds / 10)
         self._beat = (0, "setting up", float(SETUP_PATIENCE_S))
         self._ended: str | None = None
-        self._blames_another = False
+        self._blames_another = False  # an end that is the consequence of another's
         self._number = 0
         self._seen: dict[int, Seen] = {}
         self._lost = ""
@@ -203,9 +203,9 @@ class Watchdog:
         except RuntimeError as error:
             if self._world.size == 1 or not _of_a_collective(error):
                 raise
+            self._blames_another = True
             reason = str(error).strip().split("\n")[0]
             named = self._await_lost() if self._seconds else ""
-            self._blames_another = bool(named)
             raise UserError(
                 named
                 or f"the ranks have lost their connection, and none is known to be gone: look at their messages and "
