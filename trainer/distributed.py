@@ -90,7 +90,11 @@ def join_world(device: str, facts: Callable[[], dict] = dict, ready_s: float = 6
     store = ready.meet(rank, size, lambda: {"device": _own_device(device, local_rank).type, **facts()}, ready_s)
     own_device = _own_device(device, local_rank)
     ready.connect(store, rank, size, own_device, ready_s)
-    yield World(rank, size, local_size, own_device)
+    try:
+        yield World(rank, size, local_size, own_device)
+    except SystemExit:  # all ranks end early, on purpose
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
 
 

@@ -114,9 +114,10 @@ def lost(seen: dict[int, Seen], now_s: float, period_s: float) -> str:
 
 
 def _silent_line(ranks: list[int], seen: dict[int, Seen], now_s: float) -> str:
+    silent_s = now_s - min(seen[r].heard_s for r in ranks)
     return (
-        f"lost {_places(ranks, seen)}: silent for {now_s - min(seen[r].heard_s for r in ranks):.0f} s. The process or "
-        f"machine is gone or stopped, or the network between is cut. {_AGAIN}"
+        f"lost {_places(ranks, seen)}: last heard {silent_s:.0f} s ago. The process or machine is gone or stopped, or "
+        f"the network between is cut. {_AGAIN}"
     )
 
 
@@ -192,7 +193,8 @@ class Watchdog:
         for thread in self._threads:
             thread.join(_LINGER_S / 3)
         faulthandler.cancel_dump_traceback_later()
-        if error is not None and self._world.size > 1:  # closing down may wait for ranks that are gone
+        improper = error is not None and not isinstance(error, SystemExit)
+        if improper and self._world.size > 1:  # closing down may wait for ranks that are gone
             faulthandler.dump_traceback_later(_LINGER_S, exit=True, file=_STDERR)
 
     @contextlib.contextmanager
