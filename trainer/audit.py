@@ -14,7 +14,7 @@ _OPEN = {
     *("student.name", "teacher.checkpoint", "teacher.classes"),
     *("run.out", "run.seed", "run.device", "run.tf32", "run.channels_last", "run.eval_every"),
     *("run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.on_nonfinite", "run.log_every"),
-    *("run.eval_batch", "run.loggers", "run.stop_after_steps"),
+    *("run.eval_batch", "run.loggers", "run.stop_after_steps", "run.ready_s", "run.watchdog_s"),
 }
 
 

@@ -326,6 +326,8 @@ class RunConfig:
       log_every: steps between lines in metrics.jsonl.
       loggers: who gets these lines, too: tensorboard, wandb.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
+      ready_s: seconds within which all ranks must have come, and then have made their first collective.
+      watchdog_s: seconds without progress after which the run is ended, naming the rank that stopped; 0 never does it.
     """
 
     out: Path = Path("runs/default")
@@ -349,6 +351,8 @@ class RunConfig:
     log_every: int = 50
     loggers: list[str] = dataclasses.field(default_factory=list)
     stop_after_steps: int = 0
+    ready_s: float = 60
+    watchdog_s: float = 900
 
     def __post_init__(self):
         _require(self.device in ("auto", "cuda", "cpu"), f"run.device is '{self.device}', not auto, cuda or cpu")
@@ -365,7 +369,8 @@ class RunConfig:
         _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
         for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("keep_every", "stop_after_steps"):
+        _require(self.ready_s > 0, f"run.ready_s is {self.ready_s}; it must be positive")
+        for name in ("keep_every", "stop_after_steps", "watchdog_s"):
             _require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
         _require(
             self.micro_batch == "auto" or self.micro_batch >= 0,

@@ -3,15 +3,20 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
+from trainer import ready
 
 T = TypeVar("T")
+
+
+def _ignore(where: str, patience_s: float = 0) -> None:
+    """A beat where nobody listens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +27,15 @@ class World:
       rank, size: among all processes.
       local_size: processes on this machine.
       device: of this process.
+      beat: called with where this rank is, "step 12: input"; the watchdog listens (trainer/watchdog.py). All ranks call
+        it alike; a place where rank 0 may take long on its own is told with beat(where, seconds).
     """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    beat: Callable[..., None] = _ignore
 
     @property
     def is_main(self) -> bool:
@@ -71,13 +79,15 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one.
+def join_world(device: str, facts: Callable[[], dict] = dict, ready_s: float = 60) -> Iterator[World]:
+    """Join the processes that torchrun or srun started, or be the only one.
 
     Args:
       device: auto, cuda or cpu; auto is cuda where there is one. One rank a GPU; NCCL between GPUs, Gloo between CPUs.
+      facts: gives what must be equal on all ranks (trainer/ready.py); called where there are several.
+      ready_s: within which the ranks must have met, and after that have made their first collective.
     Raises:
-      UserError: a GPU was asked for and there is none for this rank.
+      UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect.
     """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -85,21 +95,32 @@ def join_world(device: str) -> Iterator[World]:
     )
     if size > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set and RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or mend the driver")
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU of its own, this machine has {torch.cuda.device_count()}: start "
-            "torchrun with --nproc-per-node up to that number, or use --run.device cpu"
-        )
-    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(torch_device)
-    if size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=torch_device if on_gpu else None)
+    if size == 1:
+        yield World(rank, size, local_size, _own_device(device, local_rank))
+        return
+    store = ready.meet(rank, size, lambda: {"device": _own_device(device, local_rank).type, **facts()}, ready_s)
+    own_device = _own_device(device, local_rank)
+    ready.connect(store, rank, size, own_device, ready_s)
     try:
-        yield World(rank, size, local_size, torch_device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        yield World(rank, size, local_size, own_device)
+    except SystemExit:  # all ranks end early, on purpose
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
+
+
+def _own_device(device: str, local_rank: int) -> torch.device:
+    """The device of this rank, made the current one."""
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if not on_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or mend the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own, this process sees {torch.cuda.device_count()}: start "
+            "torchrun with --nproc-per-node up to that number, srun without --gpus-per-task and --gpu-bind (each task "
+            "must see all GPUs of its machine), or use --run.device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

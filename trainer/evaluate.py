@@ -52,6 +52,7 @@ def evaluate(
         for images in batches:
             if interrupted():
                 break
+            world.beat("evaluation")
             pixels = normalize(images.images)
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):

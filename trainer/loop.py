@@ -23,6 +23,9 @@ from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainStep
 from trainer.teachers import chance_warning
 from trainer.telemetry import Stopwatch, Telemetry
+from trainer.watchdog import Beating
+
+DISK_PATIENCE_S = 3600  # a slow disk is no hang
 
 
 @dataclasses.dataclass
@@ -114,6 +117,7 @@ def loop(run: Run, telemetry: Telemetry) -> Outcome:
         if not outcome.evaluation and not outcome.signal and run.evaluate and run.state.step == run.total_steps:
             outcome = dataclasses.replace(outcome, evaluation=run.evaluate())  # of a run killed after its last step
         settle(run, telemetry)
+        run.world.beat("writing the last checkpoint", DISK_PATIENCE_S)
         run.writer.wait()
         refuse_failure(run, failed=True)
         return outcome
@@ -124,7 +128,8 @@ def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
-        return update(run, telemetry, Stopwatch(shown))
+        beating = Beating(shown, run.world.beat, lambda: f"step {run.state.step + 1}")
+        return update(run, telemetry, Stopwatch(beating))
 
 
 def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
@@ -179,6 +184,7 @@ def evaluate(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
 
 def save(run: Run) -> None:
     """Copy the state to the host; it is written while the training goes on. Every rank must call it."""
+    run.world.beat(f"checkpoint of step {run.state.step}", DISK_PATIENCE_S)
     local = run.step.local_statistics()
     run.state.rank_statistics = run.world.gather([] if local is None else [checkpoint.to_host(local)])
     if run.world.is_main:

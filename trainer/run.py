@@ -19,6 +19,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank would bury the line that names it
+
 import torch
 from torch import nn
 
@@ -55,11 +57,13 @@ from trainer.models import (
     synchronize_batch_norms,
 )
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
+from trainer.ready import facts
 from trainer.report import report_or_reason
 from trainer.schedule import ema_decay
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import Telemetry
+from trainer.watchdog import watched
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -73,7 +77,12 @@ def main(arguments: list[str] | None = None) -> None:
             if "--audit" in arguments:
                 print(audit_table(audit(config)))
                 return
-            with requeued_by_signals(), join_world(config.run.device) as world:
+            what_must_agree = functools.partial(facts, config)
+            with (
+                requeued_by_signals(),
+                join_world(config.run.device, what_must_agree, config.run.ready_s) as joined,
+                watched(joined, config.run.watchdog_s) as world,
+            ):
                 summary = train(config, world)
     except KeyboardInterrupt:
         message = "interrupted. Run the same command again: it goes on from the newest checkpoint, if there is one"
