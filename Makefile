@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What needs an NVIDIA GPU; `make test` skips it where there is none.
 gpu: setup
@@ -28,6 +28,7 @@ gpu: setup
 # Fault injection that takes minutes; `make test` keeps a short version of each.
 chaos: setup
 	$(BIN)/python -m pytest -m long -s
+	$(BIN)/python tools/chaos.py --runs 50
 
 lint: setup
 	$(BIN)/ruff check .

@@ -382,6 +382,12 @@ def test_auto_is_one_group_on_a_cpu_and_is_kept_by_a_run_that_goes_on(digits, tm
     assert "run.micro_batch auto: 16, one group, on a CPU" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
+def test_auto_is_found_by_trying_on_a_gpu(digits, tmp_path, capsys):
+    train_here(digits, tmp_path, "--run.micro_batch", "auto", "--run.device", "cuda", "--run.stop_after_steps", 2)
+    assert "run.micro_batch auto: 64, the largest that fits of a rank's 64 images" in capsys.readouterr().out
+
+
 def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
     from trainer.run import build
     from trainer.step import gray_batch

@@ -186,7 +186,7 @@ def save(run: Run) -> None:
     """Copy the state to the host; it is written while the training goes on. Every rank must call it."""
     run.world.beat(f"checkpoint of step {run.state.step}", DISK_PATIENCE_S)
     local = run.step.local_statistics()
-    run.state.rank_statistics = run.world.gather([] if local is None else [checkpoint.to_host(local)])
+    run.state.rank_statistics = [] if local is None else run.world.gather([checkpoint.to_host(local)])
     if run.world.is_main:
         config = run.config.run
         keep = (run.folder, config.keep_checkpoints, config.keep_every * config.checkpoint_every)
