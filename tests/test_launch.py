@@ -427,7 +427,7 @@ def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
     arguments = ["--data.root", digits, "--run.out", tmp_path, "--run.log_every", 1, "--run.watchdog_s", 10]
     trainer = [REPOSITORY / "trainer" / "run.py", *TINY, *arguments]
     with Ranks([*trainer, "--schedule.epochs", 400, "--run.eval_every", 400], 2) as ranks:
-        while "step 40 " not in (line := ranks.await_line(0)):
+        while "step 40/" not in (line := ranks.await_line(0)):
             assert line, ranks.end()[0][2]
         ranks.processes[1].kill()
         _, error = ranks.processes[0].communicate(timeout=60)
@@ -489,25 +489,41 @@ sys.exit(int(sys.argv[1]))
 """
 
 
+# The trainer itself, and word of its first step.
+TRAINER = """
+import os, sys, threading, time
+from pathlib import Path
+from trainer.run import main
+log = Path(sys.argv[sys.argv.index("--run.out") + 1]) / "metrics.jsonl"
+def tell():
+    while not log.exists() or '"train"' not in log.read_text():
+        time.sleep(0.05)
+    Path(f"ready-{os.environ['RANK']}").touch()
+threading.Thread(target=tell, daemon=True).start()
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """Runs train.sbatch as SLURM would, with a stand-in for the trainer. Returns the process and what was called."""
 
-    def run(code: int, **environment) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-        for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("rank.py", RANK)):
+    def run(program: str, *arguments, **environment) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        files = {"srun": SRUN, "scontrol": SCONTROL, "rank.py": RANK, "trainer.py": TRAINER}
+        for name, content in files.items():
             (tmp_path / name).write_text(content)
             (tmp_path / name).chmod(0o755)
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
         done = subprocess.run(
-            ["bash", str(REPOSITORY / "tools" / "slurm" / "train.sbatch"), "--run.out", "a b"],
+            ["bash", str(REPOSITORY / "tools" / "slurm" / "train.sbatch"), "--run.out", "a b", *map(str, arguments)],
             cwd=tmp_path,
             env={
                 **os.environ,
                 "PATH": f"{tmp_path}:{os.environ['PATH']}",
                 "PYTHONPATH": str(REPOSITORY),
                 "CALLS": str(calls),
-                "TRAIN_PROGRAM": f"{sys.executable} rank.py {code}",
+                "TRAIN_PROGRAM": f"{sys.executable} {program}",
                 "SLURM_JOB_ID": str(140000 + free_port() % 20000),
                 "SLURM_JOB_NODELIST": "some[1-2]",
                 "SLURM_NTASKS": "2",
@@ -525,7 +541,7 @@ def slurm(tmp_path):
 
 
 def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_path):
-    done, calls = slurm(75, SIGNAL="1")
+    done, calls = slurm("rank.py 75", SIGNAL="1")
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal with a checkpoint; job 1" in done.stdout
     requeues = [call for call in calls if call[:2] == ["scontrol", "requeue"]]
@@ -536,9 +552,21 @@ def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_
     assert {"--kill-on-bad-exit=0", "--cpu-bind=none", "--cpus-per-task=3"} <= set(srun)
 
 
+def test_the_trainer_goes_on_when_slurm_starts_its_job_again(slurm, tmp_path, digits):
+    arguments = [*TINY, "--data.root", digits, "--schedule.epochs", 20, "--run.eval_every", 20, "--run.log_every", 1]
+    done, calls = slurm("trainer.py", *arguments, SIGNAL="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "SIGUSR1: stopped after step" in done.stdout
+    assert len([call for call in calls if call[:2] == ["scontrol", "requeue"]]) == 1
+    done, calls = slurm("trainer.py", *arguments, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stdout and "finished after step 100 of 100" in done.stdout
+    assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_slurm_job_that_finished_or_failed_is_not_queued_again(slurm, code):
-    done, calls = slurm(code, SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1")
+    done, calls = slurm(f"rank.py {code}", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1")
     assert done.returncode == code
     assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
     assert ("is not put back into the queue" in done.stderr) == bool(code)

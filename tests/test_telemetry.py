@@ -79,7 +79,7 @@ def test_every_line_has_the_time_and_a_session_tells_where_it_runs(tmp_path):
     before = time.time()
     session(tmp_path, 0, 2)
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert all(before - 1 <= line["time"] <= time.time() for line in lines)
+    assert all(before - 1 <= line["time"] <= time.time() + 1 for line in lines)
     assert lines[0].keys() == {"kind", "step", "total_steps", "steps_per_epoch", "ranks", "host", "device", "time"}
     assert (lines[0]["ranks"], lines[0]["device"], lines[0]["total_steps"]) == (1, "cpu", 10)
 
