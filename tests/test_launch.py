@@ -509,7 +509,7 @@ def slurm(tmp_path):
     """Runs train.sbatch as SLURM would, with a stand-in for the trainer. Returns the process and what was called."""
 
     def run(program: str, *arguments, **environment) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-        files = {"srun": SRUN, "scontrol": SCONTROL, "rank.py": RANK, "trainer.py": TRAINER}
+        files = {"srun": SRUN, "scontrol": SCONTROL, "rank.py": RANK, "real.py": TRAINER}
         for name, content in files.items():
             (tmp_path / name).write_text(content)
             (tmp_path / name).chmod(0o755)
@@ -554,11 +554,11 @@ def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_
 
 def test_the_trainer_goes_on_when_slurm_starts_its_job_again(slurm, tmp_path, digits):
     arguments = [*TINY, "--data.root", digits, "--schedule.epochs", 20, "--run.eval_every", 20, "--run.log_every", 1]
-    done, calls = slurm("trainer.py", *arguments, SIGNAL="1", OMP_NUM_THREADS="1")
+    done, calls = slurm("real.py", *arguments, SIGNAL="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "SIGUSR1: stopped after step" in done.stdout
     assert len([call for call in calls if call[:2] == ["scontrol", "requeue"]]) == 1
-    done, calls = slurm("trainer.py", *arguments, OMP_NUM_THREADS="1")
+    done, calls = slurm("real.py", *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout and "finished after step 100 of 100" in done.stdout
     assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
