@@ -37,9 +37,10 @@ def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
     """Go on until `stop` with so many ranks."""
     if not os.fork():
         noting_batches(out)
-        chaos.RANKS = ranks
         arguments = [*chaos.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
-        codes = chaos.wait(chaos.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log")))
+        codes = chaos.wait(
+            chaos.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log"), ranks)
+        )
         os._exit(any(codes))
     if os.wait()[1]:
         sys.exit(out.with_suffix(".log").read_text())

@@ -95,29 +95,6 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(di
     assert json.loads((tmp_path / "summary.json").read_text())["finished"] is True
 
 
-def test_a_run_killed_between_checkpoints_and_resumed_is_bit_equal(digits, teacher, undisturbed, tmp_path):
-    arguments = ["--data.root", digits, "--run.out", tmp_path, *teacher, *DROPOUT, *EVERY_3]
-    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and any(line["step"] >= 8 for line in read_metrics(metrics))):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 6 <= newest(tmp_path)["step"] < 20
-    run_trainer(*arguments)
-    for part in ("student", "ema", "optimizer"):
-        assert_equal_states(newest(undisturbed)[part], newest(tmp_path)[part], part)
-    # every step is in the log once, with the loss of the undisturbed run
-    losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
-        for run in (undisturbed, tmp_path)
-    ]
-    assert losses[0] == losses[1]
-    assert [step for step, _ in losses[1]] == list(range(1, 21))
-
-
 def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed, teacher, tmp_path):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     before = newest(run)
@@ -231,14 +208,6 @@ def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(di
     evaluations = [read_metrics(tmp_path / ranks / "metrics.jsonl")[-2]["raw"] for ranks in ("1", "2")]
     assert evaluations[0]["images"] == evaluations[1]["images"] == 96
     assert evaluations[0]["loss"] == pytest.approx(evaluations[1]["loss"], rel=1e-3)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(digits, tmp_path):
-    arguments = ["--data.root", digits, "--run.checkpoint_every", 2]
-    run_trainer(*arguments, "--run.out", tmp_path / "a", "--run.stop_after_steps", 4)
-    run_trainer(*arguments, "--run.out", tmp_path / "a", "--run.stop_after_steps", 6, ranks=2)
-    run_trainer(*arguments, "--run.out", tmp_path / "b", "--run.stop_after_steps", 6)
-    assert_close_states(newest(tmp_path / "a")["student"], newest(tmp_path / "b")["student"], 1e-4)
 
 
 def test_micro_batches_change_only_what_batch_normalisation_sees(digits, tmp_path):

@@ -115,15 +115,21 @@ def make_dataset(folder: Path) -> Path:
     return folder / "dataset"
 
 
-def start(arguments: list[str], log: Path) -> list[int]:
+def start(arguments: list[str], log: Path, num_ranks: int = RANKS) -> list[int]:
     """Fork the ranks of a run. Returns their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [_fork(rank, port, arguments, log) for rank in range(RANKS)]
+    everywhere = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+    }
+    return [_fork({**everywhere, "RANK": rank, "LOCAL_RANK": rank}, arguments, log) for rank in range(num_ranks)]
 
 
-def _fork(rank: int, port: int, arguments: list[str], log: Path) -> int:
+def _fork(environment: dict, arguments: list[str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -132,9 +138,7 @@ def _fork(rank: int, port: int, arguments: list[str], log: Path) -> int:
         with open(log, "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-        os.environ.update({name: str(value) for name, value in places.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        os.environ.update({name: str(value) for name, value in environment.items()})
         trainer.main(arguments)
         code = 0
     except SystemExit as end:
