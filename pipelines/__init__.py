@@ -24,6 +24,9 @@ class Pipeline(Protocol):
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """The batch of each plan, in order. Close the iterator to stop early."""
 
+    def forget(self) -> None:
+        """Give back what is kept to be used again, between two calls of `batches`."""
+
 
 def resolve_pipeline(name: str, device: torch.device) -> str:
     """The pipeline that 'auto' stands for: DALI with a GPU, torchvision without."""

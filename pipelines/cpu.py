@@ -50,6 +50,9 @@ class TorchvisionPipeline:
         self._prefetch = prefetch
         self._reader = CheckedReader(index, on_bad)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """The batch of each plan, in order, made ahead in the background.
 

@@ -111,6 +111,10 @@ class DaliPipeline:
                 for plan, pixels in self._pixels(shape, same_shape):
                     yield self._finish(plan, pixels, pool)
 
+    def forget(self) -> None:
+        """Give back the memory of the graphs that were built so far."""
+        self._graphs.clear()
+
     def _build(self, shape: _Shape) -> "_Graph":
         return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), **self._options)
 

@@ -30,6 +30,9 @@ class SyntheticPipeline:
         self._maker = BatchMaker(index, device)
         self._device = device
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """The batch of each plan, in order."""
         images = torch.empty(0)

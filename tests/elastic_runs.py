@@ -54,6 +54,7 @@ def main() -> None:
         "changing": [(2, 10), (4, 15), (1, 20)],
         "four": [(4, 8)],
         "four-stopped": [(4, 3), (4, 8)],
+        **{f"one-update-{ranks}": [(ranks, 1)] for ranks in (1, 2, 4)},
         "own-statistics": [(2, 8, *OWN)],
         "own-statistics-stopped": [(2, 3, *OWN), (2, 8, *OWN)],
     }.items():

@@ -9,8 +9,8 @@ that torchrun would start.
 
 import argparse
 import collections
-import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +36,12 @@ from pipelines.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer
-from trainer.checkpoint import checkpoints, read
+from trainer.checkpoint import BEST, checkpoints, read
 from trainer.control import REQUEUE
 from trainer.quarantine import QUARANTINE, read_quarantine
 from trainer.telemetry import read_metrics
 
+Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
 SETTINGS = [
     *("--student.name", "test_resnet", "--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"),
@@ -87,7 +89,7 @@ def change_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
             file.write(bytes([byte ^ chance.randrange(1, 256)]))
 
 
-FAULTS = (kill_one, kill_all, preempt, truncate_newest, change_newest)
+FAULTS = (kill_one, preempt, truncate_newest, kill_all, change_newest)
 
 
 @dataclasses.dataclass
@@ -143,6 +145,8 @@ def _fork(environment: dict, arguments: list[str], log: Path) -> int:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -166,24 +170,28 @@ def wait(ranks: list[int]) -> list[int]:
     return [codes[pid] for pid in ranks]
 
 
-def disturbed(out: Path, arguments: list[str], duration_s: float, chance: random.Random, tally: Tally) -> None:
-    """A run that is broken once or more and started again until it ends."""
-    faults = chance.choices(FAULTS, k=chance.choice([1, 1, 2]))
+def running(ranks: list[int]) -> bool:
+    """Whether some rank has not ended; it is not waited for."""
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return any(os.waitid(os.P_PID, pid, ended) is None for pid in ranks)
+
+
+def disturbed(out: Path, arguments: list[str], duration_s: float, first: Fault, chance: random.Random, tally: Tally):
+    """A run that is broken once or twice, by `first` at first, and started again until it ends."""
     log = out.with_suffix(".log")
-    for fault in [*faults, None]:
+    for fault in [first, *chance.sample(FAULTS, chance.choice([0, 0, 1]))]:
         ranks = start(arguments, log)
-        begun = False
-        if fault is not None:
-            time.sleep(chance.uniform(0, duration_s))
-            begun = (out / "metrics.jsonl").exists()
-            with contextlib.suppress(ProcessLookupError):
-                fault(ranks, chance, out)
-                tally.faults[fault.__doc__.rstrip(".")] += 1
+        done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(out / "checkpoints")), default=0)
+        time.sleep(chance.uniform(0, duration_s * max(0.3, 1 - done / STEPS)))
+        begun = (out / "metrics.jsonl").exists()
+        if running(ranks):
+            fault(ranks, chance, out)
+            tally.faults[fault.__doc__.rstrip(".")] += 1
         codes = wait(ranks)
-        if fault is None and codes != [0] * RANKS:
-            raise UserError(f"{log}: the undisturbed rest ended with {codes}")
         if fault is preempt and begun and codes not in ([0] * RANKS, [REQUEUE] * RANKS):
             tally.wrong.append(f"{log}: exit codes {codes} after a signal")
+    if (codes := wait(start(arguments, log))) != [0] * RANKS:
+        raise UserError(f"the undisturbed rest ended with {codes}:\n{log.read_text()}")
 
 
 def compare(expected: Path, found: Path) -> list[str]:
@@ -196,6 +204,10 @@ def compare(expected: Path, found: Path) -> list[str]:
             for out in (expected, found)
         ]
         wrong += [f"the {kind} lines of metrics.jsonl"] if lines[0] != lines[1] else []
+    ends = [json.loads((out / "summary.json").read_text()) for out in (expected, found)]
+    wrong += [f"'{key}' of summary.json" for key in ("finished", "evaluation", "best") if ends[0][key] != ends[1][key]]
+    best = [read(out / "checkpoints" / BEST) for out in (expected, found)]
+    wrong += ["best.pt"] if not equal(best[0]["state_dict"], best[1]["state_dict"]) else []
     named = [sorted(map(str, read_quarantine(out / QUARANTINE))) for out in (expected, found)]
     wrong += ["quarantine.jsonl"] if named[0] != named[1] else []
     return [f"{found}: {what} differs" for what in wrong]
@@ -226,7 +238,8 @@ def chaos(folder: Path, runs: int, seed: int, progress: Callable = lambda items:
     duration_s = time.monotonic() - begin
     for number in progress(range(runs)):
         out = folder / f"run-{number:02d}"
-        disturbed(out, arguments(out), duration_s, random.Random(f"{seed} {number}"), tally)
+        chance = random.Random(f"{seed} {number}")
+        disturbed(out, arguments(out), duration_s, FAULTS[number % len(FAULTS)], chance, tally)
         tally.wrong += compare(peace, out)
     return tally
 
@@ -242,7 +255,7 @@ def to_markdown(tally: Tally, runs: int, seed: int, elapsed_s: float) -> str:
             f"Made by `python tools/chaos.py --runs {runs} --seed {seed}` ({elapsed_s / 60:.0f} minutes, "
             f"{os.cpu_count()} CPU cores, torch {torch.__version__.partition('+')[0]}): runs of {STEPS} steps with "
             f"{RANKS} ranks, each broken at one or two random moments and started again. {equal_runs} of {runs} ended "
-            "with weights, average, optimizer, log and quarantine bit-equal to those of a run left in peace.",
+            "with weights, average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace.",
             "",
             "| fault | times |",
             "|---|---|",

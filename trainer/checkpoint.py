@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipelines.files import replacing
 from pipelines.plan import BEFORE
 from trainer.config import Config, to_dict
 from trainer.optim import ModelEma
+from trainer.versions import package_versions
 
 FORMAT_VERSION = 1
 BEST = "best.pt"
@@ -191,10 +191,10 @@ class Writer:
 
 
 def _refuse_not_finite(content: dict) -> None:
-    for part in ("student", "state_dict"):
+    for part in ("student", "ema", "state_dict"):
         for name, value in (content.get(part) or {}).items():
             if value.is_floating_point() and not value.isfinite().all():
-                raise UserError(f"the student's {name} is not finite. Lower optim.lr or change run.precision")
+                raise UserError(f"'{name}' in '{part}' is not finite. Lower optim.lr or change run.precision")
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -208,16 +208,22 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prepare(folder: Path, step: int) -> None:
-    """Make a folder ready for a run that goes on after `step`.
+    """Make a folder ready for a run that goes on after `step`, once no other run is working in it.
 
-    Half files of processes that were killed are removed. Files of later steps, which can only be damaged, are put
-    aside under another name.
+    Half files of processes that were killed are removed. Files of later steps, which were found damaged, are put aside
+    under another name.
+
+    Raises:
+      UserError: a whole file of a later step has come since the run was set to `step`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.partial"):
         stale.unlink()
     for later in checkpoints(folder):
         if later > path_of(folder, step):
+            with contextlib.suppress(DamagedError):
+                read(later)
+                raise UserError(f"{later}: another run has written it meanwhile. Start again: it goes on from there")
             later.rename(later.with_suffix(".damaged"))
 
 
@@ -337,11 +343,7 @@ def _changes(saved: dict, current: dict) -> list[str]:
 
 def _software() -> dict[str, str]:
     """What pixels and gradients depend on in their last bits."""
-    versions = {"pipelines": str(PIXELS_VERSION)}
-    for package in ("pillow", "torch", "torchvision", "timm", "nvidia-dali-cuda120"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    return {"pipelines": str(PIXELS_VERSION), **package_versions()}
 
 
 def _newer_software(saved: dict[str, str]) -> list[str]:

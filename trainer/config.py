@@ -377,6 +377,11 @@ class RunConfig:
             f"run.micro_batch is {self.micro_batch}; it must not be negative",
         )
         _require(
+            self.micro_batch != "auto" or self.batch_norm != "sync",
+            "run.micro_batch is auto and run.batch_norm is sync, whose layers wait for all ranks, so that none can try "
+            "alone: set run.micro_batch to a number",
+        )
+        _require(
             self.on_nonfinite in ("stop", "rollback"),
             f"run.on_nonfinite is '{self.on_nonfinite}', not stop or rollback",
         )

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import World
+from trainer.ready import COLLECTIVE_TIMEOUT
 
 REQUEUE = 75  # EX_TEMPFAIL: run the same command again
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -70,7 +71,7 @@ class Control:
 
     def __init__(self, world: World):
         self._world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
         self._signal = 0
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -83,6 +84,8 @@ class Control:
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
         self._signal = self._signal or number
 
     def ask(self, failed: bool) -> Agreement:

@@ -79,12 +79,14 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device: str, facts: Callable[[], dict] = dict, ready_s: float = 60) -> Iterator[World]:
+def join_world(
+    device: str, facts: Callable[[torch.device], dict] = lambda _: {}, ready_s: float = 60
+) -> Iterator[World]:
     """Join the processes that torchrun or srun started, or be the only one.
 
     Args:
       device: auto, cuda or cpu; auto is cuda where there is one. One rank a GPU; NCCL between GPUs, Gloo between CPUs.
-      facts: gives what must be equal on all ranks (trainer/ready.py); called where there are several.
+      facts: gives, for a rank's device, what must be equal on all (trainer/ready.py); called where there are several.
       ready_s: within which the ranks must have met, and after that have made their first collective.
     Raises:
       UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect.
@@ -98,7 +100,12 @@ def join_world(device: str, facts: Callable[[], dict] = dict, ready_s: float = 6
     if size == 1:
         yield World(rank, size, local_size, _own_device(device, local_rank))
         return
-    store = ready.meet(rank, size, lambda: {"device": _own_device(device, local_rank).type, **facts()}, ready_s)
+
+    def describe() -> dict:
+        own_device = _own_device(device, local_rank)
+        return {"device": own_device.type, **facts(own_device)}
+
+    store = ready.meet(rank, size, describe, ready_s)
     own_device = _own_device(device, local_rank)
     ready.connect(store, rank, size, own_device, ready_s)
     try:

@@ -16,7 +16,7 @@ from trainer.distributed import World
 from trainer.step import TrainStep
 
 
-def settle_micro_batch(
+def choose_micro_batch(
     config: Config,
     plan: TrainPlan,
     state: TrainState,
@@ -33,7 +33,7 @@ def settle_micro_batch(
       make_step: (world, micro-batch) -> the update.
     """
     share = config.run.global_batch // world.size
-    if state.step and share % state.micro_batch == 0:
+    if state.micro_batch and share % state.micro_batch == 0:
         return f"run.micro_batch auto: {state.micro_batch}, as before"
     if world.device.type != "cuda":
         state.micro_batch = config.augment.mix_group
@@ -76,10 +76,17 @@ def rehearsal_fits(
         with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
             step.rehearse(next(batches))
             return True
-    except RuntimeError as error:  # PyTorch's OutOfMemoryError is one, and DALI has no type for it
-        if not any(words in str(error).lower() for words in ("out of memory", "memoryallocation")):
+    except (RuntimeError, UserError) as error:
+        if not is_out_of_memory(error):
             raise
         return False
     finally:
+        pipelines.of["train"].forget()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory was too small: PyTorch has a type for it, cuBLAS, cuDNN and DALI only have words."""
+    words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error).lower() for word in words)

@@ -88,7 +88,7 @@ class Outcome:
 
 
 class NonFiniteError(UserError):
-    """A loss that is not finite, at update `step`."""
+    """A loss or gradient that is not finite, at update `step`, which metrics.jsonl calls step + 1."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -119,12 +119,13 @@ def loop(run: Run, telemetry: Telemetry) -> Outcome:
         settle(run, telemetry)
         run.world.beat("writing the last checkpoint", DISK_PATIENCE_S)
         run.writer.wait()
-        refuse_failure(run, failed=True)
+        refuse_failure(run)
         return outcome
 
 
 def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     """Updates until the run ends, is stopped, or meets a loss that is not finite."""
+    assert run.step.micro_batches * run.state.micro_batch * run.world.size == run.plan.global_batch
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
@@ -139,19 +140,20 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
     saved, evaluation = state.step, {}
     while True:
         agreed = run.control.ask(bool(run.writer.failure))
-        refuse_failure(run, agreed.failed)
+        if agreed.failed:
+            refuse_failure(run)
         ends = bool(agreed.signal) or state.step == run.stop
         checkpoint_due = state.step > saved and (ends or state.step % config.run.checkpoint_every == 0)
         if state.step % config.run.log_every == 0 or run.evaluation_pending or checkpoint_due:
             log.write()
             settle(run, telemetry)
         if run.evaluation_pending and not agreed.signal:
-            evaluation = evaluate(run, telemetry)
+            evaluation = evaluate_weights(run, telemetry)
             log.restart()
             if not evaluation:  # given up for a signal, which all ranks are about to be told
                 continue
         if checkpoint_due:
-            save(run)
+            save(run, telemetry)
             saved = state.step
         if ends:
             complete = state.step == run.stop and not run.evaluation_pending
@@ -164,7 +166,7 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
         telemetry.advance(state.step)
 
 
-def evaluate(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
+def evaluate_weights(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
     """The metrics of the present weights, {} if a signal came; the best weights so far are kept."""
     results = run.evaluate(interrupted=lambda: bool(run.control.ask(False).signal))
     settle(run, telemetry)
@@ -182,8 +184,9 @@ def evaluate(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
     return results
 
 
-def save(run: Run) -> None:
+def save(run: Run, telemetry: Telemetry) -> None:
     """Copy the state to the host; it is written while the training goes on. Every rank must call it."""
+    telemetry.sync()  # a checkpoint must not outlive the lines up to it
     run.world.beat(f"checkpoint of step {run.state.step}", DISK_PATIENCE_S)
     local = run.step.local_statistics()
     run.state.rank_statistics = [] if local is None else run.world.gather([checkpoint.to_host(local)])
@@ -194,9 +197,9 @@ def save(run: Run) -> None:
         run.writer.submit(path, checkpoint.content_of(run.state), lambda: checkpoint.prune(*keep))
 
 
-def refuse_failure(run: Run, failed: bool) -> None:
-    """End the run on all ranks if a checkpoint could not be written."""
-    if failed and (failure := run.world.choice_of_main(run.writer.failure)):
+def refuse_failure(run: Run) -> None:
+    """End the run on all ranks if a checkpoint could not be written. Every rank must call it."""
+    if failure := run.world.choice_of_main(run.writer.failure):
         raise UserError(failure)
 
 
@@ -238,10 +241,11 @@ def restore_statistics(step: TrainStep, state: TrainState, world: World) -> None
 def roll_back(run: Run, telemetry: Telemetry) -> None:
     """Go back to the newest checkpoint."""
     run.writer.wait()
-    refuse_failure(run, failed=True)
-    step = run.state.step
+    refuse_failure(run)
+    step, micro_batch = run.state.step, run.state.micro_batch
     for note in resume(run.config.run, run.state, run.total_steps, run.world):
         telemetry.say(note)
+    run.state.micro_batch = micro_batch  # of this session: the update was made for it
     if run.state.step == step:
         raise UserError("there is no checkpoint to go back to. Lower optim.lr or change run.precision, and start again")
     restore_statistics(run.step, run.state, run.world)
@@ -262,12 +266,14 @@ class StepLog:
     def restart(self) -> None:
         self._sums = torch.zeros(3, device=self._run.world.device)  # loss, teacher_top1, agreement
         self._bad: list[torch.Tensor] = []  # of each step: bool [images of this rank]
+        self._bad_gradients: list[torch.Tensor] = []  # of each step: bool scalar
         self._start_s = time.perf_counter()
         self._waited_s = self._batches.waited_s
 
     def add(self, metrics: StepMetrics) -> None:
         self._sums += torch.stack([metrics.loss, metrics.teacher_top1, metrics.agreement])
         self._bad.append(metrics.bad)
+        self._bad_gradients.append(metrics.bad_gradients)
 
     def write(self) -> None:
         """A line about the steps since the last one, if there are any. Every rank must call it.
@@ -278,7 +284,7 @@ class StepLog:
         steps, state = len(self._bad), self._run.state
         if not steps:
             return
-        bad = torch.stack([rows.any() for rows in self._bad]).any()
+        bad = torch.stack([rows.any() for rows in self._bad] + self._bad_gradients).any()
         *sums, num_bad = self._run.world.sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
         loss, teacher_top1, agreement = (total / self._run.world.size / steps for total in sums)
         if num_bad or not math.isfinite(loss):
@@ -314,8 +320,10 @@ class StepLog:
         advice = "Lower optim.lr or change run.precision; the run goes on from its newest checkpoint, if there is one"
         mine = [
             (step, len(rows), self._names(step, rows[:3]))
-            for step, bad in enumerate(self._bad, start=last - len(self._bad))
-            if len(rows := bad.nonzero().flatten().tolist())
+            for step, (bad, gradients) in enumerate(
+                zip(self._bad, self._bad_gradients, strict=True), start=last - len(self._bad)
+            )
+            if len(rows := bad.nonzero().flatten().tolist()) or gradients
         ][:1]
         found = run.world.gather(mine)
         if not found:
@@ -325,8 +333,10 @@ class StepLog:
         first = min(step for step, _, _ in found)
         count = sum(num for step, num, _ in found if step == first)
         names = [name for step, _, names in found if step == first for name in names]
+        if not count:
+            return NonFiniteError(f"step {first + 1}: the gradient is not finite, though the loss is. {advice}", first)
         message = (
-            f"step {first}: the output of the student or the teacher is not finite for {count} of "
+            f"step {first + 1}: the output of the student or the teacher is not finite for {count} of "
             f"{run.config.run.global_batch} images: {', '.join(names[:3])}{', ...' if count > 3 else ''}. {advice}"
         )
         return NonFiniteError(message, first)

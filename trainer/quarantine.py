@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,5 @@ def _append(path: Path, lines: list[dict]) -> None:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())

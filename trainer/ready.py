@@ -9,7 +9,6 @@ restarts, and the restart counts of two agents may differ.
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -28,6 +27,7 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from pipelines.index import read_manifest
 from trainer.config import Config, to_dict
+from trainer.versions import package_versions
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.
@@ -38,7 +38,6 @@ MAY_DIFFER = {
     *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decoder_padding_mib"),
     *("student.checkpoint", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
 }
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "nvidia-dali-cuda120")
 _FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
 _GRACE_S = 5.0  # the others wait a little longer than rank 0, to hear what it has to say
@@ -74,17 +73,11 @@ def code_version() -> dict[str, str | None]:
     repository = Path(__file__).resolve().parents[1]
     sources = sorted(path for folder in _FOLDERS for path in (repository / folder).rglob("*.py"))
     files = {f"source file {path.relative_to(repository)}": _short_hash(path.read_bytes()) for path in sources}
-    return {**files, **{f"version of {package}": _version(package) for package in _PACKAGES}}
+    return {**files, **{f"version of {package}": version for package, version in package_versions().items()}}
 
 
 def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 # --- meeting ---

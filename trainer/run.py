@@ -44,7 +44,7 @@ from trainer.data import (
 )
 from trainer.distributed import World, join_world
 from trainer.evaluate import evaluate
-from trainer.fitting import settle_micro_batch
+from trainer.fitting import choose_micro_batch
 from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
             if "--audit" in arguments:
                 print(audit_table(audit(config)))
                 return
-            what_must_agree = functools.partial(facts, config)
+            agree = functools.partial(what_must_agree, config)
             with (
                 requeued_by_signals(),
-                join_world(config.run.device, what_must_agree, config.run.ready_s) as joined,
+                join_world(config.run.device, agree, config.run.ready_s) as joined,
                 watched(joined, config.run.watchdog_s) as world,
             ):
                 summary = train(config, world)
@@ -90,6 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     if stopped_by := summary["session"].get("stopped_by"):
         sys.exit(exit_code(signal.Signals[stopped_by]))
+
+
+def what_must_agree(config: Config, device: torch.device) -> dict:
+    """Of all ranks: besides the configuration, what `auto` comes to on their devices."""
+    return {**facts(config), "the precision": str(resolve_precision(config.run.precision, device))}
 
 
 @contextlib.contextmanager
@@ -142,9 +147,12 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / "summary.json"
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    if start_step >= run.stop and not run.evaluation_pending and world.choice_of_main(summary_path.exists()):
+    summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else None)
+    if summary and start_step >= run.stop and not run.evaluation_pending:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
-        return json.loads(summary_path.read_text())
+        return summary
+    if world.is_main:
+        summary_path.unlink(missing_ok=True)  # of an earlier session
     with telemetry.live():
         outcome = loop(run, telemetry)
     elapsed_s = time.perf_counter() - start_s
@@ -174,6 +182,15 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         if summary["finished"]:
             telemetry.say(report_or_reason(config.run.out))
     return summary
+
+
+def read_summary(path: Path, step: int) -> dict | None:
+    """The summary of a session that came to its end after `step`; None if there is none."""
+    try:
+        summary = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return summary if summary["step"] == step and "stopped_by" not in summary["session"] else None
 
 
 def ending(run: Run, signal_number: int) -> str:
@@ -214,9 +231,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
-    student, teacher = build_models(config, index.num_classes, classes)
-    if config.run.batch_norm == "sync":
-        student = synchronize_batch_norms(student, world)
+    student, teacher = build_models(config, index.num_classes, classes, world)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -233,21 +248,15 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         return build_step(config, state, teacher, normalize, precision, micro_batch, world)
 
     if config.run.micro_batch == "auto":
-        notes.append(settle_micro_batch(config, plan, state, pipelines, world, make_step))
+        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step))
     else:
         state.micro_batch = micro_batch
     evaluation = None
     if val_index is not None:
-        evaluation = functools.partial(
-            evaluate,
-            {"raw": student, **({"ema": state.ema.module} if state.ema else {})},
-            normalize,
-            pipelines.of["val"],
-            EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation),
-            batch=config.run.eval_batch,
-            precision=precision,
-            world=world,
-        )
+        val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
+        weights = {"raw": student, **({"ema": state.ema.module} if state.ema else {})}
+        how = {"batch": config.run.eval_batch, "precision": precision, "world": world}
+        evaluation = functools.partial(evaluate, weights, normalize, pipelines.of["val"], val_plan, **how)
     return Run(
         config=config,
         world=world,
@@ -264,7 +273,9 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     )
 
 
-def build_models(config: Config, num_classes: int, classes: list[str] | None) -> tuple[nn.Module, Teachers | None]:
+def build_models(
+    config: Config, num_classes: int, classes: list[str] | None, world: World
+) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
     Models that take one size alone are built for the last one, or for teacher.image_size. `classes` are the dataset's.
@@ -275,6 +286,8 @@ def build_models(config: Config, num_classes: int, classes: list[str] | None) ->
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
     refuse_outputs(student, config.student.name, num_classes, sizes[-1])
+    if config.run.batch_norm == "sync":
+        student = synchronize_batch_norms(student, world)
     return student, build_teachers(config, num_classes, classes)
 
 

@@ -1,6 +1,7 @@
 """RUN/samples.png: what the student saw first, after augmentation and mixing."""
 
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,11 @@ _GAP_PX = 4
 
 def keep_samples(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
     """The batches as they are; images of the first are saved as `path`, unless a file is there."""
-    for batch in batches:
+    for batch in itertools.islice(batches, 1):
         if not path.exists():
             write_synced(path, strip_png(mix_pixels(batch)))
         yield batch
+    yield from batches
 
 
 def strip_png(pixels: torch.Tensor) -> bytes:

@@ -26,12 +26,14 @@ class StepMetrics:
     Attributes:
       loss: float32 scalar, mean over this rank's images.
       bad: bool [images of this rank], in the order of their positions: where a model's output is not finite.
+      bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler looks after that.
       teacher_top1, agreement: float32 scalars, shares of this rank's images where the teacher's best class is the
         label, and where it is the student's best (trainer/teachers.py); 0 without a teacher.
     """
 
     loss: torch.Tensor
     bad: torch.Tensor
+    bad_gradients: torch.Tensor
     teacher_top1: torch.Tensor
     agreement: torch.Tensor
 
@@ -118,6 +120,7 @@ class TrainStep:
             bad.append(bad_rows)
             agreed += shares / self._micro_batches
         self._statistics.end()
+        bad_gradients = self._bad_gradients()
         if self._clip is not None:
             self._scaler.unscale_(self._optimizer)
             self._clip()
@@ -125,7 +128,19 @@ class TrainStep:
         self._scaler.update()
         if self._ema is not None:
             self._ema.update(self._ema_decay(number))
-        return StepMetrics(total, torch.cat(bad), *agreed.unbind())
+        return StepMetrics(total, torch.cat(bad), bad_gradients, *agreed.unbind())
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes an update on this rank."""
+        return self._micro_batches
+
+    def _bad_gradients(self) -> torch.Tensor:
+        """Whether a gradient is not finite: bool scalar on the device."""
+        if self._scaler.is_enabled():  # leaves such an update out, and tries a smaller scale
+            return torch.zeros((), dtype=torch.bool, device=self._device)
+        gradients = [p.grad for p in self._student.parameters() if p.grad is not None]
+        return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
     def local_statistics(self) -> list[torch.Tensor] | None:
         """This rank's running statistics where ranks differ (run.batch_norm none, several ranks), else None.

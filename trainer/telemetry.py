@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pipelines.errors import UserError
 from pipelines.files import write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
@@ -93,7 +95,7 @@ class Telemetry:
         self._step = step
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._file = None  # open in a session, on rank 0
         self._pace = Pace(total_steps)
         self._latest = ""  # what the last train line said, for the progress line
@@ -134,6 +136,11 @@ class Telemetry:
         self._step = step
         self._pace.advance(step)
         self._show()
+
+    def sync(self) -> None:
+        """See that what was written is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
         """The run goes back to `step` within a session: later lines are dropped, they will be written again."""
@@ -179,8 +186,14 @@ class Telemetry:
         record = {**record, "time": round(time.time(), 3)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink(record)
+        for sink in list(self._sinks):
+            try:
+                sink(record)
+            except UserError:
+                raise
+            except Exception as error:  # a training of days does not end because somebody's server does not answer
+                self._sinks.remove(sink)
+                self.say(f"run.loggers: {type(sink).__name__} gets no more numbers ({type(error).__name__}: {error})")
 
 
 def _open_log(path: Path, step: int):
@@ -192,9 +205,9 @@ def _open_log(path: Path, step: int):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut off is left out."""
-    *lines, last = [*path.read_text().split("\n")]  # a whole file ends in a newline, so the last part is empty
-    with contextlib.suppress(json.JSONDecodeError):
-        json.loads(last)
-        lines.append(last)
-    return [json.loads(line) for line in lines]
+    """The lines of a metrics.jsonl; one that was cut off, or lost when the power went, is left out."""
+    lines = []
+    for line in path.read_text(errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines

@@ -99,8 +99,15 @@ def judge_life(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict |
     silent = [r for r, rank in seen.items() if rank.state.ended is None and now_s - rank.heard_s > seconds]
     if silent:
         return Verdict(silent, _silent_line(silent, seen, now_s))
-    ended = [r for r, rank in seen.items() if rank.state.ended and now_s - rank.moved_s > _LINGER_S]
+    ended = [r for r, rank in seen.items() if _leaves_others(rank.state) and now_s - rank.moved_s > _LINGER_S]
+    if all(rank.state.ended is not None for rank in seen.values()):
+        return None
     return Verdict(ended, _ended_line(ended[0], seen[ended[0]].state)) if ended else None
+
+
+def _leaves_others(state: State) -> bool:
+    """Whether a rank has ended with an error, or while it was set up, so that others wait for it in vain."""
+    return bool(state.ended) or (state.ended == "" and not state.beats)
 
 
 def lost(seen: dict[int, Seen], now_s: float, period_s: float) -> str:
@@ -133,7 +140,8 @@ def _stuck_line(ranks: list[int], seen: dict[int, Seen], now_s: float) -> str:
 
 
 def _ended_line(rank: int, state: State) -> str:
-    return f"rank {rank} on {state.host} ended in '{state.where}': {state.ended}. {_AGAIN}"
+    why = state.ended or "without an error, most likely by a signal"
+    return f"rank {rank} on {state.host} ended in '{state.where}': {why}. {_AGAIN}"
 
 
 def _places(ranks: list[int], seen: dict[int, Seen]) -> str:
