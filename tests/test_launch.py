@@ -20,6 +20,7 @@ from trainer import ready
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.ready import facts, ranks_text
+from trainer.run import what_must_agree
 from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -148,7 +149,7 @@ import json, os, sys
 from pipelines.errors import UserError, exit_on_user_error
 from trainer.distributed import join_world
 
-def facts():
+def facts(_device):
     found = json.loads(os.environ["FACTS"])
     if os.environ["RANK"] in found:
         raise UserError(found[os.environ["RANK"]])
@@ -220,7 +221,7 @@ def test_the_trainer_refuses_ranks_with_other_settings_and_writes_nothing(digits
 RESTARTED = """
 import os, sys
 from trainer.distributed import join_world
-with join_world("cpu", dict, 30) as world:
+with join_world("cpu", lambda _: {}, 30) as world:
     world.barrier()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         sys.exit(3)
@@ -288,6 +289,21 @@ def test_silence_comes_before_standing_still_and_an_error_is_passed_on():
     assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in lost(ended, 0, 2)
     assert lost(seen((1, "a", 1, 1), (1, "a", 7, 7)), 0, 2) == ""
     assert "lost rank 1 on host1" in lost(seen((1, "a", 1, 1), (1, "a", 9, 9)), 0, 2)
+
+
+def test_a_rank_that_ended_while_all_were_set_up_is_named_and_one_that_had_done_its_part_is_not():
+    assert (
+        "rank 1 on host1 ended in 'setting up': without an error"
+        in judge(seen((0, "setting up", 1, 40, 3600.0), (0, "setting up", 31, 31, 0.0, "")), 0, 60).line
+    )
+    done = seen((0, "setting up", 31, 31, 0.0, ""), (0, "setting up", 31, 31, 0.0, ""))
+    assert judge(done, 0, 60) is None
+
+
+def test_ranks_whose_devices_would_compute_otherwise_do_not_agree():
+    config = parse([])
+    assert what_must_agree(config, ONE.device)["the precision"] == "torch.float32"
+    assert what_must_agree(parse(["--run.precision", "bf16"]), ONE.device)["the precision"] == "torch.bfloat16"
 
 
 def test_beats_say_who_waits_for_input_and_who_works():

@@ -94,6 +94,17 @@ def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
     assert_same_end(undisturbed, tmp_path)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)])
+def test_a_signal_while_the_program_is_loaded_ends_it_quietly(tmp_path, number, code):
+    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, "--run.out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    handled = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", handled.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == code
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsys):
     at_step(monkeypatch, 6, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(SystemExit) as end:
@@ -123,7 +134,7 @@ def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed,
     assert newest(tmp_path)["step"] == step and newest(tmp_path)["evaluated"] == step - 5
     assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
     assert train_here(digits, tmp_path)["finished"]
-    assert_same_end_but_for_evaluated(undisturbed, tmp_path, step)
+    assert_same_end(undisturbed, tmp_path)
     evaluations = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
     assert evaluations == [5, 10, 15, 20]
 
@@ -131,13 +142,6 @@ def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed,
 def signalling(*_):
     signal.raise_signal(signal.SIGTERM)
     return torch.zeros(4, dtype=torch.float64)
-
-
-def assert_same_end_but_for_evaluated(a: Path, b: Path, step: int) -> None:
-    """A run that was stopped in its last evaluation has written its last checkpoint before."""
-    a, b = newest(a), newest(b)
-    parts = [part for part in STATE if step < 20 or part not in ("evaluated", "best")]
-    assert [part for part in parts if not equal(a[part], b[part])] == []
 
 
 # --- other numbers of ranks ---
@@ -324,14 +328,18 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
     )
 
 
-def test_damaged_checkpoints_alone_begin_a_run_anew_and_are_put_aside(digits, undisturbed, tmp_path, capsys):
+def test_a_damaged_first_checkpoint_begins_a_run_anew_and_later_ones_are_refused(digits, undisturbed, tmp_path, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     for path in checkpoints(run / "checkpoints"):
         path.write_bytes(b"")
     train_here(digits, run)
-    assert "there is none before it: the run begins anew" in capsys.readouterr().out
+    assert "it was the first: the run begins anew" in capsys.readouterr().out
     assert_same_end(undisturbed, run)
     assert [path.name for path in (run / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
+    with pytest.raises(UserError, match="step-00000020.pt: damaged .* no other checkpoint is whole. Restore one, or"):
+        for path in checkpoints(run / "checkpoints"):
+            path.write_bytes(b"")
+        train_here(digits, run, "--run.checkpoint_every", 10)
 
 
 # --- losses that are not finite ---

@@ -202,6 +202,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's file."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-*.pt"))
@@ -230,7 +235,7 @@ def prepare(folder: Path, step: int) -> None:
 def prune(folder: Path, keep: int, every: int) -> None:
     """Delete all but the `keep` newest checkpoints and those of steps that `every` divides; 0 divides none."""
     for old in checkpoints(folder)[:-keep]:
-        if not every or int(old.stem.removeprefix("step-")) % every:
+        if not every or step_of(old) % every:
             old.unlink()
 
 
@@ -274,7 +279,7 @@ def read(path: Path) -> dict:
         ) from error
     except Exception as error:  # torch, pickle and zipfile each raise errors of their own
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason[:200]})") from error
+        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason[:100]})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
     digest = content.pop("digest", None)  # files of earlier versions have none

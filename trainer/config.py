@@ -457,6 +457,7 @@ def _check_keys(arguments: list[str]) -> None:
         if not argument.startswith("--"):
             continue
         key, _, value = argument[2:].partition("=")
+        key = key.removesuffix("+")  # adds to a list
         value = value or "".join(arguments[i + 1 : i + 2])
         if key in _SECTIONS and not Path(value).is_file():
             raise UserError(f"--{key} takes a YAML file, and {value or 'nothing'} is none; did you mean '--{key}.KEY'?")

@@ -137,13 +137,14 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
     """The updates themselves, and what comes between them in the order in which it happens."""
     config, state = run.config, run.state
     log = StepLog(run, telemetry, batches)
-    saved, evaluation = state.step, {}
+    unsaved, evaluation = False, {}
+    set_rate(run, max(state.step - 1, 0))  # as it was: a checkpoint may be written before the next update
     while True:
         agreed = run.control.ask(bool(run.writer.failure))
         if agreed.failed:
             refuse_failure(run)
         ends = bool(agreed.signal) or state.step == run.stop
-        checkpoint_due = state.step > saved and (ends or state.step % config.run.checkpoint_every == 0)
+        checkpoint_due = ends or state.step % config.run.checkpoint_every == 0
         if state.step % config.run.log_every == 0 or run.evaluation_pending or checkpoint_due:
             log.write()
             settle(run, telemetry)
@@ -152,22 +153,29 @@ def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
             log.restart()
             if not evaluation:  # given up for a signal, which all ranks are about to be told
                 continue
-        if checkpoint_due:
+            unsaved = True
+        if checkpoint_due and unsaved:
             save(run, telemetry)
-            saved = state.step
+            unsaved = False
         if ends:
             complete = state.step == run.stop and not run.evaluation_pending
             return Outcome(evaluation, 0 if complete else agreed.signal)
-        set_learning_rate(
-            state.optimizer, learning_rate(state.step // run.plan.steps_per_epoch, config.optim, config.schedule)
-        )
+        set_rate(run, state.step)
         log.add(run.step(batches, state.step))
         state.step += 1
+        unsaved = True
         telemetry.advance(state.step)
+
+
+def set_rate(run: Run, step: int) -> None:
+    """Set the learning rate of an update."""
+    epoch = step // run.plan.steps_per_epoch
+    set_learning_rate(run.state.optimizer, learning_rate(epoch, run.config.optim, run.config.schedule))
 
 
 def evaluate_weights(run: Run, telemetry: Telemetry) -> dict[str, dict[str, float]]:
     """The metrics of the present weights, {} if a signal came; the best weights so far are kept."""
+    telemetry.evaluating()
     results = run.evaluate(interrupted=lambda: bool(run.control.ask(False).signal))
     settle(run, telemetry)
     if not results:
@@ -220,7 +228,7 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
         path, content, damaged = checkpoint.newest_whole(checkpoint_folder(config))
     path, damaged = world.choice_of_main((path, damaged))
     if path is None:
-        return [f"{line}; there is none before it: the run begins anew" for line in damaged]
+        return begin_anew(config, damaged)
     notes = [f"{line}; going on from an earlier one, {path.name}" for line in damaged]
     changes = checkpoint.load(path, content or checkpoint.read(path), state)
     notes += [f"changed since the checkpoint: {change}" for change in changes]
@@ -230,6 +238,20 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
             "or start a new run with another --run.out"
         )
     return notes
+
+
+def begin_anew(config: RunConfig, damaged: list[str]) -> list[str]:
+    """What to say where no checkpoint is whole: nothing where there is none, and where the first alone was damaged.
+
+    Raises:
+      UserError: more is lost than up to the first checkpoint.
+    """
+    newest = max((checkpoint.step_of(path) for path in checkpoint.checkpoints(checkpoint_folder(config))), default=0)
+    if newest > config.checkpoint_every:
+        raise UserError(
+            f"{damaged[0]}; no other checkpoint is whole. Restore one, or begin anew with another --run.out"
+        )
+    return [f"{line}; it was the first: the run begins anew" for line in damaged]
 
 
 def restore_statistics(step: TrainStep, state: TrainState, world: World) -> None:
@@ -335,8 +357,9 @@ class StepLog:
         names = [name for step, _, names in found if step == first for name in names]
         if not count:
             return NonFiniteError(f"step {first + 1}: the gradient is not finite, though the loss is. {advice}", first)
+        whose = "the student" if run.config.teacher.name is None else "the student or a teacher"
         message = (
-            f"step {first + 1}: the output of the student or the teacher is not finite for {count} of "
+            f"step {first + 1}: the output of {whose} is not finite for {count} of "
             f"{run.config.run.global_batch} images: {', '.join(names[:3])}{', ...' if count > 3 else ''}. {advice}"
         )
         return NonFiniteError(message, first)

@@ -4,13 +4,18 @@ python trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
 torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root OUT --run.out RUN
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports take seconds, and there is nothing to save yet: end without a traceback
+    for _number, _code in ((signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75)):
+        signal.signal(_number, lambda *_, code=_code: os._exit(code))
+
 import contextlib
 import errno
 import functools
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +37,7 @@ from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
-from trainer.control import INTERRUPTED, Control, exit_code, requeued_by_signals
+from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
 from trainer.data import (
     DECODE,
     dataset_classes,
@@ -65,11 +70,18 @@ from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import Telemetry
 from trainer.watchdog import watched
 
+SUMMARY = "summary.json"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    with handling({signal.SIGINT: signal.default_int_handler}):
+        command(arguments)
+
+
+def command(arguments: list[str] | None) -> None:
+    """What the command line says; ends the process where that is not done."""
     try:
         with exit_on_user_error(), full_disk_is_told():
             arguments = sys.argv[1:] if arguments is None else arguments
@@ -125,11 +137,6 @@ def train(config: Config, world: World) -> dict:
     with control.catching_signals(), contextlib.ExitStack() as stack:
         run = build(config, world, control)
         stack.enter_context(claimed(config.run.out, world))
-        if world.is_main:
-            checkpoint.prepare(run.folder, run.state.step)
-            write_synced(config.run.out / "config.yaml", to_yaml(config).encode())
-            if "device" in run.pipelines.decode:
-                write_synced(config.run.out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
         telemetry = Telemetry(
             config.run.out,
             world,
@@ -144,7 +151,7 @@ def train(config: Config, world: World) -> dict:
 def conduct(run: Run, telemetry: Telemetry) -> dict:
     """Go through a run that was built. Returns the summary."""
     config, world = run.config, run.world
-    summary_path = config.run.out / "summary.json"
+    summary_path = config.run.out / SUMMARY
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
     summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else None)
@@ -152,7 +159,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
         return summary
     if world.is_main:
-        summary_path.unlink(missing_ok=True)  # of an earlier session
+        prepare(run)
     with telemetry.live():
         outcome = loop(run, telemetry)
     elapsed_s = time.perf_counter() - start_s
@@ -184,6 +191,16 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     return summary
 
 
+def prepare(run: Run) -> None:
+    """Make the folder ready for a session."""
+    out = run.config.run.out
+    checkpoint.prepare(run.folder, run.state.step)
+    (out / SUMMARY).unlink(missing_ok=True)  # of an earlier session
+    write_synced(out / "config.yaml", to_yaml(run.config).encode())
+    if "device" in run.pipelines.decode:
+        write_synced(out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
+
+
 def read_summary(path: Path, step: int) -> dict | None:
     """The summary of a session that came to its end after `step`; None if there is none."""
     try:
@@ -201,7 +218,7 @@ def ending(run: Run, signal_number: int) -> str:
             f"{signal.Signals(signal_number).name}: stopped {where}. Run the same command again: it goes on from there"
         )
     state = "finished" if run.state.step == run.total_steps else "stopped"
-    return f"{state} {where}: {run.config.run.out / 'summary.json'}"
+    return f"{state} {where}: {run.config.run.out / SUMMARY}"
 
 
 def refuse_unwritable(out: Path) -> None:

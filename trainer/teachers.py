@@ -146,7 +146,8 @@ def chance_warning(hits: float, images: int, num_classes: int) -> str | None:
         return None
     return (
         f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: its classes "
-        "may be in another order than the dataset's. Name them with teacher.classes FILE, and check teacher.checkpoint"
+        "may be in another order than the dataset's. Name them with teacher.classes FILE, and check teacher.checkpoint "
+        "and teacher.image_size"
     )
 
 
@@ -247,6 +248,12 @@ def match_outputs(
     """
     if config.classes is not None:
         listed, source = read_classes(config.classes), config.classes
+        own = saved.classes if saved is not None and saved.classes else listed
+        if own != listed and sorted(own) == sorted(listed):
+            raise UserError(
+                f"{source}: names the classes in another order than {config.checkpoint}, which names its own. Leave "
+                f"{key}.classes out"
+            )
     elif saved is not None and saved.classes is not None:
         listed, source = saved.classes, config.checkpoint
     else:

@@ -142,6 +142,11 @@ class Telemetry:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def evaluating(self) -> None:
+        """An evaluation begins."""
+        self._latest = "evaluating  "
+        self._show()
+
     def rewind(self, step: int) -> None:
         """The run goes back to `step` within a session: later lines are dropped, they will be written again."""
         if self._file is not None:
