@@ -156,6 +156,31 @@ def test_clipping_waits_for_nothing(clip):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_an_update_waits_for_nothing(digits, tmp_path, model):
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    arguments = [
+        "--data.root",
+        str(digits),
+        "--run.out",
+        str(tmp_path),
+        "--run.device",
+        "cuda",
+        "--run.precision",
+        "bf16",
+    ]
+    run = build(parse([*TINY, *arguments, "--student.name", model, "--optim.clip_norm", "1"]), world)
+    batches = first_batches(run, 2)
+    run.step(iter(batches[:4]), 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step(iter(batches[4:]), 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # --- BatchNorm over two ranks ---
 
 RANK_SCRIPT = """

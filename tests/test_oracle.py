@@ -163,6 +163,7 @@ def assert_follows(ours: dict, theirs: torch.nn.Module, outliers: int) -> None:
     }
     assert ours.keys() == theirs.state_dict().keys()
     assert sum((apart[name] > TOLERANCE).sum().item() for name in weights) <= outliers
+    assert max(apart[name].max().item() for name in weights) <= 1e-3
     for name, buffer in theirs.named_buffers():
         if "running" in name:
             assert apart[name].max() <= 5e-5 * max(1.0, buffer.abs().max().item()), name

@@ -48,10 +48,10 @@ SETTINGS = [
     *("--teacher.name", "null", "--data.image_size", "32", "--augment.mix_group", "16", "--run.global_batch", "64"),
     *("--data.max_bad_fraction", "0.05", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "6", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
-    *("--run.checkpoint_every", "3", "--run.log_every", "1"),
+    *("--run.checkpoint_every", "3", "--run.log_every", "1", "--run.ready_s", "20"),
 ]
 STEPS = 30
-_PATIENCE_S = 60.0  # a rank that is still there so long after the other has died hangs
+_PATIENCE_S = 90.0  # a rank that is still there so long after the other has died hangs
 
 
 def kill_one(ranks: list[int], chance: random.Random, _: Path) -> None:
@@ -154,7 +154,7 @@ def _fork(environment: dict, arguments: list[str], log: Path) -> int:
 
 
 def wait(ranks: list[int]) -> list[int]:
-    """Exit codes of the ranks, negative for a signal. One that outlives the other by a minute is killed."""
+    """Exit codes of the ranks, negative for a signal. One that outlives the other by far is killed."""
     codes, deadline = {}, None
     while len(codes) < len(ranks):
         for pid in set(ranks) - set(codes):
@@ -165,7 +165,7 @@ def wait(ranks: list[int]) -> list[int]:
         if deadline and time.monotonic() > deadline:
             for pid in set(ranks) - set(codes):
                 os.kill(pid, signal.SIGKILL)
-            raise UserError("a rank hangs a minute after the other has ended")
+            raise UserError(f"a rank hangs {_PATIENCE_S:.0f} s after the other has ended")
         time.sleep(0.01)
     return [codes[pid] for pid in ranks]
 
