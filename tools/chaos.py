@@ -39,7 +39,7 @@ from trainer import run as trainer
 from trainer.checkpoint import BEST, checkpoints, read
 from trainer.control import REQUEUE
 from trainer.quarantine import QUARANTINE, read_quarantine
-from trainer.telemetry import read_metrics
+from trainer.telemetry import METRICS, read_metrics
 
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
@@ -176,19 +176,26 @@ def running(ranks: list[int]) -> bool:
     return any(os.waitid(os.P_PID, pid, ended) is None for pid in ranks)
 
 
+def num_sessions(out: Path) -> int:
+    """How often a run has begun its loop."""
+    log = out / METRICS
+    return sum(line["kind"] == "session" for line in read_metrics(log)) if log.exists() else 0
+
+
 def disturbed(out: Path, arguments: list[str], duration_s: float, first: Fault, chance: random.Random, tally: Tally):
     """A run that is broken once or twice, by `first` at first, and started again until it ends."""
     log = out.with_suffix(".log")
     for fault in [first, *chance.sample(FAULTS, chance.choice([0, 0, 1]))]:
+        before = num_sessions(out)
         ranks = start(arguments, log)
         done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(out / "checkpoints")), default=0)
         time.sleep(chance.uniform(0, duration_s * max(0.3, 1 - done / STEPS)))
-        begun = (out / "metrics.jsonl").exists()
+        begun = num_sessions(out) > before
         if running(ranks):
             fault(ranks, chance, out)
             tally.faults[fault.__doc__.rstrip(".")] += 1
         codes = wait(ranks)
-        if fault is preempt and begun and codes not in ([0] * RANKS, [REQUEUE] * RANKS):
+        if fault is preempt and begun and not set(codes) <= {0, REQUEUE}:  # 0 where it came after the last step
             tally.wrong.append(f"{log}: exit codes {codes} after a signal")
     if (codes := wait(start(arguments, log))) != [0] * RANKS:
         raise UserError(f"the undisturbed rest ended with {codes}:\n{log.read_text()}")
@@ -200,7 +207,7 @@ def compare(expected: Path, found: Path) -> list[str]:
     wrong = [part for part in ("step", "student", "ema", "optimizer", "best") if not equal(a[part], b[part])]
     for kind, key in (("train", "loss"), ("eval", "raw")):
         lines = [
-            [(line["step"], line[key]) for line in read_metrics(out / "metrics.jsonl") if line["kind"] == kind]
+            [(line["step"], line[key]) for line in read_metrics(out / METRICS) if line["kind"] == kind]
             for out in (expected, found)
         ]
         wrong += [f"the {kind} lines of metrics.jsonl"] if lines[0] != lines[1] else []
