@@ -49,6 +49,7 @@ SETTINGS = [
     *("--data.max_bad_fraction", "0.05", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "6", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
     *("--run.checkpoint_every", "3", "--run.log_every", "1", "--run.ready_s", "20"),
+    *("--run.keep_checkpoints", "3"),  # two may be damaged one after the other
 ]
 STEPS = 30
 _PATIENCE_S = 90.0  # a rank that is still there so long after the other has died hangs
