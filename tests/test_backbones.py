@@ -96,6 +96,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
         assert all(torch.equal(after[part][name], resumed[part][name]) for name in after[part])
 
 
+@pytest.mark.long
 def test_a_model_that_shares_layers_trains_alike_on_one_rank_and_on_two(small, tmp_path):
     arguments = [*small, *student(*BACKBONES["CoaT"]), "--run.stop_after_steps", "3", "--run.out"]
     train(parse([*arguments, str(tmp_path / "1")]), ONE)

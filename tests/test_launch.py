@@ -568,6 +568,7 @@ def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_
     assert {"--kill-on-bad-exit=0", "--cpu-bind=none", "--cpus-per-task=3"} <= set(srun)
 
 
+@pytest.mark.long
 def test_the_trainer_goes_on_when_slurm_starts_its_job_again(slurm, tmp_path, digits):
     arguments = [*TINY, "--data.root", digits, "--schedule.epochs", 20, "--run.eval_every", 20, "--run.log_every", 1]
     done, calls = slurm("real.py", *arguments, SIGNAL="1", OMP_NUM_THREADS="1")

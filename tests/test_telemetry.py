@@ -1,6 +1,7 @@
 """What is written down about a run: metrics.jsonl over restarts, the progress line, TensorBoard and W&B."""
 
 import builtins
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -98,16 +99,23 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and not sink and not capsys.readouterr().out
 
 
-def test_sinks_get_every_line_and_are_closed_even_if_the_run_fails(tmp_path):
-    class Full(Kept):
-        def __call__(self, record: dict) -> None:
-            if record["step"] == 2:
-                raise OSError("disk full")
+@pytest.mark.parametrize("error", [OSError("no answer"), UserError("wandb login")])
+def test_sinks_get_every_line_and_are_closed_even_if_one_fails(tmp_path, capsys, error):
+    """Such a one is left out from then on; a mistake that the user can mend ends the run."""
 
-    sinks = [Kept(), Full()]
-    with pytest.raises(OSError, match="disk full"):
-        session(tmp_path, 0, 2, sinks=sinks)
+    class Failing(Kept):
+        def __call__(self, record: dict) -> None:
+            super().__call__(record)
+            if record["step"] == 2:
+                raise error
+
+    sinks = [Kept(), Failing()]
+    with pytest.raises(UserError) if isinstance(error, UserError) else contextlib.nullcontext():
+        session(tmp_path, 0, 3, sinks=sinks)
     assert sinks[0] == read_metrics(tmp_path / "metrics.jsonl") and all(sink.closed for sink in sinks)
+    assert [record["step"] for record in sinks[1]].count(2) == 1 and sinks[1][-1]["step"] == 2
+    told = "run.loggers: Failing gets no more numbers (OSError: no answer)"
+    assert (told in capsys.readouterr().out) == isinstance(error, OSError)
 
 
 # --- the progress line ---

@@ -191,13 +191,13 @@ class Telemetry:
         record = {**record, "time": round(time.time(), 3)}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for sink in list(self._sinks):
+        for sink in self._sinks:
             try:
                 sink(record)
             except UserError:
                 raise
             except Exception as error:  # a training of days does not end because somebody's server does not answer
-                self._sinks.remove(sink)
+                self._sinks = [other for other in self._sinks if other is not sink]
                 self.say(f"run.loggers: {type(sink).__name__} gets no more numbers ({type(error).__name__}: {error})")
 
 
