@@ -715,7 +715,7 @@ def test_the_trainer_on_two_hosts_ends_when_the_cable_is_pulled(digits, hosts, t
     trainer = [REPOSITORY / "trainer" / "run.py", *arguments, "--run.log_every", 1, "--run.eval_every", 400]
     processes = [start_on(host, [*TORCHRUN, *rendezvous("static", n), *trainer]) for n, host in enumerate(hosts)]
     try:
-        while "step 60 " not in (line := processes[0].stdout.readline()):
+        while "step 60/" not in (line := processes[0].stdout.readline()):
             assert line
         ip("-n", hosts[0], "link", "set", hosts[0], "down")
         start = time.monotonic()
