@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -35,6 +36,23 @@ def write_synced(path: Path, content: bytes) -> None:
     """Replace a file's content, all or nothing, and on the disk when this returns."""
     with replacing(path) as file:
         file.write(content)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; {} if there is none, or if it was cut off by a crash."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a log, [] if there is none; one that was cut off, or lost when the power went, is left out."""
+    lines = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
         raise UserError(f"{where}; it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]")
     if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
         raise UserError(f"{where}; the epochs of its [epoch, size] pairs must increase")
-    if not pairs or pairs[0][0] != 0:
+    if pairs[0][0] != 0:
         raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
     if any(size < 1 for _, size in pairs):
         raise UserError(f"{where}; a size must be at least 1")

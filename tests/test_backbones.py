@@ -8,6 +8,7 @@ import torch
 from conftest import REPOSITORY, run_trainer
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
@@ -15,7 +16,6 @@ from trainer.audit import audit
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.run import build, train
-from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 SIZE = 64
@@ -82,7 +82,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
     moved = [not torch.equal(before["student"][name], after["student"][name]) for name, _ in parameters]
     assert sum(moved) > 0.9 * len(moved)
     assert all(weights.isfinite().all() for weights in after["student"].values())
-    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    lines = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 4.8e-4])  # of the recipe's first two epochs
     assert all(0 < line["loss"] < 100 for line in lines)
     for weights in ("raw", "ema"):

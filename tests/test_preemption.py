@@ -20,6 +20,7 @@ import torch
 from conftest import REPOSITORY, TINY
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.index import read_index
 from tools import chaos
 from tools.chaos import equal
@@ -31,7 +32,6 @@ from trainer.distributed import World
 from trainer.fitting import is_out_of_memory, largest_micro_batch
 from trainer.run import build, main, train
 from trainer.step import TrainStep
-from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STATE = ("step", "evaluated", "best", "student", "ema", "optimizer", "scaler")
@@ -135,7 +135,7 @@ def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed,
     assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
     assert train_here(digits, tmp_path)["finished"]
     assert_same_end(undisturbed, tmp_path)
-    evaluations = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
+    evaluations = [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
     assert evaluations == [5, 10, 15, 20]
 
 
@@ -175,7 +175,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
     command += ["--max-restarts", "2", str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and any(line["step"] >= 7 for line in read_metrics(metrics))):
+    while not (metrics.exists() and any(line["step"] >= 7 for line in read_json_lines(metrics))):
         assert process.poll() is None
         time.sleep(0.01)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "run.py"], capture_output=True, text=True).stdout
@@ -227,7 +227,7 @@ def test_the_last_ones_each_mth_and_the_best_weights_are_kept(digits, tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     kept = [6, 12, 18, 20]
     assert names == ["best.pt", *(f"step-{step:08d}.pt" for step in kept)]
-    evaluations = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
+    evaluations = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "eval"]
     top1 = {(line["step"], name): line[name]["top1"] for line in evaluations for name in ("raw", "ema")}
     best = read(tmp_path / "checkpoints" / "best.pt")
     assert best["top1"] == max(top1.values()) == top1[best["step"], best["weights"]] == best["metrics"]["top1"]
@@ -378,7 +378,7 @@ def test_a_run_goes_back_once_and_ends_as_if_nothing_had_been(digits, undisturbe
     train_here(digits, tmp_path, "--run.checkpoint_every", 3, "--run.on_nonfinite", "rollback")
     assert "going back to step 6" in capsys.readouterr().out
     assert_same_end(undisturbed, tmp_path)
-    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    steps = [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
     assert len(steps) == len(set(steps))
 
 

@@ -10,9 +10,10 @@ from conftest import run_trainer
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from pipelines.files import read_json_lines
 from pipelines.index import read_index
 from tools.sharding.job import BuildOptions, build
-from trainer.quarantine import QUARANTINE, read_quarantine
+from trainer.quarantine import QUARANTINE
 
 
 def flip_bytes(root, split: str, samples: np.ndarray, seed: int = 0) -> set[tuple[str, str, str, int]]:
@@ -32,7 +33,7 @@ def flip_bytes(root, split: str, samples: np.ndarray, seed: int = 0) -> set[tupl
 
 
 def named(run) -> list[tuple[str, str, str, int]]:
-    return [(line["split"], line["shard"], line["key"], line["offset"]) for line in read_quarantine(run / QUARANTINE)]
+    return [(line["split"], line["shard"], line["key"], line["offset"]) for line in read_json_lines(run / QUARANTINE)]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from PIL import Image
 import trainer.report
 from pipelines.batch import Batch
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from tools.report import main
 from trainer.charts import moving_average
 from trainer.config import parse, to_yaml
@@ -26,7 +27,7 @@ from trainer.mix import mix_pixels
 from trainer.report import charts, differing_settings, numbers, read_run, report_or_reason, write_report
 from trainer.run import build, train
 from trainer.samples import keep_samples, strip_png
-from trainer.telemetry import Telemetry, read_metrics
+from trainer.telemetry import Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 EVERY = ["--run.log_every", "1"]
@@ -111,7 +112,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
 
 def test_the_curves_are_those_of_the_log_with_marks_where_the_run_was_restarted(finished):
     drawn = {chart.name: chart for chart in charts([read_run(finished, "it")])}
-    lines = read_metrics(finished / "metrics.jsonl")
+    lines = read_json_lines(finished / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     (loss,) = drawn["loss"].curves
     assert list(loss.y) == losses and list(loss.x) == [step / 5 for step in range(1, 21)]
@@ -157,7 +158,7 @@ def test_a_run_killed_before_its_first_line(tmp_path, remaining):
 
 def test_a_log_of_an_earlier_version_has_steps_for_epochs(tmp_path):
     run = logged(tmp_path / "run", 6)
-    old = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "session"]
+    old = [line for line in read_json_lines(run / "metrics.jsonl") if line["kind"] != "session"]
     lines = [json.dumps({key: value for key, value in line.items() if key != "time"}) for line in old]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert charts([read_run(run, "it")])[0].x_label == "step"
@@ -187,7 +188,7 @@ def test_agreement_with_the_teacher_is_drawn_where_the_log_has_it(tmp_path):
 
 def test_a_number_that_is_not_finite_or_not_there_leaves_a_gap(tmp_path):
     run = logged(tmp_path / "run", 3)
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_json_lines(run / "metrics.jsonl")
     lines[2]["loss"], lines[3]["agreement"] = float("nan"), None
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn = {chart.name: chart for chart in charts([read_run(run, "it")])}

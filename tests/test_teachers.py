@@ -14,6 +14,7 @@ from conftest import TINY, run_trainer
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.index import read_manifest
 from trainer.config import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
 from trainer.data import dataset_classes, rank_plans
@@ -32,7 +33,6 @@ from trainer.teachers import (
     read_classes,
     resize_pixels,
 )
-from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 VIT = {"depth": 1}  # of vit_tiny_patch16_224, which takes one size of image
@@ -60,7 +60,7 @@ def arguments(digits: Path, out: Path, *more) -> list[str]:
 def train_here(digits: Path, out: Path, *more) -> list[dict]:
     """The train lines of a run in this process."""
     train(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE)
-    return [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
+    return [line for line in read_json_lines(out / "metrics.jsonl") if line["kind"] == "train"]
 
 
 def first_teacher(files, name="test_resnet") -> list[str]:
@@ -504,7 +504,7 @@ def test_two_ranks_tell_the_agreement_of_all_images(digits, files, tmp_path):
     setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 2]
     one = train_here(digits, tmp_path / "1", *setting)
     run_trainer("--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting, ranks=2)
-    two = [line for line in read_metrics(tmp_path / "2" / "metrics.jsonl") if line["kind"] == "train"]
+    two = [line for line in read_json_lines(tmp_path / "2" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["teacher_top1"] for line in one] == pytest.approx([line["teacher_top1"] for line in two])
     assert one[0]["agreement"] == pytest.approx(two[0]["agreement"])
 

@@ -11,11 +11,12 @@ import torch
 from conftest import TINY
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.loggers import WANDB_ID, scalars
 from trainer.run import train
-from trainer.telemetry import Pace, Telemetry, read_metrics
+from trainer.telemetry import Pace, Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_s": 1234.5, "input_wait": 0.25}
@@ -50,7 +51,7 @@ def steps(telemetry: Telemetry, start: int, stop: int) -> None:
 
 
 def told(folder: Path) -> list[tuple[str, int]]:
-    return [(line["kind"], line["step"]) for line in read_metrics(folder / "metrics.jsonl")]
+    return [(line["kind"], line["step"]) for line in read_json_lines(folder / "metrics.jsonl")]
 
 
 # --- metrics.jsonl ---
@@ -72,14 +73,14 @@ def test_a_run_that_goes_back_within_a_session_says_so_and_drops_what_will_be_wr
     session(tmp_path, 0, 1)  # the rollback is not forgotten by a later session
     first = [("session", 0), ("rollback", 1), ("session", 0), ("train", 1)]
     assert told(tmp_path) == first
-    (rollback,) = (line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "rollback")
+    (rollback,) = (line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "rollback")
     assert rollback["from_step"] == 3
 
 
 def test_every_line_has_the_time_and_a_session_tells_where_it_runs(tmp_path):
     before = time.time()
     session(tmp_path, 0, 2)
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     assert all(before - 1 <= line["time"] <= time.time() + 1 for line in lines)
     assert lines[0].keys() == {"kind", "step", "total_steps", "steps_per_epoch", "ranks", "host", "device", "time"}
     assert (lines[0]["ranks"], lines[0]["device"], lines[0]["total_steps"]) == (1, "cpu", 10)
@@ -112,7 +113,7 @@ def test_sinks_get_every_line_and_are_closed_even_if_one_fails(tmp_path, capsys,
     sinks = [Kept(), Failing()]
     with pytest.raises(UserError) if isinstance(error, UserError) else contextlib.nullcontext():
         session(tmp_path, 0, 3, sinks=sinks)
-    assert sinks[0] == read_metrics(tmp_path / "metrics.jsonl") and all(sink.closed for sink in sinks)
+    assert sinks[0] == read_json_lines(tmp_path / "metrics.jsonl") and all(sink.closed for sink in sinks)
     assert [record["step"] for record in sinks[1]].count(2) == 1 and sinks[1][-1]["step"] == 2
     told = "run.loggers: Failing gets no more numbers (OSError: no answer)"
     assert (told in capsys.readouterr().out) == isinstance(error, OSError)
@@ -186,7 +187,7 @@ def test_tensorboard_shows_the_curves_of_metrics_jsonl_after_a_restart_too(digit
     (tmp_path / "checkpoints" / "step-00000005.pt").unlink()
     train_here(digits, tmp_path, *arguments, "--run.stop_after_steps", 6)  # from step 3
     shown = events.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
     expected = {}
     for line in lines:
         for name, value in scalars(line):

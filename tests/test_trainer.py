@@ -18,7 +18,7 @@ import yaml
 from conftest import REPOSITORY, TINY, run_trainer
 
 from pipelines.errors import UserError
-from pipelines.files import locked
+from pipelines.files import locked, read_json_lines
 from pipelines.index import read_index
 from pipelines.plan import BEFORE, EvalPlan
 from trainer.checkpoint import refuse_other_plan
@@ -28,7 +28,6 @@ from trainer.distributed import World
 from trainer.evaluate import eval_plans, evaluate
 from trainer.mix import Normalize
 from trainer.run import build, main, train
-from trainer.telemetry import read_metrics
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -201,11 +200,11 @@ def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(di
     for part in ("student", "ema"):
         assert_close_states(one[part], two[part], 1e-4)
     losses = [
-        [line["loss"] for line in read_metrics(tmp_path / ranks / "metrics.jsonl") if line["kind"] == "train"]
+        [line["loss"] for line in read_json_lines(tmp_path / ranks / "metrics.jsonl") if line["kind"] == "train"]
         for ranks in ("1", "2")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    evaluations = [read_metrics(tmp_path / ranks / "metrics.jsonl")[-2]["raw"] for ranks in ("1", "2")]
+    evaluations = [read_json_lines(tmp_path / ranks / "metrics.jsonl")[-2]["raw"] for ranks in ("1", "2")]
     assert evaluations[0]["images"] == evaluations[1]["images"] == 96
     assert evaluations[0]["loss"] == pytest.approx(evaluations[1]["loss"], rel=1e-3)
 
@@ -336,7 +335,7 @@ def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
 def test_the_run_folder_tells_what_happened(digits, undisturbed):
     config = yaml.safe_load((undisturbed / "config.yaml").read_text())
     assert config["student"]["name"] == "test_resnet" and config["augment"]["mix_group"] == 16
-    lines = read_metrics(undisturbed / "metrics.jsonl")
+    lines = read_json_lines(undisturbed / "metrics.jsonl")
     evaluations = [line for line in lines if line["kind"] == "eval"]
     assert [(line["step"], line["epoch"]) for line in evaluations] == [(5, 0), (10, 1), (15, 2), (20, 3)]
     for weights in ("raw", "ema"):
@@ -355,7 +354,7 @@ GOLDEN_LOSSES = [3.0521, 2.7561, 2.6492, 2.5637, 2.5222]  # of every fourth step
 
 def test_the_loss_curve_is_the_one_we_know(undisturbed):
     """Golden: 20 steps on the CPU in float32. Another curve means that some number of the training has changed."""
-    losses = [line["loss"] for line in read_metrics(undisturbed / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [line["loss"] for line in read_json_lines(undisturbed / "metrics.jsonl") if line["kind"] == "train"]
     assert losses[::4] == pytest.approx(GOLDEN_LOSSES, rel=1e-3)
 
 
@@ -530,7 +529,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp
     command += ["--data.root", str(digits), "--run.out", str(tmp_path)]
     command += ["--schedule.epochs", "300"]  # on a busy machine 4 end before the signal
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path / "metrics.jsonl"):
+    while not (tmp_path / "metrics.jsonl").exists() or not read_json_lines(tmp_path / "metrics.jsonl"):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

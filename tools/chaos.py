@@ -31,15 +31,15 @@ from rich.console import Console
 from rich.progress import track
 
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import write_synced
+from pipelines.files import read_json_lines, write_synced
 from pipelines.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer
 from trainer.checkpoint import BEST, checkpoints, read
 from trainer.control import REQUEUE
-from trainer.quarantine import QUARANTINE, read_quarantine
-from trainer.telemetry import METRICS, read_metrics
+from trainer.quarantine import QUARANTINE
+from trainer.telemetry import METRICS, SUMMARY
 
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
@@ -179,8 +179,7 @@ def running(ranks: list[int]) -> bool:
 
 def num_sessions(out: Path) -> int:
     """How often a run has begun its loop."""
-    log = out / METRICS
-    return sum(line["kind"] == "session" for line in read_metrics(log)) if log.exists() else 0
+    return sum(line["kind"] == "session" for line in read_json_lines(out / METRICS))
 
 
 def disturbed(out: Path, arguments: list[str], duration_s: float, first: Fault, chance: random.Random, tally: Tally):
@@ -208,15 +207,15 @@ def compare(expected: Path, found: Path) -> list[str]:
     wrong = [part for part in ("step", "student", "ema", "optimizer", "best") if not equal(a[part], b[part])]
     for kind, key in (("train", "loss"), ("eval", "raw")):
         lines = [
-            [(line["step"], line[key]) for line in read_metrics(out / METRICS) if line["kind"] == kind]
+            [(line["step"], line[key]) for line in read_json_lines(out / METRICS) if line["kind"] == kind]
             for out in (expected, found)
         ]
         wrong += [f"the {kind} lines of metrics.jsonl"] if lines[0] != lines[1] else []
-    ends = [json.loads((out / "summary.json").read_text()) for out in (expected, found)]
+    ends = [json.loads((out / SUMMARY).read_text()) for out in (expected, found)]
     wrong += [f"'{key}' of summary.json" for key in ("finished", "evaluation", "best") if ends[0][key] != ends[1][key]]
     best = [read(out / "checkpoints" / BEST) for out in (expected, found)]
     wrong += ["best.pt"] if not equal(best[0]["state_dict"], best[1]["state_dict"]) else []
-    named = [sorted(map(str, read_quarantine(out / QUARANTINE))) for out in (expected, found)]
+    named = [sorted(map(str, read_json_lines(out / QUARANTINE))) for out in (expected, found)]
     wrong += ["quarantine.jsonl"] if named[0] != named[1] else []
     return [f"{found}: {what} differs" for what in wrong]
 

@@ -27,6 +27,7 @@ from rich.table import Table
 from pipelines.errors import UserError, exit_on_user_error
 from trainer.checkpoint import checkpoints
 from trainer.report import write_report
+from trainer.telemetry import SUMMARY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -94,7 +95,7 @@ def _newest_checkpoint(run: Path) -> Path:
 
 def _top1(run: Path) -> float:
     """Top-1 of the averaged weights, in percent."""
-    return round(json.loads((run / "summary.json").read_text())["evaluation"]["ema"]["top1"], 2)
+    return round(json.loads((run / SUMMARY).read_text())["evaluation"]["ema"]["top1"], 2)
 
 
 def main() -> None:

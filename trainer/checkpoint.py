@@ -62,7 +62,6 @@ def content_of(state: TrainState) -> dict:
     """What a checkpoint holds but its digest, on the host, in memory of its own: the training may go on."""
     return to_host(
         {
-            "format_version": FORMAT_VERSION,
             "step": state.step,
             "evaluated": state.evaluated,
             "best": state.best,
@@ -72,11 +71,7 @@ def content_of(state: TrainState) -> dict:
             "scaler": state.scaler.state_dict(),
             "micro_batch": state.micro_batch,
             "rank_statistics": state.rank_statistics,
-            "plan": state.plan,
-            "config": state.config,
-            "audit": state.audit,
-            "classes": state.classes,
-            "software": _software(),
+            **_origin(state),
         }
     )
 
@@ -86,17 +81,24 @@ def best_content_of(state: TrainState, metrics: dict[str, float]) -> dict:
     model = state.ema.module if state.best["weights"] == "ema" else state.student
     return to_host(
         {
-            "format_version": FORMAT_VERSION,
             **state.best,
             "metrics": metrics,
             "state_dict": model.state_dict(),
-            "plan": state.plan,
-            "config": state.config,
-            "audit": state.audit,
-            "classes": state.classes,
-            "software": _software(),
+            **_origin(state),
         }
     )
+
+
+def _origin(state: TrainState) -> dict:
+    """What every file says of the run that it comes from."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "plan": state.plan,
+        "config": state.config,
+        "audit": state.audit,
+        "classes": state.classes,
+        "software": _software(),
+    }
 
 
 def to_host(content: Any) -> Any:

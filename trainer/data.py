@@ -1,15 +1,14 @@
 """The images of a run: which rank sees what, the splits, and the pipelines over them."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from pipelines import Pipeline, open_pipeline, resolve_pipeline
 from pipelines.errors import UserError
+from pipelines.files import read_json
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, TrainPlan, size_schedule
 from pipelines.probe import probe_dataset
@@ -144,18 +143,11 @@ def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, 
         return {"decode": "roi"}
     load = config.data.hw_decoder_load
     place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
-    remembered = _remembered(config.run.out / DECODE) if world.is_main else {}
+    remembered = read_json(config.run.out / DECODE) if world.is_main else {}
     if world.is_main and not place.items() <= remembered.items():
         decode, why = probe_dataset(index, str(world.device), load)
         remembered = {"decode": decode, "why": why, **place}
     return world.choice_of_main(remembered)
-
-
-def _remembered(path: Path) -> dict[str, str]:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a file cut off by a crash is as good as none
-        return {}
 
 
 def open_configured_pipeline(

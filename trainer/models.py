@@ -67,12 +67,7 @@ def build_student(config: StudentConfig, num_classes: int, image_size: int) -> n
       UserError: an unknown model, a checkpoint that does not fit, or weights that cannot be downloaded.
     """
     if config.pretrained:
-        source = timm.get_pretrained_cfg(known_name(config.name))
-        if source is None or not source.has_weights:
-            raise UserError(
-                f"student '{config.name}': timm has no pretrained weights for it. Give its weights with "
-                "--student.checkpoint FILE, or start from scratch"
-            )
+        pretrained_outputs(config.name, "student")
         return download(config.name, num_classes, image_size, config.kwargs, "student").train()
     if config.checkpoint is None:
         return create_model(config.name, num_classes, image_size, config.kwargs).train()
@@ -213,7 +208,7 @@ def create_model(
     """A timm model, with weights if there are some; timm renames the keys of older and foreign files.
 
     Args:
-      weights, path: what was read, and from where.
+      weights, path: what was read, of `num_classes` classes, and from where.
       pretrained: further arguments for timm.create_model.
     Raises:
       UserError: an unknown model or argument, or weights that do not fit.
@@ -224,12 +219,6 @@ def create_model(
     if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
         kwargs.setdefault("img_size", image_size)
     if weights is not None:
-        outputs = num_outputs(name, weights)
-        if outputs not in (None, num_classes):
-            raise UserError(
-                f"{path}: a model of {outputs} classes, the dataset has {num_classes}. "
-                "Use a checkpoint trained on the same classes"
-            )
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
         pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
@@ -288,11 +277,28 @@ def num_outputs(name: str, weights: dict[str, torch.Tensor]) -> int | None:
     return next((len(weight) for weight in found if weight is not None), None)
 
 
+def pretrained_outputs(name: str, key: str) -> int:
+    """How many classes timm's pretrained weights of a model tell apart.
+
+    Args:
+      key: as for `download`.
+    Raises:
+      UserError: there are none.
+    """
+    source = timm.get_pretrained_cfg(known_name(name))
+    if source is None or not source.has_weights:
+        raise UserError(
+            f"{key.partition('.')[0]} '{name}': timm has no pretrained weights for it. Give its weights with "
+            f"{key}.checkpoint FILE"
+        )
+    return source.num_classes
+
+
 def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: str) -> nn.Module:
     """A model with timm's pretrained weights.
 
     Args:
-      key: the section that the model belongs to, student or teacher.
+      key: of the model in the configuration: student, teacher, teacher.others.
     Raises:
       UserError: they cannot be downloaded.
     """

@@ -1,6 +1,5 @@
 """Damaged samples of a run: each named once in RUN/quarantine.jsonl, and a limit to how many there may be."""
 
-import contextlib
 import functools
 import json
 import os
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.index import ShardIndex
 from trainer.distributed import World
 
@@ -36,7 +36,7 @@ class Quarantine:
         self._world = world
         self._lock = threading.Lock()
         self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
-        named = world.choice_of_main([_place(line) for line in read_quarantine(path)] if world.is_main else None)
+        named = world.choice_of_main([_place(line) for line in read_json_lines(path)] if world.is_main else None)
         self._named: set[_Place] = set(named)
 
     def __len__(self) -> int:
@@ -101,16 +101,6 @@ def _line(split: str, index: ShardIndex, sample: int, error: str) -> dict:
 
 def _place(line: dict) -> _Place:
     return line["split"], line["shard"], line["offset"]
-
-
-def read_quarantine(path: Path) -> list[dict]:
-    """The lines of a quarantine.jsonl, [] if there is none; one that was cut off by a crash is left out."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    named = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            named.append(json.loads(line))
-    return named
 
 
 def _append(path: Path, lines: list[dict]) -> None:

@@ -18,12 +18,13 @@ import numpy as np
 import yaml
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from trainer.audit import audit
 from trainer.charts import Chart, Curve, draw
 from trainer.config import parse
-from trainer.quarantine import QUARANTINE, read_quarantine
+from trainer.quarantine import QUARANTINE
 from trainer.samples import SAMPLES
-from trainer.telemetry import METRICS, read_metrics
+from trainer.telemetry import METRICS, SUMMARY
 
 PAGE = "index.html"
 _NONE = "–"
@@ -77,10 +78,10 @@ class RunRecord:
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """Raises a UserError if the folder is none of a run."""
-    config, metrics, summary = folder / "config.yaml", folder / METRICS, folder / "summary.json"
+    config, metrics, summary = folder / "config.yaml", folder / METRICS, folder / SUMMARY
     if not (config.is_file() or metrics.is_file()):
         raise UserError(f"{folder}: not the folder of a run, it has no config.yaml. Give what --run.out was")
-    lines = read_metrics(metrics) if metrics.is_file() else []
+    lines = read_json_lines(metrics)
     ended = json.loads(summary.read_text()) if summary.is_file() else {}
     if lines and ended and ended["step"] < lines[-1]["step"]:
         ended = {}  # of an earlier session
@@ -202,7 +203,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "restarts": str(len(run.restarts)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
         "ranks, latest session": f"{sessions[-1]['ranks']} x {sessions[-1]['device']}" if sessions else _NONE,
-        "damaged images met": str(len(read_quarantine(run.folder / QUARANTINE))),
+        "damaged images met": str(len(read_json_lines(run.folder / QUARANTINE))),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
 

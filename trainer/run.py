@@ -31,7 +31,7 @@ from torch import nn
 
 from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import locked, write_synced
+from pipelines.files import locked, read_json, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
@@ -67,10 +67,9 @@ from trainer.report import report_or_reason
 from trainer.schedule import ema_decay
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
-from trainer.telemetry import Telemetry
+from trainer.telemetry import SUMMARY, Telemetry
 from trainer.watchdog import watched
 
-SUMMARY = "summary.json"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -154,7 +153,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / SUMMARY
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else None)
+    summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else {})
     if summary and start_step >= run.stop and not run.evaluation_pending:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
         return summary
@@ -201,13 +200,10 @@ def prepare(run: Run) -> None:
         write_synced(out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
 
 
-def read_summary(path: Path, step: int) -> dict | None:
-    """The summary of a session that came to its end after `step`; None if there is none."""
-    try:
-        summary = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return summary if summary["step"] == step and "stopped_by" not in summary["session"] else None
+def read_summary(path: Path, step: int) -> dict:
+    """The summary of a session that came to its end after `step`; {} if there is none."""
+    summary = read_json(path)
+    return summary if summary.get("step") == step and "stopped_by" not in summary["session"] else {}
 
 
 def ending(run: Run, signal_number: int) -> str:

@@ -5,7 +5,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,9 +16,9 @@ from trainer.models import (
     Checkpoint,
     create_model,
     download,
-    known_name,
     num_outputs,
     preprocessing,
+    pretrained_outputs,
     read_checkpoint,
     refuse_size,
 )
@@ -195,7 +194,7 @@ def build_teacher(
     saved = None if config.checkpoint is None else read_checkpoint(config.checkpoint)
     outputs = match_outputs(config, saved, num_classes, names, key)
     if saved is None:
-        found, owner = _pretrained_outputs(config, key), f"teacher '{config.name}': timm's weights"
+        found, owner = pretrained_outputs(config.name, key), f"teacher '{config.name}': timm's weights"
     else:
         found, owner = num_outputs(config.name, saved.weights), f"{config.checkpoint}: its weights"
     if found not in (None, outputs.count):
@@ -308,13 +307,3 @@ def read_classes(path: Path) -> list[str]:
     if "" in names:
         raise UserError(f"{path}: line {names.index('') + 1} is empty. Every output of the teacher needs a name")
     return names
-
-
-def _pretrained_outputs(config: TeacherConfig | OtherTeacher, key: str) -> int:
-    source = timm.get_pretrained_cfg(known_name(config.name))
-    if source is None or not source.has_weights:
-        raise UserError(
-            f"teacher '{config.name}': timm has no pretrained weights for it. Give its weights with "
-            f"{key}.checkpoint FILE"
-        )
-    return source.num_classes

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.errors import UserError
-from pipelines.files import write_synced
+from pipelines.files import read_json_lines, write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
 
 METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
 _LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
 T = TypeVar("T")
 
@@ -203,16 +204,6 @@ class Telemetry:
 
 def _open_log(path: Path, step: int):
     """The log, open at its end, without what a later step had written before the run was set back to `step`."""
-    lines = read_metrics(path) if path.exists() else []
-    kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
+    kept = [line for line in read_json_lines(path) if line["step"] <= step or line["kind"] in _LASTING]
     write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return open(path, "a")
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that was cut off, or lost when the power went, is left out."""
-    lines = []
-    for line in path.read_text(errors="replace").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
