@@ -474,6 +474,6 @@ def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
 
     run = build(parse(arguments_for(digits, tmp_path, "--student.kwargs.drop_rate", "0.5")), ONE)
     before = checkpoint.content_of(run.state)
-    run.step.rehearse(gray_batch(32, 32, ONE.device))
+    run.step.rehearse(gray_batch(32, 32, 32, ONE.device))
     assert equal(before, checkpoint.content_of(run.state))
     assert all(parameter.grad is None for parameter in run.state.student.parameters())

@@ -30,7 +30,7 @@ def choose_micro_batch(
     GPU gets the largest; a CPU one group, since more would not be faster.
 
     Args:
-      make_step: (world, micro-batch) -> the update.
+      make_step: (world, micro-batch) -> the update, not compiled: that takes no more memory, and long.
     """
     share = config.run.global_batch // world.size
     if state.micro_batch and share % state.micro_batch == 0:

@@ -22,7 +22,7 @@ from trainer.samples import SAMPLES, keep_samples
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainStep
 from trainer.teachers import chance_warning
-from trainer.telemetry import Stopwatch, Telemetry
+from trainer.telemetry import InputWait, Telemetry
 from trainer.watchdog import Beating
 
 DISK_PATIENCE_S = 3600  # a slow disk is no hang
@@ -130,10 +130,10 @@ def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
         beating = Beating(shown, run.world.beat, lambda: f"step {run.state.step + 1}")
-        return update(run, telemetry, Stopwatch(beating))
+        return update(run, telemetry, InputWait(beating, run.world.device))
 
 
-def update(run: Run, telemetry: Telemetry, batches: Stopwatch) -> Outcome:
+def update(run: Run, telemetry: Telemetry, batches: InputWait) -> Outcome:
     """The updates themselves, and what comes between them in the order in which it happens."""
     config, state = run.config, run.state
     log = StepLog(run, telemetry, batches)
@@ -278,7 +278,7 @@ def roll_back(run: Run, telemetry: Telemetry) -> None:
 class StepLog:
     """Averages between two lines of the log. Reading them is the only time the host waits for the device."""
 
-    def __init__(self, run: Run, telemetry: Telemetry, batches: Stopwatch):
+    def __init__(self, run: Run, telemetry: Telemetry, batches: InputWait):
         self._run = run
         self._telemetry = telemetry
         self._batches = batches
@@ -290,7 +290,7 @@ class StepLog:
         self._bad: list[torch.Tensor] = []  # of each step: bool [images of this rank]
         self._bad_gradients: list[torch.Tensor] = []  # of each step: bool scalar
         self._start_s = time.perf_counter()
-        self._waited_s = self._batches.waited_s
+        self._batches.take_s()
 
     def add(self, metrics: StepMetrics) -> None:
         self._sums += torch.stack([metrics.loss, metrics.teacher_top1, metrics.agreement])
@@ -318,7 +318,7 @@ class StepLog:
             "loss": loss,
             "lr": state.optimizer.param_groups[0]["lr"],
             "images_per_s": steps * self._run.config.run.global_batch / elapsed_s,
-            "input_wait": (self._batches.waited_s - self._waited_s) / elapsed_s,
+            "input_wait": self._batches.take_s() / elapsed_s,
         }
         if self._run.config.teacher.name is not None:
             record |= {"teacher_top1": 100 * teacher_top1, "agreement": 100 * agreement}

@@ -14,16 +14,20 @@ def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
 
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
-    """The mixed images: uint8 [B, S, S, 3] on the batch's device.
+    """A batch's mixed images, as `mix`."""
+    return mix(batch.images, batch.lam, batch.box, batch.mix_group)
+
+
+def mix(own: torch.Tensor, lam: torch.Tensor, box: torch.Tensor, mix_group: int) -> torch.Tensor:
+    """Mixed images: uint8 [B, S, S, 3]; the arguments are the fields of a Batch.
 
     A row with a box takes the box from its partner (CutMix); any other is lam x own + (1 - lam) x partner, rounded
     half to even (mixup). Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
     """
-    own = batch.images
-    other = partners(own, batch.mix_group)
-    lam = batch.lam.view(-1, 1, 1, 1)
+    other = partners(own, mix_group)
+    lam = lam.view(-1, 1, 1, 1)
     mixed = (own.float() * lam + other.float() * (1.0 - lam)).round().to(torch.uint8)
-    top, left, height, width = batch.box.view(-1, 4, 1, 1).unbind(1)
+    top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
     side = torch.arange(own.shape[1], device=own.device)
     rows, columns = side.view(1, -1, 1), side.view(1, 1, -1)
     # inside: [B, S, S, 1]
@@ -37,14 +41,16 @@ class Normalize(torch.nn.Module):
 
     Args:
       mean, std: the model's own, for pixels in [0, 1].
+      dtype: of the result; computed in float32.
     """
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32):
         super().__init__()
+        self.dtype = dtype
         scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", scale.float(), persistent=False)
         self.register_buffer("shift", shift.float(), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale).permute(0, 3, 1, 2)
+        return torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype).permute(0, 3, 1, 2)

@@ -36,6 +36,7 @@ from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
+from trainer.compiling import Compiler, as_it_is, choose_compiler
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
 from trainer.data import (
@@ -70,6 +71,7 @@ from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import SUMMARY, Telemetry
 from trainer.watchdog import watched
 
+COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -253,12 +255,16 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     if world.device.type == "cuda":
         allow_tf32(config.run.tf32)
     student, teacher = place(student, config.run, world), place(teacher, config.run, world)
-    normalize = Normalize(expects.mean, expects.std).to(world.device)
+    if teacher is not None:
+        teacher.to_precision(precision)
+    normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
+    compiler, note = choose_compiler(config.run.compile, world)
     state = build_state(config, plan, student, precision, classes, world)
-    notes = [*(teacher.notes if teacher else []), *resume(config.run, state, total_steps, world)]
+    notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
+    notes += resume(config.run, state, total_steps, world)
 
-    def make_step(world: World, micro_batch: int) -> TrainStep:
-        return build_step(config, state, teacher, normalize, precision, micro_batch, world)
+    def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:
+        return build_step(config, state, teacher, normalize, precision, micro_batch, world, compiler)
 
     if config.run.micro_batch == "auto":
         notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step))
@@ -276,7 +282,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         plan=plan,
         pipelines=pipelines,
         state=state,
-        step=make_step(world, state.micro_batch),
+        step=rehearsed(make_step(world, state.micro_batch, compiler), config, plan, state, world, compiler),
         evaluate=evaluation,
         control=control or Control(world),
         writer=Writer(),
@@ -343,6 +349,7 @@ def build_step(
     precision: torch.dtype,
     micro_batch: int,
     world: World,
+    compiler: Compiler,
 ) -> TrainStep:
     """The update of a run."""
     step = TrainStep(
@@ -360,12 +367,38 @@ def build_step(
         micro_batches=config.run.global_batch // world.size // micro_batch,
         batch_norm=config.run.batch_norm,
         world=world,
+        compiler=compiler,
     )
     restore_statistics(step, state, world)
-    if world.size > 1:
-        # DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends
-        # on them, so without this a run that goes on would differ from one that was never stopped.
-        step.rehearse(gray_batch(2, config.data.train_sizes[-1], world.device))
+    return step
+
+
+def rehearsed(
+    step: TrainStep, config: Config, plan: TrainPlan, state: TrainState, world: World, compiler: Compiler
+) -> TrainStep:
+    """The update after a rehearsal, where it needs one.
+
+    DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends on
+    them, so without this a run that goes on would differ from one that was never stopped. What is to be compiled is
+    compiled for the batches of the present epoch, and before the run begins.
+
+    Raises:
+      UserError: it cannot be compiled.
+    """
+    if compiler is as_it_is and world.size == 1:
+        return step
+    size = plan.image_size_at(state.step // plan.steps_per_epoch)
+    if compiler is as_it_is:
+        step.rehearse(gray_batch(2, size, 2, world.device))
+        return step
+    world.beat("compiling", COMPILE_PATIENCE_S)
+    try:
+        step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{config.student.name} or its teacher cannot be compiled ({reason}). Use --run.compile false"
+        ) from error
     return step
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -11,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import rng
 from pipelines.batch import Batch
+from trainer.compiling import Compiler, as_it_is
 from trainer.config import DistillConfig
 from trainer.distributed import World
 from trainer.losses import usi_loss
-from trainer.mix import Normalize, mix_pixels, partners
+from trainer.mix import Normalize, mix, partners
 from trainer.optim import ModelEma, batch_norms, running_statistics
 from trainer.teachers import Teachers, agreement
 
@@ -43,7 +45,7 @@ class TrainStep:
 
     Args:
       student: the unwrapped model on its device.
-      teacher: from uint8 pixels to logits (trainer/teachers.py); None trains on the labels alone.
+      teacher: trainer/teachers.py; None trains on the labels alone.
       normalize: the student's own, from uint8 pixels.
       optimizer: over the student's parameters.
       scaler: a GradScaler, enabled for fp16 alone.
@@ -56,6 +58,7 @@ class TrainStep:
       micro_batches: forward passes an update on this rank.
       batch_norm: which running statistics an update ends with, as run.batch_norm.
       world: the ranks.
+      compiler: of the models, and of what is computed before and after them (trainer/compiling.py).
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class TrainStep:
         micro_batches: int,
         batch_norm: str,
         world: World,
+        compiler: Compiler = as_it_is,
     ):
-        self._model = self._student = student
+        self._student = student
+        self._model = compiler(student)
         self._device = world.device
         if world.size > 1:
             # Statistics are averaged below instead of broadcast; newer PyTorch has another name for that.
@@ -84,19 +89,19 @@ class TrainStep:
             no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
             # No find_unused_parameters: in timm 1.0.31 no classifier as it comes has a parameter without a gradient in
             # training (635 models tried, of all 98 files). A few arguments make one: reg_tokens for a distilled DeiT.
-            self._model = DistributedDataParallel(student, gradient_as_bucket_view=True, **{no_broadcast: False})
+            self._model = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **{no_broadcast: False})
         self._statistics = StatisticsAverage(student, micro_batches, batch_norm, world)
         self._local = []
         if batch_norm == "none" and world.size > 1:
             self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
-        self._teacher = teacher
-        self._normalize = normalize
+        self._inputs = compiler(Inputs(normalize, teacher))
+        self._teacher = compiler(teacher) if teacher is not None else None
+        self._judge = compiler(functools.partial(judge, config=distill))
         self._optimizer = optimizer
         self._scaler = scaler
         self._clip = clip
         self._ema = ema
         self._ema_decay = ema_decay
-        self._distill = distill
         self._precision = precision
         self._seed = seed
         self._micro_batches = micro_batches
@@ -164,20 +169,14 @@ class TrainStep:
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss, which rows are bad, and the two shares of agreement."""
-        pixels = mix_pixels(batch)
-        with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
-            student = self._model(self._normalize(pixels))
-            teacher = None
-            if self._teacher is not None:
-                with torch.no_grad():
-                    teacher = self._teacher(pixels)
-        targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam
-        loss = usi_loss(student, teacher, *targets, self._distill)
-        bad, agreed = ~_finite_rows(student.detach()), torch.zeros(2, device=self._device)
-        if teacher is not None:
-            bad |= ~_finite_rows(teacher)
-            agreed = agreement(student.detach(), teacher, *targets)
-        return loss, bad, agreed
+        with torch.no_grad():
+            inputs, teachers_inputs = self._inputs(batch.images, batch.lam, batch.box, batch.mix_group)
+            # before the student, so that their activations are gone when the student's must be kept
+            teacher = self._teacher(teachers_inputs) if self._teacher is not None else None
+            del teachers_inputs
+        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
+            student = self._model(inputs)
+        return self._judge(student, teacher, batch.labels, batch.lam, batch.mix_group)
 
     def rehearse(self, batch: Batch) -> None:
         """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
@@ -204,8 +203,47 @@ class TrainStep:
         return contextlib.nullcontext()
 
 
-def gray_batch(num_images: int, size: int, device: torch.device) -> Batch:
-    """Images without content, to rehearse with: uint8 [num_images, size, size, 3]."""
+class Inputs(nn.Module):
+    """What the models see of a batch. Compiled it is one pass over the pixels, whatever the number of models.
+
+    Args:
+      normalize: the student's.
+      teacher: None if there is none.
+    """
+
+    def __init__(self, normalize: Normalize, teacher: Teachers | None):
+        super().__init__()
+        self._normalize = normalize
+        self._teacher_inputs = teacher.inputs if teacher is not None else lambda _: []
+
+    def forward(
+        self, images: torch.Tensor, lam: torch.Tensor, box: torch.Tensor, mix_group: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The fields of a Batch -> the student's inputs, and each teacher's."""
+        pixels = mix(images, lam, box, mix_group)
+        return self._normalize(pixels), self._teacher_inputs(pixels)
+
+
+def judge(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor,
+    lam: torch.Tensor,
+    mix_group: int,
+    config: DistillConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of logits [B, C], which rows are bad, and the two shares of agreement, as in StepMetrics."""
+    targets = labels, partners(labels, mix_group), lam
+    loss = usi_loss(student, teacher, *targets, config)
+    bad, agreed = ~_finite_rows(student.detach()), torch.zeros(2, device=student.device)
+    if teacher is not None:
+        bad = bad | ~_finite_rows(teacher)
+        agreed = agreement(student.detach(), teacher, *targets)
+    return loss, bad, agreed
+
+
+def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:
+    """Images without content, to rehearse with: uint8 [num_images, size, size, 3], in groups as a real batch is."""
     return Batch(
         images=torch.full((num_images, size, size, 3), 128, dtype=torch.uint8, device=device),
         labels=torch.zeros(num_images, dtype=torch.int64, device=device),
@@ -213,7 +251,7 @@ def gray_batch(num_images: int, size: int, device: torch.device) -> Batch:
         box=torch.zeros(num_images, 4, dtype=torch.int32, device=device),
         valid=torch.ones(num_images, dtype=torch.bool, device=device),
         position=0,
-        mix_group=0,
+        mix_group=mix_group,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipelines.errors import UserError
 from trainer.config import Config, OtherTeacher, TeacherConfig
+from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize
 from trainer.models import (
     Checkpoint,
@@ -43,11 +44,15 @@ class Teacher(nn.Module):
         self.note = note
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, S, S, 3], mixed -> logits [B, C] over the dataset's classes."""
+    def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the model sees: uint8 [B, S, S, 3], mixed -> [B, 3, image_size, image_size]."""
         if self.image_size:
             pixels = resize_pixels(pixels, self.image_size)
-        logits = self.model(self.normalize(pixels))
+        return self.normalize(pixels)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs -> logits [B, C] over the dataset's classes."""
+        logits = self.model(inputs)
         return logits if self.order is None else logits.index_select(1, self.order)
 
 
@@ -69,9 +74,21 @@ class Teachers(nn.Module):
         """What is worth saying of them."""
         return [teacher.note for teacher in self.members if teacher.note]
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, S, S, 3], mixed -> logits [B, C], as `mean_logits`."""
-        return mean_logits([teacher(pixels) for teacher in self.members], self._temperature)
+    def to_precision(self, precision: torch.dtype) -> "Teachers":
+        """Compute in this type throughout; frozen weights need no float32 beside it."""
+        for teacher in self.members:
+            teacher.model.to(precision)
+            teacher.normalize.dtype = precision
+        return self
+
+    def inputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """What each teacher sees of the mixed images, uint8 [B, S, S, 3]."""
+        return [teacher.inputs(pixels) for teacher in self.members]
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Each teacher's inputs -> logits [B, C], as `mean_logits`."""
+        logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
+        return mean_logits(logits, self._temperature)
 
 
 def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
@@ -153,6 +170,8 @@ def chance_warning(hits: float, images: int, num_classes: int) -> str | None:
 def build_teachers(config: Config, num_classes: int, names: list[str] | None) -> Teachers | None:
     """All teachers of the configuration on the CPU, after checking that they take the images they will get.
 
+    Their BatchNorms are folded into the convolutions, as the authors do.
+
     Args:
       num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
     Returns:
@@ -168,8 +187,10 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None) ->
             f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
             f"dynamic_img_size true in {key}.kwargs"
         )
-        for size in [each.image_size] if each.image_size else sorted(set(sizes)):
+        seen = [each.image_size] if each.image_size else sorted(set(sizes))
+        for size in seen:
             refuse_size(teacher.model, each.name, size, advice)
+        fold_batch_norms(teacher.model, torch.zeros(1, 3, seen[0], seen[0]))
         members.append(teacher)
     return Teachers(members, config.distill.temperature) if members else None
 

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, a progress line on a terminal, plain lines elsewhere, and the loggers asked for."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -23,19 +25,48 @@ _LASTING = ("session", "rollback")  # lines of these kinds tell what happened to
 T = TypeVar("T")
 
 
-class Stopwatch(Iterator[T]):
-    """An iterator that adds up the time its user waited for it."""
+class InputWait(Iterator[T]):
+    """An iterator that knows for how long the device has had no work for want of its next item.
 
-    def __init__(self, items: Iterator[T]):
+    On a GPU the host runs ahead of the device, so that its own waiting says little. Two events are put into the
+    device's queue, before the host waits and after: where the device still has work it comes to both at once, and where
+    it has none it comes to the second one when the item is there. Nobody waits for them.
+
+    Args:
+      items: complete when they are given.
+      device: on which they are used, in the stream that is current for it.
+    """
+
+    def __init__(self, items: Iterator[T], device: torch.device):
         self._items = items
-        self.waited_s = 0.0
+        self._make_mark = (
+            functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else _HostMark
+        )
+        self._waits: list[tuple] = []
 
     def __next__(self) -> T:
-        start = time.perf_counter()
-        try:
-            return next(self._items)
-        finally:
-            self.waited_s += time.perf_counter() - start
+        before, after = self._make_mark(), self._make_mark()
+        before.record()
+        item = next(self._items)
+        after.record()
+        self._waits.append((before, after))
+        return item
+
+    def take_s(self) -> float:
+        """Seconds since it was asked last. On a GPU, to be called when the device has done what was enqueued."""
+        waits, self._waits = self._waits, []
+        return sum(before.elapsed_time(after) for before, after in waits) / 1e3
+
+
+class _HostMark:
+    """What an event is on a GPU, where host and device are one."""
+
+    def record(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def elapsed_time(self, later: "_HostMark") -> float:
+        """In ms."""
+        return 1e3 * (later._time_s - self._time_s)
 
 
 class Pace:

@@ -1,0 +1,58 @@
+"""Whether the models are compiled, and by what."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+
+from pipelines.errors import UserError
+from trainer.distributed import World
+
+T = TypeVar("T", bound=Callable)
+Compiler = Callable[[T], T]
+
+
+def as_it_is(function: T) -> T:
+    """The compiler that leaves everything as it is."""
+    return function
+
+
+# Of one shape each: the training has few of them, and what is made for a single one is faster.
+compiled = functools.partial(torch.compile, dynamic=False)
+
+
+def choose_compiler(setting: bool | Literal["auto"], world: World) -> tuple[Compiler, str]:
+    """What run.compile comes to on these ranks. Every rank must call it.
+
+    Args:
+      setting: auto compiles on GPUs, where it works.
+    Returns:
+      the compiler, the same on all ranks, and what is worth saying; "" is nothing.
+    Raises:
+      UserError: true, and compiling does not work here.
+    """
+    if setting is False or (setting == "auto" and world.device.type != "cuda"):
+        return as_it_is, ""
+    reason = next(iter(world.gather([why for why in [why_not(world.device)] if why])), "")
+    if not reason:
+        return compiled, ""
+    if setting == "auto":
+        return as_it_is, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
+    raise UserError(
+        f"run.compile is true, and torch.compile does not work here ({reason}). Install a C compiler, or use "
+        "--run.compile false"
+    )
+
+
+def why_not(device: torch.device) -> str:
+    """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
+    try:
+        torch.compile(_twice)(torch.ones(16, device=device))
+    except Exception as error:  # whatever a missing compiler or driver leads to
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def _twice(values: torch.Tensor) -> torch.Tensor:
+    return values * 2
