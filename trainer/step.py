@@ -16,9 +16,9 @@ from trainer.compiling import Compiler, as_it_is
 from trainer.config import DistillConfig
 from trainer.distributed import World
 from trainer.losses import usi_loss
-from trainer.mix import Normalize, mix, partners
+from trainer.mix import Normalize, partners
 from trainer.optim import ModelEma, batch_norms, running_statistics
-from trainer.teachers import Teachers, agreement
+from trainer.teachers import Teachers, agreement, model_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainStep:
       micro_batches: forward passes an update on this rank.
       batch_norm: which running statistics an update ends with, as run.batch_norm.
       world: the ranks.
-      compiler: of the models, and of what is computed before and after them (trainer/compiling.py).
+      compiler: of both models and of what is computed from their outputs (trainer/compiling.py).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainStep:
         self._local = []
         if batch_norm == "none" and world.size > 1:
             self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
-        self._inputs = compiler(Inputs(normalize, teacher))
+        self._inputs = functools.partial(model_inputs, normalize=normalize, teachers=teacher)
         self._teacher = compiler(teacher) if teacher is not None else None
         self._judge = compiler(functools.partial(judge, config=distill))
         self._optimizer = optimizer
@@ -170,7 +170,7 @@ class TrainStep:
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss, which rows are bad, and the two shares of agreement."""
         with torch.no_grad():
-            inputs, teachers_inputs = self._inputs(batch.images, batch.lam, batch.box, batch.mix_group)
+            inputs, teachers_inputs = self._inputs(batch)
             # before the student, so that their activations are gone when the student's must be kept
             teacher = self._teacher(teachers_inputs) if self._teacher is not None else None
             del teachers_inputs
@@ -201,27 +201,6 @@ class TrainStep:
         if skip and isinstance(self._model, DistributedDataParallel):
             return self._model.no_sync()
         return contextlib.nullcontext()
-
-
-class Inputs(nn.Module):
-    """What the models see of a batch. Compiled it is one pass over the pixels, whatever the number of models.
-
-    Args:
-      normalize: the student's.
-      teacher: None if there is none.
-    """
-
-    def __init__(self, normalize: Normalize, teacher: Teachers | None):
-        super().__init__()
-        self._normalize = normalize
-        self._teacher_inputs = teacher.inputs if teacher is not None else lambda _: []
-
-    def forward(
-        self, images: torch.Tensor, lam: torch.Tensor, box: torch.Tensor, mix_group: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The fields of a Batch -> the student's inputs, and each teacher's."""
-        pixels = mix(images, lam, box, mix_group)
-        return self._normalize(pixels), self._teacher_inputs(pixels)
 
 
 def judge(
