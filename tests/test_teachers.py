@@ -326,7 +326,8 @@ def test_a_teacher_is_tried_at_its_own_size_and_not_at_the_students(files):
     config = parse([*TINY, "--data.image_size", "[[0,16],[1,32]]"])
     object.__setattr__(config, "teacher", vit)
     teachers = build_teachers(config, 10, None)
-    assert teachers([torch.zeros(2, 3, 16, 16)]).shape == (2, 10)
+    inputs = teachers.members[0].inputs(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    assert teachers([inputs]).shape == (2, 10)
     object.__setattr__(config, "teacher", TeacherConfig("test_resnet", files["test_resnet"], image_size=0))
     assert build_teachers(config, 10, None).members[0].image_size == 0
 
