@@ -18,19 +18,24 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
     """The mixed images: uint8 [B, S, S, 3] on the batch's device.
 
     A row with a box takes the box from its partner (CutMix); any other is lam x own + (1 - lam) x partner, rounded
-    half to even (mixup). Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
+    half to even (mixup). The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
+
+    Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
     """
     own = batch.images
-    other = partners(own, batch.mix_group)
-    lam = batch.lam.view(-1, 1, 1, 1)
-    mixed = (own.float() * lam + other.float() * (1.0 - lam)).round().to(torch.uint8)
-    top, left, height, width = batch.box.view(-1, 4, 1, 1).unbind(1)
-    side = torch.arange(own.shape[1], device=own.device)
-    rows, columns = side.view(1, -1, 1), side.view(1, 1, -1)
-    # inside: [B, S, S, 1]
-    inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-    cutmix = (height * width > 0).unsqueeze(-1)
-    return torch.where(cutmix, torch.where(inside.unsqueeze(-1), other, own), mixed)
+    if batch.mix_group == 0:
+        return own
+    other, mixed = partners(own, batch.mix_group), own.clone()
+    boxes = batch.box.tolist()
+    for row, (top, left, height, width) in enumerate(boxes):
+        inside = row, slice(top, top + height), slice(left, left + width)
+        mixed[inside] = other[inside]
+    blended = torch.tensor([row for row, box in enumerate(boxes) if box[2] * box[3] == 0], device=own.device)
+    if len(blended):
+        lam = batch.lam[blended].view(-1, 1, 1, 1)
+        blend = own[blended].float().mul_(lam).add_(other[blended].float().mul_(1.0 - lam))
+        mixed[blended] = blend.round_().to(torch.uint8)
+    return mixed
 
 
 def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None = None) -> list[torch.Tensor]:
@@ -61,7 +66,7 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
 
 
 class Normalize(torch.nn.Module):
-    """uint8 [B, S, S, 3] pixels -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
+    """[B, S, S, 3] pixels, of any type -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
 
     Args:
       mean, std: the model's own, for pixels in [0, 1].
@@ -77,4 +82,5 @@ class Normalize(torch.nn.Module):
         self.register_buffer("shift", shift.float(), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype).permute(0, 3, 1, 2)
+        values = pixels.to(torch.float32, copy=True)
+        return values.mul_(self.scale).add_(self.shift).to(self.dtype).permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ from pipelines.batch import Batch
 from pipelines.errors import UserError
 from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.folding import fold_batch_norms
-from trainer.mix import Normalize, mix_pixels, mixed_inputs
+from trainer.mix import Normalize, mixed_inputs
 from trainer.models import (
     Checkpoint,
     create_model,
@@ -68,6 +68,7 @@ class Teachers(nn.Module):
     def __init__(self, members: list[Teacher], temperature: float):
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # the pixels as they are, for those that see another size
         self._temperature = temperature
 
     @property
@@ -79,7 +80,8 @@ class Teachers(nn.Module):
         """Compute in this type throughout; frozen weights need no float32 beside it."""
         for teacher in self.members:
             teacher.model.to(precision)
-            teacher.normalize.dtype = precision
+        for normalize in (self.raw, *(teacher.normalize for teacher in self.members)):
+            normalize.dtype = precision
         return self
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -94,10 +96,11 @@ def model_inputs(
     """What the student sees of a batch, mixed and under its own normalisation, and what each teacher does."""
     members = list(teachers.members) if teachers is not None else []
     alike = [teacher for teacher in members if teacher.image_size in (0, batch.images.shape[1])]
-    own, *others = mixed_inputs(batch, [normalize, *(teacher.normalize for teacher in alike)])
-    inputs = dict(zip(alike, others, strict=True))
-    if len(alike) < len(members):
-        pixels = mix_pixels(batch)
+    raw = [teachers.raw] if len(alike) < len(members) else []
+    own, *others = mixed_inputs(batch, [normalize, *(teacher.normalize for teacher in alike), *raw])
+    inputs = dict(zip(alike, others, strict=False))
+    if raw:
+        pixels = others[-1].permute(0, 2, 3, 1)  # whole numbers up to 255, which every type holds
         inputs |= {teacher: teacher.inputs(pixels) for teacher in members if teacher not in alike}
     return own, [inputs[teacher] for teacher in members]
 
