@@ -9,11 +9,12 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_trainer
 from torch._dynamo.utils import counters
 
 from pipelines.batch import Batch
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.randaugment import has_triton
 from trainer import compiling
 from trainer import run as trainer
@@ -93,6 +94,17 @@ def test_a_model_that_cannot_be_compiled_ends_in_one_line(arguments, monkeypatch
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
         trainer.build(parse([*arguments, "--run.compile", "true"]), ONE)
+
+
+@pytest.mark.long
+def test_two_ranks_with_generated_code_train_what_one_does(arguments, tmp_path):
+    """Compiled before DDP wraps it. The statistics are the mean over both ranks either way."""
+    arguments[arguments.index("0.1")] = "0"
+    for ranks in (1, 2):
+        more = ["--run.compile", "true", "--run.stop_after_steps", "3", "--run.out", tmp_path / str(ranks)]
+        run_trainer(*arguments, *more, ranks=ranks)
+    a, b = (read_json_lines(tmp_path / ranks / "metrics.jsonl")[1]["loss"] for ranks in ("1", "2"))
+    assert a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.long

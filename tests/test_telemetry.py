@@ -16,7 +16,7 @@ from trainer.config import parse
 from trainer.distributed import World
 from trainer.loggers import WANDB_ID, scalars
 from trainer.run import train
-from trainer.telemetry import Pace, Telemetry
+from trainer.telemetry import InputWait, Pace, Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_s": 1234.5, "input_wait": 0.25}
@@ -260,3 +260,37 @@ def test_loggers_are_read_back_from_a_runs_own_configuration(digits, tmp_path):
     train_here(digits, tmp_path, "--run.loggers", "[tensorboard]", "--run.stop_after_steps", 1)
     assert parse(["--config", str(tmp_path / "config.yaml")]).run.loggers == ["tensorboard"]
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 1
+
+
+def test_waiting_for_input_is_the_time_in_next_and_nothing_else(monkeypatch):
+    """Where host and device are one. Each look at the clock is told what to see."""
+    times = iter([10.0, 10.25, 20.0, 20.5, 30.0, 30.0])
+    monkeypatch.setattr("trainer.telemetry._HostMark.record", lambda mark: setattr(mark, "_time_s", next(times)))
+    batches = InputWait(iter("abc"), torch.device("cpu"))
+    assert [next(batches), next(batches)] == ["a", "b"]
+    assert batches.take_s() == pytest.approx(0.75) and batches.take_s() == 0
+    assert next(batches) == "c" and batches.take_s() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_busy_gpu_does_not_wait_for_input_while_the_host_does(busy):
+    """The host waits for 50 ms each time; the device waits with it only if it has nothing to do."""
+
+    def slow_items():
+        for item in range(5):
+            time.sleep(0.05)
+            yield item
+
+    device = torch.device("cuda")
+    matrix = torch.randn(8192, 8192, device=device)
+    matrix @ matrix
+    torch.cuda.synchronize()
+    batches = InputWait(slow_items(), device)
+    if busy:
+        torch.cuda._sleep(4_000_000_000)  # cycles: more than a second
+    for _ in batches:
+        pass
+    torch.cuda.synchronize()
+    waited_s = batches.take_s()
+    assert waited_s < 0.05 if busy else waited_s > 0.2

@@ -254,6 +254,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     precision = resolve_precision(config.run.precision, world.device)
     if world.device.type == "cuda":
         allow_tf32(config.run.tf32)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest kernels are worth a search
     student, teacher = place(student, config.run, world), place(teacher, config.run, world)
     if teacher is not None:
         teacher.to_precision(precision)
@@ -383,7 +384,7 @@ def rehearsed(
     compiled for the batches of the present epoch, and before the run begins.
 
     Raises:
-      UserError: it cannot be compiled.
+      UserError: it cannot be compiled, or does not fit into the memory.
     """
     if compiler is as_it_is and world.size == 1:
         return step
@@ -394,6 +395,11 @@ def rehearsed(
     world.beat("compiling", COMPILE_PATIENCE_S)
     try:
         step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"run.micro_batch is {state.micro_batch}: an update does not fit into the GPU's memory. Use a smaller one, "
+            "or auto"
+        ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
