@@ -54,13 +54,19 @@ def test_loader_measures_every_row(tmp_path):
         assert {(augmentation, "DALI's own reader"), (augmentation, "webdataset + torchvision")} < set(names)
     for augmentation in (loaders.BARE, loaders.RECIPE):
         assert (augmentation, "ours on DALI, repeats 3") in names
+    assert [augmentation for augmentation, what in names if what == "FFCV"] == [loaders.BARE]
     for row in rows:
+        if row["what"] == "FFCV" and "note" in row:  # no dependency
+            assert row["note"] == "not installed (ffcv)" and f"FFCV: {row['note']}" in printed
+            continue
         assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ratio"] > 0, row
         assert row["of"] == "ours on DALI" and (row["ratio"] == 1 or row["what"] != row["of"])
         assert row["what"] in printed and row["augmentation"] in printed
 
 
-@pytest.mark.parametrize(("module", "what"), [("webdataset", "webdataset + torchvision"), ("nvidia.dali", "DALI")])
+@pytest.mark.parametrize(
+    ("module", "what"), [("webdataset", "webdataset + torchvision"), ("nvidia.dali", "DALI"), ("ffcv", "FFCV")]
+)
 def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monkeypatch, module, what):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
