@@ -4,7 +4,7 @@
     python tools/benchmark.py shard  [--images N] [--repeats R] [--json FILE]
     python tools/benchmark.py loader [--images N] [--repeats R] [--batch B] [--json FILE]
     python tools/benchmark.py scale  [--model M] [--size PX] [--batch B] [--repeats R] [--json FILE]
-    python tools/benchmark.py resume [--model M] [--teacher T] [--size PX] [--repeats R] [--json FILE]
+    python tools/benchmark.py resume [--model M] [--teacher T] [--size PX] [--compile] [--repeats R] [--json FILE]
 
 Every row is measured against the row it is a ratio of, on this machine, now. Nothing is estimated.
 """
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = scales.scale(options.repeats, options.model, options.size, options.batch)
     elif options.command == "resume":
         columns, where = resumes.COLUMNS, f"synthetic data, {num_cores()} cores, {first_device().type}"
-        rows = resumes.resume(options.repeats, options.model, options.teacher, options.size)
+        rows = resumes.resume(options.repeats, options.model, options.teacher, options.size, options.compile)
     elif options.command == "read":
         columns, where = reads.COLUMNS, "one reading thread"
         rows = reads.read(options.images, options.repeats)
@@ -87,6 +87,11 @@ def _add_runs(commands: argparse._SubParsersAction) -> None:
         command.add_argument("--size", type=int, help="side of the images, pixels")
     scale.add_argument("--batch", type=int, help="global batch")
     resume.add_argument("--teacher", help="teacher, any timm model, of random weights; none for no teacher")
+    resume.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compiled runs, too (default: on GPUs; minutes on a CPU)",
+    )
 
 
 def _table(title: str | None, columns: dict[str, str], rows: list[dict]) -> Table:

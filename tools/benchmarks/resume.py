@@ -33,7 +33,7 @@ COLUMNS = {
     "max": "max",
     "built_s": "built after, s",
 }
-DEFAULTS = {"cpu": ("test_resnet", "test_byobnet", 64), "cuda": ("resnet50", "tresnet_v2_l", 224)}
+DEFAULTS = {"cpu": ("test_resnet", "test_byobnet", 32), "cuda": ("resnet50", "tresnet_v2_l", 224)}
 DEEP_STEP = 300_000
 UNCOMPILED, COLD, WARM = "not compiled", "compiled, cold cache", "compiled, warm cache"
 _NUM_CLASSES = 1000
@@ -48,9 +48,16 @@ class Setting:
     folder: Path
 
 
-def resume(repeats: int, model: str | None, teacher: str | None, size: int | None) -> list[dict]:
-    """The rows of the benchmark; what is None is the device's default, the teacher "none" is no teacher."""
-    default_model, default_teacher, default_size = DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
+def resume(
+    repeats: int, model: str | None, teacher: str | None, size: int | None, compiled: bool | None = None
+) -> list[dict]:
+    """The rows of the benchmark, those of compiled runs if asked for; what is None is the device's default.
+
+    The teacher "none" is no teacher. As for run.compile, the default is to compile on GPUs.
+    """
+    on_gpu = torch.cuda.is_available()
+    default_model, default_teacher, default_size = DEFAULTS["cuda" if on_gpu else "cpu"]
+    compiled = on_gpu if compiled is None else compiled
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             "data.pipeline": "synthetic",
@@ -62,8 +69,8 @@ def resume(repeats: int, model: str | None, teacher: str | None, size: int | Non
         }
         setting = Setting(settings, Path(scratch))
         write_deep_run(setting)
-        reason = _fill_cache(setting)
-        modes = (UNCOMPILED,) if reason else (UNCOMPILED, COLD, WARM)
+        reason = _fill_cache(setting) if compiled else ""
+        modes = (UNCOMPILED, COLD, WARM) if compiled and not reason else (UNCOMPILED,)
         found = {case: [] for case in itertools.product(modes, (0, DEEP_STEP))}
         for _ in range(repeats):
             for case, results in found.items():
