@@ -43,7 +43,7 @@ def apply_ops(
     """
     _check(images, ops, args)
     if kernel is None:
-        kernel = images.is_cuda and _has_triton()
+        kernel = images.is_cuda and has_triton()
     if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
     args = args.astype(np.float32)
@@ -83,7 +83,8 @@ def _check(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> None:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -326,7 +326,8 @@ def test_a_teacher_is_tried_at_its_own_size_and_not_at_the_students(files):
     config = parse([*TINY, "--data.image_size", "[[0,16],[1,32]]"])
     object.__setattr__(config, "teacher", vit)
     teachers = build_teachers(config, 10, None)
-    assert teachers(teachers.inputs(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))).shape == (2, 10)
+    inputs = teachers.members[0].inputs(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    assert teachers([inputs]).shape == (2, 10)
     object.__setattr__(config, "teacher", TeacherConfig("test_resnet", files["test_resnet"], image_size=0))
     assert build_teachers(config, 10, None).members[0].image_size == 0
 
@@ -479,7 +480,7 @@ def test_the_log_tells_how_often_teacher_and_labels_and_student_agree(digits, fi
         for batch in batches:
             labels, partner = batch.labels.tolist(), partners(batch.labels, batch.mix_group).tolist()
             shown = [a if lam >= 0.5 else b for a, b, lam in zip(labels, partner, batch.lam.tolist(), strict=True)]
-            best = run.step._teacher(run.step._teacher.inputs(mix_pixels(batch))).argmax(1).tolist()
+            best = run.step._teacher(run.step._inputs(batch)[1]).argmax(1).tolist()
             counted.append(100 * np.mean(np.array(shown) == np.array(best)))
     assert [line["teacher_top1"] for line in lines] == pytest.approx(counted)
     (line,) = train_here(digits, tmp_path / "64", *setting, "--run.micro_batch", 64, "--run.log_every", 4)

@@ -316,7 +316,7 @@ class RunConfig:
         rank 0's; none: each rank its own, also in evaluation; sync: layers normalise over the micro-batches of all
         ranks together (SyncBatchNorm, GPUs alone). On a rank always the mean over its micro-batches.
       channels_last: memory format of both models.
-      compile: whether both models, and what is computed around them, go through torch.compile; auto does it on GPUs,
+      compile: whether both models and the loss go through torch.compile; auto does it on GPUs,
         where it works. The first step then waits for it, half a minute or more, less where its cache is warm.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       eval_batch: validation images a forward pass on one rank.

@@ -3,6 +3,7 @@
 import torch
 
 from pipelines.batch import Batch
+from pipelines.randaugment import has_triton
 
 
 def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
@@ -14,30 +15,58 @@ def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
 
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
-    """A batch's mixed images, as `mix`."""
-    return mix(batch.images, batch.lam, batch.box, batch.mix_group)
-
-
-def mix(own: torch.Tensor, lam: torch.Tensor, box: torch.Tensor, mix_group: int) -> torch.Tensor:
-    """Mixed images: uint8 [B, S, S, 3]; the arguments are the fields of a Batch.
+    """The mixed images: uint8 [B, S, S, 3] on the batch's device.
 
     A row with a box takes the box from its partner (CutMix); any other is lam x own + (1 - lam) x partner, rounded
-    half to even (mixup). Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
+    half to even (mixup). The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
+
+    Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
     """
-    other = partners(own, mix_group)
-    lam = lam.view(-1, 1, 1, 1)
-    mixed = (own.float() * lam + other.float() * (1.0 - lam)).round().to(torch.uint8)
-    top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
-    side = torch.arange(own.shape[1], device=own.device)
-    rows, columns = side.view(1, -1, 1), side.view(1, 1, -1)
-    # inside: [B, S, S, 1]
-    inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
-    cutmix = (height * width > 0).unsqueeze(-1)
-    return torch.where(cutmix, torch.where(inside.unsqueeze(-1), other, own), mixed)
+    own = batch.images
+    if batch.mix_group == 0:
+        return own
+    other, mixed = partners(own, batch.mix_group), own.clone()
+    boxes = batch.box.tolist()
+    for row, (top, left, height, width) in enumerate(boxes):
+        inside = row, slice(top, top + height), slice(left, left + width)
+        mixed[inside] = other[inside]
+    blended = torch.tensor([row for row, box in enumerate(boxes) if box[2] * box[3] == 0], device=own.device)
+    if len(blended):
+        lam = batch.lam[blended].view(-1, 1, 1, 1)
+        blend = own[blended].float().mul_(lam).add_(other[blended].float().mul_(1.0 - lam))
+        mixed[blended] = blend.round_().to(torch.uint8)
+    return mixed
+
+
+def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None = None) -> list[torch.Tensor]:
+    """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
+
+    Args:
+      kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel
+        on CUDA if Triton is installed.
+    """
+    if kernel is None:
+        kernel = batch.images.is_cuda and has_triton()
+    if not kernel:
+        pixels = mix_pixels(batch)
+        return [normalize(pixels) for normalize in models]
+    from trainer.mix_kernel import launch
+
+    out = batch.images.new_empty((len(models), *batch.images.shape), dtype=models[0].dtype)
+    launch(
+        batch.images,
+        out,
+        lam=batch.lam,
+        box=batch.box,
+        mix_group=batch.mix_group,
+        scale=torch.stack([model.scale for model in models]),
+        shift=torch.stack([model.shift for model in models]),
+    )
+    return list(out.permute(0, 1, 4, 2, 3))
 
 
 class Normalize(torch.nn.Module):
-    """uint8 [B, S, S, 3] pixels -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
+    """[B, S, S, 3] pixels, of any type -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
 
     Args:
       mean, std: the model's own, for pixels in [0, 1].
@@ -53,4 +82,5 @@ class Normalize(torch.nn.Module):
         self.register_buffer("shift", shift.float(), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype).permute(0, 3, 1, 2)
+        values = pixels.to(torch.float32, copy=True)
+        return values.mul_(self.scale).add_(self.shift).to(self.dtype).permute(0, 3, 1, 2)

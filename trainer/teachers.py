@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipelines.batch import Batch
 from pipelines.errors import UserError
 from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.folding import fold_batch_norms
-from trainer.mix import Normalize
+from trainer.mix import Normalize, mixed_inputs
 from trainer.models import (
     Checkpoint,
     create_model,
@@ -67,6 +68,7 @@ class Teachers(nn.Module):
     def __init__(self, members: list[Teacher], temperature: float):
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # the pixels as they are, for those that see another size
         self._temperature = temperature
 
     @property
@@ -78,17 +80,29 @@ class Teachers(nn.Module):
         """Compute in this type throughout; frozen weights need no float32 beside it."""
         for teacher in self.members:
             teacher.model.to(precision)
-            teacher.normalize.dtype = precision
+        for normalize in (self.raw, *(teacher.normalize for teacher in self.members)):
+            normalize.dtype = precision
         return self
-
-    def inputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """What each teacher sees of the mixed images, uint8 [B, S, S, 3]."""
-        return [teacher.inputs(pixels) for teacher in self.members]
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Each teacher's inputs -> logits [B, C], as `mean_logits`."""
         logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
         return mean_logits(logits, self._temperature)
+
+
+def model_inputs(
+    batch: Batch, normalize: Normalize, teachers: Teachers | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the student sees of a batch, mixed and under its own normalisation, and what each teacher does."""
+    members = list(teachers.members) if teachers is not None else []
+    alike = [teacher for teacher in members if teacher.image_size in (0, batch.images.shape[1])]
+    raw = [teachers.raw] if len(alike) < len(members) else []
+    own, *others = mixed_inputs(batch, [normalize, *(teacher.normalize for teacher in alike), *raw])
+    inputs = dict(zip(alike, others, strict=False))
+    if raw:
+        pixels = others[-1].permute(0, 2, 3, 1)  # whole numbers up to 255, which every type holds
+        inputs |= {teacher: teacher.inputs(pixels) for teacher in members if teacher not in alike}
+    return own, [inputs[teacher] for teacher in members]
 
 
 def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:

@@ -1,0 +1,189 @@
+"""What is compiled, and what depends on that: nothing but the speed."""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import REPOSITORY
+from torch._dynamo.utils import counters
+
+from pipelines.batch import Batch
+from pipelines.errors import UserError
+from pipelines.randaugment import has_triton
+from trainer import compiling
+from trainer import run as trainer
+from trainer.config import parse
+from trainer.data import rank_plans
+from trainer.distributed import World
+from trainer.mix import Normalize, mixed_inputs
+
+ONE = World(0, 1, 1, torch.device("cpu"))
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs Triton")
+# everything but the code generator, which is slow
+traced = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A run on synthetic images, with a teacher; BatchNorm, dropout and two micro-batches an update."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "teacher.pth")
+    data = ["--data.pipeline", "synthetic", "--data.synthetic_samples", "256", "--data.synthetic_classes", "10"]
+    models = ["--student.name", "test_byobnet", "--student.kwargs.drop_rate", "0.1", "--teacher.name", "test_resnet"]
+    models += ["--teacher.checkpoint", str(tmp_path / "teacher.pth")]
+    run = ["--run.out", str(tmp_path / "run"), "--run.device", "cpu", "--run.global_batch", "64"]
+    return [*data, *models, *run, "--augment.mix_group", "32", "--data.image_size", "[[0,32],[1,40]]"]
+
+
+def losses(arguments: list[str], num_steps: int) -> tuple[list[float], list[int]]:
+    """Of each update; and how many graphs had been compiled before it."""
+    torch._dynamo.reset()
+    counters.clear()
+    run = trainer.build(parse(arguments), ONE)
+    found, graphs = [], []
+    for step in range(num_steps):
+        graphs.append(counters["stats"]["unique_graphs"])
+        plans = rank_plans(run.plan, step, step + 1, ONE, run.state.micro_batch)
+        found.append(run.step(run.pipelines.of["train"].batches(plans), step).loss.item())
+        run.state.step += 1
+    return found, graphs
+
+
+def test_a_compiled_run_is_compiled_before_its_first_step_and_trains_alike(arguments, monkeypatch):
+    """4 steps are an epoch, after which the images are larger, which is compiled when it comes and only then.
+
+    Dropout is what eager PyTorch draws, since the code generator is left out.
+    """
+    plain, none = losses([*arguments, "--run.compile", "false"], 7)
+    monkeypatch.setattr(compiling, "compiled", traced)
+    found, graphs = losses([*arguments, "--run.compile", "true"], 7)
+    assert found == pytest.approx(plain, rel=1e-5) and set(none) == {0}
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert 0 < graphs[0] == graphs[4] < graphs[5] == graphs[6]
+
+
+def test_auto_compiles_nothing_on_a_cpu():
+    assert compiling.choose_compiler("auto", ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler(False, ONE) == (compiling.as_it_is, "")
+
+
+def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
+    def broken(_):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    with pytest.raises(UserError, match=r"run.compile is true.*no C compiler.*Install a C compiler, or use --run.comp"):
+        compiling.choose_compiler(True, ONE)
+    on_gpu = World(0, 1, 1, torch.device("cuda", 0))
+    monkeypatch.setattr(compiling, "why_not", lambda device: "RuntimeError: no C compiler")
+    compiler, note = compiling.choose_compiler("auto", on_gpu)
+    assert compiler is compiling.as_it_is and "not compiled" in note and "no C compiler" in note
+
+
+def test_a_model_that_cannot_be_compiled_ends_in_one_line(arguments, monkeypatch):
+    def refuse(graph, inputs):
+        raise NotImplementedError("an operation without a lowering")
+
+    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=refuse, dynamic=False))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
+        trainer.build(parse([*arguments, "--run.compile", "true"]), ONE)
+
+
+@pytest.mark.long
+def test_generated_code_trains_alike(arguments):
+    arguments[arguments.index("0.1")] = "0"  # generated code draws other numbers for dropout
+    plain, _ = losses([*arguments, "--run.compile", "false"], 3)
+    found, _ = losses([*arguments, "--run.compile", "true"], 3)
+    assert found == pytest.approx(plain, rel=1e-4)
+
+
+# --- the kernel that mixes and normalises ---
+
+
+def mixed_batch(size: int, mix_group: int, device: str = "cpu") -> Batch:
+    """24 images: CutMix in the first group, mixup in the others, some of it with lambda 1/2."""
+    generator = torch.Generator().manual_seed(size)
+    lam = torch.rand(24, generator=generator)
+    lam[-4:] = 0.5
+    box = torch.zeros(24, 4, dtype=torch.int32)
+    box[:8] = torch.tensor([1, 0, size // 2, size - 1])
+    return Batch(
+        images=torch.randint(0, 256, (24, size, size, 3), dtype=torch.uint8, generator=generator).to(device),
+        labels=torch.zeros(24, dtype=torch.int64, device=device),
+        lam=lam.to(device),
+        box=box.to(device),
+        valid=torch.ones(24, dtype=torch.bool, device=device),
+        position=0,
+        mix_group=mix_group,
+    )
+
+
+def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...], tolerances: dict[torch.dtype, float]) -> None:
+    for size, mix_group, (dtype, tolerance) in itertools.product(sizes, (0, 8), tolerances.items()):
+        batch = mixed_batch(size, mix_group, device)
+        values = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.5,) * 3)
+        models = [Normalize(*each, dtype).to(device) for each in values]
+        ours, theirs = (mixed_inputs(batch, models, kernel=kernel) for kernel in (True, False))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype == dtype and a.shape == b.shape and a.stride() == b.stride()
+            assert (a.float() - b.float()).abs().max() <= tolerance, (size, mix_group, dtype)
+
+
+@needs_triton
+def test_the_interpreted_kernel_equals_torch():
+    """In a process of its own: what Triton interprets is settled when it is imported. bfloat16 is truncated there."""
+    script = (
+        "import torch; from test_compiling import assert_kernel_equals_torch as check;"
+        "check('cpu', (2, 20), {torch.float32: 0, torch.float16: 0}); print('equal')"
+    )
+    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout == "equal\n", done.stderr
+
+
+@needs_triton
+def test_the_kernel_reads_each_byte_once_and_fuses_no_multiplication(tmp_path, monkeypatch):
+    """No GPU is needed to compile for an H100. One load for the images, one for their partners, one store a model."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from trainer import mix_kernel as kernel
+
+    types = ("*u8", "*bf16", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32", "i64", "constexpr", "constexpr")
+    signature = dict(zip(kernel._mix_normalize.arg_names, types, strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 6, 9)}
+    constants = {"MODELS": 2, "BLOCK": 1024}
+    source = ASTSource(fn=kernel._mix_normalize, signature=signature, constexprs=constants, attrs=aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+    assert "mul" in ptx and "fma." not in ptx
+    assert ptx.count("ld.global.v2.b32") == 2  # 8 bytes
+    assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == 2  # 8 bfloat16s
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_the_kernel_equals_torch_on_the_gpu():
+    assert_kernel_equals_torch(
+        "cuda", (2, 21, 97, 224), dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), 0)
+    )
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_mixing_waits_for_nothing_on_the_gpu():
+    batch, models = mixed_batch(33, 8, "cuda"), [Normalize((0.5,) * 3, (0.5,) * 3).cuda()]
+    mixed_inputs(batch, models)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixed_inputs(batch, models)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
