@@ -3,6 +3,8 @@
     python tools/benchmark.py read   [--images N] [--repeats R] [--json FILE]
     python tools/benchmark.py shard  [--images N] [--repeats R] [--json FILE]
     python tools/benchmark.py loader [--images N] [--repeats R] [--batch B] [--json FILE]
+    python tools/benchmark.py scale  [--model M] [--size PX] [--batch B] [--repeats R] [--json FILE]
+    python tools/benchmark.py resume [--model M] [--teacher T] [--size PX] [--compile] [--repeats R] [--json FILE]
 
 Every row is measured against the row it is a ratio of, on this machine, now. Nothing is estimated.
 """
@@ -18,8 +20,11 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
+from pipelines.errors import exit_on_user_error
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import read as reads
+from tools.benchmarks import resume as resumes
+from tools.benchmarks import scale as scales
 from tools.benchmarks import shard as shards
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.opening import first_device
@@ -32,15 +37,21 @@ def main(arguments: list[str] | None = None) -> None:
     for name, images, repeats, about in (
         ("read", 4096, 7, "bytes from shards, on one core, from the page cache and from the disk"),
         ("shard", 400, 7, "writing shards, on one core"),
-        ("loader", 1024, 5, "training batches, against DALI's own reader, timm and webdataset, on all cores"),
+        ("loader", 1024, 5, "training batches, against DALI's own reader, timm, webdataset and FFCV"),
     ):
         command = commands.add_parser(name, help=about)
         command.add_argument("--images", type=int, default=images)
-        command.add_argument("--repeats", type=int, default=repeats)
-        command.add_argument("--json", type=Path, help="write the result to this file, too")
+        _add_common(command, repeats)
     command.add_argument("--batch", type=int, default=128, help="images a batch; at most --images")
+    _add_runs(commands)
     options = parser.parse_args(arguments)
-    if options.command == "read":
+    if options.command == "scale":
+        columns, where = scales.COLUMNS, f"synthetic data, {num_cores()} cores, {first_device().type}"
+        rows = scales.scale(options.repeats, options.model, options.size, options.batch)
+    elif options.command == "resume":
+        columns, where = resumes.COLUMNS, f"synthetic data, {num_cores()} cores, {first_device().type}"
+        rows = resumes.resume(options.repeats, options.model, options.teacher, options.size, options.compile)
+    elif options.command == "read":
         columns, where = reads.COLUMNS, "one reading thread"
         rows = reads.read(options.images, options.repeats)
     elif options.command == "shard":
@@ -49,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         columns, where = loaders.COLUMNS, f"{loaders.SIZE_PX} px, {num_cores()} cores, {first_device().type}"
         rows = loaders.loader(options.images, options.repeats, options.batch)
-    print(f"{options.images} JPEGs of 500 x 375, {where}, median of {options.repeats}")
+    pictures = f"{options.images} JPEGs of 500 x 375, " if "images" in options else ""
+    print(f"{pictures}{where}, median of {options.repeats}")
     shown = console()
     for title in dict.fromkeys(row.get("augmentation") for row in rows):
         shown.print(_table(title, columns, [row for row in rows if row.get("augmentation") == title]))
@@ -59,7 +71,31 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
+def _add_common(command: argparse.ArgumentParser, repeats: int) -> None:
+    command.add_argument("--repeats", type=int, default=repeats)
+    command.add_argument("--json", type=Path, help="write the result to this file, too")
+
+
+def _add_runs(commands: argparse._SubParsersAction) -> None:
+    """The benchmarks that start trainer/run.py: small models on a CPU, the recipe's on a GPU."""
+    scale = commands.add_parser("scale", help="training on more ranks, the plan over more samples")
+    resume = commands.add_parser("resume", help="from the start of a process to its first training step")
+    for command, defaults in ((scale, scales.DEFAULTS), (resume, resumes.DEFAULTS)):
+        _add_common(command, 3)
+        shown = "; ".join(f"{device}: {', '.join(map(str, values))}" for device, values in defaults.items())
+        command.add_argument("--model", help=f"student, any timm model (defaults of all options: {shown})")
+        command.add_argument("--size", type=int, help="side of the images, pixels")
+    scale.add_argument("--batch", type=int, help="global batch")
+    resume.add_argument("--teacher", help="teacher, any timm model, of random weights; none for no teacher")
+    resume.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compiled runs, too (default: on GPUs; minutes on a CPU)",
+    )
+
+
 def _table(title: str | None, columns: dict[str, str], rows: list[dict]) -> Table:
+    columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for key, name in columns.items():
         table.add_column(name, justify="left" if key in ("what", "of") else "right")
@@ -69,4 +105,5 @@ def _table(title: str | None, columns: dict[str, str], rows: list[dict]) -> Tabl
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

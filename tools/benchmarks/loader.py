@@ -1,4 +1,4 @@
-"""Training batches: our pipelines against DALI's own reader, timm's loader and webdataset, on the same pictures.
+"""Training batches: our pipelines against DALI's own reader, timm's loader, webdataset and FFCV, on the same pictures.
 
 What makes the rows comparable:
 
@@ -14,6 +14,9 @@ What makes the rows comparable:
   torchvision and DALI always apply both, so what their rows compare with is "every op" of ours and timm's. Their
   magnitude is 7 of bins 0 to 10, timm's scale.
 - The others run as they are fastest: torchvision's decoder and transforms on tensors, DALI's default decoder settings.
+- FFCV reads a file of its own, into which it encodes the same pictures as JPEGs of the same quality, at full size. It
+  has no RandAugment, resizes with OpenCV's area filter where the others are bicubic, and decodes with libjpeg's less
+  exact, faster DCT.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
@@ -55,6 +58,7 @@ _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mst
 _GROUPS = 8  # batches in a global batch, as in the recipe: the copies of an image are in different ones
 _AHEAD = 16  # batches a pipeline may look ahead
 _NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # of DALI's and torchvision's RandAugment
+_JPEG_QUALITY = 92  # of tools/photos.py, for FFCV, which encodes them again
 _CLEAN_PROCESSES = "forkserver"  # workers forked from a process with DALI's and our threads end by SIGSEGV at times
 
 
@@ -124,6 +128,8 @@ def contenders(setting: Setting) -> list[Contender]:
                 ("webdataset + torchvision", augmentation, functools.partial(_webdataset, setting, randaugment)),
             ]
         found.append(("timm", augmentation, functools.partial(_timm, setting, augmentation)))
+        if augmentation == BARE:
+            found.append(("FFCV", augmentation, functools.partial(_ffcv, setting)))
     return [Contender(*fields) for fields in found]
 
 
@@ -302,3 +308,65 @@ class _TensorTransform:
         from torchvision.io import ImageReadMode, decode_jpeg
 
         return self._transform(decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB))
+
+
+def _ffcv(setting: Setting) -> Iterator[torch.Tensor]:
+    threads = torch.get_num_threads()  # torch's own, in the whole process: FFCV changes them, even by being imported
+    try:
+        batches = _open_ffcv(_beton(setting), setting.batch, setting.workers, setting.device)
+        while True:
+            epoch = iter(batches)
+            try:
+                for (images,) in epoch:
+                    yield images
+            finally:  # FFCV's own close() leaves its thread at work, in the next row's time
+                epoch.terminate_event.set()
+                epoch.join()
+                epoch.close()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.cache
+def _open_ffcv(beton: Path, batch: int, workers: int, device: torch.device) -> Iterable[tuple[torch.Tensor]]:
+    """FFCV's loader, an epoch each time it is iterated. Compiled once a process, which takes it seconds."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
+
+    stages = [RandomResizedCropRGBImageDecoder((SIZE_PX, SIZE_PX)), RandomHorizontalFlip(), ToTensor()]
+    if device.type == "cuda":
+        stages.append(ToDevice(device, non_blocking=True))
+    return Loader(
+        str(beton),
+        batch_size=batch,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        pipelines={"image": [*stages, ToTorchImage()], "label": None},
+    )
+
+
+def _beton(setting: Setting) -> Path:
+    """The pictures as FFCV's file, beside their folder. Written once, in a process of its own, which FFCV can fork."""
+    import ffcv  # noqa: F401  where it is missing, here is where to notice
+
+    path = setting.folder.parent / "train.beton"
+    if not path.exists():
+        arguments = (setting.folder, path, setting.workers)
+        writer = multiprocessing.get_context(_CLEAN_PROCESSES).Process(target=_write_beton, args=arguments)
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise UserError(f"FFCV cannot write its file (exit code {writer.exitcode}). What it said stands above")
+    return path
+
+
+def _write_beton(folder: Path, path: Path, workers: int) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    multiprocessing.set_start_method("fork", force=True)  # as FFCV has it; this process has no threads
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=_JPEG_QUALITY), "label": IntField()}
+    DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(ImageFolder(str(folder)))

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 
-_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset")
+_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset", "ffcv")
 
 
 def interleaved(

@@ -1,0 +1,153 @@
+"""Seconds from starting trainer/run.py to the end of its first step: from step 0, and going on deep in a run.
+
+Every measurement is a process of its own, as a user starts it, on the synthetic pipeline with ImageNet's number of
+images. "built" is when everything stands and the loop begins, compiled where it is compiled. Deep in a run means from a
+checkpoint of step 300,000 of the recipe's 387,810, and a log of as many steps: the files of a run of one step, with
+another number in them. A cold cache is an empty folder for what torch.compile makes, a warm one has been through it.
+Python's own files and the checkpoint are in the page cache throughout.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+
+from pipelines.errors import UserError
+from tools.benchmarks.runs import train
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.loop import checkpoint_folder
+from trainer.telemetry import METRICS
+
+COLUMNS = {
+    "what": "what",
+    "seconds": "first step after, s",
+    "min": "min",
+    "max": "max",
+    "built_s": "built after, s",
+}
+DEFAULTS = {"cpu": ("test_resnet", "test_byobnet", 32), "cuda": ("resnet50", "tresnet_v2_l", 224)}
+DEEP_STEP = 300_000
+UNCOMPILED, COLD, WARM = "not compiled", "compiled, cold cache", "compiled, warm cache"
+_NUM_CLASSES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all measurements share: settings of the trainer, and a folder that holds a run which stands at DEEP_STEP
+    (`deep`), a cache of torch.compile's (`warm`), and what is in use."""
+
+    settings: dict[str, object]
+    folder: Path
+
+
+def resume(
+    repeats: int, model: str | None, teacher: str | None, size: int | None, compiled: bool | None = None
+) -> list[dict]:
+    """The rows of the benchmark, those of compiled runs if asked for; what is None is the device's default.
+
+    The teacher "none" is no teacher. As for run.compile, the default is to compile on GPUs.
+    """
+    on_gpu = torch.cuda.is_available()
+    default_model, default_teacher, default_size = DEFAULTS["cuda" if on_gpu else "cpu"]
+    compiled = on_gpu if compiled is None else compiled
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {
+            "data.pipeline": "synthetic",
+            "data.synthetic_classes": _NUM_CLASSES,
+            "data.image_size": size or default_size,
+            "student.name": model or default_model,
+            "run.log_every": 1,
+            **_teacher(teacher or default_teacher, Path(scratch)),
+        }
+        setting = Setting(settings, Path(scratch))
+        write_deep_run(setting)
+        reason = _fill_cache(setting) if compiled else ""
+        modes = (UNCOMPILED, COLD, WARM) if compiled and not reason else (UNCOMPILED,)
+        found = {case: [] for case in itertools.product(modes, (0, DEEP_STEP))}
+        for _ in range(repeats):
+            for case, results in found.items():
+                results.append(first_step(setting, *case))
+    rows = [_row(mode, step, results) for (mode, step), results in found.items()]
+    return rows + ([{"what": "torch.compile", "augmentation": COLD, "note": reason}] if reason else [])
+
+
+def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
+    """Start a run after `step`: seconds until its next step is done, and until it was built."""
+    out, cold = setting.folder / "out", setting.folder / "cold"
+    if step:
+        shutil.copytree(setting.folder / "deep", out, copy_function=os.link)  # the run writes anew, never into a file
+    settings = {
+        **setting.settings,
+        "run.compile": str(mode != UNCOMPILED).lower(),
+        "run.stop_after_steps": step + 1,
+    }
+    cache = setting.folder / "warm" if mode == WARM else cold
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    try:
+        start_s, (session, *lines) = train(out, settings, environment=environment)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(cold, ignore_errors=True)
+    assert (session["step"], lines[0]["kind"], lines[0]["step"]) == (step, "train", step + 1), lines
+    return lines[0]["time"] - start_s, session["time"] - start_s
+
+
+def write_deep_run(setting: Setting) -> None:
+    """The folder of a run that stands at DEEP_STEP, from one that has done a single step."""
+    begun, deep = setting.folder / "begun", setting.folder / "deep"
+    settings = {**setting.settings, "run.compile": "false", "run.stop_after_steps": 1}
+    _, lines = train(begun, settings)
+    content = checkpoint.read(checkpoint.path_of(checkpoint_folder(RunConfig(out=begun)), 1))
+    target = checkpoint.path_of(checkpoint_folder(RunConfig(out=deep)), DEEP_STEP)
+    target.parent.mkdir(parents=True)
+    writer = checkpoint.Writer()
+    writer.submit(target, {**content, "step": DEEP_STEP})
+    writer.wait()
+    if writer.failure:
+        raise UserError(writer.failure)
+    steps = range(RunConfig().log_every, DEEP_STEP + 1, RunConfig().log_every)
+    log = [lines[0], *({**lines[1], "step": step} for step in steps)]
+    (deep / METRICS).write_text("".join(json.dumps(line) + "\n" for line in log))
+    shutil.rmtree(begun)
+
+
+def _fill_cache(setting: Setting) -> str:
+    """Go through the warm cache once. Returns why nothing can be compiled here, "" if it can."""
+    try:
+        first_step(setting, WARM, 0)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _teacher(name: str, folder: Path) -> dict[str, object]:
+    """The trainer's settings for a teacher of random weights, which are saved in the folder."""
+    if name == "none":
+        return {"teacher.name": "null"}
+    try:
+        model = timm.create_model(name, num_classes=_NUM_CLASSES)
+    except RuntimeError as error:
+        raise UserError(f"--teacher is '{name}', which timm cannot make ({error})") from error
+    path = folder / "teacher.pt"
+    torch.save(model.state_dict(), path)
+    return {"teacher.name": name, "teacher.checkpoint": path}
+
+
+def _row(mode: str, step: int, results: list[tuple[float, float]]) -> dict:
+    first, built = zip(*results, strict=True)
+    return {
+        "what": f"from step {step:,}",
+        "augmentation": mode,
+        "seconds": round(statistics.median(first), 2),
+        "min": round(min(first), 2),
+        "max": round(max(first), 2),
+        "built_s": round(statistics.median(built), 2),
+    }

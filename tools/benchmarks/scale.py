@@ -1,0 +1,103 @@
+"""What more of everything costs: training on 1 to 8 ranks, and the plan over up to 14 million samples (planning.py).
+
+Training is on synthetic batches, a student without a teacher, so that nothing but the update and its all-reduce is
+measured. The global batch stays the same on any number of ranks, as it does in the recipe, and so does the micro-batch:
+with more ranks each has fewer of them. Speed-up and efficiency are over one rank, started without torchrun, from
+neighbouring runs. On the CPU every rank has one thread, so that ranks do not share cores.
+"""
+
+import functools
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from pipelines.augment import AugmentConfig
+from pipelines.errors import UserError
+from tools.benchmarks.measure import interleaved, num_cores, ratio
+from tools.benchmarks.planning import SAMPLES, plan_rows
+from tools.benchmarks.runs import train
+
+COLUMNS = {
+    "what": "what",
+    "images_per_s": "images/s",
+    "open_s": "open, s",
+    "open_min": "min",
+    "open_max": "max",
+    "plan_ms": "plan 1,024, ms",
+    "min": "min",
+    "max": "max",
+    "ratio": "speed-up",
+    "efficiency": "efficiency",
+    "memory_mb": "memory, MB",
+    "mapped_mb": "mapped, MB",
+}
+DEFAULTS = {"cpu": ("resnet18", 64, 64), "cuda": ("resnet50", 224, 1024)}  # model, image size, global batch
+_RANKS = (1, 2, 4, 8)
+_STEPS = {"cpu": (2, 10), "cuda": (10, 50)}  # before the time is taken, and while it is
+
+
+def scale(repeats: int, model: str | None, size: int | None, batch: int | None) -> list[dict]:
+    """The rows of both tables; what is None is the device's default."""
+    default_model, default_size, default_batch = DEFAULTS[_device()]
+    ranks = [number for number in _RANKS if number <= _places()]
+    rows = rank_rows(ranks, repeats, model or default_model, size or default_size, batch or default_batch)
+    return rows + plan_rows(SAMPLES, repeats)
+
+
+def rank_rows(ranks: list[int], repeats: int, model: str, size: int, batch: int) -> list[dict]:
+    """Training throughput on each number of ranks; the first is what the others are compared with.
+
+    Raises:
+      UserError: the ranks cannot share the global batch in whole groups; or a run failed.
+    """
+    group = min(AugmentConfig().mix_group, batch // max(ranks))
+    if group < 1 or batch % (group * max(ranks)):
+        raise UserError(f"--batch is {batch}: {max(ranks)} ranks cannot share it. Use a multiple of {max(ranks)}")
+    settings = {
+        "data.pipeline": "synthetic",
+        "data.image_size": size,
+        "augment.mix_group": group,
+        "student.name": model,
+        "teacher.name": "null",
+        "run.global_batch": batch,
+    }
+    times = interleaved({str(n): functools.partial(_seconds, settings, n) for n in ranks}, repeats, warm_up=False)
+    images = batch * _STEPS[_device()][1]
+    rows = []
+    for number, seconds in zip(ranks, times.values(), strict=True):
+        speedup = ratio(times[str(ranks[0])], seconds)
+        rows.append(
+            {
+                "what": f"{number} x {_device()}",
+                "augmentation": f"training {model}, {size} px, global batch {batch}",
+                "images_per_s": round(images / statistics.median(seconds), 1),
+                "min": round(images / max(seconds), 1),
+                "max": round(images / min(seconds), 1),
+                "ratio": speedup,
+                "efficiency": round(speedup * ranks[0] / number, 3),
+            }
+        )
+    return rows
+
+
+def _seconds(settings: dict, ranks: int) -> float:
+    """Of the counted steps of one run; a line of the log waits for the device."""
+    lead, steps = _STEPS[_device()]
+    settings = {**settings, "run.log_every": lead, "run.stop_after_steps": lead + steps}
+    environment = {"OMP_NUM_THREADS": "1"} if _device() == "cpu" else None
+    with tempfile.TemporaryDirectory() as scratch:
+        _, lines = train(Path(scratch) / "run", settings, ranks=ranks, environment=environment)
+    lines = [line for line in lines if line["kind"] == "train"]
+    assert (lines[0]["step"], lines[-1]["step"]) == (lead, lead + steps), lines
+    return lines[-1]["time"] - lines[0]["time"]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _places() -> int:
+    """How many ranks can have a device, or a core, of their own."""
+    return torch.cuda.device_count() or num_cores()
