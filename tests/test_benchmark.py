@@ -1,5 +1,6 @@
 """The benchmarks run, on few images; nothing is said about how fast."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from pipelines.errors import UserError
+from tools import benchmark
 from tools.benchmarks import loader as loaders
+from tools.benchmarks.tables import markdown
 from tools.opening import decode_path
 from trainer.config import DataConfig
 
@@ -78,3 +82,47 @@ def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
     monkeypatch.setattr("pipelines.probe._try", lambda command, jpeg: commands.append(command) or "")
     assert decode_path(photos, torch.device("cuda", 0)) == ("roi", "it works")
     assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("shard", "--json", "no/such/folder.json"), "no/such is not a folder"),
+        (("table", "no-such-file.json"), "no-such-file.json: cannot be read"),
+        (("table", "setup.cfg"), "setup.cfg: cannot be read"),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_refused_in_a_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_file_that_holds_something_else_is_no_result(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(UserError, match="other.json: not a result of tools/benchmark.py"):
+        benchmark.read_result(path)
+
+
+def test_a_result_becomes_tables_in_markdown(capsys):
+    benchmark.main(["table", str(REPOSITORY / "docs" / "benchmark-loader.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("`python tools/benchmark.py loader --images 2048") and "timm" in lines[0]
+    assert sum(line.startswith("|---|") for line in lines) == 3
+    assert "| crop + flip | images/s | min | max | ratio | of |" in lines
+
+
+def test_rows_that_were_measured_before_a_benchmark_ends_early_are_in_its_file(tmp_path, monkeypatch):
+    def rows(**_):
+        yield {"what": "first", "ratio": 1}
+        raise RuntimeError
+
+    monkeypatch.setitem(benchmark.BENCHMARKS, "read", dataclasses.replace(benchmark.BENCHMARKS["read"], rows=rows))
+    with pytest.raises(RuntimeError):
+        benchmark.main(["read", "--json", str(tmp_path / "rows.json")])
+    result = benchmark.read_result(tmp_path / "rows.json")
+    assert [row["what"] for row in result["rows"]] == ["first"] and not result["complete"]
+    assert "Cut off before its end" in markdown(result, benchmark.BENCHMARKS["read"].columns)
