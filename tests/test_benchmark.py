@@ -10,8 +10,11 @@ import torch
 from conftest import REPOSITORY
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from tools import benchmark
 from tools.benchmarks import loader as loaders
+from tools.benchmarks import step as steps
+from tools.benchmarks.runs import Setting
 from tools.benchmarks.tables import markdown
 from tools.opening import decode_path
 from trainer.config import DataConfig
@@ -84,9 +87,64 @@ def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
     assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
 
 
+TINY = ("--models", "test_byobnet", "--teacher", "test_resnet", "--size", "32", "--batch", "8", "--seconds", "0.05")
+
+
+def test_step_measures_ours_and_timms_update_and_the_models_alone(tmp_path):
+    rows, printed = run(tmp_path, "step", *TINY)
+    assert [(row["teacher"], row["what"]) for row in rows] == [
+        (teacher, what)
+        for teacher in ("test_resnet", None)
+        for what in (steps.OURS, steps.LOOP, steps.TIMM, steps.ALONE)
+    ]
+    for row in rows:
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ms"] > 0 and row["ratio"] > 0, row
+        assert ("overhead" in row) == (row["what"] != steps.ALONE)
+        assert (row["batch"], row["size"], row["compiled"]) == (8, 32, False)
+        assert row["what"] in printed and row["setting"] in printed
+
+
+def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.task", None)
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    assert "not measured, ModuleNotFoundError" in rows[steps.TIMM]["note"] and "images_per_s" not in rows[steps.TIMM]
+    assert rows[steps.OURS]["images_per_s"] > 0 and "ratio" not in rows[steps.OURS]
+
+
+def test_timms_update_changes_the_student_and_its_average(tmp_path):
+    setting = Setting("test_byobnet", None, None, 8, 32, "fp32", False)
+    ours = steps.Ours(setting, tmp_path)
+    timm_style = steps.TimmStyle(setting, ours.run, ours.first_batch())
+    student, average = timm_style._task.trainable_module, timm_style._task.trainable_module_ema.module
+    before = [parameter.clone() for parameter in student.parameters()]
+    timm_style.update()
+    assert any((old != new).any() for old, new in zip(before, student.parameters(), strict=True))
+    timm_style.update()
+    assert any((old != new).any() for old, new in zip(student.parameters(), average.parameters(), strict=True))
+
+
+def test_a_turn_of_the_loop_makes_twice_the_updates_and_times_the_second_half(tmp_path):
+    ours = steps.Ours(Setting("test_byobnet", None, None, 8, 32, "fp32", False), tmp_path)
+    for _ in range(2):
+        assert ours.loop_seconds(2) > 0
+        lines = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+        assert [line["step"] for line in lines] == [2, 4] and ours.run.state.step == 4
+
+
+def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(tmp_path):
+    rows, printed = run(tmp_path, "train", *TINY, "--images", "16")
+    assert [row["what"] for row in rows] == ["synthetic", "real (torchvision)" if on_cpu() else "real (dali)"]
+    for row in rows:
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and 0 <= row["input_wait"] <= 1, row
+        assert row["of"] == "synthetic" and row["what"] in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("step", "--compile", "maybe"), "--compile is 'maybe', not one of no, yes, both"),
+        (("step", "--precision", "fp8"), "--precision is 'fp8', not auto, bf16 or fp32"),
+        (("train", "--images", "4", "--batch", "8"), "--images 4 is less than --batch 8"),
         (("shard", "--json", "no/such/folder.json"), "no/such is not a folder"),
         (("table", "no-such-file.json"), "no-such-file.json: cannot be read"),
         (("table", "setup.cfg"), "setup.cfg: cannot be read"),
@@ -126,3 +184,7 @@ def test_rows_that_were_measured_before_a_benchmark_ends_early_are_in_its_file(t
     result = benchmark.read_result(tmp_path / "rows.json")
     assert [row["what"] for row in result["rows"]] == ["first"] and not result["complete"]
     assert "Cut off before its end" in markdown(result, benchmark.BENCHMARKS["read"].columns)
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()

@@ -21,6 +21,8 @@ from pipelines.errors import UserError, exit_on_user_error
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import read as reads
 from tools.benchmarks import shard as shards
+from tools.benchmarks import step as steps
+from tools.benchmarks import train as trains
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
@@ -50,6 +52,8 @@ class Benchmark:
         return self.options | (self.on_gpu if first_device().type == "cuda" else {})
 
 
+STUDENTS = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224")
+ON_GPU = {"models": STUDENTS, "teacher": "tresnet_v2_l", "batch": 256, "size": 224}
 BENCHMARKS = {
     "read": Benchmark(
         "bytes from shards, on one core, from the page cache and from the disk",
@@ -64,11 +68,49 @@ BENCHMARKS = {
         loaders.COLUMNS,
         {"images": 1024, "batch": 128, "repeats": 5},
     ),
+    "step": Benchmark(
+        "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
+        steps.step,
+        steps.COLUMNS,
+        {
+            "models": ("resnet18", "vit_tiny_patch16_224"),
+            "teacher": "resnet34",
+            "batch": 32,
+            "size": 96,
+            "precision": "auto",
+            "compile": "no",
+            "repeats": 5,
+            "seconds": 2.0,
+        },
+        {**ON_GPU, "compile": "both"},
+    ),
+    "train": Benchmark(
+        "the whole, a run fed by its own pipeline over photographs, against the same run on synthetic images",
+        trains.train,
+        trains.COLUMNS,
+        {
+            "models": ("resnet18",),
+            "teacher": "resnet34",
+            "images": 512,
+            "batch": 32,
+            "size": 96,
+            "precision": "auto",
+            "repeats": 5,
+            "seconds": 2.0,
+        },
+        {**ON_GPU, "images": 4096},
+    ),
 }
 OPTIONS = {
     "images": "JPEGs of 500 x 375 that are made for it",
     "repeats": "runs of each row; the median counts",
+    "seconds": "about how long each run takes",
     "batch": "images a batch",
+    "models": "students",
+    "teacher": "of all students, with random weights; none: they learn alone",
+    "size": "side of the images, pixels",
+    "precision": "bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU",
+    "compile": "no, yes or both",
 }
 
 
