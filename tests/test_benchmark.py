@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from tools import benchmark
+from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import step as steps
 from tools.benchmarks.runs import Setting
@@ -184,6 +185,32 @@ def test_rows_that_were_measured_before_a_benchmark_ends_early_are_in_its_file(t
     result = benchmark.read_result(tmp_path / "rows.json")
     assert [row["what"] for row in result["rows"]] == ["first"] and not result["complete"]
     assert "Cut off before its end" in markdown(result, benchmark.BENCHMARKS["read"].columns)
+
+
+def test_the_gpus_benchmark_says_where_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark.main(["gpu"])
+    assert "PyTorch finds no GPU here, so nothing was measured" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
+    parts = [
+        gpus.Part("no-such-benchmark", (), 60),
+        gpus.Part("read", (), 0.1),
+        gpus.Part("shard", ("--images", "4", "--repeats", "1"), 120),
+    ]
+    with pytest.raises(UserError) as refused:
+        gpus.run_parts(tmp_path, parts)
+    assert "2 of 3 benchmarks failed: no-such-benchmark (exit code 2), read (not done after 0.1 s)" in str(
+        refused.value
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark-gpu-shard.json"]
+    assert benchmark.read_result(tmp_path / "benchmark-gpu-shard.json")["complete"]
+
+
+def test_the_gpus_benchmark_takes_less_than_ten_minutes():
+    assert sum(part.limit_s for part in gpus.PARTS) < 600
 
 
 def on_cpu() -> bool:

@@ -1,6 +1,7 @@
 """Measures what users wait for, side by side in the same run: medians of repeated, interleaved runs.
 
     python tools/benchmark.py NAME [--json FILE] [--OPTION VALUE ...]     NAME --help lists its options
+    python tools/benchmark.py gpu [--out FOLDER]                          what a GPU needs, in less than ten minutes
     python tools/benchmark.py table FILE ...                              results as tables in Markdown
 
 Every row is measured against the row it is a ratio of, on this machine, now. Nothing is estimated.
@@ -23,6 +24,7 @@ from tools.benchmarks import read as reads
 from tools.benchmarks import shard as shards
 from tools.benchmarks import step as steps
 from tools.benchmarks import train as trains
+from tools.benchmarks.gpu import gpu
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
@@ -125,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
             shown = " ".join(default) if isinstance(default, tuple) else default
             command.add_argument(f"--{option}", default=default, help=f"{OPTIONS[option]} ({shown})", **several)
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
+    command = commands.add_parser("gpu", help="the benchmarks that need a GPU, in less than ten minutes")
+    command.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="for the results (docs)")
     command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     options = vars(parser.parse_args(arguments))
@@ -133,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
         if command == "table":
             for result in map(read_result, options["files"]):
                 print(markdown(result, BENCHMARKS[result["benchmark"]].columns))
+        elif command == "gpu":
+            gpu(options["out"])
         else:
             show(command, measure(command, options.pop("json"), options))
 
