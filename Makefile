@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu chaos lint clean
+.PHONY: setup demo test gpu gpu-benchmark chaos lint clean
 
 setup: .venv/.complete
 
@@ -24,6 +24,10 @@ test: setup
 # What needs an NVIDIA GPU; `make test` skips it where there is none.
 gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Speed on an NVIDIA GPU, into docs/benchmark-gpu-*.json. No set-up: such a machine may be one that can download nothing.
+gpu-benchmark:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/benchmark.py gpu
 
 # Fault injection that takes minutes; `make test` keeps a short version of each.
 chaos: setup

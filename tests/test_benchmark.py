@@ -1,5 +1,6 @@
 """The benchmarks run, on few images; nothing is said about how fast."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,15 @@ import torch
 from conftest import REPOSITORY
 
 from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.index import read_index
+from tools import benchmark
+from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
-from tools.benchmarks import planning, resume, runs, scale
+from tools.benchmarks import planning, processes, resume, scale
+from tools.benchmarks import step as steps
+from tools.benchmarks.runs import Setting
+from tools.benchmarks.tables import markdown
 from tools.opening import decode_path
 from trainer.config import DataConfig
 
@@ -117,7 +124,7 @@ def test_the_index_and_plan_of_any_size_are_measured_on_a_dataset_that_is_whole(
 
 
 def test_resume_measures_a_run_that_goes_on_deep_in_the_recipe():
-    rows = resume.resume(1, "test_resnet", "none", 32, compiled=False)
+    rows = resume.resume("test_resnet", "none", 32, "no", 1)
     assert [(row["augmentation"], row["what"]) for row in rows] == [
         (resume.UNCOMPILED, "from step 0"),
         (resume.UNCOMPILED, "from step 300,000"),
@@ -127,4 +134,133 @@ def test_resume_measures_a_run_that_goes_on_deep_in_the_recipe():
 
 def test_a_training_run_that_fails_is_told_in_its_own_words(tmp_path):
     with pytest.raises(UserError, match="2 ranks ended with code 1: .*unknown key '--run.sead'; did you mean"):
-        runs.train(tmp_path, {"run.sead": 1}, ranks=2)
+        processes.train(tmp_path, {"run.sead": 1}, ranks=2)
+
+
+TINY = ("--models", "test_byobnet", "--teacher", "test_resnet", "--size", "32", "--batch", "8", "--seconds", "0.05")
+
+
+def test_step_measures_ours_and_timms_update_and_the_models_alone(tmp_path):
+    rows, printed = run(tmp_path, "step", *TINY)
+    assert [(row["teacher"], row["what"]) for row in rows] == [
+        (teacher, what)
+        for teacher in ("test_resnet", None)
+        for what in (steps.OURS, steps.LOOP, steps.TIMM, steps.ALONE)
+    ]
+    for row in rows:
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ms"] > 0 and row["ratio"] > 0, row
+        assert ("overhead" in row) == (row["what"] != steps.ALONE)
+        assert (row["batch"], row["size"], row["compiled"]) == (8, 32, False)
+        assert row["what"] in printed and row["setting"] in printed
+
+
+def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.task", None)
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    assert "not measured, ModuleNotFoundError" in rows[steps.TIMM]["note"] and "images_per_s" not in rows[steps.TIMM]
+    assert rows[steps.OURS]["images_per_s"] > 0 and "ratio" not in rows[steps.OURS]
+
+
+def test_timms_update_changes_the_student_and_its_average(tmp_path):
+    setting = Setting("test_byobnet", None, None, 8, 32, "fp32", False)
+    ours = steps.Ours(setting, tmp_path)
+    timm_style = steps.TimmStyle(setting, ours.run, ours.first_batch())
+    student, average = timm_style._task.trainable_module, timm_style._task.trainable_module_ema.module
+    before = [parameter.clone() for parameter in student.parameters()]
+    timm_style.update()
+    assert any((old != new).any() for old, new in zip(before, student.parameters(), strict=True))
+    timm_style.update()
+    assert any((old != new).any() for old, new in zip(student.parameters(), average.parameters(), strict=True))
+
+
+def test_a_turn_of_the_loop_makes_twice_the_updates_and_times_the_second_half(tmp_path):
+    ours = steps.Ours(Setting("test_byobnet", None, None, 8, 32, "fp32", False), tmp_path)
+    for _ in range(2):
+        assert ours.loop_seconds(2) > 0
+        lines = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+        assert [line["step"] for line in lines] == [2, 4] and ours.run.state.step == 4
+
+
+def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(tmp_path):
+    rows, printed = run(tmp_path, "train", *TINY, "--images", "16")
+    assert [row["what"] for row in rows] == ["synthetic", "real (torchvision)" if on_cpu() else "real (dali)"]
+    for row in rows:
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and 0 <= row["input_wait"] <= 1, row
+        assert row["of"] == "synthetic" and row["what"] in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("step", "--compile", "maybe"), "--compile is 'maybe', not one of no, yes, both"),
+        (("step", "--precision", "fp8"), "--precision is 'fp8', not auto, bf16 or fp32"),
+        (("train", "--images", "4", "--batch", "8"), "--images 4 is less than --batch 8"),
+        (("shard", "--json", "no/such/folder.json"), "no/such is not a folder"),
+        (("table", "no-such-file.json"), "no-such-file.json: cannot be read"),
+        (("table", "setup.cfg"), "setup.cfg: cannot be read"),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_refused_in_a_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_file_that_holds_something_else_is_no_result(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(UserError, match="other.json: not a result of tools/benchmark.py"):
+        benchmark.read_result(path)
+
+
+def test_a_result_becomes_tables_in_markdown(capsys):
+    benchmark.main(["table", str(REPOSITORY / "docs" / "benchmark-loader.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("`python tools/benchmark.py loader --images 2048") and "timm" in lines[0]
+    assert sum(line.startswith("|---|") for line in lines) == 3
+    assert "| crop + flip | images/s | min | max | ratio | of |" in lines
+
+
+def test_rows_that_were_measured_before_a_benchmark_ends_early_are_in_its_file(tmp_path, monkeypatch):
+    def rows(**_):
+        yield {"what": "first", "ratio": 1}
+        raise RuntimeError
+
+    monkeypatch.setitem(benchmark.BENCHMARKS, "read", dataclasses.replace(benchmark.BENCHMARKS["read"], rows=rows))
+    with pytest.raises(RuntimeError):
+        benchmark.main(["read", "--json", str(tmp_path / "rows.json")])
+    result = benchmark.read_result(tmp_path / "rows.json")
+    assert [row["what"] for row in result["rows"]] == ["first"] and not result["complete"]
+    assert "Cut off before its end" in markdown(result, benchmark.BENCHMARKS["read"].columns)
+
+
+def test_the_gpus_benchmark_says_where_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark.main(["gpu"])
+    assert "PyTorch finds no GPU here, so nothing was measured" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
+    parts = [
+        gpus.Part("no-such-benchmark", (), 60),
+        gpus.Part("read", (), 0.1),
+        gpus.Part("shard", ("--images", "4", "--repeats", "1"), 120),
+    ]
+    with pytest.raises(UserError) as refused:
+        gpus.run_parts(tmp_path, parts)
+    assert "2 of 3 benchmarks failed: no-such-benchmark (exit code 2), read (not done after 0.1 s)" in str(
+        refused.value
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark-gpu-shard.json"]
+    assert benchmark.read_result(tmp_path / "benchmark-gpu-shard.json")["complete"]
+
+
+def test_the_gpus_benchmark_takes_less_than_ten_minutes():
+    assert sum(part.limit_s for part in gpus.PARTS) < 600
+
+
+def on_cpu() -> bool:
+    return not torch.cuda.is_available()

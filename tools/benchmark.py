@@ -1,109 +1,208 @@
 """Measures what users wait for, side by side in the same run: medians of repeated, interleaved runs.
 
-    python tools/benchmark.py read   [--images N] [--repeats R] [--json FILE]
-    python tools/benchmark.py shard  [--images N] [--repeats R] [--json FILE]
-    python tools/benchmark.py loader [--images N] [--repeats R] [--batch B] [--json FILE]
-    python tools/benchmark.py scale  [--model M] [--size PX] [--batch B] [--repeats R] [--json FILE]
-    python tools/benchmark.py resume [--model M] [--teacher T] [--size PX] [--compile] [--repeats R] [--json FILE]
+    python tools/benchmark.py NAME [--json FILE] [--OPTION VALUE ...]     NAME --help lists its options
+    python tools/benchmark.py gpu [--out FOLDER]                          what a GPU needs, in less than ten minutes
+    python tools/benchmark.py table FILE ...                              results as tables in Markdown
 
 Every row is measured against the row it is a ratio of, on this machine, now. Nothing is estimated.
 """
 
 import argparse
+import dataclasses
+import datetime
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich import box
-from rich.table import Table
-
-from pipelines.errors import exit_on_user_error
+from pipelines.errors import UserError, exit_on_user_error
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import read as reads
 from tools.benchmarks import resume as resumes
 from tools.benchmarks import scale as scales
 from tools.benchmarks import shard as shards
+from tools.benchmarks import step as steps
+from tools.benchmarks import train as trains
+from tools.benchmarks.gpu import gpu
 from tools.benchmarks.measure import console, machine, num_cores
+from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A subcommand.
+
+    Attributes:
+      about: what is measured, in a line.
+      rows: measures; called with the options by name. A generator's rows are saved as they come.
+      columns: key of a row -> its heading. Rows with the same "augmentation" or "setting" are a table.
+      options: name -> default, of which a value has the type; a tuple takes several values.
+      on_gpu: defaults that are others where there is a GPU.
+    """
+
+    about: str
+    rows: Callable[..., Iterable[dict]]
+    columns: dict[str, str]
+    options: dict[str, int | float | str | tuple[str, ...]]
+    on_gpu: dict[str, int | float | str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, int | float | str | tuple[str, ...]]:
+        """The options' on this machine."""
+        return self.options | (self.on_gpu if first_device().type == "cuda" else {})
+
+
+STUDENTS = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224")
+ON_GPU = {"models": STUDENTS, "teacher": "tresnet_v2_l", "batch": 256, "size": 224}
+BENCHMARKS = {
+    "read": Benchmark(
+        "bytes from shards, on one core, from the page cache and from the disk",
+        reads.read,
+        reads.COLUMNS,
+        {"images": 4096, "repeats": 7},
+    ),
+    "shard": Benchmark("writing shards, on one core", shards.shard, shards.COLUMNS, {"images": 400, "repeats": 7}),
+    "loader": Benchmark(
+        f"training batches of {loaders.SIZE_PX} px, against DALI's own reader, timm and webdataset, on all cores",
+        loaders.loader,
+        loaders.COLUMNS,
+        {"images": 1024, "batch": 128, "repeats": 5},
+    ),
+    "step": Benchmark(
+        "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
+        steps.step,
+        steps.COLUMNS,
+        {
+            "models": ("resnet18", "vit_tiny_patch16_224"),
+            "teacher": "resnet34",
+            "batch": 32,
+            "size": 96,
+            "precision": "auto",
+            "compile": "no",
+            "repeats": 5,
+            "seconds": 2.0,
+        },
+        {**ON_GPU, "compile": "both"},
+    ),
+    "train": Benchmark(
+        "the whole, a run fed by its own pipeline over photographs, against the same run on synthetic images",
+        trains.train,
+        trains.COLUMNS,
+        {
+            "models": ("resnet18",),
+            "teacher": "resnet34",
+            "images": 512,
+            "batch": 32,
+            "size": 96,
+            "precision": "auto",
+            "repeats": 5,
+            "seconds": 2.0,
+        },
+        {**ON_GPU, "images": 4096},
+    ),
+    "scale": Benchmark(
+        "training on more ranks, and the plan over more samples",
+        scales.scale,
+        scales.COLUMNS,
+        {"model": "resnet18", "batch": 64, "size": 64, "repeats": 3},
+        {"model": "resnet50", "batch": 1024, "size": 224},
+    ),
+    "resume": Benchmark(
+        "from the start of a process to its first training step, at the beginning of a run and deep in it",
+        resumes.resume,
+        resumes.COLUMNS,
+        {"model": "test_resnet", "teacher": "test_byobnet", "size": 32, "compile": "no", "repeats": 3},
+        {"model": "resnet50", "teacher": "tresnet_v2_l", "size": 224, "compile": "both"},
+    ),
+}
+OPTIONS = {
+    "images": "JPEGs of 500 x 375 that are made for it",
+    "repeats": "runs of each row; the median counts",
+    "seconds": "about how long each run takes",
+    "batch": "images a batch",
+    "models": "students",
+    "model": "the student",
+    "teacher": "of all students, with random weights; none: they learn alone",
+    "size": "side of the images, pixels",
+    "precision": "bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU",
+    "compile": "no, yes or both",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, images, repeats, about in (
-        ("read", 4096, 7, "bytes from shards, on one core, from the page cache and from the disk"),
-        ("shard", 400, 7, "writing shards, on one core"),
-        ("loader", 1024, 5, "training batches, against DALI's own reader, timm, webdataset and FFCV"),
-    ):
-        command = commands.add_parser(name, help=about)
-        command.add_argument("--images", type=int, default=images)
-        _add_common(command, repeats)
-    command.add_argument("--batch", type=int, default=128, help="images a batch; at most --images")
-    _add_runs(commands)
-    options = parser.parse_args(arguments)
-    if options.command == "scale":
-        columns, where = scales.COLUMNS, f"synthetic data, {num_cores()} cores, {first_device().type}"
-        rows = scales.scale(options.repeats, options.model, options.size, options.batch)
-    elif options.command == "resume":
-        columns, where = resumes.COLUMNS, f"synthetic data, {num_cores()} cores, {first_device().type}"
-        rows = resumes.resume(options.repeats, options.model, options.teacher, options.size, options.compile)
-    elif options.command == "read":
-        columns, where = reads.COLUMNS, "one reading thread"
-        rows = reads.read(options.images, options.repeats)
-    elif options.command == "shard":
-        columns, where = shards.COLUMNS, "one core"
-        rows = shards.shard(options.images, options.repeats)
-    else:
-        columns, where = loaders.COLUMNS, f"{loaders.SIZE_PX} px, {num_cores()} cores, {first_device().type}"
-        rows = loaders.loader(options.images, options.repeats, options.batch)
-    pictures = f"{options.images} JPEGs of 500 x 375, " if "images" in options else ""
-    print(f"{pictures}{where}, median of {options.repeats}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=benchmark.about, description=benchmark.about)
+        for option, default in benchmark.defaults.items():
+            several = {"nargs": "+", "type": str} if isinstance(default, tuple) else {"type": type(default)}
+            shown = " ".join(default) if isinstance(default, tuple) else default
+            command.add_argument(f"--{option}", default=default, help=f"{OPTIONS[option]} ({shown})", **several)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
+    command = commands.add_parser("gpu", help="the benchmarks that need a GPU, in less than ten minutes")
+    command.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="for the results (docs)")
+    command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    options = vars(parser.parse_args(arguments))
+    with exit_on_user_error():
+        command = options.pop("command")
+        if command == "table":
+            for result in map(read_result, options["files"]):
+                print(markdown(result, BENCHMARKS[result["benchmark"]].columns))
+        elif command == "gpu":
+            gpu(options["out"])
+        else:
+            show(command, measure(command, options.pop("json"), options))
+
+
+def measure(name: str, path: Path | None, options: dict) -> dict:
+    """Run a benchmark; its result so far is in the file, if one is given, after each row."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--json {path}: {path.parent} is not a folder. Make it, or name another")
+    day = datetime.date.today().isoformat()
+    result = {"benchmark": name, "options": options, "date": day, "machine": machine(), "complete": False, "rows": []}
+
+    def save() -> None:
+        if path is not None:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    for row in BENCHMARKS[name].rows(**options):
+        result["rows"].append(row)
+        save()
+    result["complete"] = True
+    save()
+    return result
+
+
+def show(name: str, result: dict) -> None:
+    """Print a result's tables, and what there is to say about single rows."""
+    print(f"{command_line(result)}: {num_cores()} cores, GPU: {result['machine']['gpu']}")
     shown = console()
-    for title in dict.fromkeys(row.get("augmentation") for row in rows):
-        shown.print(_table(title, columns, [row for row in rows if row.get("augmentation") == title]))
-    for note in dict.fromkeys(f"{row['what']}: {row['note']}" for row in rows if "note" in row):
+    for table in for_terminal(result["rows"], BENCHMARKS[name].columns):
+        shown.print(table)
+    for note in notes(result["rows"]):
         print(note)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
-def _add_common(command: argparse.ArgumentParser, repeats: int) -> None:
-    command.add_argument("--repeats", type=int, default=repeats)
-    command.add_argument("--json", type=Path, help="write the result to this file, too")
+def read_result(path: Path) -> dict:
+    """What `measure` wrote.
 
-
-def _add_runs(commands: argparse._SubParsersAction) -> None:
-    """The benchmarks that start trainer/run.py: small models on a CPU, the recipe's on a GPU."""
-    scale = commands.add_parser("scale", help="training on more ranks, the plan over more samples")
-    resume = commands.add_parser("resume", help="from the start of a process to its first training step")
-    for command, defaults in ((scale, scales.DEFAULTS), (resume, resumes.DEFAULTS)):
-        _add_common(command, 3)
-        shown = "; ".join(f"{device}: {', '.join(map(str, values))}" for device, values in defaults.items())
-        command.add_argument("--model", help=f"student, any timm model (defaults of all options: {shown})")
-        command.add_argument("--size", type=int, help="side of the images, pixels")
-    scale.add_argument("--batch", type=int, help="global batch")
-    resume.add_argument("--teacher", help="teacher, any timm model, of random weights; none for no teacher")
-    resume.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compiled runs, too (default: on GPUs; minutes on a CPU)",
-    )
-
-
-def _table(title: str | None, columns: dict[str, str], rows: list[dict]) -> Table:
-    columns = {key: name for key, name in columns.items() if any(key in row for row in rows)}
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for key, name in columns.items():
-        table.add_column(name, justify="left" if key in ("what", "of") else "right")
-    for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in columns))
-    return table
+    Raises:
+      UserError: the file cannot be read, or is not one of these.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Give a file that --json wrote") from error
+    if not isinstance(result, dict) or result.get("benchmark") not in BENCHMARKS:
+        raise UserError(f"{path}: not a result of tools/benchmark.py. Give a file that --json wrote")
+    return result
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
+    main()

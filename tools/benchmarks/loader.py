@@ -38,7 +38,7 @@ from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import TrainPlan
-from tools.benchmarks.measure import interleaved, num_cores, ratio
+from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
@@ -174,11 +174,11 @@ def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, coun
     with closing(open_batches()) as batches:
         for _ in range(lead):
             next(batches)
-        _synchronize()
+        synchronize()
         start_s = time.perf_counter()
         for _ in range(count):
             next(batches)
-        _synchronize()
+        synchronize()
         return time.perf_counter() - start_s
 
 
@@ -186,11 +186,6 @@ def _start_clean_process() -> None:
     """Start the process that workers are forked from, with what they import: they are there at once then."""
     multiprocessing.set_forkserver_preload(["timm.data", "torchvision.transforms.v2", "webdataset"])
     forkserver.ensure_running()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---

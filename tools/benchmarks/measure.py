@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 
-_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "webdataset", "ffcv")
+_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
+_NOT_INSTALLED = "not installed"
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one is enough
 
 
 def interleaved(
@@ -36,6 +38,25 @@ def timed(run: Callable[[], None]) -> Callable[[], float]:
     return seconds
 
 
+def timed_on_device(run: Callable[[], None]) -> Callable[[], float]:
+    """`run` as a contender, from when the GPU has nothing left to do until it has finished; as `timed` on a CPU."""
+    measure = timed(lambda: (run(), synchronize()))
+
+    def seconds() -> float:
+        synchronize()
+        return measure()
+
+    return seconds
+
+
+def synchronize() -> None:
+    """Until the GPU has finished, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def ratio(baseline: list[float], times: list[float]) -> float:
     """The speed of `times` over the baseline's: the median of the ratios of neighbouring runs."""
     return round(statistics.median(b / t for b, t in zip(baseline, times, strict=True)), 3)
@@ -43,12 +64,13 @@ def ratio(baseline: list[float], times: list[float]) -> float:
 
 def machine() -> dict:
     """What a number depends on."""
+    dali = next((name for name in _DALI if _version(name) != _NOT_INSTALLED), _DALI[0])
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": num_cores(),
         "gpu": _gpu(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in (*_PACKAGES, dali)},
     }
 
 
@@ -73,4 +95,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _NOT_INSTALLED

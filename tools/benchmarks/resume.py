@@ -16,11 +16,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import timm
-import torch
-
 from pipelines.errors import UserError
-from tools.benchmarks.runs import train
+from tools.benchmarks.processes import train
+from tools.benchmarks.runs import compiled_or_not, random_weights, teacher_or_none
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.loop import checkpoint_folder
@@ -33,7 +31,6 @@ COLUMNS = {
     "max": "max",
     "built_s": "built after, s",
 }
-DEFAULTS = {"cpu": ("test_resnet", "test_byobnet", 32), "cuda": ("resnet50", "tresnet_v2_l", 224)}
 DEEP_STEP = 300_000
 UNCOMPILED, COLD, WARM = "not compiled", "compiled, cold cache", "compiled, warm cache"
 _NUM_CLASSES = 1000
@@ -48,29 +45,22 @@ class Setting:
     folder: Path
 
 
-def resume(
-    repeats: int, model: str | None, teacher: str | None, size: int | None, compiled: bool | None = None
-) -> list[dict]:
-    """The rows of the benchmark, those of compiled runs if asked for; what is None is the device's default.
-
-    The teacher "none" is no teacher. As for run.compile, the default is to compile on GPUs.
-    """
-    on_gpu = torch.cuda.is_available()
-    default_model, default_teacher, default_size = DEFAULTS["cuda" if on_gpu else "cpu"]
-    compiled = on_gpu if compiled is None else compiled
+def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> list[dict]:
+    """The rows of the benchmark, for --compile no, yes or both; the teacher "none" is no teacher."""
+    wanted = compiled_or_not(compile)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             "data.pipeline": "synthetic",
             "data.synthetic_classes": _NUM_CLASSES,
-            "data.image_size": size or default_size,
-            "student.name": model or default_model,
+            "data.image_size": size,
+            "student.name": model,
             "run.log_every": 1,
-            **_teacher(teacher or default_teacher, Path(scratch)),
+            **_teacher(teacher, size, Path(scratch)),
         }
         setting = Setting(settings, Path(scratch))
         write_deep_run(setting)
-        reason = _fill_cache(setting) if compiled else ""
-        modes = (UNCOMPILED, COLD, WARM) if compiled and not reason else (UNCOMPILED,)
+        reason = _fill_cache(setting) if True in wanted else ""
+        modes = (UNCOMPILED,) * (False in wanted) + (COLD, WARM) * (True in wanted and not reason)
         found = {case: [] for case in itertools.product(modes, (0, DEEP_STEP))}
         for _ in range(repeats):
             for case, results in found.items():
@@ -128,17 +118,11 @@ def _fill_cache(setting: Setting) -> str:
     return ""
 
 
-def _teacher(name: str, folder: Path) -> dict[str, object]:
+def _teacher(name: str, size: int, folder: Path) -> dict[str, object]:
     """The trainer's settings for a teacher of random weights, which are saved in the folder."""
-    if name == "none":
+    if teacher_or_none(name) is None:
         return {"teacher.name": "null"}
-    try:
-        model = timm.create_model(name, num_classes=_NUM_CLASSES)
-    except RuntimeError as error:
-        raise UserError(f"--teacher is '{name}', which timm cannot make ({error})") from error
-    path = folder / "teacher.pt"
-    torch.save(model.state_dict(), path)
-    return {"teacher.name": name, "teacher.checkpoint": path}
+    return {"teacher.name": name, "teacher.checkpoint": random_weights(name, _NUM_CLASSES, size, folder)}
 
 
 def _row(mode: str, step: int, results: list[tuple[float, float]]) -> dict:

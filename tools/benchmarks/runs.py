@@ -1,46 +1,137 @@
-"""Training runs as a user starts them: processes of their own, known by what they write to metrics.jsonl."""
+"""Training runs as the benchmarks measure them: the recipe, with the models, images and batch that are asked for."""
 
-import os
-import subprocess
-import sys
-import time
+import dataclasses
+import gc
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from trainer.telemetry import METRICS
+from tools.benchmarks.measure import timed_on_device
+from tools.opening import first_device
+from trainer.config import Config, parse
+from trainer.distributed import World
+from trainer.loop import Run
+from trainer.models import create_model
+from trainer.run import build
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+CLASSES = 1000
+_FEWEST, _MOST = 3, 100  # updates of a turn
+_GROUP = 128  # the recipe's mix_group
+LAST = 10**9  # a step that no benchmark comes to
 
 
-def train(
-    out: Path, settings: dict[str, object], *, ranks: int = 1, environment: dict[str, str] | None = None
-) -> tuple[float, list[dict]]:
-    """Start trainer/run.py with settings like {"run.seed": 1} in the folder `out`, and wait for its end.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the rows of a table share.
 
-    Args:
-      environment: variables besides this process's own.
-    Returns:
-      when it was started, in seconds as from time.time(), and the lines of metrics.jsonl that it wrote: a "session"
-      line at the end of building, then the others; each has its "time" on the same clock.
-    Raises:
-      UserError: it failed; its last words are in the message.
+    Attributes:
+      model: the student.
+      teacher: its name; None is no teacher.
+      weights: the teacher's file.
+      batch: images an update, in one forward pass.
+      size: side of the images, pixels.
+      precision: bf16 or fp32.
+      compiled: whether the models are.
+      classes: of the images.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    options = [f"--{key}={value}" for key, value in {**settings, "run.out": out}.items()]
-    command = [sys.executable, *launcher, str(REPOSITORY / "trainer" / "run.py"), *options]
-    start_s = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-    if done.returncode:
-        raise UserError(
-            f"trainer/run.py on {ranks} ranks ended with code {done.returncode}: {_last_words(done.stderr)}"
-        )
-    lines = read_json_lines(out / METRICS)
-    session = max(number for number, line in enumerate(lines) if line["kind"] == "session")
-    return start_s, lines[session:]
+
+    model: str
+    teacher: str | None
+    weights: Path | None
+    batch: int
+    size: int
+    precision: str
+    compiled: bool
+    classes: int = CLASSES
+
+    @property
+    def title(self) -> str:
+        learns = f"{self.model} from {self.teacher}" if self.teacher else f"{self.model} alone"
+        compiled = "compiled" if self.compiled else "not compiled"
+        return f"{learns}, {self.batch} x {self.size} px, {self.precision}, {compiled}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward passes."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+
+    def described(self) -> dict:
+        """The part of a row that says what was measured."""
+        fields = ("model", "teacher", "batch", "size", "precision", "compiled")
+        return {"setting": self.title, **{name: getattr(self, name) for name in fields}}
 
 
-def _last_words(stderr: str) -> str:
-    """The trainer's own error where there is one, for torchrun says more after it."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it said nothing"]
-    return next((line for line in lines if "error: " in line), lines[-1])
+def resolve(precision: str, device: torch.device) -> str:
+    """The benchmark's precision; auto is bf16 on a GPU, fp32 on a CPU.
+
+    Raises:
+      UserError: another word.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision is '{precision}', not auto, bf16 or fp32")
+    return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def compiled_or_not(answer: str) -> tuple[bool, ...]:
+    """What --compile asks for.
+
+    Raises:
+      UserError: another word.
+    """
+    answers = {"no": (False,), "yes": (True,), "both": (False, True)}
+    if answer not in answers:
+        raise UserError(f"--compile is '{answer}', not one of {', '.join(answers)}")
+    return answers[answer]
+
+
+def teacher_or_none(name: str) -> str | None:
+    """The teacher that --teacher names; the word none is no teacher."""
+    return None if name == "none" else name
+
+
+def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
+    """A file of random weights for a model: how good a teacher is makes no difference to how fast it is."""
+    torch.manual_seed(0)
+    path = folder / f"{name}.pt"
+    torch.save(create_model(name, classes, size, {}).state_dict(), path)
+    return path
+
+
+def open_run(setting: Setting, out: Path, root: Path | None = None) -> Run:
+    """A run of the product, built: over the dataset in `root`, or on synthetic images. Nothing has been trained yet."""
+    world = World(0, 1, 1, first_device())
+    return build(_config(setting, out, root), world)
+
+
+def _config(setting: Setting, out: Path, root: Path | None) -> Config:
+    group = _GROUP if setting.batch % _GROUP == 0 else setting.batch
+    data = ["--data.pipeline", "synthetic", "--data.synthetic_classes", setting.classes]
+    teacher = ["--teacher.name", setting.teacher or "null"]
+    arguments = [
+        *(data if root is None else ["--data.root", root]),
+        *("--data.image_size", setting.size),
+        *("--augment.mix_group", group),
+        *("--student.name", setting.model),
+        *(teacher if setting.weights is None else [*teacher, "--teacher.checkpoint", setting.weights]),
+        *("--run.out", out),
+        *("--run.global_batch", setting.batch),
+        *("--run.micro_batch", setting.batch),
+        *("--run.precision", setting.precision),
+        *("--run.compile", str(setting.compiled).lower()),
+        *("--run.checkpoint_every", LAST),
+    ]
+    return parse([str(argument) for argument in arguments])
+
+
+def updates_of_a_turn(update: Callable[[], object], seconds: float) -> int:
+    """How many updates a contender makes in a turn: so many seconds of what `update` makes one of, within bounds."""
+    return max(_FEWEST, min(_MOST, round(seconds / timed_on_device(update)())))
+
+
+def release_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, and forget what was compiled for them."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ neighbouring runs. On the CPU every rank has one thread, so that ranks do not sh
 import functools
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from tools.benchmarks.measure import interleaved, num_cores, ratio
 from tools.benchmarks.planning import SAMPLES, plan_rows
-from tools.benchmarks.runs import train
+from tools.benchmarks.processes import train
 
 COLUMNS = {
     "what": "what",
@@ -33,17 +34,15 @@ COLUMNS = {
     "memory_mb": "memory, MB",
     "mapped_mb": "mapped, MB",
 }
-DEFAULTS = {"cpu": ("resnet18", 64, 64), "cuda": ("resnet50", 224, 1024)}  # model, image size, global batch
 _RANKS = (1, 2, 4, 8)
 _STEPS = {"cpu": (2, 10), "cuda": (10, 50)}  # before the time is taken, and while it is
 
 
-def scale(repeats: int, model: str | None, size: int | None, batch: int | None) -> list[dict]:
-    """The rows of both tables; what is None is the device's default."""
-    default_model, default_size, default_batch = DEFAULTS[_device()]
+def scale(model: str, batch: int, size: int, repeats: int) -> Iterator[dict]:
+    """The rows of both tables."""
     ranks = [number for number in _RANKS if number <= _places()]
-    rows = rank_rows(ranks, repeats, model or default_model, size or default_size, batch or default_batch)
-    return rows + plan_rows(SAMPLES, repeats)
+    yield from rank_rows(ranks, repeats, model, size, batch)
+    yield from plan_rows(SAMPLES, repeats)
 
 
 def rank_rows(ranks: list[int], repeats: int, model: str, size: int, batch: int) -> list[dict]:

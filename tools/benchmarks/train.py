@@ -1,0 +1,149 @@
+"""The whole: the updates of a run fed by its own pipeline, and by the synthetic one, which costs next to nothing.
+
+What makes the rows of a table comparable: it is the same run, models and all, and the same plan of the same
+photographs; only where the pixels come from differs. The two feed it in turn, each for the same number of updates,
+until the device has finished. Before these come some that do not count, so that what was decoded while the other one
+had its turn is used up.
+
+On a GPU the ratio tells how well it is kept busy. On a CPU both the models and the decoding work on the same cores: the
+ratio there is that of the models' time to the whole.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines import Pipeline, resolve_pipeline
+from pipelines.errors import UserError
+from pipelines.index import read_index
+from pipelines.synthetic import SyntheticPipeline
+from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize, timed_on_device
+from tools.benchmarks.runs import (
+    LAST,
+    Setting,
+    open_run,
+    random_weights,
+    release_memory,
+    resolve,
+    teacher_or_none,
+    updates_of_a_turn,
+)
+from tools.opening import first_device
+from tools.photos import write_common_photographs
+from tools.sharding.job import BuildOptions, build
+from trainer.data import rank_plans
+from trainer.loop import Run
+from trainer.telemetry import InputWait
+
+COLUMNS = {
+    "what": "what",
+    "images_per_s": "images/s",
+    "min": "min",
+    "max": "max",
+    "ratio": "ratio",
+    "of": "of",
+    "input_wait": "waiting for input",
+}
+SYNTHETIC = "synthetic"
+_LEAD = 4  # updates before those that count: more than the batches that wait for their turn
+_PER_SHARD = 512  # images
+
+
+def train(
+    models: tuple[str, ...],
+    teacher: str,
+    images: int,
+    batch: int,
+    size: int,
+    precision: str,
+    repeats: int,
+    seconds: float,
+) -> Iterator[dict]:
+    """The rows, over `images` photographs: a table for each model, from the teacher (none: alone).
+
+    Args:
+      seconds: about how long a turn takes.
+    Raises:
+      UserError: fewer photographs than a batch, unknown words, or models that cannot be built.
+    """
+    if images < batch:
+        raise UserError(f"--images {images} is less than --batch {batch}: give at least as many")
+    device = first_device()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_common_photographs(folder / "src", images)
+        build(folder / "src", folder / "data", BuildOptions(samples_per_shard=_PER_SHARD), workers=num_cores())
+        classes = read_index(folder / "data", "train").num_classes
+        name = teacher_or_none(teacher)
+        weights = random_weights(name, classes, size, folder) if name else None
+        for model in models:
+            how = resolve(precision, device), device.type == "cuda", classes
+            setting = Setting(model, name, weights, batch, size, *how)
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                yield from _rows(setting, Path(out), folder / "data", repeats, seconds)
+            release_memory()
+
+
+def _rows(setting: Setting, out: Path, root: Path, repeats: int, seconds: float) -> list[dict]:
+    run = open_run(setting, out, root)
+    real = f"real ({resolve_pipeline(run.config.data.pipeline, run.world.device)})"
+    feeds = {SYNTHETIC: Feed(run, SyntheticPipeline(run.plan.index, device=run.world.device))}
+    feeds[real] = Feed(run, run.pipelines.of["train"])
+    try:
+        feeds[SYNTHETIC].updates(_LEAD)
+        updates = updates_of_a_turn(lambda: feeds[SYNTHETIC].updates(1), seconds)
+        turns = interleaved({name: lambda feed=feed: feed.seconds(updates) for name, feed in feeds.items()}, repeats)
+    finally:
+        for feed in feeds.values():
+            feed.close()
+    count = updates * setting.batch
+    return [
+        {
+            "what": name,
+            **setting.described(),
+            "images_per_s": round(count / statistics.median(times), 1),
+            "min": round(count / max(times), 1),
+            "max": round(count / min(times), 1),
+            "ratio": ratio(turns[SYNTHETIC], times),
+            "of": SYNTHETIC,
+            "input_wait": round(statistics.median(feeds[name].waits[-repeats:]), 4),
+            "updates": updates,
+        }
+        for name, times in turns.items()
+    ]
+
+
+class Feed:
+    """Updates of a run with batches from a pipeline of its plan.
+
+    Attributes:
+      waits: of each turn, the share of time that the device had no work for want of a batch.
+    """
+
+    def __init__(self, run: Run, pipeline: Pipeline):
+        self._run = run
+        plans = rank_plans(run.plan, 0, LAST, run.world, run.state.micro_batch)
+        self._batches = pipeline.batches(plans)
+        self._waiting = InputWait(self._batches, run.world.device)
+        self._number = 0
+        self.waits: list[float] = []
+
+    def updates(self, count: int) -> None:
+        """Make so many."""
+        for _ in range(count):
+            self._run.step(self._waiting, self._number)
+            self._number += 1
+
+    def seconds(self, count: int) -> float:
+        """Seconds for so many, after some that do not count."""
+        self.updates(_LEAD)
+        synchronize()
+        self._waiting.take_s()
+        elapsed_s = timed_on_device(lambda: self.updates(count))()
+        self.waits.append(self._waiting.take_s() / elapsed_s)
+        return elapsed_s
+
+    def close(self) -> None:
+        """End the pipeline's threads."""
+        self._batches.close()
