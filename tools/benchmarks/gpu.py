@@ -37,11 +37,11 @@ class Part:
 
 
 PARTS = (  # 590 s at the most
-    Part("read", ("--images", "1024", "--repeats", "3"), 30),
-    Part("loader", ("--images", "2048", "--repeats", "3"), 90),
-    Part("step", ("--repeats", "3", "--seconds", "1"), 300),
-    Part("train", ("--repeats", "3", "--seconds", "1"), 110),
-    Part("resume", (), 60),
+    Part("read", ("--images", "1024", "--repeats", "3"), 20),
+    Part("loader", ("--images", "2048", "--repeats", "3"), 80),
+    Part("step", ("--repeats", "3", "--seconds", "1"), 250),
+    Part("train", ("--repeats", "3", "--seconds", "1"), 80),
+    Part("resume", ("--repeats", "1"), 160),
 )
 
 

@@ -8,7 +8,6 @@ Python's own files and the checkpoint are in the page cache throughout.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -39,7 +38,7 @@ _NUM_CLASSES = 1000
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What all measurements share: settings of the trainer, and a folder that holds a run which stands at DEEP_STEP
-    (`deep`), a cache of torch.compile's (`warm`), and what is in use."""
+    (`deep`), a cache of torch.compile's (`cache`), and the run that is measured (`out`)."""
 
     settings: dict[str, object]
     folder: Path
@@ -59,19 +58,20 @@ def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> l
         }
         setting = Setting(settings, Path(scratch))
         write_deep_run(setting)
-        reason = _fill_cache(setting) if True in wanted else ""
-        modes = (UNCOMPILED,) * (False in wanted) + (COLD, WARM) * (True in wanted and not reason)
-        found = {case: [] for case in itertools.product(modes, (0, DEEP_STEP))}
+        cases = [(UNCOMPILED, 0), (UNCOMPILED, DEEP_STEP)] if False in wanted else []
+        cases += [(COLD, 0), (WARM, 0), (WARM, DEEP_STEP)] if True in wanted else []  # cold fills what warm finds
+        found = {case: [] for case in cases}
         for _ in range(repeats):
             for case, results in found.items():
                 results.append(first_step(setting, *case))
-    rows = [_row(mode, step, results) for (mode, step), results in found.items()]
-    return rows + ([{"what": "torch.compile", "augmentation": COLD, "note": reason}] if reason else [])
+    return [_row(mode, step, results) for (mode, step), results in found.items()]
 
 
 def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
     """Start a run after `step`: seconds until its next step is done, and until it was built."""
-    out, cold = setting.folder / "out", setting.folder / "cold"
+    out, cache = setting.folder / "out", setting.folder / "cache"
+    if mode == COLD:
+        shutil.rmtree(cache, ignore_errors=True)
     if step:
         shutil.copytree(setting.folder / "deep", out, copy_function=os.link)  # the run writes anew, never into a file
     settings = {
@@ -79,13 +79,11 @@ def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
         "run.compile": str(mode != UNCOMPILED).lower(),
         "run.stop_after_steps": step + 1,
     }
-    cache = setting.folder / "warm" if mode == WARM else cold
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     try:
         start_s, (session, *lines) = train(out, settings, environment=environment)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(cold, ignore_errors=True)
     assert (session["step"], lines[0]["kind"], lines[0]["step"]) == (step, "train", step + 1), lines
     return lines[0]["time"] - start_s, session["time"] - start_s
 
@@ -107,15 +105,6 @@ def write_deep_run(setting: Setting) -> None:
     log = [lines[0], *({**lines[1], "step": step} for step in steps)]
     (deep / METRICS).write_text("".join(json.dumps(line) + "\n" for line in log))
     shutil.rmtree(begun)
-
-
-def _fill_cache(setting: Setting) -> str:
-    """Go through the warm cache once. Returns why nothing can be compiled here, "" if it can."""
-    try:
-        first_step(setting, WARM, 0)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def _teacher(name: str, size: int, folder: Path) -> dict[str, object]:

@@ -80,7 +80,7 @@ def compiled_or_not(answer: str) -> tuple[bool, ...]:
     Raises:
       UserError: another word.
     """
-    answers = {"no": (False,), "yes": (True,), "both": (False, True)}
+    answers = {"no": (False,), "yes": (True,), "both": (True, False)}
     if answer not in answers:
         raise UserError(f"--compile is '{answer}', not one of {', '.join(answers)}")
     return answers[answer]
