@@ -18,14 +18,23 @@ from trainer.distributed import World
 from trainer.quarantine import QUARANTINE, Quarantine
 
 DECODE = "decode.json"
+_PLANNED_ROWS = 1024
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time."""
+    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time.
+
+    A single rank's share of several steps is without gaps: small batches of an epoch are planned together, since numpy
+    takes as long for a few rows as for a thousand.
+    """
     share = plan.global_batch // world.size
-    for s in range(step, stop):
-        first = s * plan.global_batch + world.rank * share
-        yield from plan.rows(first, first + share).split(micro_batch)
+    together = max(1, _PLANNED_ROWS // plan.global_batch) if world.size == 1 else 1
+    while step < stop:
+        end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+        num_steps = min(together, end_of_epoch - step, stop - step)
+        first = step * plan.global_batch + world.rank * share
+        yield from plan.rows(first, first + num_steps * share).split(micro_batch)
+        step += num_steps
 
 
 def share_of_batch(config: Config, world: World) -> int:

@@ -1,5 +1,7 @@
 """Mixing on raw pixels, and each model's own normalisation."""
 
+import itertools
+
 import torch
 
 from pipelines.batch import Batch
@@ -26,15 +28,15 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
     if batch.mix_group == 0:
         return own
     other, mixed = partners(own, batch.mix_group), own.clone()
-    boxes = batch.box.tolist()
-    for row, (top, left, height, width) in enumerate(boxes):
-        inside = row, slice(top, top + height), slice(left, left + width)
-        mixed[inside] = other[inside]
-    blended = torch.tensor([row for row, box in enumerate(boxes) if box[2] * box[3] == 0], device=own.device)
-    if len(blended):
-        lam = batch.lam[blended].view(-1, 1, 1, 1)
-        blend = own[blended].float().mul_(lam).add_(other[blended].float().mul_(1.0 - lam))
-        mixed[blended] = blend.round_().to(torch.uint8)
+    start = 0
+    for (top, left, height, width), alike in itertools.groupby(batch.box.tolist()):  # a group has one box
+        rows = slice(start, start := start + len(list(alike)))
+        if height * width:
+            inside = rows, slice(top, top + height), slice(left, left + width)
+            mixed[inside] = other[inside]
+        else:
+            lam = batch.lam[rows].view(-1, 1, 1, 1)
+            mixed[rows] = own[rows].float().mul_(lam).add_(other[rows].float().mul_(1.0 - lam)).round_()
     return mixed
 
 
@@ -82,5 +84,8 @@ class Normalize(torch.nn.Module):
         self.register_buffer("shift", shift.float(), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        values = pixels.to(torch.float32, copy=True)
-        return values.mul_(self.scale).add_(self.shift).to(self.dtype).permute(0, 3, 1, 2)
+        values = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        # a whole row of pixels at a time, [B, S, 3S]: by threes a CPU would take three times as long
+        scale, shift = (per_channel.repeat(values.shape[2]) for per_channel in (self.scale, self.shift))
+        values.view(*values.shape[:2], -1).mul_(scale).add_(shift)
+        return values.to(self.dtype).permute(0, 3, 1, 2)
