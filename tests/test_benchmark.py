@@ -15,7 +15,7 @@ from pipelines.index import read_index
 from tools import benchmark
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
-from tools.benchmarks import planning, processes, resume, scale
+from tools.benchmarks import planning, processes, resume, scale, stages
 from tools.benchmarks import step as steps
 from tools.benchmarks.runs import Setting
 from tools.benchmarks.tables import markdown
@@ -64,13 +64,17 @@ def test_loader_measures_every_row(tmp_path):
         assert {(augmentation, "DALI's own reader"), (augmentation, "webdataset + torchvision")} < set(names)
     for augmentation in (loaders.BARE, loaders.RECIPE):
         assert (augmentation, "ours on DALI, repeats 3") in names
+    for ours in ("ours on DALI", "ours on torchvision"):
+        for stage in (stages.READING_COLD, stages.READING, stages.DECODING, stages.RESIZING, stages.PIPELINE):
+            assert names.count((f"{ours}, per stage", stage)) == 1
     assert [augmentation for augmentation, what in names if what == "FFCV"] == [loaders.BARE]
     for row in rows:
         if row["what"] == "FFCV" and "note" in row:  # no dependency
             assert row["note"] == "not installed (ffcv)" and f"FFCV: {row['note']}" in printed
             continue
         assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ratio"] > 0, row
-        assert row["of"] == "ours on DALI" and (row["ratio"] == 1 or row["what"] != row["of"])
+        assert row["of"] == (stages.PIPELINE if "per stage" in row["augmentation"] else "ours on DALI")
+        assert row["ratio"] == 1 or row["what"] != row["of"]
         assert row["what"] in printed and row["augmentation"] in printed
 
 

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 
 from pipelines.errors import UserError, exit_on_user_error
 from tools.benchmarks import loader as loaders
+from tools.benchmarks import prediction as predictions
 from tools.benchmarks import read as reads
 from tools.benchmarks import resume as resumes
 from tools.benchmarks import scale as scales
@@ -117,6 +118,12 @@ BENCHMARKS = {
         resumes.COLUMNS,
         {"model": "test_resnet", "teacher": "test_byobnet", "size": 32, "compile": "no", "repeats": 3},
         {"model": "resnet50", "teacher": "tresnet_v2_l", "size": 224, "compile": "both"},
+    ),
+    "predict": Benchmark(
+        "what tools/doctor.py predicts, against what real runs then do",
+        predictions.predict,
+        predictions.COLUMNS,
+        {"images": 2048, "repeats": 3, "seconds": 3.0},
     ),
 }
 OPTIONS = {

@@ -13,12 +13,15 @@ What makes the rows comparable:
 - RandAugment is a different one everywhere. The recipe's applies each of two operations with probability 0.5;
   torchvision and DALI always apply both, so what their rows compare with is "every op" of ours and timm's. Their
   magnitude is 7 of bins 0 to 10, timm's scale.
+- "Per stage" are our two pipelines with one thing more in each row, RandAugment as in the recipe; the last row is the
+  pipeline whole.
 - The others run as they are fastest: torchvision's decoder and transforms on tensors, DALI's default decoder settings.
 - FFCV reads a file of its own, into which it encodes the same pictures as JPEGs of the same quality, at full size. It
   has no RandAugment, resizes with OpenCV's area filter where the others are bicubic, and decodes with libjpeg's less
   exact, faster DCT.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,14 +37,17 @@ from pathlib import Path
 
 import torch
 
+from pipelines import Pipeline
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
-from pipelines.plan import TrainPlan
+from pipelines.plan import BatchPlan, TrainPlan
+from tools.benchmarks import stages
 from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
+from trainer.config import DataConfig
 
 SIZE_PX = 224
 COLUMNS = {
@@ -107,10 +113,31 @@ def loader(images: int, repeats: int, batch: int) -> list[dict]:
             else:
                 runs[name] = functools.partial(_seconds, contender.open, lead, num_batches)
         seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
+        per_stage = stages.input_rows(_feeds(setting), images, repeats)
     for name, times in seconds.items():
         rows[name] |= _measured(num_batches * setting.batch, times)
         rows[name] |= _compared(rows[name], seconds)
-    return list(rows.values())
+    return [*rows.values(), *per_stage]
+
+
+def _feeds(setting: Setting) -> dict[str, stages.Feed]:
+    """Our pipelines that can run here, by what their rows are called, on the recipe without repeats."""
+    plan = _plan(setting, RECIPE, repeats=1)
+    size, prefetch = plan.global_batch, DataConfig().prefetch
+    per_epoch = [plan.rows(start, start + size) for start in range(0, plan.steps_per_epoch * size, size)]
+
+    def plans(count: int) -> Iterator[BatchPlan]:
+        return (
+            part for whole in itertools.islice(itertools.cycle(per_epoch), count) for part in whole.split(setting.batch)
+        )
+
+    feeds = {}
+    for name in ("dali", "torchvision"):
+        with contextlib.suppress(UserError):
+            pipeline = _opened(setting, name)
+            how = (setting.device, plans, _GROUPS, prefetch, setting.workers, setting.decode)
+            feeds[_ours_name(name)] = stages.Feed(name, setting.index, pipeline, *how, DataConfig().hw_decoder_load)
+    return feeds
 
 
 def contenders(setting: Setting) -> list[Contender]:
@@ -192,13 +219,20 @@ def _start_clean_process() -> None:
 
 
 def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
-    augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
-    plan = TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=(124, 116, 104))
-    pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
+    plan, pipeline = _plan(setting, augmentation, repeats), _opened(setting, name)
     plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
     with closing(pipeline.batches(plans)) as batches:
         for batch in batches:
             yield batch.images
+
+
+def _plan(setting: Setting, augmentation: str, repeats: int) -> TrainPlan:
+    augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
+    return TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=(124, 116, 104))
+
+
+def _opened(setting: Setting, name: str) -> Pipeline:
+    return opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
 
 
 def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:

@@ -1,0 +1,282 @@
+"""What limits a run on this machine, what to change, and how long it will take: measured, in a minute or a few.
+
+    python tools/doctor.py RUN-OR-CONFIG [--seconds S] [--no-trials] [--json FILE] [--section.key value ...]
+
+RUN is a run folder: the doctor goes on from its newest checkpoint. Otherwise a YAML file, with overrides as
+trainer/run.py takes them; under torchrun for several ranks. It measures how many images a second each stage could
+handle on its own and how many the whole does, names what limits, tries other settings where that is, and says how long
+the rest of the run takes. It writes nothing into the run folder.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import resolve_pipeline
+from pipelines.errors import UserError, exit_on_user_error
+from tools.benchmarks import proposals, stages
+from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
+from tools.benchmarks.measure import console, machine, num_cores
+from tools.benchmarks.proposals import Trial
+from tools.benchmarks.stages import Rate, Rehearsal, Turn, feed_of, plans_of_size, rates
+from tools.sharding.verify import human_seconds
+from trainer.config import Config, parse
+from trainer.data import open_indices
+from trainer.distributed import World, join_world
+from trainer.loop import Run
+from trainer.run import build, what_must_agree
+
+_BAR = 24  # characters
+_NEGLIGIBLE = 0.1  # share of the work: on that side little could be gained
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The numbers about a run.
+
+    Attributes:
+      size: of the images that the stages were measured with, pixels.
+      rates: of the stages by name (tools/benchmarks/stages.py).
+      whole: of the whole at each image size that is to come, images/s.
+      input_wait: share of the time in which the whole waited for its next batch.
+      evaluation_s: of one evaluation; 0 without a validation set.
+      cached: whether all images fit into the memory beside what runs; otherwise the whole was measured from the disk.
+    """
+
+    size: int
+    rates: dict[str, Rate]
+    whole: dict[int, float]
+    input_wait: float
+    evaluation_s: float
+    cached: bool
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("target", type=Path, metavar="RUN-OR-CONFIG", help="run folder, or YAML configuration")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of measuring for each stage (default 5)")
+    parser.add_argument("--json", type=Path, help="write everything to this file, too")
+    parser.add_argument("--no-trials", dest="trials", action="store_false", help="try no other settings")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        with exit_on_user_error():
+            config = configuration(options.target, overrides)
+            agree = functools.partial(what_must_agree, config)
+            with join_world(config.run.device, agree, config.run.ready_s) as world:
+                examine(config, world, options.seconds, options.json, trials=options.trials)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def configuration(target: Path, overrides: list[str]) -> Config:
+    """The configuration of a run folder, which may have been moved, or of a YAML file; with overrides.
+
+    Raises:
+      UserError: there is no such run or file, or as trainer.config.parse.
+    """
+    if not target.exists():
+        raise UserError(f"{target}: not found. Give a run's folder or a YAML file, such as configs/usi.yaml")
+    if not target.is_dir():
+        return parse(["--config", str(target), *overrides], prog="tools/doctor.py")
+    if not (target / "config.yaml").is_file():
+        raise UserError(f"{target}: has no config.yaml, so it is no run's folder. Give one, or a YAML file")
+    return parse(
+        ["--config", str(target / "config.yaml"), "--run.out", str(target), *overrides], prog="tools/doctor.py"
+    )
+
+
+def examine(config: Config, world: World, seconds: float, json_path: Path | None, *, trials: bool = True) -> None:
+    """Measure, diagnose, propose, predict and print. Every rank must call it."""
+    shown = console() if world.is_main else Console(quiet=True)
+    run = build(config, world)
+    work = remaining(run)
+    if not work.updates:
+        raise UserError(f"{config.run.out}: has done all its {run.total_steps} steps. Raise schedule.epochs to go on")
+    shown.print(_title(run), markup=False)
+    measured = measure(run, work, seconds)
+    shared = world.device.type == "cpu"
+    diagnosis = diagnose(measured.rates, shared_cores=shared, input_wait=measured.input_wait)
+    shown.print(stage_table(measured))
+    shown.print(diagnosis.text, markup=False)
+    tried = propose(run, measured.size, diagnosis, seconds) if trials else []
+    left_s = seconds_left(work, measured.whole, config.run.global_batch, measured.evaluation_s)
+    for line in (*proposal_lines(tried), *duration_lines(work, measured, left_s, config.run.global_batch)):
+        shown.print(line, markup=False, soft_wrap=True)
+    if json_path and world.is_main:
+        json_path.write_text(json.dumps(_as_json(run, measured, diagnosis, tried, work, left_s), indent=1) + "\n")
+
+
+# --- measuring ---
+
+
+def measure(run: Run, work: Remaining, seconds: float) -> Measured:
+    """All stages at the image size that most of the updates to come have, and the whole at the other ones, too.
+
+    Args:
+      seconds: of measuring for each stage.
+    """
+    size = max(work.updates, key=work.updates.get)
+    cached = run.config.data.root is None or _dataset_bytes(run) < _available_bytes()
+    whole = {each: _whole(run, each, cached) for each in work.updates}
+    turns = {**_input_turns(run, size), **_step_turns(run, size), stages.WHOLE: whole[size]}
+    turns |= {f"{stages.WHOLE}, {each} px": turn for each, turn in whole.items() if each != size}
+    found = rates(turns, run.plan.global_batch, seconds, run.world)
+    found.setdefault(stages.STUDENT, found[stages.STEP])  # without a teacher there is nothing else in it
+    speeds = {each: found[stages.WHOLE if each == size else f"{stages.WHOLE}, {each} px"] for each in whole}
+    return Measured(
+        size=size,
+        rates=found,
+        whole={each: rate.images_per_s for each, rate in speeds.items()},
+        input_wait=statistics.median(whole[size].waits[2:]),  # behind the warm-up
+        evaluation_s=_evaluation_seconds(run, seconds) if work.evaluations else 0.0,
+        cached=cached,
+    )
+
+
+def _whole(run: Run, size: int, cached: bool) -> Rehearsal:
+    return Rehearsal(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
+
+
+def _input_turns(run: Run, size: int) -> dict[str, Turn]:
+    if _is_synthetic(run):
+        return {}
+    feed = feed_of(run, plans_of_size(run, size))
+    on_gpu = run.world.device.type == "cuda"
+    return {**stages.input_stages(feed), **({stages.TO_DEVICE: stages.to_device(feed)} if on_gpu else {})}
+
+
+def _step_turns(run: Run, size: int) -> dict[str, Turn]:
+    plans = plans_of_size(run, size)
+    step = {stages.STEP: stages.step_turn(run, plans)}
+    if run.world.size > 1:
+        step[stages.ALL_REDUCE] = stages.all_reduce_turn(run)
+    if run.config.teacher.name is None:
+        return step
+    alone = stages.without_teacher(run)
+    return {stages.TEACHER: stages.teacher_turn(run, plans), stages.STUDENT: stages.step_turn(alone, plans), **step}
+
+
+def _is_synthetic(run: Run) -> bool:
+    return resolve_pipeline(run.config.data.pipeline, run.world.device) == "synthetic"
+
+
+def _dataset_bytes(run: Run) -> int:
+    return sum(path.stat().st_size for path in run.plan.index.paths)
+
+
+def _available_bytes() -> int:
+    """Memory that the system could use for its cache of files."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _evaluation_seconds(run: Run, seconds: float) -> float:
+    _, val_index = open_indices(run.config.data)
+    return stages.evaluation_seconds(run, len(val_index), seconds)
+
+
+def propose(run: Run, size: int, diagnosis: Diagnosis, seconds: float) -> list[Trial]:
+    """Other settings where the limit is, tried; on a CPU also where a good part of the work is."""
+    found, feed = [], feed_of(run, plans_of_size(run, size))
+    worth_it = diagnosis.input_share > _NEGLIGIBLE
+    if worth_it:
+        found += proposals.input_candidates(run.config, feed, max(1, num_cores() // run.world.local_size))
+    if 1 - diagnosis.input_share > _NEGLIGIBLE:
+        found += proposals.step_candidates(run)
+    trials = proposals.try_all(run, size, found, seconds)
+    if worth_it and (short := proposals.shrinking_helps(run.plan.index, size)):
+        trials.append(proposals.try_shrunken(run, size, short, seconds))
+    return trials
+
+
+# --- printing ---
+
+
+def _title(run: Run) -> str:
+    config, world = run.config, run.world
+    teacher = f"from {config.teacher.title}" if config.teacher.title else "without a teacher"
+    pipeline = resolve_pipeline(config.data.pipeline, world.device)
+    return (
+        f"{config.student.name} {teacher}: {len(run.plan.index):,} images, {pipeline} pipeline, updates of "
+        f"{config.run.global_batch} in micro-batches of {run.state.micro_batch} on {world.size} x {world.device_name}, "
+        f"after step {run.state.step} of {run.total_steps}"
+    )
+
+
+def stage_table(measured: Measured) -> Table:
+    """The stages with bars as long as an image takes in them: the longest is what the others wait for."""
+    table = Table(title=f"Images/s at {measured.size} px", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("stage", "images/s", "min", "max", "ms an image", ""):
+        table.add_column(name, justify="left" if name in ("stage", "") else "right")
+    longest_s = max(1 / rate.images_per_s for rate in measured.rates.values())
+    for name in (*stages.ORDER, *(set(measured.rates) - set(stages.ORDER))):
+        rate = measured.rates.get(name)
+        if rate is None:
+            table.add_row(name, "-")
+            continue
+        seconds = 1 / rate.images_per_s
+        numbers = (f"{value:,.0f}" for value in dataclasses.astuple(rate))
+        table.add_row(name, *numbers, f"{1000 * seconds:.3f}", "\u2588" * max(1, round(_BAR * seconds / longest_s)))
+    return table
+
+
+def proposal_lines(trials: list[Trial]) -> Iterator[str]:
+    """What to change: the settings that were faster in every turn, the best first; else what was tried in vain."""
+    faster = sorted((trial for trial in trials if trial.faster), key=lambda trial: -trial.gain)
+    if faster:
+        yield f"Faster, in each of {proposals.REPEATS} turns:"
+    for trial in faster:
+        yield f"  {trial.override}: {trial.gain:+.0%} ({trial.rate.images_per_s:,.0f} images/s)"
+        if "micro_batch" in trial.override:
+            yield "    (BatchNorm sees a micro-batch at a time: with it this changes the result a little)"
+    vain = ", ".join(f"{trial.override} ({trial.gain:+.0%})" for trial in trials if not trial.faster)
+    if vain:
+        yield f"{'Not' if faster else 'Nothing is'} faster by more than the spread: {vain}"
+
+
+def duration_lines(work: Remaining, measured: Measured, left_s: float, global_batch: int) -> Iterator[str]:
+    """How long the rest takes, and of what that is made."""
+    parts = [
+        f"{count:,} updates of {global_batch:,} images at {measured.whole[size]:,.0f} images/s ({size} px)"
+        for size, count in work.updates.items()
+    ]
+    if work.evaluations:
+        parts.append(f"{work.evaluations:,} evaluations of {human_seconds(measured.evaluation_s)}")
+    yield f"The rest of the run takes {human_seconds(left_s)}: {', '.join(parts)}"
+    cold = measured.rates.get(stages.READING_COLD)
+    if not measured.cached:
+        yield "The dataset is larger than the memory that is free: the whole was measured with images read from storage"
+    elif cold is not None and cold.images_per_s < 1.2 * measured.whole[measured.size]:
+        yield f"The first epoch is slower: read for the first time, images come at {cold.images_per_s:,.0f} a second"
+
+
+def _as_json(
+    run: Run, measured: Measured, diagnosis: Diagnosis, trials: list[Trial], work: Remaining, left_s: float
+) -> dict:
+    return {
+        "machine": machine(),
+        "run": _title(run),
+        "measured": dataclasses.asdict(measured),
+        "diagnosis": dataclasses.asdict(diagnosis),
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "remaining": dataclasses.asdict(work),
+        "images_per_s": measured.whole[measured.size],
+        "seconds_left": left_s,
+    }
+
+
+if __name__ == "__main__":
+    main()
