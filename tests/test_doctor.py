@@ -166,8 +166,8 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
     out, report = tmp_path / "run", tmp_path / "doctor.json"
     run_trainer("--data.root", digits, "--run.out", out, "--run.stop_after_steps", 7)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    stop = ("--run.stop_after_steps", "0")
-    doctor.main([str(out), "--seconds", "0.01", "--json", str(report), *stop])
+    overrides = ("--run.stop_after_steps", "0")
+    doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report), *overrides])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     found, printed = json.loads(report.read_text()), capsys.readouterr().out
     assert found["remaining"] == {"updates": {"32": 13}, "evaluations": 3}
@@ -178,7 +178,17 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
     for name in (*PIPELINE_SPEEDS, stages.READING_COLD, stages.STEP, stages.STUDENT, stages.WHOLE):
         assert measured["rates"][name]["min"] > 0 and name in printed
     assert found["diagnosis"]["text"] in printed.replace("\n", " ") and found["machine"]["cores"] >= 1
-    assert any("data.threads" in trial["override"] or "micro_batch" in trial["override"] for trial in found["trials"])
+
+
+def test_every_setting_that_can_be_had_is_tried_on_the_whole(digits, tmp_path):
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")]), ALONE)
+    candidates = [{"data.threads": 1}, {"run.micro_batch": 32}, {"run.micro_batch": 48}]  # 48 does not divide 64
+    trials = proposals.try_all(run, 32, candidates, seconds=0.01)
+    assert {"--data.threads 1", "--run.micro_batch 32"} <= {trial.override for trial in trials}
+    assert not any("48" in trial.override for trial in trials)
+    for trial in trials:
+        assert 0 < trial.rate.min <= trial.rate.images_per_s <= trial.rate.max
+    assert run.config.data.threads == 0 and not (tmp_path / "none").exists()
 
 
 def test_a_finished_run_has_nothing_left_to_predict(digits, tmp_path):
