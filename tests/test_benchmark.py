@@ -100,6 +100,7 @@ def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
     assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks would need two GPUs")
 def test_scale_trains_on_every_number_of_ranks_and_compares_them_with_one():
     rows = scale.rank_rows([1, 2], 1, "test_resnet", 32, 8)
@@ -127,6 +128,7 @@ def test_the_index_and_plan_of_any_size_are_measured_on_a_dataset_that_is_whole(
         )
 
 
+@pytest.mark.long
 def test_resume_measures_a_run_that_goes_on_deep_in_the_recipe():
     rows = resume.resume("test_resnet", "none", 32, "no", 1)
     assert [(row["augmentation"], row["what"]) for row in rows] == [
