@@ -118,7 +118,7 @@ def test_every_teacher_sees_the_pixels_under_its_own_normalisation_and_in_its_ow
     more = ["--teacher.others", other(files, "resnet18", image_size=40)]
     run = build(parse(arguments(digits, tmp_path, *first_teacher(files), *more, "--run.micro_batch", 64)), ONE)
     batch, seen = first_batch(run), {}
-    models = {"student": run.state.student, **{str(i): each.model for i, each in enumerate(run.step._teacher.members)}}
+    models = {"student": run.state.student, **{str(i): each.model for i, each in enumerate(run.step.teacher.members)}}
     for name, model in models.items():
         model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
     run.step(iter([batch]), 0)
@@ -130,7 +130,7 @@ def test_every_teacher_sees_the_pixels_under_its_own_normalisation_and_in_its_ow
         assert torch.allclose(raw, pixels.permute(0, 3, 1, 2).float(), atol=1e-3), name
     assert seen["1"].shape[2:] == (40, 40) and seen["0"].shape[2:] == (32, 32)
     assert not any(model.training for name, model in models.items() if name != "student")
-    assert not any(parameter.requires_grad for parameter in run.step._teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in run.step.teacher.parameters())
 
 
 def test_a_run_learns_from_the_mean_of_its_teachers(digits, files, tmp_path):
@@ -301,7 +301,7 @@ def test_a_teacher_of_fixed_size_keeps_its_own_while_the_students_images_grow(di
     run = build(parse(arguments(digits, tmp_path / "run", *teacher, *sizes)), ONE)
     seen = {"student": [], "teacher": []}
     noting_sizes(run.state.student, seen["student"])
-    noting_sizes(run.step._teacher.members[0].model, seen["teacher"])
+    noting_sizes(run.step.teacher.members[0].model, seen["teacher"])
     with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 4, 6, ONE, 64))) as batches:
         for step in (4, 5):
             run.step(batches, step)
@@ -480,7 +480,7 @@ def test_the_log_tells_how_often_teacher_and_labels_and_student_agree(digits, fi
         for batch in batches:
             labels, partner = batch.labels.tolist(), partners(batch.labels, batch.mix_group).tolist()
             shown = [a if lam >= 0.5 else b for a, b, lam in zip(labels, partner, batch.lam.tolist(), strict=True)]
-            best = run.step._teacher(run.step._inputs(batch)[1]).argmax(1).tolist()
+            best = run.step.teacher(run.step.inputs(batch)[1]).argmax(1).tolist()
             counted.append(100 * np.mean(np.array(shown) == np.array(best)))
     assert [line["teacher_top1"] for line in lines] == pytest.approx(counted)
     (line,) = train_here(digits, tmp_path / "64", *setting, "--run.micro_batch", 64, "--run.log_every", 4)

@@ -43,6 +43,10 @@ class StepMetrics:
 class TrainStep:
     """The update of a student, `step(batches, number)`, made once a run.
 
+    Attributes:
+      inputs: gives what the student sees of a Batch, and the list of what each teacher sees.
+      teacher: from that list to logits, as compiled; None without one.
+
     Args:
       student: the unwrapped model on its device.
       teacher: trainer/teachers.py; None trains on the labels alone.
@@ -95,8 +99,8 @@ class TrainStep:
         self._local = []
         if batch_norm == "none" and world.size > 1:
             self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
-        self._inputs = functools.partial(model_inputs, normalize=normalize, teachers=teacher)
-        self._teacher = compiler(teacher) if teacher is not None else None
+        self.inputs = functools.partial(model_inputs, normalize=normalize, teachers=teacher)
+        self.teacher = compiler(teacher) if teacher is not None else None
         self._judge = compiler(functools.partial(judge, config=distill))
         self._optimizer = optimizer
         self._scaler = scaler
@@ -178,9 +182,9 @@ class TrainStep:
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss, which rows are bad, and the two shares of agreement."""
         with torch.no_grad():
-            inputs, teachers_inputs = self._inputs(batch)
+            inputs, teachers_inputs = self.inputs(batch)
             # before the student, so that their activations are gone when the student's must be kept
-            teacher = self._teacher(teachers_inputs) if self._teacher is not None else None
+            teacher = self.teacher(teachers_inputs) if self.teacher is not None else None
             del teachers_inputs
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             student = self._model(inputs)

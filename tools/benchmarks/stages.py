@@ -340,12 +340,12 @@ def teacher_turn(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Turn:
     """The teacher's forward passes of an update; its inputs are there already."""
     batch, step = next(synthetic_batches(run, plans)), run.step
     with torch.no_grad():
-        _, inputs = step._inputs(batch)
+        _, inputs = step.inputs(batch)
 
     @torch.no_grad()
     def update() -> None:
         for _ in range(step.micro_batches):
-            step._teacher(inputs)
+            step.teacher(inputs)
 
     return lambda count: _timed(update, count)
 

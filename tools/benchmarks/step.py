@@ -229,7 +229,7 @@ class ModelsAlone:
     def __init__(self, setting: Setting, run: Run, batch: Batch):
         compiler = compiled if setting.compiled else as_it_is
         self._student, self._loss = compiler(run.state.student), compiler(usi_loss)
-        self._teacher = run.step._teacher  # the very one, folded and compiled as the update has it
+        self._teacher = run.step.teacher  # the very one, folded and compiled as the update has it
         self._optimizer = run.state.optimizer
         self._autocast = _autocast(setting, run.world.device)
         centred = (batch.images.float() / 255 - 0.5) / 0.25
