@@ -140,7 +140,7 @@ def test_resume_measures_a_run_that_goes_on_deep_in_the_recipe():
 
 def test_a_training_run_that_fails_is_told_in_its_own_words(tmp_path):
     with pytest.raises(UserError, match="2 ranks ended with code 1: .*unknown key '--run.sead'; did you mean"):
-        processes.train(tmp_path, {"run.sead": 1}, ranks=2)
+        processes.run_training(tmp_path, {"run.sead": 1}, ranks=2)
 
 
 TINY = ("--models", "test_byobnet", "--teacher", "test_resnet", "--size", "32", "--batch", "8", "--seconds", "0.05")
@@ -265,7 +265,7 @@ def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
 
 
 def test_the_gpus_benchmark_takes_less_than_ten_minutes():
-    assert sum(part.limit_s for part in gpus.PARTS) < 600
+    assert sum(part.limit_s + gpus.GRACE_S for part in gpus.PARTS) < 600
 
 
 def on_cpu() -> bool:

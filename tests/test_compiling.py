@@ -78,7 +78,7 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
-    with pytest.raises(UserError, match=r"run.compile is true.*no C compiler.*Install a C compiler, or use --run.comp"):
+    with pytest.raises(UserError, match=r"run.compile is true.*no C compiler.*C compiler are needed; or use --run"):
         compiling.choose_compiler(True, ONE)
     on_gpu = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(compiling, "why_not", lambda device: "RuntimeError: no C compiler")
@@ -86,7 +86,7 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
     assert compiler is compiling.as_it_is and "not compiled" in note and "no C compiler" in note
 
 
-def test_a_model_that_cannot_be_compiled_ends_in_one_line(arguments, monkeypatch):
+def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arguments, monkeypatch):
     def refuse(graph, inputs):
         raise NotImplementedError("an operation without a lowering")
 
@@ -94,6 +94,11 @@ def test_a_model_that_cannot_be_compiled_ends_in_one_line(arguments, monkeypatch
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
         trainer.build(parse([*arguments, "--run.compile", "true"]), ONE)
+    monkeypatch.setattr(trainer, "choose_compiler", lambda setting, world: (compiling.compiled, ""))  # as on a GPU
+    run = trainer.build(parse([*arguments, "--run.compile", "auto"]), ONE)
+    assert "run.compile auto: not compiled" in run.notes[-1] and "without a lowering" in run.notes[-1]
+    plans = rank_plans(run.plan, 0, 1, ONE, run.state.micro_batch)
+    assert run.step(run.pipelines.of["train"].batches(plans), 0).loss.isfinite()
 
 
 @pytest.mark.long

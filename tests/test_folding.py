@@ -75,3 +75,32 @@ def test_a_convolution_that_changes_its_weights_on_the_way_is_not_folded():
 
     model = with_statistics(nn.Sequential(ScaledStdConv2d(3, 4, 3), nn.BatchNorm2d(4)), 8)
     assert fold_batch_norms(model, torch.randn(1, 3, 8, 8)) == 0
+
+
+class TwoNames(nn.Module):
+    """A BatchNorm that is found under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.again = self.norm
+
+    def forward(self, images):
+        return self.again(self.convolution(images))
+
+
+class ByKeyword(TwoNames):
+    def __init__(self):
+        super().__init__()
+        del self.again
+
+    def forward(self, images):
+        return self.norm(input=self.convolution(images))
+
+
+@pytest.mark.parametrize("make", [TwoNames, ByKeyword])
+def test_what_cannot_be_told_for_certain_is_not_folded(make):
+    model = with_statistics(make(), 8)
+    images = torch.randn(2, 3, 8, 8)
+    expected = model(images)
+    assert fold_batch_norms(model, images) == 0 and torch.equal(model(images), expected)

@@ -308,7 +308,7 @@ def test_ranks_whose_devices_would_compute_otherwise_do_not_agree():
 
 def test_beats_say_who_waits_for_input_and_who_works():
     beats = []
-    for item in Beating(iter([1, 2]), beats.append, lambda: "step 1"):
+    for item in Beating(iter([1, 2]), lambda where, _: beats.append(where), lambda: ("step 1", 0)):
         beats.append(item)
     assert beats == ["step 1: input", "step 1: update", 1, "step 1: input", "step 1: update", 2, "step 1: input"]
 
@@ -356,7 +356,7 @@ def checkpoint(world):
     world.barrier()
 
 with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
-    for step in Beating(inputs(world), world.beat, lambda: "step"):
+    for step in Beating(inputs(world), world.beat, lambda: ("step", 0)):
         world.sum(torch.ones(1))
         if what == "exit" and step == 20:
             sys.exit(75)

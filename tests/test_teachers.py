@@ -584,3 +584,21 @@ def test_a_teacher_whose_classes_are_in_another_order_is_noticed_once(digits, go
 
 def test_the_configuration_of_the_recipe_has_one_teacher():
     assert [key for key, _ in Config().teacher.members] == ["teacher"]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "resnet18", "levit_128s"])
+def test_a_teacher_in_bfloat16_gives_the_probabilities_of_one_in_float32(name, tmp_path):
+    torch.manual_seed(0)
+    size = 224 if name == "levit_128s" else 160
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), tmp_path / "weights.pth")
+    teacher = ["--teacher.name", name, "--teacher.checkpoint", str(tmp_path / "weights.pth")]
+    config = parse([*teacher, "--student.name", "test_resnet", "--data.image_size", str(size)])
+    pixels = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8)
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        teachers = build_teachers(config, 10, None).to_precision(precision)
+        with torch.no_grad():
+            logits = teachers([member.inputs(pixels) for member in teachers.members])
+        assert logits.dtype == precision
+        found.append(logits.float().softmax(1))
+    assert torch.allclose(*found, atol=0.02)

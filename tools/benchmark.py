@@ -178,6 +178,7 @@ def measure(name: str, path: Path | None, options: dict) -> dict:
         if path is not None:
             path.write_text(json.dumps(result, indent=1) + "\n")
 
+    save()
     for row in BENCHMARKS[name].rows(**options):
         result["rows"].append(row)
         save()

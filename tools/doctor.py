@@ -30,7 +30,7 @@ from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.benchmarks.proposals import Trial
-from tools.benchmarks.stages import Rate, Rehearsal, Turn, feed_of, plans_of_size, rates
+from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
 from tools.sharding.verify import human_seconds
 from trainer.config import Config, parse
 from trainer.data import open_indices
@@ -129,7 +129,7 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
       seconds: of measuring for each stage.
     """
     size = max(work.updates, key=work.updates.get)
-    cached = run.config.data.root is None or _dataset_bytes(run) < _available_bytes()
+    cached = run.world.choice_of_main(run.config.data.root is None or _dataset_bytes(run) < _available_bytes())
     whole = {each: _whole(run, each, cached) for each in work.updates}
     turns = {**_input_turns(run, size), **_step_turns(run, size), stages.WHOLE: whole[size]}
     turns |= {f"{stages.WHOLE}, {each} px": turn for each, turn in whole.items() if each != size}
@@ -146,8 +146,8 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
     )
 
 
-def _whole(run: Run, size: int, cached: bool) -> Rehearsal:
-    return Rehearsal(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
+def _whole(run: Run, size: int, cached: bool) -> WholeTurn:
+    return WholeTurn(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
 
 
 def _input_turns(run: Run, size: int) -> dict[str, Turn]:
@@ -178,9 +178,12 @@ def _dataset_bytes(run: Run) -> int:
 
 
 def _available_bytes() -> int:
-    """Memory that the system could use for its cache of files."""
+    """Memory that the system could use for its cache of files; a container may have less than the machine."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return available if allowed == "max" else min(available, int(allowed))
 
 
 def _evaluation_seconds(run: Run, seconds: float) -> float:

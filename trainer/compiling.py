@@ -9,6 +9,8 @@ import torch
 from pipelines.errors import UserError
 from trainer.distributed import World
 
+COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
+_MOST_SHAPES = 64  # PyTorch's 8 would leave the sizes of a long schedule uncompiled, in silence
 T = TypeVar("T", bound=Callable)
 Compiler = Callable[[T], T]
 
@@ -36,23 +38,24 @@ def choose_compiler(setting: bool | Literal["auto"], world: World) -> tuple[Comp
         return as_it_is, ""
     reason = next(iter(world.gather([why for why in [why_not(world.device)] if why])), "")
     if not reason:
+        torch._dynamo.config.cache_size_limit = _MOST_SHAPES
         return compiled, ""
     if setting == "auto":
         return as_it_is, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
     raise UserError(
-        f"run.compile is true, and torch.compile does not work here ({reason}). Install a C compiler, or use "
-        "--run.compile false"
+        f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
+        "C compiler are needed; or use --run.compile false"
     )
 
 
 def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
     try:
-        torch.compile(_twice)(torch.ones(16, device=device))
+        torch.compile(_squared)(torch.ones(2, 16, 16, device=device))
     except Exception as error:  # whatever a missing compiler or driver leads to
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
 
-def _twice(values: torch.Tensor) -> torch.Tensor:
-    return values * 2
+def _squared(matrices: torch.Tensor) -> torch.Tensor:
+    return (2 * matrices).bmm(matrices)

@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.plan import TrainPlan
 from trainer import checkpoint
 from trainer.checkpoint import TrainState
+from trainer.compiling import COMPILE_PATIENCE_S
 from trainer.config import Config, RunConfig
 from trainer.control import Control
 from trainer.data import Pipelines, rank_plans
@@ -129,8 +130,15 @@ def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
-        beating = Beating(shown, run.world.beat, lambda: f"step {run.state.step + 1}")
+        beating = Beating(shown, run.world.beat, lambda: place_of(run))
         return update(run, telemetry, InputWait(beating, run.world.device))
+
+
+def place_of(run: Run) -> tuple[str, float]:
+    """Where the run is, for the watchdog: a compiled model is compiled anew when another image size comes."""
+    epoch, within = divmod(run.state.step, run.plan.steps_per_epoch)
+    new = within == 0 and epoch > 0 and run.plan.image_size_at(epoch) != run.plan.image_size_at(epoch - 1)
+    return f"step {run.state.step + 1}", COMPILE_PATIENCE_S if new else 0
 
 
 def update(run: Run, telemetry: Telemetry, batches: InputWait) -> Outcome:

@@ -54,6 +54,7 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
         return [normalize(pixels) for normalize in models]
     from trainer.mix_kernel import launch
 
+    assert batch.images.is_contiguous() and len({model.dtype for model in models}) == 1
     out = batch.images.new_empty((len(models), *batch.images.shape), dtype=models[0].dtype)
     launch(
         batch.images,

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
@@ -36,7 +36,7 @@ from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
-from trainer.compiling import Compiler, as_it_is, choose_compiler
+from trainer.compiling import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
 from trainer.data import (
@@ -71,7 +71,6 @@ from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import SUMMARY, Telemetry
 from trainer.watchdog import watched
 
-COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -254,7 +253,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     precision = resolve_precision(config.run.precision, world.device)
     if world.device.type == "cuda":
         allow_tf32(config.run.tf32)
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest kernels are worth a search
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest algorithms are worth a search
     student, teacher = place(student, config.run, world), place(teacher, config.run, world)
     if teacher is not None:
         teacher.to_precision(precision)
@@ -271,6 +270,8 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step))
     else:
         state.micro_batch = micro_batch
+    step, note = rehearsed(make_step, config, plan, state, world, compiler)
+    notes += [note] if note else []
     evaluation = None
     if val_index is not None:
         val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
@@ -283,7 +284,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         plan=plan,
         pipelines=pipelines,
         state=state,
-        step=rehearsed(make_step(world, state.micro_batch, compiler), config, plan, state, world, compiler),
+        step=step,
         evaluate=evaluation,
         control=control or Control(world),
         writer=Writer(),
@@ -375,37 +376,47 @@ def build_step(
 
 
 def rehearsed(
-    step: TrainStep, config: Config, plan: TrainPlan, state: TrainState, world: World, compiler: Compiler
-) -> TrainStep:
+    make_step: Callable[..., TrainStep],
+    config: Config,
+    plan: TrainPlan,
+    state: TrainState,
+    world: World,
+    compiler: Compiler,
+) -> tuple[TrainStep, str]:
     """The update after a rehearsal, where it needs one.
 
     DDP arranges its buckets anew after the first backward pass. The order in which gradients are summed depends on
     them, so without this a run that goes on would differ from one that was never stopped. What is to be compiled is
     compiled for the batches of the present epoch, and before the run begins.
 
+    Args:
+      make_step: (world, micro-batch, compiler) -> the update.
+    Returns:
+      the update, and what is worth saying; "" is nothing.
     Raises:
-      UserError: it cannot be compiled, or does not fit into the memory.
+      UserError: it does not fit into the memory, or cannot be compiled though run.compile is true.
     """
-    if compiler is as_it_is and world.size == 1:
-        return step
+    step = make_step(world, state.micro_batch, compiler)
     size = plan.image_size_at(state.step // plan.steps_per_epoch)
     if compiler is as_it_is:
-        step.rehearse(gray_batch(2, size, 2, world.device))
-        return step
+        if world.size > 1:
+            step.rehearse(gray_batch(2, size, 2, world.device))
+        return step, ""
     world.beat("compiling", COMPILE_PATIENCE_S)
     try:
         step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+        return step, ""
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"run.micro_batch is {state.micro_batch}: an update does not fit into the GPU's memory. Use a smaller one, "
-            "or auto"
+            f"run.micro_batch is {state.micro_batch}: an update does not fit into the GPU's memory. Give a smaller one"
         ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{config.student.name} or its teacher cannot be compiled ({reason}). Use --run.compile false"
-        ) from error
-    return step
+        reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
+        if config.run.compile != "auto":
+            raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
+    # behind the handler: the error's traceback would keep the step and its memory alive
+    step, _ = rehearsed(make_step, config, plan, state, world, as_it_is)
+    return step, f"run.compile auto: not compiled, {reason}"
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -419,13 +430,10 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def allow_tf32(allowed: bool) -> None:
     """Whether GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32."""
-    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(products, "fp32_precision") and hasattr(cudnn, "conv"):
-        # PyTorch 2.9 and newer, where the older settings below warn; reading those is an error from now on, which
-        # torch.compile does (pytorch/pytorch#166387).
-        products.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
-    else:
-        products.allow_tf32 = cudnn.allow_tf32 = allowed
+    # Not by the fp32_precision of PyTorch 2.9 and newer: after that, reading these two is an error, and torch.compile
+    # reads them (pytorch/pytorch#166387).
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def describe(run: Run, telemetry: Telemetry) -> None:

@@ -101,7 +101,7 @@ class TrainStep:
             self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
         self.inputs = functools.partial(model_inputs, normalize=normalize, teachers=teacher)
         self.teacher = compiler(teacher) if teacher is not None else None
-        self._judge = compiler(functools.partial(judge, config=distill))
+        self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=distill))
         self._optimizer = optimizer
         self._scaler = scaler
         self._clip = clip
@@ -185,10 +185,9 @@ class TrainStep:
             inputs, teachers_inputs = self.inputs(batch)
             # before the student, so that their activations are gone when the student's must be kept
             teacher = self.teacher(teachers_inputs) if self.teacher is not None else None
-            del teachers_inputs
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             student = self._model(inputs)
-        return self._judge(student, teacher, batch.labels, batch.lam, batch.mix_group)
+        return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
 
     def rehearse(self, batch: Batch) -> None:
         """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
@@ -213,7 +212,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
 
-def judge(
+def loss_and_agreement(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     labels: torch.Tensor,

@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the model sees: uint8 [B, S, S, 3], mixed -> [B, 3, image_size, image_size]."""
+        """What the model sees of mixed pixels, whole numbers [B, S, S, 3]: [B, 3, image_size, image_size]."""
         if self.image_size:
             pixels = resize_pixels(pixels, self.image_size)
         return self.normalize(pixels)
@@ -70,6 +70,7 @@ class Teachers(nn.Module):
         self.members = nn.ModuleList(members)
         self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # the pixels as they are, for those that see another size
         self._temperature = temperature
+        self._precision = torch.float32
 
     @property
     def notes(self) -> list[str]:
@@ -77,16 +78,22 @@ class Teachers(nn.Module):
         return [teacher.note for teacher in self.members if teacher.note]
 
     def to_precision(self, precision: torch.dtype) -> "Teachers":
-        """Compute in this type throughout; frozen weights need no float32 beside it."""
-        for teacher in self.members:
-            teacher.model.to(precision)
+        """Compute in this type. In bfloat16 throughout: frozen weights need no float32 beside it.
+
+        In float16 by autocast, which keeps in float32 what might be too large for it.
+        """
+        self._precision = precision
+        if precision == torch.bfloat16:
+            for teacher in self.members:
+                teacher.model.to(precision)
         for normalize in (self.raw, *(teacher.normalize for teacher in self.members)):
             normalize.dtype = precision
         return self
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Each teacher's inputs -> logits [B, C], as `mean_logits`."""
-        logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
+        with torch.autocast(inputs[0].device.type, torch.float16, enabled=self._precision == torch.float16):
+            logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
         return mean_logits(logits, self._temperature)
 
 
@@ -127,7 +134,7 @@ def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     would keep the filter's overshoot beyond black and white.) In float32, since torch resizes bytes on the CPU alone.
 
     Args:
-      pixels: uint8 [B, S, S, 3].
+      pixels: whole numbers from 0 to 255 in any type, [B, S, S, 3].
     Returns:
       [B, size, size, 3], whole numbers from 0 to 255.
     """
@@ -204,7 +211,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None) ->
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         for size in seen:
             refuse_size(teacher.model, each.name, size, advice)
-        fold_batch_norms(teacher.model, torch.zeros(1, 3, seen[0], seen[0]))
+        fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
     return Teachers(members, config.distill.temperature) if members else None
 

@@ -383,17 +383,17 @@ class Beating(Iterator[T]):
 
     Args:
       beat: of the world.
-      where: gives the place, "step 12".
+      where: gives the place, "step 12", and how many seconds its update may take if that is longer than others.
     """
 
-    def __init__(self, items: Iterator[T], beat: Callable[[str], None], where: Callable[[], str]):
+    def __init__(self, items: Iterator[T], beat: Callable[[str, float], None], where: Callable[[], tuple[str, float]]):
         self._items = iter(items)
         self._beat = beat
         self._where = where
 
     def __next__(self) -> T:
-        where = self._where()
-        self._beat(f"{where}: input")
+        where, patience_s = self._where()
+        self._beat(f"{where}: input", 0)
         item = next(self._items)
-        self._beat(f"{where}: update")
+        self._beat(f"{where}: update", patience_s)
         return item

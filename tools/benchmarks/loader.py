@@ -90,7 +90,7 @@ class Contender:
     open: Callable[[], Iterator[torch.Tensor]]
 
 
-def loader(images: int, repeats: int, batch: int) -> list[dict]:
+def loader(images: int, repeats: int, batch: int) -> Iterator[dict]:
     """The rows of the benchmark; a run times `images` images or some more, in batches of `batch` or of all of them."""
     _start_clean_process()
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,20 +104,24 @@ def loader(images: int, repeats: int, batch: int) -> list[dict]:
         index, device = read_index(out, "train"), first_device()
         decode, _ = decode_path(index, device)
         setting = Setting(folder / "train", index, batch, workers, device, decode)
-        rows, runs = {}, {}
-        for contender in contenders(setting):
-            name = f"{contender.what}, {contender.augmentation}"
-            rows[name] = {"what": contender.what, "augmentation": contender.augmentation}
-            if reason := missing(contender, setting):
-                rows[name]["note"] = reason
-            else:
-                runs[name] = functools.partial(_seconds, contender.open, lead, num_batches)
-        seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
-        per_stage = stages.input_rows(_feeds(setting), images, repeats)
-    for name, times in seconds.items():
-        rows[name] |= _measured(num_batches * setting.batch, times)
-        rows[name] |= _compared(rows[name], seconds)
-    return [*rows.values(), *per_stage]
+        for _, group in itertools.groupby(contenders(setting), lambda contender: contender.augmentation):
+            yield from _rows(list(group), setting, repeats, lead, num_batches)
+        yield from stages.input_rows(_feeds(setting), images, repeats)
+
+
+def _rows(group: list[Contender], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[dict]:
+    """A table: all that have the same augmentation, in turn."""
+    rows = {each.what: {"what": each.what, "augmentation": each.augmentation} for each in group}
+    runs = {}
+    for each in group:
+        if reason := missing(each, setting):
+            rows[each.what]["note"] = reason
+        else:
+            runs[each.what] = functools.partial(_seconds, each.open, lead, num_batches)
+    seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
+    for what, times in seconds.items():
+        rows[what] |= _measured(num_batches * setting.batch, times) | _compared(what, seconds)
+    return list(rows.values())
 
 
 def _feeds(setting: Setting) -> dict[str, stages.Feed]:
@@ -186,14 +190,10 @@ def _measured(images: int, times: list[float]) -> dict:
     }
 
 
-def _compared(row: dict, seconds: dict[str, list[float]]) -> dict:
-    """The row's speed over ours with the same augmentation: on DALI, or on torchvision where DALI cannot run."""
-    for pipeline in ("dali", "torchvision"):
-        ours = f"{_ours_name(pipeline)}, {row['augmentation']}"
-        if ours in seconds:
-            times = seconds[f"{row['what']}, {row['augmentation']}"]
-            return {"ratio": ratio(seconds[ours], times), "of": _ours_name(pipeline)}
-    return {}
+def _compared(what: str, seconds: dict[str, list[float]]) -> dict:
+    """A row's speed over ours with the same augmentation: on DALI, or on torchvision where DALI cannot run."""
+    ours = next((name for name in map(_ours_name, ("dali", "torchvision")) if name in seconds), None)
+    return {"ratio": ratio(seconds[ours], seconds[what]), "of": ours} if ours else {}
 
 
 def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:

@@ -3,9 +3,11 @@
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rich.console import Console
 
@@ -66,9 +68,10 @@ def machine() -> dict:
     """What a number depends on."""
     dali = next((name for name in _DALI if _version(name) != _NOT_INSTALLED), _DALI[0])
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
         "cores": num_cores(),
         "gpu": _gpu(),
+        **_gpu_versions(),
         "python": platform.python_version(),
         **{name: _version(name) for name in (*_PACKAGES, dali)},
     }
@@ -83,6 +86,28 @@ def console() -> Console:
 def num_cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _cpu() -> str:
+    """The model, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _gpu_versions() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    versions = {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()), "triton": _version("triton")}
+    return {"driver": driver, **versions}
 
 
 def _gpu() -> str:

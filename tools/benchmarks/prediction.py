@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from pipelines.errors import UserError
-from tools.benchmarks.processes import REPOSITORY, train
+from tools.benchmarks.processes import REPOSITORY, run_training
 from tools.benchmarks.runs import random_weights
 from tools.demo import write_digits
 from tools.opening import first_device
@@ -90,7 +90,7 @@ def _pair(folder: Path, settings: dict[str, object], global_batch: int, seconds:
     steps = _LINES * max(2, round(_RUN_S * predicted / global_batch / _LINES))
     pace = {"run.stop_after_steps": steps, "run.log_every": steps // _LINES, "run.eval_every": 10**6}
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        _, lines = train(Path(out), {**settings, **pace})
+        _, lines = run_training(Path(out), {**settings, **pace})
     later = [line for line in lines if line["kind"] == "train" and line["step"] > steps // _LINES]
     return predicted, statistics.harmonic_mean([line["images_per_s"] for line in later])
 

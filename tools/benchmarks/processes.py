@@ -13,7 +13,7 @@ from trainer.telemetry import METRICS
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def train(
+def run_training(
     out: Path, settings: dict[str, object], *, ranks: int = 1, environment: dict[str, str] | None = None
 ) -> tuple[float, list[dict]]:
     """Start trainer/run.py with settings like {"run.seed": 1} in the folder `out`, and wait for its end.

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.reader import ShardReader
 from tools.benchmarks.measure import num_cores
-from tools.benchmarks.stages import NOTHING, Feed, Rate, Rehearsal, Turn, feed_of, plans_of_size, rates, rounds
+from tools.benchmarks.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_of, plans_of_size, rates, rounds
 from tools.sharding.images import CheckedImage, ImageOptions, check_image
 from trainer.config import Config
 from trainer.data import open_pipelines
@@ -150,7 +150,7 @@ def trial(name: str, rate: Rate, now: Rate) -> Trial:
 
 
 def _rehearsal(run: Run, size: int) -> Turn:
-    rehearsal = Rehearsal(run, feed_of(run, plans_of_size(run, size)))
+    rehearsal = WholeTurn(run, feed_of(run, plans_of_size(run, size)))
 
     def turn(count: int) -> float:
         try:

@@ -13,10 +13,11 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.errors import UserError
-from tools.benchmarks.processes import train
+from tools.benchmarks.processes import run_training
 from tools.benchmarks.runs import compiled_or_not, random_weights, teacher_or_none
 from trainer import checkpoint
 from trainer.config import RunConfig
@@ -44,7 +45,7 @@ class Setting:
     folder: Path
 
 
-def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> list[dict]:
+def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> Iterator[dict]:
     """The rows of the benchmark, for --compile no, yes or both; the teacher "none" is no teacher."""
     wanted = compiled_or_not(compile)
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,10 +62,11 @@ def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> l
         cases = [(UNCOMPILED, 0), (UNCOMPILED, DEEP_STEP)] if False in wanted else []
         cases += [(COLD, 0), (WARM, 0), (WARM, DEEP_STEP)] if True in wanted else []  # cold fills what warm finds
         found = {case: [] for case in cases}
-        for _ in range(repeats):
-            for case, results in found.items():
-                results.append(first_step(setting, *case))
-    return [_row(mode, step, results) for (mode, step), results in found.items()]
+        for turn in range(repeats):
+            for (mode, step), results in found.items():
+                results.append(first_step(setting, mode, step))
+                if turn == repeats - 1:
+                    yield _row(mode, step, results)
 
 
 def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
@@ -81,7 +83,7 @@ def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
     }
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     try:
-        start_s, (session, *lines) = train(out, settings, environment=environment)
+        start_s, (session, *lines) = run_training(out, settings, environment=environment)
     finally:
         shutil.rmtree(out, ignore_errors=True)
     assert (session["step"], lines[0]["kind"], lines[0]["step"]) == (step, "train", step + 1), lines
@@ -92,7 +94,7 @@ def write_deep_run(setting: Setting) -> None:
     """The folder of a run that stands at DEEP_STEP, from one that has done a single step."""
     begun, deep = setting.folder / "begun", setting.folder / "deep"
     settings = {**setting.settings, "run.compile": "false", "run.stop_after_steps": 1}
-    _, lines = train(begun, settings)
+    _, lines = run_training(begun, settings)
     content = checkpoint.read(checkpoint.path_of(checkpoint_folder(RunConfig(out=begun)), 1))
     target = checkpoint.path_of(checkpoint_folder(RunConfig(out=deep)), DEEP_STEP)
     target.parent.mkdir(parents=True)

@@ -18,7 +18,7 @@ from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from tools.benchmarks.measure import interleaved, num_cores, ratio
 from tools.benchmarks.planning import SAMPLES, plan_rows
-from tools.benchmarks.processes import train
+from tools.benchmarks.processes import run_training
 
 COLUMNS = {
     "what": "what",
@@ -87,7 +87,7 @@ def _seconds(settings: dict, ranks: int) -> float:
     settings = {**settings, "run.log_every": lead, "run.stop_after_steps": lead + steps}
     environment = {"OMP_NUM_THREADS": "1"} if _device() == "cpu" else None
     with tempfile.TemporaryDirectory() as scratch:
-        _, lines = train(Path(scratch) / "run", settings, ranks=ranks, environment=environment)
+        _, lines = run_training(Path(scratch) / "run", settings, ranks=ranks, environment=environment)
     lines = [line for line in lines if line["kind"] == "train"]
     assert (lines[0]["step"], lines[-1]["step"]) == (lead, lead + steps), lines
     return lines[-1]["time"] - lines[0]["time"]

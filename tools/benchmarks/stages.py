@@ -46,7 +46,7 @@ TO_DEVICE, TEACHER, STUDENT, ALL_REDUCE, STEP = "host to device", "teacher", "st
 WHOLE = "the whole"
 ORDER = (READING_COLD, READING, DECODING, RESIZING, PIPELINE, TO_DEVICE, TEACHER, STUDENT, ALL_REDUCE, STEP, WHOLE)
 NOTHING = "not-there"  # in a run's folder: where another build finds no checkpoint
-_IN_WORK = 4  # micro-batches that a pipeline may work on besides those that are ready
+IN_WORK = 4  # micro-batches that a pipeline may work on besides those that are ready
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size
 _SAMPLE_IMAGES = 4096  # of the plan, that all turns go through
 
@@ -89,7 +89,7 @@ class Feed:
     @property
     def ahead(self) -> int:
         """Updates that are begun before the first of them is asked for."""
-        return math.ceil((self.prefetch + _IN_WORK) / self.per_update)
+        return math.ceil((self.prefetch + IN_WORK) / self.per_update)
 
 
 def rates(turns: dict[str, Turn], images: int, seconds: float, world: World, repeats: int = 3) -> dict[str, Rate]:
@@ -263,7 +263,7 @@ def _dali_decoding(feed: Feed) -> Turn:
 
     reader = CheckedReader(feed.index, lambda sample, error: None)
     plans: Iterator[BatchPlan] = iter(())
-    alive: collections.deque[tuple] = collections.deque(maxlen=_IN_WORK)  # DALI reads the bytes where they are
+    alive: collections.deque[tuple] = collections.deque(maxlen=IN_WORK)  # DALI reads the bytes where they are
 
     def inputs() -> tuple:
         plan = next(plans)
@@ -362,7 +362,7 @@ def all_reduce_turn(run: Run) -> Turn:
     return lambda count: _timed(update, count)
 
 
-class Rehearsal:
+class WholeTurn:
     """The whole as a stage: the updates of a run, fed by its pipeline. Nothing is written; the weights change.
 
     Attributes:
@@ -401,7 +401,9 @@ def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int],
     per_epoch = run.plan.steps_per_epoch
     epochs = [epoch for epoch in range(run.config.schedule.total_epochs) if run.plan.image_size_at(epoch) == size]
     stop = (epochs[-1] + 1) * per_epoch
-    first = min(max(run.state.step, epochs[0] * per_epoch), stop - 1)
+    epoch = next((epoch for epoch in epochs if (epoch + 1) * per_epoch > run.state.step), epochs[-1])  # not over yet
+    first = min(max(run.state.step, epoch * per_epoch), stop - 1)
+    stop = next((other for other in range(epoch, epochs[-1] + 2) if other not in epochs), epochs[-1] + 1) * per_epoch
     if again:
         enough = max(-(-2 * PLANS_AHEAD // run.step.micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
         stop = min(stop, first + enough)

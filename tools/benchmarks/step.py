@@ -9,11 +9,11 @@ What makes the rows of a table comparable:
 - "ours" is the update of a run that was built as any other, mixing, average and all, fed by the plan through the
   synthetic pipeline. "ours, whole loop" is the same run's loop with its log, progress and questions to the ranks,
   between two checkpoints: the rate is its own log's.
-- "timm-style" is what timm's training script does with its own parts: PrefetchLoader normalises on the device, Mixup
-  mixes what is normalised, a task gives the loss (LogitDistillationTask, or ClassificationTask without a teacher),
-  create_optimizer_v2 the optimizer, ModelEmaV3 the average, task.compile() compiles. With --channels-last, cuDNN's
-  search on and automatic mixed precision. What favours it: the teacher is channels-last, too, and the loss is never
-  read.
+- "timm-style" is what timm's training script does with its own parts: PrefetchLoader normalises on the device, a task
+  gives the loss (LogitDistillationTask, or ClassificationTask without a teacher), create_optimizer_v2 the optimizer,
+  ModelEmaV3 the average, task.compile() compiles. With --channels-last, cuDNN's search on and automatic mixed
+  precision. What favours it: its batches are mixed already, since FastCollateMixup does that in the loader's workers,
+  the teacher is channels-last, too, and the loss is never read.
 - "models alone" is the forward pass of the student (and the teacher), loss, backward pass and the optimizer's step, of
   the same modules as ours, on pixels that are normalised already. "overhead" is the share of a row's time beyond that.
 - Memory is the peak of what a row allocates besides the others' models, after its updates are under way; the GPU's
@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from pipelines.batch import Batch
+from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from tools.benchmarks.measure import interleaved, ratio, timed_on_device
 from tools.benchmarks.runs import (
@@ -93,11 +94,13 @@ def step(
       UserError: unknown words, or models that cannot be built.
     """
     precision = resolve(precision, first_device())
+    if batch % 2:
+        raise UserError(f"--batch is {batch}: timm mixes images in pairs. Give an even number")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         name = teacher_or_none(teacher)
         weights = {name: random_weights(name, CLASSES, size, folder)} if name else {}
-        for is_compiled, taught, model in itertools.product(compiled_or_not(compile), [*weights, None], models):
+        for model, is_compiled, taught in itertools.product(models, compiled_or_not(compile), [*weights, None]):
             setting = Setting(model, taught, weights.get(taught), batch, size, precision, is_compiled)
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 yield from _rows(setting, Path(out), repeats, seconds)
@@ -250,7 +253,7 @@ class TimmStyle:
     """An update as timm's training script makes it, of timm's own parts, with the settings of a run of ours."""
 
     def __init__(self, setting: Setting, run: Run, batch: Batch):
-        from timm.data import Mixup
+        from timm.data import FastCollateMixup
         from timm.data.loader import PrefetchLoader
         from timm.optim import create_optimizer_v2
 
@@ -262,7 +265,7 @@ class TimmStyle:
         self._task.setup_ema(decay=config.ema.decay)
         if setting.compiled:
             self._task.compile()
-        self._mixup = Mixup(
+        collate = FastCollateMixup(
             mixup_alpha=config.augment.mixup_alpha,
             cutmix_alpha=config.augment.cutmix_alpha,
             prob=config.augment.mix_prob,
@@ -270,21 +273,20 @@ class TimmStyle:
             label_smoothing=config.distill.label_smoothing,
             num_classes=setting.classes,
         )
-        # [B, 3, S, S], as its collate function leaves them
-        loaded = batch.images.permute(0, 3, 1, 2).contiguous(), batch.labels
+        images = batch.images.permute(0, 3, 1, 2).cpu().numpy()
+        loaded = [tensor.to(device) for tensor in collate(list(zip(images, batch.labels.tolist(), strict=True)))]
         normalization = {name: student.pretrained_cfg[name] for name in ("mean", "std")}
         self._batches = iter(PrefetchLoader(itertools.repeat(loaded), **normalization, device=device))
         self._autocast = _autocast(setting, device)
         self._numbers = itertools.count(1)
 
     def update(self) -> None:
-        pixels, targets = self._mixup(*next(self._batches))
+        pixels, targets = next(self._batches)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with _cudnn_searches():
-            with self._autocast():
-                loss = self._task(pixels, targets)["loss"]
-            loss.backward()
-            self._optimizer.step()
+        with self._autocast():
+            loss = self._task(pixels, targets)["loss"]
+        loss.backward()
+        self._optimizer.step()
         self._optimizer.zero_grad()
         self._task.update_ema(step=next(self._numbers))
 
@@ -312,14 +314,3 @@ def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib
     if setting.dtype == torch.float32:
         return contextlib.nullcontext
     return functools.partial(torch.autocast, device.type, setting.dtype)
-
-
-@contextlib.contextmanager
-def _cudnn_searches() -> Iterator[None]:
-    """Inside, cuDNN tries its algorithms and takes the fastest, as timm's script has it; ours decides for itself."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -29,9 +29,11 @@ from tools.benchmarks.runs import (
     teacher_or_none,
     updates_of_a_turn,
 )
+from tools.benchmarks.stages import IN_WORK
 from tools.opening import first_device
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
+from trainer.config import DataConfig
 from trainer.data import rank_plans
 from trainer.loop import Run
 from trainer.telemetry import InputWait
@@ -46,7 +48,7 @@ COLUMNS = {
     "input_wait": "waiting for input",
 }
 SYNTHETIC = "synthetic"
-_LEAD = 4  # updates before those that count: more than the batches that wait for their turn
+_LEAD = DataConfig().prefetch + IN_WORK + 1  # updates before those that count: more than the batches that wait
 _PER_SHARD = 512  # images
 
 
@@ -92,7 +94,7 @@ def _rows(setting: Setting, out: Path, root: Path, repeats: int, seconds: float)
     feeds[real] = Feed(run, run.pipelines.of["train"])
     try:
         feeds[SYNTHETIC].updates(_LEAD)
-        updates = updates_of_a_turn(lambda: feeds[SYNTHETIC].updates(1), seconds)
+        updates = max(3 * _LEAD, updates_of_a_turn(lambda: feeds[SYNTHETIC].updates(1), seconds))
         turns = interleaved({name: lambda feed=feed: feed.seconds(updates) for name, feed in feeds.items()}, repeats)
     finally:
         for feed in feeds.values():
