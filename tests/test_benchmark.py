@@ -201,6 +201,8 @@ def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(
         (("step", "--compile", "maybe"), "--compile is 'maybe', not one of no, yes, both"),
         (("step", "--precision", "fp8"), "--precision is 'fp8', not auto, bf16 or fp32"),
         (("train", "--images", "4", "--batch", "8"), "--images 4 is less than --batch 8"),
+        (("step", "--batch", "7"), "--batch is 7: timm mixes images in pairs"),
+        (("step", "--repeats", "0"), "--repeats is 0; it must be positive"),
         (("shard", "--json", "no/such/folder.json"), "no/such is not a folder"),
         (("table", "no-such-file.json"), "no-such-file.json: cannot be read"),
         (("table", "setup.cfg"), "setup.cfg: cannot be read"),
@@ -210,8 +212,8 @@ def test_a_command_that_cannot_be_done_is_refused_in_a_line(capsys, monkeypatch,
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit):
         benchmark.main([*arguments])
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1
 
 
 def test_a_file_that_holds_something_else_is_no_result(tmp_path):

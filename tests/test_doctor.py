@@ -67,8 +67,20 @@ def test_on_shared_cores_the_larger_share_of_the_work_limits():
     assert judged(shared_cores=True, student=20_000, step=20_000, whole=3_900).part == "decoding"
 
 
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(tmp_path, capsys):
+    for arguments, message in (
+        (["--seconds", "0"], "--seconds is 0; it must be positive"),
+        (["--json", str(tmp_path / "no" / "a.json")], "is not a folder. Make it, or name another"),
+        (["--config", "configs/demo.yaml"], "takes the file, or a run's folder, first and without --config"),
+    ):
+        with pytest.raises(SystemExit):
+            doctor.main([str(tmp_path), *arguments])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
 def test_the_duration_is_what_was_measured_times_what_is_left():
-    work = Remaining(updates={128: 1_000, 224: 500}, evaluations=3)
+    work = Remaining(updates={128: 1_000, 224: 500}, evaluations=3, to_the_end=True)
     assert seconds_left(work, {128: 2_000, 224: 1_000}, 1024, 10.0) == 1_000 * 1024 / 2_000 + 500 * 1024 / 1_000 + 30
 
 
@@ -166,11 +178,10 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
     out, report = tmp_path / "run", tmp_path / "doctor.json"
     run_trainer("--data.root", digits, "--run.out", out, "--run.stop_after_steps", 7)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    overrides = ("--run.stop_after_steps", "0")
-    doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report), *overrides])
+    doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report)])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     found, printed = json.loads(report.read_text()), capsys.readouterr().out
-    assert found["remaining"] == {"updates": {"32": 13}, "evaluations": 3}
+    assert found["remaining"] == {"updates": {"32": 13}, "evaluations": 3, "to_the_end": True}
     work = Remaining({32: 13}, 3)
     measured = found["measured"]
     assert found["seconds_left"] == seconds_left(work, {32: found["images_per_s"]}, 64, measured["evaluation_s"])

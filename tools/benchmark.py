@@ -164,7 +164,16 @@ def main(arguments: list[str] | None = None) -> None:
         elif command == "gpu":
             gpu(options["out"])
         else:
-            show(command, measure(command, options.pop("json"), options))
+            path = options.pop("json")
+            refuse_nothing(options)
+            show(command, measure(command, path, options))
+
+
+def refuse_nothing(options: dict) -> None:
+    """Raise a UserError if so much as one number asks for nothing."""
+    for name, value in options.items():
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"--{name} is {value}; it must be positive")
 
 
 def measure(name: str, path: Path | None, options: dict) -> dict:
@@ -179,9 +188,13 @@ def measure(name: str, path: Path | None, options: dict) -> dict:
             path.write_text(json.dumps(result, indent=1) + "\n")
 
     save()
-    for row in BENCHMARKS[name].rows(**options):
-        result["rows"].append(row)
-        save()
+    shown = console()
+    shown.print(f"{command_line(result)}: {num_cores()} cores, GPU: {result['machine']['gpu']}", soft_wrap=True)
+    with shown.status("measuring") as status:
+        for row in BENCHMARKS[name].rows(**options):
+            result["rows"].append(row)
+            status.update(f"measuring; {len(result['rows'])} rows are done")
+            save()
     result["complete"] = True
     save()
     return result
@@ -189,12 +202,13 @@ def measure(name: str, path: Path | None, options: dict) -> dict:
 
 def show(name: str, result: dict) -> None:
     """Print a result's tables, and what there is to say about single rows."""
-    print(f"{command_line(result)}: {num_cores()} cores, GPU: {result['machine']['gpu']}")
     shown = console()
     for table in for_terminal(result["rows"], BENCHMARKS[name].columns):
         shown.print(table)
     for note in notes(result["rows"]):
         print(note)
+    if any("ratio" in row for row in result["rows"]):
+        print("A ratio is the median over neighbouring runs, which may differ from that of the medians.")
 
 
 def read_result(path: Path) -> dict:

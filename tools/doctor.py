@@ -65,7 +65,12 @@ class Measured:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        usage="%(prog)s RUN-OR-CONFIG [--seconds S] [--no-trials] [--json FILE] [--section.key value ...]",
+        epilog="trainer/run.py --help lists the sections' keys. Start it with torchrun to measure several ranks.",
+        allow_abbrev=False,
+    )
     parser.add_argument("target", type=Path, metavar="RUN-OR-CONFIG", help="run folder, or YAML configuration")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring for each stage (default 5)")
     parser.add_argument("--json", type=Path, help="write everything to this file, too")
@@ -73,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     try:
         with exit_on_user_error():
+            refuse_options(options, overrides)
             config = configuration(options.target, overrides)
             agree = functools.partial(what_must_agree, config)
             with join_world(config.run.device, agree, config.run.ready_s) as world:
@@ -81,8 +87,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def refuse_options(options: argparse.Namespace, overrides: list[str]) -> None:
+    """Raise a UserError about what could only fail after minutes of measuring."""
+    if options.seconds <= 0:
+        raise UserError(f"--seconds is {options.seconds:g}; it must be positive")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: {options.json.parent} is not a folder. Make it, or name another")
+    if "--config" in overrides:
+        raise UserError("--config: the doctor takes the file, or a run's folder, first and without --config")
+
+
 def configuration(target: Path, overrides: list[str]) -> Config:
     """The configuration of a run folder, which may have been moved, or of a YAML file; with overrides.
+
+    Of a run, where an earlier session was to stop early does not count.
 
     Raises:
       UserError: there is no such run or file, or as trainer.config.parse.
@@ -93,9 +111,8 @@ def configuration(target: Path, overrides: list[str]) -> Config:
         return parse(["--config", str(target), *overrides], prog="tools/doctor.py")
     if not (target / "config.yaml").is_file():
         raise UserError(f"{target}: has no config.yaml, so it is no run's folder. Give one, or a YAML file")
-    return parse(
-        ["--config", str(target / "config.yaml"), "--run.out", str(target), *overrides], prog="tools/doctor.py"
-    )
+    whole = ["--run.out", str(target), "--run.stop_after_steps", "0"]
+    return parse(["--config", str(target / "config.yaml"), *whole, *overrides], prog="tools/doctor.py")
 
 
 def examine(config: Config, world: World, seconds: float, json_path: Path | None, *, trials: bool = True) -> None:
@@ -106,12 +123,14 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
     if not work.updates:
         raise UserError(f"{config.run.out}: has done all its {run.total_steps} steps. Raise schedule.epochs to go on")
     shown.print(_title(run), markup=False)
-    measured = measure(run, work, seconds)
+    with shown.status(f"measuring each stage for {seconds:g} s"):
+        measured = measure(run, work, seconds)
     shared = world.device.type == "cpu"
     diagnosis = diagnose(measured.rates, shared_cores=shared, input_wait=measured.input_wait)
     shown.print(stage_table(measured))
     shown.print(diagnosis.text, markup=False)
-    tried = propose(run, measured.size, diagnosis, seconds) if trials else []
+    with shown.status("trying other settings; --no-trials leaves that out"):
+        tried = propose(run, measured.size, diagnosis, seconds) if trials else []
     left_s = seconds_left(work, measured.whole, config.run.global_batch, measured.evaluation_s)
     for line in (*proposal_lines(tried), *duration_lines(work, measured, left_s, config.run.global_batch)):
         shown.print(line, markup=False, soft_wrap=True)
@@ -258,7 +277,8 @@ def duration_lines(work: Remaining, measured: Measured, left_s: float, global_ba
     ]
     if work.evaluations:
         parts.append(f"{work.evaluations:,} evaluations of {human_seconds(measured.evaluation_s)}")
-    yield f"The rest of the run takes {human_seconds(left_s)}: {', '.join(parts)}"
+    what = "The rest of the run" if work.to_the_end else "The run up to run.stop_after_steps"
+    yield f"{what} takes {human_seconds(left_s)}: {', '.join(parts)}"
     cold = measured.rates.get(stages.READING_COLD)
     if not measured.cached:
         yield "The dataset is larger than the memory that is free: the whole was measured with images read from storage"

@@ -404,9 +404,10 @@ def rehearsed(
         return step, ""
     world.beat("compiling", COMPILE_PATIENCE_S)
     try:
+        start_s = time.perf_counter()
         step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
-        return step, ""
-    except torch.OutOfMemoryError as error:
+        return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
+    except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"run.micro_batch is {state.micro_batch}: an update does not fit into the GPU's memory. Give a smaller one"
         ) from error

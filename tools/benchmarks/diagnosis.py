@@ -88,10 +88,11 @@ def _input_share(speed: dict[str, float], shared_cores: bool) -> float:
 
 
 def _shared_sentence(part: str, share: float, input_share: float, input_wait: float) -> str:
-    side, of_work = ("pipeline", input_share) if input_share > 0.5 else ("step", 1 - input_share)
+    side = "pipeline" if input_share > 0.5 else "step"
+    within = f"; most of the {side}'s is {part} ({share:.0%})" if share < 1 else ""
     return (
-        f"Pipeline and step share the cores. The {side} takes {of_work:.0%} of their time and limits, and in it {part} "
-        f"({share:.0%} of that); {input_wait:.0%} waiting for input"
+        f"Pipeline and step share the cores: {input_share:.0%} of their time is the pipeline's, {1 - input_share:.0%} "
+        f"the step's{within}. {input_wait:.0%} waiting for input, which says little where they share"
     )
 
 
@@ -121,10 +122,12 @@ class Remaining:
     Attributes:
       updates: at each image size (pixels).
       evaluations: of the validation set.
+      to_the_end: whether it is not to stop before.
     """
 
     updates: dict[int, int]
     evaluations: int
+    to_the_end: bool = True
 
 
 def remaining(run) -> Remaining:
@@ -137,7 +140,7 @@ def remaining(run) -> Remaining:
     first = max(run.state.evaluated // per_epoch + 1, -(-run.state.step // per_epoch))
     ends = range(first, run.stop // per_epoch + 1)
     due = [epoch for epoch in ends if epoch % run.config.run.eval_every == 0 or epoch * per_epoch == run.total_steps]
-    return Remaining(updates, len(due) if run.evaluate is not None else 0)
+    return Remaining(updates, len(due) if run.evaluate is not None else 0, run.stop == run.total_steps)
 
 
 def seconds_left(work: Remaining, images_per_s: dict[int, float], global_batch: int, evaluation_s: float) -> float:

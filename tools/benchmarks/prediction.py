@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.errors import UserError
@@ -46,7 +47,7 @@ _CASES = {
 }
 
 
-def predict(images: int, repeats: int, seconds: float) -> list[dict]:
+def predict(images: int, repeats: int, seconds: float) -> Iterator[dict]:
     """The rows: for each case the doctor's images/s, a real run's, and the one over the other.
 
     Args:
@@ -60,10 +61,11 @@ def predict(images: int, repeats: int, seconds: float) -> list[dict]:
         for dataset in {case[0] for case in cases}:
             build(folder / f"{dataset}-images", folder / dataset, BuildOptions(samples_per_shard=500))
         pairs: list[list[tuple[float, float]]] = [[] for _ in cases]
-        for _ in range(repeats):
+        for turn in range(repeats):
             for case, found in zip(cases, pairs, strict=True):
                 found.append(_pair(folder, _settings(folder, *case), case[4], seconds))
-        return [_row(case, found) for case, found in zip(cases, pairs, strict=True)]
+                if turn == repeats - 1:
+                    yield _row(case, found)
 
 
 def _settings(

@@ -50,7 +50,7 @@ class Setting:
     def title(self) -> str:
         learns = f"{self.model} from {self.teacher}" if self.teacher else f"{self.model} alone"
         compiled = "compiled" if self.compiled else "not compiled"
-        return f"{learns}, {self.batch} x {self.size} px, {self.precision}, {compiled}"
+        return f"{learns}, batches of {self.batch}, {self.size} px, {self.precision}, {compiled}"
 
     @property
     def dtype(self) -> torch.dtype:
