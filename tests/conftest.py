@@ -78,3 +78,15 @@ def run_trainer(*arguments, ranks: int = 1, check: bool = True, **popen) -> subp
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **popen)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def interpreted(script: str) -> str:
+    """What a script prints that runs Triton's kernels in its interpreter.
+
+    In a process of its own: what Triton interprets is settled when it is imported.
+    """
+    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -2,14 +2,11 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import REPOSITORY, run_trainer
+from conftest import interpreted, run_trainer
 from torch._dynamo.utils import counters
 
 from pipelines.batch import Batch
@@ -154,15 +151,12 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...], tolerances: 
 
 @needs_triton
 def test_the_interpreted_kernel_equals_torch():
-    """In a process of its own: what Triton interprets is settled when it is imported. bfloat16 is truncated there."""
+    """bfloat16 is truncated there."""
     script = (
         "import torch; from test_compiling import assert_kernel_equals_torch as check;"
         "check('cpu', (2, 20), {torch.float32: 0, torch.float16: 0}); print('equal')"
     )
-    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.stdout == "equal\n", done.stderr
+    assert interpreted(script) == "equal\n"
 
 
 @needs_triton

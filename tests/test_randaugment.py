@@ -1,14 +1,11 @@
 """The operations on a batch of pixels give PIL's pixels, in torch and in the Triton kernel."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import interpreted
 from PIL import Image
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
@@ -186,12 +183,8 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...]) -> None:
 
 @needs_triton
 def test_the_interpreted_kernel_equals_torch():
-    """In a process of its own: what Triton interprets is settled when it is imported."""
     script = "from test_randaugment import assert_kernel_equals_torch as check; check('cpu', (2, 17)); print('equal')"
-    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.stdout == "equal\n", done.stderr
+    assert interpreted(script) == "equal\n"
 
 
 @needs_triton

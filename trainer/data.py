@@ -159,6 +159,11 @@ def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, 
     return world.choice_of_main(remembered)
 
 
+def rank_threads(config: DataConfig, world: World) -> int:
+    """The host threads that decode for this rank."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+
+
 def open_configured_pipeline(
     config: DataConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
 ) -> Pipeline:
@@ -167,7 +172,7 @@ def open_configured_pipeline(
         config.pipeline,
         index,
         device=world.device,
-        threads=config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size),
+        threads=rank_threads(config, world),
         prefetch=config.prefetch,
         decode=decode,
         hw_decoder_load=config.hw_decoder_load,

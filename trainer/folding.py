@@ -32,8 +32,10 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> int:
     names = collections.defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
-    expected = model(images)
-    pairs = [pair for pair in _foldable(model, images) if len(names[pair[1]]) == 1]
+    found, expected = _foldable(model, images)
+    pairs = [pair for pair in found if len(names[pair[1]]) == 1]
+    if not pairs:
+        return 0
     for convolution, norm in pairs:
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight,
@@ -57,8 +59,11 @@ def _rest(norm: nn.Module) -> nn.Module:
     return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
 
-def _foldable(model: nn.Module, images: torch.Tensor) -> list[tuple[nn.Module, nn.Module]]:
-    """Convolutions and the BatchNorms after them, both called once, with nothing else that reads what is between."""
+def _foldable(model: nn.Module, images: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
+    """Convolutions and the BatchNorms after them, both called once, with nothing else that reads what is between.
+
+    And the model's outputs.
+    """
     uses = _Uses()
     made: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # by id; kept, so that no later tensor has the same id
     calls: dict[nn.Module, int] = {}
@@ -82,12 +87,12 @@ def _foldable(model: nn.Module, images: torch.Tensor) -> list[tuple[nn.Module, n
     ]
     try:
         with uses:
-            model(images)
+            outputs = model(images)
     finally:
         for hook in hooks:
             hook.remove()
     pairs = [(made[output][0], norm) for output, norm in met if uses.of[output] == 1]
-    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1], outputs
 
 
 class _Uses(TorchDispatchMode):

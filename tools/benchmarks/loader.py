@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
-import statistics
 import tempfile
 import time
 import warnings
@@ -43,7 +42,7 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, TrainPlan
 from tools.benchmarks import stages
-from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize
+from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
@@ -120,7 +119,7 @@ def _rows(group: list[Contender], setting: Setting, repeats: int, lead: int, num
             runs[each.what] = functools.partial(_seconds, each.open, lead, num_batches)
     seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
     for what, times in seconds.items():
-        rows[what] |= _measured(num_batches * setting.batch, times) | _compared(what, seconds)
+        rows[what] |= speeds(num_batches * setting.batch, times) | _compared(what, seconds)
     return list(rows.values())
 
 
@@ -180,14 +179,6 @@ def missing(contender: Contender, setting: Setting) -> str | None:
 
 def _ours_name(pipeline: str) -> str:
     return {"dali": "ours on DALI", "torchvision": "ours on torchvision"}[pipeline]
-
-
-def _measured(images: int, times: list[float]) -> dict:
-    return {
-        "images_per_s": round(images / statistics.median(times)),
-        "min": round(images / max(times)),
-        "max": round(images / min(times)),
-    }
 
 
 def _compared(what: str, seconds: dict[str, list[float]]) -> dict:

@@ -64,6 +64,12 @@ def ratio(baseline: list[float], times: list[float]) -> float:
     return round(statistics.median(b / t for b, t in zip(baseline, times, strict=True)), 3)
 
 
+def speeds(images: int, times: list[float], digits: int | None = None) -> dict:
+    """Images/s of runs of so many images, as columns of a row: the median, the slowest, the fastest."""
+    found = {"images_per_s": statistics.median(times), "min": max(times), "max": min(times)}
+    return {name: round(images / seconds, digits) for name, seconds in found.items()}
+
+
 def machine() -> dict:
     """What a number depends on."""
     dali = next((name for name in _DALI if _version(name) != _NOT_INSTALLED), _DALI[0])

@@ -133,12 +133,12 @@ def best_of_each_key(trials: list[Trial], candidates: list[Changes]) -> Changes:
 
 
 def _tried(run: Run, runs: dict[str, Run], size: int, seconds: float) -> list[Trial]:
-    turns = {AS_IT_IS: _rehearsal(run, size)}
+    turns = {AS_IT_IS: _whole_turn(run, size)}
     for name, other in runs.items():
         with _left_out_without_memory():
-            rehearsal = _rehearsal(other, size)
-            rehearsal(1)
-            turns[name] = rehearsal
+            whole = _whole_turn(other, size)
+            whole(1)
+            turns[name] = whole
     found = rates(turns, run.plan.global_batch, seconds, run.world, REPEATS)
     now = found.pop(AS_IT_IS)
     return [trial(name, rate, now) for name, rate in found.items()]
@@ -149,12 +149,12 @@ def trial(name: str, rate: Rate, now: Rate) -> Trial:
     return Trial(name, rate, rate.images_per_s / now.images_per_s - 1, rate.min > now.max)
 
 
-def _rehearsal(run: Run, size: int) -> Turn:
-    rehearsal = WholeTurn(run, feed_of(run, plans_of_size(run, size)))
+def _whole_turn(run: Run, size: int) -> Turn:
+    whole = WholeTurn(run, feed_of(run, plans_of_size(run, size)))
 
     def turn(count: int) -> float:
         try:
-            return rehearsal(count)
+            return whole(count)
         finally:
             run.pipelines.of["train"].forget()  # a GPU's memory need not hold the graphs of all at once
 

@@ -7,7 +7,6 @@ neighbouring runs. On the CPU every rank has one thread, so that ranks do not sh
 """
 
 import functools
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
-from tools.benchmarks.measure import interleaved, num_cores, ratio
+from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds
 from tools.benchmarks.planning import SAMPLES, plan_rows
 from tools.benchmarks.processes import run_training
+from tools.opening import first_device
 
 COLUMNS = {
     "what": "what",
@@ -63,17 +63,15 @@ def rank_rows(ranks: list[int], repeats: int, model: str, size: int, batch: int)
         "run.global_batch": batch,
     }
     times = interleaved({str(n): functools.partial(_seconds, settings, n) for n in ranks}, repeats, warm_up=False)
-    images = batch * _STEPS[_device()][1]
+    images = batch * _STEPS[first_device().type][1]
     rows = []
     for number, seconds in zip(ranks, times.values(), strict=True):
         speedup = ratio(times[str(ranks[0])], seconds)
         rows.append(
             {
-                "what": f"{number} x {_device()}",
+                "what": f"{number} x {first_device().type}",
                 "augmentation": f"training {model}, {size} px, global batch {batch}",
-                "images_per_s": round(images / statistics.median(seconds), 1),
-                "min": round(images / max(seconds), 1),
-                "max": round(images / min(seconds), 1),
+                **speeds(images, seconds, 1),
                 "ratio": speedup,
                 "efficiency": round(speedup * ranks[0] / number, 3),
             }
@@ -83,18 +81,14 @@ def rank_rows(ranks: list[int], repeats: int, model: str, size: int, batch: int)
 
 def _seconds(settings: dict, ranks: int) -> float:
     """Of the counted steps of one run; a line of the log waits for the device."""
-    lead, steps = _STEPS[_device()]
+    lead, steps = _STEPS[first_device().type]
     settings = {**settings, "run.log_every": lead, "run.stop_after_steps": lead + steps}
-    environment = {"OMP_NUM_THREADS": "1"} if _device() == "cpu" else None
+    environment = {"OMP_NUM_THREADS": "1"} if first_device().type == "cpu" else None
     with tempfile.TemporaryDirectory() as scratch:
         _, lines = run_training(Path(scratch) / "run", settings, ranks=ranks, environment=environment)
     lines = [line for line in lines if line["kind"] == "train"]
     assert (lines[0]["step"], lines[-1]["step"]) == (lead, lead + steps), lines
     return lines[-1]["time"] - lines[0]["time"]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _places() -> int:

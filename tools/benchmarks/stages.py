@@ -32,9 +32,9 @@ from pipelines.index import ShardIndex
 from pipelines.plan import BatchPlan
 from pipelines.reader import PLANS_AHEAD, look_ahead, places
 from pipelines.synthetic import SyntheticPipeline
-from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize, timed_on_device
+from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize, timed_on_device
 from trainer.config import TeacherConfig
-from trainer.data import rank_plans
+from trainer.data import rank_plans, rank_threads
 from trainer.distributed import World
 from trainer.loop import Run, set_rate
 from trainer.run import build
@@ -142,9 +142,7 @@ def input_rows(feeds: dict[str, Feed], images: int, repeats: int) -> list[dict]:
     rows = []
     for (title, name), times in seconds.items():
         count, size = updates[title]
-        speeds = [count * size / s for s in (statistics.median(times), max(times), min(times))]
-        row = {"what": name, "augmentation": f"{title}, per stage"}
-        row |= dict(zip(("images_per_s", "min", "max"), map(round, speeds), strict=True))
+        row = {"what": name, "augmentation": f"{title}, per stage", **speeds(count * size, times)}
         rows.append({**row, "ratio": ratio(seconds[title, PIPELINE], times), "of": PIPELINE})
     return rows
 
@@ -428,7 +426,7 @@ def feed_of(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Feed:
         plans=plans,
         per_update=run.step.micro_batches,
         prefetch=data.prefetch,
-        threads=data.threads or max(1, num_cores() // world.local_size),
+        threads=rank_threads(data, world),
         decode=run.pipelines.decode["decode"],
         hw_decoder_load=data.hw_decoder_load,
     )

@@ -36,7 +36,7 @@ from torch import nn
 from pipelines.batch import Batch
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
-from tools.benchmarks.measure import interleaved, ratio, timed_on_device
+from tools.benchmarks.measure import interleaved, ratio, speeds, timed_on_device
 from tools.benchmarks.runs import (
     CLASSES,
     LAST,
@@ -134,11 +134,8 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dic
 
 
 def _measured(updates: int, batch: int, times: list[float]) -> dict:
-    images = updates * batch
     return {
-        "images_per_s": round(images / statistics.median(times), 1),
-        "min": round(images / max(times), 1),
-        "max": round(images / min(times), 1),
+        **speeds(updates * batch, times, 1),
         "ms": round(1000 * statistics.median(times) / updates, 2),
         "updates": updates,
     }

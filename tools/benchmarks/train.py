@@ -18,7 +18,7 @@ from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError
 from pipelines.index import read_index
 from pipelines.synthetic import SyntheticPipeline
-from tools.benchmarks.measure import interleaved, num_cores, ratio, synchronize, timed_on_device
+from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (
     LAST,
     Setting,
@@ -99,14 +99,11 @@ def _rows(setting: Setting, out: Path, root: Path, repeats: int, seconds: float)
     finally:
         for feed in feeds.values():
             feed.close()
-    count = updates * setting.batch
     return [
         {
             "what": name,
             **setting.described(),
-            "images_per_s": round(count / statistics.median(times), 1),
-            "min": round(count / max(times), 1),
-            "max": round(count / min(times), 1),
+            **speeds(updates * setting.batch, times, 1),
             "ratio": ratio(turns[SYNTHETIC], times),
             "of": SYNTHETIC,
             "input_wait": round(statistics.median(feeds[name].waits[-repeats:]), 4),
