@@ -257,15 +257,17 @@ class EvalPlan:
     Attributes:
       index: the images.
       image_size: side of the square crop, pixels.
-      crop_pct: the short side is resized to floor(image_size / crop_pct).
+      crop_pct: an image is resized to floor(image_size / crop_pct) pixels before the crop.
       interpolation: of the resize, the model's own.
-    Source: timm.data.transforms_factory.transforms_imagenet_eval, crop_mode 'center'.
+      crop_mode: which side is resized to so many pixels: center the short one, squash both.
+    Source: timm.data.transforms_factory.transforms_imagenet_eval.
     """
 
     index: ShardIndex
     image_size: int
     crop_pct: float
     interpolation: str
+    crop_mode: str = "center"
 
     def rows(self, start: int, stop: int) -> BatchPlan:
         """The plan for positions [start, stop). Positions beyond the last image are filled up and not valid."""
@@ -276,7 +278,10 @@ class EvalPlan:
         rows = self.index.samples[sample]
         height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         short = math.floor(self.image_size / self.crop_pct)
-        resize = np.stack([_scaled(height, width, short), _scaled(width, height, short)], axis=1)
+        if self.crop_mode == "squash":
+            resize = np.full((num, 2), short)
+        else:
+            resize = np.stack([_scaled(height, width, short), _scaled(width, height, short)], axis=1)
         whole = np.stack([np.zeros(num), np.zeros(num), height, width], axis=1)
         return BatchPlan(
             position=start,

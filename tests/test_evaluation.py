@@ -23,8 +23,8 @@ from tools.sharding.job import BuildOptions, build
 from trainer.config import parse
 from trainer.data import open_configured_pipeline
 from trainer.distributed import World
-from trainer.evaluate import evaluate
 from trainer.mix import Normalize
+from trainer.validation import evaluate
 
 IMAGES = 1003  # 17 x 59: neither ranks nor batches divide it
 SIZES = (1, 2, 3, 4)

@@ -16,6 +16,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_manifest
+from trainer.classes import class_order, read_classes
 from trainer.config import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
 from trainer.data import dataset_classes, rank_plans
 from trainer.distributed import World
@@ -28,9 +29,7 @@ from trainer.teachers import (
     build_teacher,
     build_teachers,
     chance_warning,
-    class_order,
     mean_logits,
-    read_classes,
     resize_pixels,
 )
 

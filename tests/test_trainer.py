@@ -25,9 +25,9 @@ from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
 from trainer.data import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
 from trainer.distributed import World
-from trainer.evaluate import eval_plans, evaluate
 from trainer.mix import Normalize
 from trainer.run import build, main, train
+from trainer.validation import eval_plans, evaluate
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 

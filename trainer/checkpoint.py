@@ -284,6 +284,11 @@ def read(path: Path) -> dict:
         raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason[:100]})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
+    return checked(path, content)
+
+
+def checked(path: Path, content: dict) -> dict:
+    """What was read from a checkpoint, without its digest. Raises DamagedError if it is not what was written."""
     digest = content.pop("digest", None)  # files of earlier versions have none
     if digest is not None and digest != digest_of(content):
         raise DamagedError(f"{path}: damaged (its content does not have the hash {digest[:12]}... it was written with)")

@@ -4,19 +4,15 @@ Every default stands here (or beside what it configures) once; the defaults are 
 """
 
 import dataclasses
-import difflib
-import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.plan import size_schedule
+from trainer.settings import parse_settings
 
 Kwargs = dict[str, bool | int | float | str | list | None]
 
@@ -412,102 +408,9 @@ class Config:
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
-    """The configuration of a command line: `--config FILE` any number of times, and `--section.key value`; later wins.
-
-    Raises:
-      UserError: an unknown key (the nearest known one is named), a value of the wrong type or out of range, a missing
-        or malformed file.
-      SystemExit: --help.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _check_keys(arguments)
-    parser = ArgumentParser(prog=prog, description="Train a student from a teacher.", exit_on_error=False)
-    parser.add_argument("--audit", action="store_true", help="list what differs from the USI recipe, and train nothing")
-    parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
-    parser.add_class_arguments(Config)
-    try:
-        values = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise UserError(f"{_reason(str(error))}. See --help for the keys and their types; {_NOTATION}") from error
-    return Config(**{field.name: values[field.name] for field in dataclasses.fields(Config)})
-
-
-_NOTATION = (
-    "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of teachers [{name: resnet50}], "
-    "a switch true or false"
-)
-
-
-def _reason(message: str) -> str:
-    """jsonargparse's message as one line, without the types that a union was tried with."""
-    reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
-    reason = re.sub(r"Problem with given class_path '[\w.]+': ", "", reason)
-    reason = re.sub(r"Option '(\w+)' is not accepted", _unknown_in_item, reason)
-    return re.sub(r"Does not validate against any of the Union subtypes.*Given value: ", "not understood: ", reason)
-
-
-def _unknown_in_item(match: re.Match) -> str:
-    """An unknown key of a further teacher, the only item that has keys."""
-    names = [field.name for field in dataclasses.fields(OtherTeacher)]
-    nearest = difflib.get_close_matches(match[1], names, n=1)
-    hint = f"did you mean '{nearest[0]}'" if nearest else f"there are {', '.join(names)}"
-    return f"unknown key '{match[1]}' in an item; {hint}"
-
-
-def _check_keys(arguments: list[str]) -> None:
-    """Refuse unknown keys, on the command line and in the files it names, with the nearest known one."""
-    for i, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            continue
-        key, _, value = argument[2:].partition("=")
-        key = key.removesuffix("+")  # adds to a list
-        value = value or "".join(arguments[i + 1 : i + 2])
-        if key in _SECTIONS and not Path(value).is_file():
-            raise UserError(f"--{key} takes a YAML file, and {value or 'nothing'} is none; did you mean '--{key}.KEY'?")
-        if key == "config":
-            _require(bool(value), "--config: which file? Give its path")
-            path = Path(value)
-            for file_key in _keys_of(path):
-                _check_key(file_key, f"{path}: ", "")
-        elif key not in _FLAGS:
-            _check_key(key, "", "--")
-
-
-def _keys_of(path: Path) -> Iterator[str]:
-    """The 'section.key's of a YAML file."""
-    try:
-        sections = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
-    if not isinstance(sections, dict):
-        raise UserError(f"{path}: holds {type(sections).__name__}, not sections with keys")
-    for section, keys in sections.items():
-        if section not in _SECTIONS:
-            yield str(section)
-        elif isinstance(keys, dict):
-            yield from (f"{section}.{key}" for key in keys)
-        else:
-            raise UserError(f"{path}: section '{section}' holds {keys!r}, not keys with values")
-
-
-def _check_key(key: str, where: str, dashes: str) -> None:
-    if key in _SECTIONS or key in _KEYS or key.rpartition(".")[0] in _FREE_KEYS:
-        return
-    known = [*_KEYS, *_SECTIONS]
-    # a key without its section, or with another one's, is near the key of the same name
-    nearest = [k for k in _KEYS if k.partition(".")[2] == key.rpartition(".")[2]] or difflib.get_close_matches(
-        key, known
-    )
-    hint = f"; did you mean '{dashes}{nearest[0]}'?" if nearest else ". See --help for the keys"
-    raise UserError(f"{where}unknown key '{dashes}{key}'{hint}")
-
-
-_SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-_KEYS = [f"{name}.{field.name}" for name, section in _SECTIONS.items() for field in dataclasses.fields(section)]
-_FREE_KEYS = [key for key in _KEYS if key.endswith(".kwargs")]
-_FLAGS = ("help", "print_config", "audit", "teacher.others.help")
+    """The configuration of a command line, as `parse_settings`; `--audit` is a flag that it lets pass."""
+    flags = {"audit": "list what differs from the USI recipe, and train nothing"}
+    return parse_settings(Config, arguments, prog=prog, description="Train a student from a teacher.", flags=flags)
 
 
 def to_dict(config: Config) -> dict:

@@ -134,25 +134,29 @@ def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World)
 
 
 def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
-    """DALI's decode path: the configured one, or the one that works on this card.
+    """DALI's decode path as `tried_decode`; the run's folder remembers what was tried."""
+    return tried_decode(config.data, index, world, read_json(config.run.out / DECODE) if world.is_main else {})
 
-    The card is tried once; the run's folder remembers it for as long as card, DALI and the decoder's setting stay the
-    same.
 
+def tried_decode(config: DataConfig, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
+    """DALI's decode path: the configured one, or the one that works on this card, which is tried once.
+
+    Args:
+      remembered: what an earlier call returned; it holds for as long as card, DALI and the decoder's setting stay the
+        same.
     Returns:
       {"decode": roi or full}, and if the card was tried what it was tried with, and "why".
     """
-    if config.data.decode != "auto":
-        return {"decode": config.data.decode}
-    if world.device.type != "cuda" or resolve_pipeline(config.data.pipeline, world.device) != "dali":
+    if config.decode != "auto":
+        return {"decode": config.decode}
+    if world.device.type != "cuda" or resolve_pipeline(config.pipeline, world.device) != "dali":
         return {"decode": "roi"}
     try:
         import nvidia.dali as dali
     except ImportError:  # opening the pipeline says what to do about it
         return {"decode": "roi"}
-    load = config.data.hw_decoder_load
+    load = config.hw_decoder_load
     place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
-    remembered = read_json(config.run.out / DECODE) if world.is_main else {}
     if world.is_main and not place.items() <= remembered.items():
         decode, why = probe_dataset(index, str(world.device), load)
         remembered = {"decode": decode, "why": why, **place}

@@ -1,29 +1,304 @@
-"""Accuracy on the validation set, each image counted exactly once on any number of ranks."""
+"""Evaluates a trained model on a dataset: accuracy, calibration, classes. Plainly, or with torchrun on several ranks.
+
+python -m trainer.evaluate --data.root OUT --student.checkpoint CKPT-OR-RUN
+python -m trainer.evaluate --data.root OUT --student.name resnet50          # timm's pretrained weights
+
+Each image counts exactly once. What the model sees of an image (size, crop, filter) is its own unless told otherwise.
+"""
 
 import contextlib
+import dataclasses
+import json
+import pkgutil
+import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from pipelines import Pipeline
-from pipelines.plan import BatchPlan, EvalPlan
-from trainer.distributed import World
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import sha256_of, write_synced
+from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.plan import EvalPlan
+from trainer import inference, metrics
+from trainer.classes import class_order
+from trainer.config import Kwargs
+from trainer.data import open_configured_pipeline, tried_decode
+from trainer.distributed import World, join_world
+from trainer.inference import Trained, descriptions
+from trainer.metrics import Predictions
 from trainer.mix import Normalize
+from trainer.ready import code_version
+from trainer.run import PRECISIONS, allow_tf32, resolve_precision
+from trainer.settings import parse_settings
+from trainer.validation import eval_plans
+from trainer.versions import package_versions
+
+_WORST = 10  # classes that are shown
+_TIMM_REAL = "imagenet"
 
 
-def eval_plans(plan: EvalPlan, batch: int, world: World) -> Iterator[BatchPlan]:
-    """This rank's share of the validation set, `batch` rows at a time; every rank gets as many plans."""
-    per_step = batch * world.size
-    for step in range(-(-len(plan.index) // per_step)):
-        start = step * per_step + world.rank * batch
-        yield plan.rows(start, start + batch)
+@dataclasses.dataclass(frozen=True)
+class EvalDataConfig:
+    """The images.
+
+    Attributes:
+      root: dataset folder made by tools/shard_imagenet.py.
+      split: of it.
+      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without.
+      decode: DALI: roi, full, or auto, which tries whether roi works on this card.
+      hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes.
+      decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what it needs.
+      threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
+      prefetch: finished batches that wait.
+      image_size: side of the image, pixels; 0 is the model's own.
+      crop_pct: the image is resized to floor(image_size / crop_pct) before the crop; 0 is the model's own.
+      crop_mode: center resizes the short side, squash both; empty is the model's own.
+      interpolation: bicubic or bilinear; empty is the model's own.
+      real_labels: JSON file with the labels of each image, as ImageNet-ReaL's real.json, or {key: [labels]}; the word
+        imagenet takes the one that timm ships.
+    """
+
+    root: Path | None = None
+    split: str = "val"
+    pipeline: str = "auto"
+    decode: str = "auto"
+    hw_decoder_load: float = 1.0
+    decoder_padding_mib: int = 0
+    threads: int = 0
+    prefetch: int = 2
+    image_size: int = 0
+    crop_pct: float = 0.0
+    crop_mode: str = ""
+    interpolation: str = ""
+    real_labels: Path | None = None
+
+    def __post_init__(self):
+        if self.pipeline not in (known := ("auto", "dali", "torchvision")):
+            raise UserError(f"data.pipeline is '{self.pipeline}', not one of {', '.join(known)}")
+        if self.decode not in (known := ("auto", "roi", "full")):
+            raise UserError(f"data.decode is '{self.decode}', not one of {', '.join(known)}")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
+        for name, least in (("decoder_padding_mib", 0), ("threads", 0), ("prefetch", 1), ("image_size", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def view(self) -> dict[str, object]:
+        """The fields of inference.View that are not to be the model's own."""
+        fields = ("image_size", "crop_pct", "crop_mode", "interpolation")
+        return {name: getattr(self, name) for name in fields if getattr(self, name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalStudentConfig:
+    """The model.
+
+    Attributes:
+      name: timm's name; a checkpoint of this trainer and an exported folder say it themselves. Without a checkpoint
+        timm's pretrained weights are downloaded.
+      checkpoint: file of weights, a run's folder (its best weights), or a folder that tools/export.py wrote.
+      weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
+      kwargs: passed to timm.create_model, besides or instead of what the checkpoint says.
+      classes: text file that names the outputs in their order, one on a line, as the dataset's manifest names classes;
+        there may be more of them than the dataset has. Without it a checkpoint of this trainer names them itself.
+    """
+
+    name: str | None = None
+    checkpoint: Path | None = None
+    weights: str = "auto"
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    classes: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRunConfig:
+    """How it is computed.
+
+    Attributes:
+      device: auto, cuda or cpu.
+      precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
+      tf32: GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32.
+      channels_last: memory format.
+      batch: images a forward pass on one rank.
+      json: file for everything that was found.
+      ready_s: seconds within which all ranks must have come.
+    """
+
+    device: str = "auto"
+    precision: str = "auto"
+    tf32: bool = True
+    channels_last: bool = True
+    batch: int = 128
+    json: Path | None = None
+    ready_s: float = 60
+
+    def __post_init__(self):
+        if self.device not in (known := ("auto", "cuda", "cpu")):
+            raise UserError(f"run.device is '{self.device}', not one of {', '.join(known)}")
+        if self.precision not in (known := ("auto", *PRECISIONS)):
+            raise UserError(f"run.precision is '{self.precision}', not one of {', '.join(known)}")
+        if self.batch < 1:
+            raise UserError(f"run.batch is {self.batch}; it must be at least 1")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise UserError(f"run.json is {self.json}: {self.json.parent} is not a folder. Make it, or name another")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """All sections."""
+
+    data: EvalDataConfig = dataclasses.field(default_factory=EvalDataConfig)
+    student: EvalStudentConfig = dataclasses.field(default_factory=EvalStudentConfig)
+    run: EvalRunConfig = dataclasses.field(default_factory=EvalRunConfig)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    try:
+        with exit_on_user_error():
+            description = __doc__.split("\n\n")[0]
+            config = parse_settings(EvalConfig, arguments, prog="trainer.evaluate", description=description)
+            with join_world(config.run.device, lambda _: facts(config), config.run.ready_s) as world:
+                report = evaluate_dataset(config, world)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if world.is_main:
+        show(report)
+        if config.run.json:
+            write_synced(config.run.json, (json.dumps(report, indent=1) + "\n").encode())
+            print(f"written to {config.run.json}")
+
+
+def facts(config: EvalConfig) -> dict[str, object]:
+    """What must be equal on all ranks."""
+    settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+    path = config.student.checkpoint
+    content = sha256_of(path)[:12] if path and path.is_file() else None
+    return {**settings, "content of student.checkpoint": content, **code_version()}
+
+
+def evaluate_dataset(config: EvalConfig, world: World) -> dict:
+    """Load, go through the split, and describe what came out, on every rank. Every rank must call it.
+
+    Raises:
+      UserError: model and dataset do not fit each other, or one of them cannot be had.
+    """
+    data, student = config.data, config.student
+    if data.root is None:
+        raise UserError("--data.root is missing: give the dataset folder that tools/shard_imagenet.py made")
+    index = read_index(data.root, data.split)
+    names = list(read_manifest(data.root)["classes"])
+    real = read_real_labels(data.real_labels, index) if data.real_labels else None
+    settings = {"weights": student.weights, "kwargs": student.kwargs or None, "classes": student.classes}
+    trained = inference.load(student.name, student.checkpoint, **settings, **data.view)
+    order = outputs_of(names, trained)
+    damaged: dict[int, str] = {}
+    predictions = predict_split(trained, index, order, config, world, damaged)
+    found = {**metrics.summary(predictions), "classes": class_rows(predictions, names)}
+    if real is not None:
+        found["real"] = metrics.real_accuracy(predictions, real)
+    return {
+        **origin(config, trained, index, world),
+        **found,
+        "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
+    }
+
+
+def origin(config: EvalConfig, trained: Trained, index: ShardIndex, world: World) -> dict:
+    """What the numbers of a report belong to."""
+    return {
+        "model": trained.name,
+        "source": trained.source,
+        "weights": trained.weights,
+        "step": trained.origin.get("step"),
+        "parameters": sum(p.numel() for p in trained.model.parameters()),
+        "outputs": trained.num_outputs,
+        "dataset": str(config.data.root),
+        "split": config.data.split,
+        "digest": index.digest,
+        "view": dataclasses.asdict(trained.view),
+        "pipeline": config.data.pipeline,
+        "precision": str(resolve_precision(config.run.precision, world.device)).removeprefix("torch."),
+        "device": world.device_name,
+        "ranks": world.size,
+        "software": package_versions(),
+    }
+
+
+def outputs_of(names: list[str], trained: Trained) -> list[int] | None:
+    """Which output is each of the dataset's classes; None where they are in the same order.
+
+    Raises:
+      UserError: the model does not know a class, or nothing names its outputs and there are not as many.
+    """
+    listed, classes = trained.classes, len(names)
+    if listed is None or (trained.classes_guessed and not set(names) <= set(listed)):
+        if trained.num_outputs != classes:
+            raise UserError(
+                f"{trained.source}: has {trained.num_outputs} outputs, the dataset has {classes} classes. Use a model "
+                "of these classes, or name all its outputs with --student.classes FILE"
+            )
+        return None
+    return None if listed == names else class_order(names, listed, trained.source, "student")
 
 
 @torch.no_grad()
-def evaluate(
-    models: dict[str, nn.Module],
+def predict_split(
+    trained: Trained,
+    index: ShardIndex,
+    order: list[int] | None,
+    config: EvalConfig,
+    world: World,
+    damaged: dict[int, str],
+) -> Predictions:
+    """What the model says of every image of a split, the same on every rank. Every rank must call it.
+
+    Args:
+      order: as of `outputs_of`.
+      damaged: gets the samples that were replaced by gray, by any rank, and what is wrong with them.
+    """
+    precision = resolve_precision(config.run.precision, world.device)
+    if world.device.type == "cuda":
+        allow_tf32(config.run.tf32)
+    mine: dict[int, str] = {}
+    decode = tried_decode(config.data, index, world, {})["decode"]
+    pipeline = open_configured_pipeline(config.data, index, world=world, decode=decode, on_bad=mine.setdefault)
+    memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    model = trained.model.to(world.device, memory_format=memory_format)
+    parts = predicted(
+        _chosen(model, order, world.device),
+        trained.normalize(precision).to(world.device),
+        pipeline,
+        trained.view.plan(index),
+        batch=config.run.batch,
+        precision=precision,
+        world=world,
+    )
+    damaged.update(world.gather(sorted(mine.items())))
+    return metrics.joined(world.gather([parts]), len(index))
+
+
+def _chosen(
+    model: torch.nn.Module, order: list[int] | None, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    if order is None:
+        return model
+    which = torch.tensor(order, device=device)
+    return lambda pixels: model(pixels).index_select(1, which)
+
+
+@torch.no_grad()
+def predicted(
+    model: Callable[[torch.Tensor], torch.Tensor],
     normalize: Normalize,
     pipeline: Pipeline,
     plan: EvalPlan,
@@ -31,51 +306,121 @@ def evaluate(
     batch: int,
     precision: torch.dtype,
     world: World,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]]:
-    """Evaluate several weights of one model in a single pass over the images. Every rank must call it.
-
-    Args:
-      models: by name; all normalised alike. Their training mode is as before afterwards.
-      batch: images a forward pass on each rank.
-      interrupted: asked before each batch; True, on all ranks at once, gives the evaluation up.
-    Returns:
-      for each name: top1 and top5 in percent, loss (cross-entropy), images; {} if it was given up.
-    """
-    training = {name: model.training for name, model in models.items()}
-    # correct at 1, correct at 5, sum of losses, images
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=world.device) for name in models}
-    complete = False
-    for model in models.values():
-        model.eval()
+) -> Predictions:
+    """What a model says of this rank's share of a split; the host waits for a GPU at the end alone."""
+    rows: list[list[torch.Tensor]] = []
     with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
-        for images in batches:
-            if interrupted():
-                break
-            world.beat("evaluation")
-            pixels = normalize(images.images)
-            for name, model in models.items():
-                with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
-                    logits = model(pixels)
-                sums[name] += _counts(logits.float(), images.labels, images.valid)
-        else:
-            complete = True
-    for name, model in models.items():
-        model.train(training[name])
-    if not complete:
-        return {}
-    return {name: _metrics(world.sum(total)) for name, total in sums.items()}
+        for images in _shown(batches, -(-len(plan.index) // (batch * world.size)), world):
+            with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
+                logits = model(normalize(images.images))
+            samples = torch.arange(images.position, images.position + len(logits), device=logits.device)
+            columns = (samples, *_said(logits.float(), images.labels))
+            rows.append([column[images.valid] for column in columns])
+    return Predictions(*(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)))
 
 
-def _counts(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    per_image = torch.stack(
-        [best[:, 0].double(), best.any(1).double(), losses.double(), torch.ones_like(losses).double()]
+def _said(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The columns of Predictions but the first."""
+    top = logits.topk(min(metrics.TOP, logits.shape[1]), dim=1).indices
+    confidence = logits.softmax(1).amax(1)
+    return labels, top, confidence, F.cross_entropy(logits, labels, reduction="none")
+
+
+def _shown(batches: Iterator, total: int, world: World) -> Iterator:
+    """The same batches, with a progress bar on a terminal."""
+    console = Console(stderr=True, quiet=not world.is_main)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(batches, total, description="evaluating")
+
+
+def class_rows(predictions: Predictions, names: list[str]) -> list[dict]:
+    """For each class its id, words, images, accuracy in percent (None without images), and what it is taken for."""
+    images, accuracy = metrics.per_class(predictions, len(names))
+    rows = []
+    for label, (name, words) in enumerate(zip(names, descriptions(names), strict=True)):
+        row = {"class": name, "words": words, "images": int(images[label])}
+        found = metrics.confusions(predictions, label) if images[label] else []
+        taken_for = [{"class": names[other], "percent": 100 * share} for other, share in found]
+        rows.append({**row, "top1": 100 * float(accuracy[label]) if images[label] else None, "taken_for": taken_for})
+    return rows
+
+
+def read_real_labels(path: Path, index: ShardIndex) -> list[list[int]]:
+    """The labels of each sample from a file as EvalDataConfig.real_labels has it.
+
+    Raises:
+      UserError: the file cannot be read, or says nothing of a sample.
+    """
+    if str(path) == _TIMM_REAL:
+        content = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
+    else:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"data.real_labels is {path}: cannot be read ({error.strerror})") from error
+    try:
+        labels = json.loads(content)
+        by_key = labels if isinstance(labels, dict) else {f"{i + 1:08d}": each for i, each in enumerate(labels)}
+        by_key = {str(key): [int(label) for label in each] for key, each in by_key.items()}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a JSON list of lists of labels, nor an object with a list for each key ({error})"
+        ) from error
+    keys = [key.decode() for key in index.samples["key"].tolist()]
+    return [_labels_of(key, by_key, path) for key in keys]
+
+
+def _labels_of(key: str, by_key: dict[str, list[int]], path: Path) -> list[int]:
+    """An image's labels by its key, CLASS/STEM, by its stem, or by the number that ends ILSVRC2012_val_00000001."""
+    stem = key.rpartition("/")[2]
+    number = re.search(r"_val_(\d{8})$", stem)
+    for each in (key, stem, number[1] if number else ""):
+        if each in by_key:
+            return by_key[each]
+    raise UserError(f"{path}: says nothing of sample {key}. A list goes by the number in ILSVRC2012_val_00000001")
+
+
+def show(report: dict) -> None:
+    """The report as a table, and the classes that are found least."""
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(width=120, highlight=False)
+    kind = f", {report['weights']} weights" if report["weights"] else ""
+    view = report["view"]
+    console.print(
+        f"{report['model']} ({report['source']}{kind}) on {report['images']:,} images of {report['dataset']}, "
+        f"{view['image_size']} px, {view['crop_mode']} crop {view['crop_pct']:g}, {view['interpolation']}",
+        markup=False,
+        soft_wrap=True,
     )
-    return torch.where(valid, per_image, 0.0).sum(1)
+    table = Table(box=box.SIMPLE_HEAD)
+    columns = [("top-1 %", report["top1"]), ("top-5 %", report["top5"]), ("loss", report["loss"])]
+    columns += [("ECE %", report["ece"])]
+    if real := report.get("real"):
+        columns += [(f"ReaL top-1 % ({real['images']:,} images)", real["top1"])]
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in columns))
+    console.print(table)
+    console.print(worst_classes(report["classes"]))
+    if report["damaged"]:
+        console.print(
+            f"{len(report['damaged'])} damaged images were counted, in gray; the first: {report['damaged'][0]}",
+            markup=False,
+        )
 
 
-def _metrics(total: torch.Tensor) -> dict[str, float]:
-    top1, top5, loss, images = total.tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+def worst_classes(rows: list[dict]) -> Table:
+    """The classes with the lowest accuracy, and what their images are taken for."""
+    known = sorted((row for row in rows if row["images"]), key=lambda row: row["top1"])
+    table = Table(title="Classes that are found least", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("class", "", "images", "top-1 %", "taken for"):
+        table.add_column(name, justify="right" if name in ("images", "top-1 %") else "left")
+    for row in known[:_WORST]:
+        taken_for = ", ".join(f"{other['class']} {other['percent']:.0f} %" for other in row["taken_for"])
+        words = row["words"] if row["words"] != row["class"] else ""
+        table.add_row(row["class"], words, f"{row['images']:,}", f"{row['top1']:.1f}", taken_for)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,8 @@ from trainer.optim import batch_norms
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
-# Where the weights lie in checkpoints of this trainer, of timm and of the authors; the average comes first, as in timm.
-_NESTED = ("ema", "student", "state_dict_ema", "model_ema", "state_dict", "model")
+# Where the weights lie in checkpoints of this trainer, of timm and of the authors.
+_NESTED = {"ema": ("ema", "state_dict_ema", "model_ema"), "raw": ("student", "state_dict", "model")}
 _STUDENT_SIZE = (
     "Change data.image_size or data.eval_image_size, or use another model; some of timm's take any size with "
     "--student.kwargs.dynamic_img_size true"
@@ -166,21 +166,49 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
       UserError: the file is missing, damaged, or holds more than plain data.
     """
-    content = _read(path)
+    content = read_file(path)
     classes = content.get("classes") if isinstance(content, dict) else None
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         classes = None
-    for key in _NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
-        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {', '.join(_NESTED)}")
-    return Checkpoint({name.removeprefix("module."): value for name, value in content.items()}, classes)
+    return Checkpoint(select_weights(path, content)[0], classes)
 
 
-def _read(path: Path):
-    """What a file holds, plain data alone; nothing in it is run."""
+def select_weights(path: Path, content: object, which: str = "auto") -> tuple[dict[str, torch.Tensor], str]:
+    """The weights in what a file holds.
+
+    Args:
+      which: ema, raw, or auto: the averaged ones if there are some, as timm does.
+    Returns:
+      tensors by name, and which they are, "" where the file does not say.
+    Raises:
+      UserError: there are none of that kind.
+    """
+    entries = content if isinstance(content, dict) else {}
+    found = {kind: entries[key] for kind, keys in _NESTED.items() for key in keys if isinstance(entries.get(key), dict)}
+    if kind := entries.get("weights") if "state_dict" in entries else None:  # best.pt says which ones it holds
+        found = {kind: entries["state_dict"]}
+    if not found and any(torch.is_tensor(value) for value in entries.values()):
+        found = {"": entries}
+    kind = next(iter(found), "") if which == "auto" else which
+    weights = found.get(kind, {})
+    if not any(torch.is_tensor(value) for value in weights.values()):
+        if found and which != "auto":
+            raise UserError(f"{path}: holds no {which} weights, only {', '.join(map(_kind_in_words, found))}")
+        keys = ", ".join(key for keys in _NESTED.values() for key in keys)
+        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {keys}")
+    return {name.removeprefix("module."): value for name, value in weights.items()}, kind
+
+
+def _kind_in_words(kind: str) -> str:
+    return f"{kind} ones" if kind else "some without a name"
+
+
+def read_file(path: Path):
+    """What a file of weights holds, plain data alone; nothing in it is run.
+
+    Raises:
+      UserError: the file is missing, damaged, or holds more than plain data.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

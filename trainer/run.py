@@ -49,7 +49,6 @@ from trainer.data import (
     train_plan,
 )
 from trainer.distributed import World, join_world
-from trainer.evaluate import evaluate
 from trainer.fitting import choose_micro_batch
 from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
@@ -69,6 +68,7 @@ from trainer.schedule import ema_decay
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import SUMMARY, Telemetry
+from trainer.validation import evaluate
 from trainer.watchdog import watched
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -1,6 +1,5 @@
 """What the student learns from: a frozen teacher or the mean of several, in the dataset's order of classes."""
 
-import collections
 import dataclasses
 import math
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from pipelines.batch import Batch
 from pipelines.errors import UserError
+from trainer.classes import class_order, read_classes
 from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize, mixed_inputs
@@ -303,49 +303,3 @@ def match_outputs(
         return Outputs(num_classes)
     order = class_order(names, listed, source, key)
     return Outputs(len(listed), None if listed == names else order, source)
-
-
-def class_order(names: list[str], listed: list[str], source: Path, key: str) -> list[int]:
-    """Where each of the dataset's classes lies in a teacher's list.
-
-    Args:
-      names: the dataset's, in the order of the labels.
-      listed: the teacher's, in the order of its outputs; `source` is the file that they come from.
-      key: of the teacher in the configuration, for errors.
-    Returns:
-      for each of `names` its place in `listed`.
-    Raises:
-      UserError: a name is not in the list, or twice; the first one in the dataset's order is named.
-    """
-    counts = collections.Counter(listed)
-    for name in names:
-        if counts[name] > 1:
-            first = listed.index(name)
-            raise UserError(
-                f"{source}: class '{name}' is named {counts[name]} times, for the outputs {first} and "
-                f"{listed.index(name, first + 1)} (the first is 0). Every output needs a name of its own"
-            )
-        if not counts[name]:
-            raise UserError(
-                f"{source}: class '{name}' of the dataset is not among the teacher's {len(listed)}. Name its outputs "
-                f"as the dataset's manifest.json does in a file for {key}.classes, or use a teacher that knows them all"
-            )
-    places = {name: place for place, name in enumerate(listed)}
-    return [places[name] for name in names]
-
-
-def read_classes(path: Path) -> list[str]:
-    """The names in a text file, one on a line; empty lines at the end do not count.
-
-    Raises:
-      UserError: the file cannot be read, holds nothing, or has an empty line between names.
-    """
-    try:
-        names = [line.strip() for line in path.read_text().rstrip().split("\n")]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). It should name one class on a line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file ({error}). It should name one class on a line") from error
-    if "" in names:
-        raise UserError(f"{path}: line {names.index('') + 1} is empty. Every output of the teacher needs a name")
-    return names

@@ -48,6 +48,7 @@ ORDER = (READING_COLD, READING, DECODING, RESIZING, PIPELINE, TO_DEVICE, TEACHER
 NOTHING = "not-there"  # in a run's folder: where another build finds no checkpoint
 IN_WORK = 4  # micro-batches that a pipeline may work on besides those that are ready
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size
+_LEAST_UPDATES = 4  # a turn of fewer shows how the threads that decode happen to fall rather than a speed
 _SAMPLE_IMAGES = 4096  # of the plan, that all turns go through
 
 Turn = Callable[[int], float]
@@ -97,7 +98,7 @@ def rates(turns: dict[str, Turn], images: int, seconds: float, world: World, rep
 
     Args:
       images: of the global batch.
-      seconds: that the timed turns of a stage take together; a turn is at least one update.
+      seconds: that the timed turns of a stage take together, or longer: a turn is some updates at the least.
     """
 
     def together(turn: Turn, count: int) -> float:
@@ -107,7 +108,7 @@ def rates(turns: dict[str, Turn], images: int, seconds: float, world: World, rep
     counts = {}
     for name, turn in turns.items():
         together(turn, 1)
-        counts[name] = max(1, round(seconds / repeats / together(turn, 1)))
+        counts[name] = max(_LEAST_UPDATES, round(seconds / repeats / together(turn, 1)))
     runs = {name: lambda turn=turn, count=counts[name]: together(turn, count) for name, turn in turns.items()}
     return {
         name: Rate(*(images * counts[name] / s for s in (statistics.median(times), max(times), min(times))))

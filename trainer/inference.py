@@ -1,0 +1,286 @@
+"""Trained models for use: their weights, and all that belongs to them.
+
+A model comes from a checkpoint of this trainer, a run's folder, a folder that tools/export.py or timm wrote, any other
+file of weights with the model's name, or from timm with its pretrained weights.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from torch import nn
+
+from pipelines.errors import UserError
+from pipelines.index import ShardIndex
+from pipelines.plan import EvalPlan
+from trainer import checkpoint
+from trainer.classes import read_classes
+from trainer.config import DataConfig, Kwargs
+from trainer.mix import Normalize
+from trainer.models import (
+    create_model,
+    download,
+    known_name,
+    num_outputs,
+    preprocessing,
+    pretrained_outputs,
+    read_file,
+    refuse_size,
+    select_weights,
+)
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, as timm names them
+KINDS = ("auto", "ema", "raw")
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+_SIZE_ADVICE = "Leave the size to the model, or use another model"
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a model sees of an image outside of training.
+
+    Attributes:
+      image_size: side of the square crop, pixels.
+      crop_pct, crop_mode, interpolation: of the resize before it, as for EvalPlan.
+    """
+
+    image_size: int
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise UserError(f"the image size is {self.image_size}; it must be at least 1")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct is {self.crop_pct}; it lies in (0, 1]")
+        for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is '{getattr(self, name)}', not {' or '.join(known)}. Name one of these")
+
+    def plan(self, index: ShardIndex) -> EvalPlan:
+        """The plan that shows the images of a split so."""
+        return EvalPlan(index, self.image_size, self.crop_pct, self.interpolation, self.crop_mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model to be used.
+
+    Attributes:
+      model: on the CPU in float32, in evaluation mode.
+      name: timm's name of it; kwargs: further arguments that timm built it with.
+      view: what it sees of an image.
+      classes: names of its outputs in their order; None where nothing names them.
+      classes_guessed: they are those of ImageNet's subset with as many classes.
+      source: the file or timm's weights that it comes from, for people.
+      weights: ema or raw, "" where that is not known.
+      origin: what a checkpoint of this trainer says of the run that wrote it; {} for others.
+    """
+
+    model: nn.Module
+    name: str
+    kwargs: Kwargs
+    view: View
+    classes: list[str] | None
+    source: str
+    weights: str = ""
+    origin: dict = dataclasses.field(default_factory=dict)
+    classes_guessed: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """How many classes it tells apart."""
+        return self.model.num_classes
+
+    def normalize(self, precision: torch.dtype = torch.float32) -> Normalize:
+        """Its own normalisation of raw pixels."""
+        expects = preprocessing(self.model)
+        return Normalize(expects.mean, expects.std, precision)
+
+
+def load(
+    name: str | None,
+    path: Path | None,
+    *,
+    weights: str = "auto",
+    kwargs: Kwargs | None = None,
+    classes: Path | None = None,
+    key: str = "student",
+    **view,
+) -> Trained:
+    """A model with its weights.
+
+    Args:
+      name: timm's name; may be left out where the file says it.
+      path: of a file or folder; None downloads timm's pretrained weights.
+      weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
+      kwargs: for timm.create_model, instead of those that the file says.
+      classes: text file that names the outputs, one on a line.
+      key: how errors call the model's settings.
+      view: fields of View that are not to be the model's own.
+    Raises:
+      UserError: whatever is missing, damaged, or does not fit.
+    """
+    if weights not in KINDS:
+        raise UserError(f"{key}.weights is '{weights}', not one of {', '.join(KINDS)}")
+    if path is None:
+        if name is None:
+            raise UserError(f"which model? Give a checkpoint or run folder with --{key}.checkpoint, or --{key}.name")
+        found = _pretrained(name, kwargs or {}, key, view)
+    elif (path / CONFIG).is_file():
+        found = _exported(path, name, kwargs, view)
+    else:
+        found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
+    if classes is not None:
+        names = read_classes(classes)
+        if len(names) != found.num_outputs:
+            raise UserError(
+                f"{classes}: names {len(names)} classes, {found.source} has {found.num_outputs} outputs. Name every "
+                "output, one on a line, in their order"
+            )
+        found = dataclasses.replace(found, classes=names, classes_guessed=False)
+    found.model.eval().requires_grad_(False)
+    refuse_size(found.model, found.name, found.view.image_size, _SIZE_ADVICE)
+    return found
+
+
+def load_named(text: str, **settings) -> Trained:
+    """A model given by one word: the path of a file or folder, or timm's name for its pretrained weights.
+
+    Args:
+      settings: as for `load`.
+    """
+    path = Path(text)
+    if path.exists():
+        return load(None, path, **settings)
+    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
+        raise UserError(f"{text}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name")
+    return load(text, None, **settings)
+
+
+def _file_of(path: Path, weights: str) -> Path:
+    """The checkpoint that a run's folder stands for; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    best = folder / checkpoint.BEST
+    if weights == "auto" and best.is_file():
+        return best
+    steps = checkpoint.checkpoints(folder)
+    if not steps:
+        raise UserError(f"{path}: neither a run's folder with checkpoints nor an exported one with {CONFIG}")
+    return steps[-1]
+
+
+def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
+    content = read_file(path)
+    origin = {}
+    if isinstance(content, dict) and "format_version" in content:
+        origin = content = checkpoint.checked(path, content)
+    tensors, kind = select_weights(path, content, weights)
+    settings = origin.get("config", {}).get("student", {})
+    name = _agreed_name(name, settings.get("name"), path, key)
+    kwargs = settings.get("kwargs", {}) if kwargs is None else kwargs
+    classes = origin.get("classes")
+    outputs = len(classes) if classes else num_outputs(name, tensors)
+    if outputs is None:
+        outputs = _own_config(name)["num_classes"]
+    own = _view_of_run(origin["config"]["data"]) if origin else {}
+    data = _own_view(_own_config(name)) | own | view
+    size = _built_for(origin, kwargs) or data["image_size"]
+    model = create_model(name, outputs, size, kwargs, tensors, path)
+    origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
+    found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
+    return found if origin else _with_guessed_classes(found)
+
+
+def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
+    if given is None and saved is None:
+        raise UserError(f"{path}: does not say which model it is of. Name it with --{key}.name")
+    if given is not None and saved is not None and known_name(given) != known_name(saved):
+        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave --{key}.name out")
+    return known_name(given or saved)
+
+
+def _view_of_run(data: dict) -> dict:
+    """What a run evaluates its student with; the filter is the model's own."""
+    settings = DataConfig(**{name: data[name] for name in ("image_size", "eval_image_size", "eval_crop_pct")})
+    return {"image_size": settings.eval_size, "crop_pct": settings.eval_crop_pct, "crop_mode": "center"}
+
+
+def _built_for(origin: dict, kwargs: Kwargs) -> int | None:
+    """The size that a model of any size was built for; others are built for the size they see."""
+    if not origin or not kwargs.get("dynamic_img_size"):
+        return None
+    return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
+
+
+def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -> Trained:
+    """A folder as timm writes it for Hugging Face's hub."""
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        saved, own = config["architecture"], config["pretrained_cfg"]
+        outputs = int(config.get("num_classes", own.get("num_classes")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / CONFIG}: not what timm writes for a model ({error!r}). Export it again") from error
+    name = _agreed_name(name, saved, path, "student")
+    kwargs = config.get("model_args", {}) if kwargs is None else kwargs
+    data = _own_view(own) | view
+    arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
+    model = create_model(name, outputs, data["image_size"], arguments, read_file(path / WEIGHTS), path / WEIGHTS)
+    model.pretrained_cfg.update({key: value for key, value in own.items() if key != "architecture"})
+    classes = config.get("label_names")
+    classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
+    found = Trained(model, name, kwargs, View(**data), classes, str(path), config.get("weights", ""))
+    return found if classes else _with_guessed_classes(found)
+
+
+def _pretrained(name: str, kwargs: Kwargs, key: str, view: dict) -> Trained:
+    outputs = pretrained_outputs(name, key)
+    data = _own_view(_own_config(name)) | view
+    model = download(name, outputs, data["image_size"], kwargs, key)
+    found = Trained(model, known_name(name), kwargs, View(**data), None, f"timm's {name}")
+    return _with_guessed_classes(found)
+
+
+def _with_guessed_classes(trained: Trained) -> Trained:
+    """Named as ImageNet's synsets, if it has as many outputs as a known subset of ImageNet.
+
+    Source: timm.data.infer_imagenet_subset.
+    """
+    subset = infer_imagenet_subset(trained.model)
+    names = None if subset is None else list(ImageNetInfo(subset).label_names())
+    return dataclasses.replace(trained, classes=names, classes_guessed=names is not None)
+
+
+def _own_config(name: str) -> dict:
+    """timm's configuration of a model."""
+    config = timm.get_pretrained_cfg(known_name(name))
+    return config.to_dict() if config is not None else {"num_classes": 1000}
+
+
+def _own_view(config: dict) -> dict:
+    """The size, crop and filter of timm's own validation."""
+    resolved = resolve_data_config(pretrained_cfg=config, use_test_size=True)
+    _, height, width = resolved["input_size"]
+    if height != width:
+        raise UserError(f"the model takes images of {height} x {width} px, and only square ones are made here")
+    return {"image_size": height, **{key: resolved[key] for key in ("crop_pct", "crop_mode", "interpolation")}}
+
+
+def descriptions(names: Sequence[str]) -> list[str]:
+    """Words for classes: WordNet's for ImageNet's synset ids, other names as they are."""
+    info = ImageNetInfo()
+    words = []
+    for name in names:
+        try:
+            words.append(info.label_name_to_description(name))
+        except KeyError:
+            words.append(name)
+    return words
