@@ -171,14 +171,18 @@ def _file_of(path: Path, weights: str) -> Path:
     """The checkpoint that a run's folder stands for; a file stands for itself."""
     if not path.is_dir():
         return path
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    best = folder / checkpoint.BEST
+    best = checkpoints_folder(path) / checkpoint.BEST
     if weights == "auto" and best.is_file():
         return best
-    steps = checkpoint.checkpoints(folder)
+    steps = checkpoint.checkpoints(checkpoints_folder(path))
     if not steps:
         raise UserError(f"{path}: neither a run's folder with checkpoints nor an exported one with {CONFIG}")
     return steps[-1]
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run's folder has its checkpoints; it may be named itself."""
+    return run if run.name == "checkpoints" else run / "checkpoints"
 
 
 def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
