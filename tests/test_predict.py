@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -119,13 +121,11 @@ def write_bad(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(content)
     (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
     os.mkfifo(folder / "pipe.jpg")
+    os.mkfifo(folder / "pipe.tar")
     with open(folder / "sparse.jpg", "wb") as file:
         file.truncate(1 << 40)
-    others = {
-        "dangling.jpg": "cannot be read (No such file",
-        "pipe.jpg": "not a regular file",
-        "sparse.jpg": "bytes; no",
-    }
+    others = {"dangling.jpg": "cannot be read (No such file", "sparse.jpg": "bytes; no image has more"}
+    others |= dict.fromkeys(("pipe.jpg", "pipe.tar"), "not a regular file")
     return {**{name: error for name, (_, error) in contents.items()}, **others}
 
 
@@ -327,10 +327,40 @@ def test_without_pyarrow_parquet_is_refused_at_once_with_the_command_that_helps(
     assert "pip install -e '.[parquet]'" in line
 
 
+def command(run: Path, *arguments) -> list[str]:
+    """The tool in a process of its own."""
+    return [sys.executable, str(REPOSITORY / "tools" / "predict.py"), "--checkpoint", str(run), *map(str, arguments)]
+
+
 @pytest.mark.long
 def test_head_may_stop_reading_the_rows(tiny_run, digits_folder):
-    tool = [sys.executable, str(REPOSITORY / "tools" / "predict.py"), "--checkpoint", str(tiny_run), "--batch", "4"]
-    with subprocess.Popen([*tool, str(digits_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    tool = command(tiny_run, digits_folder, "--batch", 4)
+    with subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith(b"file,error,class_1")
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.long
+def test_a_full_disk_behind_standard_output_is_one_line(tiny_run, digits_folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(tiny_run, digits_folder), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: standard output: cannot be written (No space left on device)" in done.stderr
+
+
+@pytest.mark.long
+def test_ctrl_c_leaves_no_output(tiny_run, digits_folder, tmp_path):
+    paths = [digits_folder] * 500
+    tool = command(tiny_run, *paths, "--out", tmp_path / "out.csv")
+    with subprocess.Popen(tool, stderr=subprocess.PIPE, preexec_fn=catch_interrupts) as process:
+        while not list(tmp_path.iterdir()) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 130 and not list(tmp_path.iterdir())
+
+
+def catch_interrupts() -> None:
+    """As in a terminal; a shell starts what is in the background without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -107,6 +107,9 @@ def _is_shard(path: str) -> bool:
 
 def _members(path: str) -> Iterator[Item]:
     """The images in a shard. Their names are shown and nothing else."""
+    if not os.path.isfile(path):  # reading from a pipe would wait for ever
+        yield Item(_printable(path), path, error="not a regular file")
+        return
     try:
         with open(path, "rb") as file:
             for member in tar_files(Path(path), file):

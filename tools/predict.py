@@ -188,15 +188,18 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    if out is None:
-        write_csv(rows, top_k, sys.stdout.buffer)
-        sys.stdout.flush()
-        return
     try:
+        if out is None:
+            write_csv(rows, top_k, sys.stdout.buffer)
+            sys.stdout.flush()
+            return
         with replacing(out) as file:
             WRITERS[out.suffix](rows, top_k, file)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}). Make room, or name another") from error
+        where = out or "standard output"
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}). Make room, or name a file") from error
 
 
 def columns(top_k: int) -> list[str]:
