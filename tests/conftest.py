@@ -69,6 +69,21 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="session")
+def tiny_run(digits, tmp_path_factory) -> Path:
+    """A run of 30 steps on the digits, a little better than chance, with checkpoints of the steps 10, 20 and 30."""
+    from trainer.config import parse
+    from trainer.distributed import World
+    from trainer.run import train
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    settings = {"data.root": digits, "run.out": out, "schedule.epochs": 6, "optim.lr": 0.01}
+    settings |= {"run.checkpoint_every": 10, "run.keep_checkpoints": 3}
+    overrides = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    train(parse([*TINY, *overrides]), World(0, 1, 1, torch.device("cpu")))
+    return out
+
+
 def run_trainer(*arguments, ranks: int = 1, check: bool = True, **popen) -> subprocess.CompletedProcess:
     """trainer/run.py in a process of its own, with the settings in TINY."""
     command = [sys.executable]

@@ -181,9 +181,10 @@ class Writer:
         if self.failure:
             return
         try:
-            _refuse_not_finite(content)
-            with replacing(path) as file:
-                torch.save({**content, "digest": digest_of(content)}, file)
+            for part in ("student", "ema", "state_dict"):
+                if name := first_not_finite(content.get(part) or {}):
+                    raise UserError(f"'{name}' in '{part}' is not finite. Lower optim.lr or change run.precision")
+            write(path, content)
             then()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())[:200]
@@ -192,11 +193,16 @@ class Writer:
             self.failure = f"{path}: not written: {error}"
 
 
-def _refuse_not_finite(content: dict) -> None:
-    for part in ("student", "ema", "state_dict"):
-        for name, value in (content.get(part) or {}).items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise UserError(f"'{name}' in '{part}' is not finite. Lower optim.lr or change run.precision")
+def write(path: Path, content: dict) -> None:
+    """Write `content` with its digest, all of it or nothing. A full disk is an OSError, or torch's RuntimeError."""
+    with replacing(path) as file:
+        torch.save({**content, "digest": digest_of(content)}, file)
+
+
+def first_not_finite(weights: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds an infinity or a NaN."""
+    bad = (name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all())
+    return next(bad, None)
 
 
 def path_of(folder: Path, step: int) -> Path:

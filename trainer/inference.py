@@ -31,6 +31,7 @@ from trainer.models import (
     read_file,
     refuse_size,
     select_weights,
+    setting,
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, as timm names them
@@ -122,7 +123,7 @@ def load(
       weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
       kwargs: for timm.create_model, instead of those that the file says.
       classes: text file that names the outputs, one on a line.
-      key: how errors call the model's settings.
+      key: how errors call the model's settings: student.name; "" is for programs that have --name.
       view: fields of View that are not to be the model's own.
     Raises:
       UserError: whatever is missing, damaged, or does not fit.
@@ -131,10 +132,12 @@ def load(
         raise UserError(f"{key}.weights is '{weights}', not one of {', '.join(KINDS)}")
     if path is None:
         if name is None:
-            raise UserError(f"which model? Give a checkpoint or run folder with --{key}.checkpoint, or --{key}.name")
+            raise UserError(
+                f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
+            )
         found = _pretrained(name, kwargs or {}, key, view)
     elif (path / CONFIG).is_file():
-        found = _exported(path, name, kwargs, view)
+        found = _exported(path, name, kwargs, key, view)
     else:
         found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
     if classes is not None:
@@ -168,14 +171,18 @@ def _file_of(path: Path, weights: str) -> Path:
     """The checkpoint that a run's folder stands for; a file stands for itself."""
     if not path.is_dir():
         return path
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    best = folder / checkpoint.BEST
+    best = checkpoints_folder(path) / checkpoint.BEST
     if weights == "auto" and best.is_file():
         return best
-    steps = checkpoint.checkpoints(folder)
+    steps = checkpoint.checkpoints(checkpoints_folder(path))
     if not steps:
         raise UserError(f"{path}: neither a run's folder with checkpoints nor an exported one with {CONFIG}")
     return steps[-1]
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Where a run's folder has its checkpoints; it may be named itself."""
+    return run if run.name == "checkpoints" else run / "checkpoints"
 
 
 def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
@@ -200,11 +207,16 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     return found if origin else _with_guessed_classes(found)
 
 
+def _flag(key: str, name: str) -> str:
+    """A model's setting as it is typed: --student.name, or --name."""
+    return f"--{setting(key, name).removeprefix('--')}"
+
+
 def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
     if given is None and saved is None:
-        raise UserError(f"{path}: does not say which model it is of. Name it with --{key}.name")
+        raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
     if given is not None and saved is not None and known_name(given) != known_name(saved):
-        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave --{key}.name out")
+        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave {_flag(key, 'name')} out")
     return known_name(given or saved)
 
 
@@ -221,7 +233,7 @@ def _built_for(origin: dict, kwargs: Kwargs) -> int | None:
     return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
 
 
-def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -> Trained:
+def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
     """A folder as timm writes it for Hugging Face's hub."""
     try:
         config = json.loads((path / CONFIG).read_text())
@@ -229,7 +241,7 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -
         outputs = int(config.get("num_classes", own.get("num_classes")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / CONFIG}: not what timm writes for a model ({error!r}). Export it again") from error
-    name = _agreed_name(name, saved, path, "student")
+    name = _agreed_name(name, saved, path, key)
     kwargs = config.get("model_args", {}) if kwargs is None else kwargs
     data = _own_view(own) | view
     arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}

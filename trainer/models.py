@@ -305,6 +305,15 @@ def num_outputs(name: str, weights: dict[str, torch.Tensor]) -> int | None:
     return next((len(weight) for weight in found if weight is not None), None)
 
 
+def setting(key: str, name: str) -> str:
+    """How a command line calls a setting of the model `key`: student.name, or --name where there is no key."""
+    return f"{key}.{name}" if key else f"--{name}"
+
+
+def _title(key: str) -> str:
+    return key.partition(".")[0] or "model"
+
+
 def pretrained_outputs(name: str, key: str) -> int:
     """How many classes timm's pretrained weights of a model tell apart.
 
@@ -316,8 +325,8 @@ def pretrained_outputs(name: str, key: str) -> int:
     source = timm.get_pretrained_cfg(known_name(name))
     if source is None or not source.has_weights:
         raise UserError(
-            f"{key.partition('.')[0]} '{name}': timm has no pretrained weights for it. Give its weights with "
-            f"{key}.checkpoint FILE"
+            f"{_title(key)} '{name}': timm has no pretrained weights for it. Give its weights with "
+            f"{setting(key, 'checkpoint')} FILE"
         )
     return source.num_classes
 
@@ -326,7 +335,7 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     """A model with timm's pretrained weights.
 
     Args:
-      key: of the model in the configuration: student, teacher, teacher.others.
+      key: of the model in the configuration: student, teacher, teacher.others; "" for a program of one model.
     Raises:
       UserError: they cannot be downloaded.
     """
@@ -337,6 +346,6 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     except Exception as error:  # whatever the download library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{key.partition('.')[0]} '{name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
-            f"{key}.checkpoint FILE"
+            f"{_title(key)} '{name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
+            f"{setting(key, 'checkpoint')} FILE"
         ) from error

@@ -1,8 +1,10 @@
 """One image on its way into a shard: looked at, repaired or refused, shrunk if asked."""
 
+import contextlib
 import dataclasses
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -72,15 +74,21 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
     if not content:
         raise RejectedImageError("empty file")
     header = read_jpeg_header(content)
-    plain = header is not None and header.frame in _PLAIN_FRAMES and header.components in (1, 3)
+    plain = is_plain(header)
     if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
-        _refuse_absurd(header.width, header.height)
+        refuse_absurd(header.width, header.height)
         orientation = _orientation(Image.open(io.BytesIO(content))) if header.has_exif else 1
         return CheckedImage(content, header.height, header.width, None, False, orientation)
+    with warnings.catch_warnings(), rejecting():
+        warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
+        return _decode(content, header, plain, options)
+
+
+@contextlib.contextmanager
+def rejecting() -> Iterator[None]:
+    """Inside, whatever a decoder raises is a RejectedImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
-            return _decode(content, header, plain, options)
+        yield
     except (RejectedImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -91,16 +99,22 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         raise RejectedImageError(f"cannot be decoded: {error}") from error
 
 
-def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: ImageOptions) -> CheckedImage:
+def opened(content: bytes) -> Image.Image:
+    """An image file's content in PIL, which has read the header alone. Raises RejectedImageError if it is absurd."""
     image = Image.open(io.BytesIO(content))
-    _refuse_absurd(*image.size)
+    refuse_absurd(*image.size)
+    return image
+
+
+def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: ImageOptions) -> CheckedImage:
+    image = opened(content)
     orientation = _orientation(image) if header is None or header.has_exif else 1
     image.load()
     repaired = None if plain and image.mode in ("RGB", "L") else _misfit(image, header)
     shrink = 0 < options.resize_short < min(image.size)
     if not repaired and not shrink:
         return CheckedImage(content, image.height, image.width, None, False, orientation)
-    pixels = _plain(image)
+    pixels = plain_image(image)
     quality, subsampling = 95, "4:4:4"
     if shrink:
         pixels = _shrink(pixels, options.resize_short)
@@ -110,7 +124,8 @@ def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: I
     return CheckedImage(buffer.getvalue(), pixels.height, pixels.width, repaired, shrink, orientation)
 
 
-def _refuse_absurd(width: int, height: int) -> None:
+def refuse_absurd(width: int, height: int) -> None:
+    """Raise a RejectedImageError for more pixels than any photograph has."""
     if width * height > MAX_PIXELS:
         raise RejectedImageError(f"absurd dimensions: {width} x {height}")
 
@@ -167,7 +182,12 @@ def read_jpeg_header(content: bytes) -> JpegHeader | None:
     return None
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def is_plain(header: JpegHeader | None) -> bool:
+    """Whether it is of a JPEG that every decoder reads alike: RGB or grayscale, baseline or progressive."""
+    return header is not None and header.frame in _PLAIN_FRAMES and header.components in (1, 3)
+
+
+def plain_image(image: Image.Image) -> Image.Image:
     """RGB in 8 bits; grayscale JPEGs stay grayscale."""
     if image.mode.startswith("I"):
         # 16 bits a pixel: PIL would cut off at 255 where everybody expects the upper eight bits

@@ -1,0 +1,205 @@
+"""Images that are in no dataset: files, folders and shards, and what evaluation shows a model of them."""
+
+import collections
+import dataclasses
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.cpu import crop_resize, decode
+from pipelines.errors import UserError
+from pipelines.reader import look_ahead
+from pipelines.synthetic import synthetic_index
+from tools.benchmarks.measure import num_cores
+from tools.sharding.images import (
+    MAX_PIXELS,
+    RejectedImageError,
+    is_plain,
+    opened,
+    plain_image,
+    read_jpeg_header,
+    refuse_absurd,
+    rejecting,
+)
+from tools.sharding.sources import EXTENSIONS
+from tools.sharding.tars import tar_files
+from trainer.inference import View
+
+SHARD = ".tar"
+_MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into the memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Where an encoded image lies.
+
+    Attributes:
+      name: how its row calls it.
+      path: of the file; `nbytes` from `offset` on are the image, all of them where nbytes is None.
+      error: why there is none, "" if there is one.
+    """
+
+    name: str
+    path: str
+    offset: int = 0
+    nbytes: int | None = None
+    error: str = ""
+
+
+def count_images(paths: list[Path]) -> int | None:
+    """How many images the paths stand for; None if shards are among them, which would have to be read.
+
+    Raises:
+      UserError: a path is not there, or has no images.
+    """
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: not found. Give images, shards (.tar), or folders with some")
+        if next(items_of(path), None) is None:
+            raise UserError(f"{path}: no images in it ({', '.join(EXTENSIONS)}). Give images, shards, or their folder")
+    kinds = collections.Counter(_is_shard(name) for path in paths for name in files_of(path))
+    return None if kinds[True] else kinds[False]
+
+
+def items_of(path: Path) -> Iterator[Item]:
+    """The images that a path stands for, one after the other; of a damaged shard those before the damage."""
+    for name in files_of(path):
+        if _is_shard(name):
+            yield from _members(name)
+        else:
+            yield Item(_printable(name), name)
+
+
+def files_of(path: Path) -> Iterator[str]:
+    """The path itself; of a folder the images and shards at any depth, sorted by the parts of their paths."""
+    if path.is_dir():
+        yield from _below(str(path))
+    else:
+        yield str(path)
+
+
+def _below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}). Allow it, or give other folders") from error
+    for name, is_folder in entries:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if is_folder:
+            yield from _below(path, (*above, real))
+        elif name.lower().endswith((*EXTENSIONS, SHARD)):
+            yield path
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith(SHARD)
+
+
+def _members(path: str) -> Iterator[Item]:
+    """The images in a shard. Their names are shown and nothing else."""
+    if not os.path.isfile(path):  # reading from a pipe would wait for ever
+        yield Item(_printable(path), path, error="not a regular file")
+        return
+    try:
+        with open(path, "rb") as file:
+            for member in tar_files(Path(path), file):
+                stem, _, suffix = member.name.rpartition(".")
+                if f".{suffix}".lower() in EXTENSIONS and not stem.rpartition("/")[2].startswith("."):
+                    yield Item(_printable(f"{path}/{stem}"), path, member.offset_data, member.size)
+    except Exception as error:  # damaged headers bring tarfile to raise nearly anything; the other files go on
+        yield Item(_printable(path), path, error=f"what follows in the shard cannot be read ({error})")
+
+
+def _printable(name: str) -> str:
+    """A file's name, which may be any bytes, as UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+# --- their pixels ---
+
+
+def look_at_batches(items: Iterator[Item], view: View, size: int) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
+    """What `look_at` finds of each image, in order, `size` at a time; a pool of threads works so far ahead."""
+    with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
+        try:
+            futures = (pool.submit(look_at, item, view) for item in items)
+            looked = (future.result() for future in look_ahead(futures, size, lambda _: None))
+            while batch := list(itertools.islice(looked, size)):
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def look_at(item: Item, view: View) -> tuple[str, np.ndarray | None, str]:
+    """An image's name, its pixels, uint8 [S, S, 3], and why there are none, "" if there are some. Raises nothing."""
+    try:
+        if item.error:
+            raise RejectedImageError(item.error)
+        return item.name, shown(pixels_of(read(item)), view), ""
+    except RejectedImageError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+    except Exception as error:  # such as memory that is not there
+        reason = f"cannot be decoded ({type(error).__name__}: {error})"
+    return item.name, None, " ".join(reason.split())
+
+
+def read(item: Item) -> bytes:
+    """An image as it is stored.
+
+    Raises:
+      RejectedImageError: it is none by its kind or size, or cut off.
+      OSError: the system cannot read it.
+    """
+    status = os.stat(item.path)
+    if not stat.S_ISREG(status.st_mode):  # reading from a pipe would wait for ever
+        raise RejectedImageError("not a regular file")
+    nbytes = status.st_size if item.nbytes is None else item.nbytes
+    if nbytes > _MAX_BYTES:
+        raise RejectedImageError(f"{nbytes:,} bytes; no image has more than {_MAX_BYTES:,}")
+    with open(item.path, "rb") as file:
+        file.seek(item.offset)
+        content = file.read(nbytes)
+    if len(content) < nbytes:
+        raise RejectedImageError(f"cut off: {len(content):,} of {nbytes:,} bytes are there")
+    return content
+
+
+def pixels_of(content: bytes) -> np.ndarray:
+    """RGB as tools/shard_imagenet.py and the pipelines see it: uint8 [height, width, 3], EXIF orientation not applied.
+
+    Raises:
+      RejectedImageError: it cannot be decoded, or would be absurdly large.
+    """
+    if not content:
+        raise RejectedImageError("empty file")
+    header = read_jpeg_header(content)
+    with rejecting():
+        if is_plain(header):
+            refuse_absurd(header.width, header.height)
+            return decode(np.frombuffer(content, dtype=np.uint8))
+        return np.asarray(plain_image(opened(content)).convert("RGB"))
+
+
+def shown(pixels: np.ndarray, view: View) -> np.ndarray:
+    """What evaluation shows the model of an image: uint8 [S, S, 3].
+
+    Raises:
+      RejectedImageError: so long and narrow that it would be absurdly large once its short side is as the view has it.
+    """
+    height, width = pixels.shape[:2]
+    if (view.image_size / view.crop_pct) ** 2 * max(height, width) > MAX_PIXELS * min(height, width):
+        raise RejectedImageError(f"absurd dimensions: {width} x {height}")
+    plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
+    return crop_resize(pixels, plan, 0)

@@ -1,0 +1,258 @@
+"""What a trained model says of images: of files, of folders, of shards.
+
+    python tools/predict.py --checkpoint CKPT-OR-RUN PATH [PATH ...] [--out FILE.csv]
+
+PATH is an image, a shard (.tar), or a folder, which stands for all images and shards below it in the order of their
+names. The model sees of an image what it sees in evaluation. An image that cannot be read or decoded is a row that says
+why; the others go on.
+"""
+
+import argparse
+import codecs
+import collections
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import replacing
+from pipelines.reader import read_ahead
+from tools.image_files import Item, count_images, items_of, look_at_batches
+from tools.opening import first_device
+from trainer.inference import Trained, descriptions, load
+from trainer.run import allow_tf32, resolve_precision
+
+_BATCHES_AHEAD = 2
+_ROW_GROUP = 8192  # rows that a parquet file is written by
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is written of an image.
+
+    Attributes:
+      file: its path, SHARD.tar/KEY in a shard.
+      error: why nothing can be said of it, "" if something can.
+      top: (class, words, probability) of the best classes, best first.
+    """
+
+    file: str
+    error: str
+    top: list[tuple[str, str, float]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = _parse(arguments)
+    try:
+        with exit_on_user_error(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF
+            predict(options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # who reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        sys.exit(1)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    where = "an image, a shard (.tar), or a folder with some at any depth; of a dataset give OUT/val"
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help=where)
+    parser.add_argument("--checkpoint", type=Path, help="file of weights, run folder (its best), or exported folder")
+    parser.add_argument("--name", help="timm's name of a model whose file does not say it; alone: timm's own weights")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the outputs, one on a line")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
+    parser.add_argument("--batch", type=int, default=128, help="images of a forward pass (default 128)")
+    kinds = ", ".join(WRITERS)
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{kinds} (default: CSV on standard output)")
+    return parser.parse_args(arguments)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Check, load, look at every image, write."""
+    refuse_options(options)
+    total = count_images(options.paths)
+    trained = load(options.name, options.checkpoint, classes=options.classes, key="")
+    if not trained.num_outputs:
+        raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
+    device = first_device()
+    print(_title(trained, device), file=sys.stderr)
+    top_k, counts = min(options.top_k, trained.num_outputs), collections.Counter()
+    items = (item for path in options.paths for item in items_of(path))
+    rows = _counted(predictions(trained, items, top_k, options.batch, device), counts)
+    on_screen = options.out is None and sys.stdout.isatty()  # where the rows themselves are shown
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=on_screen or not console.is_terminal) as progress:
+        write(progress.track(rows, total, description="predicting"), top_k, options.out)
+    failed = f", {counts['failed']} of them could not be used: see the column error" if counts["failed"] else ""
+    print(f"{counts['images']:,} images{failed}{f': {options.out}' if options.out else ''}", file=sys.stderr)
+
+
+def refuse_options(options: argparse.Namespace) -> None:
+    """Raise a UserError about what could only fail after the model has been loaded, or all images looked at."""
+    for name, value in (("--top-k", options.top_k), ("--batch", options.batch)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    out = options.out
+    if out is None:
+        return
+    if out.suffix not in WRITERS:
+        raise UserError(f"--out {out}: ends in none of {', '.join(WRITERS)}. Name a file that does")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: not a file in a folder that is there. Make the folder, or name another")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def _title(trained: Trained, device: torch.device) -> str:
+    kind = f", {trained.weights} weights" if trained.weights else ""
+    precision = str(resolve_precision("auto", device)).removeprefix("torch.")
+    outputs = f"{trained.num_outputs:,} classes"
+    if trained.classes is None:
+        outputs = f"{trained.num_outputs:,} outputs without names, here their numbers (--classes FILE names them)"
+    elif trained.classes_guessed:
+        outputs += " taken to be ImageNet's (--classes FILE names others)"
+    return f"{trained.name} ({trained.source}{kind}), {trained.view.image_size} px, {outputs}, {device}, {precision}"
+
+
+# --- what the model says ---
+
+
+def predictions(trained: Trained, items: Iterator[Item], top_k: int, batch: int, device: torch.device) -> Iterator[Row]:
+    """A row for each image, in order.
+
+    Raises:
+      UserError: a batch does not fit into the GPU's memory.
+    """
+    model = trained.model.to(device, memory_format=torch.channels_last)
+    precision = resolve_precision("auto", device)
+    if device.type == "cuda":
+        allow_tf32(True)
+    normalize = trained.normalize(precision).to(device)
+    names = trained.classes or [str(output) for output in range(trained.num_outputs)]
+    words = descriptions(names)
+
+    @torch.inference_mode()
+    def best(pixels: np.ndarray) -> Iterator[list[tuple[int, float]]]:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(normalize(torch.from_numpy(pixels).to(device)))
+        top = logits.float().softmax(1).topk(top_k, dim=1)
+        return (list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+    for looked in read_ahead(look_at_batches(items, trained.view, batch), _BATCHES_AHEAD):
+        usable = [pixels for _, pixels, _ in looked if pixels is not None]
+        try:
+            found = best(np.stack(usable)) if usable else iter(())
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(f"--batch is {batch}: it does not fit into the GPU's memory. Give a smaller one") from error
+        for name, pixels, error in looked:
+            yield Row(name, error, []) if pixels is None else _row(name, next(found), names, words)
+
+
+def _row(name: str, best: list[tuple[int, float]], names: list[str], words: list[str]) -> Row:
+    if any(probability != probability for _, probability in best):
+        return Row(name, "the model's outputs are not finite", [])
+    return Row(name, "", [(names[output], words[output], float(f"{share:.6g}")) for output, share in best])
+
+
+def _counted(rows: Iterator[Row], counts: collections.Counter) -> Iterator[Row]:
+    """The same rows; `counts` gets how many images there were, and how many failed."""
+    for row in rows:
+        counts["images"] += 1
+        counts["failed"] += bool(row.error)
+        yield row
+
+
+# --- files ---
+
+
+def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
+    """The rows as a file, all or nothing, or on standard output as they come.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        if out is None:
+            write_csv(rows, top_k, sys.stdout.buffer)
+            sys.stdout.flush()
+            return
+        with replacing(out) as file:
+            WRITERS[out.suffix](rows, top_k, file)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = out or "standard output"
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}). Make room, or name a file") from error
+
+
+def columns(top_k: int) -> list[str]:
+    """Of tables: class_1, words_1 and probability_1 are those of the best class."""
+    return ["file", "error", *(f"{name}_{i + 1}" for i in range(top_k) for name in ("class", "words", "probability"))]
+
+
+def write_csv(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+    """A line for each row, below the names of the columns; UTF-8."""
+    table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+    table.writerow(columns(top_k))
+    for row in rows:
+        filled = itertools.chain.from_iterable(row.top or [("", "", "")] * top_k)
+        table.writerow([row.file, row.error, *filled])
+
+
+def write_jsonl(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+    """An object for each row, on a line of its own: file, error, and top, a list of the best classes."""
+    for row in rows:
+        top = [dict(zip(("class", "words", "probability"), each, strict=True)) for each in row.top]
+        line = {"file": row.file, "error": row.error, "top": top}
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
+def write_parquet(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+    """The table of `write_csv`, with null where there is no class."""
+    arrow, parquet = _pyarrow()
+    names = columns(top_k)
+    kinds = [arrow.float32() if name.startswith("probability") else arrow.string() for name in names]
+    schema = arrow.schema(list(zip(names, kinds, strict=True)))
+    with parquet.ParquetWriter(file, schema) as writer:
+        while part := list(itertools.islice(rows, _ROW_GROUP)):
+            flat = [(row.file, row.error, *itertools.chain.from_iterable(row.top)) for row in part]
+            filled = [dict(itertools.zip_longest(names, values)) for values in flat]
+            writer.write_table(arrow.Table.from_pylist(filled, schema=schema))
+
+
+def _pyarrow() -> tuple:
+    """Its modules pyarrow and pyarrow.parquet."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("--out: parquet needs pyarrow: pip install -e '.[parquet]', or name a .csv file") from error
+    return pyarrow, pyarrow.parquet
+
+
+WRITERS: dict[str, Callable[[Iterator[Row], int, BinaryIO], None]] = {
+    ".csv": write_csv,
+    ".jsonl": write_jsonl,
+    ".parquet": write_parquet,
+}
+
+
+if __name__ == "__main__":
+    main()
