@@ -31,6 +31,7 @@ from trainer.models import (
     read_file,
     refuse_size,
     select_weights,
+    with_size,
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, as timm names them
@@ -93,6 +94,10 @@ class Trained:
     origin: dict = dataclasses.field(default_factory=dict)
     classes_guessed: bool = False
 
+    def digest(self) -> str:
+        """sha256 over the names and values of its weights, in hex; the same for a checkpoint and what is made of it."""
+        return checkpoint.digest_of(checkpoint.to_host(self.model.state_dict()))
+
     @property
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
@@ -122,7 +127,7 @@ def load(
       weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
       kwargs: for timm.create_model, instead of those that the file says.
       classes: text file that names the outputs, one on a line.
-      key: how errors call the model's settings.
+      key: how errors call the model's settings; "" where they are options of a tool that takes the model first.
       view: fields of View that are not to be the model's own.
     Raises:
       UserError: whatever is missing, damaged, or does not fit.
@@ -134,7 +139,7 @@ def load(
             raise UserError(f"which model? Give a checkpoint or run folder with --{key}.checkpoint, or --{key}.name")
         found = _pretrained(name, kwargs or {}, key, view)
     elif (path / CONFIG).is_file():
-        found = _exported(path, name, kwargs, view)
+        found = _exported(path, name, kwargs, key, view)
     else:
         found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
     if classes is not None:
@@ -150,15 +155,16 @@ def load(
     return found
 
 
-def load_named(text: str, **settings) -> Trained:
+def load_named(text: str, name: str | None = None, **settings) -> Trained:
     """A model given by one word: the path of a file or folder, or timm's name for its pretrained weights.
 
     Args:
+      name: timm's name of what is in a file that does not say it.
       settings: as for `load`.
     """
-    path = Path(text)
+    path, settings = Path(text), {"key": "", **settings}
     if path.exists():
-        return load(None, path, **settings)
+        return load(name, path, **settings)
     if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
         raise UserError(f"{text}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name")
     return load(text, None, **settings)
@@ -194,6 +200,7 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     own = _view_of_run(origin["config"]["data"]) if origin else {}
     data = _own_view(_own_config(name)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
+    kwargs = with_size(name, size, kwargs)
     model = create_model(name, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
     found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
@@ -202,10 +209,14 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
 
 def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
     if given is None and saved is None:
-        raise UserError(f"{path}: does not say which model it is of. Name it with --{key}.name")
+        raise UserError(f"{path}: does not say which model it is of. Name it with {_option(key)}")
     if given is not None and saved is not None and known_name(given) != known_name(saved):
-        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave --{key}.name out")
+        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave {_option(key)} out")
     return known_name(given or saved)
+
+
+def _option(key: str) -> str:
+    return f"--{key}.name" if key else "--name"
 
 
 def _view_of_run(data: dict) -> dict:
@@ -221,7 +232,7 @@ def _built_for(origin: dict, kwargs: Kwargs) -> int | None:
     return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
 
 
-def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -> Trained:
+def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
     """A folder as timm writes it for Hugging Face's hub."""
     try:
         config = json.loads((path / CONFIG).read_text())
@@ -229,11 +240,12 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -
         outputs = int(config.get("num_classes", own.get("num_classes")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / CONFIG}: not what timm writes for a model ({error!r}). Export it again") from error
-    name = _agreed_name(name, saved, path, "student")
+    name = _agreed_name(name, saved, path, key)
     kwargs = config.get("model_args", {}) if kwargs is None else kwargs
     data = _own_view(own) | view
-    arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
-    model = create_model(name, outputs, data["image_size"], arguments, read_file(path / WEIGHTS), path / WEIGHTS)
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
+    kwargs = with_size(name, data["image_size"], kwargs)
+    model = create_model(name, outputs, data["image_size"], kwargs, read_file(path / WEIGHTS), path / WEIGHTS)
     model.pretrained_cfg.update({key: value for key, value in own.items() if key != "architecture"})
     classes = config.get("label_names")
     classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
@@ -244,6 +256,7 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, view: dict) -
 def _pretrained(name: str, kwargs: Kwargs, key: str, view: dict) -> Trained:
     outputs = pretrained_outputs(name, key)
     data = _own_view(_own_config(name)) | view
+    kwargs = with_size(known_name(name), data["image_size"], kwargs)
     model = download(name, outputs, data["image_size"], kwargs, key)
     found = Trained(model, known_name(name), kwargs, View(**data), None, f"timm's {name}")
     return _with_guessed_classes(found)

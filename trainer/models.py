@@ -242,10 +242,7 @@ def create_model(
       UserError: an unknown model or argument, or weights that do not fit.
     """
     name = known_name(name)
-    config = timm.get_pretrained_cfg(name)
-    kwargs = {"num_classes": num_classes, **kwargs}
-    if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
-        kwargs.setdefault("img_size", image_size)
+    kwargs = {"num_classes": num_classes, **with_size(name, image_size, kwargs)}
     if weights is not None:
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
         pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -267,6 +264,14 @@ def create_model(
         ) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def with_size(name: str, image_size: int, kwargs: Kwargs) -> Kwargs:
+    """The arguments that a model is built with: some of timm's are built for one image size, pixels."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.fixed_input_size or config.input_size[-1] == image_size:
+        return kwargs
+    return {"img_size": image_size, **kwargs}
 
 
 def _with_new_classifier(config: StudentConfig, source: nn.Module, num_classes: int, image_size: int) -> nn.Module:
@@ -315,10 +320,7 @@ def pretrained_outputs(name: str, key: str) -> int:
     """
     source = timm.get_pretrained_cfg(known_name(name))
     if source is None or not source.has_weights:
-        raise UserError(
-            f"{key.partition('.')[0]} '{name}': timm has no pretrained weights for it. Give its weights with "
-            f"{key}.checkpoint FILE"
-        )
+        raise UserError(f"{_owner(key)} '{name}': timm has no pretrained weights for it. {_give_weights(key)}")
     return source.num_classes
 
 
@@ -326,7 +328,7 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     """A model with timm's pretrained weights.
 
     Args:
-      key: of the model in the configuration: student, teacher, teacher.others.
+      key: of the model in the configuration: student, teacher, teacher.others; "" where it is in none.
     Raises:
       UserError: they cannot be downloaded.
     """
@@ -337,6 +339,13 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     except Exception as error:  # whatever the download library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{key.partition('.')[0]} '{name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
-            f"{key}.checkpoint FILE"
+            f"{_owner(key)} '{name}': its weights cannot be downloaded ({reason[0]}). {_give_weights(key)}"
         ) from error
+
+
+def _owner(key: str) -> str:
+    return key.partition(".")[0] or "model"
+
+
+def _give_weights(key: str) -> str:
+    return f"Give its weights with {key}.checkpoint FILE" if key else "Give a file or folder with its weights instead"

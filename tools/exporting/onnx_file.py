@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
 TOLERANCE = 1e-4  # of Difference.relative
 IMAGES, LOGITS = "images", "logits"  # names of the file's input and output
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Runnable = Callable[[torch.Tensor], torch.Tensor]
 
@@ -103,7 +103,7 @@ def largest_difference(reference: Runnable, other: Runnable, images: torch.Tenso
 
 def require_onnx() -> None:
     """Raise a UserError if a package that ONNX needs is missing, or this torch is too old for it."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}, not installed here. Run: pip install -e '.[export]'")
     if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
