@@ -67,11 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--evaluation", type=Path, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
     )
     options = parser.parse_args(arguments)
-    with exit_on_user_error():
-        refuse_options(options)
-        wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
-        trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
-        files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
+    try:
+        with exit_on_user_error():
+            refuse_options(options)
+            wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
+            trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
+            files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"{trained.name} from {trained.source} is exported to {options.out}")
     for file, what in files.items():
         print(f"  {file}: {what}")
