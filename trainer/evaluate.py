@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pipelines import Pipeline
+from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
@@ -227,7 +227,7 @@ def origin(config: EvalConfig, trained: Trained, index: ShardIndex, world: World
         "split": config.data.split,
         "digest": index.digest,
         "view": dataclasses.asdict(trained.view),
-        "pipeline": config.data.pipeline,
+        "pipeline": resolve_pipeline(config.data.pipeline, world.device),
         "precision": str(resolve_precision(config.run.precision, world.device)).removeprefix("torch."),
         "device": world.device_name,
         "ranks": world.size,
