@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +37,27 @@ def write_synced(path: Path, content: bytes) -> None:
     """Replace a file's content, all or nothing, and on the disk when this returns."""
     with replacing(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path`, on the disk, when the block ends; there `path` is missing or empty.
+
+    If the block fails nothing has changed. A process that dies inside leaves a folder whose name ends in `.partial`.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        sync_folder(partial)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
 
 
 def read_json(path: Path) -> dict:

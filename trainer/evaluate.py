@@ -219,6 +219,7 @@ def origin(config: EvalConfig, trained: Trained, index: ShardIndex, world: World
         "model": trained.name,
         "source": trained.source,
         "weights": trained.weights,
+        "weights_digest": trained.digest(),
         "step": trained.origin.get("step"),
         "parameters": sum(p.numel() for p in trained.model.parameters()),
         "outputs": trained.num_outputs,

@@ -31,7 +31,7 @@ from trainer.models import (
     read_file,
     refuse_size,
     select_weights,
-    setting,
+    with_size,
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, as timm names them
@@ -94,6 +94,10 @@ class Trained:
     origin: dict = dataclasses.field(default_factory=dict)
     classes_guessed: bool = False
 
+    def digest(self) -> str:
+        """sha256 over the names and values of its weights, in hex; the same for a checkpoint and what is made of it."""
+        return checkpoint.digest_of(checkpoint.to_host(self.model.state_dict()))
+
     @property
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
@@ -153,15 +157,16 @@ def load(
     return found
 
 
-def load_named(text: str, **settings) -> Trained:
+def load_named(text: str, name: str | None = None, **settings) -> Trained:
     """A model given by one word: the path of a file or folder, or timm's name for its pretrained weights.
 
     Args:
+      name: timm's name of what is in a file that does not say it.
       settings: as for `load`.
     """
-    path = Path(text)
+    path, settings = Path(text), {"key": "", **settings}
     if path.exists():
-        return load(None, path, **settings)
+        return load(name, path, **settings)
     if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
         raise UserError(f"{text}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name")
     return load(text, None, **settings)
@@ -201,6 +206,7 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     own = _view_of_run(origin["config"]["data"]) if origin else {}
     data = _own_view(_own_config(name)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
+    kwargs = with_size(name, size, kwargs)
     model = create_model(name, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
     found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
@@ -209,7 +215,7 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
 
 def _flag(key: str, name: str) -> str:
     """A model's setting as it is typed: --student.name, or --name."""
-    return f"--{setting(key, name).removeprefix('--')}"
+    return f"--{key}.{name}" if key else f"--{name}"
 
 
 def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
@@ -244,8 +250,9 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, vie
     name = _agreed_name(name, saved, path, key)
     kwargs = config.get("model_args", {}) if kwargs is None else kwargs
     data = _own_view(own) | view
-    arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
-    model = create_model(name, outputs, data["image_size"], arguments, read_file(path / WEIGHTS), path / WEIGHTS)
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
+    kwargs = with_size(name, data["image_size"], kwargs)
+    model = create_model(name, outputs, data["image_size"], kwargs, read_file(path / WEIGHTS), path / WEIGHTS)
     model.pretrained_cfg.update({key: value for key, value in own.items() if key != "architecture"})
     classes = config.get("label_names")
     classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
@@ -256,6 +263,7 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, vie
 def _pretrained(name: str, kwargs: Kwargs, key: str, view: dict) -> Trained:
     outputs = pretrained_outputs(name, key)
     data = _own_view(_own_config(name)) | view
+    kwargs = with_size(known_name(name), data["image_size"], kwargs)
     model = download(name, outputs, data["image_size"], kwargs, key)
     found = Trained(model, known_name(name), kwargs, View(**data), None, f"timm's {name}")
     return _with_guessed_classes(found)

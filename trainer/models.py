@@ -242,10 +242,7 @@ def create_model(
       UserError: an unknown model or argument, or weights that do not fit.
     """
     name = known_name(name)
-    config = timm.get_pretrained_cfg(name)
-    kwargs = {"num_classes": num_classes, **kwargs}
-    if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
-        kwargs.setdefault("img_size", image_size)
+    kwargs = {"num_classes": num_classes, **with_size(name, image_size, kwargs)}
     if weights is not None:
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
         pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -267,6 +264,14 @@ def create_model(
         ) from error
     model.pretrained_cfg.pop("state_dict", None)
     return model
+
+
+def with_size(name: str, image_size: int, kwargs: Kwargs) -> Kwargs:
+    """The arguments that a model is built with: some of timm's are built for one image size, pixels."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.fixed_input_size or config.input_size[-1] == image_size:
+        return kwargs
+    return {"img_size": image_size, **kwargs}
 
 
 def _with_new_classifier(config: StudentConfig, source: nn.Module, num_classes: int, image_size: int) -> nn.Module:
@@ -305,15 +310,6 @@ def num_outputs(name: str, weights: dict[str, torch.Tensor]) -> int | None:
     return next((len(weight) for weight in found if weight is not None), None)
 
 
-def setting(key: str, name: str) -> str:
-    """How a command line calls a setting of the model `key`: student.name, or --name where there is no key."""
-    return f"{key}.{name}" if key else f"--{name}"
-
-
-def _title(key: str) -> str:
-    return key.partition(".")[0] or "model"
-
-
 def pretrained_outputs(name: str, key: str) -> int:
     """How many classes timm's pretrained weights of a model tell apart.
 
@@ -324,10 +320,7 @@ def pretrained_outputs(name: str, key: str) -> int:
     """
     source = timm.get_pretrained_cfg(known_name(name))
     if source is None or not source.has_weights:
-        raise UserError(
-            f"{_title(key)} '{name}': timm has no pretrained weights for it. Give its weights with "
-            f"{setting(key, 'checkpoint')} FILE"
-        )
+        raise UserError(f"{_owner(key)} '{name}': timm has no pretrained weights for it. {_give_weights(key)}")
     return source.num_classes
 
 
@@ -335,7 +328,7 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     """A model with timm's pretrained weights.
 
     Args:
-      key: of the model in the configuration: student, teacher, teacher.others; "" for a program of one model.
+      key: of the model in the configuration: student, teacher, teacher.others; "" where it is in none.
     Raises:
       UserError: they cannot be downloaded.
     """
@@ -346,6 +339,13 @@ def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: 
     except Exception as error:  # whatever the download library raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{_title(key)} '{name}': its weights cannot be downloaded ({reason[0]}). Give its weights with "
-            f"{setting(key, 'checkpoint')} FILE"
+            f"{_owner(key)} '{name}': its weights cannot be downloaded ({reason[0]}). {_give_weights(key)}"
         ) from error
+
+
+def _owner(key: str) -> str:
+    return key.partition(".")[0] or "model"
+
+
+def _give_weights(key: str) -> str:
+    return f"Give its weights with {key}.checkpoint FILE" if key else "Give a file or folder with its weights instead"

@@ -1,0 +1,155 @@
+"""A trained model as files that others load: for timm and Hugging Face's hub, as ONNX, as torch.export's program.
+
+    python tools/export.py MODEL OUT [--onnx] [--torch-export] [--fold] [--evaluation FILE]
+
+MODEL is a checkpoint, a run's folder, a folder exported before, or timm's name of a model with pretrained weights.
+OUT is made in full or not at all, and what is in it has been loaded again and compared with the model.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import nn
+
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import making
+from tools.exporting.card import CARD, ONNX, PROGRAM, card, read_evaluation
+from tools.exporting.onnx_file import OPSET, TOLERANCE, export_onnx, largest_difference, onnx_runtime, require_onnx
+from tools.exporting.timm_folder import noise, write_folder
+from tools.exporting.torch_file import export_program, torch_program
+from trainer.folding import fold_batch_norms
+from trainer.inference import CONFIG, KINDS, WEIGHTS, Trained, load_named
+
+_CHECKED = 3  # images at once, beside one alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file that holds a model's computation beside its weights.
+
+    Attributes:
+      title: what it is, for people.
+      write: the model as a file of this format, with images of its size.
+      read: the model of a file, from images to logits.
+    """
+
+    title: str
+    write: Callable[[nn.Module, torch.Tensor, Path], None]
+    read: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+
+
+FORMATS = {
+    ONNX: Format(f"ONNX, opset {OPSET}", export_onnx, onnx_runtime),
+    PROGRAM: Format("torch.export's program", export_program, torch_program),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
+    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the averaged ones)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the outputs, one on a line")
+    parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
+    parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
+    parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        with exit_on_user_error():
+            refuse_options(options)
+            wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
+            trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
+            files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{trained.name} from {trained.source} is exported to {options.out}")
+    for file, what in files.items():
+        print(f"  {file}: {what}")
+
+
+def refuse_options(options: argparse.Namespace) -> None:
+    """Raise a UserError about what could only fail after the model is loaded."""
+    out = options.out
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"{out}: {out.parent} is not a folder. Make it, or name another")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already. Name a new folder, or remove this one")
+    if options.fold and not (options.onnx or options.torch_export):
+        raise UserError(f"--fold changes {ONNX} and {PROGRAM} alone. Add --onnx or --torch-export")
+    if options.onnx:
+        require_onnx()
+
+
+def export(
+    trained: Trained, out: Path, wanted: list[str], *, fold: bool = False, evaluation: Path | None = None
+) -> dict[str, str]:
+    """Make the folder `out`, all of it or nothing.
+
+    Args:
+      wanted: keys of FORMATS.
+      fold: BatchNorm is folded into the convolutions before it, in these.
+      evaluation: file with the accuracy, for the card.
+    Returns:
+      what each file is, by its name.
+    Raises:
+      UserError: a file cannot be made, or is not the model when it is loaded again.
+    """
+    report = read_evaluation(evaluation, trained) if evaluation else None
+    try:
+        with making(out.resolve()) as folder:
+            write_folder(trained, folder)
+            files = {
+                WEIGHTS: "the weights, float32; timm gives the same logits with them, bit by bit",
+                CONFIG: "architecture, names of the outputs, what the model sees of an image",
+                **computations(trained, folder, wanted, fold=fold),
+            }
+            (folder / CARD).write_text(card(trained, files, report), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}). Make room, or name another") from error
+    return {**files, CARD: "the model card"}
+
+
+def computations(trained: Trained, folder: Path, wanted: list[str], *, fold: bool) -> dict[str, str]:
+    """Write the formats of `export`, compare each with the model, and say what each file is."""
+    if not wanted:
+        return {}
+    images = noise(trained, _CHECKED)
+    model, folded = folded_copy(trained, images) if fold else (trained.model, "")
+    files = {}
+    for file in wanted:
+        FORMATS[file].write(model, images, folder / file)
+        difference = largest_difference(trained.model, FORMATS[file].read(folder / file), images)
+        if not difference.is_small:
+            raise UserError(
+                f"{file}: its logits are off by up to {difference}, more than {TOLERANCE:g} of it. Leave this file out"
+                f"{' or try without --fold' if fold else ''}"
+            )
+        files[file] = f"{FORMATS[file].title}{folded}; its logits are off by up to {difference}"
+    return files
+
+
+def folded_copy(trained: Trained, images: torch.Tensor) -> tuple[nn.Module, str]:
+    """A copy of the model without the BatchNorms that can be folded, and words about it."""
+    model = copy.deepcopy(trained.model)
+    try:
+        count = fold_batch_norms(model, images)
+    except RuntimeError as error:
+        raise UserError(f"{trained.source}: {error}. Export it without --fold") from error
+    return model, f", {count} BatchNorms folded" if count else ", no BatchNorm that could be folded"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Models as ONNX files for any number of images, and how far another runtime's logits are from PyTorch's."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from pipelines.errors import UserError
+
+OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
+TOLERANCE = 1e-4  # of Difference.relative
+IMAGES, LOGITS = "images", "logits"  # names of the file's input and output
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+Runnable = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one model's logits are from another's.
+
+    Attributes:
+      absolute: the largest difference of a logit; NaN if a logit is.
+      largest: the largest absolute value among the reference's logits.
+    """
+
+    absolute: float
+    largest: float
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest logit."""
+        return self.absolute / (self.largest or 1.0)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it may be rounding; False for NaN."""
+        return self.relative <= TOLERANCE
+
+    def __str__(self) -> str:
+        return f"{self.absolute:.2g}, {self.relative:.2g} of the largest logit"
+
+
+@torch.no_grad()
+def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Write a model with torch's exporter: input `images` float32 [batch, 3, S, S], output `logits` [batch, classes].
+
+    The batch is open, the size of the images is not. Weights above 2 GB lie in a second file beside the first.
+
+    Args:
+      model: on the CPU in evaluation mode; it stays as it is.
+      images: float32 [B, 3, S, S], normalised or noise; only the shape matters.
+    Raises:
+      UserError: packages are missing, or the model cannot be exported.
+    """
+    require_onnx()
+    with quiet(), in_one_line("exported to ONNX"):
+        torch.onnx.export(
+            model,
+            (two_or_more(images),),
+            path,
+            input_names=[IMAGES],
+            output_names=[LOGITS],
+            opset_version=OPSET,
+            dynamic_shapes=({0: Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def onnx_runtime(path: Path) -> Runnable:
+    """The model of an ONNX file in onnxruntime on the CPU, from tensors to tensors."""
+    require_onnx()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([LOGITS], {IMAGES: images.numpy()})[0])
+
+
+@torch.no_grad()
+def largest_difference(reference: Runnable, other: Runnable, images: torch.Tensor) -> Difference:
+    """Between the logits of two models, for the first image alone and for all images at once.
+
+    Args:
+      images: float32 [B, 3, S, S], as both models take them.
+    """
+    absolute, largest = torch.tensor(0.0), torch.tensor(0.0)
+    for batch in (images[:1], images):
+        expected = reference(batch)
+        absolute = torch.maximum(absolute, (other(batch) - expected).abs().max())
+        largest = torch.maximum(largest, expected.abs().max())
+    return Difference(absolute.item(), largest.item())
+
+
+def require_onnx() -> None:
+    """Raise a UserError if a package that ONNX needs is missing, or this torch is too old for it."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}, not installed here. Run: pip install -e '.[export]'")
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise UserError(f"torch {torch.__version__} lacks the exporter to ONNX that is used. Install 2.6 or newer")
+
+
+def two_or_more(images: torch.Tensor) -> torch.Tensor:
+    """The same images, or one of them twice: torch.export takes a batch of one for a batch that is always one."""
+    return images if len(images) > 1 else images.expand(2, -1, -1, -1).contiguous()
+
+
+@contextlib.contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Turns what an exporter raises, pages long, into a UserError of one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # torch's exporters raise errors of many kinds
+        while (cause := error.__cause__) is not None:  # the exporter's own error says what to report, its cause why
+            error = cause
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        raise UserError(
+            f"the model cannot be {what}: {type(error).__name__}: {lines[0][:200]}. Leave this file out, or "
+            "use another model"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporters tell their own developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

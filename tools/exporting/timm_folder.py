@@ -1,0 +1,114 @@
+"""Weights and configuration as timm itself loads them, from a folder or from Hugging Face's hub."""
+
+import json
+import re
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save
+from timm.layers import to_2tuple
+from torch import nn
+
+from pipelines.errors import UserError
+from trainer.config import DataConfig
+from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions
+from trainer.models import preprocessing
+
+OLDEST_TIMM = (1, 0, 16)  # that knows "local-dir:"
+# What of timm's own configuration of a model is about the architecture, not about the weights that timm has for it.
+_OF_ARCHITECTURE = ("first_conv", "classifier", "min_input_size")
+
+
+def write_folder(trained: Trained, folder: Path) -> None:
+    """Write model.safetensors and config.json into a folder, and see that timm makes the same model of them.
+
+    Raises:
+      UserError: timm is too old, or makes another model of the files.
+    """
+    # clones: tensors that share memory, which the format does not have, become independent
+    tensors = {name: value.detach().clone().contiguous() for name, value in trained.model.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(hub_config(trained), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _refuse_other(trained, folder)
+
+
+def hub_config(trained: Trained) -> dict:
+    """What config.json holds; timm.models.save_config_for_hf has the meaning of the keys.
+
+    Written here and not by that function, which in older versions keeps what timm's own weights are evaluated with.
+    """
+    own, size = trained.model.pretrained_cfg, _built_for(trained)
+    arguments = dict(trained.kwargs)
+    if own.get("fixed_input_size") and size != to_2tuple(trained.view.image_size):
+        arguments.setdefault("img_size", size[0])
+    adapts = arguments.get("dynamic_img_size") or not arguments.get("strict_img_size", True)
+    config = {
+        "architecture": trained.name.partition(".")[0],
+        "num_classes": trained.num_outputs,
+        "weights": trained.weights,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            **{key: own[key] for key in _OF_ARCHITECTURE if own.get(key) is not None},
+            **_pixels(trained),
+            "input_size": [3, *size],
+            "fixed_input_size": bool(own.get("fixed_input_size")) and not adapts,
+            "pool_size": None,
+            "num_classes": trained.num_outputs,
+        },
+    }
+    return {**config, **_labels(trained)}
+
+
+def _pixels(trained: Trained) -> dict:
+    view, expects = trained.view, preprocessing(trained.model)
+    return {
+        "test_input_size": [3, view.image_size, view.image_size],
+        "interpolation": view.interpolation,
+        "crop_pct": view.crop_pct,
+        "crop_mode": view.crop_mode,
+        "mean": list(expects.mean),
+        "std": list(expects.std),
+    }
+
+
+def _labels(trained: Trained) -> dict:
+    """Names of the outputs and words for them; nothing if they were guessed, which timm does itself."""
+    if trained.classes is None or trained.classes_guessed:
+        return {}
+    words = dict(zip(trained.classes, descriptions(trained.classes), strict=True))
+    described = any(name != word for name, word in words.items())
+    return {"label_names": trained.classes, **({"label_descriptions": words} if described else {})}
+
+
+def _built_for(trained: Trained) -> tuple[int, int]:
+    """The image size that the model was built for or trained with, pixels: a hint for whoever trains it further."""
+    if size := trained.kwargs.get("img_size"):
+        return to_2tuple(size)
+    if trained.origin:
+        return to_2tuple(DataConfig(image_size=trained.origin["config"]["data"]["image_size"]).train_sizes[-1])
+    return tuple(trained.model.pretrained_cfg["input_size"][1:])
+
+
+def timm_model(folder: Path) -> nn.Module:
+    """The model of a folder as timm alone makes it, in evaluation mode."""
+    version = tuple(map(int, re.findall(r"\d+", timm.__version__)[:3]))
+    if version < OLDEST_TIMM:
+        raise UserError(
+            f"timm {timm.__version__} does not load folders, and what is exported is tried. Run: pip install "
+            f"'timm>={'.'.join(map(str, OLDEST_TIMM))}'"
+        )
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@torch.no_grad()
+def _refuse_other(trained: Trained, folder: Path) -> None:
+    images = noise(trained, 2)
+    if not torch.equal(timm_model(folder)(images), trained.model(images)):
+        raise UserError(f"{trained.source}: timm makes a model with other logits of the exported files. Report this")
+
+
+def noise(trained: Trained, count: int) -> torch.Tensor:
+    """Images of a model's size, float32 [count, 3, S, S], like normalised pixels; the same ones each time."""
+    size = trained.view.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
