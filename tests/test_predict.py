@@ -294,6 +294,14 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
     assert words["n01440764"].startswith("tench") and words["class 4"] == "class 4"
 
 
+def test_a_model_that_gives_no_numbers_is_told_in_each_row(tiny_run, digits_folder, tmp_path):
+    weights = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)["state_dict"]
+    torch.save({**weights, "fc.bias": torch.full((10,), float("inf"))}, tmp_path / "broken.pth")
+    image = next((digits_folder / "val").rglob("*.jpg"))
+    (row,) = predicted(tmp_path / "broken.pth", image, "--name", "test_resnet")
+    assert row == {"file": str(image), "error": "the model's outputs are not finite", "top": []}
+
+
 def test_what_cannot_be_done_is_one_line_and_no_output_is_touched(tiny_run, digits_folder, tmp_path, capsys):
     image, out = next((digits_folder / "val").rglob("*.jpg")), tmp_path / "out.csv"
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
