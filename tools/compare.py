@@ -25,7 +25,7 @@ from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import write_synced
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.comparing import charts, results
-from tools.comparing.backends import BACKENDS, Backend, choose_backends
+from tools.comparing.backends import BACKENDS, EXTRA, Backend, choose_backends
 from tools.comparing.contenders import Contender, choose
 from tools.comparing.measuring import Measured, Plan, Prepared, measure, pieces
 from tools.opening import first_device
@@ -73,8 +73,10 @@ def compare(options: argparse.Namespace) -> None:
     """
     plan = _plan(options)
     backends, remarks = choose_backends(options.backends, plan.device)
-    _refuse_unwritable(options.out)
+    if not _has_plotly():
+        remarks.append(f"{_NAME}.html is left out: plotly is not installed. Run: {EXTRA}")
     models = choose(options.models, options.accuracy)
+    _refuse_unwritable(options.out)
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
@@ -120,20 +122,26 @@ def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan)
 def write(out: Path, rows: list[dict], remarks: list[str], plan: Plan) -> list[str]:
     """The files into a folder, and their names; pictures of a former comparison that have no successor are removed."""
     on = _machine_in_words(plan)
+    drawn = charts.plotted(rows)
     files = {
-        f"{_NAME}.csv": results.as_csv(rows).encode(),
-        f"{_NAME}.json": (json.dumps(_everything(rows, remarks, plan), indent=1) + "\n").encode(),
+        ".csv": lambda: results.as_csv(rows).encode(),
+        ".json": lambda: (json.dumps(_everything(rows, remarks, plan), indent=1) + "\n").encode(),
+        ".png": lambda: charts.picture(rows, on) if drawn else None,
+        ".html": lambda: charts.page(rows, on).encode() if drawn and _has_plotly() else None,
     }
-    if charts.plotted(rows):
-        files[f"{_NAME}.png"] = charts.picture(rows, on)
-        if importlib.util.find_spec("plotly"):
-            files[f"{_NAME}.html"] = charts.page(rows, on).encode()
-    for name, content in files.items():
-        write_synced(out / name, content)
-    for suffix in (".png", ".html"):
-        if f"{_NAME}{suffix}" not in files:
-            (out / f"{_NAME}{suffix}").unlink(missing_ok=True)
-    return list(files)
+    written = []
+    for suffix, content in files.items():  # the numbers first: nothing that befalls a picture takes them away
+        path = out / f"{_NAME}{suffix}"
+        if (made := content()) is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_synced(path, made)
+            written.append(path.name)
+    return written
+
+
+def _has_plotly() -> bool:
+    return importlib.util.find_spec("plotly") is not None
 
 
 def _everything(rows: list[dict], remarks: list[str], plan: Plan) -> dict:

@@ -298,13 +298,13 @@ class Backend:
         return not self.package or importlib.util.find_spec(self.package) is not None
 
 
-_EXTRA = "pip install -e '.[compare]'"
+EXTRA = "pip install -e '.[compare]'"
 _COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("openvino", ("cpu",), OpenVinoSession, "openvino", _EXTRA, OPENVINO, ("openvino",)),
-        Backend("onnxruntime", ("cpu",), OnnxRuntimeSession, "onnxruntime", _EXTRA, ONNX, ("onnxruntime",)),
+        Backend("openvino", ("cpu",), OpenVinoSession, "openvino", EXTRA, OPENVINO, ("openvino",)),
+        Backend("onnxruntime", ("cpu",), OnnxRuntimeSession, "onnxruntime", EXTRA, ONNX, ("onnxruntime",)),
         Backend("tensorrt", ("cuda",), TensorRtSession, "tensorrt", "pip install tensorrt", HALF_ONNX, ("tensorrt",)),
         Backend("compiled", ("cuda", "cpu"), compiled_session, preload=_COMPILER),
         Backend("eager", ("cuda", "cpu"), TorchSession),

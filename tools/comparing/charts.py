@@ -5,12 +5,14 @@ import io
 from collections.abc import Sequence
 from pathlib import PurePath
 
+import numpy as np
+
 from tools.comparing.results import by_backend, how
 
 # Okabe and Ito, Color Universal Design (2008)
 _FRONT, _OTHER = "#D55E00", "#0072B2"
 _SPEED, _ACCURACY = "images/s (logarithmic)", "top-1 accuracy, %"
-_LEGEND = {False: "measured with this trainer, or given", True: "published by the paper"}
+_LEGEND = {False: "given with --accuracy", True: "published by the paper"}
 _PLACES = [  # of a label, in points from its marker: offset, horizontal and vertical alignment
     ((7, 0), "left", "center"),
     ((-7, 0), "right", "center"),
@@ -20,11 +22,12 @@ _PLACES = [  # of a label, in points from its marker: offset, horizontal and ver
     ((-6, 6), "right", "bottom"),
     ((6, -6), "left", "top"),
     ((-6, -6), "right", "top"),
-    ((14, 14), "left", "bottom"),
-    ((-14, -14), "right", "top"),
-    ((14, -14), "left", "top"),
-    ((-14, 14), "right", "bottom"),
+    ((16, 16), "left", "bottom"),
+    ((-16, -16), "right", "top"),
+    ((16, -16), "left", "top"),
+    ((-16, 16), "right", "bottom"),
 ]
+_FAR = [offset for offset, _, _ in _PLACES[8:]]  # a line leads there
 
 
 def plotted(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -44,17 +47,20 @@ def picture(rows: Sequence[dict], machine: str) -> bytes:
     Args:
       machine: in words, for the title.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window, no state, drawn by Agg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
 
     groups = plotted(rows)
     figure = Figure(figsize=(8, 0.9 + 4.6 * len(groups)), dpi=160, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(f"Accuracy and speed on {machine}", x=0.02, ha="left", fontsize=12, fontweight="bold")
     panels = figure.subplots(len(groups), squeeze=False)[:, 0]
     for axes, (backend, mine) in zip(panels, groups.items(), strict=True):
         _draw(axes, backend, mine)
     _add_legend(figure, [row for mine in groups.values() for row in mine])
-    figure.draw_without_rendering()  # settles the layout: labels are placed in pixels
+    canvas.draw()  # settles the layout: labels are placed in pixels
+    figure.set_layout_engine("none")
     for axes, mine in zip(panels, groups.values(), strict=True):
         _label(axes, mine)
     file = io.BytesIO()
@@ -86,7 +92,7 @@ def _draw(axes, backend: str, rows: list[dict]) -> None:
     axes.xaxis.set_minor_formatter(_minor_tick)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
-    axes.tick_params(which="both", color="0.6", labelcolor="0.25", labelsize=8)
+    axes.tick_params(which="both", color="0.6", labelcolor="0.25", labelsize=8, length=3, pad=3)
     axes.set_axisbelow(True)
 
 
@@ -100,12 +106,14 @@ def _front(rows: list[dict]) -> list[dict]:
 
 
 def _label(axes, rows: list[dict]) -> None:
-    """Each model's name where it hides no marker and no other name, as far as there is such a place."""
+    """Each model's name where it hides no marker, line or other name, as far as there is such a place."""
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()
     points = axes.transData.transform([(row["images_per_s"], row["top1"]) for row in rows])
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in points]
+    line = axes.transData.transform([(row["images_per_s"], row["top1"]) for row in _front(rows)])
+    taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in _along(line)]
     inside = axes.get_window_extent(renderer)
     for row in sorted(rows, key=lambda row: not row["on_front"]):
         best = None
@@ -119,6 +127,7 @@ def _label(axes, rows: list[dict]) -> None:
                 va=vertical,
                 fontsize=8,
                 color=_FRONT if row["on_front"] else "0.25",
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7} if offset in _FAR else None,
             )
             box = text.get_window_extent(renderer)
             cost = sum(_overlap(box, other) for other in taken) + box.width * box.height - _overlap(box, inside)
@@ -131,6 +140,12 @@ def _label(axes, rows: list[dict]) -> None:
             if cost <= 0:
                 break
         taken.append(best[2])
+
+
+def _along(corners: np.ndarray) -> np.ndarray:
+    """Points of a line a few pixels apart: [n, 2] of its corners [m, 2]."""
+    steps = np.linspace(0, 1, 100)[:, None]
+    return np.concatenate([a + steps * (b - a) for a, b in zip(corners, corners[1:], strict=False)] or [corners])
 
 
 def _overlap(a, b) -> float:
@@ -172,15 +187,16 @@ def page(rows: Sequence[dict], machine: str) -> str:
     place = {"direction": "down", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "showactive": True}
     figure.update_layout(
         title={"text": f"Accuracy and speed on {html.escape(machine)}", "x": 0.01},
-        xaxis={"type": "log", "title": _SPEED, "dtick": "D2"},
+        xaxis={"type": "log", "title": _SPEED, "tickvals": [m * 10.0**e for e in range(-2, 7) for m in (1, 2, 5)]},
         yaxis={"title": _ACCURACY},
         updatemenus=[{"buttons": buttons, **place}],
         legend={"orientation": "h", "y": -0.12},
-        margin={"t": 120},
+        margin={"t": 120, "r": 170},  # names begin at the last point
         template="plotly_white",
         hoverlabel={"align": "left"},
     )
-    return figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
+    shown = {"displaylogo": False, "responsive": True}
+    return figure.to_html(include_plotlyjs=True, full_html=True, default_height="90vh", config=shown)
 
 
 def _traces(rows: list[dict]) -> list[dict]:
@@ -206,7 +222,8 @@ def _traces(rows: list[dict]) -> list[dict]:
                 "y": [row["top1"] for row in mine],
                 "mode": "markers+text",
                 "text": [html.escape(short(row["model"])) if row["on_front"] else "" for row in mine],
-                "textposition": "top center",
+                "textposition": "top right",
+                "cliponaxis": False,
                 "marker": {"symbol": shape, "size": 11, "color": colors, "line": {"width": 2, "color": colors}},
                 "name": _LEGEND[published],
                 "hovertext": [_hover(row) for row in mine],
