@@ -26,6 +26,8 @@ _PLACES = [  # of a label, in points from its marker: offset, horizontal and ver
     ((-16, -16), "right", "top"),
     ((16, -16), "left", "top"),
     ((-16, 16), "right", "bottom"),
+    ((0, 24), "center", "bottom"),
+    ((0, -24), "center", "top"),
 ]
 _FAR = [offset for offset, _, _ in _PLACES[8:]]  # a line leads there
 
@@ -107,6 +109,7 @@ def _front(rows: list[dict]) -> list[dict]:
 
 def _label(axes, rows: list[dict]) -> None:
     """Each model's name where it hides no marker, line or other name, as far as there is such a place."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()
@@ -127,9 +130,10 @@ def _label(axes, rows: list[dict]) -> None:
                 va=vertical,
                 fontsize=8,
                 color=_FRONT if row["on_front"] else "0.25",
-                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7} if offset in _FAR else None,
+                arrowprops=_line_to(horizontal, vertical) if offset in _FAR else None,
             )
-            box = text.get_window_extent(renderer)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the line that may lead there
             cost = sum(_overlap(box, other) for other in taken) + box.width * box.height - _overlap(box, inside)
             if best is None or cost < best[0]:
                 if best:
@@ -140,6 +144,12 @@ def _label(axes, rows: list[dict]) -> None:
             if cost <= 0:
                 break
         taken.append(best[2])
+
+
+def _line_to(horizontal: str, vertical: str) -> dict:
+    """A line from a marker to the near end of its name."""
+    end = ({"left": 0, "center": 0.5, "right": 1}[horizontal], {"bottom": 0, "top": 1}[vertical])
+    return {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "relpos": end}
 
 
 def _along(corners: np.ndarray) -> np.ndarray:
