@@ -73,6 +73,13 @@ def test_noise_that_hides_the_difference_makes_a_tie_and_many_rounds_resolve_it(
     assert ranking.told_apart(turns(110, 400, 0.1), turns(100, 400, 0.1, seed=1))
 
 
+def test_no_step_in_the_order_is_one_that_was_not_seen():
+    """b is told apart from neither a nor c, which differ: all three share a rank, and none is above another."""
+    speeds = {"a": turns(104), "b": turns(102), "c": turns(100), "d": turns(90)}
+    assert ranking.told_apart(speeds["a"], speeds["c"])
+    assert ranking.ranked(speeds) == {"a": 1, "b": 1, "c": 1, "d": 4}
+
+
 def test_the_confidence_interval_of_a_median_leaves_out_what_the_tables_say():
     assert [ranking._skipped(rounds) for rounds in (1, 5, 6, 9, 15, 25)] == [0, 0, 0, 1, 3, 7]
 
@@ -334,7 +341,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_what_is_asked_when_hove
         "resnet50",
         "100.0 images",
         "25.50 M parameters",
-        "4.10 GMACs",
+        "4.100 GMACs",
         "top-1 80 %",
         "published by the paper",
     ):
@@ -361,9 +368,10 @@ def test_ties_and_a_noisy_machine_are_said():
 
 
 def test_models_that_cannot_be_told_apart_count_as_equally_fast_on_the_front():
-    rows = [row("a", top1=79.0), row("b", top1=80.0), row("c", rank=3, top1=None)]
-    results._mark_front(rows)
-    assert [each["on_front"] for each in rows] == [False, True, None]
+    speeds = {"a": 101, "b": 100, "c": 150}
+    rows = [row(name, turns_images_per_s=turns(speed), top1=79.0 + (name == "b")) for name, speed in speeds.items()]
+    results._mark_front([*rows, without := row("d", top1=None)])
+    assert [each["on_front"] for each in [*rows, without]] == [False, True, True, None]
 
 
 def test_a_former_picture_does_not_stay_beside_numbers_without_accuracies(tmp_path):

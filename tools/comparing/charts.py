@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -87,7 +88,10 @@ def _draw(axes, backend: str, rows: list[dict]) -> None:
             zorder=3,
         )
     axes.set_xscale("log")
-    axes.margins(x=0.14, y=0.12)
+    axes.set_xlim(*_speeds_shown(rows))
+    accuracies = [row["top1"] for row in rows]
+    margin = max(0.5, 0.12 * (max(accuracies) - min(accuracies)))
+    axes.set_ylim(min(accuracies) - margin, max(accuracies) + margin)
     axes.set_xlabel(_SPEED)
     axes.set_ylabel(_ACCURACY)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -96,6 +100,13 @@ def _draw(axes, backend: str, rows: list[dict]) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.tick_params(which="both", color="0.6", labelcolor="0.25", labelsize=8, length=3, pad=3)
     axes.set_axisbelow(True)
+
+
+def _speeds_shown(rows: list[dict]) -> tuple[float, float]:
+    """The ends of the axis, images/s: far enough apart for one of 1, 2 and 5 of a decade, and for names."""
+    speeds = [row["images_per_s"] for row in rows]
+    factor = max((max(speeds) / min(speeds)) ** 0.14, (4 * min(speeds) / max(speeds)) ** 0.5)
+    return min(speeds) / factor, max(speeds) * factor
 
 
 def _minor_tick(value: float, _) -> str:
@@ -190,14 +201,19 @@ def page(rows: Sequence[dict], machine: str) -> str:
         {
             "label": f"{html.escape(backend)}: {how(mine)}",
             "method": "update",
-            "args": [{"visible": [backend == other for other in of_trace]}],
+            "args": [{"visible": [backend == other for other in of_trace]}, {"xaxis.range": _powers(mine)}],
         }
         for backend, mine in groups.items()
     ]
     place = {"direction": "down", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "showactive": True}
     figure.update_layout(
         title={"text": f"Accuracy and speed on {html.escape(machine)}", "x": 0.01},
-        xaxis={"type": "log", "title": _SPEED, "tickvals": [m * 10.0**e for e in range(-2, 7) for m in (1, 2, 5)]},
+        xaxis={
+            "type": "log",
+            "title": _SPEED,
+            "range": _powers(next(iter(groups.values()))),
+            "tickvals": [m * 10.0**e for e in range(-2, 7) for m in (1, 2, 5)],
+        },
         yaxis={"title": _ACCURACY},
         updatemenus=[{"buttons": buttons, **place}],
         legend={"orientation": "h", "y": -0.12},
@@ -207,6 +223,11 @@ def page(rows: Sequence[dict], machine: str) -> str:
     )
     shown = {"displaylogo": False, "responsive": True}
     return figure.to_html(include_plotlyjs=True, full_html=True, default_height="90vh", config=shown)
+
+
+def _powers(rows: list[dict]) -> list[float]:
+    """`_speeds_shown` as plotly has it for a logarithmic axis."""
+    return [math.log10(speed) for speed in _speeds_shown(rows)]
 
 
 def _traces(rows: list[dict]) -> list[dict]:
@@ -249,5 +270,5 @@ def _hover(row: dict) -> str:
         f"<b>{html.escape(row['model'])}</b><br>top-1 {row['top1']:g} % ({html.escape(row['top1_from'])})"
         f"<br>{row['images_per_s']:,.1f} images/s ({row['min']:,.1f} to {row['max']:,.1f})"
         f"<br>{row['latency_ms']:.2f} ms for one image<br>{row['parameters_m']:.2f} M parameters"
-        f"<br>{row['gmacs']:.2f} GMACs at {row['image_size']} px<br>{row['peak_memory_mib']:,.0f} MiB at most{front}"
+        f"<br>{row['gmacs']:.3f} GMACs at {row['image_size']} px<br>{row['peak_memory_mib']:,.0f} MiB at most{front}"
     )

@@ -4,8 +4,10 @@ A shared machine's speed drifts by more than models differ. So models take turns
 its round, and medians over the rounds pass over what disturbed single turns.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,16 +34,19 @@ def spread(turns: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def told_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether one model's speed surely differs from another's by more than MARGIN.
+def surely_faster(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the model with turns `a` is faster than that with turns `b`, by more than MARGIN.
 
     That is where the confidence interval of the median ratio of turns of the same round lies beyond it. Fewer than six
     rounds give no such interval: there all ratios must lie beyond.
     """
     ratios = np.sort(np.log(np.array(a) / np.array(b)))
-    skip = _skipped(len(ratios))
-    low, high = ratios[skip], ratios[-1 - skip]
-    return bool(low > math.log1p(MARGIN) or high < -math.log1p(MARGIN))
+    return bool(ratios[_skipped(len(ratios))] > math.log1p(MARGIN))
+
+
+def told_apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether one of two models is surely faster."""
+    return surely_faster(a, b) or surely_faster(b, a)
 
 
 def _skipped(rounds: int) -> int:
@@ -59,20 +64,23 @@ def _skipped(rounds: int) -> int:
 def ranked(speeds: Speeds) -> dict[str, int]:
     """Models from fast to slow with their ranks: 1, 2, 2, 4 where the second and third cannot be told apart.
 
-    A model shares the rank of the one before unless it is told apart from the first with that rank. Models of a rank
-    are in the order of their names.
+    A model has a lower rank only if it is told apart from every model above, so each step in the order is one that was
+    seen. Models of a rank are in the order of their names.
     """
     usual = typical(speeds)
     groups: list[list[str]] = []
     for name in sorted(speeds, key=lambda name: -usual[name]):
-        if groups and not told_apart(speeds[groups[-1][0]], speeds[name]):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        tied = [number for number, group in enumerate(groups) if not _all_told_apart(speeds, group, name)]
+        first = min(tied, default=len(groups))
+        groups[first:] = [[*itertools.chain(*groups[first:]), name]]
     ranks: dict[str, int] = {}
     for group in groups:
         ranks |= dict.fromkeys(sorted(group), len(ranks) + 1)
     return ranks
+
+
+def _all_told_apart(speeds: Speeds, group: Sequence[str], name: str) -> bool:
+    return all(told_apart(speeds[other], speeds[name]) for other in group)
 
 
 def order_line(ranks: Mapping[str, int]) -> str:
@@ -82,14 +90,16 @@ def order_line(ranks: Mapping[str, int]) -> str:
     return " ".join(word for pair in zip(names, [*signs, ""], strict=True) for word in pair).rstrip()
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points are on the front: no other is at least as good in both coordinates and better in one.
+def pareto_front(points: Sequence[tuple], is_faster: Callable = operator.gt) -> list[bool]:
+    """Which points are on the front: no other is at least as accurate and at least as fast, and better in one.
 
     Args:
-      points: two coordinates each, of which more is better. Equal points are on the front together, or not at all.
+      points: accuracy and speed. Equal points are on the front together, or not at all.
+      is_faster: whether one speed is more than another; those of which neither is are equally fast.
     """
-    return [not any(_dominates(other, point) for other in points) for point in points]
 
+    def dominates(a: tuple, b: tuple) -> bool:
+        better = a[0] > b[0] or is_faster(a[1], b[1])
+        return better and a[0] >= b[0] and not is_faster(b[1], a[1])
 
-def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a[0] >= b[0] and a[1] >= b[1] and a != b
+    return [not any(dominates(other, point) for other in points) for point in points]

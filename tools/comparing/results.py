@@ -25,7 +25,7 @@ _COLUMNS = {  # key of a row -> heading, decimals
     "latency_ms": ("latency ms", 2),
     "peak_memory_mib": ("peak MiB", 0),
     "parameters_m": ("params M", 2),
-    "gmacs": ("GMACs", 2),
+    "gmacs": ("GMACs", 3),
     "image_size": ("px", 0),
 }
 _PAPERS = "*"  # marks the paper's accuracies
@@ -102,7 +102,7 @@ def _numbers(row: Measured, images_per_s: float, latency_s: float) -> dict:
 def _mark_front(rows: list[dict]) -> None:
     """Models that cannot be told apart count as equally fast."""
     known = [row for row in rows if row["top1"] is not None]
-    front = ranking.pareto_front([(row["top1"], -row["rank"]) for row in known])
+    front = ranking.pareto_front([(row["top1"], row["turns_images_per_s"]) for row in known], ranking.surely_faster)
     for row in rows:
         row["on_front"] = None
     for row, is_on in zip(known, front, strict=True):
