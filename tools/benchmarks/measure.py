@@ -5,7 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,8 +70,8 @@ def speeds(images: int, times: list[float], digits: int | None = None) -> dict:
     return {name: round(images / seconds, digits) for name, seconds in found.items()}
 
 
-def machine() -> dict:
-    """What a number depends on."""
+def machine(packages: Sequence[str] = ()) -> dict:
+    """What a number depends on: `packages` are versions to be told besides the usual ones."""
     dali = next((name for name in _DALI if _version(name) != _NOT_INSTALLED), _DALI[0])
     return {
         "cpu": _cpu(),
@@ -79,7 +79,7 @@ def machine() -> dict:
         "gpu": _gpu(),
         **_gpu_versions(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in (*_PACKAGES, dali)},
+        **{name: _version(name) for name in (*_PACKAGES, dali, *packages)},
     }
 
 

@@ -48,7 +48,7 @@ def run_jobs(
     processes, idle, busy = [], [], set()
     try:
         with _telling_lost_workers():
-            context = _context()
+            context = forkserver_context("tools.sharding.job")
             for number in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
                 idle.append(ours)
@@ -88,10 +88,10 @@ def _telling_lost_workers() -> Iterator[None]:
         raise LostWorkerError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    """Workers are forked from a server process that has imported the converter once, and nothing else."""
+def forkserver_context(module: str) -> multiprocessing.context.BaseContext:
+    """Workers are forked from a server process that has imported a module once, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.sharding.job"])
+    context.set_forkserver_preload([module])
     # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
     # inherit that the signal is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -102,10 +102,14 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _work(connection: Connection, function: Callable, start: Callable[[int], None] | None, number: int) -> None:
-    # A worker whose parent was killed must not go on writing beside the next attempt.
+def end_with_parent() -> None:
+    """Called in a worker: it ends when its parent was killed."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait_for_handles([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _work(connection: Connection, function: Callable, start: Callable[[int], None] | None, number: int) -> None:
+    end_with_parent()  # it must not go on writing beside the next attempt
     with contextlib.suppress(EOFError, ConnectionError):  # nobody waits for a result any more
         while True:
             index, job = connection.recv()

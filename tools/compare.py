@@ -1,0 +1,166 @@
+"""Which backbone for the time there is? Models' speed on this machine, and the front of speed and accuracy.
+
+    python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends NAME ...] [--out FOLDER]
+
+MODEL is timm's name (speed does not depend on weights, which are random then), a checkpoint, a run's folder, or an
+exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python -m
+trainer.evaluate --run.json FILE`) or a CSV with columns model and top1; for timm's names otherwise from the paper, and
+are marked so. Models take turns on each backend, so that a machine whose speed drifts is unfair to none.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import write_synced
+from tools.benchmarks.measure import console, machine, num_cores
+from tools.comparing import charts, results
+from tools.comparing.backends import BACKENDS, EXTRA, Backend, choose_backends
+from tools.comparing.contenders import Contender, choose
+from tools.comparing.measuring import Measured, Plan, Prepared, measure, pieces
+from tools.opening import first_device
+
+REPEATS = 15
+_NAME = "comparison"
+_RUNTIMES = ("onnx", "onnxruntime", "openvino", "tensorrt")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    with exit_on_user_error():
+        try:
+            compare(options)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="timm's name, checkpoint, run or exported folder")
+    what = "evaluation in JSON, or CSV with columns model, top1 (percent) and perhaps image_size"
+    add("--accuracy", type=Path, nargs="+", default=[], metavar="FILE", help=what)
+    add("--backends", nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)} (default: what is installed and fast)")
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    add("--batch", type=int, metavar="N", help="images a call (default: 256 on a GPU, 4 on a CPU; OpenVINO takes 1)")
+    add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model has a turn (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(_NAME),
+        metavar="FOLDER",
+        help="for table, numbers and pictures (./%(default)s)",
+    )
+    return parser
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Choose, measure, show and write.
+
+    Raises:
+      UserError: something asked for cannot be had, or nothing could be measured.
+    """
+    plan = _plan(options)
+    backends, remarks = choose_backends(options.backends, plan.device)
+    if not _has_plotly():
+        remarks.append(f"{_NAME}.html is left out: plotly is not installed. Run: {EXTRA}")
+    models = choose(options.models, options.accuracy)
+    _refuse_unwritable(options.out)
+    screen = console()
+    for remark in remarks:
+        screen.print(remark, markup=False)
+    prepared, measured = _with_progress(models, backends, plan)
+    rows = results.rows_of(prepared, measured)
+    remarks = [*remarks, *results.notes(rows)]
+    for table in results.tables(rows):
+        screen.print(table)
+    for note in results.notes(rows):
+        screen.print(note, markup=False, highlight=False, soft_wrap=True)
+    written = write(options.out, rows, remarks, plan)
+    screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
+    if not results.by_backend(rows):
+        raise UserError(f"nothing could be measured; the first reason: {rows[0]['failed']}")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    device = options.device or first_device().type
+    if device == "cuda" and first_device().type != "cuda":
+        raise UserError("--device is cuda, and PyTorch finds no GPU here. Use --device cpu")
+    for name, least in (("repeats", 1), ("batch", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    return Plan(device, options.batch, options.repeats, num_cores())
+
+
+def _refuse_unwritable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out is {out}: no folder can be made there ({error.strerror}). Name another") from error
+
+
+def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:
+    """`measure` with a line that tells what it does, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    shown = Console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
+        task = progress.add_task("starting", total=pieces(len(models), len(backends), plan.repeats))
+        return measure(models, backends, plan, lambda done: progress.update(task, advance=1, description=done))
+
+
+def write(out: Path, rows: list[dict], remarks: list[str], plan: Plan) -> list[str]:
+    """The files into a folder, and their names; pictures of a former comparison that have no successor are removed."""
+    on = _machine_in_words(plan)
+    drawn = charts.plotted(rows)
+    files = {
+        ".csv": lambda: results.as_csv(rows).encode(),
+        ".json": lambda: (json.dumps(_everything(rows, remarks, plan), indent=1) + "\n").encode(),
+        ".png": lambda: charts.picture(rows, on) if drawn else None,
+        ".html": lambda: charts.page(rows, on).encode() if drawn and _has_plotly() else None,
+    }
+    written = []
+    for suffix, content in files.items():  # the numbers first: nothing that befalls a picture takes them away
+        path = out / f"{_NAME}{suffix}"
+        if (made := content()) is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_synced(path, made)
+            written.append(path.name)
+    return written
+
+
+def _has_plotly() -> bool:
+    return importlib.util.find_spec("plotly") is not None
+
+
+def _everything(rows: list[dict], remarks: list[str], plan: Plan) -> dict:
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": plan.device,
+        "rounds": plan.repeats,
+        "threads": plan.threads,
+        "machine": machine(_RUNTIMES),
+        "notes": remarks,
+        "rows": rows,
+    }
+
+
+def _machine_in_words(plan: Plan) -> str:
+    facts = machine()
+    return facts["gpu"] if plan.device == "cuda" else f"{facts['cpu']}, {plan.threads} cores"
+
+
+if __name__ == "__main__":
+    main()

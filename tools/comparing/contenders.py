@@ -1,0 +1,273 @@
+"""The models of a comparison: which they are, how accurate, how large, and as files that the backends read."""
+
+import contextlib
+import csv
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.errors import UserError
+from tools.exporting.onnx_file import export_onnx, quiet
+from trainer import inference
+from trainer.folding import fold_batch_norms
+from trainer.models import create_model, known_name
+
+ONNX, HALF_ONNX, OPENVINO = "model.onnx", "model-fp16.onnx", "model.xml"
+REFERENCE = "reference.pt"
+_NUM_CLASSES = 1000  # of models without weights: ImageNet's
+_IMAGE_SIZE = 224  # of those that do not say theirs
+_TIMMS = "timm's "  # begins the source of an evaluation of timm's pretrained weights
+_PAPER = "usi_paper.csv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What somebody says of a model's accuracy.
+
+    Attributes:
+      model: timm's name, or a path; source: file of weights that an evaluation was of, "" where none is named.
+      top1: percent.
+      image_size: pixels; None where it is not said.
+      said_by: the file that says it, or where it was published.
+      published: by the paper, not measured here.
+    """
+
+    model: str
+    top1: float
+    image_size: int | None
+    said_by: str
+    source: str = ""
+    published: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A model to compare.
+
+    Attributes:
+      label: what the user calls it.
+      name: timm's name of it.
+      path: of its weights; None is random ones.
+      image_size: side of its images, pixels: that of its accuracy, otherwise its own.
+    """
+
+    label: str
+    name: str
+    path: Path | None
+    image_size: int
+    accuracy: Accuracy | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What does not depend on the machine.
+
+    Attributes:
+      parameters: as trained, before folding.
+      gmacs: multiply-adds of matrix products and convolutions for an image, in 1e9.
+      folded: BatchNorms folded into convolutions.
+    """
+
+    parameters: int
+    gmacs: float
+    folded: int
+
+
+def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
+    """The models that a user names, or the paper's, each with its accuracy if there is one.
+
+    Args:
+      words: timm's names, and paths of checkpoints, runs and exported folders; none is the paper's models.
+      accuracies: files as for `read_accuracies`; they come before the paper.
+    Raises:
+      UserError: an unknown or damaged model or file, or an accuracy that belongs to none of the models.
+    """
+    paper = published()
+    said = {path: read_accuracies(path) for path in accuracies}
+    models = [_identified(word) for word in dict.fromkeys(words or (each.model for each in paper))]
+    found = [
+        _with_accuracy(model, source, [a for group in said.values() for a in group], paper) for model, source in models
+    ]
+    used = {model.accuracy for model in found}
+    for path, group in said.items():
+        if not used & set(group):
+            of = group[0].source or group[0].model
+            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            raise UserError(f"{path}: is of {of}{others}, none of the models here. Name its model, or leave it out")
+    return found
+
+
+def published() -> list[Accuracy]:
+    """The paper's accuracies of the models that timm has."""
+    text = (importlib.resources.files(__package__) / _PAPER).read_text()
+    rows = [row for row in csv.DictReader(text.splitlines()) if row["model"]]
+    return [
+        Accuracy(row["model"], float(row["top1"]), int(row["image_size"]), row["source"], published=True)
+        for row in rows
+    ]
+
+
+def read_accuracies(path: Path) -> list[Accuracy]:
+    """What a file says: an evaluation (`python -m trainer.evaluate --run.json FILE`), or a CSV of several models.
+
+    The CSV has columns model (timm's name or a path), top1 (percent) and, if there is one, image_size (pixels).
+
+    Raises:
+      UserError: the file is missing, or is neither.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Give an evaluation's JSON, or a CSV") from error
+    if path.suffix == ".json":
+        return [_of_evaluation(path, text)]
+    rows = list(csv.DictReader(text.splitlines()))
+    if not rows or not {"model", "top1"} <= set(rows[0]):
+        raise UserError(
+            f"{path}: needs a line of titles with model and top1, image_size if you like, and a model a line"
+        )
+    return [_of_row(f"{path}: line {number}", row, path) for number, row in enumerate(rows, 2)]
+
+
+def _of_evaluation(path: Path, text: str) -> Accuracy:
+    try:
+        report = json.loads(text)
+        source = "" if report["source"].startswith(_TIMMS) else report["source"]
+        size = int(report["view"]["image_size"])
+        return Accuracy(report["model"], _percent(str(path), report["top1"]), size, str(path), source)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: not what python -m trainer.evaluate --run.json writes ({error!r}). Evaluate the model again"
+        ) from error
+
+
+def _of_row(where: str, row: dict, path: Path) -> Accuracy:
+    size = (row.get("image_size") or "").strip()
+    if size and not size.isdigit():
+        raise UserError(f"{where}: image_size is '{size}', not a number of pixels")
+    return Accuracy((row["model"] or "").strip(), _percent(where, row["top1"]), int(size) if size else None, str(path))
+
+
+def _percent(where: str, value: object) -> float:
+    try:
+        top1 = float(value)
+    except (ValueError, TypeError):
+        top1 = -1.0
+    if not 0 <= top1 <= 100:
+        raise UserError(f"{where}: top1 is '{value}', not a percentage")
+    return top1
+
+
+def _identified(word: str) -> tuple[Contender, str]:
+    """A model without its accuracy, and the file that its weights come from, "" for random ones."""
+    name = None
+    if not Path(word).exists():
+        with contextlib.suppress(UserError):
+            name = known_name(word)
+    if name is None:
+        trained = inference.load_named(word)  # or it says what is wrong with the word
+        return Contender(word, trained.name, Path(word), trained.view.image_size), trained.source
+    config = timm.get_pretrained_cfg(name)
+    return Contender(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
+
+
+def _with_accuracy(model: Contender, source: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -> Contender:
+    found = [accuracy for accuracy in said if _is_of(accuracy, model, source)]
+    if len(found) > 1:
+        raise UserError(
+            f"{model.label}: {found[0].said_by} says {found[0].top1:g} %, {found[1].said_by} {found[1].top1:g} %. "
+            "Leave one out, or name the checkpoints instead of the model"
+        )
+    found += [accuracy for accuracy in paper if accuracy.model == model.name and not source]
+    if not found:
+        return model
+    return dataclasses.replace(model, accuracy=found[0], image_size=found[0].image_size or model.image_size)
+
+
+def _is_of(accuracy: Accuracy, model: Contender, source: str) -> bool:
+    """Trained models go by their file, others by timm's name of them."""
+    if not source:
+        return accuracy.model == model.name or accuracy.model == model.label
+    paths = {Path(path).resolve() for path in (accuracy.source, "" if accuracy.source else accuracy.model) if path}
+    return bool(paths & {Path(source).resolve(), Path(model.label).resolve()})
+
+
+def build(model: Contender) -> tuple[nn.Module, int]:
+    """The network in evaluation mode with its BatchNorms folded, as every backend runs it, and how many were folded.
+
+    It is the same in every process.
+    """
+    network = _built(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return network, fold_batch_norms(network, torch.randn(1, 3, model.image_size, model.image_size))
+
+
+def _built(model: Contender) -> nn.Module:
+    if model.path is not None:
+        return inference.load_named(str(model.path), image_size=model.image_size).model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = create_model(model.name, _NUM_CLASSES, model.image_size, {}).eval().requires_grad_(False)
+        _disturb(network)
+    return network
+
+
+@torch.no_grad()
+def _disturb(network: nn.Module) -> None:
+    """Makes random weights as costly as trained ones: a runtime leaves out adding 0 and multiplying by 1."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
+            tensor.add_(torch.randn_like(tensor), alpha=0.02)
+
+
+def gmacs(network: nn.Module, image_size: int) -> float:
+    """Multiply-adds of matrix products and convolutions for an image, in 1e9, those of attention included.
+
+    Source: half of what torch.utils.flop_counter counts; attention is written out for it, as it has no formula for the
+    fused one on CPUs.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, image_size, image_size))
+    return counter.get_total_flops() / 2e9
+
+
+@torch.no_grad()
+def prepare(model: Contender, folder: Path, files: Sequence[str]) -> Facts:
+    """Write what the backends read: the files asked for, of ONNX, HALF_ONNX and OPENVINO, and the reference.
+
+    The reference holds images, float32 [2, 3, S, S], and the logits that PyTorch gives in float32.
+
+    Raises:
+      UserError: the model cannot be built for its images, or cannot be exported.
+    """
+    network = _built(model)
+    parameters, cost = sum(p.numel() for p in network.parameters()), gmacs(network, model.image_size)
+    network, folded = build(model)
+    images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(1))
+    torch.save({"images": images, "logits": network(images)}, folder / REFERENCE)
+    if ONNX in files or OPENVINO in files:
+        export_onnx(network, images, folder / ONNX)
+    if OPENVINO in files:
+        _convert(folder)
+    if HALF_ONNX in files:
+        export_onnx(network.half(), images.half(), folder / HALF_ONNX)
+    return Facts(parameters, cost, folded)
+
+
+def _convert(folder: Path) -> None:
+    """The ONNX file as OpenVINO's, its weights in FP16."""
+    import openvino
+
+    with quiet():
+        openvino.save_model(openvino.convert_model(folder / ONNX), folder / OPENVINO, compress_to_fp16=True)

@@ -1,0 +1,105 @@
+"""Which of several models is faster, and which are worth choosing: pure functions of what was measured.
+
+A shared machine's speed drifts by more than models differ. So models take turns, a turn is compared with the others of
+its round, and medians over the rounds pass over what disturbed single turns.
+"""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+MARGIN = 0.03  # of the speed: what a process's luck with its memory is worth, whatever the number of rounds
+_CONFIDENCE = 0.95
+NOISY = 0.10  # of the speed: spread from which on there is a warning
+
+Speeds = Mapping[str, Sequence[float]]  # model -> images/s of its turns, as many for each
+
+
+def typical(speeds: Speeds) -> dict[str, float]:
+    """Each model's images/s, as on a machine whose speed does not drift.
+
+    Source: a step of Tukey's median polish on the logarithms, which are taken for model + round + noise.
+    """
+    logs = np.log(np.array(list(speeds.values())))  # [models, rounds]
+    drift = np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)  # [rounds]
+    return dict(zip(speeds, np.exp(np.median(logs - drift, axis=1)).tolist(), strict=True))
+
+
+def spread(turns: Sequence[float]) -> float:
+    """The range of the middle half of the turns, as a share of their median."""
+    low, middle, high = np.percentile(turns, [25, 50, 75])
+    return float((high - low) / middle)
+
+
+def surely_faster(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the model with turns `a` is faster than that with turns `b`, by more than MARGIN.
+
+    That is where the confidence interval of the median ratio of turns of the same round lies beyond it. Fewer than six
+    rounds give no such interval: there all ratios must lie beyond.
+    """
+    ratios = np.sort(np.log(np.array(a) / np.array(b)))
+    return bool(ratios[_skipped(len(ratios))] > math.log1p(MARGIN))
+
+
+def told_apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether one of two models is surely faster."""
+    return surely_faster(a, b) or surely_faster(b, a)
+
+
+def _skipped(rounds: int) -> int:
+    """How many of the sorted values may lie on each side of a confidence interval of the median.
+
+    Source: the number of values below a median is binomial, (rounds, 1/2).
+    """
+    outside, skipped = 0.5**rounds, 0
+    while 2 * (outside + math.comb(rounds, skipped + 1) * 0.5**rounds) <= 1 - _CONFIDENCE:
+        skipped += 1
+        outside += math.comb(rounds, skipped) * 0.5**rounds
+    return skipped
+
+
+def ranked(speeds: Speeds) -> dict[str, int]:
+    """Models from fast to slow with their ranks: 1, 2, 2, 4 where the second and third cannot be told apart.
+
+    A model has a lower rank only if it is told apart from every model above, so each step in the order is one that was
+    seen. Models of a rank are in the order of their names.
+    """
+    usual = typical(speeds)
+    groups: list[list[str]] = []
+    for name in sorted(speeds, key=lambda name: -usual[name]):
+        tied = [number for number, group in enumerate(groups) if not _all_told_apart(speeds, group, name)]
+        first = min(tied, default=len(groups))
+        groups[first:] = [[*itertools.chain(*groups[first:]), name]]
+    ranks: dict[str, int] = {}
+    for group in groups:
+        ranks |= dict.fromkeys(sorted(group), len(ranks) + 1)
+    return ranks
+
+
+def _all_told_apart(speeds: Speeds, group: Sequence[str], name: str) -> bool:
+    return all(told_apart(speeds[other], speeds[name]) for other in group)
+
+
+def order_line(ranks: Mapping[str, int]) -> str:
+    """The order in a line: a > b = c > d."""
+    names = list(ranks)
+    signs = ["=" if ranks[a] == ranks[b] else ">" for a, b in zip(names, names[1:], strict=False)]
+    return " ".join(word for pair in zip(names, [*signs, ""], strict=True) for word in pair).rstrip()
+
+
+def pareto_front(points: Sequence[tuple], is_faster: Callable = operator.gt) -> list[bool]:
+    """Which points are on the front: no other is at least as accurate and at least as fast, and better in one.
+
+    Args:
+      points: accuracy and speed. Equal points are on the front together, or not at all.
+      is_faster: whether one speed is more than another; those of which neither is are equally fast.
+    """
+
+    def dominates(a: tuple, b: tuple) -> bool:
+        better = a[0] > b[0] or is_faster(a[1], b[1])
+        return better and a[0] >= b[0] and not is_faster(b[1], a[1])
+
+    return [not any(dominates(other, point) for other in points) for point in points]
