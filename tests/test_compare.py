@@ -2,15 +2,21 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
@@ -303,6 +309,22 @@ def test_the_picture_is_one(compared):
     with Image.open(compared / "comparison.png") as image:
         assert image.format == "PNG"
         assert np.asarray(image.convert("L")).std() > 1
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_a_comparison_in_silence_and_leaves_nothing(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "tools/compare.py"), "test_resnet", "--device", "cpu"]
+    command += ["--backends", "eager", "--repeats", "1000", "--out", str(tmp_path / "out")]
+    look = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    scratch = {**os.environ, "TMPDIR": str(tmp_path)}
+    usual = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell may have it ignored
+    with subprocess.Popen(command, env=scratch, preexec_fn=usual, **look) as process:
+        time.sleep(30)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    assert not list(tmp_path.glob("usi-compare-*"))
+    assert not list((tmp_path / "out").iterdir())
 
 
 # Showing

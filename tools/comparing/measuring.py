@@ -126,8 +126,11 @@ def _prepared(folders: dict[Contender, Path], files: list[str], workers: int, pr
         finally:
             progress(f"prepared {model.label}")
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         return dict(zip(folders, pool.map(one, folders), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C those that have not begun
 
 
 def _measured(

@@ -12,7 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 
@@ -94,6 +94,7 @@ def forkserver_context(module: str) -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload([module])
     # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
     # inherit that the signal is blocked.
+    resource_tracker.ensure_running()  # the server would start it, and that unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
