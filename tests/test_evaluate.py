@@ -204,6 +204,13 @@ def test_several_labels_of_an_image_and_none(last, digits, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(own))
     found = report(*given)
     assert found["real"] == {"top1": pytest.approx(found["top1"]), "images": 96}
+    own[keys[3]] = ["2", "11"]  # by name
+    (tmp_path / "real.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match=f"real.json: sample {keys[3]} has the label '11', which is no class of the"):
+        report(*given)
+    (tmp_path / "real.json").write_text(json.dumps({key: [] for key in keys}))
+    with pytest.raises(UserError, match="real.json: no sample has a label in it"):
+        report(*given)
     del own[keys[3]]
     (tmp_path / "real.json").write_text(json.dumps(own))
     with pytest.raises(UserError, match=f"real.json: says nothing of sample {keys[3]}"):
@@ -218,9 +225,13 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
     samples = np.zeros(2, dtype=[("key", "S60")])
     samples["key"] = [f"n01440764/{name}".encode() for name in names]
     index = type(photos)(photos.paths, samples, 1000, "")
-    labels = evaluate.read_real_labels(Path("imagenet"), index)
+    labels = evaluate.read_real_labels(Path("imagenet"), index, timm.data.ImageNetInfo().label_names())
     known = timm.data.RealLabelsImagenet([""] * 50_000).real_labels
     assert labels == [known[f"{name}.JPEG"] for name in names]
+    with pytest.raises(
+        UserError, match="imagenet: a list goes by ImageNet's 1,000 classes, and the dataset has others"
+    ):
+        evaluate.read_real_labels(Path("imagenet"), index, ["n01440764", "n01443537"])
 
 
 # --- what cannot be evaluated ---
@@ -241,7 +252,7 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
         (["--data.crop_pct", "1.5", "--data.root", "DIGITS", "--student.checkpoint", "LAST"], "crop_pct is 1.5; it"),
         (["--data.crop_mode", "border", "--data.root", "DIGITS", "--student.checkpoint", "LAST"], "not center or squa"),
         (["--student.wieghts", "ema"], "unknown key '--student.wieghts'; did you mean '--student.weights'"),
-        (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: nowhere is not a folder"),
+        (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: not a file in a folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_in_a_line(arguments, message, digits, run, last, tmp_path):
@@ -263,6 +274,44 @@ def test_weights_that_do_not_fit_the_model_they_are_said_to_be_of(digits, tmp_pa
         report(*given)
     with pytest.raises(UserError, match="vit.pth: does not fit model 'test_resnet'"):
         report(*given, "--student.name", "test_resnet")
+
+
+def test_a_model_without_finite_outputs_has_no_accuracy(last, digits, tmp_path):
+    weights = torch.load(last, weights_only=True)["ema"]
+    weights["fc.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "weights.pth")
+    given = ["--student.name", "test_resnet", "--student.checkpoint", tmp_path / "weights.pth", "--data.root", digits]
+    with pytest.raises(
+        UserError, match="the model's outputs are not finite for 96 of 96 images, the first is val-0000"
+    ):
+        report(*given, "--data.image_size", "32")
+
+
+def test_ranks_that_are_about_to_evaluate_different_things_are_told(last, digits, three_classes):
+    trained = inference.load(None, last)
+    index, other = (evaluate.read_index(root, "val") for root in (digits, three_classes))
+    said: list[dict] = []
+
+    class Rank(World):
+        """One of two ranks that are asked one after the other."""
+
+        def gather(self, values):
+            said.extend(values)
+            return [said[0], *values]
+
+    config = config_of()
+    evaluate.refuse_other_ranks(Rank(0, 2, 2, torch.device("cpu")), trained, index, None, config)
+    second = Rank(1, 2, 2, torch.device("cpu"))
+    evaluate.refuse_other_ranks(second, trained, index, None, config)
+    with pytest.raises(UserError, match="the dataset's digest is not the same on all ranks: .* on rank 1"):
+        evaluate.refuse_other_ranks(second, trained, other, None, config)
+
+
+def test_a_report_that_cannot_be_written_is_shown_and_told(last, digits, tmp_path, capsys):
+    found = report("--data.root", digits, "--student.checkpoint", last)
+    with pytest.raises(UserError, match="run.json is .*: cannot be written"):
+        evaluate.tell(found, tmp_path / "gone" / "report.json")
+    assert "Classes that are found least" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_this_trainer_says_all_that_belongs_to_it(last):

@@ -22,7 +22,8 @@ from trainer.distributed import World
 from trainer.mix import Normalize, mix_pixels
 from trainer.models import synchronize_batch_norms
 from trainer.optim import clip_adaptively, gradient_clipping, running_statistics
-from trainer.run import Run, allow_tf32, build, train
+from trainer.precision import allow_tf32
+from trainer.run import Run, build, train
 from trainer.schedule import ema_decay
 
 CPU = torch.device("cpu")

@@ -35,7 +35,7 @@ from pipelines.reader import read_ahead
 from tools.image_files import Item, count_images, items_of, look_at_batches
 from tools.opening import first_device
 from trainer.inference import Trained, descriptions, load
-from trainer.run import allow_tf32, resolve_precision
+from trainer.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
 _ROW_GROUP = 8192  # rows that a parquet file is written by

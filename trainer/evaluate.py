@@ -15,16 +15,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from timm.data import ImageNetInfo
 
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import sha256_of, write_synced
+from pipelines.files import write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import EvalPlan
 from trainer import inference, metrics
@@ -35,8 +38,8 @@ from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
 from trainer.mix import Normalize
+from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
-from trainer.run import PRECISIONS, allow_tf32, resolve_precision
 from trainer.settings import parse_settings
 from trainer.validation import eval_plans
 from trainer.versions import package_versions
@@ -62,8 +65,8 @@ class EvalDataConfig:
       crop_pct: the image is resized to floor(image_size / crop_pct) before the crop; 0 is the model's own.
       crop_mode: center resizes the short side, squash both; empty is the model's own.
       interpolation: bicubic or bilinear; empty is the model's own.
-      real_labels: JSON file with the labels of each image, as ImageNet-ReaL's real.json, or {key: [labels]}; the word
-        imagenet takes the one that timm ships.
+      real_labels: JSON file with several labels for each image, or none: ImageNet-ReaL's real.json, or an object
+        {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
     root: Path | None = None
@@ -148,8 +151,8 @@ class EvalRunConfig:
             raise UserError(f"run.precision is '{self.precision}', not one of {', '.join(known)}")
         if self.batch < 1:
             raise UserError(f"run.batch is {self.batch}; it must be at least 1")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise UserError(f"run.json is {self.json}: {self.json.parent} is not a folder. Make it, or name another")
+        if self.json is not None and (self.json.is_dir() or not self.json.absolute().parent.is_dir()):
+            raise UserError(f"run.json is {self.json}: not a file in a folder that is there. Make it, or name another")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +170,25 @@ def main(arguments: list[str] | None = None) -> None:
         with exit_on_user_error():
             description = __doc__.split("\n\n")[0]
             config = parse_settings(EvalConfig, arguments, prog="trainer.evaluate", description=description)
-            with join_world(config.run.device, lambda _: facts(config), config.run.ready_s) as world:
+            with join_world(config.run.device, lambda _: code_version(), config.run.ready_s) as world:
                 report = evaluate_dataset(config, world)
+                if world.is_main:
+                    tell(report, config.run.json)
     except KeyboardInterrupt:
         sys.exit(130)
-    if world.is_main:
-        show(report)
-        if config.run.json:
-            write_synced(config.run.json, (json.dumps(report, indent=1) + "\n").encode())
-            print(f"written to {config.run.json}")
 
 
-def facts(config: EvalConfig) -> dict[str, object]:
-    """What must be equal on all ranks."""
-    settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
-    path = config.student.checkpoint
-    content = sha256_of(path)[:12] if path and path.is_file() else None
-    return {**settings, "content of student.checkpoint": content, **code_version()}
+def tell(report: dict, path: Path | None) -> None:
+    """Write the report to a file, if there is to be one, and show it."""
+    if path is not None:
+        try:
+            write_synced(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            show(report)
+            raise UserError(f"run.json is {path}: cannot be written ({error.strerror}). Name another file") from error
+    show(report)
+    if path is not None:
+        print(f"written to {path}")
 
 
 def evaluate_dataset(config: EvalConfig, world: World) -> dict:
@@ -197,12 +202,14 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
         raise UserError("--data.root is missing: give the dataset folder that tools/shard_imagenet.py made")
     index = read_index(data.root, data.split)
     names = list(read_manifest(data.root)["classes"])
-    real = read_real_labels(data.real_labels, index) if data.real_labels else None
+    real = read_real_labels(data.real_labels, index, names) if data.real_labels else None
     settings = {"weights": student.weights, "kwargs": student.kwargs or None, "classes": student.classes}
     trained = inference.load(student.name, student.checkpoint, **settings, **data.view)
     order = outputs_of(names, trained)
+    refuse_other_ranks(world, trained, index, order, config)
     damaged: dict[int, str] = {}
     predictions = predict_split(trained, index, order, config, world, damaged)
+    refuse_not_finite(predictions, index)
     found = {**metrics.summary(predictions), "classes": class_rows(predictions, names)}
     if real is not None:
         found["real"] = metrics.real_accuracy(predictions, real)
@@ -211,6 +218,37 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
         **found,
         "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
     }
+
+
+def refuse_other_ranks(
+    world: World, trained: Trained, index: ShardIndex, order: list[int] | None, config: EvalConfig
+) -> None:
+    """Raise a UserError, on every rank, if ranks are about to evaluate different things. Every rank must call it."""
+    mine = {
+        "the dataset's digest": index.digest[:12],
+        "the hash of the weights": trained.digest()[:12],
+        "the order of the classes": order,
+        "what the model sees": dataclasses.asdict(trained.view),
+        "run.batch": config.run.batch,
+        "the precision": str(resolve_precision(config.run.precision, world.device)),
+    }
+    for rank, theirs in enumerate(found := world.gather([mine])):
+        for name, value in theirs.items():
+            if value != found[0][name]:
+                raise UserError(
+                    f"{name} is not the same on all ranks: {found[0][name]} on rank 0, {value} on rank {rank}. Give "
+                    "all the same command and files, and no folder of a run that goes on"
+                )
+
+
+def refuse_not_finite(predictions: Predictions, index: ShardIndex) -> None:
+    """Raise a UserError about a model whose outputs are infinite or no numbers."""
+    bad = np.flatnonzero(~np.isfinite(predictions.loss))
+    if len(bad):
+        raise UserError(
+            f"the model's outputs are not finite for {len(bad)} of {len(predictions)} images, the first is "
+            f"{index.name(int(bad[0]))}. Try --run.precision fp32, or other weights"
+        )
 
 
 def origin(config: EvalConfig, trained: Trained, index: ShardIndex, world: World) -> dict:
@@ -309,15 +347,17 @@ def predicted(
     world: World,
 ) -> Predictions:
     """What a model says of this rank's share of a split; the host waits for a GPU at the end alone."""
+    is_valid: list[torch.Tensor] = []
     rows: list[list[torch.Tensor]] = []
     with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
         for images in _shown(batches, -(-len(plan.index) // (batch * world.size)), world):
             with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
                 logits = model(normalize(images.images))
             samples = torch.arange(images.position, images.position + len(logits), device=logits.device)
-            columns = (samples, *_said(logits.float(), images.labels))
-            rows.append([column[images.valid] for column in columns])
-    return Predictions(*(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)))
+            rows.append([samples, *_said(logits.float(), images.labels)])
+            is_valid.append(images.valid)
+    valid = torch.cat(is_valid).cpu().numpy()  # to choose rows on the device would make the host wait
+    return Predictions(*(torch.cat(column).cpu().numpy()[valid] for column in zip(*rows, strict=True)))
 
 
 def _said(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -346,32 +386,47 @@ def class_rows(predictions: Predictions, names: list[str]) -> list[dict]:
     return rows
 
 
-def read_real_labels(path: Path, index: ShardIndex) -> list[list[int]]:
+def read_real_labels(path: Path, index: ShardIndex, names: list[str]) -> list[list[int]]:
     """The labels of each sample from a file as EvalDataConfig.real_labels has it.
 
+    ReaL's list goes by the number of ImageNet's validation images, and its labels by ImageNet's 1,000 classes. An
+    object goes by the samples' keys, CLASS/STEM or STEM, and names classes as the dataset does, or by their label.
+
+    Args:
+      names: of the dataset's classes.
     Raises:
-      UserError: the file cannot be read, or says nothing of a sample.
+      UserError: the file cannot be read, is of other classes, or says nothing of a sample.
     """
-    if str(path) == _TIMM_REAL:
-        content = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    else:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"data.real_labels is {path}: cannot be read ({error.strerror})") from error
     try:
-        labels = json.loads(content)
-        by_key = labels if isinstance(labels, dict) else {f"{i + 1:08d}": each for i, each in enumerate(labels)}
-        by_key = {str(key): [int(label) for label in each] for key, each in by_key.items()}
+        is_timms = str(path) == _TIMM_REAL
+        content = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if is_timms else path.read_bytes()
+    except OSError as error:
+        raise UserError(f"data.real_labels is {path}: cannot be read ({error.strerror}). Name another file") from error
+    try:
+        found = json.loads(content)
+        by_key = found if isinstance(found, dict) else {f"{i + 1:08d}": each for i, each in enumerate(found)}
+        by_key = {key: [each if isinstance(each, str) else int(each) for each in by_key[key]] for key in by_key}
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: not a JSON list of lists of labels, nor an object with a list for each key ({error})"
+            f"{path}: not a JSON list of lists of labels, nor an object with a list for each key ({error}). Give one"
         ) from error
+    if isinstance(found, list) and names != ImageNetInfo().label_names():
+        raise UserError(
+            f"{path}: a list goes by ImageNet's 1,000 classes, and the dataset has others. Give an object "
+            "{key: [classes]}"
+        )
+    label_of = {**{name: label for label, name in enumerate(names)}, **{label: label for label in range(len(names))}}
     keys = [key.decode() for key in index.samples["key"].tolist()]
-    return [_labels_of(key, by_key, path) for key in keys]
+    labels = [[label_of.get(each, each) for each in _labels_of(key, by_key, path)] for key in keys]
+    for key, each in zip(keys, labels, strict=True):
+        if unknown := [label for label in each if label not in label_of]:
+            raise UserError(f"{path}: sample {key} has the label {unknown[0]!r}, which is no class of the dataset")
+    if not any(labels):
+        raise UserError(f"{path}: no sample has a label in it. Leave it out, or give another")
+    return labels
 
 
-def _labels_of(key: str, by_key: dict[str, list[int]], path: Path) -> list[int]:
+def _labels_of(key: str, by_key: dict[str, list], path: Path) -> list:
     """An image's labels by its key, CLASS/STEM, by its stem, or by the number that ends ILSVRC2012_val_00000001."""
     stem = key.rpartition("/")[2]
     number = re.search(r"_val_(\d{8})$", stem)
@@ -407,6 +462,7 @@ def show(report: dict) -> None:
         console.print(
             f"{len(report['damaged'])} damaged images were counted, in gray; the first: {report['damaged'][0]}",
             markup=False,
+            soft_wrap=True,
         )
 
 
@@ -419,7 +475,8 @@ def worst_classes(rows: list[dict]) -> Table:
     for row in known[:_WORST]:
         taken_for = ", ".join(f"{other['class']} {other['percent']:.0f} %" for other in row["taken_for"])
         words = row["words"] if row["words"] != row["class"] else ""
-        table.add_row(row["class"], words, f"{row['images']:,}", f"{row['top1']:.1f}", taken_for)
+        cells = (row["class"], words, f"{row['images']:,}", f"{row['top1']:.1f}", taken_for)
+        table.add_row(*map(escape, cells))
     return table
 
 

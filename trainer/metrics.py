@@ -89,11 +89,11 @@ def real_accuracy(predictions: Predictions, labels: list[list[int]]) -> dict[str
     """Accuracy where an image may have several labels, or none, and then does not count.
 
     Args:
-      labels: of each sample.
+      labels: of each sample; one at least has some.
     Returns:
       top1 in percent (the best class is one of the labels), and the images that count.
     Source: Beyer et al. 2020, arXiv 2006.07159.
     """
     best = predictions.top[:, 0].tolist()
     hits = [best[row] in labels[sample] for row, sample in enumerate(predictions.sample.tolist()) if labels[sample]]
-    return {"top1": 100 * float(np.mean(hits)) if hits else float("nan"), "images": len(hits)}
+    return {"top1": 100 * float(np.mean(hits)), "images": len(hits)}

@@ -62,6 +62,7 @@ from trainer.models import (
     synchronize_batch_norms,
 )
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
+from trainer.precision import allow_tf32, resolve_precision
 from trainer.ready import facts
 from trainer.report import report_or_reason
 from trainer.schedule import ema_decay
@@ -70,8 +71,6 @@ from trainer.teachers import Teachers, build_teachers
 from trainer.telemetry import SUMMARY, Telemetry
 from trainer.validation import evaluate
 from trainer.watchdog import watched
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -418,23 +417,6 @@ def rehearsed(
     # behind the handler: the error's traceback would keep the step and its memory alive
     step, _ = rehearsed(make_step, config, plan, state, world, as_it_is)
     return step, f"run.compile auto: not compiled, {reason}"
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type of the forward passes; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs."""
-    if name != "auto":
-        return PRECISIONS[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32."""
-    # Not by the fp32_precision of PyTorch 2.9 and newer: after that, reading these two is an error, and torch.compile
-    # reads them (pytorch/pytorch#166387).
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def describe(run: Run, telemetry: Telemetry) -> None:

@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 
 T = TypeVar("T")
 _NOTATION = (
-    "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of teachers [{name: resnet50}], "
+    "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}], "
     "a switch true or false"
 )
 

@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from tools.comparing.contenders import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Contender, build
 from tools.exporting.onnx_file import IMAGES, LOGITS
 from trainer.compiling import compiled
-from trainer.run import resolve_precision
+from trainer.precision import resolve_precision
 
 
 @dataclasses.dataclass(frozen=True)
