@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, train_here
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -30,7 +30,7 @@ from trainer.config import parse
 from trainer.control import REQUEUE
 from trainer.distributed import World
 from trainer.fitting import is_out_of_memory, largest_micro_batch
-from trainer.run import build, main, train
+from trainer.run import build, main
 from trainer.step import TrainStep
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -39,10 +39,6 @@ STATE = ("step", "evaluated", "best", "student", "ema", "optimizer", "scaler")
 
 def arguments_for(digits: Path, out: Path, *arguments) -> list[str]:
     return [*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]
-
-
-def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse(arguments_for(digits, out, *arguments)), ONE)
 
 
 def newest(out: Path) -> dict:
