@@ -1,8 +1,10 @@
 """Small real datasets: scikit-learn's handwritten digits, and crops of its two photographs."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before torch is imported
@@ -72,16 +74,39 @@ TINY = [
 @pytest.fixture(scope="session")
 def tiny_run(digits, tmp_path_factory) -> Path:
     """A run of 30 steps on the digits, a little better than chance, with checkpoints of the steps 10, 20 and 30."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    settings = {"schedule.epochs": 6, "optim.lr": 0.01, "run.checkpoint_every": 10, "run.keep_checkpoints": 3}
+    train_here(digits, out, *(text for key, value in settings.items() for text in (f"--{key}", value)))
+    return out
+
+
+def train_here(root: Path, out: Path, *arguments) -> dict:
+    """A run with the settings in TINY in this process, of one rank. Returns its summary; mistakes are UserErrors."""
     from trainer.config import parse
     from trainer.distributed import World
     from trainer.run import train
 
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    settings = {"data.root": digits, "run.out": out, "schedule.epochs": 6, "optim.lr": 0.01}
-    settings |= {"run.checkpoint_every": 10, "run.keep_checkpoints": 3}
-    overrides = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    train(parse([*TINY, *overrides]), World(0, 1, 1, torch.device("cpu")))
-    return out
+    settings = [*TINY, "--data.root", root, "--run.out", out, *arguments]
+    return train(parse([str(text) for text in settings]), World(0, 1, 1, torch.device("cpu")))
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory) -> Iterator[Callable[..., str]]:
+    """Makes runs of several ranks with the settings in TINY: run_ranks(2, "--run.out", ...). Returns what they wrote.
+
+    The ranks are forks of one process that has everything imported: a second to start, where torchrun takes ten.
+    """
+    command, folder = [sys.executable, str(REPOSITORY / "tests" / "forked_ranks.py")], tmp_path_factory.mktemp("ranks")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forking:
+
+        def run(ranks: int, *arguments) -> str:
+            log = folder / f"{len(list(folder.iterdir()))}.log"
+            wanted = {"arguments": [*TINY, *map(str, arguments)], "ranks": ranks, "log": str(log)}
+            print(json.dumps(wanted), file=forking.stdin, flush=True)
+            assert forking.stdout.readline() == f"{json.dumps([0] * ranks)}\n", log.read_text()
+            return log.read_text()
+
+        yield run
 
 
 def run_trainer(*arguments, ranks: int = 1, check: bool = True, **popen) -> subprocess.CompletedProcess:

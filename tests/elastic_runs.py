@@ -6,16 +6,17 @@ python tests/elastic_runs.py FOLDER: the runs below, beside each what its steps 
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools import chaos  # noqa: E402
+from trainer.checkpoint import path_of  # noqa: E402
 from trainer.step import TrainStep  # noqa: E402
 
-LENGTH = ["--schedule.epochs", "4", "--run.checkpoint_every", "1000"]
-OWN = ("--run.batch_norm", "none")
+LENGTH = ["--schedule.epochs", "4", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 
 def noting_batches(out: Path) -> None:
@@ -46,20 +47,24 @@ def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
         sys.exit(out.with_suffix(".log").read_text())
 
 
+def copy_checkpoint(source: Path, step: int, out: Path) -> None:
+    """What is needed to go on from there, of a run that went further."""
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copy(path_of(source / "checkpoints", step), out / "checkpoints")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     root = chaos.make_dataset(folder)
-    for name, parts in {
-        "steady": [(2, 20)],
-        "changing": [(2, 10), (4, 15), (1, 20)],
-        "four": [(4, 8)],
-        "four-stopped": [(4, 3), (4, 8)],
-        **{f"one-update-{ranks}": [(ranks, 1)] for ranks in (1, 2, 4)},
-        "own-statistics": [(2, 8, *OWN)],
-        "own-statistics-stopped": [(2, 3, *OWN), (2, 8, *OWN)],
-    }.items():
-        for part in parts:
-            run(root, folder / name, *part)
+    run(root, folder / "steady", 2, 20)
+    copy_checkpoint(folder / "steady", 10, folder / "changing")
+    for ranks, stop in ((4, 15), (1, 20)):
+        run(root, folder / "changing", ranks, stop)
+    run(root, folder / "alone", 1, 1)
+    for name, ranks, *more in (("four", 4), ("own-statistics", 2, "--run.batch_norm", "none")):
+        run(root, folder / name, ranks, 8, *more)
+        copy_checkpoint(folder / name, 3, folder / f"{name}-resumed")
+        run(root, folder / f"{name}-resumed", ranks, 8, *more)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The benchmarks run, on few images; nothing is said about how fast."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 
@@ -23,19 +22,25 @@ from tools.opening import decode_path
 from trainer.config import DataConfig
 
 
-def run(tmp_path, *arguments: str) -> tuple[list[dict], str]:
-    """The rows and the printed tables of a run in a process of its own."""
-    out = tmp_path / "rows.json"
-    command = [sys.executable, REPOSITORY / "tools" / "benchmark.py", *arguments, "--repeats", "1", "--json", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs a benchmark here. Returns its rows and the tables that it printed."""
+
+    def run(*arguments: str) -> tuple[list[dict], str]:
+        benchmark.main([*arguments, "--repeats", "1", "--json", str(tmp_path / "rows.json")])
+        return rows_of(tmp_path / "rows.json"), capsys.readouterr().out
+
+    return run
+
+
+def rows_of(path) -> list[dict]:
+    result = benchmark.read_result(path)
     assert result["machine"]["cores"] >= 1 and result["machine"]["timm"] != "not installed"
-    return result["rows"], done.stdout
+    return result["rows"]
 
 
-def test_read_measures_every_row_warm_and_cold(tmp_path):
-    rows, printed = run(tmp_path, "read", "--images", "16")
+def test_read_measures_every_row_warm_and_cold(run):
+    rows, printed = run("read", "--images", "16")
     names = [(row["augmentation"], row["what"]) for row in rows]
     assert len(set(names)) == len(names) == 12 and {"warm", "cold"} == {temperature for temperature, _ in names}
     for row in rows:
@@ -43,8 +48,8 @@ def test_read_measures_every_row_warm_and_cold(tmp_path):
         assert row["what"] in printed
 
 
-def test_shard_measures_every_row(tmp_path):
-    rows, printed = run(tmp_path, "shard", "--images", "12")
+def test_shard_measures_every_row(run):
+    rows, printed = run("shard", "--images", "12")
     assert [row["what"] for row in rows if row["images_per_s"] > 0 and row["mb_per_s"] > 0] == [
         "tar cf, then fsync",
         "ours, audit off",
@@ -55,7 +60,12 @@ def test_shard_measures_every_row(tmp_path):
 
 
 def test_loader_measures_every_row(tmp_path):
-    rows, printed = run(tmp_path, "loader", "--images", "8", "--batch", "4")
+    """In a process of its own, which forks the workers of others from one that it starts."""
+    command = [sys.executable, REPOSITORY / "tools" / "benchmark.py", "loader", "--images", "4", "--batch", "2"]
+    command += ["--repeats", "1", "--json", tmp_path / "rows.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows, printed = rows_of(tmp_path / "rows.json"), done.stdout
     names = [(row["augmentation"], row["what"]) for row in rows]
     for augmentation in (loaders.BARE, loaders.RECIPE, loaders.EVERY_OP):
         for what in ("ours on DALI", "ours on torchvision", "timm"):
@@ -146,8 +156,8 @@ def test_a_training_run_that_fails_is_told_in_its_own_words(tmp_path):
 TINY = ("--models", "test_byobnet", "--teacher", "test_resnet", "--size", "32", "--batch", "8", "--seconds", "0.05")
 
 
-def test_step_measures_ours_and_timms_update_and_the_models_alone(tmp_path):
-    rows, printed = run(tmp_path, "step", *TINY)
+def test_step_measures_ours_and_timms_update_and_the_models_alone(run):
+    rows, printed = run("step", *TINY)
     assert [(row["teacher"], row["what"]) for row in rows] == [
         (teacher, what)
         for teacher in ("test_resnet", None)
@@ -187,8 +197,8 @@ def test_a_turn_of_the_loop_makes_twice_the_updates_and_times_the_second_half(tm
         assert [line["step"] for line in lines] == [2, 4] and ours.run.state.step == 4
 
 
-def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(tmp_path):
-    rows, printed = run(tmp_path, "train", *TINY, "--images", "16")
+def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(run):
+    rows, printed = run("train", *TINY, "--images", "16")
     assert [row["what"] for row in rows] == ["synthetic", "real (torchvision)" if on_cpu() else "real (dali)"]
     for row in rows:
         assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and 0 <= row["input_wait"] <= 1, row

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, run_trainer
+from conftest import REPOSITORY, TINY, train_here
 
 from pipelines.checked import decode_with_pil, refuse_damaged
 from pipelines.cpu import TorchvisionPipeline
@@ -176,7 +176,7 @@ def test_a_missing_dataset_is_said_in_one_line(tmp_path, capsys):
 
 def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_path, capsys):
     out, report = tmp_path / "run", tmp_path / "doctor.json"
-    run_trainer("--data.root", digits, "--run.out", out, "--run.stop_after_steps", 7)
+    train_here(digits, out, "--run.stop_after_steps", 7)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report)])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, TINY, run_trainer
+from conftest import REPOSITORY, TINY
 
 from trainer import ready
 from trainer.config import parse
@@ -657,7 +657,7 @@ def rendezvous(backend: str, node: int) -> list:
 
 
 @pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.long)])
-def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_path, backend):
+def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_path, run_ranks, backend):
     arguments = [*TINY, "--data.root", digits, "--run.stop_after_steps", 3, "--run.log_every", 1]
     trainer = [REPOSITORY / "trainer" / "run.py", *arguments, "--run.out", tmp_path / "two"]
     processes = [start_on(host, [*TORCHRUN, *rendezvous(backend, n), *trainer]) for n, host in enumerate(hosts)]
@@ -667,7 +667,7 @@ def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_pat
             assert process.returncode == 0, error
     finally:
         end_all(processes)
-    run_trainer(*arguments[len(TINY) :], "--run.out", tmp_path / "one", ranks=2)
+    run_ranks(2, *arguments[len(TINY) :], "--run.out", tmp_path / "one")
     runs = [
         torch.load(tmp_path / run / "checkpoints" / "step-00000003.pt", weights_only=True) for run in ("one", "two")
     ]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, train_here
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -30,7 +30,7 @@ from trainer.config import parse
 from trainer.control import REQUEUE
 from trainer.distributed import World
 from trainer.fitting import is_out_of_memory, largest_micro_batch
-from trainer.run import build, main, train
+from trainer.run import build, main
 from trainer.step import TrainStep
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -39,10 +39,6 @@ STATE = ("step", "evaluated", "best", "student", "ema", "optimizer", "scaler")
 
 def arguments_for(digits: Path, out: Path, *arguments) -> list[str]:
     return [*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]
-
-
-def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse(arguments_for(digits, out, *arguments)), ONE)
 
 
 def newest(out: Path) -> dict:
@@ -157,13 +153,13 @@ def elastic(tmp_path_factory) -> Path:
 
 
 def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(elastic):
-    """2 ranks all along, and 2, then 4, then 1."""
+    """2 ranks all along, and 4, then 1 from the tenth step on."""
     steady, changing = (
         sorted(map(json.loads, (elastic / f"{name}.positions.jsonl").read_text().splitlines()))
         for name in ("steady", "changing")
     )
     assert [position for position, *_ in steady] == list(range(0, 20 * 64, 16))
-    assert steady == changing
+    assert steady[len(steady) // 2 :] == changing
     a, b = newest(elastic / "steady")["student"], newest(elastic / "changing")["student"]
     assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-3, atol=1e-3) for name in a)
 
@@ -188,7 +184,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
 
 def test_the_gradients_are_the_same_on_1_2_and_4_ranks(elastic):
     """AdamW's first moment after one update is a tenth of the gradient."""
-    one, *others = (newest(elastic / f"one-update-{ranks}")["optimizer"]["state"] for ranks in (1, 2, 4))
+    firsts = [checkpoint.path_of(elastic / name / "checkpoints", 1) for name in ("alone", "steady", "four")]
+    one, *others = (read(path)["optimizer"]["state"] for path in firsts)
     for other in others:
         for index, state in one.items():
             gradient, found = 10 * state["exp_avg"], 10 * other[index]["exp_avg"]
@@ -197,11 +194,11 @@ def test_the_gradients_are_the_same_on_1_2_and_4_ranks(elastic):
 
 def test_four_ranks_resume_bit_equal(elastic):
     """With more than two, the order in which gradients are summed depends on DDP's buckets."""
-    assert_same_end(elastic / "four", elastic / "four-stopped")
+    assert_same_end(elastic / "four", elastic / "four-resumed")
 
 
 def test_ranks_with_statistics_of_their_own_resume_bit_equal(elastic):
-    runs = [elastic / name for name in ("own-statistics", "own-statistics-stopped")]
+    runs = [elastic / name for name in ("own-statistics", "own-statistics-resumed")]
     assert_same_end(*runs)
     a, b = (newest(run)["rank_statistics"] for run in runs)
     assert len(a) == 2 and equal(a, b) and not equal(a[0], a[1])

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_trainer
+from conftest import TINY, run_trainer, train_here
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
 from tools.sharding.job import BuildOptions, build
 from trainer.quarantine import QUARANTINE
+from trainer.run import main
 
 
 def flip_bytes(root, split: str, samples: np.ndarray, seed: int = 0) -> set[tuple[str, str, str, int]]:
@@ -36,65 +38,84 @@ def named(run) -> list[tuple[str, str, str, int]]:
     return [(line["split"], line["shard"], line["key"], line["offset"]) for line in read_json_lines(run / QUARANTINE)]
 
 
-@pytest.fixture
-def damaged(digits, tmp_path):
+@pytest.fixture(scope="module")
+def damaged(digits, tmp_path_factory):
     """The digits with 5 damaged training and 3 damaged validation images, and which these are."""
-    root = shutil.copytree(digits, tmp_path / "damaged")
+    root = shutil.copytree(digits, tmp_path_factory.mktemp("quarantine") / "damaged")
     bad = flip_bytes(root, "train", np.array([0, 17, 100, 101, 319])) | flip_bytes(root, "val", np.array([0, 50, 95]))
     return root, bad
 
 
-ALL = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.04")  # every image is shown
+EACH = ("--augment.repeats", "1")  # every image is shown
+ALL = (*EACH, "--data.max_bad_fraction", "0.04")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp_path, ranks):
-    root, bad = damaged
-    done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", *ALL, ranks=ranks)
-    assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
-    assert "damaged and replaced: train: sample" in done.stdout and f"8 in all, named in {tmp_path}" in done.stdout
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def stopped(damaged, tmp_path_factory) -> Path:
+    """A run of the damaged digits that was stopped after its first epoch, in which all were shown."""
+    out = tmp_path_factory.mktemp("quarantine") / "stopped"
+    train_here(damaged[0], out, *EACH, "--data.max_bad_fraction", "1", "--run.stop_after_steps", 5)
+    assert len(named(out)) == 8
+    return out
+
+
+def assert_each_named_once(run: Path, bad: set, said: str) -> None:
+    """Of a run that ended normally."""
+    assert len(named(run)) == 8 and set(named(run)) == bad
+    said = " ".join(said.split())  # a terminal's width breaks lines
+    assert "damaged and replaced: train: sample" in said and f"8 in all, named in {run}" in said
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"] and summary["quarantined"] == 8
 
 
-def test_a_run_that_goes_on_names_nothing_twice(damaged, tmp_path):
+def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp_path, capsys):
     root, bad = damaged
-    arguments = ("--data.root", root, "--run.out", tmp_path / "run", *ALL)
-    run_trainer(*arguments, "--run.stop_after_steps", "6")
-    path = tmp_path / "run" / QUARANTINE
+    train_here(root, tmp_path / "run", *ALL)
+    assert_each_named_once(tmp_path / "run", bad, capsys.readouterr().out)
+
+
+def test_two_ranks_name_each_damaged_image_once_and_end_normally(damaged, tmp_path, run_ranks):
+    root, bad = damaged
+    said = run_ranks(2, "--data.root", root, "--run.out", tmp_path / "run", *ALL)
+    assert_each_named_once(tmp_path / "run", bad, said)
+
+
+def test_a_run_that_goes_on_names_nothing_twice(damaged, stopped, tmp_path):
+    root, bad = damaged
+    run = shutil.copytree(stopped, tmp_path / "run")
+    path = run / QUARANTINE
     path.write_text(path.read_text() + '{"split": "tr')  # killed while it wrote
-    run_trainer(*arguments)
-    assert len(named(tmp_path / "run")) == 8 and set(named(tmp_path / "run")) == bad
+    assert train_here(root, run, *ALL)["session"]["start_step"] == 5
+    assert len(named(run)) == 8 and set(named(run)) == bad
 
 
-def test_the_limit_counts_what_earlier_sessions_found(damaged, tmp_path):
+def test_the_limit_counts_what_earlier_sessions_found(damaged, stopped, tmp_path):
     """It is not passed by stopping and going on."""
-    root, _ = damaged
-    arguments = ("--data.root", root, "--run.out", tmp_path / "run", "--augment.repeats", "1")
-    run_trainer(*arguments, "--data.max_bad_fraction", "1", "--run.stop_after_steps", "5")
-    assert len(named(tmp_path / "run")) == 8
-    done = run_trainer(*arguments, "--data.max_bad_fraction", "0.01", check=False)
-    assert "5 of the 320 images in 'train' are damaged" in done.stderr
+    run = shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(UserError, match="5 of the 320 images in 'train' are damaged"):
+        train_here(damaged[0], run, *EACH, "--data.max_bad_fraction", "0.01")
 
 
-def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path):
+def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path, capsys):
     root, bad = damaged
-    strict = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.01", "--run.log_every", "5")
-    done = run_trainer("--data.root", root, "--run.out", tmp_path / "run", *strict, check=False)
-    assert done.returncode == 1
-    assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction, 0.01" in done.stderr
-    assert "Traceback" not in done.stderr
+    strict = (*EACH, "--data.max_bad_fraction", "0.01", "--run.log_every", "5")
+    with pytest.raises(SystemExit) as end:
+        main([*TINY, "--data.root", str(root), "--run.out", str(tmp_path / "run"), *strict])
+    said = capsys.readouterr().err
+    assert end.value.code == 1
+    assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction, 0.01" in said
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert named(tmp_path / "run") and set(named(tmp_path / "run")) <= bad
 
 
 def test_a_single_damaged_image_never_ends_a_run(digits, tmp_path):
     root = shutil.copytree(digits, tmp_path / "damaged")
     bad = flip_bytes(root, "train", np.array([5]))
-    arguments = ("--data.root", root, "--augment.repeats", "1", "--schedule.epochs", "2")
-    run_trainer(*arguments, "--run.out", tmp_path / "run")
+    arguments = (*EACH, "--schedule.epochs", "2")
+    assert train_here(root, tmp_path / "run", *arguments)["finished"]
     assert set(named(tmp_path / "run")) == bad
-    done = run_trainer(*arguments, "--run.out", tmp_path / "none", "--data.max_bad_fraction", "0", check=False)
-    assert "1 of the 320 images in 'train' are damaged" in done.stderr
+    with pytest.raises(UserError, match="1 of the 320 images in 'train' are damaged"):
+        train_here(root, tmp_path / "none", *arguments, "--data.max_bad_fraction", "0")
 
 
 @pytest.mark.long

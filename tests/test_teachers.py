@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run_trainer
+from conftest import TINY
 from PIL import Image
 
 from pipelines.errors import UserError
@@ -501,10 +501,10 @@ def test_a_student_that_is_its_teacher_agrees_with_it(digits, tmp_path):
     assert [line["loss"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_two_ranks_tell_the_agreement_of_all_images(digits, files, tmp_path):
+def test_two_ranks_tell_the_agreement_of_all_images(digits, files, tmp_path, run_ranks):
     setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 2]
     one = train_here(digits, tmp_path / "1", *setting)
-    run_trainer("--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting, ranks=2)
+    run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting)
     two = [line for line in read_json_lines(tmp_path / "2" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["teacher_top1"] for line in one] == pytest.approx([line["teacher_top1"] for line in two])
     assert one[0]["agreement"] == pytest.approx(two[0]["agreement"])

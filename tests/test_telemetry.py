@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, train_here
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.loggers import WANDB_ID, scalars
-from trainer.run import train
 from trainer.telemetry import InputWait, Pace, Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -174,10 +173,6 @@ def test_scalars_are_the_numbers_of_train_and_eval_lines():
     }
     assert dict(scalars({"kind": "eval", **times, "raw": {"top1": 50.0}})) == {"eval/raw/top1": 50.0}
     assert not dict(scalars({"kind": "session", **times, "ranks": 8}))
-
-
-def train_here(digits: Path, out: Path, *arguments) -> None:
-    train(parse([*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
 
 
 def test_tensorboard_shows_the_curves_of_metrics_jsonl_after_a_restart_too(digits, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import REPOSITORY, TINY, run_trainer
+from conftest import REPOSITORY, TINY, run_trainer, train_here
 
 from pipelines.errors import UserError
 from pipelines.files import locked, read_json_lines
@@ -52,10 +52,6 @@ def assert_equal_states(a, b, path="") -> None:
         assert a == b, path
 
 
-def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse([*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
-
-
 @pytest.fixture(scope="module")
 def teacher(digits, tmp_path_factory) -> list[str]:
     """Arguments for a teacher with weights of its own (not a good one)."""
@@ -69,7 +65,7 @@ def teacher(digits, tmp_path_factory) -> list[str]:
 def undisturbed(digits, teacher, tmp_path_factory) -> Path:
     """A run of 20 steps (4 epochs of 5) that was never stopped, with dropout and a teacher."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run_trainer("--data.root", digits, "--run.out", out, *teacher, *DROPOUT, *EVERY_3)
+    train_here(digits, out, *teacher, *DROPOUT, *EVERY_3)
     return out
 
 
@@ -81,11 +77,12 @@ EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
 
 
 def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(digits, teacher, undisturbed, tmp_path):
-    arguments = ["--data.root", digits, "--run.out", tmp_path, *teacher, *DROPOUT, *EVERY_3]
-    run_trainer(*arguments, "--run.stop_after_steps", 7)
+    """It goes on in another process."""
+    arguments = [*teacher, *DROPOUT, *EVERY_3]
+    train_here(digits, tmp_path, *arguments, "--run.stop_after_steps", 7)
     assert newest(tmp_path)["step"] == 7
     assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
-    done = run_trainer(*arguments)
+    done = run_trainer("--data.root", digits, "--run.out", tmp_path, *arguments)
     assert "resuming after step 7" in done.stdout
     a, b = newest(undisturbed), newest(tmp_path)
     assert a["step"] == b["step"] == 20
@@ -94,17 +91,17 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(di
     assert json.loads((tmp_path / "summary.json").read_text())["finished"] is True
 
 
-def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed, teacher, tmp_path):
+def test_a_finished_run_that_is_started_again_stays_as_it_is(digits, undisturbed, teacher, tmp_path, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     before = newest(run)
-    done = run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
-    assert "nothing to do: the run has done 20 of 20 steps" in done.stdout
+    train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
+    assert "nothing to do: the run has done 20 of 20 steps" in capsys.readouterr().out
     assert_equal_states(before["student"], newest(run)["student"])
     summaries = [json.loads((r / "summary.json").read_text()) for r in (run, undisturbed)]
     assert summaries[0] == summaries[1]
     # without its summary, it was killed after its last checkpoint
     (run / "summary.json").unlink()
-    run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
+    train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
     assert json.loads((run / "summary.json").read_text())["evaluation"] == summaries[1]["evaluation"]
 
 
@@ -192,10 +189,10 @@ def assert_close_states(a: dict, b: dict, tolerance: float) -> None:
         assert torch.allclose(a[name].double(), b[name].double(), rtol=tolerance, atol=tolerance), name
 
 
-def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(digits, teacher, tmp_path):
-    arguments = ["--data.root", digits, *teacher, "--run.stop_after_steps", 6, "--optim.lr", "1e-3"]
-    for ranks in (1, 2):
-        run_trainer(*arguments, "--run.out", tmp_path / str(ranks), ranks=ranks)
+def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(digits, teacher, tmp_path, run_ranks):
+    arguments = [*teacher, "--run.stop_after_steps", 6, "--optim.lr", "1e-3"]
+    train_here(digits, tmp_path / "1", *arguments)
+    run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", *arguments)
     one, two = newest(tmp_path / "1"), newest(tmp_path / "2")
     for part in ("student", "ema"):
         assert_close_states(one[part], two[part], 1e-4)
@@ -376,14 +373,12 @@ def test_dali_trains_too(digits, tmp_path):
 
 def test_all_ways_to_start_it(digits, tmp_path):
     arguments = [*TINY, "--data.root", str(digits), "--run.stop_after_steps", "1"]
-    for i, start in enumerate((["trainer/run.py"], ["-m", "trainer.run"])):
-        out = tmp_path / str(i)
-        subprocess.run([sys.executable, *start, *arguments, "--run.out", str(out)], cwd=REPOSITORY, check=True)
-        assert newest(out)["step"] == 1
-    # from anywhere, without the package installed
-    environment = {**os.environ, "PYTHONPATH": ""}
-    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path / "2")]
-    subprocess.run(command, cwd=tmp_path, check=True, env=environment)
+    script = os.path.relpath(REPOSITORY / "trainer" / "run.py", tmp_path)
+    # the script from anywhere, without the package installed; the module from the repository
+    for i, (start, folder) in enumerate((([script], tmp_path), (["-m", "trainer.run"], REPOSITORY))):
+        command = [sys.executable, *start, *arguments, "--run.out", str(tmp_path / str(i))]
+        subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PYTHONPATH": ""})
+        assert newest(tmp_path / str(i))["step"] == 1
 
 
 # --- mistakes ---
@@ -545,7 +540,9 @@ def test_a_plan_with_a_field_less_differs():
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(digits, undisturbed, teacher, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    digits, undisturbed, teacher, tmp_path, capsys, damage
+):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     path = run / "checkpoints" / "step-00000020.pt"
     if damage == "truncated":
@@ -554,11 +551,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(digits, undis
         content = torch.load(path, weights_only=True)
         content["optimizer"]["state"][3]["exp_avg"].view(-1)[0] += 1e-6
         torch.save(content, path)
-    done = run_trainer("--data.root", digits, "--run.out", run, *teacher, *DROPOUT, *EVERY_3)
-    assert (
-        "step-00000020.pt: damaged" in done.stdout and "going on from an earlier one, step-00000018.pt" in done.stdout
-    )
-    assert "resuming after step 18" in done.stdout
+    train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step-00000020.pt: damaged" in said and "going on from an earlier one, step-00000018.pt" in said
+    assert "resuming after step 18" in said
     for part in ("student", "ema", "optimizer", "best"):
         assert_equal_states(newest(undisturbed)[part], newest(run)[part], part)
     assert sorted(file.name for file in (run / "checkpoints").glob("*.damaged")) == ["step-00000020.damaged"]

@@ -202,7 +202,8 @@ def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, coun
 
 def _start_clean_process() -> None:
     """Start the process that workers are forked from, with what they import: they are there at once then."""
-    multiprocessing.set_forkserver_preload(["timm.data", "torchvision.transforms.v2", "webdataset"])
+    # the first of them for what the program that was started imports: each worker runs its file once more
+    multiprocessing.set_forkserver_preload(["tools.benchmark", "timm.data", "torchvision.transforms.v2", "webdataset"])
     forkserver.ensure_running()
 
 

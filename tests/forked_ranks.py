@@ -1,0 +1,17 @@
+"""Started by conftest.run_ranks: forks the ranks of one run after the other, with everything imported once.
+
+Of each line {"arguments", "ranks", "log"} on stdin it makes a run of trainer/run.py, whose ranks write into the log,
+and answers with a line of their exit codes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools import chaos  # noqa: E402
+
+for line in sys.stdin:
+    wanted = json.loads(line)
+    print(json.dumps(chaos.wait(chaos.start(wanted["arguments"], Path(wanted["log"]), wanted["ranks"]))), flush=True)
