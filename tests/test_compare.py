@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import REPOSITORY
+from rich.console import Console
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
@@ -75,19 +76,36 @@ def test_models_nearer_than_the_margin_are_tied_and_stand_by_name_however_often_
 
 
 def test_noise_that_hides_the_difference_makes_a_tie_and_many_rounds_resolve_it():
-    assert not ranking.told_apart(turns(110, 9, 0.3), turns(100, 9, 0.3, seed=1))
-    assert ranking.told_apart(turns(110, 400, 0.1), turns(100, 400, 0.1, seed=1))
+    assert not ranking.surely_faster(turns(110, 9, 0.3), turns(100, 9, 0.3, seed=1))
+    assert ranking.surely_faster(turns(110, 400, 0.1), turns(100, 400, 0.1, seed=1))
 
 
 def test_no_step_in_the_order_is_one_that_was_not_seen():
     """b is told apart from neither a nor c, which differ: all three share a rank, and none is above another."""
     speeds = {"a": turns(104), "b": turns(102), "c": turns(100), "d": turns(90)}
-    assert ranking.told_apart(speeds["a"], speeds["c"])
+    assert ranking.surely_faster(speeds["a"], speeds["c"])
     assert ranking.ranked(speeds) == {"a": 1, "b": 1, "c": 1, "d": 4}
 
 
+def test_a_model_that_is_slower_in_most_rounds_is_not_above_though_its_usual_speed_is_higher():
+    high = np.arange(15) >= 7
+    a = np.exp(1.0 * high)
+    b = np.where(np.arange(15) >= 12, 1.0, 1.05 * a)
+    speeds = {"a": a, "b": b} | {f"steady{number}": turns(0.1) for number in range(5)}
+    usual = ranking.typical(speeds)
+    assert usual["a"] > usual["b"]
+    assert ranking.surely_faster(b, a)
+    assert [ranking.ranked(speeds)[name] for name in ("a", "b", "steady0")] == [1, 1, 3]
+
+
+def test_fewer_than_six_rounds_tell_nothing_apart():
+    assert 2 * 0.5**ranking.FEWEST_ROUNDS <= 1 - ranking._CONFIDENCE < 2 * 0.5 ** (ranking.FEWEST_ROUNDS - 1)
+    assert ranking.ranked({"a": turns(100, 5), "b": turns(200, 5)}) == {"a": 1, "b": 1}
+    assert ranking.ranked({"a": turns(100, 6), "b": turns(200, 6)}) == {"b": 1, "a": 2}
+
+
 def test_the_confidence_interval_of_a_median_leaves_out_what_the_tables_say():
-    assert [ranking._skipped(rounds) for rounds in (1, 5, 6, 9, 15, 25)] == [0, 0, 0, 1, 3, 7]
+    assert [ranking._skipped(rounds) for rounds in (6, 9, 15, 25)] == [0, 1, 3, 7]
 
 
 def test_the_order_is_told_in_a_line():
@@ -99,7 +117,7 @@ def test_the_order_is_told_in_a_line():
 
 def evaluation(path, **changes):
     report = {"model": "test_resnet", "source": "somewhere/best.pt", "top1": 71.5, "view": {"image_size": 96}}
-    path.write_text(json.dumps(report | changes))
+    path.write_text(json.dumps(report | {"split": "val", "digest": "0123456789abcdef"} | changes))
     return path
 
 
@@ -137,6 +155,32 @@ def test_an_evaluation_of_other_weights_is_refused(weights, tmp_path):
         contenders.choose([str(weights)], [path])
 
 
+def test_an_evaluation_of_a_checkpoint_is_not_the_accuracy_of_timms_model_of_that_name(weights, tmp_path):
+    path = evaluation(tmp_path / "eval.json", source=str(weights))
+    mine, bare = contenders.choose([str(weights), "test_resnet"], [path])
+    assert (mine.accuracy.top1, bare.accuracy) == (71.5, None)
+    with pytest.raises(UserError, match=r"eval.json: is of .*, none of the models here"):
+        contenders.choose(["test_resnet"], [path])
+    timms = evaluation(tmp_path / "timms.json", source="timm's test_resnet", top1=70)
+    mine, bare = contenders.choose([str(weights), "test_resnet"], [path, timms])
+    assert (mine.accuracy.top1, bare.accuracy.top1) == (71.5, 70)
+
+
+@pytest.mark.parametrize("changes", [{"digest": "fedcba9876543210"}, {"split": "train"}])
+def test_evaluations_on_different_images_are_refused(changes, tmp_path):
+    files = [
+        evaluation(tmp_path / f"{name}.json", model=name, source=f"timm's {name}", **different)
+        for name, different in (("test_resnet", {}), ("test_vit", changes))
+    ]
+    message = (
+        "test_vit.json: was evaluated on split .* with digest .*, .*test_resnet.json on split 'val' with digest 0123"
+    )
+    with pytest.raises(UserError, match=message):
+        contenders.choose(["test_resnet", "test_vit"], files)
+    evaluation(files[1], model="test_vit", source="timm's test_vit")
+    assert len(contenders.choose(["test_resnet", "test_vit"], files)) == 2
+
+
 def test_a_users_accuracy_comes_before_the_papers(tmp_path):
     (tmp_path / "mine.csv").write_text("model,top1,image_size\nresnet50,79.25,288\n")
     mine, papers = contenders.choose(["resnet50", "levit_384"], [tmp_path / "mine.csv"])
@@ -145,7 +189,8 @@ def test_a_users_accuracy_comes_before_the_papers(tmp_path):
 
 
 def test_two_accuracies_of_a_model_are_refused(tmp_path):
-    files = [evaluation(tmp_path / f"{name}.json", top1=top1) for name, top1 in (("a", 70), ("b", 71))]
+    timms = "timm's test_resnet"
+    files = [evaluation(tmp_path / f"{name}.json", source=timms, top1=top1) for name, top1 in (("a", 70), ("b", 71))]
     with pytest.raises(UserError, match=r"test_resnet: .*a.json says 70 %, .*b.json 71 %. Leave one out"):
         contenders.choose(["test_resnet"], files)
 
@@ -176,6 +221,7 @@ def test_a_file_of_accuracies_that_is_none_is_refused(tmp_path, name, text, mess
         (["resnet50", "--backends", "onyx"], "error: --backends: 'onyx' is not one of openvino, onnxruntime"),
         (["resnet50", "--repeats", "0"], "error: --repeats is 0; it must be at least 1"),
         (["resnet50", "--out", "file/folder"], "error: --out is file/folder: no folder can be made there"),
+        (["resnet50", "--out", "/proc"], "error: --out is /proc: no file can be made there"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
@@ -235,8 +281,12 @@ def _serve_and_die(connection):
     signal.raise_signal(signal.SIGKILL)
 
 
-def _serve_an_error(connection):
-    raise ValueError("first line\nsecond line")
+def _serve_an_error(connection, error=None):
+    raise error or ValueError("first line\nsecond line")
+
+
+def _serve_a_fault(connection):
+    signal.raise_signal(signal.SIGABRT)
 
 
 def test_a_process_that_is_killed_is_told_with_its_signal():
@@ -245,6 +295,24 @@ def test_a_process_that_is_killed_is_told_with_its_signal():
         process.ask()
         with pytest.raises(FailedError, match="killed by SIGKILL, perhaps for want of memory"):
             process.answer()
+
+
+def test_a_process_that_a_fault_ended_is_not_said_to_want_memory():
+    with Process(_serve_a_fault) as process, pytest.raises(FailedError, match="killed by SIGABRT; leave this model or"):
+        process.answer()
+
+
+@pytest.mark.parametrize("error", [OSError("libnvinfer.so: no such file"), EOFError("the file ends early")])
+def test_a_runtimes_own_error_of_reading_is_told_as_any_other(error):
+    told = f"^{type(error).__name__}: {error}$"
+    with Process(_serve_an_error, error) as process, pytest.raises(FailedError, match=told):
+        process.answer()
+
+
+def test_want_of_the_gpus_memory_is_said_with_what_to_do():
+    assert (
+        measuring.in_a_line(torch.cuda.OutOfMemoryError("CUDA ...")) == "out of the GPU's memory; use a smaller --batch"
+    )
 
 
 def test_an_error_in_a_process_is_told_in_a_line():
@@ -338,7 +406,11 @@ def row(model: str, backend: str = "openvino", **changes) -> dict:
         "top1": 80.0,
         "top1_from": "published, arXiv",
         "top1_is_the_papers": True,
+        "top1_split": "",
+        "top1_digest": "",
         "on_front": True,
+        "front_is_sure": True,
+        "turns_images_per_s": [100.0] * 15,
         "images_per_s": 100.0,
         "min": 95.0,
         "max": 105.0,
@@ -386,14 +458,68 @@ def test_ties_and_a_noisy_machine_are_said():
     text = "\n".join(results.notes([row("a"), row("b", spread_percent=14.0), row("c", rank=3)]))
     assert "from fast to slow: a = b > c" in text
     assert "= cannot be told apart" in text
+    assert "not tested" not in text
     assert "warning: the speed of 1 of 3 rows varied by more than 10% between turns (b (openvino)" in text
 
 
-def test_models_that_cannot_be_told_apart_count_as_equally_fast_on_the_front():
-    speeds = {"a": 101, "b": 100, "c": 150}
-    rows = [row(name, turns_images_per_s=turns(speed), top1=79.0 + (name == "b")) for name, speed in speeds.items()]
-    results._mark_front([*rows, without := row("d", top1=None)])
-    assert [each["on_front"] for each in [*rows, without]] == [False, True, True, None]
+def test_the_front_is_that_of_the_speeds_shown_and_marks_who_is_not_surely_faster_than_the_more_accurate():
+    points = {"a": (101, 79.0), "b": (100, 80.0), "c": (150, 78.0), "d": (99, 80.0)}
+    rows = [
+        row(name, images_per_s=speed, turns_images_per_s=turns(speed), top1=top1)
+        for name, (speed, top1) in points.items()
+    ]
+    rows.append(row("e", top1=None))
+    results._mark_front(rows)
+    assert [each["on_front"] for each in rows] == [True, True, True, False, None]
+    assert [each["front_is_sure"] for each in rows] == [False, True, True, None, None]
+    (table,) = results.tables(rows)
+    column = next(column for column in table.columns if column.header == "front")
+    assert list(column.cells) == ["front?", "front", "front", "", ""]
+    assert any(note.startswith("front? on the front by its speed as shown") for note in results.notes(rows))
+
+
+def test_so_few_rounds_that_the_order_is_not_tested_are_said():
+    text = "\n".join(results.notes([row(name, turns_images_per_s=[100.0] * 5) for name in "ab"]))
+    assert "= not tested: of fewer than 6 rounds nothing can be said of the order. Use --repeats 6 or more" in text
+
+
+def test_the_papers_accuracies_beside_evaluations_are_said_to_be_of_other_images_perhaps():
+    mine = row("mine", top1_is_the_papers=False, top1_split="val", top1_digest="0123456789abcdef")
+    said = "* is of ImageNet's validation images; the evaluations are of split 'val' with digest 0123456789ab: compare"
+    assert any(note.startswith(said) for note in results.notes([row("resnet50"), mine]))
+    assert not [note for rows in ([row("resnet50")], [mine]) for note in results.notes(rows) if "digest" in note]
+
+
+def test_what_looks_like_markup_is_shown_as_it_is():
+    name = "runs/[bold]:smile:[/x]\\"
+    failed = {"backend": "openvino", "model": name, "rank": None, "failed": "[/] is no [red]tag"}
+    screen = Console(file=io.StringIO(), width=200)
+    for table in results.tables([row(name), failed]):
+        screen.print(table)
+    shown = screen.file.getvalue()
+    assert shown.count(name) == 2
+    assert "[/] is no [red]tag" in shown
+
+
+def test_a_dollar_in_a_path_is_no_formula():
+    assert charts.picture([row("runs/$\\frac$"), row("runs/a$b", top1=81.0)], "a machine").startswith(b"\x89PNG")
+
+
+def test_the_tables_are_shown_also_where_the_files_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """A folder that was removed while the models were measured."""
+    out = tmp_path / "out"
+
+    def measured(*_):
+        out.rmdir()
+        return {}, []
+
+    monkeypatch.setattr(compare, "_with_progress", measured)
+    monkeypatch.setattr(results, "rows_of", lambda *_: [row("resnet50")])
+    with pytest.raises(SystemExit):
+        compare.main(["test_resnet", "--device", "cpu", "--backends", "eager", "--out", str(out)])
+    said = capsys.readouterr()
+    assert f"error: --out is {out}: cannot be written (No such file or directory). Name another" in said.err
+    assert "resnet50" in said.out
 
 
 def test_a_former_picture_does_not_stay_beside_numbers_without_accuracies(tmp_path):

@@ -13,6 +13,7 @@ import datetime
 import importlib.util
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
@@ -82,15 +83,23 @@ def compare(options: argparse.Namespace) -> None:
         screen.print(remark, markup=False)
     prepared, measured = _with_progress(models, backends, plan)
     rows = results.rows_of(prepared, measured)
-    remarks = [*remarks, *results.notes(rows)]
-    for table in results.tables(rows):
-        screen.print(table)
-    for note in results.notes(rows):
-        screen.print(note, markup=False, highlight=False, soft_wrap=True)
-    written = write(options.out, rows, remarks, plan)
+    notes = results.notes(rows)
+    try:
+        written = write(options.out, rows, [*remarks, *notes], plan)
+    except OSError as error:
+        raise UserError(f"--out is {options.out}: cannot be written ({error.strerror}). Name another") from error
+    finally:  # the files first; the tables also where there are none
+        _show(screen, rows, notes)
     screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     if not results.by_backend(rows):
         raise UserError(f"nothing could be measured; the first reason: {rows[0]['failed']}")
+
+
+def _show(screen: Console, rows: list[dict], notes: list[str]) -> None:
+    for table in results.tables(rows):
+        screen.print(table)
+    for note in notes:
+        screen.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -108,11 +117,16 @@ def _refuse_unwritable(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out is {out}: no folder can be made there ({error.strerror}). Name another") from error
+    try:
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out is {out}: no file can be made there ({error.strerror}). Name another") from error
 
 
 def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:
     """`measure` with a line that tells what it does, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     shown = Console(stderr=True)
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
         task = progress.add_task("starting", total=pieces(len(models), len(backends), plan.repeats))

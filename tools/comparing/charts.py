@@ -142,6 +142,7 @@ def _label(axes, rows: list[dict]) -> None:
                 fontsize=8,
                 color=_FRONT if row["on_front"] else "0.25",
                 arrowprops=_line_to(horizontal, vertical) if offset in _FAR else None,
+                parse_math=False,  # a path may hold a $
             )
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)  # without the line that may lead there
@@ -265,7 +266,8 @@ def _traces(rows: list[dict]) -> list[dict]:
 
 
 def _hover(row: dict) -> str:
-    front = "<br>on the front" if row["on_front"] else ""
+    unsure = "" if row["front_is_sure"] else ", not surely faster than each more accurate one"
+    front = f"<br>on the front{unsure}" if row["on_front"] else ""
     return (
         f"<b>{html.escape(row['model'])}</b><br>top-1 {row['top1']:g} % ({html.escape(row['top1_from'])})"
         f"<br>{row['images_per_s']:,.1f} images/s ({row['min']:,.1f} to {row['max']:,.1f})"

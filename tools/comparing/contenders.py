@@ -33,11 +33,13 @@ class Accuracy:
     """What somebody says of a model's accuracy.
 
     Attributes:
-      model: timm's name, or a path; source: file of weights that an evaluation was of, "" where none is named.
+      model: timm's name, or a path; source: file of weights that an evaluation was of, "" for timm's own weights and
+        where none is named.
       top1: percent.
       image_size: pixels; None where it is not said.
       said_by: the file that says it, or where it was published.
       published: by the paper, not measured here.
+      split, digest: of the dataset that an evaluation was on, "" where there was none.
     """
 
     model: str
@@ -46,6 +48,8 @@ class Accuracy:
     said_by: str
     source: str = ""
     published: bool = False
+    split: str = ""
+    digest: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,8 @@ def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
       words: timm's names, and paths of checkpoints, runs and exported folders; none is the paper's models.
       accuracies: files as for `read_accuracies`; they come before the paper.
     Raises:
-      UserError: an unknown or damaged model or file, or an accuracy that belongs to none of the models.
+      UserError: an unknown or damaged model or file, an accuracy that belongs to none of the models, or evaluations on
+        different images.
     """
     paper = published()
     said = {path: read_accuracies(path) for path in accuracies}
@@ -102,7 +107,20 @@ def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
             of = group[0].source or group[0].model
             others = f" and {len(group) - 1} more" if len(group) > 1 else ""
             raise UserError(f"{path}: is of {of}{others}, none of the models here. Name its model, or leave it out")
+    _refuse_different_images([model.accuracy for model in found if model.accuracy is not None])
     return found
+
+
+def _refuse_different_images(accuracies: Iterable[Accuracy]) -> None:
+    """Evaluations go on one front only if they were on the same images; of other accuracies that is not known."""
+    evaluated = [accuracy for accuracy in accuracies if accuracy.digest]
+    for other in evaluated[1:]:
+        if (other.split, other.digest) != (evaluated[0].split, evaluated[0].digest):
+            first, second = (f"split '{a.split}' with digest {a.digest[:12]}" for a in (evaluated[0], other))
+            raise UserError(
+                f"{other.said_by}: was evaluated on {second}, {evaluated[0].said_by} on {first}. "
+                "Evaluate both on the same images, or leave one out"
+            )
 
 
 def published() -> list[Accuracy]:
@@ -142,7 +160,9 @@ def _of_evaluation(path: Path, text: str) -> Accuracy:
         report = json.loads(text)
         source = "" if report["source"].startswith(_TIMMS) else report["source"]
         size = int(report["view"]["image_size"])
-        return Accuracy(report["model"], _percent(str(path), report["top1"]), size, str(path), source)
+        top1 = _percent(str(path), report["top1"])
+        on = {key: str(report[key]) for key in ("split", "digest")}
+        return Accuracy(report["model"], top1, size, str(path), source, **on)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -186,7 +206,7 @@ def _with_accuracy(model: Contender, source: str, said: Iterable[Accuracy], pape
     if len(found) > 1:
         raise UserError(
             f"{model.label}: {found[0].said_by} says {found[0].top1:g} %, {found[1].said_by} {found[1].top1:g} %. "
-            "Leave one out, or name the checkpoints instead of the model"
+            "Leave one out"
         )
     found += [accuracy for accuracy in paper if accuracy.model == model.name and not source]
     if not found:
@@ -195,9 +215,9 @@ def _with_accuracy(model: Contender, source: str, said: Iterable[Accuracy], pape
 
 
 def _is_of(accuracy: Accuracy, model: Contender, source: str) -> bool:
-    """Trained models go by their file, others by timm's name of them."""
+    """Trained models go by their file; timm's names by name, but not for what was trained to something else."""
     if not source:
-        return accuracy.model == model.name or accuracy.model == model.label
+        return not accuracy.source and accuracy.model in (model.name, model.label)
     paths = {Path(path).resolve() for path in (accuracy.source, "" if accuracy.source else accuracy.model) if path}
     return bool(paths & {Path(source).resolve(), Path(model.label).resolve()})
 

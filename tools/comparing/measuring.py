@@ -222,25 +222,28 @@ class Process:
     def _lost(self) -> FailedError:
         self._process.join(_PATIENCE_S)
         code = self._process.exitcode
-        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-        return FailedError(f"its process was {how}, perhaps for want of memory; compare fewer models at a time")
+        if code == -signal.SIGKILL:
+            how = "was killed by SIGKILL, perhaps for want of memory; compare fewer models at a time"
+        elif code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}; leave this model or backend out"
+        else:
+            how = f"ended with code {code} and no answer; leave this model or backend out"
+        return FailedError(f"its process {how}")
 
 
 def _served(connection: Connection, serve: Callable, *arguments) -> None:
     end_with_parent()
-    with contextlib.suppress(EOFError, OSError):  # nobody waits for an answer any more
-        try:
-            serve(connection, *arguments)
-        except (EOFError, OSError):
-            raise
-        except Exception as error:  # runtimes raise errors of many kinds; each is a row of the table
+    try:
+        serve(connection, *arguments)
+    except Exception as error:  # runtimes raise errors of many kinds, OSError too; each is a row of the table
+        with contextlib.suppress(OSError):  # nobody waits for an answer any more: the usual end, in `recv`
             connection.send(FailedError(in_a_line(error)))
 
 
 def in_a_line(error: Exception) -> str:
     """An error's message, its type before it unless it was written for users."""
     message = " ".join(str(error).split())[:300]
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of the GPU's memory; use a smaller --batch"
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 

@@ -6,13 +6,13 @@ its round, and medians over the rounds pass over what disturbed single turns.
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-MARGIN = 0.03  # of the speed: what a process's luck with its memory is worth, whatever the number of rounds
+MARGIN = 0.03  # of the speed: a choice, for what a process's luck with its memory is worth in any number of rounds
 _CONFIDENCE = 0.95
+FEWEST_ROUNDS = 6  # of fewer not even the whole range holds the median with that confidence: nothing is told apart
 NOISY = 0.10  # of the speed: spread from which on there is a warning
 
 Speeds = Mapping[str, Sequence[float]]  # model -> images/s of its turns, as many for each
@@ -37,21 +37,20 @@ def spread(turns: Sequence[float]) -> float:
 def surely_faster(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether the model with turns `a` is faster than that with turns `b`, by more than MARGIN.
 
-    That is where the confidence interval of the median ratio of turns of the same round lies beyond it. Fewer than six
-    rounds give no such interval: there all ratios must lie beyond.
+    That is where the confidence interval of the median ratio of turns of the same round lies beyond it. Fewer than
+    FEWEST_ROUNDS give no such interval, and no model is surely faster.
     """
+    if len(a) < FEWEST_ROUNDS:
+        return False
     ratios = np.sort(np.log(np.array(a) / np.array(b)))
     return bool(ratios[_skipped(len(ratios))] > math.log1p(MARGIN))
-
-
-def told_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether one of two models is surely faster."""
-    return surely_faster(a, b) or surely_faster(b, a)
 
 
 def _skipped(rounds: int) -> int:
     """How many of the sorted values may lie on each side of a confidence interval of the median.
 
+    Args:
+      rounds: FEWEST_ROUNDS or more.
     Source: the number of values below a median is binomial, (rounds, 1/2).
     """
     outside, skipped = 0.5**rounds, 0
@@ -64,13 +63,13 @@ def _skipped(rounds: int) -> int:
 def ranked(speeds: Speeds) -> dict[str, int]:
     """Models from fast to slow with their ranks: 1, 2, 2, 4 where the second and third cannot be told apart.
 
-    A model has a lower rank only if it is told apart from every model above, so each step in the order is one that was
-    seen. Models of a rank are in the order of their names.
+    A model has a lower rank only if every model above is surely faster, so each step in the order is one that was seen.
+    Models of a rank are in the order of their names.
     """
     usual = typical(speeds)
     groups: list[list[str]] = []
     for name in sorted(speeds, key=lambda name: -usual[name]):
-        tied = [number for number, group in enumerate(groups) if not _all_told_apart(speeds, group, name)]
+        tied = [number for number, group in enumerate(groups) if not _all_faster(speeds, group, name)]
         first = min(tied, default=len(groups))
         groups[first:] = [[*itertools.chain(*groups[first:]), name]]
     ranks: dict[str, int] = {}
@@ -79,8 +78,8 @@ def ranked(speeds: Speeds) -> dict[str, int]:
     return ranks
 
 
-def _all_told_apart(speeds: Speeds, group: Sequence[str], name: str) -> bool:
-    return all(told_apart(speeds[other], speeds[name]) for other in group)
+def _all_faster(speeds: Speeds, group: Sequence[str], name: str) -> bool:
+    return all(surely_faster(speeds[other], speeds[name]) for other in group)
 
 
 def order_line(ranks: Mapping[str, int]) -> str:
@@ -90,16 +89,14 @@ def order_line(ranks: Mapping[str, int]) -> str:
     return " ".join(word for pair in zip(names, [*signs, ""], strict=True) for word in pair).rstrip()
 
 
-def pareto_front(points: Sequence[tuple], is_faster: Callable = operator.gt) -> list[bool]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points are on the front: no other is at least as accurate and at least as fast, and better in one.
 
     Args:
       points: accuracy and speed. Equal points are on the front together, or not at all.
-      is_faster: whether one speed is more than another; those of which neither is are equally fast.
     """
 
     def dominates(a: tuple, b: tuple) -> bool:
-        better = a[0] > b[0] or is_faster(a[1], b[1])
-        return better and a[0] >= b[0] and not is_faster(b[1], a[1])
+        return a != b and a[0] >= b[0] and a[1] >= b[1]
 
     return [not any(dominates(other, point) for other in points) for point in points]

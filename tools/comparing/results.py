@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tools.comparing import ranking
 from tools.comparing.contenders import Accuracy, Facts
@@ -29,6 +30,7 @@ _COLUMNS = {  # key of a row -> heading, decimals
     "image_size": ("px", 0),
 }
 _PAPERS = "*"  # marks the paper's accuracies
+_UNSURE = "front?"
 
 
 def rows_of(prepared: Prepared, measured: Sequence[Measured]) -> list[dict]:
@@ -71,6 +73,8 @@ def _identity(prepared: Prepared, row: Measured) -> dict:
         "top1": accuracy.top1 if accuracy else None,
         "top1_from": _said_by(accuracy),
         "top1_is_the_papers": bool(accuracy and accuracy.published),
+        "top1_split": accuracy.split if accuracy else "",
+        "top1_digest": accuracy.digest if accuracy else "",
     }
 
 
@@ -100,13 +104,19 @@ def _numbers(row: Measured, images_per_s: float, latency_s: float) -> dict:
 
 
 def _mark_front(rows: list[dict]) -> None:
-    """Models that cannot be told apart count as equally fast."""
+    """The front of the speeds that are shown, and which of its models are surely faster than each more accurate one."""
     known = [row for row in rows if row["top1"] is not None]
-    front = ranking.pareto_front([(row["top1"], row["turns_images_per_s"]) for row in known], ranking.surely_faster)
+    front = ranking.pareto_front([(row["top1"], row["images_per_s"]) for row in known])
     for row in rows:
-        row["on_front"] = None
+        row["on_front"] = row["front_is_sure"] = None
     for row, is_on in zip(known, front, strict=True):
         row["on_front"] = is_on
+        if is_on:
+            row["front_is_sure"] = all(
+                ranking.surely_faster(row["turns_images_per_s"], other["turns_images_per_s"])
+                for other in known
+                if other["top1"] > row["top1"]
+            )
 
 
 def by_backend(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -142,17 +152,19 @@ def tables(rows: Sequence[dict]) -> list[Table]:
         for heading in ("backend", "model", "reason"):
             table.add_column(heading, overflow="fold")
         for row in failed:
-            table.add_row(row["backend"], row["model"], row["failed"])
+            table.add_row(*(Text(row[key]) for key in ("backend", "model", "failed")))
     return found
 
 
-def _cell(row: dict, key: str, decimals: int | None, tied: bool) -> str:
+def _cell(row: dict, key: str, decimals: int | None, tied: bool) -> str | Text:
     value = row[key]
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return "front" if value else ""
-    text = value if decimals is None else f"{value:,.{decimals}f}"
+    if key == "on_front":
+        return ("front" if row["front_is_sure"] else _UNSURE) if value else ""
+    if decimals is None:
+        return Text(value)  # not markup, whatever a path holds
+    text = f"{value:,.{decimals}f}"
     if key == "rank":
         return f"{text}=" if tied else text
     return text + _PAPERS if key == "top1" and row["top1_is_the_papers"] else text
@@ -165,18 +177,38 @@ def notes(rows: Sequence[dict]) -> list[str]:
         found.append(f"{backend}, from fast to slow: {ranking.order_line({row['model']: row['rank'] for row in mine})}")
     measured = [row for group in by_backend(rows).values() for row in group]
     if any(row["rank"] == other["rank"] for row in measured for other in measured if _are_rivals(row, other)):
-        found.append(
-            f"= cannot be told apart: the speeds do not surely differ by more than {ranking.MARGIN:.0%}; "
-            "they count as equally fast on the front"
-        )
+        found.append(_about_ties(len(measured[0]["turns_images_per_s"])))
+    if any(row["front_is_sure"] is False for row in measured):
+        found.append(f"{_UNSURE} on the front by its speed as shown, not surely faster than each more accurate model")
     if any(row["top1_is_the_papers"] for row in measured):
         found.append(f"{_PAPERS} published by the paper ({_first_source(measured)}), not measured here")
+        found += _about_other_images(measured)
     if any(row["backend"] == "openvino" for row in measured):
         precisions = ", ".join(sorted({row["precision"] for row in measured if row["backend"] == "openvino"}))
         found.append(f"openvino: FP16 weights; FP16 was asked for, this CPU computes in {precisions}")
     if any(row["top1"] is None for row in measured):
         found.append("models without an accuracy are on no front and in no picture; --accuracy FILE gives one")
     return found + _warnings(measured)
+
+
+def _about_ties(rounds: int) -> str:
+    if rounds < ranking.FEWEST_ROUNDS:
+        return (
+            f"= not tested: of fewer than {ranking.FEWEST_ROUNDS} rounds nothing can be said of the order. "
+            f"Use --repeats {ranking.FEWEST_ROUNDS} or more"
+        )
+    return f"= cannot be told apart: the speeds do not surely differ by more than {ranking.MARGIN:.0%}"
+
+
+def _about_other_images(rows: Sequence[dict]) -> list[str]:
+    """That the paper's accuracies may be of other images than the evaluations beside them."""
+    evaluated = next((row for row in rows if row["top1_digest"]), None)
+    if evaluated is None:
+        return []
+    return [
+        f"{_PAPERS} is of ImageNet's validation images; the evaluations are of split '{evaluated['top1_split']}' with "
+        f"digest {evaluated['top1_digest'][:12]}: compare them only if these are the same images"
+    ]
 
 
 def _are_rivals(row: dict, other: dict) -> bool:
