@@ -159,9 +159,9 @@ def _weights(trained: Trained) -> str:
         "ema": f"moving average with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
         "greedy": f"greedy soup of {len(rows)} of {len(average['of'])} checkpoints",
     }.get(average["how"], f"average of {len(rows)} checkpoints")
-    each = "" if average["how"] == "ema" else f", of each the {kind}"
+    each = f", of each the {kind}" if average["how"] != "ema" and trained.weights in _KINDS else ""
     if "run.out" in _differ(trained):
-        return f"{how} of several runs{each}"
+        return f"{how}{' of several runs' if 'differ' in average else ''}{each}"
     steps = sorted({row["step"] for row in rows})
     return f"{how}{each}, of step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
 
