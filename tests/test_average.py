@@ -10,6 +10,7 @@ import torch
 from conftest import TINY
 
 from pipelines.index import read_index
+from tools import export
 from tools.average import ema_shares, main
 from trainer import checkpoint, inference
 from trainer.config import StudentConfig, parse
@@ -181,14 +182,55 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     assert teachers is not None
     for model in (trained.model, student):
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    export.main([str(out), str(tmp_path / "exported")])
+    assert inference.load(None, tmp_path / "exported").digest() == trained.digest()
     again = averaged(tmp_path / "again.pt", "uniform", out, tiny_run)
     assert again["weights"] == "ema" and len(again["average"]["of"]) == 4
 
 
-def test_raw_and_averaged_weights_together_are_called_mixed(tiny_run, steps, tmp_path):
+def test_raw_and_averaged_weights_together_are_refused(tiny_run, steps, tmp_path, capsys):
     raw = changed(tiny_run / "checkpoints" / "best.pt", tmp_path / "raw.pt", weights="raw")
-    assert averaged(tmp_path / "out.pt", "uniform", raw, steps[0])["weights"] == "mixed"
-    assert inference.load(None, tmp_path / "out.pt").weights == "mixed"
+    line = refused(capsys, "uniform", tmp_path / "out.pt", raw, steps[0])
+    assert f"{steps[0]}: gives ema weights, {raw} raw ones. Choose with --weights ema or --weights raw" in line
+    assert averaged(tmp_path / "out.pt", "uniform", raw, steps[0], "--weights", "raw")["weights"] == "raw"
+
+
+def test_the_card_of_an_average_says_what_was_averaged_and_nothing_of_one_run_alone(tiny_run, steps, tmp_path):
+    def card(name: str, mode: str, *arguments) -> str:
+        averaged(tmp_path / f"{name}.pt", mode, *arguments)
+        export.main([str(tmp_path / f"{name}.pt"), str(tmp_path / name)])
+        return (tmp_path / name / "README.md").read_text()
+
+    text = card("uniform", "uniform", tiny_run, "--weights", "ema")
+    each = "of each the running average of the weights"
+    assert f"| weights | mean of the weights of 3 checkpoints, {each}, of steps 10, 20, 30 |" in text
+    assert "| seed | 0 |" in text
+    text = card("ema", "ema", tiny_run, "--decay", 0.9)
+    assert "| weights | moving average with decay 0.9 over 3 checkpoints, of steps 10, 20, 30 |" in text
+    config = content_of(steps[0])["config"]
+    runs = {**config["run"], "seed": 7, "out": "elsewhere"}
+    other = changed(steps[0], tmp_path / "other.pt", config={**config, "run": runs})
+    text = card("two", "uniform", steps[2], other, "--weights", "raw")
+    assert "of 2 checkpoints of several runs, of each the weights as trained, not averaged |" in text
+    assert "The averaged checkpoints differ in `run.seed`." in text and "| seed |" not in text
+    text = card("again", "uniform", tmp_path / "two.pt", "--weights", "raw")
+    assert "of several runs" in text and "| seed |" not in text
+
+
+def test_an_average_of_files_without_audit_and_software_is_exported(steps, tmp_path):
+    content = {key: value for key, value in content_of(steps[0]).items() if key not in ("audit", "software")}
+    checkpoint.write(tmp_path / "old.pt", content)
+    found = averaged(tmp_path / "out.pt", "uniform", tmp_path / "old.pt")
+    assert not {"audit", "software"} & found.keys()
+    export.main([str(tmp_path / "out.pt"), str(tmp_path / "out")])
+
+
+def test_an_average_that_is_mostly_the_oldest_checkpoint_is_warned_of(tiny_run, tmp_path, capsys):
+    averaged(tmp_path / "out.pt", "ema", tiny_run, "--decay", 0.9999)
+    warning = capsys.readouterr().err
+    assert "step-00000010.pt: gets 100%" in warning and "run.keep_every" in warning
+    averaged(tmp_path / "out.pt", "ema", tiny_run, "--decay", 0.9)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_checkpoints_of_another_model_are_refused_with_the_first_difference(tiny_run, steps, tmp_path, capsys):
@@ -217,6 +259,7 @@ def test_checkpoints_of_another_model_are_refused_with_the_first_difference(tiny
 def test_files_that_cannot_be_averaged_are_refused_by_name(tiny_run, steps, tmp_path, capsys):
     out, ema = tmp_path / "out.pt", content_of(steps[0])["ema"]
     bad = changed(steps[0], tmp_path / "nan.pt", ema={**ema, "fc.bias": torch.full((10,), float("nan"))})
+    newer = changed(steps[0], tmp_path / "newer.pt", format_version=99)
     foreign, damaged = tmp_path / "foreign.pth", tmp_path / "damaged.pt"
     torch.save(ema, foreign)
     content = torch.load(steps[0], weights_only=True)
@@ -226,6 +269,7 @@ def test_files_that_cannot_be_averaged_are_refused_by_name(tiny_run, steps, tmp_
     for path, says in (
         (bad, "'fc.bias' is not finite"),
         (foreign, "not a checkpoint of this trainer"),
+        (newer, "format version 99, this program reads 1. Use the version of the program"),
         (damaged, "damaged (its content does not have the hash"),
         (tmp_path / "nowhere.pt", "not found"),
         (tmp_path / "empty", "has no checkpoints/step-*.pt"),
@@ -266,6 +310,8 @@ def test_a_moving_average_needs_a_decay_and_the_steps_of_one_run(tiny_run, steps
         ((elsewhere, "--decay", 0.9), f"{elsewhere}: holds step 10"),
     ):
         assert says in refused(capsys, "ema", out, *arguments)
+    number = changed(steps[0], tmp_path / "10.pt")
+    assert f"{number}: the average is over the steps" in refused(capsys, "ema", out, number, "--decay", 0.9)
     assert not out.exists()
 
 

@@ -21,6 +21,7 @@ from pipelines.reader import ShardReader
 from tools.sharding.job import BuildOptions, build
 from trainer import evaluate, inference, metrics
 from trainer.checkpoint import digest_of
+from trainer.classes import read_classes
 from trainer.data import open_configured_pipeline
 from trainer.distributed import World
 from trainer.metrics import Predictions
@@ -249,7 +250,10 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
         (["--data.root", "DIGITS", "--student.checkpoint", "DAMAGED"], "damaged.pt: damaged"),
         (["--data.root", "DIGITS", "--student.name", "resnet51"], "unknown model 'resnet51'; did you mean resnet"),
         (["--data.root", "DIGITS", "--data.split", "test"], "has no split 'test', only train, val"),
-        (["--data.crop_pct", "1.5", "--data.root", "DIGITS", "--student.checkpoint", "LAST"], "crop_pct is 1.5; it"),
+        (
+            ["--data.crop_pct", "1.5", "--data.root", "DIGITS", "--student.checkpoint", "LAST"],
+            "crop_pct is 1.5; .* black",
+        ),
         (["--data.crop_mode", "border", "--data.root", "DIGITS", "--student.checkpoint", "LAST"], "not center or squa"),
         (["--student.wieghts", "ema"], "unknown key '--student.wieghts'; did you mean '--student.weights'"),
         (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: not a file in a folder"),
@@ -322,6 +326,19 @@ def test_a_checkpoint_of_this_trainer_says_all_that_belongs_to_it(last):
     content = torch.load(last, weights_only=True)
     assert all(torch.equal(value, content["ema"][name]) for name, value in trained.model.state_dict().items())
     assert digest_of(content["ema"]) != digest_of(content["student"])
+
+
+def test_a_file_of_classes_from_windows_and_an_empty_one(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    assert read_classes(tmp_path / "classes.txt") == ["cat", "dog"]
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(UserError, match="classes.txt: is empty. It should name one class on a line"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_a_crop_that_is_larger_than_the_resized_image_is_refused():
+    with pytest.raises(UserError, match=r"crop_pct is 1.15; it lies in \(0, 1\]: above 1 .* pads it with black"):
+        inference.View(448, 1.15, "center", "bicubic")
 
 
 # --- the arithmetic ---

@@ -27,7 +27,7 @@ from tools.exporting.card import card
 from tools.exporting.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
 from tools.exporting.timm_folder import timm_model
 from tools.exporting.torch_file import export_program, torch_program
-from trainer import evaluate, inference
+from trainer import checkpoint, evaluate, inference
 from trainer.audit import audit
 from trainer.checkpoint import TrainState, Writer, best_content_of
 from trainer.config import parse, to_dict
@@ -265,6 +265,83 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_writes_nothing(cnn, tmp_
     words = [re.sub(r"^(MODEL|OUT|TMP)", lambda found: places[found[0]], word) for word in arguments]
     assert re.search(message, failed(words, capsys))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def altered(source: Path, path: Path, **changes) -> Path:
+    """A checkpoint as the source, but for some entries; None leaves one out."""
+    content = {**torch.load(source, weights_only=True), **changes}
+    content.pop("digest")
+    checkpoint.write(path, {key: value for key, value in content.items() if value is not None})
+    return path
+
+
+def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
+    content = torch.load(cnn[0], weights_only=True)
+    data = {key: value for key, value in content["config"]["data"].items() if key != "eval_image_size"}
+    config = {"data": data, "student": content["config"]["student"]}
+    young = altered(cnn[0], tmp_path / "young.pt", config=config, plan={}, audit=None, software=None)
+    assert inference.load(None, young).view.image_size == 64
+    export.main([str(young), str(tmp_path / "out")])
+    assert "| epochs + cool-down | 300 + 10 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_foreign_file_with_a_format_version_needs_a_name_as_any_other(cnn, tmp_path, capsys):
+    foreign = altered(cnn[0], tmp_path / "foreign.pt", config=None)
+    assert "does not say which model it is of. Name it with --name" in failed([foreign, tmp_path / "out"], capsys)
+    assert inference.load("test_resnet", foreign).origin == {}
+
+
+def test_a_checkpoint_of_another_format_is_refused(cnn, tmp_path, capsys):
+    newer = altered(cnn[0], tmp_path / "newer.pt", format_version=2)
+    message = failed([newer, tmp_path / "out"], capsys)
+    assert "newer.pt: format version 2, this program reads 1. Use the version of the program that wrote it" in message
+
+
+def test_an_exported_folder_with_an_odd_configuration_or_other_weights_is_refused(cnn, tmp_path, capsys):
+    folder = shutil.copytree(cnn[1], tmp_path / "folder")
+    message = failed([folder, tmp_path / "out", "--weights", "ema"], capsys)
+    assert "holds no ema weights, only raw ones. Leave --weights out" in message
+    assert inference.load(None, folder, weights="raw").weights == "raw"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": []}))
+    assert "config.json: not what timm writes for a model" in failed([folder, tmp_path / "out"], capsys)
+
+
+def test_timms_name_has_one_kind_of_weights(tmp_path, capsys):
+    message = failed(["resnet18", tmp_path / "out", "--weights", "raw"], capsys)
+    assert "--weights is 'raw', but timm has one kind of weights for 'resnet18'. Leave it out" in message
+
+
+def test_a_name_with_the_tag_of_pretrained_weights_is_the_same_model(cnn):
+    assert inference.load("test_resnet.r160_in1k", cnn[0]).name == "test_resnet"
+
+
+def test_what_a_checkpoint_says_is_text_in_the_card(cnn, tmp_path):
+    content = torch.load(cnn[0], weights_only=True)
+    bad = "</td>\n\n# Hi <img src=x> | `a` ![b](c)"
+    config = {**content["config"], "teacher": {**content["config"]["teacher"], "name": bad}}
+    audit = [{"key": bad, "usi": "/home/me/a.pth", "here": "on/off", "meaning": bad}]
+    changes = {"config": config, "audit": audit, "software": {bad: bad}}
+    trained = inference.load(None, altered(cnn[0], tmp_path / "a.pt", **changes))
+    text = card(trained, {}, None)
+    outside = re.sub("`[^`\n]*`", "", text.split("## Use")[0] + text.split("## Software")[1])
+    assert "<" not in outside and "![" not in outside and "\n# Hi" not in outside
+    assert "| a.pth | on/off | &#60;/td&#62; # Hi &#60;img src=x&#62; &#124; &#96;a&#96; !&#91;b&#93;(c) |" in text
+    assert "| teacher | `</td> # Hi <img src=x> \\| 'a' ![b](c)` |" in text
+
+
+def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
+    weights = torch.load(cnn[0], weights_only=True)["state_dict"]
+    weights["fc.bias"][3] = torch.nan
+    bad = altered(cnn[0], tmp_path / "nan.pt", state_dict=weights)
+    assert "nan.pt: 'fc.bias' is not finite. Export" in failed([bad, tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_that_is_too_old_for_onnx_is_told(cnn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
+    message = failed([cnn[0], tmp_path / "out", "--onnx"], capsys)
+    assert "torch 2.5.1+cu124 lacks the exporter to ONNX that is used. Install 2.6 or newer" in message
 
 
 def test_weights_of_a_file_without_a_name_and_classes_are_exported(cnn, tmp_path):

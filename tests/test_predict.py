@@ -1,6 +1,7 @@
 """tools/predict.py: what it says of images is what evaluation says, and a bad image is a row with an error."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from pipelines.index import read_index
 from tools.image_files import Item, look_at_batches, pixels_of, shown
 from tools.predict import main
+from tools.sharding.images import RejectedImageError
 from trainer import inference
 from trainer.distributed import World
 from trainer.evaluate import EvalConfig, EvalDataConfig, predict_split
@@ -100,6 +102,13 @@ def bomb(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_narrow_image_is_absurd_only_where_its_long_side_would_grow():
+    pixels = np.full((200_000, 1, 3), 7, np.uint8)
+    with pytest.raises(RejectedImageError, match="absurd dimensions: 1 x 200000"):
+        shown(pixels, VIEW)
+    assert (shown(pixels, dataclasses.replace(VIEW, crop_mode="squash")) == np.full((32, 32, 3), 7)).all()
 
 
 def write_bad(folder: Path) -> dict[str, str]:

@@ -371,7 +371,7 @@ def test_a_class_that_is_missing_or_doubled_is_named():
     ("content", "message"),
     [
         (None, "c.txt: cannot be read .No such file"),
-        (b"", "c.txt: line 1 is empty"),
+        (b"", "c.txt: is empty"),
         (b"cat\n\ndog\n", "c.txt: line 2 is empty. Every output"),
         (b"\xff\xfe", "c.txt: not a text file"),
     ],

@@ -10,6 +10,7 @@ A run's folder stands for all its step-N.pt. OUT.pt is a checkpoint as a run's b
 import argparse
 import collections
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +49,14 @@ class Ingredient:
       path: of the file.
       weights: by name; `kind` says which ones of the file: ema or raw.
       origin: what the file says of its run (_OF_THE_RUN).
+      differ: settings in which the files differ that it is an average of; [] for a run's own checkpoint.
     """
 
     path: Path
     weights: Weights
     kind: str
     origin: dict
+    differ: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Average:
 
     Attributes:
       weights: by name, of the types that the checkpoints have.
-      kind: ema, raw, or mixed.
+      kind: ema or raw.
       origin: as an Ingredient's, of the checkpoint that stands for all.
       table: for each checkpoint that was looked at what is to be told of it, the share that it has among them.
       found: what else OUT.pt says of how it came about.
@@ -172,26 +175,32 @@ def read(path: Path, which: str) -> Ingredient:
       UserError: it cannot be read, is damaged or not of this trainer, or its weights are not finite.
     """
     content = read_file(path)
-    if not isinstance(content, dict) or not {"format_version", "config", "step"} <= content.keys():
+    if not checkpoint.is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
     content = checkpoint.checked(path, content)
     weights, kind = select_weights(path, content, which)
     if name := checkpoint.first_not_finite(weights):
         raise UserError(f"{path}: '{name}' is not finite, and no average with it would be. Leave the file out")
-    return Ingredient(path, weights, kind, {key: content.get(key) for key in _OF_THE_RUN})
+    differ = content.get("average", {}).get("differ", [])
+    return Ingredient(path, weights, kind, {key: content[key] for key in _OF_THE_RUN if key in content}, differ)
 
 
 def read_alike(paths: list[Path], which: str) -> Iterator[Ingredient]:
     """The checkpoints one after the other, only one of them and the first in the memory.
 
     Raises:
-      UserError: as `read`, or one of them is not of the first one's model.
+      UserError: as `read`, or one of them is not of the first one's model, or its weights not of the same kind.
     """
     first, console = None, Console(stderr=True)
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         each = read(path, which)
         first = first or each
         refuse_other_model(each, first)
+        if each.kind != first.kind:
+            raise UserError(
+                f"{each.path}: gives {each.kind} weights, {first.path} {first.kind} ones. Choose with --weights ema or "
+                "--weights raw, or leave one of them out"
+            )
         yield each
 
 
@@ -201,7 +210,7 @@ def refuse_other_model(other: Ingredient, first: Ingredient) -> None:
     for key in ("name", "kwargs"):
         ours, theirs = (each.origin["config"]["student"].get(key) for each in (other, first))
         _refuse_difference(f"student.{key}", ours, theirs, *names)
-    ours, theirs = (each.origin["classes"] or [] for each in (other, first))
+    ours, theirs = (each.origin.get("classes") or [] for each in (other, first))
     _refuse_difference("the number of classes", len(ours), len(theirs), *names)
     for output, pair in enumerate(zip(ours, theirs, strict=True)):
         _refuse_difference(f"the class of output {output}", *pair, *names)
@@ -216,6 +225,24 @@ def _refuse_difference(what: str, ours: object, theirs: object, path: str, other
             f"{path}: of another model than {other}: {what} is {ours}, there it is {theirs}. Average checkpoints of "
             "one model"
         )
+
+
+def differing(parts: list[Ingredient]) -> list[str]:
+    """In what the runs of checkpoints differ: run.seed, optim.lr, ...; plan.dataset is the dataset's digest.
+
+    Runs that differ in nothing else have another run.out; [] says that the checkpoints are of one run.
+    """
+    found = {name for each in parts for name in each.differ}
+    first, *others = map(_settings, parts)
+    for other in others:
+        found |= {name for name in {**first, **other} if first.get(name) != other.get(name)}
+    return sorted(found)
+
+
+def _settings(each: Ingredient) -> dict[str, object]:
+    config = checkpoint.with_defaults(each.origin["config"])
+    settings = {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}
+    return {**settings, "plan.dataset": each.origin.get("plan", {}).get("dataset")}
 
 
 # --- averaging ---
@@ -242,11 +269,12 @@ def divided(sums: Weights, total: float, like: Weights) -> Weights:
 
 def mean(paths: list[Path], shares: list[float], which: str) -> Average:
     """The weighted mean; the last checkpoint stands for all."""
-    sums, table = {}, []
+    sums, table, seen = {}, [], []
     for each, share in zip(read_alike(paths, which), shares, strict=True):
         sums = plus(sums, each.weights, share)
         table.append({**_row(each), "share": share / sum(shares)})
-    return Average(divided(sums, sum(shares), each.weights), _kind(table), each.origin, table)
+        seen.append(dataclasses.replace(each, weights={}))
+    return Average(divided(sums, sum(shares), each.weights), each.kind, each.origin, table, {"differ": differing(seen)})
 
 
 def uniform(paths: list[Path], which: str) -> Average:
@@ -263,17 +291,24 @@ def ema(paths: list[Path], decay: float) -> Average:
     if not 0 <= decay < 1:
         raise UserError(f"--decay is {decay}; it lies in [0, 1)")
     for path in paths:
-        if not path.stem.removeprefix("step-").isdecimal() or path.absolute().parent != paths[0].absolute().parent:
+        if not re.fullmatch(r"step-\d+", path.stem) or path.absolute().parent != paths[0].absolute().parent:
             raise UserError(
                 f"{path}: the average is over the steps of one run. Give its folder, or its step-N.pt alone"
             )
     paths = sorted(paths, key=checkpoint.step_of)
     steps = [checkpoint.step_of(path) for path in paths]
-    found = mean(paths, ema_shares(steps, decay), "raw")
+    shares = ema_shares(steps, decay)
+    if len(steps) > 1 and shares[0] > 0.5:
+        print(
+            f"warning: {paths[0]}: gets {shares[0]:.0%}, as it stands for all steps before it, which --decay {decay} "
+            "needs. Keep more checkpoints with run.keep_every, or give a lower --decay",
+            file=sys.stderr,
+        )
+    found = mean(paths, shares, "raw")
     for row, step in zip(found.table, steps, strict=True):
         if row["step"] != step:
             raise UserError(f"{row['file']}: holds step {row['step']}. Give it the name that the run gave it")
-    return dataclasses.replace(found, kind="ema", found={"decay": decay})
+    return dataclasses.replace(found, kind="ema", found={"decay": decay, **found.found})
 
 
 def ema_shares(steps: list[int], decay: float) -> list[float]:
@@ -303,11 +338,12 @@ def greedy(paths: list[Path], which: str, data: Path) -> Average:
     Source: Wortsman et al. 2022, arXiv 2203.05482, recipe 1; held-out accuracy is top-1 on the split val.
     """
     scorer = Scorer(data)
-    rows = []
+    rows, seen = [], {}
     for each in read_alike(paths, which):
         scorer.refuse_other_classes(each)
         alone = scorer.top1(inference.load(None, each.path, weights=which))
         rows.append({**_row(each), "alone": alone})
+        seen[str(each.path)] = dataclasses.replace(each, weights={})
         print(f"{each.path}: top-1 {alone:.2f} %", file=sys.stderr)
     rows.sort(key=lambda row: -row["alone"])  # stable: of equals the one that was given first
     by_name = {str(path): path for path in paths}
@@ -324,8 +360,9 @@ def greedy(paths: list[Path], which: str, data: Path) -> Average:
             sums, kept, top1 = tried, kept + 1, together
     table = [{**row, "share": row["kept"] / kept} for row in rows]
     weights = divided(sums, kept, best.weights)
-    found = {"dataset": scorer.digest, "top1": top1}
-    return Average(weights, _kind([row for row in table if row["kept"]]), best.origin, table, found)
+    differ = differing([seen[row["file"]] for row in table if row["kept"]])
+    found = {"dataset": scorer.digest, "top1": top1, "differ": differ}
+    return Average(weights, best.kind, best.origin, table, found)
 
 
 class Scorer:
@@ -341,7 +378,7 @@ class Scorer:
 
     def refuse_other_classes(self, each: Ingredient) -> None:
         """Raise a UserError if the dataset has a class that a checkpoint does not know."""
-        unknown = sorted(set(self._names) - set(each.origin["classes"] or self._names))
+        unknown = sorted(set(self._names) - set(each.origin.get("classes") or self._names))
         if unknown:
             raise UserError(
                 f"{each.path}: does not know class '{unknown[0]}' of {self._data}. Give a dataset of its own"
@@ -365,11 +402,6 @@ class Scorer:
 def _row(each: Ingredient) -> dict:
     digest = sha256_of(each.path)
     return {"file": str(each.path), "sha256": digest, "step": each.origin["step"], "weights": each.kind}
-
-
-def _kind(table: list[dict]) -> str:
-    kinds = {row["weights"] for row in table}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def _show(found: Average) -> None:

@@ -138,6 +138,8 @@ def computations(trained: Trained, folder: Path, wanted: list[str], *, fold: boo
                 f"{' or try without --fold' if fold else ''}"
             )
         files[file] = f"{FORMATS[file].title}{folded}; its logits are off by up to {difference}"
+        if (folder / f"{file}.data").exists():
+            files[f"{file}.data"] = f"the weights of {file}, which looks for them beside it"
     return files
 
 

@@ -199,7 +199,8 @@ def shown(pixels: np.ndarray, view: View) -> np.ndarray:
       RejectedImageError: so long and narrow that it would be absurdly large once its short side is as the view has it.
     """
     height, width = pixels.shape[:2]
-    if (view.image_size / view.crop_pct) ** 2 * max(height, width) > MAX_PIXELS * min(height, width):
+    is_cut = view.crop_mode != "squash"  # which makes a square of any image
+    if is_cut and (view.image_size / view.crop_pct) ** 2 * max(height, width) > MAX_PIXELS * min(height, width):
         raise RejectedImageError(f"absurd dimensions: {width} x {height}")
     plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
     return crop_resize(pixels, plan, 0)

@@ -277,7 +277,8 @@ def read(path: Path) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format_version"]
+        if "format_version" not in content:
+            raise ValueError("no format version")
     except MemoryError:
         raise
     except OSError as error:
@@ -288,13 +289,29 @@ def read(path: Path) -> dict:
     except Exception as error:  # torch, pickle and zipfile each raise errors of their own
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DamagedError(f"{path}: damaged ({type(error).__name__}: {reason[:100]})") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use another --run.out")
     return checked(path, content)
 
 
+def is_of_trainer(content: object) -> bool:
+    """Whether what a file holds is a checkpoint of this trainer, of any version: one that says what it is of."""
+    if not isinstance(content, dict) or not {"format_version", "config", "step"} <= content.keys():
+        return False
+    student = content["config"].get("student") if isinstance(content["config"], dict) else None
+    return isinstance(student, dict) and "name" in student
+
+
 def checked(path: Path, content: dict) -> dict:
-    """What was read from a checkpoint, without its digest. Raises DamagedError if it is not what was written."""
+    """What was read from a checkpoint, without its digest.
+
+    Raises:
+      UserError: it is of another format.
+      DamagedError: it is not what was written.
+    """
+    if (version := content.get("format_version")) != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use the version of the program "
+            "that wrote it, or start a new run with another --run.out"
+        )
     digest = content.pop("digest", None)  # files of earlier versions have none
     if digest is not None and digest != digest_of(content):
         raise DamagedError(f"{path}: damaged (its content does not have the hash {digest[:12]}... it was written with)")
@@ -350,13 +367,18 @@ def _changes(saved: dict, current: dict) -> list[str]:
         *(("run", name) for name in ("precision", "tf32", "batch_norm")),
         ("run", "micro_batch"),
     ]
-    defaults = to_dict(Config())  # a setting that is younger than the file had its default then
-    before = {section: {**values, **saved.get(section, {})} for section, values in defaults.items()}
+    before = with_defaults(saved)
     return [
         f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
         for section, name in keys
         if before[section][name] != current[section][name]
     ]
+
+
+def with_defaults(saved: dict) -> dict:
+    """A checkpoint's configuration with every setting: one that is younger than the file had its default then."""
+    filled = {section: {**values, **saved.get(section, {})} for section, values in to_dict(Config()).items()}
+    return {**saved, **filled}
 
 
 def _software() -> dict[str, str]:

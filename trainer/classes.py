@@ -43,11 +43,14 @@ def read_classes(path: Path) -> list[str]:
       UserError: the file cannot be read, holds nothing, or has an empty line between names.
     """
     try:
-        names = [line.strip() for line in path.read_text().rstrip().split("\n")]
+        # utf-8-sig: editors on Windows begin a file with a byte order mark
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). It should name one class on a line") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error}). It should name one class on a line") from error
+    if names == [""]:
+        raise UserError(f"{path}: is empty. It should name one class on a line")
     if "" in names:
         raise UserError(f"{path}: line {names.index('') + 1} is empty. Every output needs a name")
     return names

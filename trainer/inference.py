@@ -59,7 +59,10 @@ class View:
         if self.image_size < 1:
             raise UserError(f"the image size is {self.image_size}; it must be at least 1")
         if not 0 < self.crop_pct <= 1:
-            raise UserError(f"crop_pct is {self.crop_pct}; it lies in (0, 1]")
+            raise UserError(
+                f"crop_pct is {self.crop_pct}; it lies in (0, 1]: above 1 the resized image is smaller than the crop, "
+                "and timm pads it with black, which is not done here. Give one in (0, 1], or use another model"
+            )
         for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is '{getattr(self, name)}', not {' or '.join(known)}. Name one of these")
@@ -133,15 +136,19 @@ def load(
       UserError: whatever is missing, damaged, or does not fit.
     """
     if weights not in KINDS:
-        raise UserError(f"{key}.weights is '{weights}', not one of {', '.join(KINDS)}")
+        raise UserError(f"{_flag(key, 'weights')} is '{weights}', not one of {', '.join(KINDS)}")
     if path is None:
         if name is None:
             raise UserError(
                 f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
             )
+        if weights != "auto":
+            raise UserError(
+                f"{_flag(key, 'weights')} is '{weights}', but timm has one kind of weights for '{name}'. Leave it out"
+            )
         found = _pretrained(name, kwargs or {}, key, view)
     elif (path / CONFIG).is_file():
-        found = _exported(path, name, kwargs, key, view)
+        found = _exported(path, name, weights, kwargs, key, view)
     else:
         found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
     if classes is not None:
@@ -193,8 +200,9 @@ def checkpoints_folder(run: Path) -> Path:
 def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
     content = read_file(path)
     origin = {}
-    if isinstance(content, dict) and "format_version" in content:
-        origin = content = checkpoint.checked(path, content)
+    if checkpoint.is_of_trainer(content):
+        content = checkpoint.checked(path, content)
+        origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
     name = _agreed_name(name, settings.get("name"), path, key)
@@ -221,9 +229,14 @@ def _flag(key: str, name: str) -> str:
 def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
     if given is None and saved is None:
         raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
-    if given is not None and saved is not None and known_name(given) != known_name(saved):
+    if given is not None and saved is not None and _architecture(given) != _architecture(saved):
         raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave {_flag(key, 'name')} out")
-    return known_name(given or saved)
+    return known_name(saved or given)
+
+
+def _architecture(name: str) -> str:
+    """timm's name without the tag of its pretrained weights, which a file has others than."""
+    return known_name(name).partition(".")[0]
 
 
 def _view_of_run(data: dict) -> dict:
@@ -239,16 +252,19 @@ def _built_for(origin: dict, kwargs: Kwargs) -> int | None:
     return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
 
 
-def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
+def _exported(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
     """A folder as timm writes it for Hugging Face's hub."""
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         saved, own = config["architecture"], config["pretrained_cfg"]
         outputs = int(config.get("num_classes", own.get("num_classes")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        arguments, kind = dict(config.get("model_args") or {}), config.get("weights", "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / CONFIG}: not what timm writes for a model ({error!r}). Export it again") from error
+    if kind and weights not in ("auto", kind):
+        raise UserError(f"{path}: holds no {weights} weights, only {kind} ones. Leave {_flag(key, 'weights')} out")
     name = _agreed_name(name, saved, path, key)
-    kwargs = config.get("model_args", {}) if kwargs is None else kwargs
+    kwargs = arguments if kwargs is None else kwargs
     data = _own_view(own) | view
     kwargs = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
     kwargs = with_size(name, data["image_size"], kwargs)
@@ -256,7 +272,7 @@ def _exported(path: Path, name: str | None, kwargs: Kwargs | None, key: str, vie
     model.pretrained_cfg.update({key: value for key, value in own.items() if key != "architecture"})
     classes = config.get("label_names")
     classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
-    found = Trained(model, name, kwargs, View(**data), classes, str(path), config.get("weights", ""))
+    found = Trained(model, name, kwargs, View(**data), classes, str(path), kind)
     return found if classes else _with_guessed_classes(found)
 
 

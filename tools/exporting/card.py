@@ -17,7 +17,7 @@ from trainer.versions import package_versions
 
 CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
 _TEMPLATE = Path(__file__).with_name("card.md")
-_KINDS = {"ema": "running average of the weights", "raw": "weights as trained, not averaged", "": "as they were found"}
+_KINDS = {"ema": "running average of the weights", "raw": "weights as trained, not averaged"}
 _COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "ece": "ECE %"}
 
 
@@ -39,10 +39,9 @@ def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> st
         dataset_id="imagenet-1k" if _is_imagenet(trained) else None,
         files=files,
         recipe=_recipe(trained),
-        audit=[
-            {**row, "usi": _cell(row["usi"]), "here": _cell(row["here"])} for row in trained.origin.get("audit", [])
-        ],
-        source=_without_folders(trained.source),
+        audit=_audit(trained),
+        differ=[_code(key) for key in sorted(_differ(trained) - {"run.out", "plan.dataset"})],
+        source=_cell(PurePath(trained.source).name),
         measured=measured,
         metrics=metrics,
         **_pixels(trained),
@@ -50,7 +49,7 @@ def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> st
         opset=OPSET,
         onnx_file=ONNX,
         program_file=PROGRAM,
-        trained_with=_listed(trained.origin.get("software", {})),
+        trained_with=_listed(trained.origin.get("software") or {}),
         exported_with=_listed({**package_versions(), **dict(_versions(PACKAGES if ONNX in files else ()))}),
     )
 
@@ -95,9 +94,11 @@ def _accuracy(trained: Trained, evaluation: dict | None) -> tuple[str, dict[str,
 def _shown(report: dict) -> str:
     view = report["view"]
     return (
-        f"On the {report['images']:,} images of split `{report['split']}` of {_without_folders(report['dataset'])} "
-        f"(digest `{report['digest'][:12]}`), {view['image_size']} px, {view['crop_mode']} crop {view['crop_pct']:g}, "
-        f"{view['interpolation']}, in {report['precision']} on {report['device']}, each image once:"
+        f"On the {report['images']:,} images of split {_code(report['split'])} of "
+        f"{_cell(PurePath(report['dataset']).name)} (digest {_code(report['digest'][:12])}), "
+        f"{_cell(view['image_size'])} px, {_cell(view['crop_mode'])} crop {view['crop_pct']:g}, "
+        f"{_cell(view['interpolation'])}, in {_cell(report['precision'])} on {_cell(report['device'])}, "
+        "each image once:"
     )
 
 
@@ -108,22 +109,71 @@ def _metrics(numbers: dict) -> dict[str, str]:
     return {title: f"{value:.4f}" if title == "loss" else f"{value:.2f}" for title, value in found.items()}
 
 
+# The facts about a run that one asks first, and the settings that each is made of.
+_FACTS = {
+    "student": ("student.name",),
+    "teacher": ("teacher.name", "teacher.others"),
+    "epochs + cool-down": ("schedule.epochs", "schedule.cooldown_epochs"),
+    "image size": ("data.image_size",),
+    "global batch": ("run.global_batch",),
+    "seed": ("run.seed", "run.out"),
+    "dataset's digest": ("plan.dataset",),
+}
+
+
 def _recipe(trained: Trained) -> dict[str, str]:
-    """The facts about a run that one asks first; {} for weights that are not of a run."""
+    """What of the facts holds for all that the weights come from; {} for weights that are not of a run."""
     if not trained.origin:
         return {}
-    config, plan = trained.origin["config"], trained.origin["plan"]
-    names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others", ()))]
-    return {
-        "student": f"`{config['student']['name']}`",
-        "teacher": " and ".join(f"`{name}`" for name in names if name) or "none: labels alone",
-        "epochs + cool-down": f"{config['schedule']['epochs']} + {config['schedule']['cooldown_epochs']}",
+    config, plan, differ = trained.origin["config"], trained.origin.get("plan", {}), _differ(trained)
+    names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others") or ())]
+    facts = {
+        "student": _code(config["student"]["name"]),
+        "teacher": " and ".join(_code(name) for name in names if name) or "none: labels alone",
+        "epochs + cool-down": f"{_cell(config['schedule']['epochs'])} + {_cell(config['schedule']['cooldown_epochs'])}",
         "image size": _cell(config["data"]["image_size"]),
-        "global batch": f"{config['run']['global_batch']}",
-        "seed": f"{config['run']['seed']}",
-        "dataset's digest": f"`{plan['dataset'][:12]}`",
-        "weights": f"{_KINDS[trained.weights]}, after step {trained.origin['step']:,}",
+        "global batch": _cell(config["run"]["global_batch"]),
+        "seed": _cell(config["run"]["seed"]),
+        "dataset's digest": _code(str(plan.get("dataset", "not known"))[:12]),
     }
+    same = {name: value for name, value in facts.items() if not differ.intersection(_FACTS[name])}
+    return {**same, "weights": _weights(trained)}
+
+
+def _differ(trained: Trained) -> set[str]:
+    """Settings that the averaged files do not share, run.out for files of several runs; empty where all are shared."""
+    average = trained.origin.get("average")
+    if not average:
+        return set()
+    return set(average.get("differ", ("run.out",)))  # earlier files do not say it
+
+
+def _weights(trained: Trained) -> str:
+    """Which weights they are, and of what they are the average."""
+    average, kind = trained.origin.get("average"), _KINDS.get(trained.weights, "as they were found")
+    if not average:
+        return f"{kind}, after step {trained.origin['step']:,}"
+    rows = [row for row in average["of"] if row.get("kept", True)]
+    how = {
+        "uniform": f"mean of the weights of {len(rows)} checkpoints",
+        "ema": f"moving average with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
+        "greedy": f"greedy soup of {len(rows)} of {len(average['of'])} checkpoints",
+    }.get(average["how"], f"average of {len(rows)} checkpoints")
+    each = f", of each the {kind}" if average["how"] != "ema" and trained.weights in _KINDS else ""
+    if "run.out" in _differ(trained):
+        return f"{how}{' of several runs' if 'differ' in average else ''}{each}"
+    steps = sorted({row["step"] for row in rows})
+    return f"{how}{each}, of step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
+
+
+def _audit(trained: Trained) -> list[dict[str, str]]:
+    """The settings that are not the recipe's, but for those in which averaged files differ."""
+    rows, differ = trained.origin.get("audit") or [], _differ(trained)
+    return [
+        {"key": _code(row["key"]), **{name: _cell(row[name]) for name in ("usi", "here", "meaning")}}
+        for row in rows
+        if row["key"] not in differ
+    ]
 
 
 def _pixels(trained: Trained) -> dict:
@@ -153,9 +203,18 @@ def _is_imagenet(trained: Trained) -> bool:
     return known and set(trained.classes) == set(ImageNetInfo().label_names())
 
 
+# What Markdown, or the HTML in it, would take for more than text.
+_MARKS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]\\"})
+
+
 def _cell(value: object) -> str:
-    """A value for a cell of a table, on one line."""
-    return " ".join(str(_without_folders(value)).replace("|", "\\|").split())
+    """A value as text for a cell of a table, on one line; whatever is in it stays text."""
+    return " ".join(str(_without_folders(value)).split()).translate(_MARKS)
+
+
+def _code(value: object) -> str:
+    """A value between backticks for a cell of a table, on one line."""
+    return "`" + " ".join(str(_without_folders(value)).replace("`", "'").replace("|", "\\|").split()) + "`"
 
 
 def _without_folders(value: object) -> object:
@@ -164,7 +223,7 @@ def _without_folders(value: object) -> object:
         return {key: _without_folders(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_folders(each) for each in value]
-    return PurePath(value).name if isinstance(value, str) and "/" in value else value
+    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def _versions(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -176,4 +235,4 @@ def _versions(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
+    return ", ".join(f"{_cell(name)} {_cell(number)}" for name, number in versions.items())

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import importlib.util
-import inspect
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.export import Dim
 
 from pipelines.errors import UserError
 
+OLDEST_TORCH = (2, 6)
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
 TOLERANCE = 1e-4  # of Difference.relative
 IMAGES, LOGITS = "images", "logits"  # names of the file's input and output
@@ -53,7 +54,8 @@ class Difference:
 def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     """Write a model with torch's exporter: input `images` float32 [batch, 3, S, S], output `logits` [batch, classes].
 
-    The batch is open, the size of the images is not. Weights above 2 GB lie in a second file beside the first.
+    The batch is open, the size of the images is not. torch puts weights of more than 1.5 GiB into a second file
+    beside the first, `path` with `.data` behind it.
 
     Args:
       model: on the CPU in evaluation mode; it stays as it is.
@@ -106,7 +108,8 @@ def require_onnx() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}, not installed here. Run: pip install -e '.[export]'")
-    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+    # 2.5 knows the argument dynamo, too, but its exporter takes no dynamic_shapes
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
         raise UserError(f"torch {torch.__version__} lacks the exporter to ONNX that is used. Install 2.6 or newer")
 
 

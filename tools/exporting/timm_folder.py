@@ -11,6 +11,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from pipelines.errors import UserError
+from trainer import checkpoint
 from trainer.config import DataConfig
 from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions
 from trainer.models import preprocessing
@@ -24,8 +25,10 @@ def write_folder(trained: Trained, folder: Path) -> None:
     """Write model.safetensors and config.json into a folder, and see that timm makes the same model of them.
 
     Raises:
-      UserError: timm is too old, or makes another model of the files.
+      UserError: weights are not finite, timm is too old, or makes another model of the files.
     """
+    if name := checkpoint.first_not_finite(trained.model.state_dict()):
+        raise UserError(f"{trained.source}: '{name}' is not finite. Export a checkpoint from before that")
     # clones: tensors that share memory, which the format does not have, become independent
     tensors = {name: value.detach().clone().contiguous() for name, value in trained.model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -38,7 +41,7 @@ def hub_config(trained: Trained) -> dict:
 
     Written here and not by that function, which in older versions keeps what timm's own weights are evaluated with.
     """
-    own, size = trained.model.pretrained_cfg, _built_for(trained)
+    own, size = trained.model.pretrained_cfg, _trained_with(trained)
     arguments = dict(trained.kwargs)
     if own.get("fixed_input_size") and size != to_2tuple(trained.view.image_size):
         arguments.setdefault("img_size", size[0])
@@ -81,8 +84,8 @@ def _labels(trained: Trained) -> dict:
     return {"label_names": trained.classes, **({"label_descriptions": words} if described else {})}
 
 
-def _built_for(trained: Trained) -> tuple[int, int]:
-    """The image size that the model was built for or trained with, pixels: a hint for whoever trains it further."""
+def _trained_with(trained: Trained) -> tuple[int, int]:
+    """The image size that the model was trained with or built for, pixels: a hint for whoever trains it further."""
     if size := trained.kwargs.get("img_size"):
         return to_2tuple(size)
     if trained.origin:
