@@ -141,9 +141,11 @@ def test_two_ranks_find_what_one_finds_and_write_it(last, digits, tmp_path):
     assert sum(row["images"] for row in one["classes"]) == 96
 
 
-def test_fewer_classes_than_the_model_knows_are_told_apart_among_themselves(last, three_classes):
+def test_fewer_classes_than_the_model_knows_are_told_apart_among_themselves(last, three_classes, capsys):
     found = report("--data.root", three_classes, "--student.checkpoint", last)
     assert [row["class"] for row in found["classes"]] == ["2", "5", "7"] and found["outputs"] == 10
+    evaluate.show(found)
+    assert "told apart among 3 of its 10 classes" in capsys.readouterr().out
 
     trained = inference.load(None, last)
     config = config_of("--data.root", three_classes)

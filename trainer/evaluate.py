@@ -442,8 +442,10 @@ def show(report: dict) -> None:
     console = console if console.is_terminal else Console(width=120, highlight=False)
     kind = f", {report['weights']} weights" if report["weights"] else ""
     view = report["view"]
+    classes, outputs = len(report["classes"]), report["outputs"]
+    among = "" if classes == outputs else f" told apart among {classes:,} of its {outputs:,} classes,"
     console.print(
-        f"{report['model']} ({report['source']}{kind}) on {report['images']:,} images of {report['dataset']}, "
+        f"{report['model']} ({report['source']}{kind}) on {report['images']:,} images of {report['dataset']},{among} "
         f"{view['image_size']} px, {view['crop_mode']} crop {view['crop_pct']:g}, {view['interpolation']}",
         markup=False,
         soft_wrap=True,

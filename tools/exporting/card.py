@@ -92,10 +92,13 @@ def _accuracy(trained: Trained, evaluation: dict | None) -> tuple[str, dict[str,
 
 
 def _shown(report: dict) -> str:
-    view = report["view"]
+    view, classes = report["view"], len(report["classes"])
+    among = (
+        "" if classes == report["outputs"] else f"told apart among {classes:,} of its {report['outputs']:,} classes, "
+    )
     return (
         f"On the {report['images']:,} images of split {_code(report['split'])} of "
-        f"{_cell(PurePath(report['dataset']).name)} (digest {_code(report['digest'][:12])}), "
+        f"{_cell(PurePath(report['dataset']).name)} (digest of that split {_code(report['digest'][:12])}), {among}"
         f"{_cell(view['image_size'])} px, {_cell(view['crop_mode'])} crop {view['crop_pct']:g}, "
         f"{_cell(view['interpolation'])}, in {_cell(report['precision'])} on {_cell(report['device'])}, "
         "each image once:"
