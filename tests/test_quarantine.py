@@ -75,8 +75,10 @@ def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp
 
 
 def test_two_ranks_name_each_damaged_image_once_and_end_normally(damaged, tmp_path, run_ranks):
+    """Some of the validation images are seen by the second one alone, in every epoch."""
     root, bad = damaged
-    said = run_ranks(2, "--data.root", root, "--run.out", tmp_path / "run", *ALL)
+    few = ("--schedule.epochs", "2", "--run.eval_batch", "16")
+    said = run_ranks(2, "--data.root", root, "--run.out", tmp_path / "run", *ALL, *few)
     assert_each_named_once(tmp_path / "run", bad, said)
 
 
@@ -90,10 +92,10 @@ def test_a_run_that_goes_on_names_nothing_twice(damaged, stopped, tmp_path):
 
 
 def test_the_limit_counts_what_earlier_sessions_found(damaged, stopped, tmp_path):
-    """It is not passed by stopping and going on."""
+    """It is not passed by stopping and going on, if only for a step."""
     run = shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(UserError, match="5 of the 320 images in 'train' are damaged"):
-        train_here(damaged[0], run, *EACH, "--data.max_bad_fraction", "0.01")
+        train_here(damaged[0], run, *EACH, "--data.max_bad_fraction", "0.01", "--run.stop_after_steps", 6)
 
 
 def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path, capsys):
