@@ -221,7 +221,8 @@ def test_an_evaluation_stands_in_the_card_and_one_of_other_weights_is_refused(di
     export.main([str(path), str(tmp_path / "out"), "--evaluation", str(tmp_path / "evaluation.json")])
     report = json.loads((tmp_path / "evaluation.json").read_text())
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f"On the 96 images of split `val` of digits (digest of that split `{report['digest'][:12]}`), 32 px, center" in text
+    shown = f"On the 96 images of split `val` of digits (digest of that split `{report['digest'][:12]}`), 32 px, center"
+    assert shown in text
     assert f"| {report['top1']:.2f} | {report['top5']:.2f} | {report['loss']:.4f} | {report['ece']:.2f} |" in text
     message = failed([other, tmp_path / "second", "--evaluation", tmp_path / "evaluation.json"], capsys)
     assert re.search(r"is of other weights \(test_resnet from .*best.pt, raw weights\) than .*other.pt", message)
