@@ -197,7 +197,7 @@ def test_teachers_are_listed_in_a_file_and_on_the_command_line_and_read_back(tmp
         ('[{"name": "a", "x": 1}]', "unknown key 'x' in an item; there are name, checkpoint, kwargs, image_size, clas"),
         ('[{"image_size": 3}]', "--teacher.others: the following arguments are required: name"),
         ('[{"name": "a", "image_size": "big"}]', "--teacher.others: --image_size: Expected a <class 'int'>"),
-        ("resnet50", "a list of teachers [{name: resnet50}]"),
+        ("resnet50", "a list of items with keys [{name: resnet50}]"),
         ('[{"name": "a"}, {"name": "b", "kwargs": {"num_classes": 3}}]', "teacher.others[1].kwargs.num_classes: decid"),
         ('[{"name": "a", "image_size": -1}]', "teacher.others[0].image_size is -1; 0 means the student's"),
     ],
