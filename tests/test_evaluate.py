@@ -306,11 +306,11 @@ def test_ranks_that_are_about_to_evaluate_different_things_are_told(last, digits
             return [said[0], *values]
 
     config = config_of()
-    evaluate.refuse_other_ranks(Rank(0, 2, 2, torch.device("cpu")), trained, index, None, config)
+    evaluate.refuse_other_ranks(Rank(0, 2, 2, torch.device("cpu")), trained, trained.digest(), index, None, config)
     second = Rank(1, 2, 2, torch.device("cpu"))
-    evaluate.refuse_other_ranks(second, trained, index, None, config)
+    evaluate.refuse_other_ranks(second, trained, trained.digest(), index, None, config)
     with pytest.raises(UserError, match="the dataset's digest is not the same on all ranks: .* on rank 1"):
-        evaluate.refuse_other_ranks(second, trained, other, None, config)
+        evaluate.refuse_other_ranks(second, trained, trained.digest(), other, None, config)
 
 
 def test_a_report_that_cannot_be_written_is_shown_and_told(last, digits, tmp_path, capsys):

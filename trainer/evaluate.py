@@ -206,7 +206,8 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     settings = {"weights": student.weights, "kwargs": student.kwargs or None, "classes": student.classes}
     trained = inference.load(student.name, student.checkpoint, **settings, **data.view)
     order = outputs_of(names, trained)
-    refuse_other_ranks(world, trained, index, order, config)
+    weights_digest = trained.digest()
+    refuse_other_ranks(world, trained, weights_digest, index, order, config)
     damaged: dict[int, str] = {}
     predictions = predict_split(trained, index, order, config, world, damaged)
     refuse_not_finite(predictions, index)
@@ -214,19 +215,19 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     if real is not None:
         found["real"] = metrics.real_accuracy(predictions, real)
     return {
-        **origin(config, trained, index, world),
+        **origin(config, trained, weights_digest, index, world),
         **found,
         "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
     }
 
 
 def refuse_other_ranks(
-    world: World, trained: Trained, index: ShardIndex, order: list[int] | None, config: EvalConfig
+    world: World, trained: Trained, weights_digest: str, index: ShardIndex, order: list[int] | None, config: EvalConfig
 ) -> None:
     """Raise a UserError, on every rank, if ranks are about to evaluate different things. Every rank must call it."""
     mine = {
         "the dataset's digest": index.digest[:12],
-        "the hash of the weights": trained.digest()[:12],
+        "the hash of the weights": weights_digest[:12],
         "the order of the classes": order,
         "what the model sees": dataclasses.asdict(trained.view),
         "run.batch": config.run.batch,
@@ -251,13 +252,13 @@ def refuse_not_finite(predictions: Predictions, index: ShardIndex) -> None:
         )
 
 
-def origin(config: EvalConfig, trained: Trained, index: ShardIndex, world: World) -> dict:
+def origin(config: EvalConfig, trained: Trained, weights_digest: str, index: ShardIndex, world: World) -> dict:
     """What the numbers of a report belong to."""
     return {
         "model": trained.name,
         "source": trained.source,
         "weights": trained.weights,
-        "weights_digest": trained.digest(),
+        "weights_digest": weights_digest,
         "step": trained.origin.get("step"),
         "parameters": sum(p.numel() for p in trained.model.parameters()),
         "outputs": trained.num_outputs,
