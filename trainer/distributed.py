@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipelines.errors import UserError
 from trainer import ready
+from trainer.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -117,9 +118,10 @@ def join_world(
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank, made the current one."""
+    """The device of this rank, made the current one and ready for use."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
+        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or mend the driver")
