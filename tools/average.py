@@ -28,9 +28,8 @@ from rich.table import Table
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import sha256_of
 from pipelines.index import read_index, read_manifest
-from tools.opening import first_device
 from trainer import checkpoint, inference, metrics
-from trainer.distributed import World
+from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from trainer.inference import KINDS, Trained, checkpoints_folder
 from trainer.models import read_file, select_weights
@@ -387,7 +386,7 @@ class Scorer:
     def top1(self, trained: Trained) -> float:
         """In percent; damaged images count, in gray, and are told."""
         damaged: dict[int, str] = {}
-        world = World(0, 1, 1, first_device())
+        world = alone()
         config = EvalConfig(data=EvalDataConfig(root=self._data))
         order = outputs_of(self._names, trained)
         found = metrics.summary(predict_split(trained, self._index, order, config, world, damaged))

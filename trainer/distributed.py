@@ -117,6 +117,11 @@ def join_world(
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
 
 
+def alone() -> World:
+    """This process and no other, whatever torchrun's variables say, on the GPU if there is one."""
+    return World(0, 1, 1, _own_device("auto", 0))
+
+
 def _own_device(device: str, local_rank: int) -> torch.device:
     """The device of this rank, made the current one and ready for use."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"

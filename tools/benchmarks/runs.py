@@ -9,9 +9,8 @@ import torch
 
 from pipelines.errors import UserError
 from tools.benchmarks.measure import timed_on_device
-from tools.opening import first_device
 from trainer.config import Config, parse
-from trainer.distributed import World
+from trainer.distributed import alone
 from trainer.loop import Run
 from trainer.models import create_model
 from trainer.run import build
@@ -101,7 +100,7 @@ def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
 
 def open_run(setting: Setting, out: Path, root: Path | None = None) -> Run:
     """A run of the product, built: over the dataset in `root`, or on synthetic images. Nothing has been trained yet."""
-    world = World(0, 1, 1, first_device())
+    world = alone()
     return build(_config(setting, out, root), world)
 
 
