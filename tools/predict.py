@@ -33,7 +33,7 @@ from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import replacing
 from pipelines.reader import read_ahead
 from tools.image_files import Item, count_images, items_of, look_at_batches
-from trainer.distributed import alone
+from tools.opening import first_device
 from trainer.inference import Trained, descriptions, load
 from trainer.precision import allow_tf32, resolve_precision
 
@@ -91,7 +91,7 @@ def predict(options: argparse.Namespace) -> None:
     trained = load(options.name, options.checkpoint, classes=options.classes, key="")
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
-    device = alone().device
+    device = first_device()
     print(_title(trained, device), file=sys.stderr)
     top_k, counts = min(options.top_k, trained.num_outputs), collections.Counter()
     items = (item for path in options.paths for item in items_of(path))

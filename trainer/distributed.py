@@ -99,15 +99,15 @@ def join_world(
     if size > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set and RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
     if size == 1:
-        yield World(rank, size, local_size, _own_device(device, local_rank))
+        yield World(rank, size, local_size, _prepared_device(device, local_rank))
         return
 
     def describe() -> dict:
-        own_device = _own_device(device, local_rank)
+        own_device = _prepared_device(device, local_rank)
         return {"device": own_device.type, **facts(own_device)}
 
     store = ready.meet(rank, size, describe, ready_s)
-    own_device = _own_device(device, local_rank)
+    own_device = _prepared_device(device, local_rank)
     ready.connect(store, rank, size, own_device, ready_s)
     try:
         yield World(rank, size, local_size, own_device)
@@ -118,12 +118,15 @@ def join_world(
 
 
 def alone() -> World:
-    """This process and no other, whatever torchrun's variables say, on the GPU if there is one."""
-    return World(0, 1, 1, _own_device("auto", 0))
+    """This process and no other, whatever torchrun's variables say, on the GPU if there is one.
+
+    It sets the process up as join_world does; tools.opening.first_device only looks for the device.
+    """
+    return World(0, 1, 1, _prepared_device("auto", 0))
 
 
-def _own_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank, made the current one and ready for use."""
+def _prepared_device(device: str, local_rank: int) -> torch.device:
+    """The device of this rank: a GPU is made the current one, on a CPU freed memory is kept."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
         keep_freed_memory()
