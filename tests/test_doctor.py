@@ -70,7 +70,9 @@ def test_on_shared_cores_the_larger_share_of_the_work_limits():
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(tmp_path, capsys):
     for arguments, message in (
         (["--seconds", "0"], "--seconds is 0; it must be positive"),
-        (["--json", str(tmp_path / "no" / "a.json")], "is not a folder. Make it, or name another"),
+        (["--seconds", "nan"], "--seconds is nan; it must be positive"),
+        (["--json", str(tmp_path / "no" / "a.json")], "a.json: not a file in a folder that is there"),
+        (["--json", str(tmp_path)], f"{tmp_path}: not a file in a folder that is there"),
         (["--config", "configs/demo.yaml"], "takes the file, or a run's folder, first and without --config"),
     ):
         with pytest.raises(SystemExit):
@@ -86,14 +88,16 @@ def test_the_duration_is_what_was_measured_times_what_is_left():
 
 def test_a_setting_counts_as_faster_only_if_each_of_its_turns_was():
     now = Rate(100, 90, 110)
-    assert proposals.trial("a", Rate(130, 111, 140), now) == Trial("a", Rate(130, 111, 140), pytest.approx(0.3), True)
+    assert proposals.trial("a", Rate(130, 111, 140), now) == Trial(
+        "a", Rate(130, 111, 140), now, pytest.approx(0.3), True
+    )
     assert not proposals.trial("a", Rate(130, 109, 140), now).faster
 
 
 def test_settings_that_were_faster_are_tried_together_the_fastest_of_each_key():
     candidates = [{"data.threads": 2}, {"data.threads": 4}, {"data.threads": 8}, {"data.prefetch": 4}]
     gains = {"--data.threads 2": 0.1, "--data.threads 4": 0.3, "--data.threads 8": 0.2, "--data.prefetch 4": -0.1}
-    trials = [Trial(name, Rate(1, 1, 1), gain, gain > 0) for name, gain in gains.items()]
+    trials = [Trial(name, Rate(1, 1, 1), Rate(1, 1, 1), gain, gain > 0) for name, gain in gains.items()]
     assert proposals.best_of_each_key(trials, candidates) == {"data.threads": 4}
 
 
@@ -113,6 +117,8 @@ def test_what_is_left_counts_the_updates_of_each_size_and_the_evaluations(digits
     assert remaining(run) == Remaining({32: 3, 48: 10}, 2)
     run.state.step = run.state.evaluated = 15
     assert remaining(run) == Remaining({48: 5}, 1)
+    stopped = dataclasses.replace(run.config, run=dataclasses.replace(run.config.run, stop_after_steps=15))
+    assert remaining(dataclasses.replace(run, config=stopped)) == Remaining({}, 0, to_the_end=False)
 
 
 def test_the_stages_take_whole_updates_of_the_size_that_is_asked_for(digits, tmp_path):
@@ -230,7 +236,7 @@ def test_every_size_that_is_to_come_is_predicted_with_its_own_speed():
 
 
 def test_nothing_that_helps_is_said():
-    trials = [Trial("--data.threads 4", Rate(1, 1, 1), -0.05, False)]
+    trials = [Trial("--data.threads 4", Rate(1, 1, 1), Rate(1, 1, 1), -0.05, False)]
     assert list(doctor.proposal_lines(trials)) == ["Nothing is faster by more than the spread: --data.threads 4 (-5%)"]
     faster = [*trials, dataclasses.replace(trials[0], override="--data.threads 8", gain=0.2, faster=True)]
     lines = list(doctor.proposal_lines(faster))

@@ -28,7 +28,7 @@ from tools.benchmarks import shard as shards
 from tools.benchmarks import step as steps
 from tools.benchmarks import train as trains
 from tools.benchmarks.gpu import gpu
-from tools.benchmarks.measure import console, machine, num_cores
+from tools.benchmarks.measure import console, machine, num_cores, refuse_nothing, refuse_result_file
 from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
 
@@ -169,17 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
             show(command, measure(command, path, options))
 
 
-def refuse_nothing(options: dict) -> None:
-    """Raise a UserError if so much as one number asks for nothing."""
-    for name, value in options.items():
-        if isinstance(value, (int, float)) and value <= 0:
-            raise UserError(f"--{name} is {value}; it must be positive")
-
-
 def measure(name: str, path: Path | None, options: dict) -> dict:
     """Run a benchmark; its result so far is in the file, if one is given, after each row."""
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--json {path}: {path.parent} is not a folder. Make it, or name another")
+    refuse_result_file(path)
     day = datetime.date.today().isoformat()
     result = {"benchmark": name, "options": options, "date": day, "machine": machine(), "complete": False, "rows": []}
 

@@ -28,7 +28,7 @@ from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
-from tools.benchmarks.measure import console, machine, num_cores
+from tools.benchmarks.measure import console, machine, num_cores, refuse_nothing, refuse_result_file
 from tools.benchmarks.proposals import Trial
 from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
 from tools.sharding.verify import human_seconds
@@ -89,10 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def refuse_options(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raise a UserError about what could only fail after minutes of measuring."""
-    if options.seconds <= 0:
-        raise UserError(f"--seconds is {options.seconds:g}; it must be positive")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json}: {options.json.parent} is not a folder. Make it, or name another")
+    refuse_nothing({"seconds": options.seconds})
+    refuse_result_file(options.json)
     if "--config" in overrides:
         raise UserError("--config: the doctor takes the file, or a run's folder, first and without --config")
 
@@ -121,8 +119,10 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
     run = build(config, world)
     work = remaining(run)
     if not work.updates:
-        raise UserError(f"{config.run.out}: has done all its {run.total_steps} steps. Raise schedule.epochs to go on")
-    shown.print(_title(run), markup=False)
+        more = "schedule.epochs" if run.stop == run.total_steps else "run.stop_after_steps"
+        raise UserError(f"{config.run.out}: has done all its {run.stop} steps. Raise {more} to go on")
+    for line in (_title(run), *run.notes):
+        shown.print(line, markup=False, soft_wrap=True)
     with shown.status(f"measuring each stage for {seconds:g} s"):
         measured = measure(run, work, seconds)
     shared = world.device.type == "cpu"
@@ -261,7 +261,10 @@ def proposal_lines(trials: list[Trial]) -> Iterator[str]:
     if faster:
         yield f"Faster, in each of {proposals.REPEATS} turns:"
     for trial in faster:
-        yield f"  {trial.override}: {trial.gain:+.0%} ({trial.rate.images_per_s:,.0f} images/s)"
+        rates = f"{trial.rate.images_per_s:,.0f} images/s, {trial.now.images_per_s:,.0f} as it is in the same turns"
+        yield f"  {trial.override}: {trial.gain:+.0%} ({rates})"
+        if "data.pipeline" in trial.override:
+            yield "    (its pixels are a little different: docs/parity.md)"
         if "micro_batch" in trial.override:
             yield "    (BatchNorm sees a micro-batch at a time: with it this changes the result a little)"
     vain = ", ".join(f"{trial.override} ({trial.gain:+.0%})" for trial in trials if not trial.faster)

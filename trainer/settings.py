@@ -118,13 +118,14 @@ class _Keys:
     def _in_file(self, path: Path) -> Iterator[str]:
         """The 'section.key's of a YAML file."""
         try:
-            sections = yaml.safe_load(path.read_text()) or {}
+            sections = yaml.safe_load(path.read_text())
         except OSError as error:
             raise UserError(f"--config {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not YAML: {error}") from error
         if not isinstance(sections, dict):
-            raise UserError(f"{path}: holds {type(sections).__name__}, not sections with keys")
+            found = "nothing" if sections is None else type(sections).__name__
+            raise UserError(f"{path}: holds {found}, not sections with keys")
         for section, keys in sections.items():
             if section not in self._sections:
                 yield str(section)

@@ -136,7 +136,8 @@ def remaining(run) -> Remaining:
     for epoch in range(run.state.step // per_epoch, -(-run.stop // per_epoch)):
         first, stop = max(run.state.step, epoch * per_epoch), min(run.stop, (epoch + 1) * per_epoch)
         size = run.plan.image_size_at(epoch)
-        updates[size] = updates.get(size, 0) + stop - first
+        if stop > first:
+            updates[size] = updates.get(size, 0) + stop - first
     first = max(run.state.evaluated // per_epoch + 1, -(-run.state.step // per_epoch))
     ends = range(first, run.stop // per_epoch + 1)
     due = [epoch for epoch in ends if epoch % run.config.run.eval_every == 0 or epoch * per_epoch == run.total_steps]

@@ -1,5 +1,6 @@
 """What every benchmark shares: timing in turns, and what a number depends on."""
 
+import math
 import os
 import platform
 import statistics
@@ -10,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
+
+from pipelines.errors import UserError
 
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
 _NOT_INSTALLED = "not installed"
@@ -49,6 +52,19 @@ def timed_on_device(run: Callable[[], None]) -> Callable[[], float]:
         return measure()
 
     return seconds
+
+
+def refuse_nothing(options: dict) -> None:
+    """Raise a UserError if so much as one number of the command line asks for nothing, or for no end."""
+    for name, value in options.items():
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise UserError(f"--{name} is {value:g}; it must be positive and finite")
+
+
+def refuse_result_file(path: Path | None) -> None:
+    """Raise a UserError if --json names what cannot be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"--json {path}: not a file in a folder that is there. Make the folder, or name another file")
 
 
 def synchronize() -> None:

@@ -37,13 +37,14 @@ class Trial:
 
     Attributes:
       override: as on the command line, or a sentence about what to do.
-      rate: of the whole with them.
-      gain: over the whole as it is, of the medians: 0.1 is 10 % faster.
+      rate: of the whole with them; now: as it is, measured in the same turns.
+      gain: of the medians: 0.1 is 10 % faster.
       faster: every turn was faster than every turn as it is.
     """
 
     override: str
     rate: Rate
+    now: Rate
     gain: float
     faster: bool
 
@@ -146,7 +147,7 @@ def _tried(run: Run, runs: dict[str, Run], size: int, seconds: float) -> list[Tr
 
 def trial(name: str, rate: Rate, now: Rate) -> Trial:
     """What a measurement says, beside that of the run as it is."""
-    return Trial(name, rate, rate.images_per_s / now.images_per_s - 1, rate.min > now.max)
+    return Trial(name, rate, now, rate.images_per_s / now.images_per_s - 1, rate.min > now.max)
 
 
 def _whole_turn(run: Run, size: int) -> Turn:

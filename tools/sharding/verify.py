@@ -268,6 +268,8 @@ def human_bytes(num: float) -> str:
 
 def human_seconds(seconds: float) -> str:
     """4000 -> '1 h 07 min'."""
+    if 0 < seconds < 1:
+        return f"{seconds:.2f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
