@@ -261,8 +261,8 @@ def proposal_lines(trials: list[Trial]) -> Iterator[str]:
     if faster:
         yield f"Faster, in each of {proposals.REPEATS} turns:"
     for trial in faster:
-        rates = f"{trial.rate.images_per_s:,.0f} images/s, {trial.now.images_per_s:,.0f} as it is in the same turns"
-        yield f"  {trial.override}: {trial.gain:+.0%} ({rates})"
+        speeds = f"{trial.rate.images_per_s:,.0f} images/s, {trial.now.images_per_s:,.0f} as it is in the same turns"
+        yield f"  {trial.override}: {trial.gain:+.0%} ({speeds})"
         if "data.pipeline" in trial.override:
             yield "    (its pixels are a little different: docs/parity.md)"
         if "micro_batch" in trial.override:
