@@ -18,8 +18,13 @@ from pipelines.errors import UserError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path`, on the disk, when the block ends.
 
-    If the block fails nothing has changed. A process that dies inside leaves a file whose name ends in `.partial`.
+    If the block fails nothing has changed. A process that dies inside leaves a file whose name ends in `.partial`. A
+    pipe or a device, such as /dev/stdout, is written to as it is.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
