@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import sha256_of
+from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from trainer import checkpoint, inference, metrics
 from trainer.distributed import alone
@@ -154,8 +154,7 @@ def refuse_out(out: Path, inputs: list[Path]) -> None:
         raise UserError(f"{out}: a name that runs give to their own checkpoints. Name another file")
     if out.suffix not in _SUFFIXES:
         raise UserError(f"{out}: a checkpoint's name ends in {' or '.join(_SUFFIXES)}. Name it so")
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"{out}: not a file in a folder that is there. Make the folder, or name another")
+    refuse_place(out, str(out))
 
 
 def content_of(mode: str, found: Average) -> dict:

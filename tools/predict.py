@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import replacing
+from pipelines.files import refuse_place, replacing
 from pipelines.reader import read_ahead
 from tools.image_files import Item, count_images, items_of, look_at_batches
 from tools.opening import first_device
@@ -114,8 +114,7 @@ def refuse_options(options: argparse.Namespace) -> None:
         return
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: ends in none of {', '.join(WRITERS)}. Name a file that does")
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UserError(f"--out {out}: not a file in a folder that is there. Make the folder, or name another")
+    refuse_place(out, f"--out {out}")
     if out.suffix == ".parquet":
         _pyarrow()
 

@@ -27,7 +27,7 @@ from timm.data import ImageNetInfo
 
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import write_synced
+from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import EvalPlan
 from trainer import inference, metrics
@@ -151,8 +151,8 @@ class EvalRunConfig:
             raise UserError(f"run.precision is '{self.precision}', not one of {', '.join(known)}")
         if self.batch < 1:
             raise UserError(f"run.batch is {self.batch}; it must be at least 1")
-        if self.json is not None and (self.json.is_dir() or not self.json.absolute().parent.is_dir()):
-            raise UserError(f"run.json is {self.json}: not a file in a folder that is there. Make it, or name another")
+        if self.json is not None:
+            refuse_place(self.json, f"run.json is {self.json}")
 
 
 @dataclasses.dataclass(frozen=True)

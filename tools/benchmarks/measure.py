@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines.errors import UserError
+from pipelines.files import refuse_place
 
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
 _NOT_INSTALLED = "not installed"
@@ -63,8 +64,8 @@ def refuse_nothing(options: dict) -> None:
 
 def refuse_result_file(path: Path | None) -> None:
     """Raise a UserError if --json names what cannot be written."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--json {path}: not a file in a folder that is there. Make the folder, or name another file")
+    if path is not None:
+        refuse_place(path, f"--json {path}")
 
 
 def synchronize() -> None:
