@@ -140,7 +140,7 @@ def test_the_index_and_plan_of_any_size_are_measured_on_a_dataset_that_is_whole(
 
 @pytest.mark.long
 def test_resume_measures_a_run_that_goes_on_deep_in_the_recipe():
-    rows = resume.resume("test_resnet", "none", 32, "no", 1)
+    rows = resume.resume("test_resnet", "null", 32, "no", 1)
     assert [(row["augmentation"], row["what"]) for row in rows] == [
         (resume.UNCOMPILED, "from step 0"),
         (resume.UNCOMPILED, "from step 300,000"),
@@ -172,7 +172,7 @@ def test_step_measures_ours_and_timms_update_and_the_models_alone(run):
 
 def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.task", None)
-    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "null", 8, 32, "fp32", "no", 1, 0.05)}
     assert "not measured, ModuleNotFoundError" in rows[steps.TIMM]["note"] and "images_per_s" not in rows[steps.TIMM]
     assert rows[steps.OURS]["images_per_s"] > 0 and "ratio" not in rows[steps.OURS]
 

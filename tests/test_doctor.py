@@ -231,8 +231,23 @@ def test_several_ranks_measure_together_and_the_gradients_too(digits, tmp_path):
 def test_every_size_that_is_to_come_is_predicted_with_its_own_speed():
     whole = {32: 100.0, 48: 50.0}
     measured = doctor.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, whole, 0.1, 2.0, cached=True)
-    (line,) = doctor.duration_lines(Remaining({32: 10, 48: 20}, 1), measured, 30.0, 64)
-    assert "10 updates of 64 images at 100 images/s (32 px)" in line and "at 50 images/s (48 px)" in line
+    (line,) = doctor.duration_lines(Remaining({32: 100, 48: 200}, 1), measured, 64)
+    assert "100 updates of 64 images at 100 images/s (32 px)" in line and "at 50 images/s (48 px)" in line
+    assert line.startswith("The rest of the run takes 5 min:")  # 64 s, 256 s, 2 s
+
+
+def test_the_duration_with_the_best_setting_counts_its_gain_for_the_updates_alone():
+    measured = doctor.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, {48: 50.0}, 0.1, 100.0, cached=True)
+    trials = [Trial(name, Rate(1, 1, 1), Rate(1, 1, 1), gain, gain > 0) for name, gain in (("a", 0.25), ("b", 1.0))]
+    *_, line = doctor.duration_lines(Remaining({48: 200}, 1), measured, 64, trials)
+    assert line == "With b, if it gains as much throughout: 4 min"  # 256 s / 2 + 100 s
+
+
+def test_uneven_turns_of_what_matters_are_told_and_others_are_not():
+    even, uneven, fast = Rate(50, 45, 55), Rate(50, 40, 55), Rate(5_000, 1_000, 6_000)
+    assert list(doctor.spread_lines({stages.READING: fast, stages.WHOLE: even})) == []
+    (line,) = doctor.spread_lines({stages.READING: fast, stages.TEACHER: uneven, stages.WHOLE: even})
+    assert "(teacher)" in line and "--seconds" in line
 
 
 def test_nothing_that_helps_is_said():

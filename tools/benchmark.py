@@ -133,7 +133,7 @@ OPTIONS = {
     "batch": "images a batch",
     "models": "students",
     "model": "the student",
-    "teacher": "of all students, with random weights; none: they learn alone",
+    "teacher": "of all students, with random weights; null: they learn alone",
     "size": "side of the images, pixels",
     "precision": "bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU",
     "compile": "no, yes or both",

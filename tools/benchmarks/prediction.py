@@ -60,12 +60,9 @@ def predict(images: int, repeats: int, seconds: float) -> Iterator[dict]:
         write_common_photographs(folder / "photographs-images", images)
         for dataset in {case[0] for case in cases}:
             build(folder / f"{dataset}-images", folder / dataset, BuildOptions(samples_per_shard=500))
-        pairs: list[list[tuple[float, float]]] = [[] for _ in cases]
-        for turn in range(repeats):
-            for case, found in zip(cases, pairs, strict=True):
-                found.append(_pair(folder, _settings(folder, *case), case[4], seconds))
-                if turn == repeats - 1:
-                    yield _row(case, found)
+        for case in cases:
+            settings = _settings(folder, *case)
+            yield _row(case, [_pair(folder, settings, settings["run.global_batch"], seconds) for _ in range(repeats)])
 
 
 def _settings(

@@ -46,7 +46,7 @@ class Setting:
 
 
 def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> Iterator[dict]:
-    """The rows of the benchmark, for --compile no, yes or both; the teacher "none" is no teacher."""
+    """The rows of the benchmark, for --compile no, yes or both; the teacher "null" is no teacher."""
     wanted = compiled_or_not(compile)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {

@@ -86,8 +86,8 @@ def compiled_or_not(answer: str) -> tuple[bool, ...]:
 
 
 def teacher_or_none(name: str) -> str | None:
-    """The teacher that --teacher names; the word none is no teacher."""
-    return None if name == "none" else name
+    """The teacher that --teacher names; null is no teacher, as for the trainer."""
+    return None if name == "null" else name
 
 
 def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:

@@ -86,7 +86,7 @@ def step(
     """The rows: each model alone and from the teacher, not compiled and compiled, as far as `compile` asks for it.
 
     Args:
-      teacher: of all models; none measures them alone only.
+      teacher: of all models; null measures them alone only.
       precision: auto, bf16 or fp32.
       compile: no, yes or both.
       seconds: about how long a turn takes.

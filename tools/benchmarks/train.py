@@ -62,7 +62,7 @@ def train(
     repeats: int,
     seconds: float,
 ) -> Iterator[dict]:
-    """The rows, over `images` photographs: a table for each model, from the teacher (none: alone).
+    """The rows, over `images` photographs: a table for each model, from the teacher (null: alone).
 
     Args:
       seconds: about how long a turn takes.
