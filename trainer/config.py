@@ -30,12 +30,12 @@ def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the images come from and how they are decoded.
+class ImagesConfig:
+    """Where images come from and how they are decoded, whatever they are for.
 
     Attributes:
-      root: dataset folder made by tools/shard_imagenet.py; not needed for the synthetic pipeline.
-      pipeline: auto, dali, torchvision or synthetic; auto is DALI with a GPU, torchvision without.
+      root: dataset folder made by tools/shard_imagenet.py; the synthetic pipeline needs none.
+      pipeline: auto, dali or torchvision, synthetic for training; auto is DALI with a GPU, torchvision without.
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
         works, which is tried once a run.
       hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is divided
@@ -43,7 +43,31 @@ class DataConfig:
       decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
         takes, 64 at the most.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
-      prefetch: finished batches that wait for the training step.
+      prefetch: finished batches that wait.
+    """
+
+    root: Path | None = None
+    pipeline: str = "auto"
+    decode: str = "auto"
+    hw_decoder_load: float = 1.0
+    decoder_padding_mib: int = 0
+    threads: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self):
+        decodes = ("auto", "roi", "full")
+        _require(self.decode in decodes, f"data.decode is '{self.decode}', not one of {', '.join(decodes)}")
+        _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
+        for name in ("threads", "decoder_padding_mib"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
+        _require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(ImagesConfig):
+    """The images of a run.
+
+    Attributes:
       max_bad_fraction: of the images of a split; the run ends when more are damaged. A single one never ends it, unless
         this is 0.
       shuffle: global shuffles all training images together; window shuffles the shards, then the images of
@@ -56,13 +80,6 @@ class DataConfig:
       synthetic_classes: its classes.
     """
 
-    root: Path | None = None
-    pipeline: str = "auto"
-    decode: str = "auto"
-    hw_decoder_load: float = 1.0
-    decoder_padding_mib: int = 0
-    threads: int = 0
-    prefetch: int = 2
     max_bad_fraction: float = 0.001
     shuffle: str = "global"
     window_shards: int = 16
@@ -73,16 +90,12 @@ class DataConfig:
     synthetic_classes: int = 1000
 
     def __post_init__(self):
-        decodes = ("auto", "roi", "full")
-        _require(self.decode in decodes, f"data.decode is '{self.decode}', not one of {', '.join(decodes)}")
+        super().__post_init__()
         _require(self.shuffle in ("global", "window"), f"data.shuffle is '{self.shuffle}', not global or window")
-        _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
         _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction is {self.max_bad_fraction}, not in [0, 1]")
-        for name in ("threads", "decoder_padding_mib"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
         _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
         size_schedule(self.image_size)
-        for name in ("prefetch", "window_shards", "synthetic_samples", "synthetic_classes"):
+        for name in ("window_shards", "synthetic_samples", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
         _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
 

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
@@ -14,23 +13,12 @@ from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import BatchPlan, TrainPlan, size_schedule
 from pipelines.probe import probe_dataset
 from pipelines.synthetic import synthetic_index
-from trainer.config import Config, DataConfig
+from trainer.config import Config, DataConfig, ImagesConfig
 from trainer.distributed import World
 from trainer.quarantine import QUARANTINE, Quarantine
 
 DECODE = "decode.json"
 _PLANNED_ROWS = 1024
-
-
-class Decoding(Protocol):
-    """How images are decoded, as a configuration has it: config.DataConfig tells what the fields mean."""
-
-    pipeline: str
-    decode: str
-    hw_decoder_load: float
-    decoder_padding_mib: int
-    threads: int
-    prefetch: int
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
@@ -150,7 +138,7 @@ def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, 
     return tried_decode(config.data, index, world, read_json(config.run.out / DECODE) if world.is_main else {})
 
 
-def tried_decode(config: Decoding, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
+def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
     """DALI's decode path: the configured one, or the one that works on this card, which is tried once.
 
     Args:
@@ -175,13 +163,13 @@ def tried_decode(config: Decoding, index: ShardIndex, world: World, remembered: 
     return world.choice_of_main(remembered)
 
 
-def rank_threads(config: Decoding, world: World) -> int:
+def rank_threads(config: ImagesConfig, world: World) -> int:
     """The host threads that decode for this rank."""
     return config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
 
 
 def open_configured_pipeline(
-    config: Decoding, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
+    config: ImagesConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
 ) -> Pipeline:
     """The configured pipeline over one split."""
     return open_pipeline(

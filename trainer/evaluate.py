@@ -32,7 +32,7 @@ from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.plan import EvalPlan
 from trainer import inference, metrics
 from trainer.classes import class_order
-from trainer.config import Kwargs
+from trainer.config import ImagesConfig, Kwargs
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
@@ -49,18 +49,11 @@ _TIMM_REAL = "imagenet"
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalDataConfig:
+class EvalDataConfig(ImagesConfig):
     """The images.
 
     Attributes:
-      root: dataset folder made by tools/shard_imagenet.py.
-      split: of it.
-      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without.
-      decode: DALI: roi, full, or auto, which tries whether roi works on this card.
-      hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes.
-      decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what it needs.
-      threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
-      prefetch: finished batches that wait.
+      split: of the dataset.
       image_size: side of the image, pixels; 0 is the model's own.
       crop_pct: the image is resized to floor(image_size / crop_pct) before the crop; 0 is the model's own.
       crop_mode: center resizes the short side, squash both; empty is the model's own.
@@ -69,14 +62,7 @@ class EvalDataConfig:
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
-    root: Path | None = None
     split: str = "val"
-    pipeline: str = "auto"
-    decode: str = "auto"
-    hw_decoder_load: float = 1.0
-    decoder_padding_mib: int = 0
-    threads: int = 0
-    prefetch: int = 2
     image_size: int = 0
     crop_pct: float = 0.0
     crop_mode: str = ""
@@ -84,15 +70,11 @@ class EvalDataConfig:
     real_labels: Path | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.pipeline not in (known := ("auto", "dali", "torchvision")):
             raise UserError(f"data.pipeline is '{self.pipeline}', not one of {', '.join(known)}")
-        if self.decode not in (known := ("auto", "roi", "full")):
-            raise UserError(f"data.decode is '{self.decode}', not one of {', '.join(known)}")
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
-        for name, least in (("decoder_padding_mib", 0), ("threads", 0), ("prefetch", 1), ("image_size", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.image_size < 0:
+            raise UserError(f"data.image_size is {self.image_size}; 0 means the model's own")
 
     @property
     def view(self) -> dict[str, object]:
