@@ -26,6 +26,7 @@ from trainer.data import open_configured_pipeline
 from trainer.distributed import World
 from trainer.metrics import Predictions
 from trainer.settings import parse_settings
+from trainer.validation import eval_plans
 
 HERE = World(0, 1, 1, torch.device("cpu"))
 
@@ -91,7 +92,7 @@ def test_a_model_says_what_it_says_of_the_images_of_timms_own_validation(
     opened = open_configured_pipeline(
         config_of("--data.pipeline", pipeline).data, photos, world=HERE, decode="roi", on_bad=_refuse
     )
-    batches = list(opened.batches(evaluate.eval_plans(trained.view.plan(photos), 8, HERE)))
+    batches = list(opened.batches(eval_plans(trained.view.plan(photos), 8, HERE)))
     with torch.no_grad():
         found = torch.cat([trained.model(trained.normalize()(batch.images))[batch.valid] for batch in batches])
     assert (found - expected).abs().max() < tolerance * expected.std(0).mean()
@@ -153,7 +154,7 @@ def test_fewer_classes_than_the_model_knows_are_told_apart_among_themselves(last
     with torch.no_grad():
         logits, labels = [], []
         pipeline = open_configured_pipeline(config.data, index, world=HERE, decode="roi", on_bad=_refuse)
-        for batch in pipeline.batches(evaluate.eval_plans(trained.view.plan(index), 32, HERE)):
+        for batch in pipeline.batches(eval_plans(trained.view.plan(index), 32, HERE)):
             logits.append(trained.model(trained.normalize()(batch.images))[batch.valid])
             labels.append(batch.labels[batch.valid])
     among = torch.cat(logits)[:, [2, 5, 7]]

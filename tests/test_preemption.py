@@ -123,7 +123,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(
 def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed, tmp_path, monkeypatch, step):
     """Also the last one: the run is not finished without it."""
     with monkeypatch.context() as patch:
-        at_step(patch, step - 1, lambda: patch.setattr("trainer.validation._counts", signalling))
+        at_step(patch, step - 1, lambda: patch.setattr("trainer.validation._said", signalling))
         with pytest.raises(SystemExit) as end:
             main(arguments_for(digits, tmp_path, "--run.eval_batch", 8))
     assert end.value.code == REQUEUE

@@ -6,18 +6,17 @@ python -m trainer.evaluate --data.root OUT --student.name resnet50          # ti
 Each image counts exactly once. What the model sees of an image (size, crop, filter) is its own unless told otherwise.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -25,11 +24,11 @@ from rich.progress import Progress
 from rich.table import Table
 from timm.data import ImageNetInfo
 
-from pipelines import Pipeline, resolve_pipeline
+from pipelines import resolve_pipeline
+from pipelines.batch import Batch
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.plan import EvalPlan
 from trainer import inference, metrics
 from trainer.classes import class_order
 from trainer.config import ImagesConfig, Kwargs
@@ -37,11 +36,10 @@ from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
-from trainer.mix import Normalize
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
-from trainer.validation import eval_plans
+from trainer.validation import Logits, predict
 from trainer.versions import package_versions
 
 _WORST = 10  # classes that are shown
@@ -273,7 +271,6 @@ def outputs_of(names: list[str], trained: Trained) -> list[int] | None:
     return None if listed == names else class_order(names, listed, trained.source, "student")
 
 
-@torch.no_grad()
 def predict_split(
     trained: Trained,
     index: ShardIndex,
@@ -296,61 +293,28 @@ def predict_split(
     pipeline = open_configured_pipeline(config.data, index, world=world, decode=decode, on_bad=mine.setdefault)
     memory_format = torch.channels_last if config.run.channels_last else torch.contiguous_format
     model = trained.model.to(world.device, memory_format=memory_format)
-    parts = predicted(
-        _chosen(model, order, world.device),
+    found = predict(
+        {"": _chosen(model, order, world.device)},
         trained.normalize(precision).to(world.device),
         pipeline,
         trained.view.plan(index),
         batch=config.run.batch,
         precision=precision,
         world=world,
+        shown=functools.partial(_shown, total=-(-len(index) // (config.run.batch * world.size)), world=world),
     )
     damaged.update(world.gather(sorted(mine.items())))
-    return metrics.joined(world.gather([parts]), len(index))
+    return found[""]
 
 
-def _chosen(
-    model: torch.nn.Module, order: list[int] | None, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _chosen(model: torch.nn.Module, order: list[int] | None, device: torch.device) -> Logits:
     if order is None:
         return model
     which = torch.tensor(order, device=device)
     return lambda pixels: model(pixels).index_select(1, which)
 
 
-@torch.no_grad()
-def predicted(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    normalize: Normalize,
-    pipeline: Pipeline,
-    plan: EvalPlan,
-    *,
-    batch: int,
-    precision: torch.dtype,
-    world: World,
-) -> Predictions:
-    """What a model says of this rank's share of a split; the host waits for a GPU at the end alone."""
-    is_valid: list[torch.Tensor] = []
-    rows: list[list[torch.Tensor]] = []
-    with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
-        for images in _shown(batches, -(-len(plan.index) // (batch * world.size)), world):
-            with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
-                logits = model(normalize(images.images))
-            samples = torch.arange(images.position, images.position + len(logits), device=logits.device)
-            rows.append([samples, *_said(logits.float(), images.labels)])
-            is_valid.append(images.valid)
-    valid = torch.cat(is_valid).cpu().numpy()  # to choose rows on the device would make the host wait
-    return Predictions(*(torch.cat(column).cpu().numpy()[valid] for column in zip(*rows, strict=True)))
-
-
-def _said(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The columns of Predictions but the first."""
-    top = logits.topk(min(metrics.TOP, logits.shape[1]), dim=1).indices
-    confidence = logits.softmax(1).amax(1)
-    return labels, top, confidence, F.cross_entropy(logits, labels, reduction="none")
-
-
-def _shown(batches: Iterator, total: int, world: World) -> Iterator:
+def _shown(batches: Iterator[Batch], total: int, world: World) -> Iterator[Batch]:
     """The same batches, with a progress bar on a terminal."""
     console = Console(stderr=True, quiet=not world.is_main)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -43,16 +43,21 @@ def joined(parts: list[Predictions], num_samples: int) -> Predictions:
     return Predictions(*(column[order] for column in columns))
 
 
-def summary(predictions: Predictions) -> dict[str, float]:
-    """top1 and top5 in percent, the mean loss, the calibration error in percent, and how many images."""
+def accuracy(predictions: Predictions) -> dict[str, float]:
+    """top1 and top5 in percent, the mean loss, and how many images."""
     in_top = (predictions.top == predictions.label[:, None]).any(1)
     return {
         "top1": 100 * float(predictions.correct.mean()),
         "top5": 100 * float(in_top.mean()),
         "loss": float(predictions.loss.mean(dtype=np.float64)),
-        "ece": 100 * calibration_error(predictions.confidence, predictions.correct),
         "images": len(predictions),
     }
+
+
+def summary(predictions: Predictions) -> dict[str, float]:
+    """The accuracy, and the calibration error, "ece", in percent."""
+    error = calibration_error(predictions.confidence, predictions.correct)
+    return {**accuracy(predictions), "ece": 100 * error}
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:

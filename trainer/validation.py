@@ -1,4 +1,4 @@
-"""Accuracy on the validation set, each image counted exactly once on any number of ranks."""
+"""What models say of each image of a split, each counted exactly once on any number of ranks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipelines import Pipeline
+from pipelines.batch import Batch
 from pipelines.plan import BatchPlan, EvalPlan
+from trainer import metrics
 from trainer.distributed import World
+from trainer.metrics import Predictions
 from trainer.mix import Normalize
+
+Logits = Callable[[torch.Tensor], torch.Tensor]  # of normalised images
 
 
 def eval_plans(plan: EvalPlan, batch: int, world: World) -> Iterator[BatchPlan]:
@@ -21,9 +26,25 @@ def eval_plans(plan: EvalPlan, batch: int, world: World) -> Iterator[BatchPlan]:
         yield plan.rows(start, start + batch)
 
 
+def evaluate(models: dict[str, nn.Module], *arguments, **options) -> dict[str, dict[str, float]]:
+    """Evaluate several weights of one model; arguments and options as of `predict`. Every rank must call it.
+
+    Returns:
+      for each name: top1 and top5 in percent, loss (cross-entropy), images; {} if it was given up. The models' training
+      mode is as before.
+    """
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    found = predict(models, *arguments, **options)
+    for name, model in models.items():
+        model.train(training[name])
+    return {name: metrics.accuracy(predictions) for name, predictions in found.items()}
+
+
 @torch.no_grad()
-def evaluate(
-    models: dict[str, nn.Module],
+def predict(
+    models: dict[str, Logits],
     normalize: Normalize,
     pipeline: Pipeline,
     plan: EvalPlan,
@@ -32,50 +53,44 @@ def evaluate(
     precision: torch.dtype,
     world: World,
     interrupted: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]]:
-    """Evaluate several weights of one model in a single pass over the images. Every rank must call it.
+    shown: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> dict[str, Predictions]:
+    """What models say of every image, in a single pass; the same on every rank. Every rank must call it.
+
+    The host waits for a GPU at the end alone.
 
     Args:
-      models: by name; all normalised alike. Their training mode is as before afterwards.
+      models: by name; all normalised alike.
       batch: images a forward pass on each rank.
-      interrupted: asked before each batch; True, on all ranks at once, gives the evaluation up.
+      interrupted: asked before each batch; True, on all ranks at once, gives it up.
+      shown: what the batches go through on their way, such as a progress bar.
     Returns:
-      for each name: top1 and top5 in percent, loss (cross-entropy), images; {} if it was given up.
+      by name; {} if it was given up.
     """
-    training = {name: model.training for name, model in models.items()}
-    # correct at 1, correct at 5, sum of losses, images
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=world.device) for name in models}
-    complete = False
-    for model in models.values():
-        model.eval()
+    is_valid: list[torch.Tensor] = []
+    rows: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in models}
     with contextlib.closing(pipeline.batches(eval_plans(plan, batch, world))) as batches:
-        for images in batches:
+        for images in shown(batches):
             if interrupted():
-                break
+                return {}
             world.beat("evaluation")
             pixels = normalize(images.images)
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
                     logits = model(pixels)
-                sums[name] += _counts(logits.float(), images.labels, images.valid)
-        else:
-            complete = True
-    for name, model in models.items():
-        model.train(training[name])
-    if not complete:
-        return {}
-    return {name: _metrics(world.sum(total)) for name, total in sums.items()}
+                rows[name].append(_said(logits.float(), images))
+            is_valid.append(images.valid)
+    valid = torch.cat(is_valid).cpu().numpy()  # to choose rows on the device would make the host wait
+    found = {}
+    for name, parts in rows.items():
+        mine = Predictions(*(torch.cat(column).cpu().numpy()[valid] for column in zip(*parts, strict=True)))
+        found[name] = metrics.joined(world.gather([mine]), len(plan.index))
+    return found
 
 
-def _counts(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    per_image = torch.stack(
-        [best[:, 0].double(), best.any(1).double(), losses.double(), torch.ones_like(losses).double()]
-    )
-    return torch.where(valid, per_image, 0.0).sum(1)
-
-
-def _metrics(total: torch.Tensor) -> dict[str, float]:
-    top1, top5, loss, images = total.tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+def _said(logits: torch.Tensor, images: Batch) -> tuple[torch.Tensor, ...]:
+    """The columns of Predictions for a batch."""
+    sample = torch.arange(images.position, images.position + len(logits), device=logits.device)
+    top = logits.topk(min(metrics.TOP, logits.shape[1]), dim=1).indices
+    confidence = logits.softmax(1).amax(1)
+    return sample, images.labels, top, confidence, F.cross_entropy(logits, images.labels, reduction="none")
