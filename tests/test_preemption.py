@@ -30,6 +30,7 @@ from trainer.config import parse
 from trainer.control import REQUEUE
 from trainer.distributed import World
 from trainer.fitting import is_out_of_memory, largest_micro_batch
+from trainer.loop import refuse_other_folders
 from trainer.run import build, main
 from trainer.step import TrainStep
 
@@ -323,6 +324,21 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
     assert "x.pt: not written: 'fc.weight' in 'student' is not finite" in writer.failure and not list(
         tmp_path.iterdir()
     )
+
+
+def test_a_folder_that_machines_do_not_share_is_told_before_the_run_begins_anew(tmp_path):
+    """Where rank 0 comes to another machine after a restart, its folder there is empty."""
+    (tmp_path / "step-00000020.pt").touch()
+
+    class Rank(World):
+        def gather(self, values):
+            return [(step_of_main, "rank 0 on nodeA"), *values]
+
+    step_of_main, second = 20, Rank(1, 2, 1, torch.device("cpu"))
+    refuse_other_folders(tmp_path, second)
+    step_of_main = 0
+    with pytest.raises(UserError, match="step-00000020.pt: rank 1 on .* has it, rank 0 on nodeA has not. run.out must"):
+        refuse_other_folders(tmp_path, second)
 
 
 def test_a_damaged_first_checkpoint_begins_a_run_anew_and_later_ones_are_refused(digits, undisturbed, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -230,7 +231,10 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
 
     Returns:
       what is worth saying: which checkpoints are damaged, and what has changed since.
+    Raises:
+      UserError: another rank has a later one in its folder, or as checkpoint.load.
     """
+    refuse_other_folders(checkpoint_folder(config), world)
     path, content, damaged = None, {}, []
     if world.is_main:
         path, content, damaged = checkpoint.newest_whole(checkpoint_folder(config))
@@ -246,6 +250,18 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
             "or start a new run with another --run.out"
         )
     return notes
+
+
+def refuse_other_folders(folder: Path, world: World) -> None:
+    """Raise a UserError, on every rank, if one of them sees a later checkpoint than rank 0: it is another folder."""
+    mine = max(map(checkpoint.step_of, checkpoint.checkpoints(folder)), default=0)
+    steps = world.gather([(mine, f"rank {world.rank} on {socket.gethostname()}")])
+    latest, where = max(steps)
+    if latest > steps[0][0]:
+        raise UserError(
+            f"{checkpoint.path_of(folder, latest)}: {where} has it, {steps[0][1]} has not. run.out must be a folder "
+            "that all machines share"
+        )
 
 
 def begin_anew(config: RunConfig, damaged: list[str]) -> list[str]:
