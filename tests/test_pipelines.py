@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import gc
 import io
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -306,6 +308,33 @@ def test_dalis_graphs_are_built_ahead_and_used_again(photos, monkeypatch):
     for _ in range(3):
         assert len(list(pipeline.batches(plans[2:]))) == 2
     assert len(built) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_of_dali_that_is_dropped_is_gone_at_once(photos, monkeypatch, fails):
+    """With the memory that it holds on a GPU; not when Python happens to look for cycles."""
+    from pipelines import dali
+
+    graphs = weakref.WeakSet()
+
+    class Graph(dali._Graph):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            graphs.add(self)
+
+    monkeypatch.setattr(dali, "_Graph", Graph)
+    pipeline, plan = opened("dali", photos), EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        if fails:
+            assert "decode" in pipeline._failure_on(next(iter(plan.split(1))), [np.zeros(100, np.uint8)])
+        else:
+            assert len(list(pipeline.batches([plan]))) == len(graphs) == 1
+            pipeline.forget()
+        assert not graphs
+    finally:
+        gc.enable()
 
 
 def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
