@@ -15,6 +15,7 @@ from tools import benchmark
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import planning, processes, resume, scale, stages
+from tools.benchmarks import read as reads
 from tools.benchmarks import step as steps
 from tools.benchmarks.runs import Setting
 from tools.benchmarks.tables import markdown
@@ -102,6 +103,22 @@ def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monke
         assert "not installed" in reason or "cannot be imported" in reason
 
 
+def test_a_loader_that_fails_is_a_row_that_says_so(photos, tmp_path):
+    def fails():
+        raise RuntimeError("no such\ndecoder")
+        yield
+
+    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
+    reason = loaders.missing(loaders.Contender("theirs", loaders.BARE, fails), setting)
+    assert reason == "failed, RuntimeError: no such decoder"
+
+
+def test_a_package_of_a_package_is_looked_for():
+    """PyTorch's libraries lie in the package nvidia, as DALI does."""
+    assert reads._is_installed("nvidia") and not reads._is_installed("nvidia.no_such_package")
+    assert not reads._is_installed("no_such_package.module")
+
+
 def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
     """On a machine without a GPU: what is tried there is only noted."""
     commands = []
@@ -175,6 +192,13 @@ def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
     rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
     assert "not measured, ModuleNotFoundError" in rows[steps.TIMM]["note"] and "images_per_s" not in rows[steps.TIMM]
     assert rows[steps.OURS]["images_per_s"] > 0 and "ratio" not in rows[steps.OURS]
+
+
+def test_a_timm_with_other_tasks_is_a_row_that_says_so(monkeypatch):
+    """As 1.0.24 has them: without an average of their own."""
+    monkeypatch.delattr("timm.task.task.TrainingTask.setup_ema")
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    assert "not measured, AttributeError" in rows[steps.TIMM]["note"] and rows[steps.OURS]["images_per_s"] > 0
 
 
 def test_timms_update_changes_the_student_and_its_average(tmp_path):
