@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
-from tools import benchmark
+from tools import benchmark, photos
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import planning, processes, resume, scale, stages
@@ -38,6 +38,16 @@ def rows_of(path) -> list[dict]:
     result = benchmark.read_result(path)
     assert result["machine"]["cores"] >= 1 and result["machine"]["timm"] != "not installed"
     return result["rows"]
+
+
+def test_photographs_do_not_depend_on_how_many_processes_make_them(tmp_path, monkeypatch):
+    alone = photos.write_common_photographs(tmp_path / "alone", 5, classes=3)
+    monkeypatch.setattr(photos, "_MANY", 5)
+    monkeypatch.setattr(photos, "_PER_JOB", 2)
+    together = photos.write_common_photographs(tmp_path / "together", 5, classes=3)
+    assert [path.parts[-2:] for path in alone] == [path.parts[-2:] for path in together]
+    assert [path.parent.name for path in alone] == ["class0", "class1", "class2", "class0", "class1"]
+    assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in together]
 
 
 def test_read_measures_every_row_warm_and_cold(run):
@@ -302,6 +312,12 @@ def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
     )
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark-gpu-shard.json"]
     assert benchmark.read_result(tmp_path / "benchmark-gpu-shard.json")["complete"]
+
+
+def test_the_parts_share_what_torch_compile_makes(tmp_path):
+    script = "import os; open(os.path.join(os.environ['TORCHINDUCTOR_CACHE_DIR'], 'made'), 'x')"
+    assert gpus._reason([sys.executable, "-c", script], 60, str(tmp_path)) == ""
+    assert gpus._reason([sys.executable, "-c", script], 60, str(tmp_path)) == "exit code 1"  # it is there
 
 
 def test_the_gpus_benchmark_takes_less_than_ten_minutes():

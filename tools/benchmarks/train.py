@@ -20,6 +20,7 @@ from pipelines.index import read_index
 from pipelines.synthetic import SyntheticPipeline
 from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (
+    CLASSES,
     LAST,
     Setting,
     open_run,
@@ -74,7 +75,7 @@ def train(
     device = first_device()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_common_photographs(folder / "src", images)
+        write_common_photographs(folder / "src", images, CLASSES)
         build(folder / "src", folder / "data", BuildOptions(samples_per_shard=_PER_SHARD), workers=num_cores())
         classes = read_index(folder / "data", "train").num_classes
         name = teacher_or_none(teacher)
