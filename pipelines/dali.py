@@ -171,13 +171,15 @@ class DaliPipeline:
         Raises:
           UserError: it was none of the images.
         """
-        found = False
+        found, graph = False, None
         for row in plan.split(1):
             sample = int(row.sample[0])
             known = self._reader.is_replaced(sample)
-            if reason := self._failure_on(row, self._reader.read(row.sample)):
+            graph = graph or self._alone(row)
+            if reason := self._failure_on(row, graph):
+                graph = None
                 pixels = decode_checked(self._reader, sample)
-                if known or self._failure_on(row, [lossless(pixels)]):
+                if known or self._failure_on(row, self._alone(row, lossless(pixels))):
                     found = False
                     break
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
@@ -188,10 +190,16 @@ class DaliPipeline:
                 f"{error}. Look at the driver and at the memory that is left, or use --data.pipeline torchvision"
             )
 
-    def _failure_on(self, row: BatchPlan, encoded: list[np.ndarray]) -> str:
-        """Why DALI cannot carry out a plan of one row, '' if it can."""
-        options = {**self._options, "num_threads": 1}  # each thread takes its memory
-        graph = _Graph(_Shape.of(row), lambda plan: self._inputs(plan, encoded), **options)
+    def _alone(self, row: BatchPlan, encoded: np.ndarray | None = None) -> "_Graph":
+        """A graph for plans of one row like this; their image is `encoded`, if that is given."""
+
+        def inputs(plan: BatchPlan) -> tuple:
+            return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
+
+        return _Graph(_Shape.of(row), inputs, **{**self._options, "num_threads": 1})  # each thread takes its memory
+
+    def _failure_on(self, row: BatchPlan, graph: "_Graph") -> str:
+        """Why DALI cannot carry out a plan of one row, '' if it can; then the graph can be run again."""
         try:
             collections.deque(graph.run(iter([row]), self._maker.stream), maxlen=0)
         except _FailedBatchError as failed:
