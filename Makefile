@@ -28,7 +28,7 @@ gpu: setup
 # Speed on an NVIDIA GPU, into docs/benchmark-gpu-*.json. No set-up: such a machine may be one that can download nothing.
 gpu-benchmark: PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-benchmark:
-	@$(PYTHON_THERE) -c 'import torch, timm' || { echo "$(PYTHON_THERE) has no PyTorch or timm: call make setup first, or make gpu-benchmark PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON_THERE) -c 'import torch, timm, jsonargparse, docstring_parser, webdataset' || { echo "$(PYTHON_THERE) lacks a package: call make setup first, or make gpu-benchmark PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON_THERE) tools/benchmark.py gpu
 
 # Fault injection that takes minutes; `make test` keeps a short version of each.

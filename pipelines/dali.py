@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import backend, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
@@ -114,6 +115,7 @@ class DaliPipeline:
     def forget(self) -> None:
         """Give back the memory of the graphs that were built so far."""
         self._graphs.clear()
+        backend.ReleaseUnusedMemory()  # DALI keeps what is free for itself
 
     def _build(self, shape: _Shape) -> "_Graph":
         return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), **self._options)
@@ -135,8 +137,9 @@ class DaliPipeline:
         while True:
             if shape not in self._graphs:
                 self._graphs[shape] = _done(self._build(shape))
+            graph = self._graphs[shape].result()
             try:
-                return (yield from self._graphs[shape].result().run(plans, self._maker.stream))
+                return (yield from graph.run(plans, self._maker.stream))
             except _FailedBatchError as failed:
                 del self._graphs[shape]
                 in_work, reason = failed.plans, str(failed)
@@ -144,6 +147,7 @@ class DaliPipeline:
                 self._graphs.pop(shape, None)
                 raise
             # behind the handler: the error's traceback would keep the dead graph and its memory alive
+            del graph
             self._replace_damaged(in_work[0], reason)
             plans = itertools.chain(in_work, plans)
 
@@ -167,13 +171,15 @@ class DaliPipeline:
         Raises:
           UserError: it was none of the images.
         """
-        found = False
+        found, graph = False, None
         for row in plan.split(1):
             sample = int(row.sample[0])
             known = self._reader.is_replaced(sample)
-            if reason := self._failure_on(row, self._reader.read(row.sample)):
+            graph = graph or self._alone(row)
+            if reason := self._failure_on(row, graph):
+                graph = None
                 pixels = decode_checked(self._reader, sample)
-                if known or self._failure_on(row, [lossless(pixels)]):
+                if known or self._failure_on(row, self._alone(row, lossless(pixels))):
                     found = False
                     break
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
@@ -184,9 +190,16 @@ class DaliPipeline:
                 f"{error}. Look at the driver and at the memory that is left, or use --data.pipeline torchvision"
             )
 
-    def _failure_on(self, row: BatchPlan, encoded: list[np.ndarray]) -> str:
-        """Why DALI cannot carry out a plan of one row, '' if it can."""
-        graph = _Graph(_Shape.of(row), lambda plan: self._inputs(plan, encoded), **self._options)
+    def _alone(self, row: BatchPlan, encoded: np.ndarray | None = None) -> "_Graph":
+        """A graph for plans of one row like this; their image is `encoded`, if that is given."""
+
+        def inputs(plan: BatchPlan) -> tuple:
+            return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
+
+        return _Graph(_Shape.of(row), inputs, **{**self._options, "num_threads": 1})  # each thread takes its memory
+
+    def _failure_on(self, row: BatchPlan, graph: "_Graph") -> str:
+        """Why DALI cannot carry out a plan of one row, '' if it can; then the graph can be run again."""
         try:
             collections.deque(graph.run(iter([row]), self._maker.stream), maxlen=0)
         except _FailedBatchError as failed:
@@ -218,10 +231,15 @@ class _Graph:
         self._plans: Iterator[BatchPlan] = iter(())
         # DALI asks for plans ahead and reads their bytes where they are: they stay alive until it is done
         self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
+        # weakly, or a graph that is dropped would keep itself and its memory until Python looks for cycles
+        source = weakref.WeakMethod(self._next_inputs)
         self._pipeline = _dali_graph(
-            shape, self._next_inputs, batch_size=shape.batch_size, prefetch_queue_depth=_IN_FLIGHT, **options
+            shape, lambda: source()(), batch_size=shape.batch_size, prefetch_queue_depth=_IN_FLIGHT, **options
         )
         self._pipeline.build()
+
+    def __del__(self):
+        self._pipeline = None  # waits for its work, before the bytes go that this reads
 
     def run(
         self, plans: Iterator[BatchPlan], stream: torch.cuda.Stream | None

@@ -53,7 +53,7 @@ def probe_decode(
             return path, "it works" if path == "roi" else f"decoding regions failed: {trouble['roi']}"
     raise UserError(
         f"DALI can decode neither regions ({trouble['roi']}) nor whole images ({trouble['full']}) on {device}: "
-        "look at the driver and DALI's version, or use --data.pipeline torchvision"
+        "look at the driver and DALI's version, or use --data.hw_decoder_load 0 or --data.pipeline torchvision"
     )
 
 

@@ -87,7 +87,9 @@ def train_here(root: Path, out: Path, *arguments) -> dict:
     from trainer.run import train
 
     settings = [*TINY, "--data.root", root, "--run.out", out, *arguments]
-    return train(parse([str(text) for text in settings]), World(0, 1, 1, torch.device("cpu")))
+    config = parse([str(text) for text in settings])
+    device = torch.device("cuda", 0) if config.run.device == "cuda" else torch.device("cpu")
+    return train(config, World(0, 1, 1, device))
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
-from tools import benchmark
+from tools import benchmark, photos
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import planning, processes, resume, scale, stages
+from tools.benchmarks import read as reads
 from tools.benchmarks import step as steps
 from tools.benchmarks.runs import Setting
 from tools.benchmarks.tables import markdown
@@ -37,6 +38,16 @@ def rows_of(path) -> list[dict]:
     result = benchmark.read_result(path)
     assert result["machine"]["cores"] >= 1 and result["machine"]["timm"] != "not installed"
     return result["rows"]
+
+
+def test_photographs_do_not_depend_on_how_many_processes_make_them(tmp_path, monkeypatch):
+    alone = photos.write_common_photographs(tmp_path / "alone", 5, classes=3)
+    monkeypatch.setattr(photos, "_MANY", 5)
+    monkeypatch.setattr(photos, "_PER_JOB", 2)
+    together = photos.write_common_photographs(tmp_path / "together", 5, classes=3)
+    assert [path.parts[-2:] for path in alone] == [path.parts[-2:] for path in together]
+    assert [path.parent.name for path in alone] == ["class0", "class1", "class2", "class0", "class1"]
+    assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in together]
 
 
 def test_read_measures_every_row_warm_and_cold(run):
@@ -100,6 +111,22 @@ def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monke
     for row in rows:
         reason = loaders.missing(row, setting)
         assert "not installed" in reason or "cannot be imported" in reason
+
+
+def test_a_loader_that_fails_is_a_row_that_says_so(photos, tmp_path):
+    def fails():
+        raise RuntimeError("no such\ndecoder")
+        yield
+
+    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
+    reason = loaders.missing(loaders.Contender("theirs", loaders.BARE, fails), setting)
+    assert reason == "failed, RuntimeError: no such decoder"
+
+
+def test_a_package_of_a_package_is_looked_for():
+    """PyTorch's libraries lie in the package nvidia, as DALI does."""
+    assert reads._is_installed("nvidia") and not reads._is_installed("nvidia.no_such_package")
+    assert not reads._is_installed("no_such_package.module")
 
 
 def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
@@ -175,6 +202,13 @@ def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
     rows = {row["what"]: row for row in steps.step(("test_byobnet",), "null", 8, 32, "fp32", "no", 1, 0.05)}
     assert "not measured, ModuleNotFoundError" in rows[steps.TIMM]["note"] and "images_per_s" not in rows[steps.TIMM]
     assert rows[steps.OURS]["images_per_s"] > 0 and "ratio" not in rows[steps.OURS]
+
+
+def test_a_timm_with_other_tasks_is_a_row_that_says_so(monkeypatch):
+    """As 1.0.24 has them: without an average of their own."""
+    monkeypatch.delattr("timm.task.task.TrainingTask.setup_ema")
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    assert "not measured, AttributeError" in rows[steps.TIMM]["note"] and rows[steps.OURS]["images_per_s"] > 0
 
 
 def test_timms_update_changes_the_student_and_its_average(tmp_path):
@@ -278,6 +312,12 @@ def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
     )
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark-gpu-shard.json"]
     assert benchmark.read_result(tmp_path / "benchmark-gpu-shard.json")["complete"]
+
+
+def test_the_parts_share_what_torch_compile_makes(tmp_path):
+    script = "import os; open(os.path.join(os.environ['TORCHINDUCTOR_CACHE_DIR'], 'made'), 'x')"
+    assert gpus._reason([sys.executable, "-c", script], 60, str(tmp_path)) == ""
+    assert gpus._reason([sys.executable, "-c", script], 60, str(tmp_path)) == "exit code 1"  # it is there
 
 
 def test_the_gpus_benchmark_takes_less_than_ten_minutes():

@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import gc
 import io
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +310,34 @@ def test_dalis_graphs_are_built_ahead_and_used_again(photos, monkeypatch):
     assert len(built) == 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_of_dali_that_is_dropped_is_gone_at_once(photos, monkeypatch, fails):
+    """With the memory that it holds on a GPU; not when Python happens to look for cycles."""
+    from pipelines import dali
+
+    graphs = weakref.WeakSet()
+
+    class Graph(dali._Graph):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            graphs.add(self)
+
+    monkeypatch.setattr(dali, "_Graph", Graph)
+    pipeline, plan = opened("dali", photos), EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        if fails:
+            row = next(iter(plan.split(1)))
+            assert "decode" in pipeline._failure_on(row, pipeline._alone(row, np.zeros(100, np.uint8)))
+        else:
+            assert len(list(pipeline.batches([plan]))) == len(graphs) == 1
+            pipeline.forget()
+        assert not graphs
+    finally:
+        gc.enable()
+
+
 def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
     """Where equalize or posterize follow, a level's difference after the resize becomes a larger one."""
     plans = plans_of(train_plan(photos, AugmentConfig(mix_group=5), size=96), 12)
@@ -472,7 +502,17 @@ def test_an_image_that_cannot_be_decoded_becomes_gray_and_is_told_once(digits, t
     assert_gray_and_the_rest_unchanged(name, index, digits, "cannot be decoded (cannot identify image file")
 
 
-def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path):
+def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path, monkeypatch):
+    from pipelines import dali
+
+    built = []
+
+    class Graph(dali._Graph):
+        def __init__(self, shape, *arguments, **options):
+            built.append(shape.batch_size)
+            super().__init__(shape, *arguments, **options)
+
+    monkeypatch.setattr(dali, "_Graph", Graph)
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     gif = io.BytesIO()
     picture.save(gif, "GIF")
@@ -484,6 +524,8 @@ def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tm
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
     ours = pixels("dali", index, plans, on_bad=recording(told))
     assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
+    alone = [num for num in built if num == 1]
+    assert 2 <= len(alone) <= 3, "for the images up to it, for its pixels by PIL, for the images after it"
     assert [sample for sample, _ in told] == [roomy]
     assert "DALI cannot decode it, PIL can, whose pixels are used" in told[0][1]
 

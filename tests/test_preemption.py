@@ -469,6 +469,10 @@ def test_auto_is_one_group_on_a_cpu_and_is_kept_by_a_run_that_goes_on(digits, tm
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         UserError("DALI failed on positions [0, 64), not because of an image: cudaErrorMemoryAllocation (2)"),
+        UserError(
+            "DALI failed on positions [0, 64), not because of an image: Can't allocate 12345678 bytes on device 0."
+        ),
+        RuntimeError("Error in MIXED operator `nvidia.dali.fn.decoders.image_slice`: CUDA allocation failed"),
     ],
 )
 def test_memory_that_is_too_small_is_told_from_other_errors(error):

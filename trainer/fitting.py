@@ -88,5 +88,5 @@ def rehearsal_fits(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's memory was too small: PyTorch has a type for it, cuBLAS, cuDNN and DALI only have words."""
-    words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc")
+    words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc", "can't allocate", "allocation failed")
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error).lower() for word in words)

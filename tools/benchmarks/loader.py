@@ -172,6 +172,8 @@ def missing(contender: Contender, setting: Setting) -> str | None:
         return f"not installed ({error.name})"
     except UserError as error:
         return str(error)
+    except Exception as error:  # whatever others raise where they do not work; the rows of the rest are wanted
+        return " ".join(f"failed, {type(error).__name__}: {error}".split())[:300]
     channels_last = (setting.batch, SIZE_PX, SIZE_PX, 3)
     assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (contender, shape)
     return None
@@ -277,7 +279,6 @@ def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
         num_workers=setting.workers,
         pin_memory=setting.device.type == "cuda",
         device=setting.device,
-        use_multi_epochs_loader=True,
     )
     batches.loader.multiprocessing_context = _CLEAN_PROCESSES
     if setting.device.type == "cpu":

@@ -38,7 +38,7 @@ def read(images: int, repeats: int) -> list[dict]:
         order = rng.permute(0, rng.Stream.ORDER, 0, len(index), np.arange(len(index)))
         batches = np.array_split(order, max(1, len(order) // _BATCH))
         nbytes = int(index.samples["nbytes"].sum(dtype=np.int64))
-        ways = {name: way for name, way in _WAYS.items() if importlib.util.find_spec(_NEEDS.get(name, "numpy"))}
+        ways = {name: way for name, way in _WAYS.items() if _is_installed(_NEEDS.get(name, "numpy"))}
         rows = [{"what": name, "augmentation": "warm", "note": "not installed"} for name in _WAYS if name not in ways]
         for temperature in ("warm", "cold"):
             drop = (lambda: _drop(index)) if temperature == "cold" else (lambda: None)
@@ -57,6 +57,13 @@ def read(images: int, repeats: int) -> list[dict]:
                 for name, times in seconds.items()
             ]
     return rows
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would lie in
+        return False
 
 
 def _drop(index: ShardIndex) -> None:
@@ -166,4 +173,4 @@ _WAYS = {
     "DALI's reader": _dali,
     "webdataset": _webdataset,
 }
-_NEEDS = {"DALI's reader": "nvidia", "webdataset": "webdataset"}
+_NEEDS = {"DALI's reader": "nvidia.dali", "webdataset": "webdataset"}

@@ -98,18 +98,18 @@ def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
     return path
 
 
-def open_run(setting: Setting, out: Path, root: Path | None = None) -> Run:
+def open_run(setting: Setting, out: Path, root: Path | None = None, decode: str = "auto") -> Run:
     """A run of the product, built: over the dataset in `root`, or on synthetic images. Nothing has been trained yet."""
     world = alone()
-    return build(_config(setting, out, root), world)
+    return build(_config(setting, out, root, decode), world)
 
 
-def _config(setting: Setting, out: Path, root: Path | None) -> Config:
+def _config(setting: Setting, out: Path, root: Path | None, decode: str) -> Config:
     group = _GROUP if setting.batch % _GROUP == 0 else setting.batch
     data = ["--data.pipeline", "synthetic", "--data.synthetic_classes", setting.classes]
     teacher = ["--teacher.name", setting.teacher or "null"]
     arguments = [
-        *(data if root is None else ["--data.root", root]),
+        *(data if root is None else ["--data.root", root, "--data.decode", decode]),
         *("--data.image_size", setting.size),
         *("--augment.mix_group", group),
         *("--student.name", setting.model),

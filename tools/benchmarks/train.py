@@ -20,6 +20,7 @@ from pipelines.index import read_index
 from pipelines.synthetic import SyntheticPipeline
 from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (
+    CLASSES,
     LAST,
     Setting,
     open_run,
@@ -30,7 +31,7 @@ from tools.benchmarks.runs import (
     updates_of_a_turn,
 )
 from tools.benchmarks.stages import IN_WORK
-from tools.opening import first_device
+from tools.opening import decode_path, first_device
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
 from trainer.config import DataConfig
@@ -74,21 +75,23 @@ def train(
     device = first_device()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_common_photographs(folder / "src", images)
+        write_common_photographs(folder / "src", images, CLASSES)
         build(folder / "src", folder / "data", BuildOptions(samples_per_shard=_PER_SHARD), workers=num_cores())
-        classes = read_index(folder / "data", "train").num_classes
+        index = read_index(folder / "data", "train")
+        decode, _ = decode_path(index, device)  # once for all models
         name = teacher_or_none(teacher)
-        weights = random_weights(name, classes, size, folder) if name else None
+        weights = random_weights(name, index.num_classes, size, folder) if name else None
         for model in models:
-            how = resolve(precision, device), device.type == "cuda", classes
+            how = resolve(precision, device), device.type == "cuda", index.num_classes
             setting = Setting(model, name, weights, batch, size, *how)
             with tempfile.TemporaryDirectory(dir=folder) as out:
-                yield from _rows(setting, Path(out), folder / "data", repeats, seconds)
+                run = open_run(setting, Path(out), folder / "data", decode)
+                yield from _rows(setting, run, repeats, seconds)
+                del run
             release_memory()
 
 
-def _rows(setting: Setting, out: Path, root: Path, repeats: int, seconds: float) -> list[dict]:
-    run = open_run(setting, out, root)
+def _rows(setting: Setting, run: Run, repeats: int, seconds: float) -> list[dict]:
     real = f"real ({resolve_pipeline(run.config.data.pipeline, run.world.device)})"
     feeds = {SYNTHETIC: Feed(run, SyntheticPipeline(run.plan.index, device=run.world.device))}
     feeds[real] = Feed(run, run.pipelines.of["train"])
