@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
-from tools import benchmark, photos
+from tools import benchmark
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import planning, processes, resume, scale, stages
@@ -38,16 +38,6 @@ def rows_of(path) -> list[dict]:
     result = benchmark.read_result(path)
     assert result["machine"]["cores"] >= 1 and result["machine"]["timm"] != "not installed"
     return result["rows"]
-
-
-def test_photographs_do_not_depend_on_how_many_processes_make_them(tmp_path, monkeypatch):
-    alone = photos.write_common_photographs(tmp_path / "alone", 5, classes=3)
-    monkeypatch.setattr(photos, "_MANY", 5)
-    monkeypatch.setattr(photos, "_PER_JOB", 2)
-    together = photos.write_common_photographs(tmp_path / "together", 5, classes=3)
-    assert [path.parts[-2:] for path in alone] == [path.parts[-2:] for path in together]
-    assert [path.parent.name for path in alone] == ["class0", "class1", "class2", "class0", "class1"]
-    assert [path.read_bytes() for path in alone] == [path.read_bytes() for path in together]
 
 
 def test_read_measures_every_row_warm_and_cold(run):
@@ -207,7 +197,7 @@ def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
 def test_a_timm_with_other_tasks_is_a_row_that_says_so(monkeypatch):
     """As 1.0.24 has them: without an average of their own."""
     monkeypatch.delattr("timm.task.task.TrainingTask.setup_ema")
-    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "none", 8, 32, "fp32", "no", 1, 0.05)}
+    rows = {row["what"]: row for row in steps.step(("test_byobnet",), "null", 8, 32, "fp32", "no", 1, 0.05)}
     assert "not measured, AttributeError" in rows[steps.TIMM]["note"] and rows[steps.OURS]["images_per_s"] > 0
 
 

@@ -1,16 +1,8 @@
 """Real photographs for tests, benchmarks and the parity report: cut from the two that scikit-learn brings along."""
 
-import collections
-import functools
-import os
 from pathlib import Path
 
 from PIL import Image
-
-from tools.sharding.workers import run_jobs
-
-_MANY = 1024  # photographs that are worth processes of their own
-_PER_JOB = 64
 
 
 def photographs() -> list[tuple[str, Image.Image, dict]]:
@@ -50,23 +42,13 @@ def write_common_photographs(folder: Path, count: int, classes: int = 10) -> lis
     paths = [folder / "train" / f"class{i % classes}" / f"{i:06d}.jpg" for i in range(count)]
     for parent in {path.parent for path in paths}:
         parent.mkdir(parents=True, exist_ok=True)
-    if count < _MANY:
-        _write_common(0, paths)
-    else:  # 4 ms each; PIL's resize lets no other thread work meanwhile
-        jobs = [(start, paths[start : start + _PER_JOB]) for start in range(0, count, _PER_JOB)]
-        collections.deque(run_jobs(_write_common, jobs, workers=len(os.sched_getaffinity(0))), maxlen=0)
+    pictures = _pictures()
+    for i, path in enumerate(paths):
+        left, top = 7 * i % 141, 5 * i % 53
+        pictures[i % 2].crop((left, top, left + 499, top + 374)).resize((500, 375)).save(path, quality=92)
     return paths
 
 
-def _write_common(start: int, paths: list[Path]) -> None:
-    """The photographs from number `start` on."""
-    pictures = _pictures()
-    for i, path in enumerate(paths, start):
-        left, top = 7 * i % 141, 5 * i % 53
-        pictures[i % 2].crop((left, top, left + 499, top + 374)).resize((500, 375)).save(path, quality=92)
-
-
-@functools.cache
 def _pictures() -> list[Image.Image]:
     """china.jpg and flower.jpg, 640 x 427."""
     from sklearn.datasets import load_sample_images
