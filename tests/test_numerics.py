@@ -170,6 +170,8 @@ def test_an_update_waits_for_nothing(digits, tmp_path, model, teacher_size):
         "cuda",
         "--run.precision",
         "bf16",
+        "--data.pipeline",
+        "torchvision",
     ]
     if teacher_size is not None:
         torch.save(timm.create_model("test_byobnet", num_classes=10).state_dict(), tmp_path / "teacher.pth")

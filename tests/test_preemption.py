@@ -220,6 +220,19 @@ def test_the_training_goes_on_while_a_checkpoint_is_written(digits, undisturbed,
     assert equal(read(third)["student"], newest(tmp_path / "short")["student"])
 
 
+def test_moments_stay_with_their_weights_in_another_memory_format(digits, tmp_path):
+    """The same update from the same checkpoint: the fused one reads weights and moments in the order of the memory."""
+    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
+    updated = []
+    for channels_last in ("true", "false"):
+        run = build(parse(arguments_for(digits, tmp_path, "--run.channels_last", channels_last)), ONE)
+        for parameter in run.state.student.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        run.state.optimizer.step()
+        updated.append(torch.cat([parameter.detach().flatten() for parameter in run.state.student.parameters()]))
+    assert torch.allclose(*updated, rtol=0, atol=1e-7)
+
+
 def test_the_last_ones_each_mth_and_the_best_weights_are_kept(digits, tmp_path):
     summary = train_here(digits, tmp_path, "--run.checkpoint_every", 2, "--run.keep_every", 3, "--optim.lr", "1e-2")
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -481,8 +494,12 @@ def test_memory_that_is_too_small_is_told_from_other_errors(error):
 
 
 @pytest.mark.gpu
-def test_auto_is_found_by_trying_on_a_gpu(digits, tmp_path, capsys):
-    train_here(digits, tmp_path, "--run.micro_batch", "auto", "--run.device", "cuda", "--run.stop_after_steps", 2)
+@pytest.mark.parametrize("pipeline", ["torchvision", "dali"])
+def test_auto_is_found_by_trying_on_a_gpu(digits, tmp_path, capsys, pipeline):
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    arguments = ["--run.micro_batch", "auto", "--data.pipeline", pipeline, "--run.stop_after_steps", 2]
+    train_here(digits, tmp_path, *arguments, "--run.device", "cuda")
     assert "run.micro_batch auto: 64, the largest that fits of a rank's 64 images" in capsys.readouterr().out
 
 

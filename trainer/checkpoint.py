@@ -353,6 +353,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # The fused update goes through weights and moments in the order of their memory: with other strides, as after
+    # run.channels_last was changed, it mixes up the values on CPUs and is refused on GPUs.
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _changes(saved: dict, current: dict) -> list[str]:
