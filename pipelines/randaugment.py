@@ -35,7 +35,7 @@ def apply_ops(
       ops: uint8 [B, L] on the host, values of `Op`.
       args: float32 [B, L] on the host, the argument of each as `Op` describes it.
       fill: RGB colour that rotating, shearing and shifting leave where no pixel comes from.
-      kernel: the Triton kernel (True) or torch (False); None takes the kernel on CUDA if Triton is installed.
+      kernel: the Triton kernel (True) or torch (False); None takes the kernel on CUDA if Triton works there.
     Returns:
       uint8 [B, S, S, 3], a tensor of its own on the device of `images`.
     Raises:
@@ -43,7 +43,7 @@ def apply_ops(
     """
     _check(images, ops, args)
     if kernel is None:
-        kernel = images.is_cuda and has_triton()
+        kernel = images.is_cuda and not kernel_trouble()
     if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
     args = args.astype(np.float32)
@@ -86,6 +86,20 @@ def _check(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> None:
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def kernel_trouble() -> str:
+    """Why Triton's kernels cannot be run on the current GPU, "" if they can: what launches them is built and loaded."""
+    if not has_triton():
+        return "Triton is not installed"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a missing driver, C compiler or Python.h leads to
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

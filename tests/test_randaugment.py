@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
 from pipelines.cpu import apply_op
-from pipelines.randaugment import apply_ops, erase
+from pipelines.randaugment import apply_ops, erase, kernel_trouble
 from tools.photos import photographs
 
 FILL = (124, 116, 104)
@@ -204,6 +204,12 @@ def test_the_kernel_compiles_without_fused_multiplications(tmp_path, monkeypatch
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
     assert "mul.rn.f64" in compiled.asm["ptx"] and "fma." not in compiled.asm["ptx"]
     assert compiled.asm["cubin"]
+
+
+@needs_triton
+def test_what_keeps_the_kernel_from_running_is_known_without_running_it():
+    """Without a GPU it is the driver that is missing; nothing is raised, so torch can take its place."""
+    assert (kernel_trouble() == "") == torch.cuda.is_available(), kernel_trouble()
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from pipelines.batch import Batch
-from pipelines.randaugment import has_triton
+from pipelines.randaugment import kernel_trouble
 
 
 def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
@@ -45,10 +45,10 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
 
     Args:
       kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel
-        on CUDA if Triton is installed.
+        on CUDA if Triton works there.
     """
     if kernel is None:
-        kernel = batch.images.is_cuda and has_triton()
+        kernel = batch.images.is_cuda and not kernel_trouble()
     if not kernel:
         pixels = mix_pixels(batch)
         return [normalize(pixels) for normalize in models]

@@ -33,6 +33,7 @@ from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, read_json, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
+from pipelines.randaugment import kernel_trouble
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
@@ -260,6 +261,8 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     compiler, note = choose_compiler(config.run.compile, world)
     state = build_state(config, plan, student, precision, classes, world)
     notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
+    if world.device.type == "cuda" and (trouble := kernel_trouble()):
+        notes.append(f"images are mixed and augmented by PyTorch, which is slower: Triton does not work ({trouble})")
     notes += resume(config.run, state, total_steps, world)
 
     def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:
