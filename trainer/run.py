@@ -417,7 +417,8 @@ def rehearsed(
         reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
         if config.run.compile != "auto":
             raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
-    # behind the handler: the error's traceback would keep the step and its memory alive
+    # behind the handler: the error's traceback would keep the step and its memory alive, DDP's buckets with it
+    del step
     step, _ = rehearsed(make_step, config, plan, state, world, as_it_is)
     return step, f"run.compile auto: not compiled, {reason}"
 
