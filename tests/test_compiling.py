@@ -38,15 +38,15 @@ def arguments(tmp_path):
     return [*data, *models, *run, "--augment.mix_group", "32", "--data.image_size", "[[0,32],[1,40]]"]
 
 
-def losses(arguments: list[str], num_steps: int) -> tuple[list[float], list[int]]:
+def losses(arguments: list[str], num_steps: int, world: World = ONE) -> tuple[list[float], list[int]]:
     """Of each update; and how many graphs had been compiled before it."""
     torch._dynamo.reset()
     counters.clear()
-    run = trainer.build(parse(arguments), ONE)
+    run = trainer.build(parse(arguments), world)
     found, graphs = [], []
     for step in range(num_steps):
         graphs.append(counters["stats"]["unique_graphs"])
-        plans = rank_plans(run.plan, step, step + 1, ONE, run.state.micro_batch)
+        plans = rank_plans(run.plan, step, step + 1, world, run.state.micro_batch)
         found.append(run.step(run.pipelines.of["train"].batches(plans), step).loss.item())
         run.state.step += 1
     return found, graphs
@@ -115,6 +115,16 @@ def test_generated_code_trains_alike(arguments):
     plain, _ = losses([*arguments, "--run.compile", "false"], 3)
     found, _ = losses([*arguments, "--run.compile", "true"], 3)
     assert found == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_generated_code_trains_alike_on_the_gpu(arguments):
+    arguments[arguments.index("0.1")] = "0"
+    world, exact = World(0, 1, 1, torch.device("cuda", 0)), ["--run.precision", "fp32", "--run.tf32", "false"]
+    plain, _ = losses([*arguments, *exact, "--run.compile", "false"], 3, world)
+    found, graphs = losses([*arguments, *exact, "--run.compile", "true"], 3, world)
+    assert found == pytest.approx(plain, rel=1e-3)
+    assert graphs[0] == graphs[2] and not counters["graph_break"], (graphs, dict(counters["graph_break"]))
 
 
 # --- the kernel that mixes and normalises ---

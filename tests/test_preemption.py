@@ -70,6 +70,23 @@ def undisturbed(digits, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, device, precision):
+    """A GPU may round otherwise the second time."""
+    for out, stops in ((tmp_path / "whole", [7]), (tmp_path / "parts", [3, 7])):
+        for stop in stops:
+            arguments = ["--run.precision", precision, "--run.stop_after_steps", stop, "--run.log_every", 1]
+            arguments += ["--data.pipeline", "torchvision", "--run.compile", "false", "--optim.clip_norm", 1]
+            train(parse(arguments_for(digits, out, *arguments)), World(0, 1, 1, torch.device(device)))
+    whole, parts = (list(read_json_lines(tmp_path / out / "metrics.jsonl")) for out in ("whole", "parts"))
+    for kind, number in (("train", "loss"), ("eval", "step")):
+        ours, theirs = ([line[number] for line in lines if line["kind"] == kind] for lines in (parts, whole))
+        assert theirs and ours == pytest.approx(theirs, rel=0 if device == "cpu" else 0.01)
+    saved = newest(tmp_path / "parts")
+    assert saved["optimizer"]["state"][0]["step"] == 7 and bool(saved["scaler"]) == (precision == "fp16")
+
+
 # --- signals ---
 
 
