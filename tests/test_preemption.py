@@ -28,11 +28,12 @@ from trainer import checkpoint
 from trainer.checkpoint import Writer, checkpoints, read
 from trainer.config import parse
 from trainer.control import REQUEUE
+from trainer.data import rank_plans
 from trainer.distributed import World
 from trainer.fitting import is_out_of_memory, largest_micro_batch
 from trainer.loop import refuse_other_folders
 from trainer.run import build, main
-from trainer.step import TrainStep
+from trainer.step import TrainStep, gray_batch
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STATE = ("step", "evaluated", "best", "student", "ema", "optimizer", "scaler")
@@ -71,14 +72,14 @@ def undisturbed(digits, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, device, precision):
     """A GPU may round otherwise the second time."""
     for out, stops in ((tmp_path / "whole", [7]), (tmp_path / "parts", [3, 7])):
         for stop in stops:
             arguments = ["--run.precision", precision, "--run.stop_after_steps", stop, "--run.log_every", 1]
             arguments += ["--data.pipeline", "torchvision", "--run.compile", "false", "--optim.clip_norm", 1]
-            train(parse(arguments_for(digits, out, *arguments)), World(0, 1, 1, torch.device(device)))
+            train_here(digits, out, *arguments, "--run.device", device)
     whole, parts = (list(read_json_lines(tmp_path / out / "metrics.jsonl")) for out in ("whole", "parts"))
     for kind, number in (("train", "loss"), ("eval", "step")):
         ours, theirs = ([line[number] for line in lines if line["kind"] == kind] for lines in (parts, whole))
@@ -520,9 +521,28 @@ def test_auto_is_found_by_trying_on_a_gpu(digits, tmp_path, capsys, pipeline):
     assert "run.micro_batch auto: 64, the largest that fits of a rank's 64 images" in capsys.readouterr().out
 
 
-def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
-    from trainer.step import gray_batch
+@pytest.mark.gpu
+def test_a_rehearsal_takes_the_memory_of_an_update(digits, tmp_path):
+    """Many weights and small images: the gradients of the micro-batches before count as much as what is kept."""
+    arguments = ["--student.name", "vit_tiny_patch16_224", "--data.pipeline", "synthetic", "--run.compile", "false"]
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    run = build(parse(arguments_for(digits, tmp_path, *arguments)), world)
+    peaks = []
 
+    def measured(action) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        peaks.append(torch.cuda.max_memory_allocated())
+
+    measured(lambda: run.step.rehearse(gray_batch(16, 32, 16, world.device)))
+    for number in range(2):
+        plans = rank_plans(run.plan, number, number + 1, world, 16)
+        measured(lambda number=number, plans=plans: run.step(run.pipelines.of["train"].batches(plans), number))
+    assert 0.95 < peaks[0] / peaks[2] < 1.5, peaks
+
+
+def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
     run = build(parse(arguments_for(digits, tmp_path, "--student.kwargs.drop_rate", "0.5")), ONE)
     before = checkpoint.content_of(run.state)
     run.step.rehearse(gray_batch(32, 32, 32, ONE.device))

@@ -197,11 +197,14 @@ class TrainStep:
         """
         buffers = list(self._student.buffers())
         before = [buffer.clone() for buffer in buffers]
-        moments = [] if self._optimizer.state else [torch.empty_like(p) for p in self._parameters for _ in "mv"]
+        held = [] if self._optimizer.state else [torch.empty_like(p) for p in self._parameters for _ in "mv"]
+        if self._micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):  # which holds its buckets
+            # the gradients of the micro-batches before
+            held += [torch.empty_like(p) for p in self._parameters]
         try:
             self._scaler.scale(self._loss(batch)[0]).backward()
         finally:
-            del moments
+            del held
             self._optimizer.zero_grad(set_to_none=True)
             for buffer, saved in zip(buffers, before, strict=True):
                 buffer.copy_(saved)
