@@ -511,6 +511,17 @@ def test_memory_that_is_too_small_is_told_from_other_errors(error):
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_a_gpu_without_memory_left_is_one_line(digits, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("trainer.step.TrainStep.__call__", full)
+    with pytest.raises(SystemExit):
+        main(arguments_for(digits, tmp_path))
+    said = capsys.readouterr().err
+    assert said.startswith("error: CUDA out of memory. Tried") and "smaller --run.micro_batch" in said.splitlines()[-1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pipeline", ["torchvision", "dali"])
 def test_auto_is_found_by_trying_on_a_gpu(digits, tmp_path, capsys, pipeline):

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 def command(arguments: list[str] | None) -> None:
     """What the command line says; ends the process where that is not done."""
     try:
-        with exit_on_user_error(), full_disk_is_told():
+        with exit_on_user_error(), full_disk_is_told(), full_gpu_is_told():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
@@ -120,6 +120,19 @@ def full_disk_is_told() -> Iterator[None]:
         raise UserError(
             f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). Make room and run the same command "
             "again: it goes on from the newest checkpoint, if there is one"
+        ) from error
+
+
+@contextlib.contextmanager
+def full_gpu_is_told() -> Iterator[None]:
+    """Inside, no memory left on a GPU is a UserError."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{reason}. Give a smaller --run.micro_batch, or auto, and start again: the run goes on from its newest "
+            "checkpoint, if there is one"
         ) from error
 
 
@@ -396,7 +409,7 @@ def rehearsed(
     Returns:
       the update, and what is worth saying; "" is nothing.
     Raises:
-      UserError: it does not fit into the memory, or cannot be compiled though run.compile is true.
+      UserError: it cannot be compiled though run.compile is true.
     """
     step = make_step(world, state.micro_batch, compiler)
     size = plan.image_size_at(state.step // plan.steps_per_epoch)
@@ -409,10 +422,6 @@ def rehearsed(
         start_s = time.perf_counter()
         step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
         return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"run.micro_batch is {state.micro_batch}: an update does not fit into the GPU's memory. Give a smaller one"
-        ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
         if config.run.compile != "auto":
