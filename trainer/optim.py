@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -99,15 +100,16 @@ class ModelEma:
         # the same tensors for the whole life of the models; a shared one occurs once
         self._averages, self._currents = _averaged(self.module), _averaged(model)
         averaged = {id(tensor) for tensor in running_statistics(model)}
-        buffers = zip(self.module.buffers(), model.buffers(), strict=True)
-        self._copied = [(ours, theirs) for ours, theirs in buffers if id(theirs) not in averaged]
+        others = [id(tensor) not in averaged for tensor in model.buffers()]
+        self._copies = list(itertools.compress(self.module.buffers(), others))
+        self._originals = list(itertools.compress(model.buffers(), others))
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Become decay x average + (1 - decay) x the model's present weights."""
         torch._foreach_lerp_(self._averages, self._currents, 1.0 - decay)
-        for average, current in self._copied:
-            average.copy_(current)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)
 
 
 def _averaged(model: nn.Module) -> list[torch.Tensor]:
