@@ -137,8 +137,9 @@ class DaliPipeline:
         while True:
             if shape not in self._graphs:
                 self._graphs[shape] = _done(self._build(shape))
-            graph = self._graphs[shape].result()
+            graph = None
             try:
+                graph = self._graphs[shape].result()
                 return (yield from graph.run(plans, self._maker.stream))
             except _FailedBatchError as failed:
                 del self._graphs[shape]
@@ -147,7 +148,7 @@ class DaliPipeline:
                 self._graphs.pop(shape, None)
                 raise
             # behind the handler: the error's traceback would keep the dead graph and its memory alive
-            del graph
+            graph = None
             self._replace_damaged(in_work[0], reason)
             plans = itertools.chain(in_work, plans)
 
@@ -185,13 +186,14 @@ class DaliPipeline:
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
                 found = True
         if not found:
+            del graph  # or the error's traceback would keep it and its memory alive
             raise UserError(
                 f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), not because of an image: "
                 f"{error}. Look at the driver and at the memory that is left, or use --data.pipeline torchvision"
             )
 
     def _alone(self, row: BatchPlan, encoded: np.ndarray | None = None) -> "_Graph":
-        """A graph for plans of one row like this; their image is `encoded`, if that is given."""
+        """A graph for plans of one row, of this one's shape; `encoded` takes the place of the image's bytes."""
 
         def inputs(plan: BatchPlan) -> tuple:
             return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
@@ -239,7 +241,7 @@ class _Graph:
         self._pipeline.build()
 
     def __del__(self):
-        self._pipeline = None  # waits for its work, before the bytes go that this reads
+        self._pipeline = None  # its destructor waits for the batches in work, which read the bytes in _in_flight
 
     def run(
         self, plans: Iterator[BatchPlan], stream: torch.cuda.Stream | None

@@ -90,13 +90,13 @@ def has_triton() -> bool:
 
 @functools.cache
 def kernel_trouble() -> str:
-    """Why Triton's kernels cannot be run on the current GPU, "" if they can: what launches them is built and loaded."""
+    """Why Triton's kernels cannot be run on the current GPU, "" if they can: one is."""
     if not has_triton():
         return "Triton is not installed"
     try:
-        from triton.runtime import driver
+        from pipelines.randaugment_kernel import launch_nothing
 
-        driver.active.get_current_target()
+        launch_nothing()
     except Exception as error:  # whatever a missing driver, C compiler or Python.h leads to
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""

@@ -163,8 +163,12 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     try:
         while not isinstance(item := ready.get(), _End):
             yield item
-        if item.error is not None:
-            raise item.error
+        error, item = item.error, None  # the end and this frame would keep the error alive, and it them
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
     finally:
         stop.set()
         thread.join()

@@ -231,7 +231,7 @@ def test_several_ranks_measure_together_and_the_gradients_too(digits, tmp_path):
 def test_every_size_that_is_to_come_is_predicted_with_its_own_speed():
     whole = {32: 100.0, 48: 50.0}
     measured = doctor.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, whole, 0.1, 2.0, cached=True)
-    (line,) = doctor.duration_lines(Remaining({32: 100, 48: 200}, 1), measured, 64)
+    (line,) = doctor.duration_lines(Remaining({32: 100, 48: 200}, 1), measured, 64, [])
     assert "100 updates of 64 images at 100 images/s (32 px)" in line and "at 50 images/s (48 px)" in line
     assert line.startswith("The rest of the run takes 5 min:")  # 64 s, 256 s, 2 s
 

@@ -107,8 +107,7 @@ def test_counts_and_loss_are_those_of_one_rank(found, size):
     (alone,) = (rank["metrics"] for rank in found[1])
     assert 0 < alone["top1"] < alone["top5"] < 100
     for rank in found[size]:
-        for name in ("top1", "top5"):  # of integer counts: equal, not close
-            assert rank["metrics"][name] == alone[name]
+        for name in ("top1", "top5"):  # of integer counts
             assert rank["metrics"][name] * IMAGES / 100 == pytest.approx(round(alone[name] * IMAGES / 100), abs=1e-9)
         assert rank["metrics"] == alone  # the loss, too: it is summed in the order of the samples
 

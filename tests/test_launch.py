@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, train_here
 
 from trainer import ready
 from trainer.config import parse
@@ -230,6 +230,20 @@ with join_world("cpu", lambda _: {}, 30) as world:
 
 
 @pytest.mark.long
+def test_a_folder_that_machines_do_not_share_is_told_before_the_run_begins_anew(digits, tmp_path):
+    """Where rank 0 comes to another machine after a restart, its folder there is empty."""
+    train_here(digits, tmp_path / "1", "--run.stop_after_steps", 2)
+    script = (
+        "import os, sys; from trainer.run import main; rank = os.environ['RANK']; "
+        f"main([*sys.argv[1:], '--run.out', '{tmp_path}/' + rank])"
+    )
+    with Ranks(["-c", script, *TINY, "--data.root", digits], 2) as ranks:
+        for rank, end in enumerate(ranks.end()):
+            said = one_line(end, rank)
+            assert "step-00000002.pt: rank 1 on " in said and "has it, rank 0 on" in said and "run.out must be" in said
+    assert not (tmp_path / "0").exists()
+
+
 def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
     (tmp_path / "restarted.py").write_text(RESTARTED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

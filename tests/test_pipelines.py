@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -310,32 +310,67 @@ def test_dalis_graphs_are_built_ahead_and_used_again(photos, monkeypatch):
     assert len(built) == 2
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_graph_of_dali_that_is_dropped_is_gone_at_once(photos, monkeypatch, fails):
-    """With the memory that it holds on a GPU; not when Python happens to look for cycles."""
+@pytest.fixture
+def dali_graphs(monkeypatch) -> Iterator[tuple[weakref.WeakSet, list[int]]]:
+    """DALI's graphs that are alive, and the batch sizes of all that were made; Python looks for no cycles meanwhile."""
     from pipelines import dali
 
-    graphs = weakref.WeakSet()
+    alive, made = weakref.WeakSet(), []
 
     class Graph(dali._Graph):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            graphs.add(self)
+        def __init__(self, shape, *arguments, **options):
+            super().__init__(shape, *arguments, **options)
+            alive.add(self)
+            made.append(shape.batch_size)
 
     monkeypatch.setattr(dali, "_Graph", Graph)
-    pipeline, plan = opened("dali", photos), EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)
     gc.collect()
     gc.disable()
-    try:
-        if fails:
-            row = next(iter(plan.split(1)))
-            assert "decode" in pipeline._failure_on(row, pipeline._alone(row, np.zeros(100, np.uint8)))
-        else:
-            assert len(list(pipeline.batches([plan]))) == len(graphs) == 1
-            pipeline.forget()
-        assert not graphs
-    finally:
-        gc.enable()
+    yield alive, made
+    gc.enable()
+
+
+def test_a_graph_of_dali_that_is_dropped_is_gone_at_once(photos, dali_graphs):
+    """With the memory that it holds on a GPU."""
+    pipeline, (alive, _) = opened("dali", photos), dali_graphs
+    assert len(list(pipeline.batches([EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)]))) == len(alive) == 1
+    pipeline.forget()
+    assert not alive
+
+
+@pytest.mark.parametrize(("fails_on", "graphs"), [(1, [2, 1, 1]), (2, [2, 1])])
+def test_no_graph_of_dali_stays_when_it_fails(photos, dali_graphs, monkeypatch, fails_on, graphs):
+    """On everything, or on so many images at once: the batch's is gone before those of single images are made, and
+    these with the error."""
+    from pipelines import dali
+
+    alive, made = dali_graphs
+    inputs, alone = dali.DaliPipeline._inputs, dali.DaliPipeline._alone
+
+    def spoilt(plan, encoded):
+        return inputs(plan, [np.zeros(100, np.uint8)] * len(plan) if len(plan) >= fails_on else encoded)
+
+    def alone_in_memory(self, *arguments):
+        assert not alive
+        return alone(self, *arguments)
+
+    monkeypatch.setattr(dali.DaliPipeline, "_inputs", staticmethod(spoilt))
+    monkeypatch.setattr(dali.DaliPipeline, "_alone", alone_in_memory)
+    pipeline = opened("dali", photos)
+    with pytest.raises(UserError, match="not because of an image"):
+        list(pipeline.batches([EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)]))
+    assert made == graphs and not alive
+
+
+def test_a_graph_of_dali_that_could_not_be_built_is_built_anew(photos, monkeypatch):
+    from pipelines import dali
+
+    pipeline, plan = opened("dali", photos), EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(dali, "_dali_graph", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            list(pipeline.batches([plan]))
+    assert len(list(pipeline.batches([plan]))) == 1
 
 
 def test_dali_agrees_with_the_reference_with_randaugment_on(photos):
@@ -502,17 +537,7 @@ def test_an_image_that_cannot_be_decoded_becomes_gray_and_is_told_once(digits, t
     assert_gray_and_the_rest_unchanged(name, index, digits, "cannot be decoded (cannot identify image file")
 
 
-def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path, monkeypatch):
-    from pipelines import dali
-
-    built = []
-
-    class Graph(dali._Graph):
-        def __init__(self, shape, *arguments, **options):
-            built.append(shape.batch_size)
-            super().__init__(shape, *arguments, **options)
-
-    monkeypatch.setattr(dali, "_Graph", Graph)
+def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tmp_path, dali_graphs):
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     gif = io.BytesIO()
     picture.save(gif, "GIF")
@@ -524,8 +549,8 @@ def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tm
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
     ours = pixels("dali", index, plans, on_bad=recording(told))
     assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
-    alone = [num for num in built if num == 1]
-    assert 2 <= len(alone) <= 3, "for the images up to it, for its pixels by PIL, for the images after it"
+    _, made = dali_graphs
+    assert 2 <= made.count(1) <= 3, "for the images up to it, for its pixels by PIL, for the images after it"
     assert [sample for sample, _ in told] == [roomy]
     assert "DALI cannot decode it, PIL can, whose pixels are used" in told[0][1]
 

@@ -1,11 +1,14 @@
 """The operations on a batch of pixels give PIL's pixels, in torch and in the Triton kernel."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import interpreted
+from conftest import REPOSITORY, interpreted
 from PIL import Image
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
@@ -210,6 +213,21 @@ def test_the_kernel_compiles_without_fused_multiplications(tmp_path, monkeypatch
 def test_what_keeps_the_kernel_from_running_is_known_without_running_it():
     """Without a GPU it is the driver that is missing; nothing is raised, so torch can take its place."""
     assert (kernel_trouble() == "") == torch.cuda.is_available(), kernel_trouble()
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_without_a_c_compiler_torch_takes_the_kernels_place(tmp_path):
+    script = """
+import numpy as np, torch
+from pipelines.randaugment import apply_ops, kernel_trouble
+assert kernel_trouble(), "the kernel runs"
+images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device="cuda").view(2, 8, 8, 3)
+operations = np.full((2, 1), 3, np.uint8), np.zeros((2, 1), np.float32), (1, 2, 3)
+assert torch.equal(apply_ops(images, *operations), apply_ops(images, *operations, kernel=False))
+"""
+    without = {**os.environ, "CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=without, cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.gpu

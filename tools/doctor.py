@@ -35,11 +35,13 @@ from tools.sharding.verify import human_seconds
 from trainer.config import Config, parse
 from trainer.data import open_indices
 from trainer.distributed import World, join_world
+from trainer.fitting import full_memory_is_told
 from trainer.loop import Run
 from trainer.run import build, what_must_agree
 
 _BAR = 24  # characters
 _NEGLIGIBLE = 0.1  # share of the work: on that side little could be gained
+_MATTERS = 10  # times the speed of the whole: how even a faster stage is makes no difference
 _UNEVEN = 0.8  # of the fastest turn's speed; a stage with a slower one was not measured well
 
 
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-trials", dest="trials", action="store_false", help="try no other settings")
     options, overrides = parser.parse_known_args(arguments)
     try:
-        with exit_on_user_error():
+        with exit_on_user_error(), full_memory_is_told():
             refuse_options(options, overrides)
             config = configuration(options.target, overrides)
             agree = functools.partial(what_must_agree, config)
@@ -258,22 +260,23 @@ def stage_table(measured: Measured) -> Table:
 
 def spread_lines(rates: dict[str, Rate]) -> Iterator[str]:
     """A warning, where the turns of a stage that matters are not alike as they should be."""
-    slow = {name for name, rate in rates.items() if _NEGLIGIBLE * rate.images_per_s < rates[stages.WHOLE].images_per_s}
-    if uneven := [name for name in rates if name in slow and rates[name].min < _UNEVEN * rates[name].max]:
+    matters = _MATTERS * rates[stages.WHOLE].images_per_s
+    slow = {name: rate for name, rate in rates.items() if rate.images_per_s < matters}
+    if uneven := [name for name, rate in slow.items() if rate.min < _UNEVEN * rate.max]:
         yield (
             f"Not to be relied on: turns differ by more than a quarter ({', '.join(uneven)}). Measure longer, with a "
             "larger --seconds, or on a machine that is not busy with something else"
         )
 
 
-def faster_ones(trials: Sequence[Trial]) -> list[Trial]:
+def faster_trials(trials: Sequence[Trial]) -> list[Trial]:
     """The settings that were faster in every turn, the best first."""
     return sorted((trial for trial in trials if trial.faster), key=lambda trial: -trial.gain)
 
 
 def proposal_lines(trials: Sequence[Trial]) -> Iterator[str]:
     """What to change: the settings that were faster; and what was tried in vain."""
-    faster = faster_ones(trials)
+    faster = faster_trials(trials)
     if faster:
         yield f"Faster, in each of {proposals.REPEATS} turns:"
     for trial in faster:
@@ -288,9 +291,7 @@ def proposal_lines(trials: Sequence[Trial]) -> Iterator[str]:
         yield f"{'Not' if faster else 'Nothing is'} faster by more than the spread: {vain}"
 
 
-def duration_lines(
-    work: Remaining, measured: Measured, global_batch: int, trials: Sequence[Trial] = ()
-) -> Iterator[str]:
+def duration_lines(work: Remaining, measured: Measured, global_batch: int, trials: Sequence[Trial]) -> Iterator[str]:
     """How long the rest takes, of what that is made, and how long it would with the best of the settings tried."""
     left_s = functools.partial(_left_s, work, measured, global_batch)
     parts = [
@@ -301,7 +302,8 @@ def duration_lines(
         parts.append(f"{work.evaluations:,} evaluations of {human_seconds(measured.evaluation_s)}")
     what = "The rest of the run" if work.to_the_end else "The run up to run.stop_after_steps"
     yield f"{what} takes {human_seconds(left_s())}: {', '.join(parts)}"
-    for best in faster_ones(trials)[:1]:
+    if faster := faster_trials(trials):
+        best = faster[0]
         yield f"With {best.override}, if it gains as much throughout: {human_seconds(left_s(best.gain))}"
     cold = measured.rates.get(stages.READING_COLD)
     if not measured.cached:

@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from pipelines import randaugment
 from pipelines.errors import UserError
 from trainer.distributed import World
 
@@ -46,6 +47,12 @@ def choose_compiler(setting: bool | Literal["auto"], world: World) -> tuple[Comp
         f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
         "C compiler are needed; or use --run.compile false"
     )
+
+
+def kernel_trouble(world: World) -> str:
+    """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
+    mine = randaugment.kernel_trouble() if world.device.type == "cuda" else ""
+    return next(filter(None, world.gather([mine])), "")
 
 
 def why_not(device: torch.device) -> str:

@@ -34,10 +34,11 @@ class ImagesConfig:
     """Where images come from and how they are decoded, whatever they are for.
 
     Attributes:
-      root: dataset folder made by tools/shard_imagenet.py; the synthetic pipeline needs none.
-      pipeline: auto, dali or torchvision, synthetic for training; auto is DALI with a GPU, torchvision without.
+      root: dataset folder made by tools/shard_imagenet.py.
+      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without. Training also takes synthetic,
+        which needs no root.
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
-        works, which is tried once a run.
+        works, which is tried.
       hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is divided
         among two decoders, and an image's last bit may depend on which one it came to.
       decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image

@@ -39,7 +39,7 @@ from trainer.metrics import Predictions
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
-from trainer.validation import Logits, predict
+from trainer.validation import Classifier, predict
 from trainer.versions import package_versions
 
 _WORST = 10  # classes that are shown
@@ -307,7 +307,7 @@ def predict_split(
     return found[""]
 
 
-def _chosen(model: torch.nn.Module, order: list[int] | None, device: torch.device) -> Logits:
+def _chosen(model: torch.nn.Module, order: list[int] | None, device: torch.device) -> Classifier:
     if order is None:
         return model
     which = torch.tensor(order, device=device)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -81,9 +81,24 @@ def rehearsal_fits(
             raise
         return False
     finally:
+        gc.collect()  # before DALI gives back what is free
         pipelines.of["train"].forget()
-        gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def full_memory_is_told() -> Iterator[None]:
+    """Inside, too little memory, on a GPU above all, is a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{reason}. Lower run.micro_batch, or run.eval_batch in an evaluation, as far as that goes; else "
+            "data.prefetch or data.image_size, or use a smaller model"
+        ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -253,14 +253,15 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
 
 
 def refuse_other_folders(folder: Path, world: World) -> None:
-    """Raise a UserError, on every rank, if one of them sees a later checkpoint than rank 0: it is another folder."""
+    """Raise a UserError, on every rank, if one of them sees a later checkpoint than rank 0: of another folder, most
+    likely, which rank 0 had before a restart."""
     mine = max(map(checkpoint.step_of, checkpoint.checkpoints(folder)), default=0)
     steps = world.gather([(mine, f"rank {world.rank} on {socket.gethostname()}")])
     latest, where = max(steps)
     if latest > steps[0][0]:
         raise UserError(
             f"{checkpoint.path_of(folder, latest)}: {where} has it, {steps[0][1]} has not. run.out must be a folder "
-            "that all machines share"
+            "that all machines share. If it is, start again: its listing was late, or another run is writing there"
         )
 
 

@@ -33,11 +33,10 @@ from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, read_json, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
-from pipelines.randaugment import kernel_trouble
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
-from trainer.compiling import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler
+from trainer.compiling import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler, kernel_trouble
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
 from trainer.data import (
@@ -50,7 +49,7 @@ from trainer.data import (
     train_plan,
 )
 from trainer.distributed import World, join_world
-from trainer.fitting import choose_micro_batch
+from trainer.fitting import choose_micro_batch, full_memory_is_told
 from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
@@ -83,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 def command(arguments: list[str] | None) -> None:
     """What the command line says; ends the process where that is not done."""
     try:
-        with exit_on_user_error(), full_disk_is_told(), full_gpu_is_told():
+        with exit_on_user_error(), full_disk_is_told(), full_memory_is_told():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
@@ -120,19 +119,6 @@ def full_disk_is_told() -> Iterator[None]:
         raise UserError(
             f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). Make room and run the same command "
             "again: it goes on from the newest checkpoint, if there is one"
-        ) from error
-
-
-@contextlib.contextmanager
-def full_gpu_is_told() -> Iterator[None]:
-    """Inside, no memory left on a GPU is a UserError."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{reason}. Give a smaller --run.micro_batch, or auto, and start again: the run goes on from its newest "
-            "checkpoint, if there is one"
         ) from error
 
 
@@ -274,8 +260,8 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     compiler, note = choose_compiler(config.run.compile, world)
     state = build_state(config, plan, student, precision, classes, world)
     notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
-    if world.device.type == "cuda" and (trouble := kernel_trouble()):
-        notes.append(f"images are mixed and augmented by PyTorch, which is slower: Triton does not work ({trouble})")
+    if trouble := kernel_trouble(world):
+        notes.append(f"without Triton, which does not work here ({trouble}), mixing and DALI's RandAugment are slower")
     notes += resume(config.run, state, total_steps, world)
 
     def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:

@@ -198,8 +198,8 @@ class TrainStep:
         buffers = list(self._student.buffers())
         before = [buffer.clone() for buffer in buffers]
         held = [] if self._optimizer.state else [torch.empty_like(p) for p in self._parameters for _ in "mv"]
-        if self._micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):  # which holds its buckets
-            # the gradients of the micro-batches before
+        # the gradients of earlier micro-batches; DDP holds them in its buckets
+        if self._micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
             held += [torch.empty_like(p) for p in self._parameters]
         try:
             self._scaler.scale(self._loss(batch)[0]).backward()

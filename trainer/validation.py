@@ -1,4 +1,4 @@
-"""What models say of each image of a split, each counted exactly once on any number of ranks."""
+"""What models make of each image of a split, each counted exactly once on any number of ranks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,19 +15,29 @@ from trainer.distributed import World
 from trainer.metrics import Predictions
 from trainer.mix import Normalize
 
-Logits = Callable[[torch.Tensor], torch.Tensor]  # of normalised images
+Classifier = Callable[[torch.Tensor], torch.Tensor]  # normalised images [B, 3, S, S] -> logits [B, C]
 
 
 def eval_plans(plan: EvalPlan, batch: int, world: World) -> Iterator[BatchPlan]:
-    """This rank's share of the validation set, `batch` rows at a time; every rank gets as many plans."""
+    """This rank's share of a split, `batch` rows at a time; every rank gets as many plans."""
     per_step = batch * world.size
     for step in range(-(-len(plan.index) // per_step)):
         start = step * per_step + world.rank * batch
         yield plan.rows(start, start + batch)
 
 
-def evaluate(models: dict[str, nn.Module], *arguments, **options) -> dict[str, dict[str, float]]:
-    """Evaluate several weights of one model; arguments and options as of `predict`. Every rank must call it.
+def evaluate(
+    models: dict[str, nn.Module],
+    normalize: Normalize,
+    pipeline: Pipeline,
+    plan: EvalPlan,
+    *,
+    batch: int,
+    precision: torch.dtype,
+    world: World,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, float]]:
+    """Evaluate several weights of one model; arguments as of `predict`. Every rank must call it.
 
     Returns:
       for each name: top1 and top5 in percent, loss (cross-entropy), images; {} if it was given up. The models' training
@@ -36,7 +46,8 @@ def evaluate(models: dict[str, nn.Module], *arguments, **options) -> dict[str, d
     training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    found = predict(models, *arguments, **options)
+    how = {"batch": batch, "precision": precision, "world": world, "interrupted": interrupted}
+    found = predict(models, normalize, pipeline, plan, **how)
     for name, model in models.items():
         model.train(training[name])
     return {name: metrics.accuracy(predictions) for name, predictions in found.items()}
@@ -44,7 +55,7 @@ def evaluate(models: dict[str, nn.Module], *arguments, **options) -> dict[str, d
 
 @torch.no_grad()
 def predict(
-    models: dict[str, Logits],
+    models: dict[str, Classifier],
     normalize: Normalize,
     pipeline: Pipeline,
     plan: EvalPlan,
@@ -55,7 +66,7 @@ def predict(
     interrupted: Callable[[], bool] = lambda: False,
     shown: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> dict[str, Predictions]:
-    """What models say of every image, in a single pass; the same on every rank. Every rank must call it.
+    """Predictions of every image, in a single pass; the same on every rank. Every rank must call it.
 
     The host waits for a GPU at the end alone.
 
@@ -63,7 +74,7 @@ def predict(
       models: by name; all normalised alike.
       batch: images a forward pass on each rank.
       interrupted: asked before each batch; True, on all ranks at once, gives it up.
-      shown: what the batches go through on their way, such as a progress bar.
+      shown: wraps the batches, with a progress bar for instance.
     Returns:
       by name; {} if it was given up.
     """
@@ -78,7 +89,7 @@ def predict(
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
                     logits = model(pixels)
-                rows[name].append(_said(logits.float(), images))
+                rows[name].append(_columns(logits.float(), images))
             is_valid.append(images.valid)
     valid = torch.cat(is_valid).cpu().numpy()  # to choose rows on the device would make the host wait
     found = {}
@@ -88,7 +99,7 @@ def predict(
     return found
 
 
-def _said(logits: torch.Tensor, images: Batch) -> tuple[torch.Tensor, ...]:
+def _columns(logits: torch.Tensor, images: Batch) -> tuple[torch.Tensor, ...]:
     """The columns of Predictions for a batch."""
     sample = torch.arange(images.position, images.position + len(logits), device=logits.device)
     top = logits.topk(min(metrics.TOP, logits.shape[1]), dim=1).indices

@@ -62,7 +62,7 @@ def predict(images: int, repeats: int, seconds: float) -> Iterator[dict]:
             build(folder / f"{dataset}-images", folder / dataset, BuildOptions(samples_per_shard=500))
         for case in cases:
             settings = _settings(folder, *case)
-            yield _row(case, [_pair(folder, settings, settings["run.global_batch"], seconds) for _ in range(repeats)])
+            yield _row(case, [_pair(folder, settings, seconds) for _ in range(repeats)])
 
 
 def _settings(
@@ -83,10 +83,10 @@ def _settings(
     return {**settings, "teacher.checkpoint": weights}
 
 
-def _pair(folder: Path, settings: dict[str, object], global_batch: int, seconds: float) -> tuple[float, float]:
+def _pair(folder: Path, settings: dict[str, object], seconds: float) -> tuple[float, float]:
     """Images/s as the doctor predicts them, and as a run then has them."""
     predicted = _predicted(folder / "doctor.json", settings, seconds)
-    steps = _LINES * max(2, round(_RUN_S * predicted / global_batch / _LINES))
+    steps = _LINES * max(2, round(_RUN_S * predicted / settings["run.global_batch"] / _LINES))
     pace = {"run.stop_after_steps": steps, "run.log_every": steps // _LINES, "run.eval_every": 10**6}
     with tempfile.TemporaryDirectory(dir=folder) as out:
         _, lines = run_training(Path(out), {**settings, **pace})
