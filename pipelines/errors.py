@@ -22,5 +22,5 @@ def exit_on_user_error() -> Iterator[None]:
         if os.environ.get("USI_TRACEBACK"):
             raise
         rank = f"[rank {os.environ.get('RANK')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{rank}error: {' '.join(str(error).split())}\n")  # in one piece: other ranks write, too
         sys.exit(1)

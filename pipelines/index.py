@@ -91,7 +91,7 @@ def read_manifest(root: Path) -> dict:
     if not path.is_file():
         raise UserError(
             f"{path}: not found, so {root} is not a finished dataset. Make one with "
-            f"'python tools/shard_imagenet.py build IMAGE_FOLDER {root}'"
+            "'python tools/shard_imagenet.py build IMAGE_FOLDER OUT', and give OUT"
         )
     try:
         content = path.read_bytes()

@@ -252,7 +252,9 @@ def test_uneven_turns_of_what_matters_are_told_and_others_are_not():
 
 def test_nothing_that_helps_is_said():
     trials = [Trial("--data.threads 4", Rate(1, 1, 1), Rate(1, 1, 1), -0.05, False)]
-    assert list(doctor.proposal_lines(trials)) == ["Nothing is faster by more than the spread: --data.threads 4 (-5%)"]
+    assert list(doctor.proposal_lines(trials)) == [
+        "Nothing is faster in its every turn than in any as it is: --data.threads 4 (-5%)"
+    ]
     faster = [*trials, dataclasses.replace(trials[0], override="--data.threads 8", gain=0.2, faster=True)]
     lines = list(doctor.proposal_lines(faster))
     assert lines[1].startswith("  --data.threads 8: +20%") and lines[-1].startswith("Not faster")

@@ -10,6 +10,7 @@ the rest of the run takes. It writes nothing into the run folder.
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
 import statistics
@@ -123,7 +124,10 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
     work = remaining(run)
     if not work.updates:
         more = "schedule.epochs" if run.stop == run.total_steps else "run.stop_after_steps"
-        raise UserError(f"{config.run.out}: has done all its {run.stop} steps. Raise {more} to go on")
+        raise UserError(
+            f"{config.run.out}: has done all its {run.stop} steps. Raise {more} to go on, or measure it as at its "
+            f"start: give {config.run.out}/config.yaml and another --run.out"
+        )
     for line in (_title(run), *run.notes):
         shown.print(line, markup=False, soft_wrap=True)
     with shown.status(f"measuring each stage for {seconds:g} s"):
@@ -138,7 +142,9 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
     for line in (*proposal_lines(tried), *duration_lines(work, measured, config.run.global_batch, tried)):
         shown.print(line, markup=False, soft_wrap=True)
     if json_path and world.is_main:
-        json_path.write_text(json.dumps(_as_json(run, measured, diagnosis, tried, work), indent=1) + "\n")
+        found = _as_json(run, measured, diagnosis, tried, work)
+        day = datetime.date.today().isoformat()
+        json_path.write_text(json.dumps({"date": day, "seconds": seconds, **found}, indent=1) + "\n")
 
 
 # --- measuring ---
@@ -264,8 +270,8 @@ def spread_lines(rates: dict[str, Rate]) -> Iterator[str]:
     slow = {name: rate for name, rate in rates.items() if rate.images_per_s < matters}
     if uneven := [name for name, rate in slow.items() if rate.min < _UNEVEN * rate.max]:
         yield (
-            f"Not to be relied on: turns differ by more than a quarter ({', '.join(uneven)}). Measure longer, with a "
-            "larger --seconds, or on a machine that is not busy with something else"
+            f"Not to be relied on: turns of what takes the time differ by more than a quarter ({', '.join(uneven)}). "
+            "Measure longer, with a larger --seconds, or on a machine that is not busy with something else"
         )
 
 
@@ -278,7 +284,7 @@ def proposal_lines(trials: Sequence[Trial]) -> Iterator[str]:
     """What to change: the settings that were faster; and what was tried in vain."""
     faster = faster_trials(trials)
     if faster:
-        yield f"Faster, in each of {proposals.REPEATS} turns:"
+        yield f"Faster, in each of {proposals.REPEATS} turns than in any as it is:"
     for trial in faster:
         speeds = f"{trial.rate.images_per_s:,.0f} images/s, {trial.now.images_per_s:,.0f} as it is in the same turns"
         yield f"  {trial.override}: {trial.gain:+.0%} ({speeds})"
@@ -288,7 +294,7 @@ def proposal_lines(trials: Sequence[Trial]) -> Iterator[str]:
             yield "    (BatchNorm sees a micro-batch at a time: with it this changes the result a little)"
     vain = ", ".join(f"{trial.override} ({trial.gain:+.0%})" for trial in trials if not trial.faster)
     if vain:
-        yield f"{'Not' if faster else 'Nothing is'} faster by more than the spread: {vain}"
+        yield f"{'Not' if faster else 'Nothing is'} faster in its every turn than in any as it is: {vain}"
 
 
 def duration_lines(work: Remaining, measured: Measured, global_batch: int, trials: Sequence[Trial]) -> Iterator[str]:
@@ -324,6 +330,7 @@ def _as_json(run: Run, measured: Measured, diagnosis: Diagnosis, trials: list[Tr
         "run": _title(run),
         "measured": dataclasses.asdict(measured),
         "diagnosis": dataclasses.asdict(diagnosis),
+        "warnings": list(spread_lines(measured.rates)),
         "trials": [dataclasses.asdict(trial) for trial in trials],
         "remaining": dataclasses.asdict(work),
         "images_per_s": measured.whole[measured.size],

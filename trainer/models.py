@@ -216,7 +216,8 @@ def read_file(path: Path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        hint = "a file of weights; a run's best ones are in RUN/checkpoints/best.pt"
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Give {hint}") from error
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
         raise UserError(
             f"{path}: damaged, or holds more than weights, which is not loaded ({type(error).__name__}). "

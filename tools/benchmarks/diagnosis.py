@@ -91,8 +91,9 @@ def _shared_sentence(part: str, share: float, input_share: float, input_wait: fl
     side = "pipeline" if input_share > 0.5 else "step"
     within = f"; most of the {side}'s is {part} ({share:.0%})" if share < 1 else ""
     return (
-        f"Pipeline and step share the cores: {input_share:.0%} of their time is the pipeline's, {1 - input_share:.0%} "
-        f"the step's{within}. {input_wait:.0%} waiting for input, which says little where they share"
+        f"Pipeline and step share the cores: of what each takes alone, {input_share:.0%} is the pipeline's and "
+        f"{1 - input_share:.0%} the step's{within}. {input_wait:.0%} waiting for input, which says little where they "
+        "share"
     )
 
 
