@@ -184,7 +184,8 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
     out, report = tmp_path / "run", tmp_path / "doctor.json"
     train_here(digits, out, "--run.stop_after_steps", 7)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report)])
+    settings = ["--data.prefetch", "3", "--data.threads", "2"]
+    doctor.main([str(out), "--seconds", "0.01", "--no-trials", "--json", str(report), *settings])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     found, printed = json.loads(report.read_text()), capsys.readouterr().out
     assert found["remaining"] == {"updates": {"32": 13}, "evaluations": 3, "to_the_end": True}
@@ -194,6 +195,7 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
     assert found["images_per_s"] == measured["rates"][stages.WHOLE]["images_per_s"] and measured["evaluation_s"] > 0
     for name in (*PIPELINE_SPEEDS, stages.READING_COLD, stages.STEP, stages.STUDENT, stages.WHOLE):
         assert measured["rates"][name]["min"] > 0 and name in printed
+    assert "With data.threads 2, data.prefetch 3\n" in printed
     assert found["diagnosis"]["text"] in printed.replace("\n", " ") and found["machine"]["cores"] >= 1
 
 

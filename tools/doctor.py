@@ -34,7 +34,7 @@ from tools.benchmarks.proposals import Trial
 from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
 from tools.sharding.verify import human_seconds
 from trainer.config import Config, parse
-from trainer.data import open_indices
+from trainer.data import open_indices, rank_threads
 from trainer.distributed import World, join_world
 from trainer.fitting import full_memory_is_told
 from trainer.loop import Run
@@ -128,7 +128,7 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
             f"{config.run.out}: has done all its {run.stop} steps. Raise {more} to go on, or measure it as at its "
             f"start: give {config.run.out}/config.yaml and another --run.out"
         )
-    for line in (_title(run), *run.notes):
+    for line in (_title(run), *input_settings(run), *run.notes):
         shown.print(line, markup=False, soft_wrap=True)
     with shown.status(f"measuring each stage for {seconds:g} s"):
         measured = measure(run, work, seconds)
@@ -245,6 +245,17 @@ def _title(run: Run) -> str:
         f"{config.run.global_batch} in micro-batches of {run.state.micro_batch} on {world.size} x {world.device_name}, "
         f"after step {run.state.step} of {run.total_steps}"
     )
+
+
+def input_settings(run: Run) -> Iterator[str]:
+    """What the input is set to, which is what other settings are compared with: after auto has been decided."""
+    if _is_synthetic(run):
+        return
+    data, world = run.config.data, run.world
+    values: dict[str, object] = {"threads": rank_threads(data, world), "prefetch": data.prefetch}
+    if world.device.type == "cuda" and resolve_pipeline(data.pipeline, world.device) == "dali":
+        values |= {"decode": run.pipelines.decode["decode"], "hw_decoder_load": data.hw_decoder_load}
+    yield "With " + ", ".join(f"data.{name} {value}" for name, value in values.items())
 
 
 def stage_table(measured: Measured) -> Table:
