@@ -314,7 +314,7 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
     """End the process with the message and exit code 1 unless the block ends in time."""
 
     def end() -> None:
-        print(message, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{message}\n")  # in one piece: other ranks write, too
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -315,10 +315,10 @@ class Watchdog:
         rank = self._world.rank
         if rank in verdict.ranks:
             where = self._beat[1]
-            print(f"[rank {rank}] watchdog: stacks of this process, in '{where}':", file=sys.stderr, flush=True)
+            sys.stderr.write(f"[rank {rank}] watchdog: stacks of this process, in '{where}':\n")
             faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         if tell:
-            print(f"[rank {rank}] error: watchdog: {verdict.line}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"[rank {rank}] error: watchdog: {verdict.line}\n")  # in one piece: other ranks write, too
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(1)
