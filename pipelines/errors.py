@@ -10,6 +10,11 @@ class UserError(ValueError):
     """What a user did or has: the message names the file, key or sample, what was found, and what to do next."""
 
 
+def write_error_line(line: str) -> None:
+    """Write a line to stderr in one piece: other ranks write there, too, and print() may write the line's end apart."""
+    sys.stderr.write(f"{line}\n")
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program with a UserError's message on stderr and exit code 1; every other error keeps its traceback.
@@ -22,5 +27,5 @@ def exit_on_user_error() -> Iterator[None]:
         if os.environ.get("USI_TRACEBACK"):
             raise
         rank = f"[rank {os.environ.get('RANK')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        sys.stderr.write(f"{rank}error: {' '.join(str(error).split())}\n")  # in one piece: other ranks write, too
+        write_error_line(f"{rank}error: {' '.join(str(error).split())}")
         sys.exit(1)

@@ -218,18 +218,6 @@ def test_the_trainer_refuses_ranks_with_other_settings_and_writes_nothing(digits
     assert not (tmp_path / "run").exists()
 
 
-RESTARTED = """
-import os, sys
-from trainer.distributed import join_world
-with join_world("cpu", lambda _: {}, 30) as world:
-    world.barrier()
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        sys.exit(3)
-    os.write(1, f"joined again {world.rank}\\n".encode())  # in one piece: the ranks share standard output
-"""
-
-
-@pytest.mark.long
 def test_a_folder_that_machines_do_not_share_is_told_before_the_run_begins_anew(digits, tmp_path):
     """Where rank 0 comes to another machine after a restart, its folder there is empty."""
     train_here(digits, tmp_path / "1", "--run.stop_after_steps", 2)
@@ -242,6 +230,17 @@ def test_a_folder_that_machines_do_not_share_is_told_before_the_run_begins_anew(
             said = one_line(end, rank)
             assert "step-00000002.pt: rank 1 on " in said and "has it, rank 0 on" in said and "run.out must be" in said
     assert not (tmp_path / "0").exists()
+
+
+RESTARTED = """
+import os, sys
+from trainer.distributed import join_world
+with join_world("cpu", lambda _: {}, 30) as world:
+    world.barrier()
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        sys.exit(3)
+    os.write(1, f"joined again {world.rank}\\n".encode())  # in one piece: the ranks share standard output
+"""
 
 
 def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):

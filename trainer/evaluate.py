@@ -39,7 +39,7 @@ from trainer.metrics import Predictions
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
-from trainer.validation import Classifier, predict
+from trainer.validation import Classifier, num_eval_batches, predict
 from trainer.versions import package_versions
 
 _WORST = 10  # classes that are shown
@@ -301,7 +301,7 @@ def predict_split(
         batch=config.run.batch,
         precision=precision,
         world=world,
-        shown=functools.partial(_shown, total=-(-len(index) // (config.run.batch * world.size)), world=world),
+        shown=functools.partial(_shown, total=num_eval_batches(len(index), config.run.batch, world), world=world),
     )
     damaged.update(world.gather(sorted(mine.items())))
     return found[""]

@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error_line
 from pipelines.files import sha256_of
 from pipelines.index import read_manifest
 from trainer.config import Config, to_dict
@@ -314,7 +313,7 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
     """End the process with the message and exit code 1 unless the block ends in time."""
 
     def end() -> None:
-        sys.stderr.write(f"{message}\n")  # in one piece: other ranks write, too
+        write_error_line(message)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)

@@ -1,6 +1,7 @@
 """What models make of each image of a split, each counted exactly once on any number of ranks."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,11 +19,15 @@ from trainer.mix import Normalize
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # normalised images [B, 3, S, S] -> logits [B, C]
 
 
+def num_eval_batches(images: int, batch: int, world: World) -> int:
+    """Of each rank, for a split of so many images."""
+    return math.ceil(images / (batch * world.size))
+
+
 def eval_plans(plan: EvalPlan, batch: int, world: World) -> Iterator[BatchPlan]:
     """This rank's share of a split, `batch` rows at a time; every rank gets as many plans."""
-    per_step = batch * world.size
-    for step in range(-(-len(plan.index) // per_step)):
-        start = step * per_step + world.rank * batch
+    for step in range(num_eval_batches(len(plan.index), batch, world)):
+        start = (step * world.size + world.rank) * batch
         yield plan.rows(start, start + batch)
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error_line
 from trainer.distributed import World
 from trainer.ready import ranks_text
 
@@ -315,10 +315,10 @@ class Watchdog:
         rank = self._world.rank
         if rank in verdict.ranks:
             where = self._beat[1]
-            sys.stderr.write(f"[rank {rank}] watchdog: stacks of this process, in '{where}':\n")
+            write_error_line(f"[rank {rank}] watchdog: stacks of this process, in '{where}':")
             faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         if tell:
-            sys.stderr.write(f"[rank {rank}] error: watchdog: {verdict.line}\n")  # in one piece: other ranks write, too
+            write_error_line(f"[rank {rank}] error: watchdog: {verdict.line}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(1)

@@ -39,6 +39,7 @@ from trainer.distributed import World
 from trainer.loop import Run, set_rate
 from trainer.run import build
 from trainer.telemetry import InputWait
+from trainer.validation import num_eval_batches
 
 READING_COLD, READING = "reading, cold", "reading"
 DECODING, RESIZING, PIPELINE = "+ decoding", "+ crop, resize, flip", "+ RandAugment: the pipeline"
@@ -441,7 +442,7 @@ def evaluation_seconds(run: Run, images: int, seconds: float) -> float:
     Args:
       images: of the validation set.
     """
-    batches = math.ceil(images / (run.config.run.eval_batch * run.world.size))
+    batches = num_eval_batches(images, run.config.run.eval_batch, run.world)
     _, elapsed_s, done = _evaluated(run, 2)  # warm-up
     most = run.world.choice_of_main(max(2, round(seconds / elapsed_s * done)))
     starting_s, elapsed_s, done = _evaluated(run, most)
