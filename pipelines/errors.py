@@ -3,11 +3,24 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """What a user did or has: the message names the file, key or sample, what was found, and what to do next."""
+
+
+def named(names: Iterable[object], most: int = 10) -> str:
+    """The first `most` names with commas between them, and how many more there are: 'a, b and 3 more'."""
+    names = [str(name) for name in names]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def clipped(value: object, most: int = 60) -> str:
+    """A value as text of at most `most` characters, for messages that must stay one short line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def write_error_line(line: str) -> None:

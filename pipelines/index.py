@@ -12,17 +12,19 @@ A dataset folder looks like this (`tools/shard_imagenet.py` writes it):
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 from pipelines.files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 AUDIT = "audit.jsonl"
+CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _FIELDS = {
     "shard": "<i4",
     "offset": "<i8",
@@ -104,6 +106,53 @@ def read_manifest(root: Path) -> dict:
     if manifest_bytes(manifest) != content:
         raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
     return manifest
+
+
+def sorted_classes(names: list[str], order: str) -> list[str]:
+    """Class names in one of CLASS_ORDERS.
+
+    `text` compares them character by character, as torchvision's ImageFolder does. `numeric` compares digits as numbers
+    and letters without case, as timm's readers do.
+    Source: timm.utils.natural_key, timm.data.readers.reader_image_folder.
+    """
+    if order == "text":
+        return sorted(names)
+    return sorted(sorted(names), key=_numeric_key)
+
+
+def _numeric_key(name: str) -> list[str | int]:
+    # re.split puts what the group matches, the digits, at the odd places.
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
+
+
+def class_order(manifest: dict) -> str:
+    """What decided the order of a dataset's classes.
+
+    Returns:
+      "given" where the source numbers its classes, "text" or "numeric" where the person who built the dataset chose,
+      and "unstated" where names were sorted as text because nobody chose.
+    """
+    from_names = manifest["source"]["kind"] in ("folder", "kaggle")  # older manifests do not say it
+    return manifest.get("class_order") or ("unstated" if from_names else "given")
+
+
+def class_order_doubt(manifest: dict) -> str:
+    """One sentence where nobody chose the order of the classes and common tools disagree on it; "" elsewhere.
+
+    Weights whose outputs have no names may then be in either order.
+    """
+    if class_order(manifest) != "unstated":
+        return ""
+    text, numeric = (sorted_classes(manifest["classes"], order) for order in CLASS_ORDERS)
+    differing = [place for place, pair in enumerate(zip(text, numeric, strict=True)) if pair[0] != pair[1]]
+    if not differing:
+        return ""
+    place = differing[0]
+    return (
+        f"the order of the classes was not stated: class {place} is '{clipped(text[place], 30)}' in text order "
+        f"(torchvision's, taken here) and '{clipped(numeric[place], 30)}' in numeric order (timm's); "
+        f"{len(differing)} of {len(text)} classes differ"
+    )
 
 
 def read_index(root: Path, split: str) -> ShardIndex:
