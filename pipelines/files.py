@@ -1,6 +1,7 @@
 """Files that are there in full or not at all, and stay when the power goes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -105,13 +106,21 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
+# What file systems answer that cannot sync a folder: some on networks, in user space, and on USB sticks.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make what was renamed or removed in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make what was renamed or removed in a folder last, where the file system can sync folders."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def sha256_of(path: Path) -> str:

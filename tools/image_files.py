@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.reader import look_ahead
 from pipelines.synthetic import synthetic_index
 from tools.benchmarks.measure import num_cores
+from tools.sharding.entries import EXTENSIONS
 from tools.sharding.images import (
     MAX_PIXELS,
     RejectedImageError,
@@ -26,7 +27,6 @@ from tools.sharding.images import (
     refuse_absurd,
     rejecting,
 )
-from tools.sharding.sources import EXTENSIONS
 from tools.sharding.tars import tar_files
 from trainer.inference import View
 

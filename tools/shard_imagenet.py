@@ -26,7 +26,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from pipelines.errors import UserError, exit_on_user_error
+from pipelines.index import CLASS_ORDERS
 from tools.sharding import job, reindex
+from tools.sharding.entries import SourceOptions
 from tools.sharding.images import ImageOptions
 from tools.sharding.sources import KINDS
 from tools.sharding.verify import human_bytes, human_seconds, summarize, verify
@@ -63,11 +65,14 @@ def _build(options: argparse.Namespace) -> None:
             options.src,
             options.out,
             build_options,
-            kind=options.source,
+            source_options=SourceOptions(
+                options.source, options.class_order, options.image_column, options.label_column
+            ),
             workers=options.workers,
             part=options.part,
             skip_bad=options.on_bad == "skip",
             on_progress=show,
+            on_note=lambda note: bar.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True),
         )
     took = human_seconds(time.perf_counter() - start_s)
     converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
@@ -135,8 +140,14 @@ def _info(options: argparse.Namespace) -> None:
 def _counts(manifest: dict) -> str:
     counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
     audit = manifest["audit"]
-    words = {"repaired": "repaired", "rejected": "rejected", "duplicates": "groups of duplicates"}
-    notes = [f"{audit['counts'][kind]:,} {word}" for kind, word in words.items() if audit["counts"][kind]]
+    words = {
+        "repaired": "repaired",
+        "rejected": "rejected",
+        "duplicates": "groups of duplicates",
+        "left_out": "left out",
+        "hidden": "hidden files passed over",
+    }
+    notes = [f"{count:,} {word}" for kind, word in words.items() if (count := audit["counts"].get(kind))]
     for split, entry in manifest["splits"].items():
         if empty := entry["class_counts"].count(0):
             notes.append(f"{empty} classes without {split} images")
@@ -173,6 +184,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     build.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
     build.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
     build.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
+    build.add_argument(
+        "--class-order",
+        choices=CLASS_ORDERS,
+        default="",
+        help="order of class folders: text (torchvision's, the default) or numeric (timm's: 2 before 10)",
+    )
+    build.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files (default image)")
+    build.add_argument("--label-column", default="label", metavar="NAME", help="of parquet files (default label)")
     part = _part_from_environment()
     build.add_argument("--part", type=_part, default=part, metavar="I/N", help="one machine's share")
     build.set_defaults(run=_build)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tools.benchmarks.measure import interleaved, ratio, timed
 from tools.photos import write_common_photographs
+from tools.sharding.entries import SourceOptions
 from tools.sharding.images import ImageOptions
 from tools.sharding.shards import write_shard
 from tools.sharding.sources import open_source
@@ -31,7 +32,7 @@ def shard(images: int, repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         paths = write_common_photographs(folder / "src", images)
-        source = open_source(folder / "src", "folder", folder)
+        source = open_source(folder / "src", SourceOptions("folder"), folder)
         entries = list(source.splits["train"]())
         names = folder / "names"
         names.write_text("".join(f"{path.relative_to(folder / 'src')}\n" for path in paths))

@@ -1,10 +1,13 @@
 """A whole conversion: listed once, shard by shard in parallel, finished atomically, resumable at any moment.
 
-While it goes on, everything lies in OUT.partial; a shard is complete when its record is there. At the end the records
-become the index and the manifest, and OUT.partial is renamed to OUT. Every step may be repeated.
+Until it is finished, everything lies in OUT.partial; a shard is complete when its record is there. At the end the
+records become the index and the manifest, and OUT.partial is renamed to OUT. Every step may be repeated. Where an empty
+OUT is there already, such as a mount point or the present folder, OUT/.partial takes the place of OUT.partial, and its
+files are moved up, the manifest last.
 
     OUT.partial/job.json              what is being converted, and how; another command finds itself refused
-    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.starts: where each line starts; SPLIT.json: number and hash
+    OUT.partial/listing/SPLIT.jsonl   the samples; SPLIT.starts: where each line starts; SPLIT.json: number and hash;
+                                      SPLIT.unused.jsonl: what of the source is no sample
     OUT.partial/records/SPLIT/*.json  one for each finished shard
     OUT.partial/SPLIT/*.tar, *.idx    the shards
 """
@@ -13,13 +16,12 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -28,28 +30,40 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines import rng
-from pipelines.errors import UserError
+from pipelines.errors import UserError, named
 from pipelines.files import locked, replacing, sha256_of, sync_folder, write_synced
 from pipelines.index import (
     AUDIT,
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
+    class_order,
     manifest_bytes,
     read_manifest,
     sample_dtype,
     split_digest,
 )
+from tools.sharding.class_notes import class_notes
+from tools.sharding.entries import (
+    HIDDEN,
+    MISPLACED,
+    RECOGNISE,
+    Entry,
+    Source,
+    SourceOptions,
+    Unused,
+    contents_of,
+)
 from tools.sharding.images import ImageOptions
 from tools.sharding.shards import HASH_BYTES, read_record, write_shard
-from tools.sharding.sources import Entry, Source, open_source
+from tools.sharding.sources import open_source
 from tools.sharding.workers import LostWorkerError, run_jobs
 
 TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 GO_ON = "Run the same command again to go on: finished shards are kept"
 _JOB = "job.json"
 _HASHES_AT_A_TIME = 1 << 20  # of the search for duplicates, which never holds more
-_NAMED = 100  # rejected images in an error; a longer list goes into a file
+_NAMED = 10  # rejected images in an error; a longer list goes into a file
 _EXAMPLES = 1000  # of each kind of remark in the manifest; all of them are in audit.jsonl
 
 
@@ -86,39 +100,42 @@ def build(
     out: Path,
     options: BuildOptions,
     *,
-    kind: str = "auto",
+    source_options: SourceOptions = RECOGNISE,
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
     skip_bad: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> dict | None:
     """Convert a source, from wherever an earlier call with the same arguments was interrupted.
 
     Args:
       part: (i, n): write every n-th shard, beginning with i. With n > 1 `merge` finishes the dataset.
-      skip_bad: leave images that cannot be used out, instead of failing once all have been looked at.
+      skip_bad: leave out images that cannot be used, and what of the source is not understood, instead of failing.
       on_progress: called a few times a second.
+      on_note: called with what is worth knowing before the conversion takes its time.
     Returns:
       The manifest, or None where parts remain to be merged.
     Raises:
       UserError: the source, OUT or images are not as they must be; OUT does not exist then, finished shards are kept.
     """
-    partial = _partial(out)
     if src.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: lies inside its own source. Choose a folder outside {src}")
-    source = open_source(src, kind, partial / "scratch")
-    job = _describe(source, options)
-    with _told():
-        if out.exists():
+    with _reporting_disk_errors():
+        partial = _partial(out)
+        source = open_source(src, source_options, partial / "scratch")
+        job = _describe(source, options)
+        for note in class_notes(job):
+            on_note(note)
+        if (out / MANIFEST).exists():
             return _already_there(out, job, source)
-        _claim(partial, job)
+        _claim(partial, out, job)
         busy = f"another process is already working on {partial}, part {part[0] + 1}"
         with locked(partial / f".lock-{part[0]}-{part[1]}", busy):
             if not (partial / MANIFEST).is_file():  # else it was interrupted at the very end
                 with locked(partial / ".lock-listing", "", wait=True):
-                    for split in source.splits:
-                        _list(partial, split, source)
-                _write_shards(partial, source, options, workers, part, on_progress)
+                    _list(partial, source, skip_bad)
+                _write_shards(partial, source, source_options, options, workers, part, on_progress)
                 if part[1] > 1:
                     return None
                 _refuse_rejected(partial, skip_bad)
@@ -131,10 +148,10 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
     Raises:
       UserError: there is none, or shards are missing; they are named.
     """
-    partial = _partial(out)
-    with _told():
-        if out.exists():
-            (out / _JOB).unlink(missing_ok=True)
+    with _reporting_disk_errors():
+        partial = _partial(out)
+        if (out / MANIFEST).exists():
+            _remove_leftovers(out)
             return read_manifest(out)
         if not (partial / _JOB).is_file():
             raise UserError(f"{partial}: not found. Run 'build' with --part 1/N to --part N/N first")
@@ -147,22 +164,32 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
 
 
 def _refuse_missing(partial: Path, job: dict) -> None:
-    unlisted = [split for split in job["splits"] if not (partial / "listing" / f"{split}.json").is_file()]
+    unlisted = [split for split in job["splits"] if not _listing(partial, split).is_file()]
     shards = [shard for split in job["splits"] if split not in unlisted for shard in _shards(partial, split, job)]
     missing = [name for split, name in shards if not _is_done(partial, (split, name))]
     if missing or unlisted:
-        named = ", ".join([*unlisted, *missing][:10]) + (" ..." if len(missing) > 10 else "")
-        raise UserError(f"{partial}: {len(missing)} shards are missing ({named}). Run the parts that should write them")
+        raise UserError(
+            f"{partial}: {len(missing)} shards are missing ({named([*unlisted, *missing])}). Run the parts that should "
+            "write them"
+        )
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Tells of disks that are full or fail, wherever it happens."""
+def _reporting_disk_errors() -> Iterator[None]:
+    """Turns errors of disks that are full, read-only or failing into one line, wherever they happen."""
     try:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{error.strerror or error}. Mend that. {GO_ON}") from error
+        raise UserError(f"{where}{error.strerror or error}. {_help_with(error)}. {GO_ON}") from error
+
+
+def _help_with(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Allow it, or choose another folder"
+    return "Look at that file or disk"
 
 
 # --- what is being converted ---
@@ -180,27 +207,40 @@ def _describe(source: Source, options: BuildOptions) -> dict:
         },
         "classes": source.classes,
         "class_names": source.class_names,
+        "class_order": source.class_order,
         "splits": list(source.splits),
     }
 
 
 def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+    """Where a conversion lies until it is finished."""
+    beside = out.parent / f"{out.name}.partial"
+    return out / ".partial" if out.is_dir() and not beside.is_dir() else beside
 
 
 def _already_there(out: Path, job: dict, source: Source) -> dict:
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"{out}: exists already and is not a dataset. Remove it, or choose another folder")
     manifest = read_manifest(out)
-    (out / _JOB).unlink(missing_ok=True)  # left by a process that was killed between its last two actions
-    there = {**{key: manifest.get(key) for key in job if key != "splits"}, "splits": list(manifest["splits"])}
+    _remove_leftovers(out)
+    there = {**{key: manifest.get(key) for key in job}, "splits": list(manifest["splits"])}
+    orders = class_order(manifest), job["class_order"]
+    if {*orders} <= {"text", "unstated"}:  # the same order, whether somebody has stated it or not
+        there["class_order"] = job["class_order"]
     different = _difference(there, job)
     for split, entry in manifest["splits"].items() if not different and not source.copies else ():
         if _digest(source.splits[split]()) != entry["listing_sha256"]:
             different = f"the source's {split} images are others by now"
     if different:
-        raise UserError(f"{out}: exists already, made differently: {different}. Remove it, or choose another folder")
-    return manifest
+        raise UserError(f"{out}: exists already, made differently: {different}. Move it away, or choose another folder")
+    if orders == ("unstated", "text"):
+        write_synced(out / MANIFEST, manifest_bytes({**manifest, "class_order": "text"}))
+    return read_manifest(out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a process leaves that was killed between its last two actions."""
+    (out / _JOB).unlink(missing_ok=True)
+    if (out / ".partial" / _JOB).is_file():
+        shutil.rmtree(out / ".partial")
 
 
 def _difference(there: dict, wanted: dict) -> str:
@@ -218,61 +258,122 @@ def _shorten(value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _claim(partial: Path, job: dict) -> None:
+def _claim(partial: Path, out: Path, job: dict) -> None:
     """Make OUT.partial ours, or make sure that it is."""
     path = partial / _JOB
     if not path.is_file():
-        if partial.exists() and any(not entry.name.endswith(".partial") for entry in partial.iterdir()):
-            raise UserError(f"{partial}: exists and was not left by this tool. Remove it, or choose another folder")
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            claim = partial / f"{_JOB}.{secrets.token_hex(4)}.partial"
-            claim.write_text(json.dumps(job))
-            with contextlib.suppress(FileExistsError):  # of several machines the first one says what the job is
-                os.link(claim, path)
-            claim.unlink()
-            sync_folder(partial)
-        except OSError as error:
-            raise UserError(f"{partial}: cannot be made ({error.strerror}). Choose another folder") from error
+        _refuse_occupied(partial, out)
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / ".lock-claim", "", wait=True):
+            if not path.is_file():  # of several machines the first one says what the job is
+                write_synced(path, json.dumps(job).encode())
     if different := _difference(json.loads(path.read_text()), job):
         raise UserError(
             f"{partial}: holds an unfinished conversion that is another one: {different}. Finish that one, "
-            "remove the folder, or choose another"
+            "move the folder away, or choose another"
         )
+
+
+def _refuse_occupied(partial: Path, out: Path) -> None:
+    """Raise a UserError if OUT or OUT.partial is there and holds somebody's files."""
+    if out.exists() and (not out.is_dir() or contents_of(out).visible):
+        raise UserError(f"{out}: exists already and is not a dataset. Choose a folder that is empty or not there")
+    if partial.is_dir() and any(not name.endswith(".partial") for name in contents_of(partial).visible):
+        raise UserError(f"{partial}: exists and was not left by this tool. Move it away, or choose another folder")
 
 
 # --- the listing ---
 
 
-def _list(partial: Path, split: str, source: Source) -> None:
-    """Write the listing of a split, or make sure that it is still what the source holds."""
-    about = partial / "listing" / f"{split}.json"
-    if about.is_file():
-        if not source.copies and _digest(source.splits[split]()) != json.loads(about.read_text())["sha256"]:
+def _list(partial: Path, source: Source, skip_bad: bool) -> None:
+    """Write the listing of each split, or make sure that it is still what the source holds.
+
+    Raises:
+      UserError: it is not, or something in the source is not understood and `skip_bad` is off; all of that is named.
+    """
+    new = [split for split in source.splits if not _listing(partial, split).is_file()]
+    for split in source.splits:
+        if split in new:
+            _write_listing(partial, split, source)
+        elif not source.copies and _digest(source.splits[split]()) != _listed(partial, split)["sha256"]:
             raise UserError(
                 f"{source.root}: its {split} images have changed since the conversion began. Put them back, or remove "
                 f"{partial} to begin again"
             )
-        return
+    unused = [each for split in source.splits for each in read_unused(partial, split)]
+    try:
+        refuse_misplaced(source.root, unused, skip_bad)
+        for split in source.splits:
+            if not _num_listed(partial, split):
+                raise UserError(
+                    f"{source.root}: no images in its split {split}. Add some, or move the empty split away"
+                )
+    except UserError:
+        for split in new:  # no shard was written from it, and the person may now change the source
+            _listing(partial, split).unlink()
+        raise
+
+
+def _write_listing(partial: Path, split: str, source: Source) -> None:
+    about = _listing(partial, split)
     about.parent.mkdir(exist_ok=True)
     digest, position, count = hashlib.sha256(), 0, 0
-    with replacing(about.with_suffix(".jsonl")) as file, replacing(about.with_suffix(".starts")) as starts:
+    with (
+        replacing(about.with_suffix(".jsonl")) as file,
+        replacing(about.with_suffix(".starts")) as starts,
+        replacing(about.with_suffix(".unused.jsonl")) as unused,
+    ):
         for entry in source.splits[split]():
             line = _line(entry)
             digest.update(line)
+            if isinstance(entry, Unused):
+                unused.write(json.dumps(dataclasses.astuple(entry)).encode() + b"\n")
+                continue
             starts.write(position.to_bytes(8, "little"))
             position, count = position + len(line), count + 1
             file.write(line)
-    if not count:
-        raise UserError(f"{split}: the source has no images in this split. Add some, or remove it")
     write_synced(about, json.dumps({"samples": count, "sha256": digest.hexdigest()}).encode())
 
 
-def _line(entry: Entry) -> bytes:
+def _listing(partial: Path, split: str) -> Path:
+    return partial / "listing" / f"{split}.json"
+
+
+def _listed(partial: Path, split: str) -> dict:
+    return json.loads(_listing(partial, split).read_text())
+
+
+def read_unused(partial: Path, split: str) -> list[Unused]:
+    """What the listing of a split found that is no sample."""
+    path = _listing(partial, split).with_suffix(".unused.jsonl")  # older conversions have none
+    return [Unused(*json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def refuse_misplaced(root: Path, unused: Iterable[Unused], skip_bad: bool) -> None:
+    """Raise a UserError that names, by reason, what would be left out, unless the person has decided to skip it."""
+    reasons: dict[str, list[str]] = {}
+    for each in unused:
+        if each.kind == MISPLACED:
+            reasons.setdefault(each.reason, []).append(each.source)
+    if not reasons or skip_bad:
+        return
+    total = sum(map(len, reasons.values()))
+    most = max(1, 10 // len(reasons))
+    said = "; ".join(f"{named(names, most)}: {reason}" for reason, names in list(reasons.items())[:3])
+    raise UserError(
+        f"{root}: {total} {'entry' if total == 1 else 'entries'} would be left out. {said}. Or leave "
+        f"{'it' if total == 1 else 'them'} out with --on-bad skip"
+    )
+
+
+def _line(entry: Entry | Unused) -> bytes:
+    """What the listing's hash covers: samples, and what a person may have decided to leave out."""
+    if isinstance(entry, Unused):
+        return json.dumps([entry.kind, entry.source]).encode() + b"\n" if entry.kind == MISPLACED else b""
     return json.dumps([entry.key, entry.label, entry.location, entry.source]).encode() + b"\n"
 
 
-def _digest(entries: Iterator[Entry]) -> str:
+def _digest(entries: Iterator[Entry | Unused]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(_line(entry))
@@ -295,7 +396,7 @@ class Listing:
 
 
 def _num_listed(partial: Path, split: str) -> int:
-    return json.loads((partial / "listing" / f"{split}.json").read_text())["samples"]
+    return _listed(partial, split)["samples"]
 
 
 def _shards(partial: Path, split: str, job: dict) -> list[tuple[str, str]]:
@@ -314,6 +415,7 @@ def _is_done(partial: Path, shard: tuple[str, str]) -> bool:
 def _write_shards(
     partial: Path,
     source: Source,
+    source_options: SourceOptions,
     options: BuildOptions,
     workers: int,
     part: tuple[int, int],
@@ -330,7 +432,7 @@ def _write_shards(
         return
     total = sum(len(_rows(shard, _num_listed(partial, shard[0]), options.samples_per_shard)) for shard in missing)
     counters = RawArray("Q", 2 * workers)  # images and bytes, a pair for each worker: nothing is locked
-    start = functools.partial(_start_worker, partial, source.root, source.kind, options, counters)
+    start = functools.partial(_start_worker, partial, source.root, source_options, options, counters)
 
     def tell() -> None:
         on_progress(Progress(sum(counters[0::2]), sum(counters[1::2]), total))
@@ -353,13 +455,19 @@ class _Worker:
     """What a worker process opens once."""
 
     def __init__(
-        self, partial: Path, root: Path, kind: str, options: BuildOptions, counters: ctypes.Array, number: int
+        self,
+        partial: Path,
+        root: Path,
+        source_options: SourceOptions,
+        options: BuildOptions,
+        counters: ctypes.Array,
+        number: int,
     ):
         self.partial = partial
         self.options = options
         self.counters = counters
         self.number = number
-        self.read = open_source(root, kind, partial / "scratch").read
+        self.read = open_source(root, source_options, partial / "scratch").read
         self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.json")}
 
     def count(self, nbytes: int) -> None:
@@ -379,10 +487,15 @@ _worker: _Worker | None = None
 
 
 def _start_worker(
-    partial: Path, root: Path, kind: str, options: BuildOptions, counters: ctypes.Array, number: int
+    partial: Path,
+    root: Path,
+    source_options: SourceOptions,
+    options: BuildOptions,
+    counters: ctypes.Array,
+    number: int,
 ) -> None:
     global _worker
-    _worker = _Worker(partial, root, kind, options, counters, number)
+    _worker = _Worker(partial, root, source_options, options, counters, number)
 
 
 def _write_one(split: str, name: str) -> None:
@@ -403,12 +516,12 @@ def _refuse_rejected(partial: Path, skip_bad: bool) -> None:
             rejected += [f"{item['source']} ({item['reason']})" for item in found]
             path.unlink()
     if rejected:
-        named = "; ".join(rejected[:_NAMED])
+        where = ""
         if len(rejected) > _NAMED:
             write_synced(partial / "rejected.txt.partial", "\n".join(rejected).encode())
-            named += f" and {len(rejected) - _NAMED} more, all of them in {partial}/rejected.txt.partial"
+            where = f", all of them in {partial}/rejected.txt.partial"
         raise UserError(
-            f"{len(rejected)} images cannot be used: {named}. "
+            f"{len(rejected)} images cannot be used: {named(rejected, _NAMED)}{where}. "
             "Repair them and run the same command again, or leave them out with --on-bad skip"
         )
 
@@ -418,21 +531,36 @@ def _finish(partial: Path, out: Path, job: dict) -> dict:
     if not (partial / MANIFEST).is_file():
         description = {key: value for key, value in job.items() if key != "splits"}
         shards = {split: [name for _, name in _shards(partial, split, job)] for split in job["splits"]}
-        manifest = assemble(partial, partial / "records", description, shards)
+        unused = [each for split in job["splits"] for each in read_unused(partial, split)]
+        manifest = assemble(partial, partial / "records", description, shards, unused)
         for split, entry in manifest["splits"].items():
-            entry["listing_sha256"] = json.loads((partial / "listing" / f"{split}.json").read_text())["sha256"]
+            entry["listing_sha256"] = _listed(partial, split)["sha256"]
         write_synced(partial / MANIFEST, manifest_bytes(manifest))
     for leftover in ("listing", "records", "scratch"):
         shutil.rmtree(partial / leftover, ignore_errors=True)
     for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
         path.unlink(missing_ok=True)
-    partial.rename(out)
-    (out / _JOB).unlink()
+    if out.is_dir():
+        _move_up(partial, out)
+    else:
+        partial.rename(out)
+    _remove_leftovers(out)
     sync_folder(out.parent)
     return read_manifest(out)
 
 
-def assemble(root: Path, records: Path, description: dict, shards: dict[str, list[str]]) -> dict:
+def _move_up(partial: Path, out: Path) -> None:
+    """Move what is finished into an OUT that was there; with the manifest, which comes last, it is a dataset."""
+    for path in sorted(partial.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+        if path.name != _JOB:
+            path.rename(out / path.name)
+    sync_folder(out)
+    shutil.rmtree(partial)
+
+
+def assemble(
+    root: Path, records: Path, description: dict, shards: dict[str, list[str]], unused: Iterable[Unused] = ()
+) -> dict:
     """Make the index of each split and the audit's file from the records of all shards.
 
     Args:
@@ -440,6 +568,7 @@ def assemble(root: Path, records: Path, description: dict, shards: dict[str, lis
       records: folder with SPLIT/NAME.json.
       description: the manifest's part that says what the dataset is.
       shards: split -> names of its shards, in order.
+      unused: what of the source is no sample.
     Returns:
       The manifest, not yet written.
     """
@@ -447,13 +576,13 @@ def assemble(root: Path, records: Path, description: dict, shards: dict[str, lis
     num_classes = len(description["classes"])
     splits = {split: _write_index(root / split / INDEX, found, num_classes) for split, found in paths.items()}
     with replacing(root / AUDIT) as file:
-        audit = _write_audit(file, paths)
+        audit = _write_audit(file, paths, unused)
     return {**description, "tool": TOOL, "splits": splits, "audit": {**audit, "sha256": sha256_of(root / AUDIT)}}
 
 
-def _write_audit(file: BinaryIO, records: dict[str, list[Path]]) -> dict:
-    """Every remark on a sample, a line of JSON each. Returns how many of each kind there are, and the first few."""
-    kinds = ("repaired", "rejected", "tiny", "oriented", "duplicates")
+def _write_audit(file: BinaryIO, records: dict[str, list[Path]], unused: Iterable[Unused]) -> dict:
+    """Write every remark, a line of JSON each. Returns how many of each kind there are, and the first few."""
+    kinds = ("repaired", "rejected", "tiny", "oriented", "duplicates", "hidden", "left_out")
     counts, examples, resized = dict.fromkeys(kinds, 0), {kind: [] for kind in kinds}, 0
 
     def remark(kind: str, item) -> None:
@@ -475,6 +604,11 @@ def _write_audit(file: BinaryIO, records: dict[str, list[Path]]) -> dict:
                     remark("oriented", f"{split}/{row['key']}")
     for group in find_duplicates([path for paths in records.values() for path in paths]):
         remark("duplicates", group)
+    for each in unused:
+        if each.kind == HIDDEN:
+            remark("hidden", each.source)
+        else:
+            remark("left_out", {"source": each.source, "reason": each.reason})
     return {"counts": {**counts, "resized": resized}, **examples}
 
 

@@ -8,10 +8,10 @@ from typing import BinaryIO
 from pipelines.errors import UserError
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import FORMAT_VERSION, MANIFEST, manifest_bytes, read_manifest
+from tools.sharding.entries import SPLITS
 from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.job import VERSION, assemble
 from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, write_record
-from tools.sharding.sources import SPLITS
 from tools.sharding.tars import tar_members
 from tools.sharding.workers import run_jobs
 

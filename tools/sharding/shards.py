@@ -12,8 +12,8 @@ import webdataset
 
 from pipelines.errors import UserError
 from pipelines.files import replacing, write_synced
+from tools.sharding.entries import Entry
 from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.sharding.sources import Entry
 from tools.sharding.tars import BLOCK
 
 HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.errors import named
 from pipelines.files import sha256_of
-from pipelines.index import AUDIT, INDEX, MANIFEST, read_manifest
+from pipelines.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest
+from tools.sharding.class_notes import class_notes
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
 from tools.sharding.shards import dali_index
 from tools.sharding.tars import BLOCK, tar_header, tar_members
@@ -235,8 +237,9 @@ def summarize(root: Path) -> dict[str, str]:
         "dataset": str(root),
         "source": f"{manifest['source']['kind']}: {manifest['source']['name']}",
         "options": ", ".join(f"{key} {value}" for key, value in manifest["options"].items()),
-        "classes": f"{len(manifest['classes']):,}",
+        "classes": f"{len(manifest['classes']):,}, order {class_order(manifest)}",
     }
+    lines |= {f"note {number}": note for number, note in enumerate(class_notes(manifest), 1)}
     for split, entry in manifest["splits"].items():
         counts = np.array(entry["class_counts"])
         lines[split] = (
@@ -244,15 +247,19 @@ def summarize(root: Path) -> dict[str, str]:
             f"{counts.min():,} to {counts.max():,} a class"
         )
         if empty := [manifest["classes"][i] for i in np.flatnonzero(counts == 0)]:
-            lines[f"{split}: empty classes"] = ", ".join(empty[:10]) + (" ..." if len(empty) > 10 else "")
+            lines[f"{split}: empty classes"] = named(empty)
         lines[f"{split}: digest"] = entry["digest"][:16]
     counts = audit["counts"]
     leaks = sum(len({key.partition("/")[0] for key in group}) > 1 for group in audit["duplicates"])
     for kind in ("repaired", "rejected"):
-        named = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
-        lines[kind] = f"{counts[kind]:,}" + (f": {named}" if named else "") + (" ..." if counts[kind] > 3 else "")
+        first = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
+        lines[kind] = f"{counts[kind]:,}" + (f": {first}" if first else "") + (" ..." if counts[kind] > 3 else "")
     among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
     lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
+    if counts.get("left_out"):
+        items = [f"{item['source']} ({item['reason']})" for item in audit["left_out"][:3]]
+        lines["left out"] = f"{counts['left_out']:,}: {'; '.join(items)}{' ...' if counts['left_out'] > 3 else ''}"
+    lines["hidden, passed over"] = f"{counts.get('hidden', 0):,}"
     lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
     return lines
 

@@ -1,0 +1,222 @@
+"""Sources that are folders of images: train/CLASS/* and val/CLASS/*, and Kaggle's copy of ImageNet."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.errors import UserError, named
+from pipelines.index import sorted_classes
+from tools.sharding.entries import (
+    EXTENSIONS,
+    MISPLACED,
+    SPLITS,
+    VAL_NAMES,
+    Entry,
+    Source,
+    SourceOptions,
+    Unused,
+    beside,
+    composed,
+    contents_of,
+    is_image,
+    is_utf8,
+    misplaced,
+    printable,
+    sample_key,
+    unused_in,
+)
+
+KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
+KAGGLE_SOLUTION = "LOC_val_solution.csv"
+_KAGGLE_MAPPING = "LOC_synset_mapping.txt"
+# What lies beside the images in Kaggle's download and is for localization or the test, by folder.
+_KAGGLE_OTHERS = {
+    Path("."): (
+        *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
+        *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
+    ),
+    Path("ILSVRC"): ("Annotations", "ImageSets"),
+    Path("ILSVRC/Data"): (),
+    KAGGLE_DATA: ("test",),
+}
+
+
+# --- train/CLASS/* and val/CLASS/* ---
+
+
+def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
+    """An image folder."""
+    train = root / "train"
+    if not train.is_dir():
+        raise UserError(
+            f"{train}: not found. Expected {root}/train/CLASS/*.jpg and, for validation, {root}/val/CLASS/*"
+        )
+    classes = class_folders(train, options.class_order)
+    if not classes:
+        raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
+    inside = contents_of(root)
+    for name in inside.folders:
+        if name != "val" and name.lower() in VAL_NAMES:
+            raise UserError(f"{root / name}: the validation images belong in {root / 'val'}. Rename it")
+
+    def list_split(split: str) -> Iterator[Entry | Unused]:
+        if split == "train":
+            yield from unused_in(inside, "")
+            others = [name for name in inside.visible if name not in (*SPLITS, *inside.others)]
+            yield from misplaced("", others, f"neither train nor val: move it out of {root.name}")
+        yield from _list_split(root, split, classes)
+
+    splits = {split: lambda split=split: list_split(split) for split in SPLITS if (root / split).is_dir()}
+    order = options.class_order or "unstated"
+    return Source("folder", root, classes, [], splits, lambda place: (root / place).read_bytes(), class_order=order)
+
+
+def class_folders(folder: Path, order: str = "") -> list[str]:
+    """The classes in the given order, one of pipelines.index.CLASS_ORDERS; "" is text.
+
+    Raises:
+      UserError: two of them would have samples of the same names, or look alike; all such are named.
+    """
+    names = sorted_classes(contents_of(folder).folders, order or "text")
+    if broken := [printable(name) for name in names if not is_utf8(name)]:
+        raise UserError(f"{folder}: folders whose names are not UTF-8: {named(broken)}. Rename them")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(sample_key(composed(name), ""), []).append(name)
+    if pairs := [f"{' and '.join(same)} (class {key})" for key, same in alike.items() if len(same) > 1]:
+        raise UserError(f"{folder}: folders that would be one class: {named(pairs)}. Rename all but one of each")
+    return names
+
+
+def _list_split(root: Path, split: str, classes: list[str]) -> Iterator[Entry | Unused]:
+    folder, inside = root / split, contents_of(root / split)
+    yield from unused_in(inside, split)
+    images = [name for name in inside.files if is_image(name)]
+    if images and not inside.folders:
+        raise UserError(f"{folder}: {len(images)} images lie directly in it, as {images[0]}. {_flat_advice(folder)}")
+    yield from misplaced(split, images, "an image outside of the class folders: move it into its class")
+    others = sorted({*inside.files} - {*images})
+    yield from misplaced(split, others, "a file beside the class folders: unpack it into its class, or move it away")
+    # The same class may be written composed in one split and decomposed in the other.
+    found = {composed(name): name for name in inside.folders}
+    known = {composed(name) for name in classes}
+    strangers = [name for form, name in found.items() if form not in known]
+    yield from misplaced(split, strangers, "a class without a folder in train: move it away, or add the images there")
+    for label, class_id in enumerate(classes):
+        if name := found.get(composed(class_id)):
+            yield from list_class(root, Path(split) / name, class_id, label)
+
+
+def _flat_advice(folder: Path) -> str:
+    """What to do with images that are not in class folders: they may be part of a download that has the labels."""
+    for above in folder.resolve().parents:
+        if (above / KAGGLE_DATA).is_dir():
+            return f"This is Kaggle's download: give {above}, where {KAGGLE_SOLUTION} with their classes belongs"
+    return (
+        f"Sort them into class folders; or, if they are ImageNet's, give the folder that has {KAGGLE_SOLUTION} "
+        "(Kaggle) or ILSVRC2012_img_val.tar and the devkit"
+    )
+
+
+def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[Entry | Unused]:
+    """The images of one class.
+
+    Args:
+      folder: relative to `root`.
+    """
+    inside = contents_of(root / folder)
+    yield from unused_in(inside, str(folder))
+    yield from misplaced(str(folder), inside.folders, "a folder inside a class: move its images up")
+    if not any(map(is_image, inside.files)):
+        reason = f"no images ({', '.join(EXTENSIONS)}): add some, or move the folder away"
+        yield Unused(MISPLACED, printable(str(folder)), reason)
+    by_key: dict[str, str] = {}
+    for file in inside.files:
+        # A name that is no image's is looked at as well, and rejected with its name.
+        key = sample_key(class_id, Path(file).stem if is_image(file) else file)
+        location = f"{folder}/{file}"
+        if not is_utf8(file):
+            yield Unused(MISPLACED, printable(location), "a name that is not UTF-8: rename it")
+        elif key in by_key:
+            yield Unused(MISPLACED, location, f"would be sample {key}, as {by_key[key]}: rename one")
+        else:
+            by_key[key] = file
+            yield Entry(key, label, location, location)
+
+
+# --- Kaggle's copy of ImageNet ---
+
+
+def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
+    """Kaggle's download of imagenet-object-localization-challenge."""
+    train, solution = root / KAGGLE_DATA / "train", root / KAGGLE_SOLUTION
+    if not train.is_dir():
+        raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
+    classes = class_folders(train, options.class_order)
+    numbers = {wnid: label for label, wnid in enumerate(classes)}
+    splits = {"train": lambda: _list_kaggle_train(root, classes)}
+    if (root / KAGGLE_DATA / "val").is_dir():
+        if not solution.is_file():
+            raise UserError(
+                f"{solution}: not found, and it holds the classes of the images in {root / KAGGLE_DATA / 'val'}. Put "
+                "it there, or move that folder away"
+            )
+        splits["val"] = lambda: _list_kaggle_val(root, solution, numbers)
+    names = _kaggle_names(root / _KAGGLE_MAPPING, classes)
+    order = options.class_order or "unstated"
+    return Source("kaggle", root, classes, names, splits, lambda place: (root / place).read_bytes(), class_order=order)
+
+
+def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
+    """Words for the classes from a line 'WNID words' each; [] where there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Restore it, or move it away") from error
+    words = dict(line.split(" ", 1) for line in lines if " " in line)
+    return [words.get(wnid, wnid) for wnid in classes] if words else []
+
+
+def _list_kaggle_train(root: Path, classes: list[str]) -> Iterator[Entry | Unused]:
+    used = {Path("."): ("ILSVRC", KAGGLE_SOLUTION, _KAGGLE_MAPPING), Path("ILSVRC"): ("Data",)}
+    used |= {Path("ILSVRC/Data"): ("CLS-LOC",), KAGGLE_DATA: SPLITS}
+    for folder, others in _KAGGLE_OTHERS.items():
+        name = "" if folder == Path(".") else str(folder)
+        yield from beside(contents_of(root / folder), name, used[folder], others)
+    train = KAGGLE_DATA / "train"
+    inside = contents_of(root / train)
+    yield from unused_in(inside, str(train))
+    yield from misplaced(str(train), inside.files, "a file beside the class folders: move it into its class, or away")
+    for label, wnid in enumerate(classes):
+        yield from list_class(root, train / wnid, wnid, label)
+
+
+def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Iterator[Entry | Unused]:
+    folder, labels = KAGGLE_DATA / "val", _read_solution(solution)
+    inside = contents_of(root / folder)
+    yield from unused_in(inside, str(folder))
+    yield from misplaced(str(folder), inside.folders, "a folder among the validation images: move it away")
+    files = {Path(name).stem: name for name in inside.files}
+    if different := sorted({*files} ^ {*labels}):
+        where = f"in {folder}" if different[0] in labels else "among its lines"
+        raise UserError(f"{solution}: {different[0]} is not {where} ({len(different)} such). Restore both")
+    if strangers := [f"{image} (class {wnid})" for image, wnid in sorted(labels.items()) if wnid not in numbers]:
+        raise UserError(f"{solution}: classes without a training folder: {named(strangers)}. Restore those folders")
+    for image, wnid in sorted(labels.items()):
+        location = str(folder / files[image])
+        yield Entry(sample_key(wnid, image), numbers[wnid], location, location)
+
+
+def _read_solution(path: Path) -> dict[str, str]:
+    """Kaggle's answers: image -> wnid of its class.
+
+    Raises:
+      UserError: it cannot be read, or a line has no class.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({error!r}). Download it again"
+        ) from error
