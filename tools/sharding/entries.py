@@ -22,6 +22,8 @@ _SYSTEM_NAMES = {
     *("__macosx", "@eadir", "thumbs.db", "desktop.ini"),
     *("lost+found", "$recycle.bin", "system volume information"),
 }
+# What the sources of all kinds consist of.
+_PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
 HIDDEN, EXPECTED, MISPLACED = "hidden", "expected", "misplaced"  # kinds of Unused
 
 
@@ -210,11 +212,30 @@ def beside(inside: Contents, folder: str, used: tuple[str, ...], others: tuple[s
       others: patterns of what usually lies there for other purposes.
     """
     yield from unused_in(inside, folder)
-    left = [name for name in inside.visible if name not in (*used, *inside.others)]
-    usual = [name for name in left if any(fnmatch(name, pattern) for pattern in others)]
-    for name in usual:
-        yield Unused(EXPECTED, _below(folder, name), "part of the download, not of train or val")
-    yield from misplaced(folder, [name for name in left if name not in usual], "not part of the layout: move it away")
+    for name in inside.visible:
+        if name in used or name in inside.others:
+            continue
+        if any(fnmatch(name, pattern) for pattern in others):
+            yield Unused(EXPECTED, _below(folder, name), "part of the download, not of train or val")
+        else:
+            yield from misplaced(folder, [name], "not part of the layout: move it away")
+
+
+def beside_source(
+    root: Path, options: SourceOptions, used: tuple[str, ...], others: tuple[str, ...]
+) -> Iterator[Unused]:
+    """The entries of a source's own folder that are not read, as `beside`.
+
+    What sources of other kinds consist of may lie there as well, if the person said which of them is meant.
+    """
+    for each in beside(contents_of(root), "", used, others):
+        if each.kind == MISPLACED and any(fnmatch(each.source, pattern) for pattern in _PARTS_OF_SOURCES):
+            said = "another source, and --source chose this one"
+            asked = "part of another source: say with --source which one is meant, or move it away"
+            each = (
+                Unused(MISPLACED, each.source, asked) if options.kind == "auto" else Unused(EXPECTED, each.source, said)
+            )
+        yield each
 
 
 def _below(folder: str, name: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from pipelines.errors import UserError, named
 from pipelines.index import sorted_classes
 from tools.sharding.entries import (
-    EXTENSIONS,
     MISPLACED,
     SPLITS,
     VAL_NAMES,
@@ -16,6 +15,7 @@ from tools.sharding.entries import (
     SourceOptions,
     Unused,
     beside,
+    beside_source,
     composed,
     contents_of,
     is_image,
@@ -29,16 +29,17 @@ from tools.sharding.entries import (
 KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _KAGGLE_MAPPING = "LOC_synset_mapping.txt"
-# What lies beside the images in Kaggle's download and is for localization or the test, by folder.
-_KAGGLE_OTHERS = {
-    Path("."): (
-        *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
-        *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
-    ),
-    Path("ILSVRC"): ("Annotations", "ImageSets"),
-    Path("ILSVRC/Data"): (),
-    KAGGLE_DATA: ("test",),
-}
+# What lies beside the images in Kaggle's download and is for localization or the test.
+_BESIDE_ILSVRC = (
+    *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
+    *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
+)
+# folder, what is read of it, what else usually lies there
+_KAGGLE_FOLDERS = (
+    ("ILSVRC", ("Data",), ("Annotations", "ImageSets")),
+    ("ILSVRC/Data", ("CLS-LOC",), ()),
+    (str(KAGGLE_DATA), SPLITS, ("test",)),
+)
 
 
 # --- train/CLASS/* and val/CLASS/* ---
@@ -61,9 +62,7 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
     def list_split(split: str) -> Iterator[Entry | Unused]:
         if split == "train":
-            yield from unused_in(inside, "")
-            others = [name for name in inside.visible if name not in (*SPLITS, *inside.others)]
-            yield from misplaced("", others, f"neither train nor val: move it out of {root.name}")
+            yield from beside_source(root, options, tuple(name for name in SPLITS if name in inside.folders), ())
         yield from _list_split(root, split, classes)
 
     splits = {split: lambda split=split: list_split(split) for split in SPLITS if (root / split).is_dir()}
@@ -127,9 +126,8 @@ def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[
     inside = contents_of(root / folder)
     yield from unused_in(inside, str(folder))
     yield from misplaced(str(folder), inside.folders, "a folder inside a class: move its images up")
-    if not any(map(is_image, inside.files)):
-        reason = f"no images ({', '.join(EXTENSIONS)}): add some, or move the folder away"
-        yield Unused(MISPLACED, printable(str(folder)), reason)
+    if not inside.files:
+        yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
     by_key: dict[str, str] = {}
     for file in inside.files:
         # A name that is no image's is looked at as well, and rejected with its name.
@@ -154,7 +152,7 @@ def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
         raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
     classes = class_folders(train, options.class_order)
     numbers = {wnid: label for label, wnid in enumerate(classes)}
-    splits = {"train": lambda: _list_kaggle_train(root, classes)}
+    splits = {"train": lambda: _list_kaggle_train(root, options, classes)}
     if (root / KAGGLE_DATA / "val").is_dir():
         if not solution.is_file():
             raise UserError(
@@ -177,12 +175,10 @@ def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
     return [words.get(wnid, wnid) for wnid in classes] if words else []
 
 
-def _list_kaggle_train(root: Path, classes: list[str]) -> Iterator[Entry | Unused]:
-    used = {Path("."): ("ILSVRC", KAGGLE_SOLUTION, _KAGGLE_MAPPING), Path("ILSVRC"): ("Data",)}
-    used |= {Path("ILSVRC/Data"): ("CLS-LOC",), KAGGLE_DATA: SPLITS}
-    for folder, others in _KAGGLE_OTHERS.items():
-        name = "" if folder == Path(".") else str(folder)
-        yield from beside(contents_of(root / folder), name, used[folder], others)
+def _list_kaggle_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
+    yield from beside_source(root, options, ("ILSVRC", KAGGLE_SOLUTION, _KAGGLE_MAPPING), _BESIDE_ILSVRC)
+    for folder, used, others in _KAGGLE_FOLDERS:
+        yield from beside(contents_of(root / folder), folder, used, others)
     train = KAGGLE_DATA / "train"
     inside = contents_of(root / train)
     yield from unused_in(inside, str(train))

@@ -17,8 +17,7 @@ from tools.sharding.entries import (
     Source,
     SourceOptions,
     Unused,
-    beside,
-    contents_of,
+    beside_source,
     is_hidden,
     is_image,
     sample_key,
@@ -45,7 +44,7 @@ def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:
     # Classes are numbered by WordNet id, as every model of ImageNet expects; the devkit's own numbers are others.
     classes = sorted(wnid for wnid, _ in synsets.values())
     names = {wnid: words for wnid, words in synsets.values()}
-    splits = {"train": lambda: _list_train(root, classes)}
+    splits = {"train": lambda: _list_train(root, options, classes)}
     if (root / VAL_TAR).is_file():
         labels = {i + 1: classes.index(synsets[number][0]) for i, number in enumerate(ground_truth)}
         splits["val"] = lambda: _list_val_tar(root / VAL_TAR, classes, labels)
@@ -75,9 +74,9 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
         raise UserError(f"{path}: not the ILSVRC2012 devkit, or damaged ({error}). Download it again") from error
 
 
-def _list_train(root: Path, classes: list[str]) -> Iterator[Entry | Unused]:
+def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
     """The images in the class tars in the tar, located by their bytes in the outer file: nothing is unpacked."""
-    yield from beside(contents_of(root), "", (TRAIN_TAR, VAL_TAR, DEVKIT), _OTHERS)
+    yield from beside_source(root, options, (TRAIN_TAR, VAL_TAR, DEVKIT), _OTHERS)
     path, numbers = root / TRAIN_TAR, {wnid: label for label, wnid in enumerate(classes)}
     with open(path, "rb") as file:
         members = yield from _members(path, file, lambda name: name.endswith(".tar"), "no tar of a class")

@@ -56,6 +56,8 @@ def _nearest(root: Path) -> str:
         if (above / KAGGLE_DATA).is_dir():
             return f"It is a part of Kaggle's download: give {above}"
     inside = contents_of(root)
+    if reason := inside.others.get("train"):
+        return f"Its train is {reason}"
     named_alike = [name for name in inside.folders if name.lower() in ("train", "training")]
     if named_alike:
         return f"Expected the training images in {root / 'train'}: rename {root / named_alike[0]}"
