@@ -24,6 +24,7 @@ _SYSTEM_NAMES = {
 }
 # What the sources of all kinds consist of.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
+_STRANGER = "not part of the layout: move it away"
 HIDDEN, EXPECTED, MISPLACED = "hidden", "expected", "misplaced"  # kinds of Unused
 
 
@@ -218,7 +219,7 @@ def beside(inside: Contents, folder: str, used: tuple[str, ...], others: tuple[s
         if any(fnmatch(name, pattern) for pattern in others):
             yield Unused(EXPECTED, _below(folder, name), "part of the download, not of train or val")
         else:
-            yield from misplaced(folder, [name], "not part of the layout: move it away")
+            yield from misplaced(folder, [name], _STRANGER)
 
 
 def beside_source(
@@ -229,7 +230,7 @@ def beside_source(
     What sources of other kinds consist of may lie there as well, if the person said which of them is meant.
     """
     for each in beside(contents_of(root), "", used, others):
-        if each.kind == MISPLACED and any(fnmatch(each.source, pattern) for pattern in _PARTS_OF_SOURCES):
+        if each.reason == _STRANGER and any(fnmatch(each.source, pattern) for pattern in _PARTS_OF_SOURCES):
             said = "another source, and --source chose this one"
             asked = "part of another source: say with --source which one is meant, or move it away"
             each = (

@@ -63,7 +63,7 @@ TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 GO_ON = "Run the same command again to go on: finished shards are kept"
 _JOB = "job.json"
 _HASHES_AT_A_TIME = 1 << 20  # of the search for duplicates, which never holds more
-_NAMED = 10  # rejected images in an error; a longer list goes into a file
+_NAMED = 5  # rejected images in an error; a longer list goes into a file
 _EXAMPLES = 1000  # of each kind of remark in the manifest; all of them are in audit.jsonl
 
 
@@ -133,7 +133,7 @@ def build(
         busy = f"another process is already working on {partial}, part {part[0] + 1}"
         with locked(partial / f".lock-{part[0]}-{part[1]}", busy):
             if not (partial / MANIFEST).is_file():  # else it was interrupted at the very end
-                with locked(partial / ".lock-listing", "", wait=True):
+                with locked(partial / ".lock-listing", "", wait=True), _nothing_left_behind(partial):
                     _list(partial, source, skip_bad)
                 _write_shards(partial, source, source_options, options, workers, part, on_progress)
                 if part[1] > 1:
@@ -292,25 +292,35 @@ def _list(partial: Path, source: Source, skip_bad: bool) -> None:
       UserError: it is not, or something in the source is not understood and `skip_bad` is off; all of that is named.
     """
     new = [split for split in source.splits if not _listing(partial, split).is_file()]
-    for split in source.splits:
-        if split in new:
-            _write_listing(partial, split, source)
-        elif not source.copies and _digest(source.splits[split]()) != _listed(partial, split)["sha256"]:
-            raise UserError(
-                f"{source.root}: its {split} images have changed since the conversion began. Put them back, or remove "
-                f"{partial} to begin again"
-            )
-    unused = [each for split in source.splits for each in read_unused(partial, split)]
     try:
-        refuse_misplaced(source.root, unused, skip_bad)
+        for split in source.splits:
+            if split in new:
+                _write_listing(partial, split, source)
+            elif not source.copies and _digest(source.splits[split]()) != _listed(partial, split)["sha256"]:
+                raise UserError(
+                    f"{source.root}: its {split} images have changed since the conversion began. Put them back, or "
+                    f"remove {partial} to begin again"
+                )
+        refuse_misplaced(
+            source.root, (each for split in source.splits for each in read_unused(partial, split)), skip_bad
+        )
         for split in source.splits:
             if not _num_listed(partial, split):
-                raise UserError(
-                    f"{source.root}: no images in its split {split}. Add some, or move the empty split away"
-                )
+                raise UserError(f"{source.root}: no images in split {split}. Add some, or move the empty split away")
     except UserError:
         for split in new:  # no shard was written from it, and the person may now change the source
-            _listing(partial, split).unlink()
+            _listing(partial, split).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(partial: Path) -> Iterator[None]:
+    """After an error, remove OUT.partial if nothing was listed before: the next command may be another one."""
+    try:
+        yield
+    except UserError:
+        if not any((partial / "listing").glob("*.json")):
+            shutil.rmtree(partial)
         raise
 
 

@@ -45,7 +45,7 @@ def open_source(root: Path, options: SourceOptions, scratch: Path) -> Source:
     source = KINDS[kind][1](root, options, scratch)
     if options.class_order and source.class_order == "given":
         raise UserError(
-            f"--class-order {options.class_order}: this {kind} source numbers its classes itself. Leave it out"
+            f"--class-order is {options.class_order}, and this {kind} source numbers its classes itself. Leave it out"
         )
     return source
 

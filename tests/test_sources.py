@@ -1,0 +1,495 @@
+"""The rules about other people's folders: nothing visible is left out in silence, and sound input is taken."""
+
+import errno
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_kaggle
+
+from pipelines import files
+from pipelines.errors import UserError
+from pipelines.index import class_order_doubt, read_index, read_manifest
+from tools.shard_imagenet import main
+from tools.sharding import job
+from tools.sharding.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
+from tools.sharding.job import BuildOptions
+from tools.sharding.sources import open_source
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def jpeg(colour: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (colour % 256, 90, 200)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def put(folder: Path, *names: str) -> None:
+    """Write an image under each name; a name that ends in / is an empty folder."""
+    for number, name in enumerate(names):
+        path = folder / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+
+
+def make_folder(root: Path, classes=CLASSES, splits=("train", "val")) -> Path:
+    put(root, *(f"{split}/{name}/{i}.jpg" for split in splits for name in classes for i in range(2)))
+    return root
+
+
+def listed(root: Path, **options) -> tuple[list, dict[str, list[Unused]]]:
+    """Samples of all splits, and what is not used by its kind."""
+    source = open_source(root, SourceOptions(**options), root / "none")
+    found = [each for split in source.splits.values() for each in split()]
+    unused = {kind: [each for each in found if isinstance(each, Unused) and each.kind == kind] for kind in KINDS}
+    return [each for each in found if not isinstance(each, Unused)], unused
+
+
+KINDS = (HIDDEN, EXPECTED, MISPLACED)
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    return make_folder(tmp_path / "src")
+
+
+# --- everything visible is used or named ---
+
+MISPLACED_ENTRIES = {
+    "a loose image beside train": "cover.jpg",
+    "notes beside train": "README.txt",
+    "test images": "test/x.jpg",
+    "a file called val": "val",
+    "an archive beside the classes": "train/dog.tar",
+    "a list beside the classes": "val/labels.csv",
+    "a loose image among the classes": "train/x.jpg",
+    "a class that training lacks": "val/dog/x.jpg",
+    "a folder inside a class": "train/ant/more/x.jpg",
+    "an empty class": "train/dog/",
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED_ENTRIES.values(), ids=MISPLACED_ENTRIES)
+def test_a_visible_entry_that_is_no_sample_ends_the_conversion_by_name(tmp_path, name):
+    src = make_folder(tmp_path / "src", splits=("train",) if name == "val" else ("train", "val"))
+    put(src, name)
+    with pytest.raises(UserError, match="would be left out") as caught:
+        convert(src, tmp_path / "out")
+    seen = next(part for part in (name.rstrip("/"), *map(str, Path(name).parents)) if part in str(caught.value))
+    assert len(seen.split("/")) >= min(2, len(Path(name).parts) - 1) and "--on-bad skip" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+LINKS = ("train/bee", "val", "train/ant/5.jpg", "val/cat", "more")
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_to_nothing_is_named_wherever_it_stands(tmp_path, name):
+    src = make_folder(tmp_path / "src", splits=("train",) if name == "val" else ("train", "val"))
+    path = src / name
+    if path.is_dir():
+        path.rename(tmp_path / "moved")
+    path.symlink_to("/nowhere/at/all")
+    with pytest.raises(UserError, match=rf"{name}: a link to /nowhere/at/all, which is not there"):
+        convert(src, tmp_path / "out")
+
+
+def test_a_link_to_images_is_followed_as_a_folder_and_as_a_file(src, tmp_path):
+    (src / "train" / "bee").rename(tmp_path / "elsewhere")
+    (src / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    (src / "train" / "ant" / "more.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")
+    samples, unused = listed(src)
+    assert len(samples) == 13 and not any(unused.values())
+
+
+def test_a_link_of_train_to_nothing_is_the_reason_that_is_given(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "train").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="Its train is a link to /nowhere, which is not there"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
+def test_pipes_and_sockets_are_named_and_never_read(src, tmp_path):
+    os.mkfifo(src / "train" / "ant" / "pipe.jpg")
+    with pytest.raises(UserError, match="train/ant/pipe.jpg: neither a file nor a folder"):
+        convert(src, tmp_path / "out")
+
+
+def test_what_a_person_leaves_out_is_listed_in_the_manifest_and_shown(src, tmp_path, capsys):
+    put(src, "README.txt", "train/dog.tar", "val/dog/x.jpg")
+    main(["build", str(src), str(tmp_path / "out"), "--on-bad", "skip", "--workers", "1"])
+    assert "3 left out" in capsys.readouterr().out
+    audit = read_manifest(tmp_path / "out")["audit"]
+    assert audit["counts"]["left_out"] == 3
+    assert {item["source"] for item in audit["left_out"]} == {"README.txt", "train/dog.tar", "val/dog"}
+    main(["info", str(tmp_path / "out")])
+    assert "left out" in capsys.readouterr().out
+    # The decision holds for what was seen; a further entry is a change.
+    put(src, "train/new.tar")
+    with pytest.raises(UserError, match="the source's train images are others by now"):
+        convert(src, tmp_path / "out", samples_per_shard=5000, skip_bad=True)
+
+
+def test_all_entries_are_named_at_once_ten_at_the_most(src, tmp_path):
+    put(src, *(f"train/ant/nested{i}/" for i in range(30)))
+    with pytest.raises(UserError, match=r"30 entries would be left out. .*nested0, .* and 20 more") as caught:
+        convert(src, tmp_path / "out")
+    assert str(caught.value).count("nested") == 10
+
+
+def test_after_the_person_has_moved_things_the_same_command_converts(src, tmp_path):
+    """Advice is tried: a nested folder's images moved up, a stray file moved away."""
+    put(src, "train/ant/more/x.jpg", "notes.txt")
+    with pytest.raises(UserError, match="2 entries would be left out"):
+        convert(src, tmp_path / "out")
+    (src / "train/ant/more/x.jpg").rename(src / "train/ant/x.jpg")
+    (src / "train/ant/more").rmdir()
+    (src / "notes.txt").rename(tmp_path / "notes.txt")
+    assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 7
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "Val", "VALIDATION"])
+def test_a_validation_folder_of_a_usual_name_is_named_and_renaming_it_helps(tmp_path, name):
+    src = make_folder(tmp_path / "src", splits=("train", name))
+    with pytest.raises(UserError, match=f"{name}: the validation images belong in .*val. Rename it"):
+        convert(src, tmp_path / "out")
+    (src / name).rename(src / "val")
+    assert convert(src, tmp_path / "out")["splits"]["val"]["samples"] == 6
+
+
+NEAR = {
+    "the folder train itself": (["train/ant/0.jpg", "val/ant/0.jpg"], "train", "Give the folder above it"),
+    "classes without a split": (["ant/0.jpg", "bee/0.jpg"], "", "belong one level deeper: move them into"),
+    "train under another name": (["Training/ant/0.jpg"], "", "rename .*Training"),
+    "validation alone": (["val/ant/0.jpg"], "", "validation images alone"),
+    "an image": (["x.jpg"], "x.jpg", "a file, not a folder"),
+}
+
+
+@pytest.mark.parametrize(("names", "given", "message"), NEAR.values(), ids=NEAR)
+def test_the_folder_that_is_meant_is_named(tmp_path, names, given, message):
+    put(tmp_path / "src", *names)
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "src" / given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC", "ILSVRC/Data/CLS-LOC/train"])
+def test_a_part_of_kaggles_download_leads_to_the_whole(tmp_path, inside):
+    write_kaggle(tmp_path / "src")
+    with pytest.raises(UserError, match=f"[Gg]ive {tmp_path}/src"):
+        convert(tmp_path / "src" / inside, tmp_path / "out")
+    assert "val" in convert(tmp_path / "src", tmp_path / "out")["splits"]
+
+
+def test_the_usual_company_of_imagenets_files_is_listed_and_strangers_are_named(tmp_path):
+    write_kaggle(tmp_path / "kaggle")
+    put(tmp_path / "kaggle", "ILSVRC/Annotations/x.xml", "ILSVRC/ImageSets/", "ILSVRC/Data/CLS-LOC/test/x.JPEG")
+    put(tmp_path / "kaggle", "LOC_train_solution.csv", "LOC_sample_submission.csv")
+    _, unused = listed(tmp_path / "kaggle")
+    assert len(unused[EXPECTED]) == 5 and not unused[MISPLACED]
+    put(tmp_path / "kaggle", "ILSVRC/Data/CLS-LOC/extra/x.JPEG", "ILSVRC/Data/CLS-LOC/val/more/x.JPEG", "my.zip")
+    put(tmp_path / "kaggle", "ILSVRC/Data/CLS-LOC/train/n01440764.tar")
+    _, unused = listed(tmp_path / "kaggle")
+    assert [each.source.rpartition("/")[2] for each in unused[MISPLACED]] == [
+        "my.zip",
+        "extra",
+        "n01440764.tar",
+        "more",
+    ]
+
+    write_ilsvrc(tmp_path / "ilsvrc")
+    put(tmp_path / "ilsvrc", "ILSVRC2012_img_test_v10102019.tar", "meta.bin", "ILSVRC2012_bbox_train_v2.tar.gz")
+    _, unused = listed(tmp_path / "ilsvrc")
+    assert len(unused[EXPECTED]) == 3 and not unused[MISPLACED]
+
+
+def test_two_kinds_of_sources_in_one_folder_are_told_apart_by_the_option(tmp_path):
+    write_ilsvrc(tmp_path / "src")
+    make_folder(tmp_path / "src")
+    with pytest.raises(UserError, match="train, val: part of another source: say with --source"):
+        convert(tmp_path / "src", tmp_path / "out")
+    samples, unused = listed(tmp_path / "src", kind="folder")
+    assert len(samples) == 12 and len(unused[EXPECTED]) == 3 and not unused[MISPLACED]
+    _, unused = listed(tmp_path / "src", kind="ilsvrc")
+    assert len(unused[EXPECTED]) == 2 and not unused[MISPLACED]
+
+
+def test_files_in_imagenets_tars_that_are_no_images_are_named(tmp_path):
+    write_ilsvrc(tmp_path / "src")
+    with tarfile.open(tmp_path / "src" / "ILSVRC2012_img_val.tar", "a") as tar:
+        for name in ("labels.txt", "._ILSVRC2012_val_00000001.JPEG"):
+            tar.addfile(tarfile.TarInfo(name))
+    _, unused = listed(tmp_path / "src")
+    assert [each.source for each in unused[MISPLACED]] == ["ILSVRC2012_img_val.tar: labels.txt"]
+    assert len(unused[HIDDEN]) == 1
+
+
+# --- hidden and system files ---
+
+HIDDEN_NAMES = ("._0.jpg", ".DS_Store", ".cache", "Thumbs.db", "thumbs.db", "desktop.ini", "@eaDir", "__MACOSX")
+
+
+def test_the_rule_about_hidden_names_holds_for_each_part_of_a_path():
+    assert all(map(is_hidden, HIDDEN_NAMES)) and is_hidden("a/__MACOSX/b.jpg") and is_hidden("./a/._b")
+    assert not any(map(is_hidden, ("a.jpg", "./a/b.jpg", "../a", "a.b/c", "eaDir", "Thumbs.dbx", "a/")))
+
+
+@pytest.mark.parametrize("folder", ["", "train", "val", "train/ant", "val/bee"])
+def test_hidden_files_are_passed_over_and_counted_in_image_folders(src, folder):
+    before, _ = listed(src)
+    for name in HIDDEN_NAMES:
+        path = src / folder / name
+        path.mkdir() if name in ("@eaDir", "__MACOSX", ".cache") else path.write_bytes(b"x")
+    after, unused = listed(src)
+    assert after == before and len(unused[HIDDEN]) == len(HIDDEN_NAMES) and not unused[MISPLACED]
+
+
+def test_hidden_files_are_passed_over_and_counted_in_kaggles_layout(tmp_path):
+    write_kaggle(tmp_path / "src")
+    before, _ = listed(tmp_path / "src")
+    folders = ("", "ILSVRC", "ILSVRC/Data/CLS-LOC", "ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val")
+    for folder in folders:
+        (tmp_path / "src" / folder / "._x.JPEG").write_bytes(b"x")
+    after, unused = listed(tmp_path / "src")
+    assert after == before and len(unused[HIDDEN]) == len(folders)
+
+
+def test_a_hidden_file_that_appears_later_changes_nothing(src, tmp_path):
+    manifest = convert(src, tmp_path / "out")
+    assert manifest["audit"]["counts"]["hidden"] == 0
+    (src / "train" / "ant" / ".DS_Store").touch()
+    assert convert(src, tmp_path / "out") == manifest
+
+
+# --- the order of classes ---
+
+
+def numbered(root: Path) -> Path:
+    return make_folder(root, [str(number) for number in range(12)])
+
+
+def test_an_order_that_tools_disagree_on_is_spoken_of_by_build_and_info(tmp_path, capsys):
+    src, out = numbered(tmp_path / "src"), tmp_path / "out"
+    main(["build", str(src), str(out), "--workers", "1"])
+    assert "class 2 is '10' in text order" in (said := capsys.readouterr().err) and "--class-order" in said
+    main(["info", str(out)])
+    assert "class 2 is '10'" in " ".join(capsys.readouterr().out.split())
+    assert read_manifest(out)["class_order"] == "unstated"
+
+
+def test_an_order_that_is_stated_is_taken_and_not_doubted(tmp_path, capsys):
+    src = numbered(tmp_path / "src")
+    for order, third in (("text", "10"), ("numeric", "2")):
+        out = tmp_path / order
+        main(["build", str(src), str(out), "--class-order", order, "--workers", "1"])
+        manifest = read_manifest(out)
+        assert manifest["classes"][2] == third and class_order_doubt(manifest) == ""
+        label = int(read_index(out, "train").samples["label"][0])
+        key = read_index(out, "train").samples["key"][0].decode()
+        assert manifest["classes"][label] == key.partition("/")[0]
+    assert "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "doubt"),
+    [
+        (["a", "b", "c"], False),
+        ([f"n{number:08d}" for number in range(5)], False),
+        (["class1", "class2", "class10"], True),
+        (["Zebra", "apple"], True),
+        (["01", "02", "10"], False),
+        (["v1.9", "v1.10"], True),
+    ],
+)
+def test_only_names_whose_text_and_numeric_orders_differ_are_in_doubt(tmp_path, names, doubt):
+    source = open_source(make_folder(tmp_path / "src", names), SourceOptions(), tmp_path)
+    assert source.classes == sorted(names)
+    assert bool(class_order_doubt(job._describe(source, BuildOptions()))) == doubt
+
+
+def test_the_numeric_order_is_the_one_of_timms_reader(tmp_path):
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    src = make_folder(tmp_path / "src", ["b10", "b9", "A", "c", "10", "9"], splits=("train",))
+    _, timms = find_images_and_targets(str(src / "train"))
+    assert open_source(src, SourceOptions(class_order="numeric"), tmp_path).classes == sorted(timms, key=timms.get)
+
+
+def test_stating_the_order_that_was_taken_needs_no_second_conversion(tmp_path):
+    src, out = numbered(tmp_path / "src"), tmp_path / "out"
+    convert(src, out)
+    before = {name: content for name, content in tree(out).items() if name != "manifest.json"}
+    stated = convert(src, out, source_options=SourceOptions(class_order="text"))
+    assert stated["class_order"] == "text" and class_order_doubt(stated) == ""
+    assert convert(src, out)["class_order"] == "text"  # the statement stays
+    assert {name: content for name, content in tree(out).items() if name != "manifest.json"} == before
+    with pytest.raises(UserError, match="made differently: class"):
+        convert(src, out, source_options=SourceOptions(class_order="numeric"))
+
+
+def test_a_source_that_numbers_its_classes_refuses_another_order(tmp_path):
+    write_ilsvrc(tmp_path / "src")
+    with pytest.raises(UserError, match="--class-order is numeric, and this ilsvrc source numbers its classes itself"):
+        convert(tmp_path / "src", tmp_path / "out", source_options=SourceOptions(class_order="numeric"))
+
+
+# --- names ---
+
+
+def test_any_utf_8_name_is_taken(tmp_path):
+    strange = [
+        "\u200b zero width",
+        "\u3000wide",
+        "a\tb",
+        "line\nbreak",
+        "\u202eright",
+        "\x07bell",
+        "\U0001f600",
+        "e\u0301",
+    ]
+    src = make_folder(tmp_path / "src", ["\u732b", "caf\u00e9 \u00df"], splits=("train",))
+    put(src, *(f"train/\u732b/{name}.jpg" for name in strange))
+    convert(src, tmp_path / "out")
+    assert len(samples_of(tmp_path / "out")) == 4 + len(strange)
+    with tarfile.open(read_index(tmp_path / "out", "train").paths[0]) as tar:
+        assert len([name for name in tar.getnames() if name.endswith(".jpg")]) == 4 + len(strange)
+
+
+def test_all_names_that_are_not_utf_8_are_named_at_once(src, tmp_path):
+    for name in (b"\xff.jpg", b"\xe9t\xe9.jpg"):
+        with open(os.fsencode(src / "train" / "ant") + b"/" + name, "wb") as file:
+            file.write(jpeg())
+    with pytest.raises(UserError, match=r"2 entries .*train/ant/\\xe9t\\xe9.jpg, train/ant/\\xff.jpg: a name that is"):
+        convert(src, tmp_path / "out")
+    os.rename(os.fsencode(src / "train" / "ant") + b"/\xff.jpg", src / "train" / "ant" / "y.jpg")
+    os.rename(os.fsencode(src / "train" / "ant") + b"/\xe9t\xe9.jpg", src / "train" / "ant" / "z.jpg")
+    assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 8
+
+
+def test_a_class_folder_whose_name_is_not_utf_8_is_named(src, tmp_path):
+    os.mkdir(os.fsencode(src / "train") + b"/\xff")
+    with pytest.raises(UserError, match=r"names are not UTF-8: \\xff. Rename them"):
+        convert(src, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "forms", [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9"), ("\uac00", "\u1100\u1161")]
+)
+def test_a_class_that_is_written_in_two_unicode_forms_is_one_class(tmp_path, forms):
+    src = make_folder(tmp_path / "src", [forms[0], "tea"], splits=("train",))
+    make_folder(src, [forms[1], "tea"], splits=("val",))
+    manifest = convert(src, tmp_path / "out")
+    assert manifest["classes"] == sorted([forms[0], "tea"])
+    assert all(manifest["splits"]["val"]["class_counts"])
+
+
+def test_two_training_folders_that_look_alike_are_named(tmp_path):
+    src = make_folder(tmp_path / "src", ["caf\u00e9", "cafe\u0301"], splits=("train",))
+    with pytest.raises(UserError, match="folders that would be one class"):
+        convert(src, tmp_path / "out")
+
+
+# --- file systems and the place to write to ---
+
+
+def no_links(*_, **__):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def no_folder_sync(code: int):
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    return fsync
+
+
+def test_a_file_system_without_hard_links_is_taken(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 6
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_folders_is_taken(src, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(files.os, "fsync", no_folder_sync(code))
+    assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 6
+
+
+def test_a_folder_that_fails_to_sync_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", no_folder_sync(errno.EIO))
+    with pytest.raises(OSError):
+        files.sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "empty", "link", "with/system/files"])
+def test_an_empty_folder_that_is_there_becomes_the_dataset(src, tmp_path, monkeypatch, out):
+    convert(src, tmp_path / "expected")
+    here = tmp_path / "here"
+    (here / "with/system/files/lost+found").mkdir(parents=True)
+    (here / "empty").mkdir()
+    (here / "link").symlink_to("empty")
+    if out == ".":
+        here = here / "empty"
+    monkeypatch.chdir(here)
+    identity = os.stat(out).st_ino
+    convert(src, Path(out))
+    assert os.stat(out).st_ino == identity  # the folder itself stays, as a mount point must
+    assert tree(Path(out)) == tree(tmp_path / "expected")
+    assert not list(here.parent.rglob("*.partial"))
+
+
+def test_an_empty_folder_is_filled_by_several_machines_and_after_a_kill(src, tmp_path):
+    convert(src, tmp_path / "expected", samples_per_shard=2)
+    (tmp_path / "out").mkdir()
+    for part in (1, 0):
+        assert convert(src, tmp_path / "out", samples_per_shard=2, part=(part, 2)) is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
+    job.merge(tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_process_that_is_killed_while_it_moves_files_up_is_completed(src, tmp_path, monkeypatch, moves):
+    convert(src, tmp_path / "expected")
+    (tmp_path / "out").mkdir()
+    rename, done = Path.rename, []
+
+    def killed(path: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path / "out":
+            if len(done) == moves:
+                raise KeyboardInterrupt
+            done.append(path)
+        rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(src, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    convert(src, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("content", ["precious", "train"])
+def test_a_folder_that_holds_somebodys_files_is_never_taken(src, tmp_path, content):
+    put(tmp_path / "out", f"{content}/x.jpg")
+    with pytest.raises(UserError, match="exists already and is not a dataset"):
+        convert(src, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [content]
+
+
+def test_an_out_that_is_a_file_is_refused(src, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(UserError, match="out: exists already and is not a dataset"):
+        convert(src, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"
