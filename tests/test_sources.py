@@ -122,6 +122,76 @@ def test_pipes_and_sockets_are_named_and_never_read(src, tmp_path):
         convert(src, tmp_path / "out")
 
 
+def test_links_in_a_circle_are_named(src, tmp_path):
+    (src / "train" / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="train/loop: Too many levels of symbolic links"):
+        convert(src, tmp_path / "out")
+
+
+def damage(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+NO_SOLUTIONS = (
+    b"",
+    b"a,b\n1,2\n",
+    b"ImageId,PredictionString\nx,\n",
+    bytes(range(256)) * 20,
+    b"ImageId,PredictionString\nx\n",
+)
+
+
+@pytest.mark.parametrize("content", NO_SOLUTIONS, ids=["empty", "columns", "no class", "binary", "cut off"])
+def test_a_list_that_is_not_kaggles_is_named_in_one_short_line(tmp_path, content):
+    write_kaggle(tmp_path / "src")
+    damage(tmp_path / "src" / "LOC_val_solution.csv", content)
+    with pytest.raises(UserError, match="LOC_val_solution.csv: ") as caught:
+        convert(tmp_path / "src", tmp_path / "out")
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 300
+
+
+NO_DEVKITS = {
+    "not a gzip": lambda tar: None,
+    "no meta": lambda tar: add(tar, "x.txt", b"1"),
+    "a matlab 7.3 file": lambda tar: add_devkit(tar, b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(600)),
+    "garbage": lambda tar: add_devkit(tar, bytes(range(256))),
+}
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def add_devkit(tar: tarfile.TarFile, meta: bytes) -> None:
+    add(tar, "data/meta.mat", meta)
+    add(tar, "data/ILSVRC2012_validation_ground_truth.txt", b"1\n")
+
+
+@pytest.mark.parametrize("fill", NO_DEVKITS.values(), ids=NO_DEVKITS)
+def test_a_devkit_that_is_none_is_named_in_one_line(tmp_path, fill):
+    write_ilsvrc(tmp_path / "src")
+    path = tmp_path / "src" / "ILSVRC2012_devkit_t12.tar.gz"
+    damage(path, b"no gzip")
+    if fill is not NO_DEVKITS["not a gzip"]:
+        with tarfile.open(path, "w:gz") as tar:
+            fill(tar)
+    with pytest.raises(UserError, match="not the ILSVRC2012 devkit, or damaged") as caught:
+        convert(tmp_path / "src", tmp_path / "out")
+    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "null"])
+def test_an_unfinished_conversion_that_cannot_be_read_is_named(src, tmp_path, content):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "job.json").write_text(content)
+    for call in (lambda: convert(src, tmp_path / "out"), lambda: job.merge(tmp_path / "out")):
+        with pytest.raises(UserError, match="job.json: damaged, or not of this tool"):
+            call()
+
+
 def test_what_a_person_leaves_out_is_listed_in_the_manifest_and_shown(src, tmp_path, capsys):
     put(src, "README.txt", "train/dog.tar", "val/dog/x.jpg")
     main(["build", str(src), str(tmp_path / "out"), "--on-bad", "skip", "--workers", "1"])

@@ -175,9 +175,15 @@ def contents_of(folder: Path) -> Contents:
     for entry in entries:
         if is_hidden(entry.name):
             found.hidden.append(entry.name)
-        elif entry.is_dir():
+            continue
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError as error:  # links in a circle, for one
+            found.others[entry.name] = f"{error.strerror}: move it away"
+            continue
+        if is_folder:
             found.folders.append(entry.name)
-        elif entry.is_file():
+        elif is_file:
             found.files.append(entry.name)
         else:
             found.others[entry.name] = _kind_of(entry)
@@ -188,7 +194,7 @@ def _kind_of(entry: os.DirEntry) -> str:
     if entry.is_symlink():
         target = printable(os.readlink(entry.path))
         return f"a link to {target}, which is not there: mount or restore it"
-    return "neither a file nor a folder"
+    return "neither a file nor a folder: move it away"
 
 
 def unused_in(contents: Contents, folder: str) -> Iterator[Unused]:

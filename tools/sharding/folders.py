@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.errors import UserError, named
+from pipelines.errors import UserError, clipped, named
 from pipelines.index import sorted_classes
 from tools.sharding.entries import (
     MISPLACED,
@@ -170,7 +170,7 @@ def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Restore it, or move it away") from error
+        raise UserError(f"{path}: cannot be read ({clipped(error)}). Restore it, or move it away") from error
     words = dict(line.split(" ", 1) for line in lines if " " in line)
     return [words.get(wnid, wnid) for wnid in classes] if words else []
 
@@ -214,5 +214,6 @@ def _read_solution(path: Path) -> dict[str, str]:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({error!r}). Download it again"
+            f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({clipped(repr(error))}). "
+            "Download it again"
         ) from error

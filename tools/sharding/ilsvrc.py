@@ -4,12 +4,11 @@ import io
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped, named
 from tools.sharding.entries import (
     HIDDEN,
     MISPLACED,
@@ -46,7 +45,10 @@ def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:
     names = {wnid: words for wnid, words in synsets.values()}
     splits = {"train": lambda: _list_train(root, options, classes)}
     if (root / VAL_TAR).is_file():
-        labels = {i + 1: classes.index(synsets[number][0]) for i, number in enumerate(ground_truth)}
+        numbers = {wnid: label for label, wnid in enumerate(classes)}
+        if strangers := sorted({*ground_truth} - {*synsets}):
+            raise UserError(f"{root / DEVKIT}: labels of no class: {named(strangers)}. Download it again")
+        labels = {i + 1: numbers[synsets[number][0]] for i, number in enumerate(ground_truth)}
         splits["val"] = lambda: _list_val_tar(root / VAL_TAR, classes, labels)
     files = {name: (root / name).stat().st_size for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if (root / name).is_file()}
     return Source("ilsvrc", root, classes, [names[wnid] for wnid in classes], splits, slice_reader(root), files)
@@ -70,8 +72,10 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
             if int(row["num_children"]) == 0  # the others are inner nodes of the hierarchy
         }
         return synsets, [int(line) for line in truth.split()]
-    except (KeyError, ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{path}: not the ILSVRC2012 devkit, or damaged ({error}). Download it again") from error
+    except Exception as error:  # tarfile, zlib and scipy raise whatever damaged files lead them to
+        raise UserError(
+            f"{path}: not the ILSVRC2012 devkit, or damaged ({clipped(repr(error), 100)}). Download it again"
+        ) from error
 
 
 def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:

@@ -155,7 +155,7 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
             return read_manifest(out)
         if not (partial / _JOB).is_file():
             raise UserError(f"{partial}: not found. Run 'build' with --part 1/N to --part N/N first")
-        job = json.loads((partial / _JOB).read_text())
+        job = _read_job(partial)
         with locked(partial / ".lock-merge", f"another process is already merging {partial}"):
             if not (partial / MANIFEST).is_file():
                 _refuse_missing(partial, job)
@@ -267,11 +267,23 @@ def _claim(partial: Path, out: Path, job: dict) -> None:
         with locked(partial / ".lock-claim", "", wait=True):
             if not path.is_file():  # of several machines the first one says what the job is
                 write_synced(path, json.dumps(job).encode())
-    if different := _difference(json.loads(path.read_text()), job):
+    if different := _difference(_read_job(partial), job):
         raise UserError(
             f"{partial}: holds an unfinished conversion that is another one: {different}. Finish that one, "
             "move the folder away, or choose another"
         )
+
+
+def _read_job(partial: Path) -> dict:
+    path = partial / _JOB
+    try:
+        job = json.loads(path.read_text())
+        assert {*job} >= {"source", "options", "classes", "splits"}
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged, or not of this tool, so {partial} cannot be finished. Move that folder away"
+        ) from error
+    return job
 
 
 def _refuse_occupied(partial: Path, out: Path) -> None:
