@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -73,11 +74,12 @@ def making(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; {} if there is none, or if it was cut off by a crash."""
+    """What a JSON file holds; {} if there is none, or if it was cut off by a crash or is something else."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -96,14 +98,37 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
       UserError: another process holds it and `wait` is off; `message` says what that means.
     """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
+    descriptor = _open_lock(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
             raise UserError(f"{message}. Wait for it, or stop it") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be locked ({error.strerror}). Use a file system with locks") from error
+        raise UserError(f"{path}: cannot be locked ({error.strerror}). Use a file system with locks") from error
+    try:
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """The descriptor of a file to lock, which is never written; a link is not followed, and a pipe not waited for.
+
+    Raises:
+      UserError: something else than a regular file has its name.
+    """
+    stranger = UserError(f"{path}: not a file that this program made. Move it away")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise stranger from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise stranger
+    return descriptor
 
 
 # What file systems answer that cannot sync a folder: some on networks, in user space, and on USB sticks.

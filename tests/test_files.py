@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from pipelines.files import replacing, write_synced
+from pipelines.errors import UserError
+from pipelines.files import locked, read_json, replacing, write_synced
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -27,3 +28,35 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     write_synced(pipe, b"content")
     reader.join(timeout=10)
     assert found == [b"content"] and pipe.is_fifo()
+
+
+def make_link(path):
+    (path.parent / "precious").write_text("precious")
+    path.symlink_to("precious")
+
+
+@pytest.mark.parametrize("make", [make_link, os.mkfifo, os.mkdir], ids=["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_of_ours_is_named_and_left_alone(tmp_path, make):
+    path = tmp_path / ".lock"
+    make(path)
+    before = {each.name: each.lstat().st_ino for each in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=".lock: not a file that this program made. Move it away"), locked(path, "busy"):
+        pass
+    assert {each.name: each.lstat().st_ino for each in tmp_path.iterdir()} == before
+    assert all(each.read_text() == "precious" for each in tmp_path.iterdir() if each.is_file())
+    (path.rmdir if path.is_dir() else path.unlink)()  # the advice works
+    with locked(path, "busy"):
+        pass
+
+
+def test_a_lock_keeps_the_content_of_its_file_and_others_out(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with locked(tmp_path / ".lock", "busy"), pytest.raises(UserError, match="busy. Wait for it, or stop it"):
+        locked(tmp_path / ".lock", "busy").__enter__()
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"", b"1"])
+def test_a_json_file_that_holds_no_object_counts_as_none(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    assert read_json(tmp_path / "a.json") == read_json(tmp_path / "none") == read_json(tmp_path) == {}

@@ -563,3 +563,15 @@ def test_an_out_that_is_a_file_is_refused(src, tmp_path):
     with pytest.raises(UserError, match="out: exists already and is not a dataset"):
         convert(src, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["job.json", ".partial/job.json"])
+@pytest.mark.parametrize("content", ['{"mine": 1}', "no JSON"])
+def test_a_file_of_somebody_else_that_is_named_like_ours_is_never_removed(src, tmp_path, name, content):
+    convert(src, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    job.merge(tmp_path / "out")
+    convert(src, tmp_path / "out")
+    assert path.read_text() == content

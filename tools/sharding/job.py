@@ -31,7 +31,7 @@ import numpy as np
 
 from pipelines import rng
 from pipelines.errors import UserError, named
-from pipelines.files import locked, replacing, sha256_of, sync_folder, write_synced
+from pipelines.files import locked, read_json, replacing, sha256_of, sync_folder, write_synced
 from pipelines.index import (
     AUDIT,
     FORMAT_VERSION,
@@ -237,10 +237,18 @@ def _already_there(out: Path, job: dict, source: Source) -> dict:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what a process leaves that was killed between its last two actions."""
-    (out / _JOB).unlink(missing_ok=True)
-    if (out / ".partial" / _JOB).is_file():
-        shutil.rmtree(out / ".partial")
+    """Remove what a process leaves of its own that was killed between its last two actions."""
+    manifest, inside = read_manifest(out), out / ".partial"
+    if _is_job_of(out / _JOB, manifest):
+        (out / _JOB).unlink()
+    if _is_job_of(inside / _JOB, manifest) and not contents_of(inside).folders:
+        shutil.rmtree(inside)
+
+
+def _is_job_of(path: Path, manifest: dict) -> bool:
+    """Whether a file is the description of the conversion that made a dataset."""
+    job = read_json(path)
+    return all(job.get(key) == manifest[key] for key in ("source", "options", "classes"))
 
 
 def _difference(there: dict, wanted: dict) -> str:
