@@ -122,6 +122,26 @@ def test_pipes_and_sockets_are_named_and_never_read(src, tmp_path):
         convert(src, tmp_path / "out")
 
 
+def test_a_file_larger_than_any_image_is_rejected_and_not_read(src, tmp_path):
+    for name in ("huge.jpg", "ordinary.jpg"):
+        (src / "train" / "ant" / name).write_bytes(jpeg())
+    os.truncate(src / "train" / "ant" / "huge.jpg", 8 << 30)
+    with pytest.raises(UserError, match=r"train/ant/huge.jpg \(8,589,934,592 bytes; no image has more than"):
+        convert(src, tmp_path / "out")
+    assert len(samples_of(convert_skipping(src, tmp_path / "out"))) == 7
+
+
+def convert_skipping(src: Path, out: Path) -> Path:
+    convert(src, out, skip_bad=True)
+    return out
+
+
+def test_a_link_to_a_device_is_named_and_never_read(src, tmp_path):
+    (src / "train" / "ant" / "zero.jpg").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="train/ant/zero.jpg: neither a file nor a folder"):
+        convert(src, tmp_path / "out")
+
+
 def test_links_in_a_circle_are_named(src, tmp_path):
     (src / "train" / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="train/loop: Too many levels of symbolic links"):

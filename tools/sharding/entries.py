@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipelines.errors import UserError
+from tools.sharding.images import MAX_BYTES, RejectedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")
@@ -113,6 +114,22 @@ def sample_key(class_id: str, stem: str) -> str:
     return re.sub(r"[.\s]", "_", f"{class_id}/{stem}")
 
 
+def file_reader(root: Path) -> Callable[[str], bytes]:
+    """Read locations that are paths relative to `root`.
+
+    Raises, when it reads:
+      RejectedImageError: a file is larger than any image; no more than that is read into memory.
+    """
+
+    def read(location: str) -> bytes:
+        with open(root / location, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise RejectedImageError(f"{size:,} bytes; no image has more than {MAX_BYTES:,}")
+            return file.read()
+
+    return read
+
+
 def is_image(name: str) -> bool:
     """Whether a file's name is an image's."""
     return name.lower().endswith(EXTENSIONS)
@@ -191,7 +208,7 @@ def contents_of(folder: Path) -> Contents:
 
 
 def _kind_of(entry: os.DirEntry) -> str:
-    if entry.is_symlink():
+    if entry.is_symlink() and not os.path.exists(entry.path):
         target = printable(os.readlink(entry.path))
         return f"a link to {target}, which is not there: mount or restore it"
     return "neither a file nor a folder: move it away"

@@ -18,6 +18,7 @@ from tools.sharding.entries import (
     beside_source,
     composed,
     contents_of,
+    file_reader,
     is_image,
     is_utf8,
     misplaced,
@@ -67,7 +68,7 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
     splits = {split: lambda split=split: list_split(split) for split in SPLITS if (root / split).is_dir()}
     order = options.class_order or "unstated"
-    return Source("folder", root, classes, [], splits, lambda place: (root / place).read_bytes(), class_order=order)
+    return Source("folder", root, classes, [], splits, file_reader(root), class_order=order)
 
 
 def class_folders(folder: Path, order: str = "") -> list[str]:
@@ -162,7 +163,7 @@ def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
         splits["val"] = lambda: _list_kaggle_val(root, solution, numbers)
     names = _kaggle_names(root / _KAGGLE_MAPPING, classes)
     order = options.class_order or "unstated"
-    return Source("kaggle", root, classes, names, splits, lambda place: (root / place).read_bytes(), class_order=order)
+    return Source("kaggle", root, classes, names, splits, file_reader(root), class_order=order)
 
 
 def _kaggle_names(path: Path, classes: list[str]) -> list[str]:

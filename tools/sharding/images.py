@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 
 TINY_PX = 32  # a shorter side below this is reported
 MAX_PIXELS = 1 << 27  # 134 megapixels; larger ones are refused before they are decoded
+MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into memory
 _EXIF_ORIENTATION = 0x0112
 # Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
 _PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}

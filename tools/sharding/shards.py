@@ -98,9 +98,9 @@ def write_shard(
         hashing = _HashingFile(file)
         with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
             for entry in entries:
-                content = _read(entry, read)
-                on_image(len(content))
                 try:
+                    content = _read(entry, read)
+                    on_image(len(content))
                     image = check_image(content, options)
                 except RejectedImageError as error:
                     record.reject(entry.key, entry.source, error)
