@@ -90,7 +90,7 @@ def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, devic
 # --- signals ---
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
     digits, undisturbed, tmp_path, monkeypatch, capsys, number
 ):
@@ -117,6 +117,28 @@ def test_a_signal_while_the_program_is_loaded_ends_it_quietly(tmp_path, number, 
         time.sleep(0.001)
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == code
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(digits, undisturbed, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGHUP))
+        main(arguments_for(digits, tmp_path))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert_same_end(undisturbed, tmp_path)
+
+
+def test_copies_that_a_person_makes_beside_the_checkpoints_are_never_taken_or_deleted(digits, undisturbed, tmp_path):
+    main(arguments_for(digits, tmp_path, "--run.stop_after_steps", "4", "--run.checkpoint_every", "2"))
+    folder = tmp_path / "checkpoints"
+    content = (folder / "step-00000004.pt").read_bytes()
+    names = ["step-00000002-backup.pt", "step-00000009 (copy).pt", "step-best.pt", "step-7.pt", "mine.partial"]
+    for name in names:
+        (folder / name).write_bytes(content)
+    main(arguments_for(digits, tmp_path, "--run.checkpoint_every", "2", "--run.keep_checkpoints", "1"))
+    assert all((folder / name).read_bytes() == content for name in names)
+    assert_same_end(undisturbed, tmp_path)
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsys):

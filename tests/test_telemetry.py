@@ -3,6 +3,8 @@
 import builtins
 import contextlib
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -160,6 +162,28 @@ def test_on_a_terminal_one_line_tells_it_all(tmp_path, capsys, monkeypatch):
     session(tmp_path, 4, 7)
     shown = capsys.readouterr().out.split("\r")[-1]
     assert "epoch 3  7/10  loss 2.500  1,234 images/s  25% waiting  0:00 left" in shown
+
+
+def gone_reader(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full_disk(tmp_path):
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("stream", [gone_reader, full_disk])
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypatch, stream, terminal):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    with stream(tmp_path) as screen, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", screen)
+        session(tmp_path, 0, 40)
+        screen.flush()  # as Python does at the end of a process
+    assert [step for kind, step in told(tmp_path) if kind == "train"] == list(range(1, 41))
 
 
 # --- TensorBoard and W&B ---

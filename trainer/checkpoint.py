@@ -7,6 +7,7 @@ covers all it holds. Reading takes the newest one that is whole, and refuses one
 import contextlib
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ from trainer.versions import package_versions
 
 FORMAT_VERSION = 1
 BEST = "best.pt"
+_OWN_NAME = re.compile(r"step-\d{8,}\.pt")
+_OWN_PARTIAL = re.compile(r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial")  # as pipelines.files.replacing names them
 
 
 @dataclasses.dataclass
@@ -216,8 +219,8 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    """The finished checkpoints of a run, oldest first; files of other names, such as copies, are not the run's."""
+    return sorted((path for path in folder.glob("step-*.pt") if _OWN_NAME.fullmatch(path.name)), key=step_of)
 
 
 def prepare(folder: Path, step: int) -> None:
@@ -231,9 +234,10 @@ def prepare(folder: Path, step: int) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.partial"):
-        stale.unlink()
+        if _OWN_PARTIAL.fullmatch(stale.name):
+            stale.unlink()
     for later in checkpoints(folder):
-        if later > path_of(folder, step):
+        if step_of(later) > step:
             with contextlib.suppress(DamagedError):
                 read(later)
                 raise UserError(f"{later}: another run has written it meanwhile. Start again: it goes on from there")

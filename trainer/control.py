@@ -15,7 +15,7 @@ from trainer.ready import COLLECTIVE_TIMEOUT
 
 REQUEUE = 75  # EX_TEMPFAIL: run the same command again
 INTERRUPTED = 130  # as a shell reports SIGINT
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 def exit_code(signal_number: int) -> int:
@@ -77,15 +77,20 @@ class Control:
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once."""
-        with handling(dict.fromkeys(STOPPING, self._note)):
+        """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once.
+
+        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+        """
+        noted = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        with handling(dict.fromkeys(noted, self._note)):
             yield
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
-            print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
         self._signal = self._signal or number
 
     def ask(self, failed: bool) -> Agreement:

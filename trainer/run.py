@@ -125,7 +125,7 @@ def full_disk_is_told() -> Iterator[None]:
 def train(config: Config, world: World) -> dict:
     """Train, from the newest checkpoint in run.out if there is one. Returns the summary.
 
-    SIGTERM, SIGUSR1 and SIGINT on any rank end it after the present step, with a checkpoint.
+    SIGTERM, SIGUSR1, SIGHUP and SIGINT on any rank end it after the present step, with a checkpoint.
 
     Raises:
       UserError: what the user asked for cannot be done; nothing has been written then.

@@ -5,10 +5,11 @@ import functools
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 from rich.console import Console
@@ -101,6 +102,38 @@ class Pace:
         return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
+class Screen:
+    """A stream for people, which may go away while a run goes on: a pager that is closed, a log on a full disk.
+
+    The first error silences it for good. Nothing is lost: metrics.jsonl has every record.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            # The stream's buffer still holds text, which Python would try to write when the process ends.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
 class Telemetry:
     """Everything that is written down about a run. On ranks other than 0 it writes nothing.
 
@@ -131,7 +164,7 @@ class Telemetry:
         self._file = None  # open in a session, on rank 0
         self._pace = Pace(total_steps)
         self._latest = ""  # what the last train line said, for the progress line
-        self._console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
+        self._console = Console(file=Screen(sys.stdout), quiet=not world.is_main, highlight=False, soft_wrap=True)
         bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
         self._progress = Progress(*bar, TextColumn("{task.description}"), console=self._console)
         self._task = self._progress.add_task("", total=total_steps, completed=step)
