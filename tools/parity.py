@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
+from tools.arguments import path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row
 from tools.comparison.stages import open_photos, report
@@ -76,8 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, between its marks if it has them")
+    parser.add_argument("--json", type=path_argument, help="write the rows to this file, too")
+    parser.add_argument(
+        "--markdown", type=path_argument, help="write the table to this file, between its marks if it has them"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
