@@ -1,4 +1,4 @@
-"""Which process this is among those that one launcher started: torchrun, srun, or a script that sets RANK itself.
+"""Finds which process this is among those that one launcher started: torchrun, srun, or a script that sets RANK.
 
 Variables of a launcher outlive it: a shell inside an allocation, a pod, or a line in somebody's profile hands them to
 programs that were started once and alone. So they count only where they are complete and sane, and where that launcher
@@ -64,7 +64,8 @@ def _by_ranks(environment: Mapping[str, str], by_hand: bool) -> Launch | str:
     if not by_torchrun and not by_hand:
         return _ignored(texts, "torchrun did not set this")
     numbers = {name: int(texts.get(name, alone)) for name, alone in _ALONE.items()}
-    if numbers["WORLD_SIZE"] > 1 and not (environment.get("MASTER_ADDR") or environment.get("MASTER_PORT")):
+    addressed = environment.get("MASTER_ADDR") or environment.get("MASTER_PORT")
+    if numbers["WORLD_SIZE"] > 1 and not by_torchrun and not addressed:
         return _ignored(texts, "MASTER_ADDR and MASTER_PORT are not set")
     return Launch(
         by="torchrun" if by_torchrun else "RANK and WORLD_SIZE",

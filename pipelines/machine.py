@@ -1,4 +1,4 @@
-"""What this machine gives a process: cores, home folders, and a folder whose name is short enough for sockets."""
+"""This module asks the machine for cores, home folders, and a folder with a name that is short enough for sockets."""
 
 import multiprocessing.util
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipelines.errors import UserError, clipped
 
-_SOCKET_BYTES = 107  # of a Unix socket's name; Linux's sockaddr_un has 108 with the zero at the end
-_SOCKET_NAME = len("/pymp-12345678/listener-12345678")  # what multiprocessing adds to the folder for temporary files
+# A Unix socket's name has at most 107 bytes (sockaddr_un has 108 with the zero at the end); multiprocessing adds this.
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _sockets = threading.Lock()
 
 
@@ -85,31 +85,33 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"{path}: the home folder of {Path(path).parts[0]} is not known here. Write the path in full, or "
-            f"./{path} where the name begins with ~"
+            f"{path}: the home folder of {Path(path).parts[0]} is not known here. Write the path in full, from / on"
         ) from error
+
+
+# --- sockets ---
 
 
 def use_short_socket_names() -> None:
     """Make multiprocessing keep its sockets in a folder whose name is short enough, where TMPDIR's is not.
 
-    multiprocessing makes one folder for its sockets when it first needs it; temporary files stay in TMPDIR.
+    multiprocessing makes one folder for its sockets when it first needs it; other temporary files stay in TMPDIR.
 
     Raises:
-      UserError: the folder for temporary files has too long a name and /tmp cannot be written; or there is none at all.
+      UserError: TMPDIR's name is too long and /tmp cannot be written, or there is no folder for temporary files at all.
     """
     with _sockets:
         usual = tempfile.tempdir
         try:
-            if len(os.fsencode(tempfile.gettempdir())) + _SOCKET_NAME > _SOCKET_BYTES:
+            if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
                 tempfile.tempdir = "/tmp"
-            multiprocessing.util.get_temp_dir()
+            folder, why = os.path.dirname(multiprocessing.util.get_temp_dir()), "its name is too long"
         except OSError as error:
-            raise UserError(
-                f"TMPDIR is {os.environ.get('TMPDIR', 'not set')}: no folder for sockets can be made "
-                f"({clipped(error.strerror)}). "
-                f"Set TMPDIR to a folder that can be written, with a name of at most "
-                f"{_SOCKET_BYTES - _SOCKET_NAME} bytes"
-            ) from error
+            folder, why = "", f"{error.filename or ''} {error.strerror}".strip()
         finally:
             tempfile.tempdir = usual
+    if not folder or len(os.fsencode(folder)) > _LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR is {clipped(os.environ.get('TMPDIR', 'not set'))}: no sockets can be made ({clipped(why)}). "
+            f"Set TMPDIR to a folder that can be written and has a name of at most {_LONGEST_TMPDIR} bytes"
+        )

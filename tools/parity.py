@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
+from pipelines.errors import exit_on_user_error
 from tools.arguments import path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row
@@ -82,6 +83,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--markdown", type=path_argument, help="write the table to this file, between its marks if it has them"
     )
     options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        rows = compare(options)
+    exceeded = [row for row in rows if not row.ok]
+    if exceeded:
+        sys.exit(f"{len(exceeded)} of {len(rows)} comparisons exceed their tolerance")
+
+
+def compare(options: argparse.Namespace) -> list[Row]:
+    """Compare all stages, show the rows, write them where the options say so, and return them."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
     console().print(table(rows))
@@ -91,9 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.markdown:
         write_markdown(options.markdown, markdown(rows, options.size))
-    exceeded = [row for row in rows if not row.ok]
-    if exceeded:
-        sys.exit(f"{len(exceeded)} of {len(rows)} comparisons exceed their tolerance")
+    return rows
 
 
 if __name__ == "__main__":

@@ -110,18 +110,21 @@ def forkserver_context(module: str) -> multiprocessing.context.BaseContext:
 
 @contextlib.contextmanager
 def _this_copy_first() -> Iterator[None]:
-    """A process that is started inside imports this copy of the program, where another one is installed, too.
+    """A process that is started inside imports this copy of the program, where there is another one.
 
-    The server imports its module before it hears of this process's sys.path.
+    One may be installed or lie in the present folder; the server imports before it hears of this process's sys.path.
     """
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [before])])
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def end_with_parent() -> None:
