@@ -1,9 +1,33 @@
 """Errors that a user can mend, told in one line."""
 
 import contextlib
+import errno
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator
+
+from pipelines.launcher import launched
+
+_PERMISSIONS = "Change its permissions, or name another place"
+_ROOM = "Make room there, and run the same command again"
+_ADVICE = {  # against errors of the operating system
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.ENOENT: "Look whether the path is spelled right",
+    errno.ENOTDIR: "A folder is needed where a file is: name another place",
+    errno.EISDIR: "A file is needed where a folder is: name another place",
+    errno.EEXIST: "Name another place",
+    errno.EROFS: "Nothing can be written there: name another place",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.ENAMETOOLONG: "Use a shorter name",
+    errno.ELOOP: "Its links lead in a circle: correct them",
+    errno.EMFILE: "Allow more open files, with 'ulimit -n 4096' before the command",
+    errno.EIO: "Look at the disk, or at the connection to it",
+    errno.ESTALE: "Look at the connection to the file server, and run the same command again",
+}
 
 
 class UserError(ValueError):
@@ -25,20 +49,66 @@ def clipped(value: object, most: int = 60) -> str:
 
 def write_error_line(line: str) -> None:
     """Write a line to stderr in one piece: other ranks write there, too, and print() may write the line's end apart."""
-    sys.stderr.write(f"{line}\n")
+    with contextlib.suppress(OSError, AttributeError):  # nobody reads it any more, or there is no stderr
+        sys.stderr.write(f"{line}\n")
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program with a UserError's message on stderr and exit code 1; every other error keeps its traceback.
+    """Every command runs inside: what a user or the machine did wrong ends it with one line on stderr and exit code 1.
 
-    With USI_TRACEBACK=1 in the environment a UserError keeps it, too.
+    These are UserErrors, and errors of the operating system. Other errors keep their traceback, for they are mistakes
+    of this program; with USI_TRACEBACK=1 in the environment all of them do. A reader of the output that has seen
+    enough, as `head` has, ends the program without a word.
     """
+    _print_any_character()
     try:
         yield
-    except UserError as error:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe is an error of the command
+    except (UserError, OSError) as error:
+        quiet = isinstance(error, BrokenPipeError) and _stdout_has_no_reader()
+        _discard_broken_stdout()
         if os.environ.get("USI_TRACEBACK"):
             raise
-        rank = f"[rank {os.environ.get('RANK')}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        write_error_line(f"{rank}error: {' '.join(str(error).split())}")
+        if not quiet:
+            this = launched()
+            rank = f"[rank {this.rank}] " if this.size > 1 else ""
+            message = str(error) if isinstance(error, UserError) else system_error_text(error)
+            write_error_line(f"{rank}error: {shortened(' '.join(message.split()))}")
         sys.exit(1)
+
+
+def shortened(message: str, most: int = 600) -> str:
+    """A message without its middle, if it is longer than `most`: its beginning and the advice at its end remain."""
+    return message if len(message) <= most else f"{message[: most // 2]} [...] {message[-(most // 2) :]}"
+
+
+def system_error_text(error: OSError) -> str:
+    """An error of the operating system as one line: the file, what happened, and what helps."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    what = error.strerror or str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno, "USI_TRACEBACK=1 in the environment shows where it happened")
+    return f"{': '.join([' -> '.join(names), what]) if names else what}. {advice}"
+
+
+def _print_any_character() -> None:
+    """Let stdout and stderr print every text: what their encoding lacks is written as an escape, such as \\xe9."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _stdout_has_no_reader() -> bool:
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard_broken_stdout() -> None:
+    """Let what cannot be written to standard output go nowhere: Python would try and fail once more at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,9 +1,11 @@
 """Bytes from shards, and work done ahead in the background."""
 
 import collections
+import errno
 import os
 import queue
 import resource
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +17,8 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 
 PLANS_AHEAD = 8  # micro-batches whose bytes are asked for: the recipe's step on one rank
-_files_needed = 512  # by the rest of the process, and then by every reader
+_OTHER_FILES = 512  # that the rest of the process may open; half of the limit, where that is less
+_allowed = 0  # files that all readers together may keep open
 
 
 class ShardReader:
@@ -24,14 +27,17 @@ class ShardReader:
     `will_need` has the system read ahead what the plan needs next; `read` then copies it out of the page cache. That is
     as fast as memory maps (docs/performance.md), and a disk that fails is an error instead of a SIGBUS. Safe to call
     from several threads.
+
+    A shard stays open once it was read. Where the system allows too few open files for that, the others are opened for
+    each read.
     """
 
     def __init__(self, index: ShardIndex):
         self._index = index
         self._files: list[int | None] = [None] * len(index.paths)
         self._lock = threading.Lock()
-        _allow_open_files(len(index.paths))
-        weakref.finalize(self, _close, self._files)
+        self._room = _allow_open_files(len(index.paths))  # files that may still stay open
+        weakref.finalize(self, _close, self._files, self._room)
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
         """The bytes of each sample: uint8 [nbytes].
@@ -45,36 +51,53 @@ class ShardReader:
     def will_need(self, samples: np.ndarray) -> None:
         """Start reading the samples from storage into the page cache; returns at once. Raises UserError as `read`."""
         for shard, offset, nbytes in places(self._index, samples):
-            os.posix_fadvise(self._open(shard), offset, nbytes, os.POSIX_FADV_WILLNEED)
+            file = self._open(shard)
+            try:
+                os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                self._done(shard, file)
 
     def _read(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
         content = np.empty(nbytes, dtype=np.uint8)
-        done = 0
-        while done < nbytes:
-            count = os.preadv(self._open(shard), [content[done:]], offset + done)
-            if count == 0:
-                size = os.fstat(self._open(shard)).st_size
-                raise UserError(
-                    f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
-                    f"the shard has {size}. Restore the shard, or build the dataset again"
-                )
-            done += count
+        file = self._open(shard)
+        try:
+            done = 0
+            while done < nbytes:
+                count = os.preadv(file, [content[done:]], offset + done)
+                if count == 0:
+                    raise UserError(
+                        f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
+                        f"the shard has {os.fstat(file).st_size}. Restore the shard, or build the dataset again"
+                    )
+                done += count
+        finally:
+            self._done(shard, file)
         return content
 
     def _open(self, shard: int) -> int:
+        """The shard's file; `_done` must follow its use."""
         if (opened := self._files[shard]) is not None:
             return opened
         with self._lock:
-            if self._files[shard] is None:
-                path = self._index.paths[shard]
-                try:
-                    file = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-                # Samples are read in random order; what is needed is asked for in `will_need`.
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+            if self._files[shard] is not None:
+                return self._files[shard]
+            path = self._index.paths[shard]
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                more = ". Allow more open files: 'ulimit -n 4096'" if error.errno == errno.EMFILE else ""
+                raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from error
+            # Samples are read in random order; what is needed is asked for in `will_need`.
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+            if self._room:
+                self._room -= 1
                 self._files[shard] = file
-            return self._files[shard]
+            return file
+
+    def _done(self, shard: int, file: int) -> None:
+        """Close a file that does not stay open. One that does is never closed while another thread may read it."""
+        if self._files[shard] != file:
+            os.close(file)
 
 
 def places(index: ShardIndex, samples: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -83,27 +106,30 @@ def places(index: ShardIndex, samples: np.ndarray) -> Iterator[tuple[int, int, i
     return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
 
 
-def _close(files: list[int | None]) -> None:
-    global _files_needed
-    _files_needed -= len(files)
+def _close(files: list[int | None], room: int) -> None:
+    global _allowed
+    _allowed -= room
     for file in files:
         if file is not None:
             os.close(file)
 
 
-def _allow_open_files(num: int) -> None:
-    """Raise the soft limit for `num` more open files: a thousand shards exceed the usual limit of 1,024."""
-    global _files_needed
-    _files_needed += num
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= _files_needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < _files_needed:
-        raise UserError(
-            f"the dataset needs {_files_needed} open files, the system allows {hard}: raise it with "
-            f"'ulimit -Hn {_files_needed}', or build the dataset with larger shards"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_files_needed, hard))
+def _allow_open_files(num: int) -> int:
+    """How many of `num` files a new reader may keep open. The soft limit is raised where that is needed and possible.
+
+    A thousand shards exceed the usual soft limit of 1,024. Under a hard limit that is too low a reader gets half of
+    what is left for all readers.
+    """
+    global _allowed
+    soft, hard = (sys.maxsize if x == resource.RLIM_INFINITY else x for x in resource.getrlimit(resource.RLIMIT_NOFILE))
+    needed = _allowed + num + _OTHER_FILES
+    if soft < needed and soft < hard:
+        soft = min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    left = soft - min(_OTHER_FILES, soft // 2) - _allowed
+    room = num if soft >= needed else max(0, min(num, left // 2))
+    _allowed += room
+    return room
 
 
 T = TypeVar("T")

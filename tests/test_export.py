@@ -243,7 +243,7 @@ def failed(arguments: list, capsys) -> str:
     ("arguments", "message"),
     [
         (["MODEL", "OUT", "--fold"], "--fold changes model.onnx and model.pt2 alone. Add --onnx or --torch-export"),
-        (["MODEL", "TMP"], "is there already. Name a new folder, or remove this one"),
+        (["MODEL", "TMP"], "is there already. Name a new folder, or move this one away"),
         (["MODEL", "TMP/none/out"], "none is not a folder. Make it, or name another"),
         (["MODEL", "OUT", "--name", "resnet18"], "is of model 'test_resnet', not of 'resnet18'. Leave --name out"),
         (["MODEL", "OUT", "--weights", "ema"], "holds no ema weights, only raw ones"),

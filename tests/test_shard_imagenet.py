@@ -155,6 +155,9 @@ def test_merge_names_the_shards_that_are_missing(digits_folder, tmp_path):
 def test_the_share_of_a_machine_comes_from_torchrun_or_slurm(digits_folder, tmp_path, monkeypatch, capsys):
     arguments = ["build", str(digits_folder), str(tmp_path / "out"), "--samples-per-shard", "100"]
     monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank, size, number in (("RANK", "WORLD_SIZE", "0"), ("SLURM_PROCID", "SLURM_NTASKS", "1")):
         monkeypatch.setenv(rank, number)
         monkeypatch.setenv(size, "2")
@@ -162,7 +165,10 @@ def test_the_share_of_a_machine_comes_from_torchrun_or_slurm(digits_folder, tmp_
         if rank == "RANK":
             monkeypatch.delenv(rank)
             monkeypatch.delenv(size)
-        assert f"part {int(number) + 1}/2 is done" in capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert f"part {int(number) + 1}/2 is done" in out
+        launcher = "torchrun" if rank == "RANK" else "srun"
+        assert f"this is part {int(number) + 1}/2, for {launcher} started 2 processes. --part 1/1 converts" in err
     main(["merge", str(tmp_path / "out")])
     assert len(read_index(tmp_path / "out", "train")) == 320
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
+from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
@@ -97,14 +98,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     }
     for mode, says in helps.items():
         command = modes.add_parser(mode, help=says, description=says)
-        command.add_argument("out", type=Path, metavar="OUT.pt", help="checkpoint to write")
-        command.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="or a run's folder")
+        command.add_argument("out", type=path_argument, metavar="OUT.pt", help="checkpoint to write")
+        command.add_argument(
+            "checkpoints", type=path_argument, nargs="+", metavar="CHECKPOINT", help="or a run's folder"
+        )
         if mode == "ema":
             command.add_argument("--decay", type=float, required=True, help="of an update; in [0, 1)")
         else:
             command.add_argument("--weights", choices=KINDS, default="auto", help="auto: the averaged, if there are")
         if mode == "greedy":
-            command.add_argument("--data", type=Path, required=True, metavar="DATASET", help="its split val decides")
+            command.add_argument(
+                "--data", type=path_argument, required=True, metavar="DATASET", help="its split val decides"
+            )
     return parser.parse_args(arguments)
 
 

@@ -19,6 +19,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipelines.errors import UserError, exit_on_user_error
+from pipelines.machine import num_cores
+from tools.arguments import path_argument
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import prediction as predictions
 from tools.benchmarks import read as reads
@@ -28,7 +30,7 @@ from tools.benchmarks import shard as shards
 from tools.benchmarks import step as steps
 from tools.benchmarks import train as trains
 from tools.benchmarks.gpu import gpu
-from tools.benchmarks.measure import console, machine, num_cores, refuse_nothing, refuse_result_file
+from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_result_file
 from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
 
@@ -150,11 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
             several = {"nargs": "+", "type": str} if isinstance(default, tuple) else {"type": type(default)}
             shown = " ".join(default) if isinstance(default, tuple) else default
             command.add_argument(f"--{option}", default=default, help=f"{OPTIONS[option]} ({shown})", **several)
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
+        command.add_argument("--json", type=path_argument, metavar="FILE", help="write the result to this file, too")
     command = commands.add_parser("gpu", help="the benchmarks that need a GPU, in less than ten minutes")
-    command.add_argument("--out", type=Path, default=Path("docs"), metavar="FOLDER", help="for the results (docs)")
+    command.add_argument(
+        "--out", type=path_argument, default=Path("docs"), metavar="FOLDER", help="for the results (docs)"
+    )
     command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("files", type=path_argument, nargs="+", metavar="FILE")
     options = vars(parser.parse_args(arguments))
     with exit_on_user_error():
         command = options.pop("command")

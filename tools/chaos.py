@@ -33,6 +33,8 @@ from rich.progress import track
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import read_json_lines, write_synced
 from pipelines.index import read_index
+from pipelines.machine import num_cores
+from tools.arguments import path_argument
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer
@@ -260,7 +262,7 @@ def to_markdown(tally: Tally, runs: int, seed: int, elapsed_s: float) -> str:
             "# Runs that were broken",
             "",
             f"Made by `python tools/chaos.py --runs {runs} --seed {seed}` ({elapsed_s / 60:.0f} minutes, "
-            f"{os.cpu_count()} CPU cores, torch {torch.__version__.partition('+')[0]}): runs of {STEPS} steps with "
+            f"{num_cores()} CPU cores, torch {torch.__version__.partition('+')[0]}): runs of {STEPS} steps with "
             f"{RANKS} ranks, each broken at one or two random moments and started again. {equal_runs} of {runs} ended "
             "with weights, average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace.",
             "",
@@ -278,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=50, help="runs to break (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of what happens when (default: 0)")
-    parser.add_argument("--markdown", type=Path, help="write the report here, too")
+    parser.add_argument("--markdown", type=path_argument, help="write the report here, too")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     with exit_on_user_error(), tempfile.TemporaryDirectory(prefix="chaos-") as folder:

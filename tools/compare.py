@@ -24,7 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import write_synced
-from tools.benchmarks.measure import console, machine, num_cores
+from pipelines.machine import num_cores
+from tools.arguments import model_argument, path_argument
+from tools.benchmarks.measure import console, machine
 from tools.comparing import charts, results
 from tools.comparing.backends import BACKENDS, EXTRA, Backend, choose_backends
 from tools.comparing.contenders import Contender, choose
@@ -49,16 +51,22 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="timm's name, checkpoint, run or exported folder")
+    add(
+        "models",
+        type=model_argument,
+        nargs="*",
+        metavar="MODEL",
+        help="timm's name, checkpoint, run or exported folder",
+    )
     what = "evaluation in JSON, or CSV with columns model, top1 (percent) and perhaps image_size"
-    add("--accuracy", type=Path, nargs="+", default=[], metavar="FILE", help=what)
+    add("--accuracy", type=path_argument, nargs="+", default=[], metavar="FILE", help=what)
     add("--backends", nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)} (default: what is installed and fast)")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--batch", type=int, metavar="N", help="images a call (default: 256 on a GPU, 4 on a CPU; OpenVINO takes 1)")
     add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model has a turn (%(default)s)")
     add(
         "--out",
-        type=Path,
+        type=path_argument,
         default=Path(_NAME),
         metavar="FOLDER",
         help="for table, numbers and pictures (./%(default)s)",

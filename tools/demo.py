@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UserError, exit_on_user_error
+from tools.arguments import path_argument
 from trainer.checkpoint import checkpoints
 from trainer.report import write_report
 from trainer.telemetry import SUMMARY
@@ -102,7 +103,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
+        "folder", type=path_argument, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
     )
     folder = parser.parse_args().folder.resolve()
     start_s = time.perf_counter()

@@ -27,9 +27,11 @@ from rich.table import Table
 
 from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
+from pipelines.machine import num_cores
+from tools.arguments import path_argument
 from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
-from tools.benchmarks.measure import console, machine, num_cores, refuse_nothing, refuse_result_file
+from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_result_file
 from tools.benchmarks.proposals import Trial
 from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
 from tools.sharding.verify import human_seconds
@@ -75,9 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="trainer/run.py --help lists the sections' keys. Start it with torchrun to measure several ranks.",
         allow_abbrev=False,
     )
-    parser.add_argument("target", type=Path, metavar="RUN-OR-CONFIG", help="run folder, or YAML configuration")
+    parser.add_argument("target", type=path_argument, metavar="RUN-OR-CONFIG", help="run folder, or YAML configuration")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring for each stage (default 5)")
-    parser.add_argument("--json", type=Path, help="write everything to this file, too")
+    parser.add_argument("--json", type=path_argument, help="write everything to this file, too")
     parser.add_argument("--no-trials", dest="trials", action="store_false", help="try no other settings")
     options, overrides = parser.parse_known_args(arguments)
     try:

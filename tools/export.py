@@ -21,6 +21,7 @@ from torch import nn
 
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import making
+from tools.arguments import model_argument, path_argument
 from tools.exporting.card import CARD, ONNX, PROGRAM, card, read_evaluation
 from tools.exporting.onnx_file import OPSET, TOLERANCE, export_onnx, largest_difference, onnx_runtime, require_onnx
 from tools.exporting.timm_folder import noise, write_folder
@@ -55,16 +56,18 @@ FORMATS = {
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "model", type=model_argument, metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name"
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to make")
     parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
     parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the averaged ones)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the outputs, one on a line")
+    parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
     parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
     parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
     parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
     parser.add_argument(
-        "--evaluation", type=Path, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
+        "--evaluation", type=path_argument, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
     )
     options = parser.parse_args(arguments)
     try:
@@ -73,11 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
             wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
             trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
             files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
+            print(f"{trained.name} from {trained.source} is exported to {options.out}")
+            for file, what in files.items():
+                print(f"  {file}: {what}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{trained.name} from {trained.source} is exported to {options.out}")
-    for file, what in files.items():
-        print(f"  {file}: {what}")
 
 
 def refuse_options(options: argparse.Namespace) -> None:
@@ -86,7 +89,7 @@ def refuse_options(options: argparse.Namespace) -> None:
     if not out.resolve().parent.is_dir():
         raise UserError(f"{out}: {out.parent} is not a folder. Make it, or name another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already. Name a new folder, or remove this one")
+        raise UserError(f"{out}: is there already. Name a new folder, or move this one away")
     if options.fold and not (options.onnx or options.torch_export):
         raise UserError(f"--fold changes {ONNX} and {PROGRAM} alone. Add --onnx or --torch-export")
     if options.onnx:

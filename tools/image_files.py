@@ -13,9 +13,9 @@ import numpy as np
 
 from pipelines.cpu import crop_resize, decode
 from pipelines.errors import UserError
+from pipelines.machine import num_cores
 from pipelines.reader import look_ahead
 from pipelines.synthetic import synthetic_index
-from tools.benchmarks.measure import num_cores
 from tools.sharding.entries import EXTENSIONS
 from tools.sharding.images import (
     MAX_PIXELS,

@@ -18,6 +18,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
+from pipelines.errors import exit_on_user_error
+from tools.arguments import path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row
 from tools.comparison.stages import open_photos, report
@@ -76,9 +78,20 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, between its marks if it has them")
+    parser.add_argument("--json", type=path_argument, help="write the rows to this file, too")
+    parser.add_argument(
+        "--markdown", type=path_argument, help="write the table to this file, between its marks if it has them"
+    )
     options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        rows = compare(options)
+    exceeded = [row for row in rows if not row.ok]
+    if exceeded:
+        sys.exit(f"{len(exceeded)} of {len(rows)} comparisons exceed their tolerance")
+
+
+def compare(options: argparse.Namespace) -> list[Row]:
+    """Compare all stages, show the rows, write them where the options say so, and return them."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
     console().print(table(rows))
@@ -88,9 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.markdown:
         write_markdown(options.markdown, markdown(rows, options.size))
-    exceeded = [row for row in rows if not row.ok]
-    if exceeded:
-        sys.exit(f"{len(exceeded)} of {len(rows)} comparisons exceed their tolerance")
+    return rows
 
 
 if __name__ == "__main__":

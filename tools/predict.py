@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from rich.progress import Progress
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, replacing
 from pipelines.reader import read_ahead
+from tools.arguments import path_argument
 from tools.image_files import Item, count_images, items_of, look_at_batches
 from tools.opening import first_device
 from trainer.inference import Trained, descriptions, load
@@ -65,22 +65,21 @@ def main(arguments: list[str] | None = None) -> None:
             predict(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # who reads the output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-        sys.exit(1)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     where = "an image, a shard (.tar), or a folder with some at any depth; of a dataset give OUT/val"
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help=where)
-    parser.add_argument("--checkpoint", type=Path, help="file of weights, run folder (its best), or exported folder")
+    parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help=where)
+    parser.add_argument(
+        "--checkpoint", type=path_argument, help="file of weights, run folder (its best), or exported folder"
+    )
     parser.add_argument("--name", help="timm's name of a model whose file does not say it; alone: timm's own weights")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the outputs, one on a line")
+    parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes of each image (default 5)")
     parser.add_argument("--batch", type=int, default=128, help="images of a forward pass (default 128)")
     kinds = ", ".join(WRITERS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{kinds} (default: CSV on standard output)")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help=f"{kinds} (default: CSV on standard output)")
     return parser.parse_args(arguments)
 
 

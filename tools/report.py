@@ -13,15 +13,18 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipelines.errors import exit_on_user_error
+from tools.arguments import path_argument
 from trainer.report import PAGE, write_report
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: what --run.out was")
+    parser.add_argument(
+        "runs", type=path_argument, nargs="+", metavar="RUN", help="folder of a run: what --run.out was"
+    )
     where = f"for {PAGE} and the pictures (default: RUN/report for one run, ./report for several)"
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=where)
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=where)
     options = parser.parse_args(arguments)
     runs = list(dict.fromkeys(options.runs))
     with exit_on_user_error():

@@ -10,7 +10,6 @@ docs/sharding.md tells about sources, formats and guarantees.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.errors import UserError, exit_on_user_error, write_error_line
 from pipelines.index import CLASS_ORDERS
+from pipelines.launcher import launched
+from pipelines.machine import num_cores
+from tools.arguments import path_argument
 from tools.sharding import job, reindex
 from tools.sharding.entries import SourceOptions
 from tools.sharding.images import ImageOptions
@@ -177,8 +179,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     build = commands.add_parser("build", help="convert; run it again to go on after an interruption")
-    build.add_argument("src", type=Path, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files")
-    build.add_argument("out", type=Path, help="dataset folder to make")
+    build.add_argument("src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files")
+    build.add_argument("out", type=path_argument, help="dataset folder to make")
     build.add_argument("--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)")
     build.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
     build.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
@@ -192,25 +194,24 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     build.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files (default image)")
     build.add_argument("--label-column", default="label", metavar="NAME", help="of parquet files (default label)")
-    part = _part_from_environment()
-    build.add_argument("--part", type=_part, default=part, metavar="I/N", help="one machine's share")
+    build.add_argument("--part", type=_part, metavar="I/N", help="one machine's share")
     build.set_defaults(run=_build)
 
     merge = commands.add_parser("merge", help="finish a conversion that several machines shared")
-    merge.add_argument("out", type=Path)
+    merge.add_argument("out", type=path_argument)
     merge.set_defaults(run=_merge)
 
     index = commands.add_parser("index", help="index existing WebDataset tars without rewriting them")
-    index.add_argument("root", type=Path, help="folder with train/*.tar and, if there is one, val/*.tar")
+    index.add_argument("root", type=path_argument, help="folder with train/*.tar and, if there is one, val/*.tar")
     index.set_defaults(run=_index)
 
     check = commands.add_parser("verify", help="find whatever is not as it was written")
-    check.add_argument("out", type=Path)
+    check.add_argument("out", type=path_argument)
     check.add_argument("--decode", action="store_true", help="also decode every image")
     check.set_defaults(run=_verify)
 
     info = commands.add_parser("info", help="what a dataset holds")
-    info.add_argument("out", type=Path)
+    info.add_argument("out", type=path_argument)
     info.set_defaults(run=_info)
 
     for command in (build, merge, index):
@@ -219,8 +220,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for command in (build, index):
         command.add_argument("--no-audit", dest="audit", action="store_false", help="read headers only, decode nothing")
     for command in (build, index, check):
-        command.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: cores)")
-    return parser.parse_args(arguments)
+        command.add_argument("--workers", type=_positive, default=num_cores(), help="processes (default: cores)")
+    options = parser.parse_args(arguments)
+    if options.command == "build" and options.part is None:
+        options.part = _part_from_environment()
+    return options
 
 
 def _positive(text: str) -> int:
@@ -250,13 +254,16 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _part_from_environment() -> tuple[int, int]:
-    """This process's share under torchrun or srun; the whole elsewhere."""
-    if os.environ.get("RANK", "").isdigit() and os.environ.get("WORLD_SIZE", "").isdigit():
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # A batch script itself, outside srun, has SLURM_NTASKS as well; its step is not a number.
-    if os.environ.get("SLURM_STEP_ID", "").isdigit():
-        return int(os.environ.get("SLURM_PROCID", 0)), int(os.environ.get("SLURM_NTASKS", 1))
-    return 0, 1
+    """This process's share of a conversion that torchrun or srun started it for; the whole elsewhere."""
+    this = launched(by_hand=False)
+    if this.ignored:
+        write_error_line(f"note: {this.ignored}. --part I/N divides a conversion")
+    if this.size > 1:
+        write_error_line(
+            f"note: this is part {this.rank + 1}/{this.size}, for {this.by} started {this.size} processes. "
+            "--part 1/1 converts everything"
+        )
+    return this.rank, this.size
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def _require(condition: bool, message: str) -> None:
 def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
     for name in ("num_classes", "pretrained", "checkpoint_path"):
         _require(
-            name not in kwargs, f"{section}.kwargs.{name}: decided by the dataset and {section}.checkpoint. Remove it"
+            name not in kwargs,
+            f"{section}.kwargs.{name}: decided by the dataset and {section}.checkpoint. Leave it out",
         )
 
 

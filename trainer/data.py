@@ -1,7 +1,6 @@
 """The images of a run: which rank sees what, the splits, and the pipelines over them."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ from pipelines import Pipeline, open_pipeline, resolve_pipeline
 from pipelines.errors import UserError
 from pipelines.files import read_json
 from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.machine import num_cores
 from pipelines.plan import BatchPlan, TrainPlan, size_schedule
 from pipelines.probe import probe_dataset
 from pipelines.synthetic import synthetic_index
@@ -165,7 +165,7 @@ def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remember
 
 def rank_threads(config: ImagesConfig, world: World) -> int:
     """The host threads that decode for this rank."""
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    return config.threads or max(1, num_cores() // world.local_size)
 
 
 def open_configured_pipeline(

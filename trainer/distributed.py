@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error_line
+from pipelines.launcher import Launch, launched
 from trainer import ready
 from trainer.memory import keep_freed_memory
 
@@ -90,31 +90,39 @@ def join_world(
       facts: gives, for a rank's device, what must be equal on all (trainer/ready.py); called where there are several.
       ready_s: within which the ranks must have met, and after that have made their first collective.
     Raises:
-      UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect.
+      UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect; srun
+        started copies that do not know of each other.
     """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    if size > 1 and "RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set and RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
-    if size == 1:
-        yield World(rank, size, local_size, _prepared_device(device, local_rank))
+    this = launched()
+    _check_launch(this)
+    if this.size == 1:
+        yield World(this.rank, this.size, this.local_size, _prepared_device(device, this.local_rank))
         return
 
     def describe() -> dict:
-        own_device = _prepared_device(device, local_rank)
+        own_device = _prepared_device(device, this.local_rank)
         return {"device": own_device.type, **facts(own_device)}
 
-    store = ready.meet(rank, size, describe, ready_s)
-    own_device = _prepared_device(device, local_rank)
-    ready.connect(store, rank, size, own_device, ready_s)
+    store = ready.meet(this.rank, this.size, describe, ready_s)
+    own_device = _prepared_device(device, this.local_rank)
+    ready.connect(store, this.rank, this.size, own_device, ready_s)
     try:
-        yield World(rank, size, local_size, own_device)
+        yield World(this.rank, this.size, this.local_size, own_device)
     except SystemExit:  # all ranks end early, on purpose
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
+
+
+def _check_launch(this: Launch) -> None:
+    """Say which of a launcher's variables do not count. Raises a UserError about copies that srun alone has started."""
+    if this.by == "srun" and this.size > 1:
+        raise UserError(
+            f"srun has started {this.size} copies of this program, which do not know of each other. Start ranks with "
+            "'sbatch tools/slurm/train.sbatch' or with torchrun, or a single process with 'srun --ntasks 1'"
+        )
+    if this.ignored:
+        write_error_line(f"note: {this.ignored}. torchrun and tools/slurm/train.sbatch start several ranks")
 
 
 def alone() -> World:

@@ -16,6 +16,7 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
+from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
 from trainer.classes import read_classes
@@ -171,7 +172,7 @@ def load_named(text: str, name: str | None = None, **settings) -> Trained:
       name: timm's name of what is in a file that does not say it.
       settings: as for `load`.
     """
-    path, settings = Path(text), {"key": "", **settings}
+    path, settings = expanded(text), {"key": "", **settings}
     if path.exists():
         return load(name, path, **settings)
     if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:

@@ -83,7 +83,7 @@ class Quarantine:
                 raise UserError(
                     f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
                     f"{self._max_bad_fraction:g}: {self._path} names them. Raise the limit, or restore the shards "
-                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and remove that file; the run "
+                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; the run "
                     "goes on from its newest checkpoint, if there is one"
                 )
 

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 def command(arguments: list[str] | None) -> None:
     """What the command line says; ends the process where that is not done."""
     try:
-        with exit_on_user_error(), full_disk_is_told(), full_memory_is_told():
+        with exit_on_user_error(), full_memory_is_told():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
@@ -90,6 +90,7 @@ def command(arguments: list[str] | None) -> None:
                 return
             agree = functools.partial(what_must_agree, config)
             with (
+                full_disk_is_told(),
                 requeued_by_signals(),
                 join_world(config.run.device, agree, config.run.ready_s) as joined,
                 watched(joined, config.run.watchdog_s) as world,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pipelines.errors import UserError
+from pipelines.machine import expanded
 
 T = TypeVar("T")
 _NOTATION = (
@@ -52,11 +53,21 @@ def parse_settings(
     parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
     parser.add_class_arguments(kind)
     try:
-        values = parser.instantiate(parser.parse_args(arguments))
+        values = parser.instantiate(_with_home_folders(parser.parse_args(arguments)))
     except ArgumentError as error:
         reason = _reason(str(error), _item_fields(kind))
         raise UserError(f"{reason}. See --help for the keys and their types; {_NOTATION}") from error
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _with_home_folders(value: object) -> object:
+    """Parsed settings with the home folder in place of ~ in every path; namespaces are changed in place."""
+    if isinstance(value, Path):
+        return expanded(value)
+    if isinstance(value, Namespace):
+        for key, item in vars(value).items():
+            setattr(value, key, _with_home_folders(item))
+    return [_with_home_folders(item) for item in value] if isinstance(value, list) else value
 
 
 def _reason(message: str, item_fields: list[str]) -> str:
@@ -103,14 +114,14 @@ class _Keys:
             key, _, value = argument[2:].partition("=")
             key = key.removesuffix("+")  # adds to a list
             value = value or "".join(arguments[i + 1 : i + 2])
-            if key in self._sections and not Path(value).is_file():
+            if key in self._sections and not expanded(value).is_file():
                 raise UserError(
                     f"--{key} takes a YAML file, and {value or 'nothing'} is none; did you mean '--{key}.KEY'?"
                 )
             if key == "config":
                 if not value:
                     raise UserError("--config: which file? Give its path")
-                for file_key in self._in_file(Path(value)):
+                for file_key in self._in_file(expanded(value)):
                     self._check(file_key, f"{value}: ", "")
             elif key not in self._flags:
                 self._check(key, "", "--")
@@ -118,7 +129,7 @@ class _Keys:
     def _in_file(self, path: Path) -> Iterator[str]:
         """The 'section.key's of a YAML file."""
         try:
-            sections = yaml.safe_load(path.read_text())
+            sections = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -108,9 +108,9 @@ class Screen:
     The first error silences it for good. Nothing is lost: metrics.jsonl has every record.
     """
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self.encoding = stream.encoding
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (a process may be started without any output)
+        self.encoding = self._stream.encoding
 
     def write(self, text: str) -> int:
         self._try(lambda: self._stream.write(text))

@@ -40,9 +40,10 @@ from pipelines import Pipeline
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
+from pipelines.machine import num_cores, use_short_socket_names
 from pipelines.plan import BatchPlan, TrainPlan
 from tools.benchmarks import stages
-from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize
+from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
@@ -205,6 +206,7 @@ def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, coun
 def _start_clean_process() -> None:
     """Start the process that workers are forked from, with what they import: they are there at once then."""
     # the first of them for what the program that was started imports: each worker runs its file once more
+    use_short_socket_names()
     multiprocessing.set_forkserver_preload(["tools.benchmark", "timm.data", "torchvision.transforms.v2", "webdataset"])
     forkserver.ensure_running()
 

@@ -1,7 +1,6 @@
 """What every benchmark shares: timing in turns, and what a number depends on."""
 
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from pipelines.errors import UserError
 from pipelines.files import refuse_place
+from pipelines.machine import num_cores
 
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
 _NOT_INSTALLED = "not installed"
@@ -104,11 +104,6 @@ def console() -> Console:
     """For tables: as wide as the terminal, and wide enough where there is none."""
     shown = Console()
     return shown if shown.is_terminal else Console(width=160)
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _cpu() -> str:

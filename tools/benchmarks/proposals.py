@@ -14,8 +14,8 @@ import numpy as np
 
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
+from pipelines.machine import num_cores
 from pipelines.reader import ShardReader
-from tools.benchmarks.measure import num_cores
 from tools.benchmarks.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_of, plans_of_size, rates, rounds
 from tools.sharding.images import CheckedImage, ImageOptions, check_image
 from trainer.config import Config

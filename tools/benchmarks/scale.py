@@ -15,7 +15,8 @@ import torch
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
-from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds
+from pipelines.machine import num_cores
+from tools.benchmarks.measure import interleaved, ratio, speeds
 from tools.benchmarks.planning import SAMPLES, plan_rows
 from tools.benchmarks.processes import run_training
 from tools.opening import first_device

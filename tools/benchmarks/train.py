@@ -17,8 +17,9 @@ from pathlib import Path
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError
 from pipelines.index import read_index
+from pipelines.machine import num_cores
 from pipelines.synthetic import SyntheticPipeline
-from tools.benchmarks.measure import interleaved, num_cores, ratio, speeds, synchronize, timed_on_device
+from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (
     CLASSES,
     LAST,

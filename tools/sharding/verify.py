@@ -66,7 +66,9 @@ def verify(
             start += shard["samples"]
             jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset", names))
     faults += [
-        Fault(str(path.relative_to(root)), "", "is not in the manifest; remove it, or verify the folder it came from")
+        Fault(
+            str(path.relative_to(root)), "", "is not in the manifest; move it away, or verify the folder it came from"
+        )
         for path in sorted(root.rglob("*"))
         if path.is_file() and str(path.relative_to(root)) not in known
     ]

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
+from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.machine import use_short_socket_names
 
 _PATIENCE_S = 0.2  # between two calls of `on_wait`
+_starting = threading.Lock()  # of the server: the environment is changed for it
 
 
 class LostWorkerError(UserError):
@@ -94,13 +97,34 @@ def forkserver_context(module: str) -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload([module])
     # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
     # inherit that the signal is blocked.
+    use_short_socket_names()
     resource_tracker.ensure_running()  # the server would start it, and that unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        with _starting, _this_copy_first():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return context
+
+
+@contextlib.contextmanager
+def _this_copy_first() -> Iterator[None]:
+    """A process that is started inside imports this copy of the program, where there is another one.
+
+    One may be installed or lie in the present folder; the server imports before it hears of this process's sys.path.
+    """
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def end_with_parent() -> None:

@@ -1,0 +1,216 @@
+"""A launcher's variables divide work only where they are complete and sane, and where it started this process."""
+
+import os
+
+import pytest
+
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.launcher import Launch, launched
+from tools.shard_imagenet import main
+from trainer.distributed import join_world
+
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "none",
+    **MASTER,
+}
+POD = {"RANK": "3", "WORLD_SIZE": "8", **MASTER}
+OWN = str(os.getpid())
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_ID": "0",
+    "SLURM_TASK_PID": OWN,
+}
+NAMES = [*TORCHRUN, *STEP, "SLURM_PTY_PORT"]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets a launcher's variables in this process, and no others of a launcher."""
+
+    def only(**variables):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    only()
+    return only
+
+
+def without(variables: dict, *names: str) -> dict:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_torchrun_and_a_step_of_srun_divide_any_work(by_hand):
+    assert launched(TORCHRUN, by_hand=by_hand) == Launch("torchrun", 3, 8, 1, 2)
+    assert launched(STEP, by_hand=by_hand) == Launch("srun", 5, 8)
+    assert launched({**STEP, **TORCHRUN}, by_hand=by_hand).by == "torchrun"  # one torchrun a task, for instance
+
+
+def test_variables_set_by_hand_divide_training_and_no_conversion():
+    """A pod of Kubernetes has them, and tools/slurm/train.sbatch sets them."""
+    assert launched(POD) == Launch("RANK and WORLD_SIZE", 3, 8)
+    assert launched({**STEP, **POD}).by == "RANK and WORLD_SIZE"
+    this = launched(POD, by_hand=False)
+    assert (this.by, this.rank, this.size) == ("", 0, 1)
+    assert this.ignored == "RANK=3, WORLD_SIZE=8 are ignored (torchrun did not set this): this process works alone"
+    assert launched({**STEP, **POD}, by_hand=False) == Launch("srun", 5, 8)
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is ignored (RANK is not set)"),
+        ({"RANK": "1"}, "RANK=1 is ignored (WORLD_SIZE is not set)"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is ignored (RANK and WORLD_SIZE are not set)"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=2 is ignored (RANK and WORLD_SIZE are not set)"),
+        ({**POD, "WORLD_SIZE": "abc"}, "RANK=3, WORLD_SIZE=abc are ignored (WORLD_SIZE is not a whole number)"),
+        ({**POD, "WORLD_SIZE": "8.0"}, "(WORLD_SIZE is not a whole number)"),
+        ({**POD, "RANK": "-1"}, "(RANK is not a whole number)"),
+        ({**POD, "RANK": "\N{ARABIC-INDIC DIGIT THREE}"}, "(RANK is not a whole number)"),
+        ({**POD, "RANK": "9" * 5000}, "(RANK is not a whole number)"),
+        ({**POD, "RANK": "8"}, "(RANK is not below WORLD_SIZE)"),
+        ({**POD, "WORLD_SIZE": "0"}, "(RANK is not below WORLD_SIZE)"),
+        ({**POD, "LOCAL_RANK": "$SLURM_LOCALID"}, "(LOCAL_RANK is not a whole number)"),
+        ({**POD, "LOCAL_WORLD_SIZE": "0"}, "(LOCAL_WORLD_SIZE is 0)"),
+        (without(POD, *MASTER), "(MASTER_ADDR and MASTER_PORT are not set)"),
+    ],
+)
+def test_incomplete_or_insane_variables_are_ignored_with_the_reason(variables, reason):
+    for by_hand in (True, False):
+        this = launched(variables, by_hand=by_hand)
+        assert (this.by, this.rank, this.size, this.local_rank, this.local_size) == ("", 0, 1, 0, 1)
+    this = launched(variables)
+    assert reason in this.ignored and this.ignored.endswith(": this process works alone") and len(this.ignored) < 300
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        (
+            {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+            "no step of srun",
+        ),  # salloc
+        ({"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0"}, "no step of srun"),  # a batch script
+        ({"SLURM_STEP_ID": "4294967292"}, "no step of srun"),  # ssh to a node of the job
+        ({"SLURM_STEP_ID": "4294967293"}, "no step of srun"),
+        ({"SLURM_STEP_ID": ""}, "no step of srun"),  # salloc that opens its shell on the login node
+        ({"SLURM_STEP_ID": "batch"}, "no step of srun"),
+        ({"SLURM_TASK_PID": "1000000000"}, "no task of that step started this process"),
+        ({"SLURM_TASK_PID": ""}, "no task of that step started this process"),
+        ({"SLURM_PROCID": "8"}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_PROCID": ""}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_PTY_PORT": "34889", "SLURM_TASK_PID": str(os.getppid())}, "in a shell that 'srun --pty' opened"),
+    ],
+)
+def test_slurms_variables_without_a_task_of_srun_above_this_process_are_ignored(variables, reason):
+    this = launched({**STEP, **variables})
+    assert (this.by, this.rank, this.size) == ("", 0, 1)
+    assert "SLURM_NTASKS=8" in this.ignored and reason in this.ignored
+
+
+def test_a_task_of_srun_may_be_a_script_that_starts_this_process():
+    assert launched({**STEP, "SLURM_TASK_PID": str(os.getppid())}) == Launch("srun", 5, 8)
+
+
+def test_an_ancestor_is_found_whatever_it_is_called(tmp_path):
+    for pid, name, parent in ((OWN, "a) R 1 (b", 21), (21, "tmux: server", 1), (1, "init", 0)):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} 0 0")
+    assert launched({**STEP, "SLURM_TASK_PID": "21"}, proc=tmp_path).by == "srun"
+    assert launched({**STEP, "SLURM_TASK_PID": "22"}, proc=tmp_path).by == ""
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **MASTER},
+        {"RANK": "", "WORLD_SIZE": ""},
+        MASTER,
+        {**STEP, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_TASK_PID": "1"},  # a batch script that names no tasks
+    ],
+)
+def test_nothing_is_said_where_there_is_nothing_to_divide(variables):
+    assert launched(variables) == launched(variables, by_hand=False) == Launch()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "8"}, {**POD, "RANK": "x"}, {**STEP, "SLURM_STEP_ID": "4294967290"}]
+)
+def test_a_trainer_that_ignores_variables_says_so_in_one_line_and_works_alone(environment, capsys, variables):
+    environment(**variables)
+    with join_world("cpu") as world:
+        assert (world.rank, world.size, world.local_size) == (0, 1, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: ") and "this process works alone. torchrun and tools/slurm/train.sbatch start" in line
+
+
+def test_copies_that_srun_alone_started_are_refused_and_the_advice_helps(environment, monkeypatch):
+    environment(**STEP)
+    with pytest.raises(UserError, match="srun has started 8 copies.*tools/slurm/train.sbatch' or with torchrun"):
+        join_world("cpu").__enter__()
+    environment(**STEP, WORLD_SIZE="8")  # a batch script has exported it
+    with pytest.raises(UserError, match="srun has started 8 copies"):
+        join_world("cpu").__enter__()
+    environment(**STEP, **{"RANK": "5", "WORLD_SIZE": "8"}, **MASTER)  # as train.sbatch does
+    assert launched().rank == 5
+    environment(**STEP, **TORCHRUN)
+    assert launched().by == "torchrun"
+    environment(**{**STEP, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})  # srun --ntasks 1
+    with join_world("cpu") as world:
+        assert world.size == 1
+
+
+@pytest.mark.parametrize("variables, prefix", [(TORCHRUN, "[rank 3] "), ({**POD, "WORLD_SIZE": "abc"}, ""), ({}, "")])
+def test_an_error_begins_with_the_rank_where_there_are_several(environment, capsys, variables, prefix):
+    environment(**variables)
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("a: b. Do c")
+    assert capsys.readouterr().err == f"{prefix}error: a: b. Do c\n"
+
+
+@pytest.mark.parametrize("variables", [POD, {"WORLD_SIZE": "4"}, {**STEP, "SLURM_STEP_ID": "4294967290"}])
+def test_a_conversion_that_no_launcher_started_is_whole_and_names_what_it_ignored(
+    environment, digits_folder, tmp_path, capsys, variables
+):
+    environment(**variables)
+    main(["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"])
+    out, err = capsys.readouterr()
+    assert (tmp_path / "out" / "manifest.json").is_file() and "320 train" in out
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].endswith("this process works alone. --part I/N divides a conversion")
+
+
+def test_a_share_that_a_launcher_gives_is_said_and_part_1_of_1_converts_everything(
+    environment, digits_folder, tmp_path, capsys
+):
+    environment(**STEP)
+    command = ["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"]
+    main(command)
+    out, err = capsys.readouterr()
+    assert "part 6/8 is done" in out
+    assert "note: this is part 6/8, for srun started 8 processes. --part 1/1 converts everything\n" in err
+    main([*command, "--part", "1/1"])
+    out, err = capsys.readouterr()
+    assert (tmp_path / "out" / "manifest.json").is_file() and "note" not in err
+
+
+@pytest.mark.parametrize("command", [["info"], ["verify"], ["merge"]])
+def test_only_a_conversion_asks_for_its_launcher(environment, tmp_path, capsys, command):
+    environment(**POD)
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path)])
+    assert "ignored" not in capsys.readouterr().err

@@ -1,0 +1,20 @@
+"""Types of command-line arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+
+from pipelines.errors import UserError
+from pipelines.machine import expanded
+
+
+def path_argument(text: str) -> Path:
+    """A path, with the home folder in place of ~."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def model_argument(text: str) -> str:
+    """timm's name of a model, or a path, as text."""
+    return str(path_argument(text)) if text.startswith("~") else text
