@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import importlib.resources
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import timm
@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.errors import UserError
-from tools.exporting.onnx_file import export_onnx, quiet
+from tools.exporting.attention import fused_or_plain, has_fused_attention
+from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer import inference
 from trainer.folding import fold_batch_norms
 from trainer.models import create_model, known_name
@@ -78,11 +79,13 @@ class Facts:
       parameters: as trained, before folding.
       gmacs: multiply-adds of matrix products and convolutions for an image, in 1e9.
       folded: BatchNorms folded into convolutions.
+      plain_attention: files that hold timm's plain attention, because the model's fused one cannot be exported.
     """
 
     parameters: int
     gmacs: float
     folded: int
+    plain_attention: frozenset[str] = frozenset()
 
 
 def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
@@ -276,13 +279,30 @@ def prepare(model: Contender, folder: Path, files: Sequence[str]) -> Facts:
     network, folded = build(model)
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(1))
     torch.save({"images": images, "logits": network(images)}, folder / REFERENCE)
-    if ONNX in files or OPENVINO in files:
-        export_onnx(network, images, folder / ONNX)
-    if OPENVINO in files:
-        _convert(folder)
+    plain = set()
+    if wanted := {ONNX, OPENVINO} & set(files):
+        _, is_plain = fused_or_plain(network, lambda candidate: _write_single(candidate, images, folder, wanted))
+        plain |= wanted if is_plain else set()
     if HALF_ONNX in files:
-        export_onnx(network.half(), images.half(), folder / HALF_ONNX)
-    return Facts(parameters, cost, folded)
+        half, path = images.half(), folder / HALF_ONNX
+        _, is_plain = fused_or_plain(network.half(), lambda candidate: export_onnx(candidate, half, path))
+        plain |= {HALF_ONNX} if is_plain else set()
+    return Facts(parameters, cost, folded, frozenset(plain))
+
+
+def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files: Collection[str]) -> None:
+    """Write the files in single precision that are asked for: ONNX, and OPENVINO, which is made of it.
+
+    Raises:
+      UserError: the model cannot be exported, or onnxruntime does not run its fused attention.
+    """
+    export_onnx(network, images, folder / ONNX)
+    if ONNX in files and has_fused_attention(network):  # without it there is no second attempt, and the backend reports
+        with in_one_line(f"run from {ONNX}"):
+            onnx_runtime(folder / ONNX)(images)
+    if OPENVINO in files:
+        with in_one_line("converted for OpenVINO"):
+            _convert(folder)
 
 
 def _convert(folder: Path) -> None:

@@ -120,12 +120,12 @@ def two_or_more(images: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_one_line(what: str) -> Iterator[None]:
-    """Turns what an exporter raises, pages long, into a UserError of one line."""
+    """Turns what an exporter or a runtime raises, pages long, into a UserError of one line."""
     try:
         yield
-    except OSError:
+    except (OSError, UserError):
         raise
-    except Exception as error:  # torch's exporters raise errors of many kinds
+    except Exception as error:  # torch's exporters and the runtimes raise errors of many kinds
         while (cause := error.__cause__) is not None:  # the exporter's own error says what to report, its cause why
             error = cause
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
