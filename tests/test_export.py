@@ -22,7 +22,7 @@ from torch import nn
 
 from pipelines.errors import UserError
 from pipelines.files import is_empty, making
-from tools import export
+from tools import compare, export
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.card import card
 from tools.exporting.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
@@ -230,11 +230,11 @@ def test_an_evaluation_stands_in_the_card_and_one_of_other_weights_is_refused(di
     assert not (tmp_path / "second").exists()
 
 
-def failed(arguments: list, capsys) -> str:
+def failed(arguments: list, capsys, tool=export) -> str:
     """What the tool says when it ends with an error: one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        export.main([*map(str, arguments)])
+        tool.main([*map(str, arguments)])
     message = capsys.readouterr().err
     assert ended.value.code == 1 and message.startswith("error: ") and message.count("\n") == 1, message
     return message
@@ -267,6 +267,24 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_writes_nothing(cnn, tmp_
     words = [re.sub(r"^(MODEL|OUT|TMP)", lambda found: places[found[0]], word) for word in arguments]
     assert re.search(message, failed(words, capsys))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+@pytest.mark.parametrize("tool", [export, compare])
+def test_a_dataset_in_place_of_a_model_is_called_one(digits, tmp_path, capsys, monkeypatch, tool, place):
+    monkeypatch.chdir(tmp_path)
+    arguments = [tmp_path / "out"] if tool is export else ["--device", "cpu", "--out", tmp_path / "out"]
+    message = failed([digits / place, *arguments], capsys, tool)
+    assert "a dataset, neither a run's folder with checkpoints nor an exported one" in message
+    assert "Give what --run.out was, a checkpoint in it" in message and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", [export, compare])
+def test_what_is_too_long_to_be_a_path_is_a_short_line(cnn, tmp_path, capsys, tool):
+    out = ["out"] if tool is export else []
+    assert len(message := failed(["n" * 300, *out], capsys, tool)) < 300 and "not found. Give" in message
+    arguments = [cnn[0], "o" * 300] if tool is export else ["test_resnet", "--out", "o" * 300]
+    assert len(message := failed(arguments, capsys, tool)) < 300 and "File name too long" in message
 
 
 def altered(source: Path, path: Path, **changes) -> Path:

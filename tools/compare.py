@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.errors import UserError, clipped, exit_on_user_error
 from pipelines.files import write_synced
 from tools.benchmarks.measure import console, machine, num_cores
 from tools.comparing import charts, results
@@ -116,12 +116,16 @@ def _refuse_unwritable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out is {out}: no folder can be made there ({error.strerror}). Name another") from error
+        raise UserError(
+            f"--out is {clipped(out, 120)}: no folder can be made there ({error.strerror}). Name another"
+        ) from error
     try:
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"--out is {out}: no file can be made there ({error.strerror}). Name another") from error
+        raise UserError(
+            f"--out is {clipped(out, 120)}: no file can be made there ({error.strerror}). Name another"
+        ) from error
 
 
 def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:

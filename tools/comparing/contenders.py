@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib.resources
 import json
+import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer import inference
@@ -147,7 +148,10 @@ def read_accuracies(path: Path) -> list[Accuracy]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Give an evaluation's JSON, or a CSV") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(
+            f"{clipped(path, 120)}: cannot be read ({reason}). Give an evaluation's JSON, or a CSV"
+        ) from error
     if path.suffix == ".json":
         return [_of_evaluation(path, text)]
     rows = list(csv.DictReader(text.splitlines()))
@@ -194,7 +198,7 @@ def _percent(where: str, value: object) -> float:
 def _identified(word: str) -> tuple[Contender, str]:
     """A model without its accuracy, and the file that its weights come from, "" for random ones."""
     name = None
-    if not Path(word).exists():
+    if not os.path.exists(word):  # also for what is too long to be a path
         with contextlib.suppress(UserError):
             name = known_name(word)
     if name is None:
