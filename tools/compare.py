@@ -38,7 +38,7 @@ _RUNTIMES = ("onnx", "onnxruntime", "openvino", "tensorrt")
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     with exit_on_user_error():
         try:
             compare(options)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="timm's name, checkpoint, run or exported folder")
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for table, numbers and pictures (./%(default)s)",
     )
-    return parser
+    return parser.parse_args(arguments)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ FORMATS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         with exit_on_user_error():
             refuse_options(options)
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"  {file}: {what}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or an empty one")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
     )
-    return parser
+    return parser.parse_args(arguments)
 
 
 def refuse_options(options: argparse.Namespace) -> None:

@@ -74,11 +74,7 @@ def write_markdown(path: Path, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
-    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, between its marks if it has them")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
     console().print(table(rows))
@@ -91,6 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
     exceeded = [row for row in rows if not row.ok]
     if exceeded:
         sys.exit(f"{len(exceeded)} of {len(rows)} comparisons exceed their tolerance")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file, between its marks if it has them")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
