@@ -13,7 +13,8 @@ PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), *sorted((REPOSITORY /
 SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_imagenet.py, which docs name without it
 # Commands of others: nothing of theirs is checked.
 NOT_OURS = ("pip", "apt-get", "nc", "mkdir", "getent")
-_OURS = ("python", "torchrun", "sbatch", "make", "trainer/run.py", "trainer.evaluate")
+_OURS = ("python", "torchrun", "sbatch", "make")
+_WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py|trainer\.evaluate) +\S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,14 @@ def spans(path: Path) -> Iterator[Shown]:
 
 
 def program(text: str) -> str:
-    """The name of the program that a text calls; "" where it is no command, or the program's name alone."""
+    """The name of the program that a text calls; "" where it is no command, or the program's name alone.
+
+    A text that gives arguments to a program of this repository is a command, however it begins.
+    """
     words = [word.removeprefix(".venv/bin/") for word in without_variables(text.split())]
     if len(words) < 2:
         return ""
-    if words[0] in (*_OURS, *NOT_OURS) or re.fullmatch(r"tools/\w+\.py", words[0]):
+    if words[0] in (*_OURS, *NOT_OURS) or _WITH_ARGUMENTS.search(text):
         return words[0]
     return words[0] if words[0] in SUBCOMMANDS and words[1].isupper() else ""
 
@@ -75,7 +79,7 @@ def _blocks(path: Path) -> Iterator[Shown]:
 
 
 def _in_docstring(path: Path) -> Iterator[Shown]:
-    """The commands in a module's docstring: in lines that are indented or begin with Python's name, between backticks."""
+    """The commands in a module's docstring: on lines that are indented or begin with python, and between backticks."""
     text = path.read_text()
     if not text.startswith('"""'):
         return

@@ -41,10 +41,10 @@ MODES = {
 }
 # Modules of others that `python -m` starts.
 MODULES_NOT_OURS = ("pip", "pytest", "venv")
-# Options of others that the docs speak of: of sbatch and srun, of torchrun, of timm.
+# Options of others that the docs speak of: of sbatch, srun and scancel, of timm.
 OPTIONS_NOT_OURS = {
-    *("--signal", "--requeue", "--gpus-per-node", "--gpus-per-task", "--cpu-bind", "--kill-on-bad-exit", "--wait"),
-    *("--open-mode", "--max-restarts", "--node-rank", "--dist-bn", "--sync-bn"),
+    *("signal", "requeue", "gpus-per-task", "cpu-bind", "kill-on-bad-exit", "wait", "open-mode", "output"),
+    *("job-name", "cpus-per-task", "full", "dist-bn", "sync-bn"),
 }
 SBATCH_OPTIONS = ("nodes", "ntasks-per-node", "gpus-per-node", "time")
 # What stands for a value in the docs and is not a path, and a value that the program takes.
@@ -67,7 +67,7 @@ class Called:
 
 
 def variants(text: str) -> list[list[str]]:
-    """The words of a command; of a usage without and with its parts in brackets, with the first and the last of a|b|c."""
+    """The words of a command: of a usage without and with what is in brackets, with the first and the last of a|b|c."""
     found = []
     for optional in ("", r"\1"):
         words = shlex.split(re.sub(r"(?<=\s)\[([^]']*)\](?=\s|$)", optional, text), comments=True)
@@ -204,6 +204,7 @@ SIXTEEN = "torchrun --nnodes 2 --nproc-per-node 8 trainer/run.py --config config
         ("make tests", AssertionError),
         ("python tools/none.py", AssertionError),
         ("sudo reboot", AssertionError),
+        ("uv run tools/report.py RUN", AssertionError),
         ("torchrun --nproc 8", SystemExit),
     ],
 )
@@ -231,23 +232,25 @@ def printed(main: Callable, arguments: list[str]) -> str:
     return page.getvalue()
 
 
-@pytest.mark.parametrize("span", [span for span in SPANS if span.text.startswith("--")], ids=str)
-def test_every_option_in_prose_is_one_of_a_program_and_takes_the_value_that_stands_there(span: Shown, place):
-    words = variants(span.text)[0]
-    if any("." in word or word == "--config" for word in words if word.startswith("--")):
-        accepted(words)
-        return
-    names = {word.partition("=")[0] for word in words if word.startswith("--")} - OPTIONS_NOT_OURS
-    assert names <= set(re.findall(r"--[\w-]+", helps()))
+@pytest.mark.parametrize("path", [*DOCUMENTS, REPOSITORY / SBATCH], ids=lambda path: path.name)
+def test_every_option_that_a_document_names_is_one_of_a_program(path: Path):
+    """In prose, in comments and in commands."""
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*(?:\.[\w-]+)*)", path.read_text()))
+    options = set(re.findall(r"--([\w-]+)", helps() + torchrun_parser().format_help()))
+    settings = {key for key in named if "." in key and re.sub(r"(\.kwargs)\..*", r"\1", key) in {*KEYS, "section.key"}}
+    assert named - options - settings - OPTIONS_NOT_OURS <= set(SBATCH_OPTIONS)
+
+
+WITH_VALUES = [span for span in SPANS if re.match(r"--(\w+\.|config )\S+ ", span.text)]
+
+
+@pytest.mark.parametrize("span", WITH_VALUES, ids=str)
+def test_every_setting_on_a_command_line_in_prose_takes_the_value_that_stands_there(span: Shown, place):
+    accepted(variants(span.text)[0])
 
 
 def accepted(words: list[str]) -> None:
     """Raise the trainer's UserError if neither the trainer nor the evaluation takes these settings."""
-    values = [word for word in words if not word.startswith("--")]
-    if not values:  # a key alone
-        words = [f"{word}.help" for word in words]
-        assert all(word.removesuffix(".help")[2:] in KEYS for word in words), words
-        return
     try:
         parse(words)
     except UserError:
