@@ -14,6 +14,7 @@ SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_im
 # Commands of others: nothing of theirs is checked.
 NOT_OURS = ("pip", "apt-get", "nc", "mkdir", "getent")
 _OURS = ("python", "torchrun", "sbatch", "make")
+_OPTION = re.compile(r"^(?!--).*\s--\w")  # behind another word
 _WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py|trainer\.evaluate) +\S")
 
 
@@ -34,9 +35,9 @@ class Shown:
 
 
 def commands() -> list[Shown]:
-    """Every line of every block of commands, and what else begins with a program's name."""
+    """Every line of every block of commands, and elsewhere what begins with a program's name or has options."""
     found = [line for path in DOCUMENTS for line in _blocks(path)]
-    found += [span for path in DOCUMENTS for span in spans(path) if program(span.text)]
+    found += [span for path in DOCUMENTS for span in spans(path) if program(span.text) or _OPTION.search(span.text)]
     found += [command for path in PROGRAMS for command in _in_docstring(path)]
     return [*found, *_in_script(REPOSITORY / SBATCH), *_in_makefile()]
 
