@@ -338,21 +338,22 @@ def test_a_backend_that_computes_something_else_is_refused(tmp_path):
 def test_a_model_whose_fused_attention_is_not_exported_runs_with_plain_attention_on_these_backends_and_a_note_says_so(
     tmp_path,
 ):
-    pytest.importorskip("onnxruntime")
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package)
     (tmp_path / "hiera").mkdir()
     write_folder(tiny_hiera(), tmp_path / "hiera")
     model = Contender("mine", "hiera_tiny_224", tmp_path / "hiera", 32)
-    facts = contenders.prepare(model, tmp_path, [contenders.ONNX])
-    assert facts.plain_attention == {contenders.ONNX}
+    facts = contenders.prepare(model, tmp_path, files := [contenders.ONNX, contenders.HALF_ONNX, contenders.OPENVINO])
+    assert facts.plain_attention == {*files}
     session = backends.OnnxRuntimeSession(backends.Opening(model, tmp_path, "cpu", batch=2, threads=1))
     assert measuring._difference(session, tmp_path) < 1e-4
     opened = measuring.Opened(2, 1, "float32", 1, 1 << 20, 0.0)
-    names = ("onnxruntime", "eager")
+    names = ("openvino", "onnxruntime", "tensorrt", "eager")
     measured = [measuring.Measured(model, backends.BACKENDS[name], opened, [1.0] * 6, [1.0] * 6) for name in names]
     rows = results.rows_of({model: facts}, measured)
-    assert {row["backend"]: row["plain_attention"] for row in rows} == {"onnxruntime": True, "eager": False}
-    said = "with timm's plain attention, because the fused one cannot be exported: mine (onnxruntime)"
-    assert said in results.notes(rows)
+    assert [row["plain_attention"] for row in rows] == [True, True, True, False]
+    said = "with timm's plain attention, because the fused one cannot be exported: "
+    assert f"{said}mine (openvino), mine (onnxruntime), mine (tensorrt)" in results.notes(rows)
 
 
 @pytest.fixture(scope="module")

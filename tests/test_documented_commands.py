@@ -292,7 +292,7 @@ def test_every_path_of_the_repository_in_prose_is_there(span: Shown):
 # Those that cost nothing
 
 
-RUNS = {  # a command as it is shown: what it makes
+RUNS = {  # a documented command, and what it makes
     "python tools/shard_imagenet.py info OUT": None,
     "python tools/shard_imagenet.py verify OUT": None,
     "python tools/shard_imagenet.py index ROOT": "ROOT/manifest.json",
@@ -306,7 +306,7 @@ RUNS = {  # a command as it is shown: what it makes
 }
 
 
-def run_as_shown(text: str) -> None:
+def run_documented(text: str) -> None:
     call = called(variants(text)[-1])
     mains = {"trainer.evaluate": evaluate.main, "trainer/run.py": run.main}
     with help_is_no_error():
@@ -327,9 +327,9 @@ def inputs(tmp_path, digits, digits_folder, tiny_run, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(("text", "made"), RUNS.items(), ids=RUNS)
-def test_a_command_that_costs_nothing_runs_as_it_is_shown(text, made, inputs):
+def test_a_command_that_costs_nothing_runs_as_documented(text, made, inputs):
     assert text in {shown.text for shown in SHOWN}, "the docs show it no more"
-    run_as_shown(text)
+    run_documented(text)
     assert made is None or (inputs / made).exists()
 
 
@@ -341,7 +341,7 @@ def test_an_evaluation_goes_into_the_card_by_the_two_commands_that_the_docs_show
         ".venv/bin/python tools/export.py RUN OUT --evaluation evaluation.json",
     ):
         assert text in {shown.text for shown in SHOWN}
-        run_as_shown(text)
+        run_documented(text)
     assert "On the 96 images of split `val` of DATASET" in (inputs / "OUT" / "README.md").read_text()
 
 
