@@ -90,8 +90,9 @@ def called(words: list[str]) -> Called | None:
         return None
     if first == "...":
         return Called("trainer/run.py", rest)
-    if first in SUBCOMMANDS:
-        return Called("tools/shard_imagenet.py", words)
+    if first in SUBCOMMANDS:  # prose may name an option of one, without its folders
+        folders = [*["SRC"] * (first == "build"), "OUT"] if rest[0].startswith("--") else []
+        return Called("tools/shard_imagenet.py", [first, *folders, *rest])
     if first == "torchrun":
         options = torchrun_parser().parse_args(rest)
         ranks = int(options.nnodes.rpartition(":")[2]) * int(options.nproc_per_node)
@@ -205,6 +206,7 @@ SIXTEEN = "torchrun --nnodes 2 --nproc-per-node 8 trainer/run.py --config config
         ("python tools/none.py", AssertionError),
         ("sudo reboot", AssertionError),
         ("uv run tools/report.py RUN", AssertionError),
+        ("verify --encode", SystemExit),
         ("torchrun --nproc 8", SystemExit),
     ],
 )
