@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 
 OLDEST_TORCH = (2, 6)
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
@@ -130,7 +130,7 @@ def in_one_line(what: str) -> Iterator[None]:
             error = cause
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise UserError(
-            f"the model cannot be {what}: {type(error).__name__}: {lines[0][:200]}. Leave this file out, or "
+            f"the model cannot be {what}: {type(error).__name__}: {clipped(lines[0], 180)}. Leave this file out, or "
             "use another model"
         ) from error
 
