@@ -15,6 +15,12 @@ from typing import BinaryIO
 
 from pipelines.errors import UserError
 
+# What operating systems and file servers leave behind, beside names that begin with a dot (AppleDouble's ._NAME too).
+_SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "thumbs.db", "desktop.ini"),
+    *("lost+found", "$recycle.bin", "system volume information"),
+}
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -52,13 +58,28 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a part of a path is a hidden or system name: one that begins with a dot, or one of a fixed list."""
+    return any(
+        part[0] == "." or part.lower() in _SYSTEM_NAMES for part in path.split("/") if part not in ("", ".", "..")
+    )
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but hidden entries, such as the lost+found that a file system makes for itself."""
+    return all(is_hidden(entry.name) for entry in folder.iterdir())
+
+
 @contextlib.contextmanager
 def making(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path`, on the disk, when the block ends; there `path` is missing or empty.
+    """A folder to fill; when the block ends its files are in `path`, on the disk. Before, `path` is missing or empty.
 
-    If the block fails nothing has changed. A process that dies inside leaves a folder whose name ends in `.partial`.
+    A folder that exists stays the same folder, because it may be a mount point or the one that a shell stands in: the
+    files move into it, each of them complete. If the block fails nothing has changed. A process that dies inside leaves
+    a folder whose name ends in `.partial`; in `path` that is a hidden one, with which `path` still counts as empty.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    exists, token = path.is_dir(), secrets.token_hex(4)
+    partial = path / f".{token}.partial" if exists else path.with_name(f"{path.name}.{token}.partial")
     partial.mkdir()
     try:
         yield partial
@@ -66,11 +87,29 @@ def making(path: Path) -> Iterator[Path]:
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         sync_folder(partial)
-        partial.rename(path)
+        if exists:
+            _move_entries(partial, path)
+        else:
+            partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_folder(path.parent)
+    sync_folder(path if exists else path.parent)
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """Move all entries of a folder into another one of the same file system, or none, and remove the folder."""
+    moved = []
+    try:
+        for entry in sorted(source.iterdir()):
+            if (target / entry.name).exists():  # another process filled the folder meanwhile
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / entry.name))
+            moved.append(entry.rename(target / entry.name))
+        source.rmdir()
+    except BaseException:
+        for entry in moved:
+            entry.rename(source / entry.name)
+        raise
 
 
 def read_json(path: Path) -> dict:

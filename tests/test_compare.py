@@ -19,12 +19,14 @@ import torch
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import save_file
+from test_export import tiny_hiera
 
 from pipelines.errors import UserError
 from tools import compare
 from tools.comparing import backends, charts, contenders, measuring, ranking, results
 from tools.comparing.contenders import Contender
 from tools.comparing.measuring import FailedError, Process
+from tools.exporting.timm_folder import write_folder
 
 
 def turns(speed: float, rounds: int = 15, noise: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -333,6 +335,27 @@ def test_a_backend_that_computes_something_else_is_refused(tmp_path):
         measuring._difference(session, tmp_path)
 
 
+def test_a_model_whose_fused_attention_is_not_exported_runs_with_plain_attention_on_these_backends_and_a_note_says_so(
+    tmp_path,
+):
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    (tmp_path / "hiera").mkdir()
+    write_folder(tiny_hiera(), tmp_path / "hiera")
+    model = Contender("mine", "hiera_tiny_224", tmp_path / "hiera", 32)
+    facts = contenders.prepare(model, tmp_path, files := [contenders.ONNX, contenders.HALF_ONNX, contenders.OPENVINO])
+    assert facts.plain_attention == {*files}
+    session = backends.OnnxRuntimeSession(backends.Opening(model, tmp_path, "cpu", batch=2, threads=1))
+    assert measuring._difference(session, tmp_path) < 1e-4
+    opened = measuring.Opened(2, 1, "float32", 1, 1 << 20, 0.0)
+    names = ("openvino", "onnxruntime", "tensorrt", "eager")
+    measured = [measuring.Measured(model, backends.BACKENDS[name], opened, [1.0] * 6, [1.0] * 6) for name in names]
+    rows = results.rows_of({model: facts}, measured)
+    assert [row["plain_attention"] for row in rows] == [True, True, True, False]
+    said = "with timm's plain attention, because the fused one cannot be exported: "
+    assert f"{said}mine (openvino), mine (onnxruntime), mine (tensorrt)" in results.notes(rows)
+
+
 @pytest.fixture(scope="module")
 def compared(weights, tmp_path_factory):
     """Every backend of the CPU but the compiled one, a model that fails among the others."""
@@ -408,6 +431,7 @@ def row(model: str, backend: str = "openvino", **changes) -> dict:
         "top1_is_the_papers": True,
         "top1_split": "",
         "top1_digest": "",
+        "plain_attention": False,
         "on_front": True,
         "front_is_sure": True,
         "turns_images_per_s": [100.0] * 15,

@@ -144,6 +144,21 @@ OPTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    options = vars(_parse(arguments))
+    with exit_on_user_error():
+        command = options.pop("command")
+        if command == "table":
+            for result in map(read_result, options["files"]):
+                print(markdown(result, BENCHMARKS[result["benchmark"]].columns))
+        elif command == "gpu":
+            gpu(options["out"])
+        else:
+            path = options.pop("json")
+            refuse_nothing(options)
+            show(command, measure(command, path, options))
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
@@ -159,18 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
     command.add_argument("files", type=path_argument, nargs="+", metavar="FILE")
-    options = vars(parser.parse_args(arguments))
-    with exit_on_user_error():
-        command = options.pop("command")
-        if command == "table":
-            for result in map(read_result, options["files"]):
-                print(markdown(result, BENCHMARKS[result["benchmark"]].columns))
-        elif command == "gpu":
-            gpu(options["out"])
-        else:
-            path = options.pop("json")
-            refuse_nothing(options)
-            show(command, measure(command, path, options))
+    return parser.parse_args(arguments)
 
 
 def measure(name: str, path: Path | None, options: dict) -> dict:

@@ -277,11 +277,7 @@ def to_markdown(tally: Tally, runs: int, seed: int, elapsed_s: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="runs to break (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of what happens when (default: 0)")
-    parser.add_argument("--markdown", type=path_argument, help="write the report here, too")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     begin = time.monotonic()
     with exit_on_user_error(), tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         console = Console(stderr=True)
@@ -296,6 +292,14 @@ def main(arguments: list[str] | None = None) -> None:
         if options.markdown:
             write_synced(options.markdown, report.encode())
     sys.exit(1 if tally.wrong else 0)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=50, help="runs to break (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of what happens when (default: 0)")
+    parser.add_argument("--markdown", type=path_argument, help="write the report here, too")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.errors import UserError, clipped, exit_on_user_error
 from pipelines.files import write_synced
 from pipelines.machine import num_cores
 from tools.arguments import model_argument, path_argument
@@ -40,7 +40,7 @@ _RUNTIMES = ("onnx", "onnxruntime", "openvino", "tensorrt")
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     with exit_on_user_error():
         try:
             compare(options)
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add(
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for table, numbers and pictures (./%(default)s)",
     )
-    return parser
+    return parser.parse_args(arguments)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -124,12 +124,16 @@ def _refuse_unwritable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out is {out}: no folder can be made there ({error.strerror}). Name another") from error
+        raise UserError(
+            f"--out is {clipped(out, 120)}: no folder can be made there ({error.strerror}). Name another"
+        ) from error
     try:
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"--out is {out}: no file can be made there ({error.strerror}). Name another") from error
+        raise UserError(
+            f"--out is {clipped(out, 120)}: no file can be made there ({error.strerror}). Name another"
+        ) from error
 
 
 def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:

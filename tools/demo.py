@@ -99,13 +99,9 @@ def _top1(run: Path) -> float:
     return round(json.loads((run / SUMMARY).read_text())["evaluation"]["ema"]["top1"], 2)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "folder", type=path_argument, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
-    )
-    folder = parser.parse_args().folder.resolve()
+    folder = _parse(arguments).folder.resolve()
     start_s = time.perf_counter()
     with exit_on_user_error():
         summary = demo(folder)
@@ -117,6 +113,14 @@ def main() -> None:
     table.add_row(f"student, {STUDENT}", "labels", f"{summary['student_top1']:.2f}")
     table.add_row(f"student, {STUDENT}", "labels and teacher (USI)", f"{summary['distilled_top1']:.2f}")
     Console().print("\n", table, f"{time.perf_counter() - start_s:.0f} s in all. Everything is in {folder}")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "folder", type=path_argument, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

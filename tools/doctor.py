@@ -71,6 +71,19 @@ class Measured:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    options, overrides = _parse(arguments)
+    try:
+        with exit_on_user_error(), full_memory_is_told():
+            refuse_options(options, overrides)
+            config = configuration(options.target, overrides)
+            agree = functools.partial(what_must_agree, config)
+            with join_world(config.run.device, agree, config.run.ready_s) as world:
+                examine(config, world, options.seconds, options.json, trials=options.trials)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         usage="%(prog)s RUN-OR-CONFIG [--seconds S] [--no-trials] [--json FILE] [--section.key value ...]",
@@ -81,16 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring for each stage (default 5)")
     parser.add_argument("--json", type=path_argument, help="write everything to this file, too")
     parser.add_argument("--no-trials", dest="trials", action="store_false", help="try no other settings")
-    options, overrides = parser.parse_known_args(arguments)
-    try:
-        with exit_on_user_error(), full_memory_is_told():
-            refuse_options(options, overrides)
-            config = configuration(options.target, overrides)
-            agree = functools.partial(what_must_agree, config)
-            with join_world(config.run.device, agree, config.run.ready_s) as world:
-                examine(config, world, options.seconds, options.json, trials=options.trials)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return parser.parse_known_args(arguments)
 
 
 def refuse_options(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -3,7 +3,8 @@
     python tools/export.py MODEL OUT [--onnx] [--torch-export] [--fold] [--evaluation FILE]
 
 MODEL is a checkpoint, a run's folder, a folder exported before, or timm's name of a model with pretrained weights.
-OUT is made in full or not at all, and what is in it has been loaded again and compared with the model.
+OUT is a new folder or an empty one. It is made in full or not at all, and what is in it has been loaded again and
+compared with the model.
 """
 
 import argparse
@@ -19,11 +20,21 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import making
+from pipelines.errors import UserError, clipped, exit_on_user_error, named
+from pipelines.files import is_empty, making
 from tools.arguments import model_argument, path_argument
+from tools.exporting.attention import PLAIN_ATTENTION, fused_or_plain
 from tools.exporting.card import CARD, ONNX, PROGRAM, card, read_evaluation
-from tools.exporting.onnx_file import OPSET, TOLERANCE, export_onnx, largest_difference, onnx_runtime, require_onnx
+from tools.exporting.onnx_file import (
+    OPSET,
+    TOLERANCE,
+    Difference,
+    export_onnx,
+    in_one_line,
+    largest_difference,
+    onnx_runtime,
+    require_onnx,
+)
 from tools.exporting.timm_folder import noise, write_folder
 from tools.exporting.torch_file import export_program, torch_program
 from trainer.folding import fold_batch_norms
@@ -55,21 +66,7 @@ FORMATS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "model", type=model_argument, metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name"
-    )
-    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to make")
-    parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
-    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the averaged ones)")
-    parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
-    parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
-    parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
-    parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
-    parser.add_argument(
-        "--evaluation", type=path_argument, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
-    )
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     try:
         with exit_on_user_error():
             refuse_options(options)
@@ -83,17 +80,45 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "model", type=model_argument, metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name"
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to make, or an empty one")
+    parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
+    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the averaged ones)")
+    parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
+    parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
+    parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
+    parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
+    parser.add_argument(
+        "--evaluation", type=path_argument, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
+    )
+    return parser.parse_args(arguments)
+
+
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise a UserError about what could only fail after the model is loaded."""
-    out = options.out
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"{out}: {out.parent} is not a folder. Make it, or name another")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already. Name a new folder, or move this one away")
+    try:
+        refuse_place(options.out)
+    except OSError as error:
+        raise UserError(f"OUT is {clipped(options.out)}: {error.strerror}. Name another folder") from error
     if options.fold and not (options.onnx or options.torch_export):
         raise UserError(f"--fold changes {ONNX} and {PROGRAM} alone. Add --onnx or --torch-export")
     if options.onnx:
         require_onnx()
+
+
+def refuse_place(out: Path) -> None:
+    """Raise a UserError if no folder can be made at `out`, or if something is there that would have to give way."""
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"{out}: {out.parent} is not a folder. Make it, or name another")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is there already, and is not a folder. Name a new or an empty folder")
+    if out.exists() and not is_empty(out):
+        held = named(sorted(entry.name for entry in out.iterdir()), most=3)
+        raise UserError(f"{out}: is there already and holds {held}. Name a new or an empty folder")
 
 
 def export(
@@ -133,17 +158,35 @@ def computations(trained: Trained, folder: Path, wanted: list[str], *, fold: boo
     model, folded = folded_copy(trained, images) if fold else (trained.model, "")
     files = {}
     for file in wanted:
-        FORMATS[file].write(model, images, folder / file)
-        difference = largest_difference(trained.model, FORMATS[file].read(folder / file), images)
-        if not difference.is_small:
-            raise UserError(
-                f"{file}: its logits are off by up to {difference}, more than {TOLERANCE:g} of it. Leave this file out"
-                f"{' or try without --fold' if fold else ''}"
-            )
-        files[file] = f"{FORMATS[file].title}{folded}; its logits are off by up to {difference}"
+
+        def attempt(candidate: nn.Module, file: str = file) -> Difference:
+            return written_and_checked(candidate, trained.model, images, folder / file, fold=fold)
+
+        difference, plain = fused_or_plain(model, attempt)
+        attention = f", {PLAIN_ATTENTION}" if plain else ""
+        files[file] = f"{FORMATS[file].title}{folded}{attention}; its logits are off by up to {difference}"
         if (folder / f"{file}.data").exists():
             files[f"{file}.data"] = f"the weights of {file}, which looks for them beside it"
     return files
+
+
+def written_and_checked(
+    model: nn.Module, reference: nn.Module, images: torch.Tensor, path: Path, *, fold: bool
+) -> Difference:
+    """Write a model in the format that the file's name stands for, load and run it, and compare it with the reference.
+
+    Raises:
+      UserError: the file cannot be written or run, or its logits are others than the reference's.
+    """
+    FORMATS[path.name].write(model, images, path)
+    with in_one_line(f"run from {path.name}"):
+        difference = largest_difference(reference, FORMATS[path.name].read(path), images)
+    if not difference.is_small:
+        raise UserError(
+            f"{path.name}: its logits are off by up to {difference}, more than {TOLERANCE:g} of it. Leave this file "
+            f"out{' or try without --fold' if fold else ''}"
+        )
+    return difference
 
 
 def folded_copy(trained: Trained, images: torch.Tensor) -> tuple[nn.Module, str]:

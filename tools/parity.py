@@ -76,13 +76,7 @@ def write_markdown(path: Path, text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
-    parser.add_argument("--json", type=path_argument, help="write the rows to this file, too")
-    parser.add_argument(
-        "--markdown", type=path_argument, help="write the table to this file, between its marks if it has them"
-    )
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     with exit_on_user_error():
         rows = compare(options)
     exceeded = [row for row in rows if not row.ok]
@@ -102,6 +96,16 @@ def compare(options: argparse.Namespace) -> list[Row]:
     if options.markdown:
         write_markdown(options.markdown, markdown(rows, options.size))
     return rows
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
+    parser.add_argument("--json", type=path_argument, help="write the rows to this file, too")
+    parser.add_argument(
+        "--markdown", type=path_argument, help="write the table to this file, between its marks if it has them"
+    )
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ file of weights with the model's name, or from timm with its pretrained weights.
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
+from pipelines.errors import UserError, clipped
+from pipelines.index import MANIFEST, ShardIndex
 from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
@@ -39,6 +40,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, a
 KINDS = ("auto", "ema", "raw")
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+_LONGEST_NAME = 100  # of a model, in characters; timm's longest has about 60
 _SIZE_ADVICE = "Leave the size to the model, or use another model"
 
 
@@ -173,10 +175,12 @@ def load_named(text: str, name: str | None = None, **settings) -> Trained:
       settings: as for `load`.
     """
     path, settings = expanded(text), {"key": "", **settings}
-    if path.exists():
+    if os.path.exists(path):  # False also for what is too long to be a path
         return load(name, path, **settings)
-    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
-        raise UserError(f"{text}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name")
+    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1 or len(text) > _LONGEST_NAME:
+        raise UserError(
+            f"{clipped(text, 120)}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name"
+        )
     return load(text, None, **settings)
 
 
@@ -189,7 +193,11 @@ def _file_of(path: Path, weights: str) -> Path:
         return best
     steps = checkpoint.checkpoints(checkpoints_folder(path))
     if not steps:
-        raise UserError(f"{path}: neither a run's folder with checkpoints nor an exported one with {CONFIG}")
+        what = "a dataset, " if (path / MANIFEST).is_file() or (path.parent / MANIFEST).is_file() else ""
+        raise UserError(
+            f"{clipped(path, 120)}: {what}neither a run's folder with checkpoints nor an exported one with {CONFIG}. "
+            "Give what --run.out was, a checkpoint in it, or what tools/export.py wrote"
+        )
     return steps[-1]
 
 

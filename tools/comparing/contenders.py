@@ -5,7 +5,8 @@ import csv
 import dataclasses
 import importlib.resources
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import timm
@@ -14,8 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.errors import UserError
-from tools.exporting.onnx_file import export_onnx, quiet
+from pipelines.errors import UserError, clipped
+from tools.exporting.attention import fused_or_plain, has_fused_attention
+from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer import inference
 from trainer.folding import fold_batch_norms
 from trainer.models import create_model, known_name
@@ -78,11 +80,13 @@ class Facts:
       parameters: as trained, before folding.
       gmacs: multiply-adds of matrix products and convolutions for an image, in 1e9.
       folded: BatchNorms folded into convolutions.
+      plain_attention: files that hold timm's plain attention, because the model's fused one cannot be exported.
     """
 
     parameters: int
     gmacs: float
     folded: int
+    plain_attention: frozenset[str] = frozenset()
 
 
 def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
@@ -144,7 +148,10 @@ def read_accuracies(path: Path) -> list[Accuracy]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Give an evaluation's JSON, or a CSV") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(
+            f"{clipped(path, 120)}: cannot be read ({reason}). Give an evaluation's JSON, or a CSV"
+        ) from error
     if path.suffix == ".json":
         return [_of_evaluation(path, text)]
     rows = list(csv.DictReader(text.splitlines()))
@@ -191,7 +198,7 @@ def _percent(where: str, value: object) -> float:
 def _identified(word: str) -> tuple[Contender, str]:
     """A model without its accuracy, and the file that its weights come from, "" for random ones."""
     name = None
-    if not Path(word).exists():
+    if not os.path.exists(word):  # also for what is too long to be a path
         with contextlib.suppress(UserError):
             name = known_name(word)
     if name is None:
@@ -276,13 +283,30 @@ def prepare(model: Contender, folder: Path, files: Sequence[str]) -> Facts:
     network, folded = build(model)
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(1))
     torch.save({"images": images, "logits": network(images)}, folder / REFERENCE)
-    if ONNX in files or OPENVINO in files:
-        export_onnx(network, images, folder / ONNX)
-    if OPENVINO in files:
-        _convert(folder)
+    plain = set()
+    if wanted := {ONNX, OPENVINO} & set(files):
+        _, is_plain = fused_or_plain(network, lambda candidate: _write_single(candidate, images, folder, wanted))
+        plain |= wanted if is_plain else set()
     if HALF_ONNX in files:
-        export_onnx(network.half(), images.half(), folder / HALF_ONNX)
-    return Facts(parameters, cost, folded)
+        half, path = images.half(), folder / HALF_ONNX
+        _, is_plain = fused_or_plain(network.half(), lambda candidate: export_onnx(candidate, half, path))
+        plain |= {HALF_ONNX} if is_plain else set()
+    return Facts(parameters, cost, folded, frozenset(plain))
+
+
+def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files: Collection[str]) -> None:
+    """Write the files in single precision that are asked for: ONNX, and OPENVINO, which is made of it.
+
+    Raises:
+      UserError: the model cannot be exported, or onnxruntime does not run its fused attention.
+    """
+    export_onnx(network, images, folder / ONNX)
+    if ONNX in files and has_fused_attention(network):  # without it there is no second attempt, and the backend reports
+        with in_one_line(f"run from {ONNX}"):
+            onnx_runtime(folder / ONNX)(images)
+    if OPENVINO in files:
+        with in_one_line("converted for OpenVINO"):
+            _convert(folder)
 
 
 def _convert(folder: Path) -> None:

@@ -9,9 +9,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.errors import named
 from tools.comparing import ranking
 from tools.comparing.contenders import Accuracy, Facts
 from tools.comparing.measuring import Measured, Prepared
+from tools.exporting.attention import PLAIN_ATTENTION
 
 _MIB = 1 << 20
 _COLUMNS = {  # key of a row -> heading, decimals
@@ -70,6 +72,7 @@ def _identity(prepared: Prepared, row: Measured) -> dict:
         "parameters_m": facts.parameters / 1e6 if isinstance(facts, Facts) else None,
         "gmacs": facts.gmacs if isinstance(facts, Facts) else None,
         "folded_batch_norms": facts.folded if isinstance(facts, Facts) else None,
+        "plain_attention": row.backend.file in facts.plain_attention if isinstance(facts, Facts) else None,
         "top1": accuracy.top1 if accuracy else None,
         "top1_from": _said_by(accuracy),
         "top1_is_the_papers": bool(accuracy and accuracy.published),
@@ -186,6 +189,8 @@ def notes(rows: Sequence[dict]) -> list[str]:
     if any(row["backend"] == "openvino" for row in measured):
         precisions = ", ".join(sorted({row["precision"] for row in measured if row["backend"] == "openvino"}))
         found.append(f"openvino: FP16 weights; FP16 was asked for, this CPU computes in {precisions}")
+    if plain := [f"{row['model']} ({row['backend']})" for row in measured if row["plain_attention"]]:
+        found.append(f"{PLAIN_ATTENTION}: {named(plain)}")
     if any(row["top1"] is None for row in measured):
         found.append("models without an accuracy are on no front and in no picture; --accuracy FILE gives one")
     return found + _warnings(measured)

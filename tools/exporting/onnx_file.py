@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 
 OLDEST_TORCH = (2, 6)
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
@@ -120,17 +120,17 @@ def two_or_more(images: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_one_line(what: str) -> Iterator[None]:
-    """Turns what an exporter raises, pages long, into a UserError of one line."""
+    """Turns what an exporter or a runtime raises, pages long, into a UserError of one line."""
     try:
         yield
-    except OSError:
+    except (OSError, UserError):
         raise
-    except Exception as error:  # torch's exporters raise errors of many kinds
+    except Exception as error:  # torch's exporters and the runtimes raise errors of many kinds
         while (cause := error.__cause__) is not None:  # the exporter's own error says what to report, its cause why
             error = cause
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         raise UserError(
-            f"the model cannot be {what}: {type(error).__name__}: {lines[0][:200]}. Leave this file out, or "
+            f"the model cannot be {what}: {type(error).__name__}: {clipped(lines[0], 180)}. Leave this file out, or "
             "use another model"
         ) from error
 

@@ -13,16 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.files import is_hidden
 from tools.sharding.images import MAX_BYTES, RejectedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")
 VAL_NAMES = ("val", "valid", "validation")  # usual names of the validation split's folder or files
-# What operating systems and file servers leave behind, beside names that begin with a dot (AppleDouble's ._NAME too).
-_SYSTEM_NAMES = {
-    *("__macosx", "@eadir", "thumbs.db", "desktop.ini"),
-    *("lost+found", "$recycle.bin", "system volume information"),
-}
 # What the sources of all kinds consist of.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
 _STRANGER = "not part of the layout: move it away"
@@ -51,7 +47,7 @@ class Unused:
     """Something in a source that does not become a sample.
 
     Attributes:
-      kind: HIDDEN: passed over by the rule of `is_hidden`, and counted; EXPECTED: belongs to the layout and is for
+      kind: HIDDEN: passed over by the rule of pipelines.files.is_hidden, and counted; EXPECTED: belongs to the layout and is for
         something else, such as test images without labels; MISPLACED: visible and not understood, which ends the
         command unless the person decides to leave it out.
       source: how messages name it.
@@ -133,13 +129,6 @@ def file_reader(root: Path) -> Callable[[str], bytes]:
 def is_image(name: str) -> bool:
     """Whether a file's name is an image's."""
     return name.lower().endswith(EXTENSIONS)
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a part of a path is a hidden or system name: one that begins with a dot, or one of a fixed list."""
-    return any(
-        part[0] == "." or part.lower() in _SYSTEM_NAMES for part in path.split("/") if part not in ("", ".", "..")
-    )
 
 
 def printable(name: str) -> str:
