@@ -32,7 +32,7 @@ from trainer import checkpoint, inference, metrics
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from trainer.inference import KINDS, Trained, checkpoints_folder
-from trainer.models import read_file, select_weights
+from trainer.weights import read_file, select_weights
 
 Weights = dict[str, torch.Tensor]
 # What OUT.pt takes over from one of the checkpoints: what they say of their run.

@@ -55,7 +55,8 @@ from trainer.data import rank_plans
 from trainer.loop import Run, loop
 from trainer.losses import usi_loss
 from trainer.mix import partners
-from trainer.models import create_model, read_weights
+from trainer.models import create_model
+from trainer.weights import read_weights
 from trainer.telemetry import METRICS, Telemetry
 
 COLUMNS = {
