@@ -121,8 +121,8 @@ class StudentConfig:
         the classifier starts from scratch.
       pretrained: start from timm's weights, which are downloaded; the same holds for their classifier.
       kwargs: passed to timm.create_model.
-      classes: text file that names the outputs of the weights to start from, in their order, one class on a line, as the
-        dataset's manifest names them: the classifier is put into the dataset's order. Without it a checkpoint of this
+      classes: text file that names the outputs of the weights to start from in their order, one class on a line, as the
+        dataset's manifest names them; the classifier is put into the dataset's order. Without it a checkpoint of this
         trainer names them itself.
     """
 

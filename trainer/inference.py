@@ -100,6 +100,10 @@ class Trained:
         """sha256 over the names and values of its weights, in hex; the same for a checkpoint and what is made of it."""
         return checkpoint.digest_of(checkpoint.to_host(self.model.state_dict()))
 
+    def names(self, classes: list[str]) -> bool:
+        """Whether its outputs have names that are to be relied on for these classes: guessed ones must contain them."""
+        return self.classes is not None and (not self.classes_guessed or set(classes) <= set(self.classes))
+
     @property
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
@@ -210,17 +214,20 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
         origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
+    named = settings.get("name") or name
     name = _agreed_name(name, settings.get("name"), path, key)
+    folder = named_folder(named)
     kwargs = settings.get("kwargs", {}) if kwargs is None else kwargs
+    kwargs = {**(folder.kwargs if folder else {}), **kwargs}
     classes = origin.get("classes")
     outputs = len(classes) if classes else num_outputs(name, tensors)
     if outputs is None:
-        outputs = _own_config(name)["num_classes"]
+        outputs = _own_config(named)["num_classes"]
     own = _view_of_run(origin["config"]["data"]) if origin else {}
-    data = _own_view(_own_config(name)) | own | view
+    data = _own_view(_own_config(named)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
     kwargs = with_size(name, size, kwargs)
-    model = create_model(name, outputs, size, kwargs, tensors, path)
+    model = create_model(named, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
     found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
     return found if origin else _with_guessed_classes(found)
@@ -297,9 +304,10 @@ def _with_guessed_classes(trained: Trained) -> Trained:
 
 
 def _own_config(name: str) -> dict:
-    """timm's configuration of a model."""
-    config = timm.get_pretrained_cfg(architecture(name))
-    return config.to_dict() if config is not None else {"num_classes": 1000}
+    """timm's configuration of a model; what the folder says that it may be named by comes first."""
+    config, folder = timm.get_pretrained_cfg(architecture(name)), named_folder(name)
+    config = config.to_dict() if config is not None else {"num_classes": 1000}
+    return config | (folder.config if folder else {})
 
 
 def _own_view(config: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Models in folders and repositories that timm's format for Hugging Face's hub describes: config.json beside weights."""
+"""Models in folders, and in repositories of Hugging Face's hub, as timm writes them: config.json beside weights."""
 
 import dataclasses
 import functools
@@ -125,8 +125,8 @@ def read_folder(path: Path, name: str) -> ModelFolder:
         ) from error
     if channels != {3}:
         raise UserError(
-            f"{path / CONFIG}: a model of images with {min(channels - {3})} channels, and images have 3 here (gray ones, "
-            "too). Use a model of RGB images"
+            f"{path / CONFIG}: a model of images with {min(channels - {3})} channels, and images have 3 here (gray "
+            "ones, too). Use a model of RGB images"
         )
     classes = said.get("label_names")
     classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None

@@ -203,9 +203,7 @@ def refuse_size(model: nn.Module, name: str, image_size: int, advice: str = _STU
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         if channels := _channels(model):
-            advice = (
-                f"It takes {channels} channels, and images have 3 (gray ones, too): leave in_chans out of its kwargs"
-            )
+            advice = f"It takes {channels} channels, images have 3 (gray ones, too): leave in_chans out of its kwargs"
         raise UserError(
             f"model '{name}' cannot take images of {image_size} px ({clipped(error, 120)}). {advice}"
         ) from error
@@ -282,9 +280,9 @@ def one_value_is_reported(image_size: int | None = None) -> Iterator[None]:
             raise
         size = f" of {image_size} px" if image_size else ""
         raise UserError(
-            f"run.micro_batch is too small for the model's normalisation (BatchNorm): of images{size} it sees one value "
-            "a channel at a time, which has no variance. Raise run.micro_batch (and run.global_batch or "
-            "augment.mix_group) to 2 or more images, or use larger images or a model without BatchNorm"
+            f"BatchNorm would see a single value of a channel (images{size}, run.micro_batch too small), which has no "
+            "variance. Set run.micro_batch, and augment.mix_group or run.global_batch where they are smaller, to 2 or "
+            "more, or use larger images"
         ) from error
 
 
@@ -387,7 +385,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def starting_weights(name: str, checkpoint: Path | None) -> Checkpoint | None:
-    """The weights of a checkpoint, or else of the folder or repository that a model is named by; None for timm's own."""
+    """The weights of a checkpoint, or of the folder or repository that a model is named by; None for timm's own."""
     if checkpoint is not None:
         return read_checkpoint(checkpoint)
     if folder := named_folder(name):

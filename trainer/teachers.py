@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +13,7 @@ from pipelines.batch import Batch
 from pipelines.errors import UserError
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import Config, OtherTeacher, TeacherConfig
+from trainer.confusion import order_warning
 from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize, mixed_inputs
 from trainer.models import (
@@ -163,8 +165,8 @@ def agreement(
     labels: torch.Tensor,
     partner_labels: torch.Tensor,
     lam: torch.Tensor,
-) -> torch.Tensor:
-    """How often the best classes are the same.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often the best classes are the same, and which ones they are.
 
     Args:
       student, teacher: logits [B, C].
@@ -172,29 +174,38 @@ def agreement(
     Returns:
       float32 [2], shares of the images: where the teacher's best class is the label with the larger share (its own, if
       both have a half), and where it is the student's best class.
+      int32 [2, B]: these labels, and the teacher's best classes.
     """
     best = teacher.argmax(1)
     label = torch.where(lam >= 0.5, labels, partner_labels)
-    return torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+    shares = torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+    return shares, torch.stack([label, best]).int()
 
 
-def chance_warning(hits: float, images: int, num_classes: int) -> str | None:
-    """What to say of a teacher that knows the labels hardly better than chance; None if it does, or it is too early.
+def teacher_warning(labels: np.ndarray, best: np.ndarray, num_classes: int, names: list[str] | None) -> str:
+    """What to say of a teacher from which the student would learn nonsense without any error; "" of others.
 
-    The classes of such a teacher are probably in another order, and the student would learn nonsense without any error.
-    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all; it is asked for
-    after 10 images of each class.
+    Args:
+      labels, best, names: as for trainer.confusion.order_warning, of mixed images: the label with the larger share.
+    """
+    order = order_warning(labels, best, num_classes, names, "the teacher", "--teacher.classes")
+    return order or chance_warning(int((labels == best).sum()), len(labels), num_classes)
+
+
+def chance_warning(hits: int, images: int, num_classes: int) -> str:
+    """What to say of a teacher that knows the labels hardly better than chance; "" if it does.
+
+    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all.
 
     Args:
       hits: mixed images where the teacher's best class was the label with the larger share; of `images`.
     """
     chance = 1 / num_classes
-    if images < 10 * num_classes or hits / images >= chance + min(chance, (1 - chance) / 4):
-        return None
+    if hits / images >= chance + min(chance, (1 - chance) / 4):
+        return ""
     return (
-        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: its classes "
-        "may be in another order than the dataset's. Name them with teacher.classes FILE, and check teacher.checkpoint "
-        "and teacher.image_size"
+        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: it hardly "
+        "knows these classes. Check teacher.checkpoint, teacher.kwargs and teacher.image_size"
     )
 
 

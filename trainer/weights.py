@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def _kind_in_words(kind: str) -> str:
 
 
 def unwrapped(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights under the model's own names, without what DDP, torch.compile, AveragedModel and Lightning put before them.
+    """Weights under the model's own names: DDP, torch.compile, AveragedModel and Lightning put others before them.
 
     Names stay unchanged where two of them would become one.
     """
@@ -162,7 +163,8 @@ def read_file(path: Path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_plain_types()):
+        with torch.serialization.safe_globals(_plain_types()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about older formats; where one is not taken, the error says so
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         hint = "a file of weights; a run's best ones are in RUN/checkpoints/best.pt"
