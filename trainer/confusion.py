@@ -19,7 +19,8 @@ def taken_for(labels: np.ndarray, best: np.ndarray, num_classes: int) -> list[tu
     """Classes that are consistently taken for one other class, as where a model's outputs are in another order.
 
     At least a third of such a class's images, and more than are found to be of it, are taken for the other one, which
-    the model finds in few images but these: so a model that gives all images the same class has no such pair.
+    the model finds in few images but these, its own among them. So a model that gives all images the same class has no
+    such pair, and neither has one that cannot tell two classes apart.
 
     Args:
       labels, best: int64 [N], the class of each image and the class that the model finds most likely.
@@ -36,7 +37,8 @@ def taken_for(labels: np.ndarray, best: np.ndarray, num_classes: int) -> list[tu
     rising = np.argsort(counts[~right], kind="stable")  # of equal indices the last one is assigned: the largest count
     times[label[~right][rising]] = counts[~right][rising]
     other[label[~right][rising]] = guess[~right][rising]
-    is_taken = (times >= _LEAST) & (3 * times >= images) & (times > own) & (2 * times > guesses[other])
+    is_taken = (times >= _LEAST) & (3 * times >= images) & (times > own)
+    is_taken &= (2 * times > guesses[other]) & (times > 3 * own[other])  # the other class is taken for a third one
     classes = np.flatnonzero(is_taken)
     excess, noise = (times - own)[classes].sum(), math.sqrt((times + own)[classes].sum())
     if len(classes) < max(2, np.count_nonzero(images) / 10) or excess <= _SIGMA * noise:
