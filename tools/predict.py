@@ -37,6 +37,7 @@ from tools.image_files import Item, count_images, items_of, look_at_batches
 from tools.opening import first_device
 from trainer.classes import check_order_stated, order_doubt
 from trainer.inference import Trained, descriptions, load
+from trainer.models import check_logits
 from trainer.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
@@ -93,6 +94,7 @@ def predict(options: argparse.Namespace) -> None:
     trained = load(options.name, options.checkpoint, classes=options.classes, key="")
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
+    check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, "Use another model")
     check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)

@@ -23,6 +23,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
+    _require(
+        kwargs.get("in_chans") in (None, 3),
+        f"{section}.kwargs.in_chans is {kwargs.get('in_chans')}, and images have 3 channels here, gray ones, too. "
+        "Leave it out",
+    )
     for name in ("num_classes", "pretrained", "checkpoint_path"):
         _require(
             name not in kwargs, f"{section}.kwargs.{name}: decided by the dataset and {section}.checkpoint. Remove it"

@@ -37,6 +37,7 @@ from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
+from trainer.models import check_logits
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
@@ -186,6 +187,8 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     real = read_real_labels(data.real_labels, index, names) if data.real_labels else None
     settings = {"weights": student.weights, "kwargs": student.kwargs or None, "classes": student.classes}
     trained = inference.load(student.name, student.checkpoint, **settings, **data.view)
+    advice = "Change student.kwargs, or use another model"
+    check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, advice)
     order = outputs_of(names, trained, order_doubt(data.root))
     weights_digest = trained.digest()
     refuse_other_ranks(world, trained, weights_digest, index, order, config)

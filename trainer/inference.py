@@ -107,7 +107,7 @@ class Trained:
     @property
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
-        return self.model.num_classes
+        return getattr(self.model, "num_classes", 0)  # models of features have none
 
     def normalize(self, precision: torch.dtype = torch.float32) -> Normalize:
         """Its own normalisation of raw pixels."""

@@ -201,11 +201,11 @@ def refuse_size(model: nn.Module, name: str, image_size: int, advice: str = _STU
     training = model.training
     try:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # every model checks its input in its own way
         if channels := _channels(model):
-            advice = f"It takes {channels} channels, images have 3 (gray ones, too): leave in_chans out of its kwargs"
+            advice = f"It takes {channels} channel(s), images have 3 (gray ones, too): leave in_chans out of its kwargs"
         raise UserError(
-            f"model '{name}' cannot take images of {image_size} px ({clipped(error, 120)}). {advice}"
+            f"model '{name}' cannot take images of {image_size} px ({clipped(error, 90)}). {advice}"
         ) from error
     finally:
         model.train(training)
@@ -230,7 +230,7 @@ def refuse_outputs(student: nn.Module, name: str, num_classes: int, image_size: 
     try:
         with torch.random.fork_rng(devices=[]):  # a copy: BatchNorm's statistics stay what they are
             found = _shape_in_words(copy.deepcopy(student).train()(images))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # every model fails in its own way
         raise UserError(
             f"model '{name}' cannot be trained on images of {image_size} px ({clipped(error, 120)}). Change "
             "data.image_size or student.kwargs, or use another model"
@@ -327,7 +327,7 @@ def create_model(
             raise UserError(f"{source}: {_why_not_fitting(name, weights, error)}") from error
         raise UserError(
             f"model '{name}' cannot be built for images of {image_size} px with these arguments "
-            f"({clipped(str(error) or type(error).__name__, 120)}). Change data.image_size or its kwargs"
+            f"({type(error).__name__}: {clipped(error, 120)}). Change data.image_size or its kwargs"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)
     model.pretrained_cfg.update(folder.config if folder else {})
@@ -344,7 +344,7 @@ def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: Runtime
             "was trained on images of one channel, and images have 3 here (gray ones, too). Give weights that were "
             f"trained on RGB images, or replace '{name_of_first}', w, by w.repeat(1, 3, 1, 1) / 3"
         )
-    return f"does not fit model '{name}' ({clipped(error, 300)}). Give the model it was saved from"
+    return f"does not fit model '{name}' ({clipped(error, 200)}). Give the model it was saved from"
 
 
 def with_size(name: str, image_size: int, kwargs: Kwargs) -> Kwargs:
