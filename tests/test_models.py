@@ -1,14 +1,25 @@
+import contextlib
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import train_here
 
 from pipelines.errors import UserError
-from trainer.config import StudentConfig, TeacherConfig
-from trainer.models import build_student, new_classifier, preprocessing, read_checkpoint, read_weights
-from trainer.teachers import build_teacher
+from trainer.config import StudentConfig, TeacherConfig, parse
+from trainer.models import (
+    build_student,
+    check_batch_norm,
+    one_value_is_reported,
+    preprocessing,
+    refuse_outputs,
+    refuse_size,
+)
+from trainer.teachers import build_teacher, build_teachers
+from trainer.weights import read_checkpoint, read_weights
 
 NAME = "test_resnet"
 
@@ -112,7 +123,9 @@ def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_pat
         torch.save({"model": Payload()}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="teacher.pth: damaged, or holds more than weights"):
+    with pytest.raises(
+        UserError, match="teacher.pth: (damaged, or no file of weights|holds 'print', which is no plain)"
+    ):
         read_weights(path)
     assert "never run" not in capsys.readouterr().out
 
@@ -185,8 +198,8 @@ def test_fine_tuning_on_other_classes_takes_all_weights_but_the_classifiers(tmp_
     assert all(len(weights[key]) == 10 and weights[key].isfinite().all() for key in anew)
     layers = re.escape(", ".join(CLASSIFIERS[name]))
     assert re.fullmatch(
-        rf"they are of 7 classes, the dataset has 10: the classifier \({layers}\) starts anew",
-        new_classifier(student, 10),
+        rf"they are of 7 classes, the dataset has 10: the classifier \({layers}\) starts from scratch",
+        student.start_note,
     )
 
 
@@ -213,7 +226,7 @@ def test_the_new_classifier_is_as_random_as_one_that_is_trained_from_scratch(sou
 def test_weights_of_as_many_classes_keep_their_classifier_and_nothing_is_told(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "start.pth")
     student = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), 7, 64)
-    assert new_classifier(student, 7) is None
+    assert student.start_note == ""
 
 
 @pytest.mark.parametrize("classes", [7, 10])
@@ -244,8 +257,8 @@ def test_a_student_starts_from_timms_weights(source, monkeypatch):
     student = build_student(StudentConfig(name="resnet18", pretrained=True), 10, 64)
     assert torch.equal(student.layer4[1].conv2.weight, downloaded["layer4.1.conv2.weight"])
     assert student.fc.out_features == 10 and student.training
-    assert new_classifier(student, 10).startswith("they are of 1000 classes, the dataset has 10")
-    assert new_classifier(build_student(StudentConfig(name="resnet18", pretrained=True), 1000, 64), 1000) is None
+    assert student.start_note.startswith("they are of 1000 classes, the dataset has 10")
+    assert build_student(StudentConfig(name="resnet18", pretrained=True), 1000, 64).start_note == ""
 
 
 def test_timms_weights_that_cannot_be_had_are_one_line(monkeypatch):
@@ -281,3 +294,117 @@ def test_downloaded_weights_of_other_classes_are_refused_before_the_download():
 
 def test_the_fill_colour_is_the_students_mean():
     assert preprocessing(timm.create_model("resnet18")).fill == (124, 116, 104)
+
+
+# --- arguments and images that a model cannot take ---
+
+GARBAGE = {
+    "in_chans": [1, 4, 0, "abc"],
+    "depth": ["abc", -1, 1.5],
+    "num_heads": [0, -1],
+    "embed_dim": [7, -3, "x"],
+    "global_pool": ["nope", ""],
+    "act_layer": ["nope"],
+    "norm_layer": ["nope"],
+    "img_size": [-1, "abc", [1, 2, 3]],
+    "drop_rate": [5, "abc"],
+    "patch_size": [1000, 0],
+    "device": ["nope"],
+    "features_only": [True],
+    "pretrained_cfg": ["x"],
+    "block_fn": ["x"],
+    "no_such": [None, 1, "x"],
+}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s"])
+def test_arguments_that_a_model_cannot_take_are_one_line(name):
+    """Whatever a person writes in student.kwargs: the model is made, or a short line says why not."""
+    for key, values in GARBAGE.items():
+        for value in values:
+            with contextlib.suppress(UserError):
+                try:
+                    config = StudentConfig(name, kwargs={key: value})
+                    student = build_student(config, 10, 64)
+                    refuse_size(student, name, 64)
+                    refuse_outputs(student, name, 10, 64)
+                except UserError as error:
+                    assert len(str(error)) < 320, str(error)
+                    raise
+
+
+@pytest.mark.parametrize("section", ["student", "teacher"])
+def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
+    with pytest.raises(
+        UserError, match=rf"{section}.kwargs.in_chans is 1, and images have 3 channels here, .* Leave it"
+    ):
+        parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
+    parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
+    with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
+        refuse_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_weights_of_images_of_one_channel_say_so_and_the_advice_helps(tmp_path, name):
+    source = timm.create_model(name, in_chans=1, num_classes=7).eval()
+    weights, first = source.state_dict(), f"{source.pretrained_cfg['first_conv']}.weight"
+    torch.save(weights, tmp_path / "gray.pth")
+    config = TeacherConfig(name, tmp_path / "gray.pth")
+    with pytest.raises(
+        UserError, match=rf"gray.pth: was trained on images of one channel.*'{first}', w, by w.repeat\(1"
+    ):
+        build_teacher(config, 7, 160)
+    weights[first] = weights[first].repeat(1, 3, 1, 1) / 3
+    torch.save(weights, tmp_path / "gray.pth")
+    images = torch.rand(2, 1, 160, 160)
+    with torch.no_grad():
+        found = build_teacher(config, 7, 160).model(images.expand(-1, 3, -1, -1))
+        assert torch.allclose(found, source(images), rtol=1e-3, atol=1e-4)
+
+
+ONE_VALUE = {"test_resnet": 32, "test_byobnet": 32, "resnet18": 32}
+
+
+@pytest.mark.parametrize("name", ONE_VALUE)
+@pytest.mark.parametrize("micro", [{"run.micro_batch": 1}, {"run.micro_batch": 0}, {"run.micro_batch": "auto"}])
+def test_batch_norm_over_one_value_is_refused_before_anything_is_written_and_the_advice_helps(
+    digits, tmp_path, name, micro
+):
+    """In a micro-batch of one image, however it was chosen: by its number, as one group, or by trying."""
+    given = {"student.name": name, "run.global_batch": 4, "augment.mix_group": 1, "data.image_size": ONE_VALUE[name]}
+    given |= {**micro, "run.stop_after_steps": 1, "augment.repeats": 1}
+    settings = [text for key, value in given.items() for text in (f"--{key}", value)]
+    try:
+        train_here(digits, tmp_path / "run", *settings)
+    except UserError as error:
+        assert "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)" in str(
+            error
+        )
+        assert not (tmp_path / "run").exists() and len(str(error)) < 300
+    else:
+        assert name == "test_byobnet"  # its maps are larger
+    train_here(digits, tmp_path / "fixed", *settings, "--run.micro_batch", 2)
+    if name == "test_resnet":
+        train_here(digits, tmp_path / "larger", *settings, "--data.image_size", 96)
+
+
+def test_the_smallest_size_of_a_growing_image_is_tried():
+    student = build_student(StudentConfig("resnet18"), 10, 96)
+    check_batch_norm(student, 2, [32, 96])
+    check_batch_norm(student, 1, [96])
+    with pytest.raises(UserError, match="images of 32 px"):
+        check_batch_norm(student, 1, [96, 32])
+    before = copy.deepcopy(student.state_dict())
+    check_batch_norm(student, 1, [96])
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    message = r"BatchNorm would see a single value of a channel \(images, run.micro_batch"
+    with pytest.raises(UserError, match=message), one_value_is_reported():
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+
+
+def test_a_teacher_that_gives_features_is_refused(tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=10, global_pool="").state_dict(), tmp_path / "w.pth")
+    teacher = ["--teacher.name", "test_vit", "--teacher.checkpoint", str(tmp_path / "w.pth")]
+    config = parse([*teacher, "--teacher.kwargs.global_pool", "", "--data.image_size", "64"])
+    with pytest.raises(UserError, match=r"model 'test_vit' .*Change (teacher.kwargs|data.image_size or its kwargs)"):
+        build_teachers(config, 10, None)

@@ -267,11 +267,13 @@ def test_a_run_fine_tunes_from_a_run_on_other_classes_says_so_and_resumes(digits
     capsys.readouterr()
     summary = train_here(digits, tmp_path / "tuned", *start, "--run.stop_after_steps", 1)
     said = " ".join(capsys.readouterr().out.split())
-    assert "step-00000001.pt: they are of 5 classes, the dataset has 10: the classifier (fc) starts anew" in said
+    assert (
+        "step-00000001.pt: they are of 5 classes, the dataset has 10: the classifier (fc) starts from scratch" in said
+    )
     assert "student.checkpoint" in {deviation["key"] for deviation in summary["deviations"]}
     assert summary["evaluation"] == {}
     train_here(digits, tmp_path / "tuned", *start, "--run.stop_after_steps", 5)
-    assert "starts anew" not in capsys.readouterr().out
+    assert "from scratch" not in capsys.readouterr().out
     assert newest(tmp_path / "tuned")["student"]["fc.weight"].shape[0] == 10
 
 

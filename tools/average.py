@@ -30,10 +30,11 @@ from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
+from trainer.classes import order_doubt
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from trainer.inference import KINDS, Trained, checkpoints_folder
-from trainer.models import read_file, select_weights
+from trainer.weights import read_file, select_weights
 
 Weights = dict[str, torch.Tensor]
 # What OUT.pt takes over from one of the checkpoints: what they say of their run.
@@ -377,6 +378,7 @@ class Scorer:
 
     def __init__(self, data: Path):
         self._data, self._index, self._names = data, read_index(data, "val"), list(read_manifest(data)["classes"])
+        self._doubt = order_doubt(data)
         self.digest = self._index.digest
 
     def refuse_other_classes(self, each: Ingredient) -> None:
@@ -392,7 +394,7 @@ class Scorer:
         damaged: dict[int, str] = {}
         world = alone()
         config = EvalConfig(data=EvalDataConfig(root=self._data))
-        order = outputs_of(self._names, trained)
+        order = outputs_of(self._names, trained, self._doubt, option="")
         found = metrics.summary(predict_split(trained, self._index, order, config, world, damaged))
         for sample, error in sorted(damaged.items()):
             print(f"counted in gray: {self._index.name(sample)}: {error}", file=sys.stderr)

@@ -30,11 +30,14 @@ from rich.progress import Progress
 
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, replacing
+from pipelines.index import MANIFEST, read_manifest
 from pipelines.reader import read_ahead
 from tools.arguments import path_argument
 from tools.image_files import Item, count_images, items_of, look_at_batches
 from tools.opening import first_device
+from trainer.classes import check_order_stated, order_doubt
 from trainer.inference import Trained, descriptions, load
+from trainer.models import check_logits
 from trainer.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
@@ -90,6 +93,8 @@ def predict(options: argparse.Namespace) -> None:
     trained = load(options.name, options.checkpoint, classes=options.classes, key="")
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
+    check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, "Use another model")
+    check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)
     top_k, counts = min(options.top_k, trained.num_outputs), collections.Counter()
@@ -116,6 +121,18 @@ def refuse_options(options: argparse.Namespace) -> None:
     refuse_place(out, f"--out {out}")
     if out.suffix == ".parquet":
         _pyarrow()
+
+
+def check_datasets(paths: list[Path], trained: Trained) -> None:
+    """Raise a UserError if the outputs have no names and a path lies in a dataset whose class order is in doubt."""
+    for root in {folder for path in paths for folder in (path, *path.absolute().parents)}:
+        if not (root / MANIFEST).is_file():
+            continue
+        try:
+            names, doubt = read_manifest(root)["classes"], order_doubt(root)
+        except UserError:  # of another program, or of no dataset that is to be opened here
+            continue
+        check_order_stated("" if trained.names(names) else doubt, trained.source, "--classes")
 
 
 def _title(trained: Trained, device: torch.device) -> str:

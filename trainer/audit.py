@@ -11,7 +11,7 @@ _OPEN = {
     *("data.root", "data.pipeline", "data.decode", "data.hw_decoder_load", "data.decoder_padding_mib", "data.threads"),
     *("data.prefetch", "data.max_bad_fraction", "data.window_shards"),
     *("data.synthetic_samples", "data.synthetic_classes"),
-    *("student.name", "teacher.checkpoint", "teacher.classes"),
+    *("student.name", "student.classes", "teacher.checkpoint", "teacher.classes"),
     *("run.out", "run.seed", "run.device", "run.tf32", "run.channels_last", "run.eval_every"),
     *("run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.on_nonfinite", "run.log_every"),
     *("run.eval_batch", "run.loggers", "run.stop_after_steps", "run.ready_s", "run.watchdog_s"),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.index import class_order_doubt, read_manifest
 
 
 def class_order(names: list[str], listed: list[str], source: Path | str, key: str) -> list[int]:
@@ -19,6 +20,8 @@ def class_order(names: list[str], listed: list[str], source: Path | str, key: st
     Raises:
       UserError: a name is not in the list, or twice; the first one in the dataset's order is named.
     """
+    if names == listed:  # so every class has its place, even where two have one name
+        return list(range(len(names)))
     counts, owner = collections.Counter(listed), re.split(r"\W", key)[0]
     for name in names:
         if counts[name] > 1:
@@ -34,6 +37,49 @@ def class_order(names: list[str], listed: list[str], source: Path | str, key: st
             )
     places = {name: place for place, name in enumerate(listed)}
     return [places[name] for name in names]
+
+
+def order_doubt(root: Path | None) -> str:
+    """One sentence where the order of a dataset's classes was not stated and may be doubted; "" where it is certain."""
+    return class_order_doubt(read_manifest(root)) if root is not None else ""
+
+
+def check_order_stated(doubt: str, source: Path | str, option: str) -> None:
+    """Raise a UserError if outputs without names meet a dataset whose order of classes is in doubt.
+
+    Args:
+      doubt: as `order_doubt`.
+      source: the weights, for the message.
+      option: the setting that names their outputs, as it is typed; "" where there is none.
+    """
+    if doubt:
+        name = f"name the outputs with {option} FILE, or " if option else ""
+        raise UserError(
+            f"{source}: its outputs have no names, and {doubt}. To settle it, {name}build the dataset with "
+            "--class-order text or numeric"
+        )
+
+
+def listed_outputs(
+    file: Path | None, own: list[str] | None, source: Path | str, key: str
+) -> tuple[list[str] | None, Path | str]:
+    """The names of a model's outputs, and where they were found.
+
+    Args:
+      file: names them, as the setting `key`.classes; own: those that the weights' file `source` holds itself.
+    Returns:
+      None as names where nothing names them.
+    Raises:
+      UserError: both name them, in different orders.
+    """
+    if file is None:
+        return own, source
+    listed = read_classes(file)
+    if own and own != listed and sorted(own) == sorted(listed):
+        raise UserError(
+            f"{file}: names the classes in another order than {source}, which names its own. Leave {key}.classes out"
+        )
+    return listed, file
 
 
 def read_classes(path: Path) -> list[str]:

@@ -23,6 +23,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
+    _require(
+        kwargs.get("in_chans") in (None, 3),
+        f"{section}.kwargs.in_chans is {kwargs.get('in_chans')}, and images have 3 channels here, gray ones, too. "
+        "Leave it out",
+    )
     for name in ("num_classes", "pretrained", "checkpoint_path"):
         _require(
             name not in kwargs,
@@ -117,20 +122,29 @@ class StudentConfig:
     """The model that is trained.
 
     Attributes:
-      name: any timm model.
-      checkpoint: weights to start from; random where there is none. Where they are of another number of classes, the
-        classifier starts anew.
+      name: any timm model; also hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER.
+      checkpoint: weights to start from; random where there is none. Where they are of other classes than the dataset,
+        the classifier starts from scratch.
       pretrained: start from timm's weights, which are downloaded; the same holds for their classifier.
       kwargs: passed to timm.create_model.
+      classes: text file that names the outputs of the weights to start from in their order, one class on a line, as the
+        dataset's manifest names them; the classifier is put into the dataset's order. Without it a checkpoint of this
+        trainer names them itself.
     """
 
     name: str = "resnet50"
     checkpoint: Path | None = None
     pretrained: bool = False
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    classes: Path | None = None
 
     def __post_init__(self):
         _refuse_reserved("student", self.kwargs)
+        _require(
+            self.classes is None or self.pretrained or self.checkpoint is not None,
+            f"student.classes is {self.classes}, and there are no weights whose outputs it could name: set "
+            "student.checkpoint or student.pretrained, or leave student.classes out",
+        )
         _require(
             not self.pretrained or self.checkpoint is None,
             f"student.pretrained is true and student.checkpoint is {self.checkpoint}: start from one of them",
@@ -161,7 +175,8 @@ class TeacherConfig:
     """The frozen model, or models, that are learned from.
 
     Attributes:
-      name: any timm model, or the authors' tresnet_l_v2; no teacher means labels alone.
+      name: any timm model, the authors' tresnet_l_v2, hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER; no teacher
+        means labels alone.
       checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the averaged
         weights are taken; without it timm's pretrained weights are downloaded.
       kwargs: passed to timm.create_model.

@@ -30,12 +30,14 @@ from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from trainer import inference, metrics
-from trainer.classes import class_order
+from trainer.classes import check_order_stated, class_order, order_doubt
 from trainer.config import ImagesConfig, Kwargs
+from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
+from trainer.models import check_logits
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
@@ -185,13 +187,17 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     real = read_real_labels(data.real_labels, index, names) if data.real_labels else None
     settings = {"weights": student.weights, "kwargs": student.kwargs or None, "classes": student.classes}
     trained = inference.load(student.name, student.checkpoint, **settings, **data.view)
-    order = outputs_of(names, trained)
+    advice = "Change student.kwargs, or use another model"
+    check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, advice)
+    order = outputs_of(names, trained, order_doubt(data.root))
     weights_digest = trained.digest()
     refuse_other_ranks(world, trained, weights_digest, index, order, config)
     damaged: dict[int, str] = {}
     predictions = predict_split(trained, index, order, config, world, damaged)
     refuse_not_finite(predictions, index)
     found = {**metrics.summary(predictions), "classes": class_rows(predictions, names)}
+    pairs = predictions.label, predictions.top[:, 0]
+    found["order_warning"] = order_warning(*pairs, len(names), names, "the model", "--student.classes")
     if real is not None:
         found["real"] = metrics.real_accuracy(predictions, real)
     return {
@@ -254,19 +260,24 @@ def origin(config: EvalConfig, trained: Trained, weights_digest: str, index: Sha
     }
 
 
-def outputs_of(names: list[str], trained: Trained) -> list[int] | None:
+def outputs_of(names: list[str], trained: Trained, doubt: str, option: str = "--student.classes") -> list[int] | None:
     """Which output is each of the dataset's classes; None where they are in the same order.
 
+    Args:
+      names: of the dataset's classes; doubt: as trainer.classes.order_doubt.
+      option: the setting that names the model's outputs, as it is typed; "" where there is none.
     Raises:
-      UserError: the model does not know a class, or nothing names its outputs and there are not as many.
+      UserError: the model does not know a class, or nothing names its outputs and there are not as many, or it is in
+        doubt in which order they are.
     """
     listed, classes = trained.classes, len(names)
-    if listed is None or (trained.classes_guessed and not set(names) <= set(listed)):
+    if not trained.names(names):
         if trained.num_outputs != classes:
             raise UserError(
                 f"{trained.source}: has {trained.num_outputs} outputs, the dataset has {classes} classes. Use a model "
-                "of these classes, or name all its outputs with --student.classes FILE"
+                f"of these classes{f', or name all its outputs with {option} FILE' if option else ''}"
             )
+        check_order_stated(doubt, trained.source, option)
         return None
     return None if listed == names else class_order(names, listed, trained.source, "student")
 
@@ -407,6 +418,8 @@ def show(report: dict) -> None:
     table.add_row(*(f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in columns))
     console.print(table)
     console.print(worst_classes(report["classes"]))
+    if report["order_warning"]:
+        console.print(f"warning: {report['order_warning']}", markup=False, soft_wrap=True)
     if report["damaged"]:
         console.print(
             f"{len(report['damaged'])} damaged images were counted, in gray; the first: {report['damaged'][0]}",

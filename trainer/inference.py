@@ -5,7 +5,6 @@ file of weights with the model's name, or from timm with its pretrained weights.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,20 +22,20 @@ from trainer import checkpoint
 from trainer.classes import read_classes
 from trainer.config import DataConfig, Kwargs
 from trainer.mix import Normalize
+from trainer.model_folders import CONFIG, SOURCES, ModelFolder, named_folder, read_folder, source_name
 from trainer.models import (
+    architecture,
     create_model,
     download,
-    known_name,
     num_outputs,
     preprocessing,
     pretrained_outputs,
-    read_file,
     refuse_size,
-    select_weights,
     with_size,
 )
+from trainer.weights import read_file, select_weights
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of an exported folder, as timm names them
+WEIGHTS = "model.safetensors"  # of an exported folder, as timm names it
 KINDS = ("auto", "ema", "raw")
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -104,10 +103,14 @@ class Trained:
         """sha256 over the names and values of its weights, in hex; the same for a checkpoint and what is made of it."""
         return checkpoint.digest_of(checkpoint.to_host(self.model.state_dict()))
 
+    def names(self, classes: list[str]) -> bool:
+        """Whether its outputs have names that are to be relied on for these classes: guessed ones must contain them."""
+        return self.classes is not None and (not self.classes_guessed or set(classes) <= set(self.classes))
+
     @property
     def num_outputs(self) -> int:
         """How many classes it tells apart."""
-        return self.model.num_classes
+        return getattr(self.model, "num_classes", 0)  # models of features have none
 
     def normalize(self, precision: torch.dtype = torch.float32) -> Normalize:
         """Its own normalisation of raw pixels."""
@@ -145,13 +148,17 @@ def load(
             raise UserError(
                 f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
             )
-        if weights != "auto":
+        if weights != "auto" and named_folder(name) is None:
             raise UserError(
                 f"{_flag(key, 'weights')} is '{weights}', but timm has one kind of weights for '{name}'. Leave it out"
             )
-        found = _pretrained(name, kwargs or {}, key, view)
+        folder = named_folder(name)
+        if folder is None:
+            found = _pretrained(name, kwargs or {}, key, view)
+        else:
+            found = _exported(folder, None, weights, kwargs, key, view)
     elif (path / CONFIG).is_file():
-        found = _exported(path, name, weights, kwargs, key, view)
+        found = _exported(read_folder(path, str(path)), name, weights, kwargs, key, view)
     else:
         found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
     if classes is not None:
@@ -174,6 +181,8 @@ def load_named(text: str, name: str | None = None, **settings) -> Trained:
       name: timm's name of what is in a file that does not say it.
       settings: as for `load`.
     """
+    if source_name(text).startswith(SOURCES):
+        return load(text, None, **{"key": "", **settings})
     path, settings = expanded(text), {"key": "", **settings}
     if os.path.exists(path):  # False also for what is too long to be a path
         return load(name, path, **settings)
@@ -214,17 +223,20 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
         origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
+    named = settings.get("name") or name
     name = _agreed_name(name, settings.get("name"), path, key)
+    folder = named_folder(named)
     kwargs = settings.get("kwargs", {}) if kwargs is None else kwargs
+    kwargs = {**(folder.kwargs if folder else {}), **kwargs}
     classes = origin.get("classes")
     outputs = len(classes) if classes else num_outputs(name, tensors)
     if outputs is None:
-        outputs = _own_config(name)["num_classes"]
+        outputs = _own_config(named)["num_classes"]
     own = _view_of_run(origin["config"]["data"]) if origin else {}
-    data = _own_view(_own_config(name)) | own | view
+    data = _own_view(_own_config(named)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
     kwargs = with_size(name, size, kwargs)
-    model = create_model(name, outputs, size, kwargs, tensors, path)
+    model = create_model(named, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
     found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
     return found if origin else _with_guessed_classes(found)
@@ -235,17 +247,17 @@ def _flag(key: str, name: str) -> str:
     return f"--{key}.{name}" if key else f"--{name}"
 
 
-def _agreed_name(given: str | None, saved: str | None, path: Path, key: str) -> str:
+def _agreed_name(given: str | None, saved: str | None, path: Path | str, key: str) -> str:
     if given is None and saved is None:
         raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
     if given is not None and saved is not None and _architecture(given) != _architecture(saved):
         raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave {_flag(key, 'name')} out")
-    return known_name(saved or given)
+    return architecture(saved or given)
 
 
 def _architecture(name: str) -> str:
     """timm's name without the tag of its pretrained weights, which a file has others than."""
-    return known_name(name).partition(".")[0]
+    return architecture(name).partition(".")[0]
 
 
 def _view_of_run(data: dict) -> dict:
@@ -261,36 +273,32 @@ def _built_for(origin: dict, kwargs: Kwargs) -> int | None:
     return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
 
 
-def _exported(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
-    """A folder as timm writes it for Hugging Face's hub."""
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        saved, own = config["architecture"], config["pretrained_cfg"]
-        outputs = int(config.get("num_classes", own.get("num_classes")))
-        arguments, kind = dict(config.get("model_args") or {}), config.get("weights", "")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / CONFIG}: not what timm writes for a model ({error!r}). Export it again") from error
-    if kind and weights not in ("auto", kind):
-        raise UserError(f"{path}: holds no {weights} weights, only {kind} ones. Leave {_flag(key, 'weights')} out")
-    name = _agreed_name(name, saved, path, key)
-    kwargs = arguments if kwargs is None else kwargs
-    data = _own_view(own) | view
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("num_classes", "in_chans")}
+def _exported(
+    folder: ModelFolder, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict
+) -> Trained:
+    """A folder or repository as timm writes it for Hugging Face's hub."""
+    if folder.kind and weights not in ("auto", folder.kind):
+        raise UserError(
+            f"{folder.name}: holds no {weights} weights, only {folder.kind} ones. Leave {_flag(key, 'weights')} out"
+        )
+    name = _agreed_name(name, folder.architecture, folder.name, key)
+    data = _own_view(folder.config) | view
+    kwargs = {key: value for key, value in (folder.kwargs if kwargs is None else kwargs).items() if key != "in_chans"}
     kwargs = with_size(name, data["image_size"], kwargs)
-    model = create_model(name, outputs, data["image_size"], kwargs, read_file(path / WEIGHTS), path / WEIGHTS)
-    model.pretrained_cfg.update({key: value for key, value in own.items() if key != "architecture"})
-    classes = config.get("label_names")
-    classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
-    found = Trained(model, name, kwargs, View(**data), classes, str(path), kind)
-    return found if classes else _with_guessed_classes(found)
+    file = folder.weights_file()
+    tensors, _ = select_weights(file, read_file(file))
+    model = create_model(name, folder.num_classes, data["image_size"], kwargs, tensors, file)
+    model.pretrained_cfg.update(folder.config)
+    found = Trained(model, name, kwargs, View(**data), folder.classes, folder.name, folder.kind)
+    return found if folder.classes else _with_guessed_classes(found)
 
 
 def _pretrained(name: str, kwargs: Kwargs, key: str, view: dict) -> Trained:
     outputs = pretrained_outputs(name, key)
     data = _own_view(_own_config(name)) | view
-    kwargs = with_size(known_name(name), data["image_size"], kwargs)
+    kwargs = with_size(architecture(name), data["image_size"], kwargs)
     model = download(name, outputs, data["image_size"], kwargs, key)
-    found = Trained(model, known_name(name), kwargs, View(**data), None, f"timm's {name}")
+    found = Trained(model, architecture(name), kwargs, View(**data), None, f"timm's {name}")
     return _with_guessed_classes(found)
 
 
@@ -305,17 +313,22 @@ def _with_guessed_classes(trained: Trained) -> Trained:
 
 
 def _own_config(name: str) -> dict:
-    """timm's configuration of a model."""
-    config = timm.get_pretrained_cfg(known_name(name))
-    return config.to_dict() if config is not None else {"num_classes": 1000}
+    """timm's configuration of a model; what the folder says that it may be named by comes first."""
+    config, folder = timm.get_pretrained_cfg(architecture(name)), named_folder(name)
+    config = config.to_dict() if config is not None else {"num_classes": 1000}
+    return config | (folder.config if folder else {})
 
 
 def _own_view(config: dict) -> dict:
     """The size, crop and filter of timm's own validation."""
     resolved = resolve_data_config(pretrained_cfg=config, use_test_size=True)
-    _, height, width = resolved["input_size"]
+    channels, height, width = resolved["input_size"]
     if height != width:
         raise UserError(f"the model takes images of {height} x {width} px, and only square ones are made here")
+    if channels != 3:
+        raise UserError(
+            f"the model takes images of {channels} channels, and images have 3 here. Use a model of RGB images"
+        )
     return {"image_size": height, **{key: resolved[key] for key in ("crop_pct", "crop_mode", "interpolation")}}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipelines.errors import UserError
@@ -16,6 +17,7 @@ from trainer import checkpoint
 from trainer.checkpoint import TrainState
 from trainer.compiling import COMPILE_PATIENCE_S
 from trainer.config import Config, RunConfig
+from trainer.confusion import num_looked_at
 from trainer.control import Control
 from trainer.data import Pipelines, rank_plans
 from trainer.distributed import World
@@ -23,7 +25,7 @@ from trainer.optim import set_learning_rate
 from trainer.samples import SAMPLES, keep_samples
 from trainer.schedule import learning_rate
 from trainer.step import StepMetrics, TrainStep
-from trainer.teachers import chance_warning
+from trainer.teachers import teacher_warning
 from trainer.telemetry import InputWait, Telemetry
 from trainer.watchdog import Beating
 
@@ -307,7 +309,9 @@ class StepLog:
         self._run = run
         self._telemetry = telemetry
         self._batches = batches
-        self._teacher_hits, self._teacher_images, self._teacher_warned = 0.0, 0, False
+        teaches = run.config.teacher.name is not None
+        self._pairs_wanted = num_looked_at(run.plan.index.num_classes) if teaches else 0  # over all ranks; then 0
+        self._pairs: list[torch.Tensor] = []  # of the first steps: StepMetrics.teacher_pairs
         self.restart()
 
     def restart(self) -> None:
@@ -321,6 +325,8 @@ class StepLog:
         self._sums += torch.stack([metrics.loss, metrics.teacher_top1, metrics.agreement])
         self._bad.append(metrics.bad)
         self._bad_gradients.append(metrics.bad_gradients)
+        if len(self._pairs) * self._run.config.run.global_batch < self._pairs_wanted:
+            self._pairs.append(metrics.teacher_pairs)
 
     def write(self) -> None:
         """A line about the steps since the last one, if there are any. Every rank must call it.
@@ -347,19 +353,18 @@ class StepLog:
         }
         if self._run.config.teacher.name is not None:
             record |= {"teacher_top1": 100 * teacher_top1, "agreement": 100 * agreement}
-            self._watch_teacher(teacher_top1)
+            self._watch_teacher()
         self._telemetry.train(record)
         self.restart()
 
-    def _watch_teacher(self, top1: float) -> None:
-        """Warn, once, of a teacher that does not know the labels."""
-        images = len(self._bad) * self._run.config.run.global_batch
-        self._teacher_images += images
-        self._teacher_hits += top1 * images
-        warning = chance_warning(self._teacher_hits, self._teacher_images, self._run.plan.index.num_classes)
-        if warning and not self._teacher_warned:
+    def _watch_teacher(self) -> None:
+        """Look once, after enough images, whether the teacher knows the dataset's classes. Every rank must call it."""
+        if not self._pairs_wanted or len(self._pairs) * self._run.config.run.global_batch < self._pairs_wanted:
+            return
+        labels, best = np.concatenate(self._run.world.gather([torch.cat(self._pairs, 1).cpu().numpy()]), axis=1)
+        self._pairs, self._pairs_wanted = [], 0
+        if warning := teacher_warning(labels, best, self._run.plan.index.num_classes, self._run.state.classes):
             self._telemetry.say(warning)
-            self._teacher_warned = True
 
     def _error(self, loss: float) -> NonFiniteError:
         """Names the first step in which a loss was not finite, and samples."""

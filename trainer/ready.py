@@ -35,7 +35,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 # What may differ between the machines of one run: where things are, and what changes no result.
 MAY_DIFFER = {
     *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decoder_padding_mib"),
-    *("student.checkpoint", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
+    *("student.checkpoint", "student.classes", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
 }
 _FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
@@ -59,6 +59,7 @@ def facts(config: Config) -> dict[str, object]:
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
     files = {
         "student.checkpoint": config.student.checkpoint,
+        "student.classes": config.student.classes,
         "teacher.checkpoint": config.teacher.checkpoint,
         "teacher.classes": config.teacher.classes,
     }

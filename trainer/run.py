@@ -36,6 +36,7 @@ from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer
+from trainer.classes import order_doubt
 from trainer.compiling import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler, kernel_trouble
 from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
@@ -55,7 +56,8 @@ from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
 from trainer.models import (
     build_student,
-    new_classifier,
+    check_batch_norm,
+    one_value_is_reported,
     preprocessing,
     refuse_outputs,
     refuse_size,
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 def command(arguments: list[str] | None) -> None:
     """What the command line says; ends the process where that is not done."""
     try:
-        with exit_on_user_error(), full_memory_is_told():
+        with exit_on_user_error(), full_memory_is_told(), one_value_is_reported():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
@@ -246,6 +248,10 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
     student, teacher = build_models(config, index.num_classes, classes, world)
+    if config.run.batch_norm != "sync" or world.size == 1:  # whose layers see the images of all ranks
+        tried = config.run.micro_batch == "auto" and world.device.type == "cuda"  # the largest first
+        smallest = config.run.global_batch // world.size if tried else micro_batch
+        check_batch_norm(student, smallest, config.data.train_sizes)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -305,13 +311,14 @@ def build_models(
     """
     sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
-    student = build_student(config.student, num_classes, sizes[-1])
+    doubt = order_doubt(config.data.root)
+    student = build_student(config.student, num_classes, sizes[-1], classes, doubt)
     for size in sorted({*sizes, config.data.eval_size}):
         refuse_size(student, config.student.name, size)
     refuse_outputs(student, config.student.name, num_classes, sizes[-1])
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
-    return student, build_teachers(config, num_classes, classes)
+    return student, build_teachers(config, num_classes, classes, doubt)
 
 
 def place(model: nn.Module | None, config: RunConfig, world: World) -> nn.Module | None:
@@ -431,9 +438,11 @@ def describe(run: Run, telemetry: Telemetry) -> None:
     )
     if run.state.step:
         telemetry.say(f"resuming after step {run.state.step}")
-    elif source := "timm's weights" if config.student.pretrained else config.student.checkpoint:
-        anew = new_classifier(run.state.student, index.num_classes)
-        telemetry.say(f"starting from {source}" + (f": {anew}" if anew else ""))
+    elif source := config.student.checkpoint or (
+        f"the weights of {config.student.name}" if config.student.pretrained else None
+    ):
+        note = run.state.student.start_note
+        telemetry.say(f"starting from {source}" + (f": {note}" if note else ""))
     remaining = math.prod(ema_decay(step, config.ema) for step in range(run.total_steps))
     if remaining > 0.05:
         telemetry.say(

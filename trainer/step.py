@@ -31,6 +31,8 @@ class StepMetrics:
       bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler looks after that.
       teacher_top1, agreement: float32 scalars, shares of this rank's images where the teacher's best class is the
         label, and where it is the student's best (trainer/teachers.py); 0 without a teacher.
+      teacher_pairs: int32 [2, images of this rank], of each image the label and the teacher's best class; [2, 0]
+        without a teacher.
     """
 
     loss: torch.Tensor
@@ -38,6 +40,7 @@ class StepMetrics:
     bad_gradients: torch.Tensor
     teacher_top1: torch.Tensor
     agreement: torch.Tensor
+    teacher_pairs: torch.Tensor
 
 
 class TrainStep:
@@ -115,6 +118,7 @@ class TrainStep:
         """Update `number` (the run's first is 0) from the next `micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
         total, bad, agreed = torch.zeros((), device=self._device), [], torch.zeros(2, device=self._device)
+        pairs = []
         self._statistics.begin()
         for micro_batch in range(self._micro_batches):
             batch = next(batches)
@@ -122,13 +126,14 @@ class TrainStep:
             self._seed_models(batch.position)
             last = micro_batch == self._micro_batches - 1
             with self._no_sync(not last):
-                loss, bad_rows, shares = self._loss(batch)
+                loss, bad_rows, shares, teacher_pairs = self._loss(batch)
                 loss = loss / self._micro_batches
                 self._scaler.scale(loss).backward()
             self._statistics.collect()
             total += loss.detach()
             bad.append(bad_rows)
             agreed += shares / self._micro_batches
+            pairs.append(teacher_pairs)
         self._statistics.end()
         bad_gradients = self._bad_gradients()
         if self._clip is not None:
@@ -138,7 +143,7 @@ class TrainStep:
         self._scaler.update()
         if self._ema is not None:
             self._ema.update(self._ema_decay(number))
-        return StepMetrics(total, torch.cat(bad), bad_gradients, *agreed.unbind())
+        return StepMetrics(total, torch.cat(bad), bad_gradients, *agreed.unbind(), torch.cat(pairs, 1))
 
     @property
     def micro_batches(self) -> int:
@@ -179,8 +184,8 @@ class TrainStep:
         for ours, theirs in zip(self._local, statistics * 2, strict=False):
             ours.copy_(theirs)
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss, which rows are bad, and the two shares of agreement."""
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `loss_and_agreement`."""
         with torch.no_grad():
             inputs, teachers_inputs = self.inputs(batch)
             # before the student, so that their activations are gone when the student's must be kept
@@ -222,15 +227,16 @@ def loss_and_agreement(
     lam: torch.Tensor,
     mix_group: int,
     config: DistillConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of logits [B, C], which rows are bad, and the two shares of agreement, as in StepMetrics."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of logits [B, C]; bad rows, the two shares of agreement and the teacher's pairs as in StepMetrics."""
     targets = labels, partners(labels, mix_group), lam
     loss = usi_loss(student, teacher, *targets, config)
     bad, agreed = ~_finite_rows(student.detach()), torch.zeros(2, device=student.device)
+    pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
     if teacher is not None:
         bad = bad | ~_finite_rows(teacher)
-        agreed = agreement(student.detach(), teacher, *targets)
-    return loss, bad, agreed
+        agreed, pairs = agreement(student.detach(), teacher, *targets)
+    return loss, bad, agreed, pairs
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:

@@ -4,26 +4,29 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipelines.batch import Batch
 from pipelines.errors import UserError
-from trainer.classes import class_order, read_classes
+from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import Config, OtherTeacher, TeacherConfig
+from trainer.confusion import order_warning
 from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize, mixed_inputs
 from trainer.models import (
-    Checkpoint,
+    check_logits,
     create_model,
     download,
     num_outputs,
     preprocessing,
     pretrained_outputs,
-    read_checkpoint,
     refuse_size,
+    starting_weights,
 )
+from trainer.weights import Checkpoint
 
 
 class Teacher(nn.Module):
@@ -34,15 +37,24 @@ class Teacher(nn.Module):
       image_size: side of the image it sees, pixels; 0 leaves every image as it is.
       order: for each class of the dataset, which output of the model it is; None where they are the same.
       note: what is worth saying of it; "" is nothing.
+      num_outputs: how many logits the model gives.
     """
 
-    def __init__(self, model: nn.Module, image_size: int = 0, order: list[int] | None = None, note: str = ""):
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: int = 0,
+        order: list[int] | None = None,
+        note: str = "",
+        num_outputs: int = 0,
+    ):
         super().__init__()
         expects = preprocessing(model)
         self.model = model
         self.normalize = Normalize(expects.mean, expects.std)
         self.image_size = image_size
         self.note = note
+        self.num_outputs = num_outputs
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -153,8 +165,8 @@ def agreement(
     labels: torch.Tensor,
     partner_labels: torch.Tensor,
     lam: torch.Tensor,
-) -> torch.Tensor:
-    """How often the best classes are the same.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often the best classes are the same, and which ones they are.
 
     Args:
       student, teacher: logits [B, C].
@@ -162,39 +174,49 @@ def agreement(
     Returns:
       float32 [2], shares of the images: where the teacher's best class is the label with the larger share (its own, if
       both have a half), and where it is the student's best class.
+      int32 [2, B]: these labels, and the teacher's best classes.
     """
     best = teacher.argmax(1)
     label = torch.where(lam >= 0.5, labels, partner_labels)
-    return torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+    shares = torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+    return shares, torch.stack([label, best]).int()
 
 
-def chance_warning(hits: float, images: int, num_classes: int) -> str | None:
-    """What to say of a teacher that knows the labels hardly better than chance; None if it does, or it is too early.
+def teacher_warning(labels: np.ndarray, best: np.ndarray, num_classes: int, names: list[str] | None) -> str:
+    """What to say of a teacher from which the student would learn nonsense without any error; "" of others.
 
-    The classes of such a teacher are probably in another order, and the student would learn nonsense without any error.
-    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all; it is asked for
-    after 10 images of each class.
+    Args:
+      labels, best, names: as for trainer.confusion.order_warning, of mixed images: the label with the larger share.
+    """
+    order = order_warning(labels, best, num_classes, names, "the teacher", "--teacher.classes")
+    return order or chance_warning(int((labels == best).sum()), len(labels), num_classes)
+
+
+def chance_warning(hits: int, images: int, num_classes: int) -> str:
+    """What to say of a teacher that knows the labels hardly better than chance; "" if it does.
+
+    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all.
 
     Args:
       hits: mixed images where the teacher's best class was the label with the larger share; of `images`.
     """
     chance = 1 / num_classes
-    if images < 10 * num_classes or hits / images >= chance + min(chance, (1 - chance) / 4):
-        return None
+    if hits / images >= chance + min(chance, (1 - chance) / 4):
+        return ""
     return (
-        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: its classes "
-        "may be in another order than the dataset's. Name them with teacher.classes FILE, and check teacher.checkpoint "
-        "and teacher.image_size"
+        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: it hardly "
+        "knows these classes. Check teacher.checkpoint, teacher.kwargs and teacher.image_size"
     )
 
 
-def build_teachers(config: Config, num_classes: int, names: list[str] | None) -> Teachers | None:
+def build_teachers(config: Config, num_classes: int, names: list[str] | None, doubt: str = "") -> Teachers | None:
     """All teachers of the configuration on the CPU, after checking that they take the images they will get.
 
     Their BatchNorms are folded into the convolutions, as the authors do.
 
     Args:
       num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+      doubt: as trainer.classes.order_doubt.
     Returns:
       None where the configuration names no teacher.
     Raises:
@@ -203,7 +225,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None) ->
     sizes = config.data.train_sizes
     members = []
     for key, each in config.teacher.members:
-        teacher = build_teacher(each, num_classes, sizes[-1], names=names, key=key)
+        teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt, key=key)
         advice = (
             f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
             f"dynamic_img_size true in {key}.kwargs"
@@ -211,6 +233,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None) ->
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         for size in seen:
             refuse_size(teacher.model, each.name, size, advice)
+        check_logits(teacher.model, each.name, teacher.num_outputs, seen[0], f"Change {key}.kwargs or {key}.name")
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
     return Teachers(members, config.distill.temperature) if members else None
@@ -222,31 +245,37 @@ def build_teacher(
     image_size: int,
     *,
     names: list[str] | None = None,
+    doubt: str = "",
     key: str = "teacher",
 ) -> Teacher:
     """One frozen teacher.
 
     Args:
       num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+      doubt: as trainer.classes.order_doubt.
       image_size: the student's, pixels.
       key: of the teacher in the configuration, for errors.
     Raises:
       UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
     """
-    saved = None if config.checkpoint is None else read_checkpoint(config.checkpoint)
+    saved = starting_weights(config.name, config.checkpoint)
     outputs = match_outputs(config, saved, num_classes, names, key)
     if saved is None:
         found, owner = pretrained_outputs(config.name, key), f"teacher '{config.name}': timm's weights"
     else:
-        found, owner = num_outputs(config.name, saved.weights), f"{config.checkpoint}: its weights"
+        found, owner = num_outputs(config.name, saved.weights), f"{saved.source}: its weights"
     if found not in (None, outputs.count):
         raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
+    if outputs.source is None and names is not None:
+        option = f"{key}.classes" if "[" in key else f"--{key}.classes"
+        check_order_stated(doubt, saved.source if saved else owner, option)
     size = config.image_size or image_size
     if saved is None:
         model = download(config.name, outputs.count, size, config.kwargs, key)
     else:
-        model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, config.checkpoint)
-    return Teacher(model.eval().requires_grad_(False), config.image_size, outputs.order, outputs.note(config.name))
+        model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, saved.source)
+    model.eval().requires_grad_(False)
+    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +290,7 @@ class Outputs:
 
     count: int
     order: list[int] | None = None
-    source: Path | None = None
+    source: Path | str | None = None
 
     def expectation(self, key: str) -> str:
         """The end of the error about a teacher with another number of outputs."""
@@ -287,19 +316,8 @@ def match_outputs(
     Raises:
       UserError: a class of the dataset is not among the outputs, or twice.
     """
-    if config.classes is not None:
-        listed, source = read_classes(config.classes), config.classes
-        own = saved.classes if saved is not None and saved.classes else listed
-        if own != listed and sorted(own) == sorted(listed):
-            raise UserError(
-                f"{source}: names the classes in another order than {config.checkpoint}, which names its own. Leave "
-                f"{key}.classes out"
-            )
-    elif saved is not None and saved.classes is not None:
-        listed, source = saved.classes, config.checkpoint
-    else:
-        return Outputs(num_classes)
-    if names is None:  # a synthetic dataset: its classes have numbers alone
+    listed, source = listed_outputs(config.classes, saved and saved.classes, saved.source if saved else "", key)
+    if listed is None or names is None:  # a synthetic dataset's classes have numbers alone
         return Outputs(num_classes)
     order = class_order(names, listed, source, key)
     return Outputs(len(listed), None if listed == names else order, source)

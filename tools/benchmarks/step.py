@@ -55,8 +55,9 @@ from trainer.data import rank_plans
 from trainer.loop import Run, loop
 from trainer.losses import usi_loss
 from trainer.mix import partners
-from trainer.models import create_model, read_weights
+from trainer.models import create_model
 from trainer.telemetry import METRICS, Telemetry
+from trainer.weights import read_weights
 
 COLUMNS = {
     "what": "what",

@@ -1,0 +1,168 @@
+"""Models named by a folder (local-dir:) or a repository of the hub (hf-hub:, hf_hub:), wherever timm's names are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from conftest import train_here
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+from tools.comparing.contenders import _identified
+from tools.comparing.contenders import build as built_contender
+from trainer import inference
+from trainer.config import StudentConfig, TeacherConfig
+from trainer.model_folders import _any_hub_file, named_folder, source_name
+from trainer.models import build_student
+from trainer.teachers import build_teacher
+
+NAME = "test_vit"
+CLASSES = list("abcdefg")
+
+
+def write_folder(folder: Path, model: torch.nn.Module, **changed) -> Path:
+    """A folder as timm's save_for_hf writes it."""
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    own = timm.get_pretrained_cfg(NAME).to_dict()
+    own = {key: own[key] for key in ("mean", "std", "input_size", "interpolation", "crop_pct", "fixed_input_size")}
+    said = {"architecture": NAME, "num_classes": 7, "model_args": {"depth": 2}, "pretrained_cfg": own}
+    (folder / "config.json").write_text(json.dumps({**said, "label_names": CLASSES, **changed}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(4)
+    made = timm.create_model(NAME, num_classes=7, depth=2).eval()
+    torch.nn.init.normal_(made.head.weight)
+    return made
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    return write_folder(tmp_path / "there", model)
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch) -> str:
+    """A repository in the hub's cache, without a network: as `hf download` leaves it."""
+    repository = tmp_path / "hub" / "models--someone--small"
+    write_folder(repository / "snapshots" / ("a" * 40), model)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _any_hub_file.cache_clear()
+    return "someone/small"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(params=["hf-hub:", "hf_hub:", "HF_HUB:", "local-dir:", "local_dir:"])
+def named(request, hub, folder) -> str:
+    return f"{request.param}{folder if 'local' in request.param else hub}"
+
+
+def test_a_name_with_a_source_is_taken_however_it_is_spelled(named, model):
+    """By student, teacher, evaluate and predict (load), and compare and export (load_named)."""
+    expected = logits(model)
+    teacher = build_teacher(TeacherConfig(named), 7, 160, names=CLASSES)
+    student = build_student(StudentConfig(named, pretrained=True), 7, 160, CLASSES)
+    loaded = inference.load(named, None)
+    by_word = inference.load_named(named)
+    contender, _ = _identified(named)
+    for found in (teacher.model, student, loaded.model, by_word.model):
+        assert torch.equal(logits(found), expected)
+    assert torch.allclose(logits(built_contender(contender)[0]), expected, atol=1e-4)
+    assert (loaded.name, loaded.classes, loaded.kwargs["depth"]) == (NAME, CLASSES, 2)
+    random = build_student(StudentConfig(named), 5, 160)
+    assert len(random.blocks) == 2 and random.num_classes == 5
+
+
+def test_a_run_learns_from_a_folder_and_is_evaluated_by_its_own_name(digits, tmp_path):
+    torch.manual_seed(0)
+    teacher = timm.create_model(NAME, num_classes=10, depth=1, img_size=32)
+    own = {"model_args": {"depth": 1, "img_size": 32}, "num_classes": 10, "label_names": None}
+    name = f"local-dir:{write_folder(tmp_path / 'teacher', teacher, **own)}"
+    settings = ["--teacher.name", name, "--student.name", name, "--run.stop_after_steps", 1]
+    train_here(digits, tmp_path / "run", *settings)
+    assert inference.load(None, tmp_path / "run" / "checkpoints" / "step-00000001.pt").name == NAME
+
+
+def test_a_new_classifier_replaces_that_of_a_folder_of_other_classes(folder, model):
+    student = build_student(StudentConfig(f"local-dir:{folder}", pretrained=True), 5, 160, list("vwxyz"))
+    assert student.start_note == "they are of 7 classes, the dataset has 5: the classifier (head) starts from scratch"
+    assert torch.equal(student.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+
+
+def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(model, tmp_path):
+    evil = {
+        "depth": 2,
+        "checkpoint_path": "/etc/passwd",
+        "pretrained_cfg": {"file": "x"},
+        "cache_dir": "/",
+        "num_classes": 3,
+    }
+    folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args=evil)}")
+    assert folder.kwargs == {"depth": 2}
+    assert torch.equal(logits(inference.load(f"local-dir:{folder.path}", None).model), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:nobody/nothing", "hf_hub:no name at all", "hf-hub:", "hf-hub:someone/small@v2"]
+)
+def test_a_repository_that_cannot_be_had_is_one_line(hub, name):
+    for opened in (
+        lambda: build_teacher(TeacherConfig(name), 7, 160),
+        lambda: build_student(StudentConfig(name), 7, 160),
+        lambda: inference.load(name, None),
+        lambda: inference.load_named(name),
+    ):
+        with pytest.raises(
+            UserError, match=r"config.json cannot be had from Hugging Face's hub \(.*local-dir:FOLDER"
+        ) as error:
+            opened()
+        assert str(error.value).startswith(source_name(name)) and len(str(error.value)) < 330
+
+
+def test_the_advice_about_a_repository_helps(hub, tmp_path):
+    shutil.copytree(tmp_path / "hub" / "models--someone--small" / "snapshots" / ("a" * 40), tmp_path / "copied")
+    assert inference.load(f"local-dir:{tmp_path / 'copied'}", None).num_outputs == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "resnet51"}, "unknown model 'resnet51'; did you mean"),
+        (
+            {"pretrained_cfg": {"mean": ["a", "b", "c"]}},
+            "config.json: not what timm writes for a model .*three numbers",
+        ),
+        ({"pretrained_cfg": []}, "config.json: not what timm writes"),
+        ({"num_classes": "many"}, "config.json: not what timm writes"),
+        ({"model_args": {"depth": "two"}}, "model 'test_vit' does not take these arguments|cannot be built"),
+        ({"model_args": {"in_chans": 1}}, "a model of images with 1 channels, and images have 3 here"),
+        ({"model_args": {"depth": 1}}, "there(/model.safetensors)?: does not fit model 'test_vit'"),
+    ],
+)
+def test_a_folder_that_is_not_as_timm_writes_it_is_one_line(model, tmp_path, change, message):
+    name = f"local-dir:{write_folder(tmp_path / 'there', model, **change)}"
+    for opened in (lambda: build_teacher(TeacherConfig(name), 7, 160), lambda: inference.load(name, None)):
+        with pytest.raises(UserError, match=message):
+            opened()
+
+
+def test_a_folder_without_weights_or_description_is_one_line(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="there: has no weights .model.safetensors, pytorch_model.bin"):
+        build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160)
+    with pytest.raises(UserError, match="local-dir:.*: there is no config.json. Give a folder that timm or"):
+        build_teacher(TeacherConfig(f"local-dir:{folder.parent}"), 7, 160)
