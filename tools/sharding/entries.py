@@ -127,6 +127,15 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
+def instead_of_content(head: bytes) -> str:
+    """What a file holds in place of its content, by its first bytes, and what helps; "" if it holds none of these."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself. Run 'git lfs pull' in its folder"
+    if head.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):
+        return "a web page, not the file itself. Download it again"
+    return ""
+
+
 def is_utf8(name: str) -> bool:
     """Whether a file's name is UTF-8; Python keeps other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
