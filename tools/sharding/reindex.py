@@ -77,9 +77,11 @@ def index_webdataset(
     refuse_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
-    with _reporting_disk_errors(root, home):
+    with _reporting_disk_errors(home):
         if out:
             found = _link_tars(root, found, out)
+        helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
+        _check_writable([home, *(home / split for split in found)], helps)
         return _index(home, found, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
 
 
@@ -92,9 +94,7 @@ def _index(
     workers: int,
     on_shard: Callable[[int, int], None],
 ) -> dict:
-    for folder in (home, *(home / split for split in found)):
-        with tempfile.TemporaryFile(dir=folder):  # said now, not after all images have been looked at
-            pass
+    folders = [home, *(home / split for split in found)]
     records = home / _RECORDS
     shutil.rmtree(records, ignore_errors=True)
     for split in found:
@@ -111,23 +111,30 @@ def _index(
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
     finally:
         shutil.rmtree(records)
-    for folder in (home, *(home / split for split in found)):
+    for folder in folders:
         for path in filter(_is_leftover, folder.glob("*.partial")):
             path.unlink()
     write_synced(home / MANIFEST, manifest_bytes(manifest))
     return read_manifest(home)
 
 
+def _check_writable(folders: list[Path], helps: str) -> None:
+    """Raise a UserError now, rather than after all images have been looked at, if files cannot be made in a folder."""
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to ({error.strerror}). {helps}") from error
+
+
 @contextlib.contextmanager
-def _reporting_disk_errors(root: Path, home: Path) -> Iterator[None]:
+def _reporting_disk_errors(home: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or home
-        helps = "Look at that file or disk"
-        if home == root and not (error.filename and str(error.filename).endswith(".tar")):
-            helps = f"To have the index in another folder: index {root} --out DIR, with a new folder for DIR"
-        raise UserError(f"{where}: {error.strerror or error}. {helps}") from error
+        where = error.filename2 or error.filename or home
+        raise UserError(f"{where}: {error.strerror or error}. Look at that file or disk") from error
 
 
 # --- what lies in the folder ---

@@ -59,7 +59,7 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.size < 0 or tar.offset <= member.offset or _stop(member) > nbytes:
+                if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
                 if not member.isdir() and member.type != _VOLUME_LABEL:
                     yield member
@@ -69,11 +69,6 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # damaged headers bring tarfile to raise nearly anything
         raise UserError(f"{path}: {_why_no_tar(path, file, nbytes, error)}") from error
     _check_end(path, file, end, nbytes)
-
-
-def _stop(member: tarfile.TarInfo) -> int:
-    """Where a member's content ends in the file."""
-    return member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
 
 
 def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> str:
