@@ -109,6 +109,9 @@ def _index(
         description = _describe(home, paths, options.audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
+        for path, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
+            if not path.with_suffix(".idx").exists():
+                write_synced(path.with_suffix(".idx"), record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
     for folder in folders:
@@ -324,24 +327,24 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
             hashes.append(source_hash(image.jpeg))
             parts.update(others)
     found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": parts}
-    found.describe(path.name, path.stat().st_size, sha256_of(path), _write_idx(path, members.samples))
+    idx = _idx_of(path, members.samples)
+    write_synced(record.with_suffix(".idx"), idx)
+    found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
     write_record(record, found, hashes)
 
 
-def _write_idx(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
-    """Write the .idx file of a tar, or take the one that is there if it describes the tar. Returns its content.
+def _idx_of(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+    """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
       UserError: it describes another tar.
     """
-    idx_path = path.with_suffix(".idx")
-    if idx_path.exists():
-        idx = idx_path.read_bytes()
-        if not describes(idx, samples):
-            raise UserError(f"{idx_path}: describes another tar. Move it away to have it written")
-        return idx
-    idx = dali_index(samples)
-    write_synced(idx_path, idx)
+    there = path.with_suffix(".idx")
+    if not there.exists():
+        return dali_index(samples)
+    idx = there.read_bytes()
+    if not describes(idx, samples):
+        raise UserError(f"{there}: describes another tar. Move it away to have it written")
     return idx
 
 

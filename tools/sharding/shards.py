@@ -171,13 +171,15 @@ def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
     Fields are separated by spaces, so where names have some, the file is of the version without names (v1.1).
     """
     has_names = all(len(key.split()) == 1 for key in members)
-    lines = [f"{'v1.2' if has_names else 'v1.1'} {len(members)}"]
+    lines = []
     for key, parts in members.items():
         places = [
             f"{extension} {offset} {size}" + (f" {key}.{extension}" if has_names else "")
             for extension, (offset, size) in parts.items()
+            if extension
         ]
-        lines.append(" ".join(places))
+        lines += [" ".join(places)] if places else []
+    lines = [f"{'v1.2' if has_names else 'v1.1'} {len(lines)}", *lines]
     return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
 
 
@@ -202,6 +204,10 @@ def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
 
 
 def describes(idx: bytes, members: dict[str, dict[str, tuple[int, int]]]) -> bool:
-    """Whether an .idx file of any version lists the parts of a tar, no other ones, and all of them."""
-    listed = sorted(part for sample in read_dali_index(idx) for part in sample)
-    return listed == sorted((name, *place) for parts in members.values() for name, place in parts.items())
+    """Whether an .idx file of any version lists the parts of a tar, each once, and no others."""
+    listed = [part for sample in read_dali_index(idx) for part in sample]
+    parts = {place: name for sample in members.values() for name, place in sample.items()}
+    strange = [part for part in listed if parts.get(part[1:]) not in (part[0], "")]
+    needed = [place for place, name in parts.items() if name]  # DALI's own tool has a name of its own for those without
+    found = {part[1:] for part in listed}
+    return not strange and found.issuperset(needed) and len(found) == len(listed)
