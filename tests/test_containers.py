@@ -635,6 +635,18 @@ def test_an_older_idx_file_still_locates_a_damaged_label(tmp_path):
     assert fault.what == "its label is damaged" and fault.where.startswith("sample 0001")
 
 
+def test_a_damaged_older_idx_file_is_a_fault(tmp_path):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(3)))
+    index_webdataset(tmp_path)
+    idx = older((tmp_path / "train" / "a.idx").read_bytes())
+    put(tmp_path / "train" / "a.idx", idx)
+    (tmp_path / "manifest.json").unlink()
+    index_webdataset(tmp_path)
+    put(tmp_path / "train" / "a.idx", idx.replace(b" 512 ", b" 1024 ", 1))
+    (fault,) = verify(tmp_path)
+    assert fault.file == "train/a.idx" and "not those of the manifest" in fault.what
+
+
 def test_what_dalis_own_tool_writes_is_kept_for_names_with_folders(tmp_path):
     wds2idx = pytest.importorskip("wds2idx")
     put(tmp_path / "train" / "a.tar", tar_of(samples(3, "./x/é{:04d}") | {"._0.jpg": b"x"}))
