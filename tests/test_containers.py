@@ -208,7 +208,7 @@ def test_a_compressed_tar_of_any_name_is_named_and_the_advice_works(tmp_path, to
     run(f"{tool} a.tar", path.parent)
     (packed,) = path.parent.iterdir()
     assert f"unpack it with {'un' if tool == 'xz' else ''}" in refused(index_webdataset, tmp_path)
-    packed.rename(path)  # what is compressed may have any name
+    packed.rename(path)
     message = refused(index_webdataset, tmp_path)
     run(re.search(r"Run (mv .*)", message)[1], path.parent)
     index_webdataset(tmp_path)
@@ -237,7 +237,7 @@ def test_members_without_content_of_their_own_are_named(tmp_path, kind, reason):
     path = put(tmp_path / "train" / "a.tar", tar_of(members, format=tarfile.GNU_FORMAT))
     assert "9999.jpg" in (message := refused(listed, path)) and reason in message
     message = refused(index_webdataset, tmp_path)
-    assert "1 samples cannot be used: train/a.tar: 9999 (" in message and reason in message
+    assert "1 sample cannot be used: train/a.tar: 9999 (" in message and reason in message
     assert index_webdataset(tmp_path, skip_bad=True)["audit"]["counts"]["rejected"] == 1
     assert keys(tmp_path) == ["0000", "0001"]
     *rows, last = items_of(path)
@@ -326,7 +326,7 @@ def test_hidden_files_beside_tars_are_passed_over_counted_and_no_fault(tmp_path)
     assert verify(tmp_path) == []
 
 
-# --- what lies in ROOT ---
+# --- the folder of the tars ---
 
 
 @pytest.mark.parametrize(
@@ -357,6 +357,24 @@ def test_everything_visible_beside_tars_is_named_or_left_out_by_decision_and_lis
     manifest = index_webdataset(tmp_path, skip_bad=True)
     assert [item["source"] for item in manifest["audit"]["left_out"]] == [top]
     assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "move", "split"),
+    [
+        ("validation/b.tar", "mv validation val", "val"),
+        ("b.tar", "mv b.tar train", "train"),
+        ("train/part2/b.tar", "mv train/part2/b.tar train; rmdir train/part2", "train"),
+        ("train/b.TAR", "mv train/b.TAR train/b.tar", "train"),
+    ],
+)
+def test_tars_moved_or_renamed_as_the_message_says_are_taken(tmp_path, name, move, split):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / name, tar_of(samples(2, start=5)))
+    refused(index_webdataset, tmp_path)
+    run(move, tmp_path)
+    index_webdataset(tmp_path)
+    assert {"0005", "0006"} <= {*keys(tmp_path, split)}
 
 
 def test_links_that_lead_nowhere_are_named_and_links_to_tars_are_followed(tmp_path):
@@ -390,20 +408,32 @@ def test_documents_beside_tars_are_listed_and_no_error(tmp_path):
         ("set/Train/a.tar", "set", "mv Train train"),
     ],
 )
-def test_a_root_without_train_is_told_the_nearest_cause_and_the_advice_works(tmp_path, tar, root, move):
+def test_a_root_without_train_gets_the_nearest_cause_and_the_advice_works(tmp_path, tar, root, move):
     put(tmp_path / tar, tar_of(samples(2)))
-    message = refused(index_webdataset, tmp_path / root, skip_bad=True)
+    message = refused(index_webdataset, tmp_path / root)
     assert re.search(r"Move its tars into \S*/train|Rename \w+ to train", message)
     run(move, tmp_path / root)
     index_webdataset(tmp_path / root)
     assert len(keys(tmp_path / root)) == 2
 
 
-def test_the_folder_of_a_split_itself_is_told_to_be_one_too_deep(tmp_path):
+def test_the_folder_of_a_split_itself_is_answered_with_the_folder_above(tmp_path):
     put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(2)))
-    message = refused(index_webdataset, tmp_path / "set" / "train", skip_bad=True)
+    message = refused(index_webdataset, tmp_path / "set" / "train")
     index_webdataset(Path(re.search(r"Give the folder above it, (\S+)$", message)[1]))
     assert len(keys(tmp_path / "set")) == 2
+
+
+def test_an_image_folder_is_answered_with_build(tmp_path):
+    put(tmp_path / "train" / "cat" / "1.jpg", jpeg())
+    assert "images in folders are converted with 'build'" in refused(index_webdataset, tmp_path)
+    build(tmp_path, tmp_path.parent / f"{tmp_path.name}.out", BuildOptions())
+
+
+def test_a_file_in_the_place_of_a_split_is_named(tmp_path):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "val", b"x")
+    assert "would be left out. val: " in refused(index_webdataset, tmp_path)
 
 
 @pytest.mark.parametrize("root", ["file", "missing", "empty"])
@@ -531,7 +561,7 @@ def test_usual_names_of_parts_are_taken(tmp_path, image, label):
 def test_a_sample_that_cannot_be_used_is_named_with_what_helps(tmp_path, members, reason):
     put(tmp_path / "train" / "a.tar", tar_of(samples(2) | members))
     message = refused(index_webdataset, tmp_path)
-    assert message.startswith("1 samples cannot be used: train/a.tar: ") and reason in message
+    assert message.startswith("1 sample cannot be used: train/a.tar: ") and reason in message
     assert index_webdataset(tmp_path, skip_bad=True)["audit"]["counts"]["rejected"] == 1
     assert keys(tmp_path) == ["0000", "0001"]
 
@@ -824,6 +854,13 @@ def test_two_datasets_below_one_folder_are_never_mixed(tmp_path):
     assert len(images_of(tmp_path / "out")) == 4
 
 
+def test_links_in_a_circle_are_named(tmp_path):
+    put_rows(tmp_path / "src" / "data" / "train-0.parquet")
+    (tmp_path / "src" / "data" / "up").symlink_to(tmp_path / "src")
+    assert "data/up: a link to a folder above it" in refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
+
+
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
@@ -916,7 +953,7 @@ def test_an_unfinished_conversion_is_not_resumed_with_other_columns(tmp_path):
     build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
 
 
-# --- what predict is given ---
+# --- paths for predict ---
 
 
 def test_folders_for_predict_are_used_or_named(tmp_path):

@@ -53,7 +53,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What paths hold.
+    """The result of looking through paths.
 
     Attributes:
       num_images: how many images; None if shards are among them, which would have to be read.

@@ -128,7 +128,7 @@ def printable(name: str) -> str:
 
 
 def instead_of_content(head: bytes) -> str:
-    """What a file holds in place of its content, by its first bytes, and what helps; "" if it holds none of these."""
+    """Say what a file holds in place of its content, by its first bytes, and what helps; "" if it is none of these."""
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a git-lfs pointer, not the file itself. Run 'git lfs pull' in its folder"
     if head.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):

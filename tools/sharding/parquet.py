@@ -100,7 +100,7 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
     for path, kind in _walk(root, Path("."), unused):
         name = str(path.relative_to(root))
         if kind == "test":
-            unused.append(Unused(EXPECTED, printable(name), "of the test split"))
+            unused.append(Unused(EXPECTED, printable(name), "belongs to the test split"))
         elif kind:
             found.setdefault(kind, []).append(path)
             parts = path.relative_to(root).parent.parts
@@ -130,7 +130,13 @@ def _walk(root: Path, folder: Path, unused: list[Unused]) -> Iterator[tuple[Path
         else:
             unused.append(Unused(MISPLACED, printable(str(path)), "not a parquet file: move it away"))
     for name in inside.folders:
-        yield from _walk(root, folder / name, unused)
+        path = root / folder / name
+        if path.resolve() in path.parent.resolve().parents or path.resolve() == path.parent.resolve():
+            unused.append(
+                Unused(MISPLACED, printable(str(folder / name)), "a link to a folder above it: remove the link")
+            )
+        else:
+            yield from _walk(root, folder / name, unused)
 
 
 def _split_of(path: Path) -> str:

@@ -45,7 +45,7 @@ from tools.sharding.workers import run_jobs
 _IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32
 _RECORDS = ".index.partial"
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")  # of pipelines.files.replacing, when its process was killed
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")  # pipelines.files.replacing leaves it when its process is killed
 _DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS")
 
 
@@ -74,7 +74,9 @@ def index_webdataset(
     if (home / MANIFEST).exists():
         raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
     found, unused = _find_tars(root)
-    refuse_misplaced(root, unused, skip_bad)
+    has_train = (root / "train").is_dir()
+    if "train" in found or (has_train and contents_of(root / "train").files):
+        refuse_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
     with _reporting_disk_errors(home):
@@ -140,7 +142,7 @@ def _reporting_disk_errors(home: Path) -> Iterator[None]:
         raise UserError(f"{where}: {error.strerror or error}. Look at that file or disk") from error
 
 
-# --- what lies in the folder ---
+# --- the folder ---
 
 
 def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
@@ -168,10 +170,11 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
 
 
 def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
-    """What lies in ROOT beside train/ and val/."""
+    """Yields the entries of ROOT beside train/ and val/, except our own files."""
     yield from _without_our_own(unused_in(inside, ""))
     for name in inside.visible:
-        own = name in (*SPLITS, MANIFEST, AUDIT) or _is_leftover(root / name)
+        own = name in (MANIFEST, AUDIT) or _is_leftover(root / name)
+        own = name in SPLITS if name in inside.folders else own
         if own or name in inside.others:
             continue
         if name in inside.files and any(fnmatch(name, pattern) for pattern in _DOCUMENTS):
@@ -186,7 +189,7 @@ def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
 
 
 def _beside_shards(split: str, shards: Contents) -> Iterator[Unused]:
-    """What lies in the folder of a split beside its tars."""
+    """Yields the entries of a split's folder beside its tars, except .idx files and our own."""
     yield from _without_our_own(unused_in(shards, split))
     idx = {Path(name).with_suffix(".idx").name for name in shards.files if name.endswith(".tar")}
     for name in (*shards.folders, *shards.files):
@@ -220,14 +223,15 @@ def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
 
 
 def _nearest(root: Path) -> str:
-    """What probably helps where there is no train/*.tar."""
+    """Say what probably helps where there is no train/*.tar."""
     inside = contents_of(root)
     if any(name.endswith(".tar") for name in inside.files):
         if root.name.lower() in ("train", *VAL_NAMES):
             return f"Give the folder above it, {root.resolve().parent}"
         return f"Move its tars into {root / 'train'}"
-    if similar := [name for name in inside.folders if name.lower() in ("train", "training")]:
-        return f"Put the tars into {root / 'train'}" if similar == ["train"] else f"Rename {similar[0]} to train"
+    similar = [name for name in inside.folders if name.lower() in ("train", "training") and name != "train"]
+    if similar and "train" not in inside.folders:
+        return f"Rename {similar[0]} to train"
     return "Expected WebDataset tars (jpg, cls) in train/ and val/; images in folders are converted with 'build'"
 
 
@@ -255,7 +259,7 @@ def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str,
     return {split: [out / split / path.name for path in paths] for split, paths in found.items()}
 
 
-# --- what lies in the tars ---
+# --- the tars ---
 
 
 def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> dict:
@@ -270,7 +274,8 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
         samples += len(record.rows)
         top = max([top, *(row["label"] for row in record.rows)])
     if rejected and not skip_bad:
-        raise UserError(f"{len(rejected)} samples cannot be used: {_said(rejected)}. Or leave them out: --on-bad skip")
+        number = "1 sample" if len(rejected) == 1 else f"{len(rejected):,} samples"
+        raise UserError(f"{number} cannot be used: {_said(rejected)}. Or leave out what cannot: --on-bad skip")
     if top >= max(1000, 100 * samples):
         raise UserError(f"{root}: class numbers up to {top} for {samples} samples. Look at the cls files")
     return {
@@ -295,7 +300,7 @@ def _said(rejected: list[dict]) -> str:
 
 
 def _unused_members(records: list[Path]) -> Iterator[Unused]:
-    """What lies in the tars and is in no sample: hidden members by name, parts of samples by number and extension."""
+    """Yields what in the tars is not read: hidden members by name, parts of samples by number and extension."""
     parts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for path in records:
         notes = read_record(path).notes

@@ -15,7 +15,7 @@ BLOCK = 512
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
 _RECORD = 20 * BLOCK  # writers fill the file with zeros up to a multiple of this
 _CHUNK = 1 << 20
-_VOLUME_LABEL = b"V"  # what `tar --label` writes
+_VOLUME_LABEL = b"V"  # written by `tar --label`
 # The first bytes of compressed files: suffix and the tool that unpacks them.
 COMPRESSED = {
     b"\x1f\x8b": (".gz", "gunzip"),
@@ -121,7 +121,7 @@ def _first_not_zero(file: BinaryIO, start: int) -> int | None:
 
 
 def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:
-    """What to say of a file in which zeros at `end` are followed by other bytes at `begin`."""
+    """Say what a file probably is in which zeros at `end` are followed by other bytes at `begin`."""
     file.seek(begin)
     filled = (end + _END, -(-(end + _END) // _RECORD) * _RECORD)
     if begin in filled and path.is_file() and _is_header(file.read(BLOCK)):
@@ -154,7 +154,7 @@ def why_not_a_file(member: tarfile.TarInfo) -> str:
 
 @dataclasses.dataclass
 class TarMembers:
-    """What the headers of a WebDataset tar say.
+    """The members of a WebDataset tar, from its headers.
 
     Attributes:
       samples: key -> extension in lower case -> (offset, bytes) of the content.

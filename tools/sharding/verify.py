@@ -214,7 +214,7 @@ def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
 
 
 def _labels(idx: Path) -> dict[int, tuple[int, int]]:
-    """Offset of each other part of a sample -> (offset, bytes) of its label, from an .idx file; {} without one."""
+    """The labels' places, from an .idx file: offset of each part of a sample -> (offset, bytes) of its label."""
     labels = {}
     for parts in read_dali_index(idx.read_bytes()) if idx.is_file() else []:
         places = {extension: (offset, size) for extension, offset, size in parts}
