@@ -194,8 +194,8 @@ def test_rows_come_in_the_order_of_the_paths_though_the_first_image_takes_longes
     assert [row["file"] for row in predicted(tiny_run, *paths, "--batch", 2)] == list(map(str, paths))
 
 
-def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny_run, tmp_path):
-    for name in ("b/2.jpg", "a-c/1.jpg", "a/1.JPG", "b/.hidden.jpg", ".cache/0.jpg", "b/notes.txt"):
+def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny_run, tmp_path, capsys):
+    for name in ("b/2.jpg", "a-c/1.jpg", "a/1.JPG", "b/.hidden.jpg", ".cache/0.jpg", "b/notes.txt", "__MACOSX/0.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jpeg())
     (tmp_path / "a" / "up").symlink_to(tmp_path)
@@ -203,6 +203,8 @@ def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny
     rows = predicted(tiny_run, tmp_path)
     names = [str(Path(row["file"]).relative_to(tmp_path)) for row in rows]
     assert names == ["a/1.JPG", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"2 files are no images: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
 
 
 def test_a_name_that_is_not_utf_8_is_shown_escaped(tiny_run, tmp_path):

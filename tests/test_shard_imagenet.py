@@ -369,7 +369,7 @@ def test_tars_of_another_writer_are_indexed_too(tmp_path):
         index_webdataset(root)
     assert not (root / "manifest.json").exists()
     (root / "train" / "b.tar.gz").touch()
-    with pytest.raises(UserError, match=r"b.tar.gz: not an uncompressed tar \(1 such\)"):
+    with pytest.raises(UserError, match=r"b.tar.gz: compressed, .*unpack it with gunzip"):
         index_webdataset(root)
     (root / "train" / "b.tar.gz").unlink()
     manifest = index_webdataset(root, skip_bad=True)

@@ -13,11 +13,13 @@ import numpy as np
 
 from pipelines.cpu import crop_resize, decode
 from pipelines.errors import UserError
+from pipelines.files import is_hidden
 from pipelines.machine import num_cores
 from pipelines.reader import look_ahead
 from pipelines.synthetic import synthetic_index
-from tools.sharding.entries import EXTENSIONS
+from tools.sharding.entries import EXTENSIONS, printable
 from tools.sharding.images import (
+    MAX_BYTES,
     MAX_PIXELS,
     RejectedImageError,
     is_plain,
@@ -31,7 +33,6 @@ from tools.sharding.tars import tar_files
 from trainer.inference import View
 
 SHARD = ".tar"
-_MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,21 @@ class Item:
     error: str = ""
 
 
-def count_images(paths: list[Path]) -> int | None:
-    """How many images the paths stand for; None if shards are among them, which would have to be read.
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """The result of looking through paths.
+
+    Attributes:
+      num_images: how many images; None if shards are among them, which would have to be read.
+      no_images: files in folders that are neither images nor shards by their names.
+    """
+
+    num_images: int | None
+    no_images: list[str]
+
+
+def survey(paths: list[Path]) -> Survey:
+    """Look through all folders.
 
     Raises:
       UserError: a path is not there, or has no images.
@@ -62,43 +76,50 @@ def count_images(paths: list[Path]) -> int | None:
             raise UserError(f"{path}: not found. Give images, shards (.tar), or folders with some")
         if next(items_of(path), None) is None:
             raise UserError(f"{path}: no images in it ({', '.join(EXTENSIONS)}). Give images, shards, or their folder")
-    kinds = collections.Counter(_is_shard(name) for path in paths for name in files_of(path))
-    return None if kinds[True] else kinds[False]
+    no_images: list[str] = []
+    kinds = collections.Counter(_is_shard(name) for path in paths for name in files_of(path, no_images))
+    return Survey(None if kinds[True] else kinds[False], no_images)
 
 
 def items_of(path: Path) -> Iterator[Item]:
     """The images that a path stands for, one after the other; of a damaged shard those before the damage."""
-    for name in files_of(path):
+    for name in files_of(path, []):
         if _is_shard(name):
             yield from _members(name)
         else:
-            yield Item(_printable(name), name)
+            yield Item(printable(name), name)
 
 
-def files_of(path: Path) -> Iterator[str]:
-    """The path itself; of a folder the images and shards at any depth, sorted by the parts of their paths."""
+def files_of(path: Path, no_images: list[str]) -> Iterator[str]:
+    """The path itself; the images and shards at any depth of a folder, sorted by the parts of their paths.
+
+    Links that lead nowhere, and what is neither file nor folder, are among them whatever their names are. Files of
+    other names are added to `no_images`; hidden and system files are passed over.
+    """
     if path.is_dir():
-        yield from _below(str(path))
+        yield from _below(str(path), no_images)
     else:
         yield str(path)
 
 
-def _below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _below(folder: str, no_images: list[str], above: tuple[str, ...] = ()) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that it lies in
         return
     try:
-        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder))
+        entries = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}). Allow it, or give other folders") from error
-    for name, is_folder in entries:
+    for name, is_folder, is_file in entries:
         path = os.path.join(folder, name)
-        if name.startswith("."):
+        if is_hidden(name):
             continue
         if is_folder:
-            yield from _below(path, (*above, real))
-        elif name.lower().endswith((*EXTENSIONS, SHARD)):
+            yield from _below(path, no_images, (*above, real))
+        elif not is_file or name.lower().endswith((*EXTENSIONS, SHARD)):
             yield path
+        else:
+            no_images.append(printable(path))
 
 
 def _is_shard(path: str) -> bool:
@@ -108,21 +129,16 @@ def _is_shard(path: str) -> bool:
 def _members(path: str) -> Iterator[Item]:
     """The images in a shard. Their names are shown and nothing else."""
     if not os.path.isfile(path):  # reading from a pipe would wait for ever
-        yield Item(_printable(path), path, error="not a regular file")
+        yield Item(printable(path), path, error="not a regular file")
         return
     try:
         with open(path, "rb") as file:
             for member in tar_files(Path(path), file):
                 stem, _, suffix = member.name.rpartition(".")
-                if f".{suffix}".lower() in EXTENSIONS and not stem.rpartition("/")[2].startswith("."):
-                    yield Item(_printable(f"{path}/{stem}"), path, member.offset_data, member.size)
-    except Exception as error:  # damaged headers bring tarfile to raise nearly anything; the other files go on
-        yield Item(_printable(path), path, error=f"what follows in the shard cannot be read ({error})")
-
-
-def _printable(name: str) -> str:
-    """A file's name, which may be any bytes, as UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+                if f".{suffix}".lower() in EXTENSIONS and not is_hidden(member.name):
+                    yield Item(printable(f"{path}/{stem}"), path, member.offset_data, member.size)
+    except (UserError, OSError) as error:  # the other files do not suffer from it
+        yield Item(printable(path), path, error=f"something in the shard cannot be read ({error})")
 
 
 # --- their pixels ---
@@ -166,8 +182,8 @@ def read(item: Item) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # reading from a pipe would wait for ever
         raise RejectedImageError("not a regular file")
     nbytes = status.st_size if item.nbytes is None else item.nbytes
-    if nbytes > _MAX_BYTES:
-        raise RejectedImageError(f"{nbytes:,} bytes; no image has more than {_MAX_BYTES:,}")
+    if nbytes > MAX_BYTES:
+        raise RejectedImageError(f"{nbytes:,} bytes; no image has more than {MAX_BYTES:,}")
     with open(item.path, "rb") as file:
         file.seek(item.offset)
         content = file.read(nbytes)

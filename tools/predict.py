@@ -28,12 +28,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.errors import UserError, exit_on_user_error, named
 from pipelines.files import refuse_place, replacing
 from pipelines.index import MANIFEST, read_manifest
 from pipelines.reader import read_ahead
 from tools.arguments import path_argument
-from tools.image_files import Item, count_images, items_of, look_at_batches
+from tools.image_files import Item, items_of, look_at_batches, survey
 from tools.opening import first_device
 from trainer.classes import check_order_stated, order_doubt
 from trainer.inference import Trained, descriptions, load
@@ -89,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def predict(options: argparse.Namespace) -> None:
     """Check, load, look at every image, write."""
     refuse_options(options)
-    total = count_images(options.paths)
+    found = survey(options.paths)
     trained = load(options.name, options.checkpoint, classes=options.classes, key="")
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
@@ -103,9 +103,13 @@ def predict(options: argparse.Namespace) -> None:
     on_screen = options.out is None and sys.stdout.isatty()  # where the rows themselves are shown
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=on_screen or not console.is_terminal) as progress:
-        write(progress.track(rows, total, description="predicting"), top_k, options.out)
+        write(progress.track(rows, found.num_images, description="predicting"), top_k, options.out)
     failed = f", {counts['failed']} of them could not be used: see the column error" if counts["failed"] else ""
     print(f"{counts['images']:,} images{failed}{f': {options.out}' if options.out else ''}", file=sys.stderr)
+    if found.no_images:
+        number = len(found.no_images)
+        said = "1 file is no image" if number == 1 else f"{number:,} files are no images"
+        print(f"{said}: {named(found.no_images)}", file=sys.stderr)
 
 
 def refuse_options(options: argparse.Namespace) -> None:

@@ -107,12 +107,13 @@ def _index(options: argparse.Namespace) -> None:
         task = bar.add_task("shards", total=None)
         manifest = reindex.index_webdataset(
             options.root,
+            out=options.out,
             audit=options.audit,
             skip_bad=options.on_bad == "skip",
             workers=options.workers,
             on_shard=lambda done, total: show(bar, task, done, total),
         )
-    print(f"{options.root}: {_counts(manifest)}")
+    print(f"{options.out or options.root}: {_counts(manifest)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -203,6 +204,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
     index = commands.add_parser("index", help="index existing WebDataset tars without rewriting them")
     index.add_argument("root", type=path_argument, help="folder with train/*.tar and, if there is one, val/*.tar")
+    where = "new folder for the index, with links to the tars: ROOT, perhaps read-only, is not written to"
+    index.add_argument("--out", type=path_argument, metavar="DIR", help=where)
     index.set_defaults(run=_index)
 
     check = commands.add_parser("verify", help="find whatever is not as it was written")

@@ -73,6 +73,7 @@ class Source:
       files: what identifies the source besides its kind: relative path and bytes of each container file.
       copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
       class_order: who decided the order of the classes, as pipelines.index.class_order returns it.
+      columns: names of a table's columns that were read, where they are not the usual ones.
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Source:
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     copies: bool = False
     class_order: str = "given"
+    columns: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,15 @@ def is_image(name: str) -> bool:
 def printable(name: str) -> str:
     """A file's name, which may be any bytes, as UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def instead_of_content(head: bytes) -> str:
+    """Say what a file holds in place of its content, by its first bytes, and what helps; "" if it is none of these."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself. Run 'git lfs pull' in its folder"
+    if head.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):
+        return "a web page, not the file itself. Download it again"
+    return ""
 
 
 def is_utf8(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import UserError, clipped, named
+from pipelines.files import is_hidden
 from tools.sharding.entries import (
     HIDDEN,
     MISPLACED,
@@ -17,7 +18,6 @@ from tools.sharding.entries import (
     SourceOptions,
     Unused,
     beside_source,
-    is_hidden,
     is_image,
     sample_key,
 )

@@ -199,7 +199,12 @@ def _describe(source: Source, options: BuildOptions) -> dict:
     return {
         "format_version": FORMAT_VERSION,
         "made_with": {"tool": VERSION, "pillow": version("pillow"), "webdataset": version("webdataset")},
-        "source": {"kind": source.kind, "name": source.root.resolve().name, "files": source.files},
+        "source": {
+            "kind": source.kind,
+            "name": source.root.resolve().name,
+            "files": source.files,
+            **({"columns": source.columns} if source.columns else {}),
+        },
         "options": {
             "seed": options.seed,
             "samples_per_shard": options.samples_per_shard,

@@ -1,26 +1,58 @@
 """An existing WebDataset, indexed where it lies: its tars are read and never written."""
 
+import collections
+import contextlib
+import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped, named
 from pipelines.files import sha256_of, write_synced
-from pipelines.index import FORMAT_VERSION, MANIFEST, manifest_bytes, read_manifest
-from tools.sharding.entries import SPLITS
+from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
+from tools.sharding.entries import (
+    EXPECTED,
+    EXTENSIONS,
+    HIDDEN,
+    MISPLACED,
+    SPLITS,
+    VAL_NAMES,
+    Contents,
+    Unused,
+    contents_of,
+    is_image,
+    is_utf8,
+    printable,
+    unused_in,
+)
 from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import VERSION, assemble
-from tools.sharding.shards import ShardRecord, dali_index, read_record, source_hash, write_record
-from tools.sharding.tars import tar_members
+from tools.sharding.job import VERSION, assemble, refuse_misplaced
+from tools.sharding.shards import (
+    LABEL_PARTS,
+    ShardRecord,
+    dali_index,
+    describes,
+    read_record,
+    source_hash,
+    write_record,
+)
+from tools.sharding.tars import COMPRESSED, tar_members
 from tools.sharding.workers import run_jobs
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+_IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
+_MAX_LABEL_BYTES = 32
+_RECORDS = ".index.partial"
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")  # pipelines.files.replacing leaves it when its process is killed
+_DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS")
 
 
 def index_webdataset(
     root: Path,
     *,
+    out: Path | None = None,
     audit: bool = True,
     skip_bad: bool = False,
     workers: int = 1,
@@ -30,43 +62,204 @@ def index_webdataset(
 
     Images keep their bytes, so one that no pipeline can use is left out of the index, never repaired.
 
+    Args:
+      out: a folder that gets links to the tars, and the index in place of ROOT, which is not written to then.
+      skip_bad: leave out samples that cannot be used, and what in ROOT is not understood, instead of failing.
     Returns:
       The manifest.
     Raises:
-      UserError: there are no tars, ROOT is indexed already, or samples cannot be used (all of them are named).
+      UserError: there are no tars, ROOT is indexed already, or something in it cannot be used (all of that is named).
     """
-    if (root / MANIFEST).exists():
-        raise UserError(f"{root / MANIFEST}: exists already. Remove it to index the folder again")
-    found = {split: sorted((root / split).glob("*.tar")) for split in SPLITS}
-    found = {split: paths for split, paths in found.items() if paths}
+    home = out or root
+    if (home / MANIFEST).exists():
+        raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
+    found, unused = _find_tars(root)
+    has_train = (root / "train").is_dir()
+    if "train" in found or (has_train and contents_of(root / "train").files):
+        refuse_misplaced(root, unused, skip_bad)
     if "train" not in found:
-        raise UserError(f"{root}: no train/*.tar below it. Expected WebDataset tars (jpg, cls) in train/ and val/")
-    for split in found:
-        names = sorted(path.name for path in (root / split).iterdir() if not path.name.startswith("."))
-        if others := [name for name in names if not name.endswith((".tar", ".idx", ".npy"))]:
-            raise UserError(
-                f"{root / split / others[0]}: not an uncompressed tar ({len(others)} such). Unpack or remove it: "
-                "nothing is left out unnoticed"
-            )
-    records = root / ".index.partial"
+        raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
+    with _reporting_disk_errors(home):
+        if out:
+            found = _link_tars(root, found, out)
+        helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
+        _check_writable([home, *(home / split for split in found)], helps)
+        return _index(home, found, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+
+
+def _index(
+    home: Path,
+    found: dict[str, list[Path]],
+    unused: list[Unused],
+    options: ImageOptions,
+    skip_bad: bool,
+    workers: int,
+    on_shard: Callable[[int, int], None],
+) -> dict:
+    folders = [home, *(home / split for split in found)]
+    records = home / _RECORDS
     shutil.rmtree(records, ignore_errors=True)
     for split in found:
         (records / split).mkdir(parents=True)
     try:
         jobs = [
-            (path, records / split / f"{path.stem}.json", ImageOptions(audit=audit))
-            for split, paths in found.items()
-            for path in paths
+            (path, records / split / f"{path.stem}.json", options) for split, paths in found.items() for path in paths
         ]
         for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
             on_shard(done + 1, len(jobs))
-        description = _describe(root, [path for _, path, _ in jobs], audit, skip_bad)
+        paths = [path for _, path, _ in jobs]
+        description = _describe(home, paths, options.audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
-        manifest = assemble(root, records, description, shards)
+        manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
+        for path, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
+            if not path.with_suffix(".idx").exists():
+                write_synced(path.with_suffix(".idx"), record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
-    write_synced(root / MANIFEST, manifest_bytes(manifest))
-    return read_manifest(root)
+    for folder in folders:
+        for path in filter(_is_leftover, folder.glob("*.partial")):
+            path.unlink()
+    write_synced(home / MANIFEST, manifest_bytes(manifest))
+    return read_manifest(home)
+
+
+def _check_writable(folders: list[Path], helps: str) -> None:
+    """Raise a UserError now, rather than after all images have been looked at, if files cannot be made in a folder."""
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to ({error.strerror}). {helps}") from error
+
+
+@contextlib.contextmanager
+def _reporting_disk_errors(home: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename2 or error.filename or home
+        raise UserError(f"{where}: {error.strerror or error}. Look at that file or disk") from error
+
+
+# --- the folder ---
+
+
+def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
+    """The shards of each split, and everything else in the folder.
+
+    Raises:
+      UserError: a folder cannot be listed, or a split has no shards.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: {'a file, not a folder' if root.exists() else 'not found'}. Give a folder with train/*.tar"
+        )
+    inside, found = contents_of(root), {}
+    unused = list(_beside_splits(root, inside))
+    for split in SPLITS:
+        if split not in inside.folders:
+            continue
+        shards = contents_of(root / split)
+        found[split] = [root / split / name for name in shards.files if name.endswith(".tar")]
+        unused += _beside_shards(split, shards)
+        if not shards.visible:
+            raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
+    found = {split: paths for split, paths in found.items() if paths}
+    return found, unused
+
+
+def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
+    """Yields the entries of ROOT beside train/ and val/, except our own files."""
+    yield from _without_our_own(unused_in(inside, ""))
+    for name in inside.visible:
+        own = name in (MANIFEST, AUDIT) or _is_leftover(root / name)
+        own = name in SPLITS if name in inside.folders else own
+        if own or name in inside.others:
+            continue
+        if name in inside.files and any(fnmatch(name, pattern) for pattern in _DOCUMENTS):
+            yield Unused(EXPECTED, name, "a document")
+            continue
+        reason = "not part of a dataset of train/*.tar and val/*.tar: move it away"
+        if name in inside.folders and name.lower() in (*VAL_NAMES, "test"):
+            reason = "only train and val are indexed: rename it to val, or move it away"
+        elif name in inside.files and name.endswith(".tar"):
+            reason = "a tar outside of train and val: move it into one of them"
+        yield Unused(MISPLACED, printable(name), reason)
+
+
+def _beside_shards(split: str, shards: Contents) -> Iterator[Unused]:
+    """Yields the entries of a split's folder beside its tars, except .idx files and our own."""
+    yield from _without_our_own(unused_in(shards, split))
+    idx = {Path(name).with_suffix(".idx").name for name in shards.files if name.endswith(".tar")}
+    for name in (*shards.folders, *shards.files):
+        if name in shards.files and (name.endswith(".tar") or name in (*idx, INDEX) or _is_leftover(Path(name))):
+            continue
+        yield Unused(MISPLACED, printable(f"{split}/{name}"), _why_no_shard(name, name in shards.folders))
+
+
+def _why_no_shard(name: str, is_folder: bool) -> str:
+    if is_folder:
+        return "a folder among the tars: move tars that it holds up, or move it away"
+    for suffix, tool in COMPRESSED.values():
+        if name.endswith(suffix) or (name.endswith(".tgz") and suffix == ".gz"):
+            return f"compressed, so nothing in it can be read alone: unpack it with {tool}"
+    if name.endswith(".idx"):
+        return "describes a tar that is not there: move it away"
+    if name.lower().endswith(".tar"):
+        return "rename it to end in .tar"
+    return "not an uncompressed tar: move it away"
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file was left by an `index` that was killed."""
+    target = path.name.rpartition(".partial")[0].rpartition(".")[0]
+    ours = target in (MANIFEST, AUDIT, INDEX) or target.endswith(".idx")
+    return ours and _LEFTOVER.fullmatch(path.name) is not None
+
+
+def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
+    return (each for each in unused if each.source != _RECORDS)
+
+
+def _nearest(root: Path) -> str:
+    """Say what probably helps where there is no train/*.tar."""
+    inside = contents_of(root)
+    if any(name.endswith(".tar") for name in inside.files):
+        if root.name.lower() in ("train", *VAL_NAMES):
+            return f"Give the folder above it, {root.resolve().parent}"
+        return f"Move its tars into {root / 'train'}"
+    similar = [name for name in inside.folders if name.lower() in ("train", "training") and name != "train"]
+    if similar and "train" not in inside.folders:
+        return f"Rename {similar[0]} to train"
+    return "Expected WebDataset tars (jpg, cls) in train/ and val/; images in folders are converted with 'build'"
+
+
+def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str, list[Path]]:
+    """Make OUT/SPLIT/NAME.tar links to the shards, as many as an earlier call has not made.
+
+    Raises:
+      UserError: OUT holds something else.
+    """
+    if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out}: lies in {root} itself. Choose a folder outside of it")
+    links = {out / split / path.name: path.resolve() for split, paths in found.items() for path in paths}
+    if out.exists():
+        there, others = _find_tars(out) if out.is_dir() and contents_of(out).visible else ({}, [])
+        strange = [each.source for each in others if each.kind == MISPLACED]
+        strange += [path for paths in there.values() for path in paths if path.resolve() != links.get(path)]
+        if strange or not out.is_dir():
+            raise UserError(
+                f"--out {out}: holds something else ({named(strange or ['a file'], 3)}). Choose a new folder"
+            )
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(target)
+    return {split: [out / split / path.name for path in paths] for split, paths in found.items()}
+
+
+# --- the tars ---
 
 
 def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> dict:
@@ -81,8 +274,8 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
         samples += len(record.rows)
         top = max([top, *(row["label"] for row in record.rows)])
     if rejected and not skip_bad:
-        named = "; ".join(f"{item['source']}: {item['sample']} ({item['reason']})" for item in rejected)
-        raise UserError(f"{len(rejected)} samples cannot be used: {named}. Leave them out with --on-bad skip")
+        number = "1 sample" if len(rejected) == 1 else f"{len(rejected):,} samples"
+        raise UserError(f"{number} cannot be used: {_said(rejected)}. Or leave out what cannot: --on-bad skip")
     if top >= max(1000, 100 * samples):
         raise UserError(f"{root}: class numbers up to {top} for {samples} samples. Look at the cls files")
     return {
@@ -92,54 +285,120 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
         "options": {"audit": audit},
         "classes": [str(label) for label in range(top + 1)],
         "class_names": [],
+        "class_order": "given",
     }
+
+
+def _said(rejected: list[dict]) -> str:
+    """Rejected samples by reason: a few names of each of the first reasons."""
+    reasons: dict[str, list[str]] = {}
+    for item in rejected:
+        reasons.setdefault(item["reason"], []).append(f"{item['source']}: {clipped(item['sample'], 40)}")
+    shown = list(reasons.items())[:3]
+    text = "; ".join(f"{named(names, 6 // len(shown))} ({reason})" for reason, names in shown)
+    return text + (f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else "")
+
+
+def _unused_members(records: list[Path]) -> Iterator[Unused]:
+    """Yields what in the tars is not read: hidden members by name, parts of samples by number and extension."""
+    parts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for path in records:
+        notes = read_record(path).notes
+        yield from (Unused(HIDDEN, name) for name in notes["hidden"])
+        parts[path.parent.name].update(notes["parts"])
+    for split, counts in parts.items():
+        for extension, count in sorted(counts.items()):
+            yield Unused(EXPECTED, f"{split}: {count:,} parts .{extension}", "training reads images and class numbers")
 
 
 def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
     """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
-    found = ShardRecord()
-    hashes = []
-    members = tar_members(path)
+    found, hashes, parts = ShardRecord(), [], collections.Counter()
+    members, source = tar_members(path), f"{path.parent.name}/{path.name}"
+    for key, reason in members.unusable.items():
+        found.reject(printable(key), source, RejectedImageError(reason))
     with open(path, "rb") as file:
-        for key, parts in members.items():
+        for key, places in members.samples.items():
+            if key in members.unusable:
+                continue
             try:
-                label, offset, image = _read_sample(file, parts, options)
+                if not is_utf8(key):
+                    raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
+                label, offset, image, others = _read_sample(file, places, options)
             except RejectedImageError as error:
-                found.reject(key, f"{path.parent.name}/{path.name}", error)
+                found.reject(printable(key), source, error)
                 continue
             found.add(key, label, offset, image)
             hashes.append(source_hash(image.jpeg))
-    idx, idx_path = dali_index(members), path.with_suffix(".idx")
-    if idx_path.exists() and idx_path.read_bytes().split() != idx.split():
-        raise UserError(f"{idx_path}: describes another tar. Remove it to have it written")
-    write_synced(idx_path, idx)
+            parts.update(others)
+    found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": parts}
+    idx = _idx_of(path, members.samples)
+    write_synced(record.with_suffix(".idx"), idx)
     found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
     write_record(record, found, hashes)
 
 
-def _read_sample(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions
-) -> tuple[int, int, CheckedImage]:
-    """The class number, the image's offset and the image of one sample.
+def _idx_of(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+    """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
-      RejectedImageError: it has no image or no class number, or the image cannot be used as it is.
+      UserError: it describes another tar.
     """
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
-    if extension is None or "cls" not in parts:
-        raise RejectedImageError(f"has {', '.join(parts)}; expected jpg and cls")
-    offset, _ = parts[extension]
-    content, label = (_slice(file, *parts[name]) for name in (extension, "cls"))
-    try:
-        number = int(label)
-    except ValueError as error:
-        raise RejectedImageError(f"its cls is {label[:20]!r}, not a class number") from error
-    if number < 0:
-        raise RejectedImageError(f"its cls is {number}, which is negative")
-    image = check_image(content, options)
+    there = path.with_suffix(".idx")
+    if not there.exists():
+        return dali_index(samples)
+    idx = there.read_bytes()
+    if not describes(idx, samples):
+        raise UserError(f"{there}: describes another tar. Move it away to have it written")
+    return idx
+
+
+def _read_sample(
+    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions
+) -> tuple[int, int, CheckedImage, list[str]]:
+    """The class number, the image's offset, the image, and the extensions that are not read, of one sample.
+
+    Raises:
+      RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
+    """
+    images = [extension for extension in parts if extension in _IMAGE_PARTS]
+    labels = [extension for extension in LABEL_PARTS if extension in parts]
+    if dotted := _dotted(parts, images):
+        raise RejectedImageError(
+            f"it has {clipped(dotted, 30)}: names end at their first dot. Pack the tar again with '_' for those dots"
+        )
+    if len(images) > 1:
+        raise RejectedImageError(f"two images, {named(images)}: pack the tar again with one of them")
+    if not images or not labels:
+        has = clipped(named(filter(None, parts), 5)) or "no extension"
+        raise RejectedImageError(f"has {has}; expected jpg and, with the class number as text, cls")
+    number = _class_number(labels[0], _slice(file, *parts[labels[0]]) if parts[labels[0]][1] else b"")
+    offset, size = parts[images[0]]
+    image = check_image(_slice(file, offset, size), options)
     if image.repaired:
-        raise RejectedImageError(f"{image.repaired}; convert the images with 'build' to repair it")
-    return number, offset, image
+        raise RejectedImageError(
+            f"{image.repaired}: unpack the tars into train/CLASS/ and run 'build', which converts it"
+        )
+    return number, offset, image, [name for name in parts if name not in (images[0], labels[0])]
+
+
+def _dotted(parts: dict[str, tuple[int, int]], images: list[str]) -> str:
+    """A part that seems to belong to a sample whose name has a dot; "" where there is none."""
+    for name in parts:
+        _, dot, last = name.rpartition(".")
+        if dot and (last in LABEL_PARTS or (not images and is_image(name))):
+            return f".{name}"
+    return ""
+
+
+def _class_number(part: str, content: bytes) -> int:
+    text = content[: _MAX_LABEL_BYTES + 1].strip()
+    if re.fullmatch(rb"\+?\d{1,18}", text):
+        return int(text)
+    if re.fullmatch(rb"-\d{1,18}", text):
+        raise RejectedImageError(f"its {part} is {text.decode()}, which is negative")
+    shown = clipped(text[:20].decode(errors="backslashreplace"), 20)
+    raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
 
 
 def _slice(file: BinaryIO, offset: int, nbytes: int) -> bytes:

@@ -17,6 +17,7 @@ from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedI
 from tools.sharding.tars import BLOCK
 
 HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
+LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
 
 
 @dataclasses.dataclass
@@ -165,10 +166,48 @@ def read_record(path: Path) -> ShardRecord:
 
 
 def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
-    """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it (v1.2)."""
-    lines = [f"v1.2 {len(members)}"]
+    """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it (v1.2).
+
+    Fields are separated by spaces, so where names have some, the file is of the version without names (v1.1).
+    """
+    has_names = all(len(key.split()) == 1 for key in members)
+    lines = []
     for key, parts in members.items():
-        lines.append(
-            " ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, (offset, size) in parts.items())
-        )
-    return "\n".join(lines).encode() + b"\n"
+        places = [
+            f"{extension} {offset} {size}" + (f" {key}.{extension}" if has_names else "")
+            for extension, (offset, size) in parts.items()
+            if extension
+        ]
+        lines += [" ".join(places)] if places else []
+    lines = [f"{'v1.2' if has_names else 'v1.1'} {len(lines)}", *lines]
+    return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
+
+
+def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
+    """(extension in lower case, offset, bytes) of each part of each sample in an .idx file of either version.
+
+    Returns:
+      [] where DALI's reader would refuse the file.
+    Source: kSupportedIndexVersions and ParseIndexFile in dali/operators/reader/loader/webdataset_loader.
+    """
+    try:
+        first, *lines = content.decode(errors="surrogateescape").splitlines()
+        version, count = first.split()
+        width = {"v1.1": 3, "v1.2": 4}[version]
+        samples = []
+        for fields in map(str.split, lines):
+            columns = [fields[column::width] for column in range(width)]
+            samples.append([(part[0].lower(), int(part[1]), int(part[2])) for part in zip(*columns, strict=True)])
+        return samples if len(samples) == int(count) else []
+    except (ValueError, KeyError):
+        return []
+
+
+def describes(idx: bytes, members: dict[str, dict[str, tuple[int, int]]]) -> bool:
+    """Whether an .idx file of any version lists the parts of a tar, each once, and no others."""
+    listed = [part for sample in read_dali_index(idx) for part in sample]
+    parts = {place: name for sample in members.values() for name, place in sample.items()}
+    strange = [part for part in listed if parts.get(part[1:]) not in (part[0], "")]
+    needed = [place for place, name in parts.items() if name]  # DALI's own tool has a name of its own for those without
+    found = {part[1:] for part in listed}
+    return not strange and found.issuperset(needed) and len(found) == len(listed)

@@ -1,13 +1,29 @@
-"""Reading tars without missing what is damaged: Python's tarfile takes a damaged header for the end of the archive."""
+"""Reading tars to the end of the file: Python's tarfile takes a damaged header, or one block of zeros, for the end."""
 
+import dataclasses
+import os
+import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped, named
+from pipelines.files import is_hidden
+from tools.sharding.entries import instead_of_content, printable
 
 BLOCK = 512
+_END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
+_RECORD = 20 * BLOCK  # writers fill the file with zeros up to a multiple of this
+_CHUNK = 1 << 20
+_VOLUME_LABEL = b"V"  # written by `tar --label`
+# The first bytes of compressed files: suffix and the tool that unpacks them.
+COMPRESSED = {
+    b"\x1f\x8b": (".gz", "gunzip"),
+    b"BZh": (".bz2", "bunzip2"),
+    b"\xfd7zXZ": (".xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": (".zst", "unzstd"),
+}
 
 
 def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -17,37 +33,165 @@ def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
       path: how an error names it.
       file: positioned at its beginning.
     Raises:
-      UserError: it is no tar, a header is damaged, or it is cut off; the byte is named.
+      UserError: as `tar_entries`; or, after the last file, that links and other special members are among them.
     """
+    reasons: dict[str, list[str]] = {}
+    for member in tar_entries(path, file):
+        if reason := why_not_a_file(member):
+            reasons.setdefault(reason, []).append(clipped(printable(member.name)))
+        else:
+            yield member
+    if reasons:
+        most = max(1, 10 // len(reasons))
+        raise UserError(f"{path}: {'; '.join(f'{named(names, most)}: {why}' for why, names in reasons.items())}")
+
+
+def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Everything in an uncompressed tar but folders, in order.
+
+    Args:
+      path: how an error names it.
+      file: positioned at its beginning.
+    Raises:
+      UserError: it is no tar, a header is damaged, it is cut off, or something follows its end; the byte is named.
+    """
+    nbytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.isfile():
+                if member.size < 0 or tar.offset <= member.offset:
+                    raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
+                if not member.isdir() and member.type != _VOLUME_LABEL:
                     yield member
             end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not an uncompressed tar, or damaged ({error}). Restore it") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Look at that file or disk") from error
+    except Exception as error:  # damaged headers bring tarfile to raise nearly anything
+        raise UserError(f"{path}: {_why_no_tar(path, file, nbytes, error)}") from error
+    _check_end(path, file, end, nbytes)
+
+
+def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> str:
+    file.seek(0)
+    head = file.read(BLOCK)
+    if found := instead_of_content(head):
+        return found
+    for magic, (suffix, tool) in COMPRESSED.items():
+        if head.startswith(magic):
+            name = shlex.quote(path.name)
+            return (
+                f"compressed, so nothing in it can be read alone. Run mv {name} {name}{suffix} && {tool} {name}{suffix}"
+            )
+    if not nbytes:
+        return "an empty file. Restore it"
+    return f"not an uncompressed tar, or damaged ({clipped(error, 120)}). Restore it"
+
+
+def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
+    """Raise a UserError unless zeros alone follow the last member, and no more than a writer fills a file with."""
     file.seek(end)
-    if file.read(BLOCK) != bytes(BLOCK):
+    found = file.read(BLOCK)
+    if not found:
+        raise UserError(
+            f"{path}: has no end mark after its last member, as if cut off there. Restore it; if nothing is missing, "
+            f"add the mark: head -c {_END} /dev/zero >> {shlex.quote(path.name)}"
+        )
+    if found != bytes(BLOCK):
         raise UserError(f"{path}: damaged or cut off at byte {end}, where its end or a header is expected. Restore it")
+    begin = _first_not_zero(file, end + BLOCK)
+    if begin is not None:
+        raise UserError(f"{path}: {_what_follows(path, file, end, begin)}")
+    most = -(-(end + _END) // _RECORD) * _RECORD
+    if nbytes > most:
+        raise UserError(
+            f"{path}: zeros from byte {end} to its end, {nbytes - end:,} bytes, are more than a tar is filled up with: "
+            "perhaps its rest is lost. Restore it; if nothing is missing, cut them off: "
+            f"truncate -s {end + _END} {shlex.quote(path.name)}"
+        )
 
 
-def tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (offset, bytes) of the data, from the headers of a WebDataset tar.
+def _first_not_zero(file: BinaryIO, start: int) -> int | None:
+    """The place of the first byte from `start` on that is not zero."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            return start + len(chunk) - len(rest)
+        start += len(chunk)
+    return None
+
+
+def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:
+    """Say what a file probably is in which zeros at `end` are followed by other bytes at `begin`."""
+    file.seek(begin)
+    filled = (end + _END, -(-(end + _END) // _RECORD) * _RECORD)
+    if begin in filled and path.is_file() and _is_header(file.read(BLOCK)):
+        name, (first, second) = path.name, (f"{path.stem}.part{number}.tar" for number in (1, 2))
+        name, first, second = map(shlex.quote, (name, first, second))
+        return (
+            f"another archive begins at byte {begin}, where readers of tars stop. If tars were joined, separate them: "
+            f"head -c {begin} {name} > {first}; tail -c +{begin + 1} {name} > {second}; and move {name} away. "
+            "Otherwise restore it"
+        )
+    return f"damaged: zeros at byte {end} where a header is expected, and more content from byte {begin} on. Restore it"
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def why_not_a_file(member: tarfile.TarInfo) -> str:
+    """Why a member of a tar has no content of its own there, and what helps; "" if it is a regular file."""
+    if member.islnk() or member.issym():
+        return "a link in the tar. Pack it again with the files themselves: tar -h --hard-dereference -cf ..."
+    if member.issparse():
+        return "stored as a sparse file. Pack the tar again without --sparse"
+    return "" if member.isreg() else f"no file (type {member.type.decode(errors='replace')!r}). Pack the tar without it"
+
+
+@dataclasses.dataclass
+class TarMembers:
+    """The members of a WebDataset tar, from its headers.
+
+    Attributes:
+      samples: key -> extension in lower case -> (offset, bytes) of the content.
+      unusable: key -> why one of its members has no content in the tar.
+      hidden: names that `is_hidden` passes over.
+    """
+
+    samples: dict[str, dict[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    unusable: dict[str, str] = dataclasses.field(default_factory=dict)
+    hidden: list[str] = dataclasses.field(default_factory=list)
+
+
+def tar_members(path: Path) -> TarMembers:
+    """The members of a WebDataset tar by sample.
 
     Raises:
-      UserError: as `tar_files`, or a name occurs twice.
+      UserError: as `tar_entries`, or a name occurs twice.
     """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+    found = TarMembers()
     with open(path, "rb") as file:
-        for member in tar_files(path, file):
+        for member in tar_entries(path, file):
+            if is_hidden(member.name):
+                found.hidden.append(printable(member.name))
+                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
-            parts = members.setdefault(f"{folder}/{stem}" if folder else stem, {})
+            key = f"{folder}/{stem}" if folder else stem
+            if reason := why_not_a_file(member):
+                found.unusable[key] = reason
+                continue
+            parts = found.samples.setdefault(key, {})
             if extension.lower() in parts:
-                raise UserError(f"{path}: {member.name} occurs twice. Write the tar again with names of their own")
+                name = clipped(printable(member.name))
+                raise UserError(f"{path}: {name} occurs twice. Write the tar again with names of their own")
             parts[extension.lower()] = (member.offset_data, member.size)
-    return members
+    return found
 
 
 def tar_header(name: str, size: int) -> bytes:
