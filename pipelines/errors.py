@@ -47,6 +47,19 @@ def clipped(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
+    """Names by their reason, 'a, b: why; c: why not', of at most `most` names and three reasons, and how many more.
+
+    Args:
+      reasons: reason -> names; a reason says what is wrong and what helps.
+    """
+    shown = list(reasons.items())[:3]
+    each = max(1, most // max(1, len(shown)))
+    rest = sum(len(names) for names in list(reasons.values())[3:])
+    more = f"; and {rest} more for other reasons" if rest else ""
+    return "; ".join(f"{named([clipped(name) for name in names], each)}: {reason}" for reason, names in shown) + more
+
+
 def write_error_line(line: str) -> None:
     """Write a line to stderr in one piece: other ranks write there, too, and print() may write the line's end apart."""
     with contextlib.suppress(OSError, AttributeError):  # nobody reads it any more, or there is no stderr

@@ -30,7 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines import rng
-from pipelines.errors import UserError, named
+from pipelines.errors import UserError, clipped, grouped, named
 from pipelines.files import locked, read_json, replacing, sha256_of, sync_folder, write_synced
 from pipelines.index import (
     AUDIT,
@@ -262,13 +262,8 @@ def _difference(there: dict, wanted: dict) -> str:
         if there[key] != wanted.get(key):
             if isinstance(there[key], dict) and isinstance(wanted.get(key), dict):
                 return _difference({k: there[key].get(k) for k in {**there[key], **wanted[key]}}, wanted[key])
-            return f"{key} was {_shorten(there[key])}, now it is {_shorten(wanted.get(key))}"
+            return f"{key} was {clipped(there[key])}, now it is {clipped(wanted.get(key))}"
     return ""
-
-
-def _shorten(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _claim(partial: Path, out: Path, job: dict) -> None:
@@ -393,10 +388,8 @@ def refuse_misplaced(root: Path, unused: Iterable[Unused], skip_bad: bool) -> No
     if not reasons or skip_bad:
         return
     total = sum(map(len, reasons.values()))
-    most = max(1, 10 // len(reasons))
-    said = "; ".join(f"{named(names, most)}: {reason}" for reason, names in list(reasons.items())[:3])
     raise UserError(
-        f"{root}: {total} {'entry' if total == 1 else 'entries'} would be left out. {said}. Or leave "
+        f"{root}: {total} {'entry' if total == 1 else 'entries'} would be left out. {grouped(reasons)}. Or leave "
         f"{'it' if total == 1 else 'them'} out with --on-bad skip"
     )
 
