@@ -122,10 +122,10 @@ def file_reader(root: Path) -> Callable[[str], bytes]:
     """
 
     def read(location: str) -> bytes:
-        with open(root / location, "rb") as file:
+        with open(f"{root}/{location}", "rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
                 raise RejectedImageError(f"{size:,} bytes; no image has more than {MAX_BYTES:,}")
-            return file.read()
+            return file.readall()
 
     return read
 
