@@ -136,8 +136,9 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file's name, which may be any bytes, as UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A file's name, which may be any bytes, as UTF-8 that a terminal shows; other bytes and characters are escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def instead_of_content(head: bytes) -> str:
