@@ -178,13 +178,35 @@ def test_sound_tars_of_any_format_and_ending_are_taken(tmp_path, form):
         assert len(listed(put(tmp_path / "a.tar", whole[:size]))) == 8
 
 
-@pytest.mark.parametrize("options", ["-b 1", "--format=v7", "--format=pax", "--label=mine", "--sort=name", "."])
+@pytest.mark.parametrize("options", ["--format=v7", "--format=pax", "--label=mine", "--sort=name", "."])
 def test_what_gnu_tar_writes_is_taken(tmp_path, options):
     for name, content in samples(3).items():
         put(tmp_path / "in" / name, content)
     files = "." if options == "." else f"{options} *"
     run(f"tar -cf ../a.tar {files}", tmp_path / "in")
     assert len(tar_members(tmp_path / "a.tar").samples) == 3
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 64, 128, 256, 512, 1024, 2048])
+def test_tars_of_any_usual_record_size_are_taken_and_joined_ones_are_found(tmp_path, blocks):
+    for name, content in samples(4).items():
+        put(tmp_path / "in" / name, content)
+    (tmp_path / "train").mkdir()
+    run(f"tar -b {blocks} -cf ../train/a.tar 000[01]*; tar -b {blocks} -cf ../train/b.tar 000[23]*", tmp_path / "in")
+    shutil.rmtree(tmp_path / "in")
+    whole, other = ((tmp_path / "train" / name).read_bytes() for name in ("a.tar", "b.tar"))
+    assert len(whole) % (512 * blocks) == 0
+    index_webdataset(tmp_path)
+    assert keys(tmp_path) == ["0000", "0001", "0002", "0003"]
+    joined = put(tmp_path / "joined.tar", whole + other)
+    assert f"another archive begins at byte {len(whole)}," in refused(listed, joined)
+
+
+@pytest.mark.parametrize("size", [20480, 30720, 71680, 1034240, 2**20 + 10240, 3 * 2**20, 2**22])
+def test_zeros_that_fill_no_record_are_found_in_files_of_any_size(tmp_path, size):
+    whole = tar_of(samples(3))
+    assert len(whole) == 10240
+    assert "more than a tar is filled up with" in refused(listed, put(tmp_path / "a.tar", whole.ljust(size, b"\0")))
 
 
 @pytest.mark.parametrize(
