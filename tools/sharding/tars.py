@@ -14,8 +14,8 @@ from tools.sharding.entries import instead_of_content, printable
 
 BLOCK = 512
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
-# Writers fill the file with zeros up to a multiple of their record: of 20 blocks, unless another size was chosen, such as
-# with `tar -b 128` for a tape or a file server. Powers of two are in use, from 32 KiB to 1 MiB.
+# Writers fill the file with zeros up to a multiple of their record. It has 20 blocks unless the person chose another
+# size, as `tar -b 128` does for tapes and file servers; usual choices are powers of two from 32 KiB to 1 MiB.
 _RECORD = 20 * BLOCK
 _LARGER_RECORDS = tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
@@ -201,7 +201,7 @@ def tar_members(path: Path) -> TarMembers:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """What stands before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
+    """The header before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o444
     return info.tobuf()
