@@ -884,6 +884,24 @@ def test_links_in_a_circle_are_named(tmp_path):
     build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
 
 
+@pytest.mark.parametrize("links", [{"a/l": "b", "b/l": "a"}, {"a/l": "b", "b/l": "c", "c/l": "a"}, {"a/l": "a"}])
+def test_links_that_lead_to_each_other_are_followed_once_and_removed_by_the_advice(tmp_path, links):
+    put_rows(tmp_path / "src" / "data" / "train-0.parquet")
+    for link, target in links.items():
+        (tmp_path / "src" / "data" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / "src" / "data" / target).mkdir(exist_ok=True)
+        (tmp_path / "src" / "data" / link).symlink_to(tmp_path / "src" / "data" / target)
+    message = refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert f"{len(links)} entr" in message and "a link to a folder above it: remove the link" in message
+    while "remove the link" in message:
+        (tmp_path / "src" / re.search(r"left out\. ([^ ,:]+)", message)[1]).unlink()
+        try:
+            message = str(build(tmp_path / "src", tmp_path / "out", BuildOptions())["splits"]["train"]["samples"])
+        except UserError as error:
+            message = str(error)
+    assert message == "4"
+
+
 def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
@@ -923,6 +941,9 @@ def spoil_page(path: Path) -> None:
         (rewrite(["a", "b", "c", "d"]), "column image is string"),
         (rewrite([[1], [2], [3], [4]]), "column image is list"),
         (rewrite(pa.array([{"path": "a.jpg"}] * 4)), "column image is struct"),
+        (rewrite(pa.array([{"bytes": {"bytes": CONTENTS[0]}}] * 4)), "column image is struct"),
+        (rewrite(pa.array([{"bytes": [CONTENTS[0]]}] * 4)), "column image is struct"),
+        (rewrite(pa.array([{"bytes": "text"}] * 4)), "column image is struct"),
         (
             rewrite(pa.array([{"bytes": None, "path": "img/a.jpg"}] * 4, structs().type)),
             "row 0 names the file img/a.jpg",
@@ -997,3 +1018,18 @@ def test_folders_for_predict_are_used_or_named(tmp_path):
     ]
     names = [str(Path(item.name).relative_to(tmp_path)) for item in items_of(tmp_path)]
     assert names == ["a.jpg", "b/c.PNG", "gone", "gone.tar", "pipe"]
+
+
+@pytest.mark.parametrize(
+    "links", [{"up": "."}, {"a/l": "b", "b/l": "a"}, {"loop.jpg": "loop.jpg"}, {"x": "y", "y": "x"}]
+)
+def test_links_in_a_circle_get_a_row_for_predict(tmp_path, links):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        put(tmp_path / name, jpeg())
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    items = list(items_of(tmp_path))
+    assert {str(tmp_path / "a/1.jpg"), str(tmp_path / "b/2.jpg")} <= {item.name for item in items if not item.error}
+    errors = [item.error for item in items if item.error]
+    assert len(errors) == len(links) and all("link" in error for error in errors)
+    assert survey([tmp_path]).num_images == len(items)

@@ -133,8 +133,8 @@ def write_bad(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.tar")
     with open(folder / "sparse.jpg", "wb") as file:
         file.truncate(1 << 40)
-    others = {"dangling.jpg": "cannot be read (No such file", "sparse.jpg": "bytes; no image has more"}
-    others |= dict.fromkeys(("pipe.jpg", "pipe.tar"), "not a regular file")
+    others = {"dangling.jpg": "nowhere.jpg, which is not there", "sparse.jpg": "bytes; no image has more"}
+    others |= dict.fromkeys(("pipe.jpg", "pipe.tar"), "neither a file nor a folder")
     return {**{name: error for name, (_, error) in contents.items()}, **others}
 
 
@@ -194,7 +194,7 @@ def test_rows_come_in_the_order_of_the_paths_though_the_first_image_takes_longes
     assert [row["file"] for row in predicted(tiny_run, *paths, "--batch", 2)] == list(map(str, paths))
 
 
-def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny_run, tmp_path, capsys):
+def test_folders_are_gone_through_in_order_without_hidden_files_and_circles_are_named(tiny_run, tmp_path, capsys):
     for name in ("b/2.jpg", "a-c/1.jpg", "a/1.JPG", "b/.hidden.jpg", ".cache/0.jpg", "b/notes.txt", "__MACOSX/0.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jpeg())
@@ -202,7 +202,8 @@ def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny
     (tmp_path / "link").symlink_to(tmp_path / "b")
     rows = predicted(tiny_run, tmp_path)
     names = [str(Path(row["file"]).relative_to(tmp_path)) for row in rows]
-    assert names == ["a/1.JPG", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
+    assert names == ["a/1.JPG", "a/up", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
+    assert [row["error"] for row in rows if row["error"]] == ["a link to a folder above it: remove the link"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"2 files are no images: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
 
