@@ -70,12 +70,15 @@ def is_empty(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def making(path: Path) -> Iterator[Path]:
+def making(path: Path, last: str = "") -> Iterator[Path]:
     """A folder to fill; when the block ends its files are in `path`, on the disk. Before, `path` is missing or empty.
 
     A folder that exists stays the same folder, because it may be a mount point or the one that a shell stands in: the
     files move into it, each of them complete. If the block fails nothing has changed. A process that dies inside leaves
     a folder whose name ends in `.partial`; in `path` that is a hidden one, with which `path` still counts as empty.
+
+    Args:
+      last: name of the file by which readers know that the folder is complete; it moves last.
     """
     exists, token = path.is_dir(), secrets.token_hex(4)
     partial = path / f".{token}.partial" if exists else path.with_name(f"{path.name}.{token}.partial")
@@ -87,7 +90,7 @@ def making(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         sync_folder(partial)
         if exists:
-            _move_entries(partial, path)
+            move_entries(partial, path, (last,))
         else:
             partial.rename(path)
     except BaseException:
@@ -96,12 +99,20 @@ def making(path: Path) -> Iterator[Path]:
     sync_folder(path if exists else path.parent)
 
 
-def _move_entries(source: Path, target: Path) -> None:
-    """Move all entries of a folder into another one of the same file system, or none, and remove the folder."""
+def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None:
+    """Move all entries of a folder into another one of the same file system, or none, and remove the folder.
+
+    Args:
+      last: names that move after all others, in this order.
+    Raises:
+      FileExistsError: the other folder has an entry of one of these names.
+    """
     moved = []
     try:
-        for entry in sorted(source.iterdir()):
-            if (target / entry.name).exists():  # another process filled the folder meanwhile
+        for entry in sorted(
+            source.iterdir(), key=lambda entry: (*(entry.name == name for name in reversed(last)), entry.name)
+        ):
+            if os.path.lexists(target / entry.name):  # somebody has put it there meanwhile
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / entry.name))
             moved.append(entry.rename(target / entry.name))
         source.rmdir()
@@ -115,7 +126,7 @@ def read_json(path: Path) -> dict:
     """What a JSON file holds; {} if there is none, or if it was cut off by a crash or is something else."""
     try:
         content = json.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -134,7 +145,8 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock that the system gives back when the process ends, however it ends.
 
     Raises:
-      UserError: another process holds it and `wait` is off; `message` says what that means.
+      UserError: another process holds it and `wait` is off, and `message` says what that means; or the process that
+        this one waited for has removed it.
     """
     descriptor = _open_lock(path)
     try:
@@ -145,9 +157,19 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
             raise UserError(f"{message}. Wait for it, or stop it") from error
         raise UserError(f"{path}: cannot be locked ({error.strerror}). Use a file system with locks") from error
     try:
+        if not _is_file_at(path, descriptor):
+            raise UserError(f"{path}: was removed while this process waited for it. Run the same command again")
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`: a lock of a file that was removed keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock(path: Path) -> int:

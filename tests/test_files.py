@@ -2,11 +2,12 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.files import locked, read_json, replacing, write_synced
+from pipelines.files import locked, move_entries, read_json, replacing, write_synced
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -60,3 +61,43 @@ def test_a_lock_keeps_the_content_of_its_file_and_others_out(tmp_path):
 def test_a_json_file_that_holds_no_object_counts_as_none(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") == read_json(tmp_path / "none") == read_json(tmp_path) == {}
+
+
+def test_a_lock_that_was_removed_by_the_process_that_held_it_keeps_nobody_out_and_says_so(tmp_path):
+    path, errors = tmp_path / ".lock", []
+
+    def wait() -> None:
+        try:
+            with locked(path, "", wait=True):
+                errors.append("held")
+        except UserError as error:
+            errors.append(str(error))
+
+    with locked(path, "busy"):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not (tmp_path / ".lock").exists() or waiting.is_alive() and not _waits_for_a_lock():
+            pass
+        path.unlink()
+    waiting.join(timeout=10)
+    assert len(errors) == 1 and "was removed while this process waited for it" in errors[0]
+
+
+def _waits_for_a_lock() -> bool:
+    return "->" in open("/proc/locks").read()
+
+
+def test_entries_move_into_a_folder_all_or_none_and_the_named_ones_last(tmp_path, monkeypatch):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    for name in ("a", "manifest", "z", "job"):
+        (tmp_path / "from" / name).write_text(name)
+    (tmp_path / "to" / "z").write_text("mine")
+    with pytest.raises(FileExistsError):
+        move_entries(tmp_path / "from", tmp_path / "to", ("manifest", "job"))
+    assert len(list((tmp_path / "from").iterdir())) == 4 and (tmp_path / "to" / "z").read_text() == "mine"
+    (tmp_path / "to" / "z").unlink()
+    order, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
+    move_entries(tmp_path / "from", tmp_path / "to", ("manifest", "job"))
+    assert order == ["a", "z", "manifest", "job"] and not (tmp_path / "from").exists()

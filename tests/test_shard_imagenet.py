@@ -21,7 +21,7 @@ from pipelines.index import read_index, read_manifest
 from pipelines.reader import ShardReader
 from tools.photos import photographs
 from tools.shard_imagenet import main
-from tools.sharding import job
+from tools.sharding import assembly, job
 from tools.sharding.entries import RECOGNISE, Source, SourceOptions
 from tools.sharding.images import ImageOptions
 from tools.sharding.job import BuildOptions, build, merge
@@ -587,7 +587,7 @@ def test_images_that_were_repaired_in_place_are_taken_the_second_time(folder, tm
 
 
 def test_duplicates_are_found_within_a_split_and_across_splits(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "_HASHES_AT_A_TIME", 3)  # several passes
+    monkeypatch.setattr(assembly, "_HASHES_AT_A_TIME", 3)  # several passes
     for copy in ("train/dog/copy.jpg", "val/cat/leak.jpg"):
         (folder / copy).parent.mkdir(parents=True, exist_ok=True)
         (folder / copy).write_bytes((folder / "train" / "cat" / "a.JPEG").read_bytes())
@@ -731,7 +731,7 @@ def test_a_source_that_changes_during_or_after_a_conversion_is_noticed(folder, t
 
 def test_two_files_of_one_name(folder, tmp_path):
     (folder / "train" / "cat" / "a.jpg").write_bytes((folder / "train" / "cat" / "a.JPEG").read_bytes())
-    with pytest.raises(UserError, match="train/cat/a.jpg: would be sample cat/a, as a.JPEG: rename one"):
+    with pytest.raises(UserError, match="train/cat/a.jpg: would be the same sample as a.JPEG: rename one"):
         convert(folder, tmp_path / "out")
 
 

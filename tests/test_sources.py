@@ -4,7 +4,9 @@ import errno
 import io
 import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -12,7 +14,7 @@ from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_k
 
 from pipelines import files
 from pipelines.errors import UserError
-from pipelines.index import class_order_doubt, read_index, read_manifest
+from pipelines.index import class_order_doubt, manifest_bytes, read_index, read_manifest
 from tools.shard_imagenet import main
 from tools.sharding import job
 from tools.sharding.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
@@ -66,7 +68,6 @@ MISPLACED_ENTRIES = {
     "a loose image beside train": "cover.jpg",
     "notes beside train": "README.txt",
     "test images": "test/x.jpg",
-    "a file called val": "val",
     "an archive beside the classes": "train/dog.tar",
     "a list beside the classes": "val/labels.csv",
     "a loose image among the classes": "train/x.jpg",
@@ -78,13 +79,24 @@ MISPLACED_ENTRIES = {
 
 @pytest.mark.parametrize("name", MISPLACED_ENTRIES.values(), ids=MISPLACED_ENTRIES)
 def test_a_visible_entry_that_is_no_sample_ends_the_conversion_by_name(tmp_path, name):
-    src = make_folder(tmp_path / "src", splits=("train",) if name == "val" else ("train", "val"))
+    src = make_folder(tmp_path / "src", splits=("train", "val"))
     put(src, name)
     with pytest.raises(UserError, match="would be left out") as caught:
         convert(src, tmp_path / "out")
     seen = next(part for part in (name.rstrip("/"), *map(str, Path(name).parents)) if part in str(caught.value))
     assert len(seen.split("/")) >= min(2, len(Path(name).parts) - 1) and "--on-bad skip" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_val_and_two_validation_folders_are_named(tmp_path):
+    src = make_folder(tmp_path / "src", splits=("train",))
+    (src / "val").write_text("no folder")
+    with pytest.raises(UserError, match="val: a file, and the validation images belong in a folder"):
+        convert(src, tmp_path / "out")
+    (src / "val").unlink()
+    make_folder(src, splits=("val", "validation"))
+    with pytest.raises(UserError, match="validation: .* There are two, so move one away"):
+        convert(src, tmp_path / "out")
 
 
 LINKS = ("train/bee", "val", "train/ant/5.jpg", "val/cat", "more")
@@ -486,6 +498,32 @@ def test_two_training_folders_that_look_alike_are_named(tmp_path):
         convert(src, tmp_path / "out")
 
 
+def test_of_two_names_that_fall_onto_one_the_second_is_named_in_every_source(tmp_path):
+    src = make_folder(tmp_path / "forms", ["caf\u00e9", "tea"])
+    put(src, "val/cafe\u0301/9.jpg", "train/tea/a.b.jpg", "train/tea/a_b.jpg")
+    samples, unused = listed(src)
+    assert len(samples) == 8  # the decomposed form sorts first, with one image
+    assert [each.source for each in unused[MISPLACED]] == ["train/tea/a_b.jpg", "val/caf\u00e9"]
+
+    write_kaggle(tmp_path / "kaggle")
+    put(tmp_path / "kaggle", "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000001.jpg")
+    _, unused = listed(tmp_path / "kaggle")
+    assert [Path(each.source).name for each in unused[MISPLACED]] == ["ILSVRC2012_val_00000001.jpg"]
+
+    write_ilsvrc(tmp_path / "ilsvrc")
+    train = tmp_path / "ilsvrc" / "ILSVRC2012_img_train.tar"
+    with tarfile.open(train) as tar:
+        first = tar.getnames()[0]
+        content = tar.extractfile(first).read()
+    with tarfile.open(train, "a") as tar:
+        add(tar, f"again/{first}", content)
+    with tarfile.open(tmp_path / "ilsvrc" / "ILSVRC2012_img_val.tar", "a") as tar:
+        add(tar, "more/ILSVRC2012_val_00000001.JPEG", jpeg())
+    _, unused = listed(tmp_path / "ilsvrc")
+    ends = [each.source.rpartition(": ")[2] for each in unused[MISPLACED]]
+    assert ends == [f"again/{first}", "more/ILSVRC2012_val_00000001.JPEG"]
+
+
 # --- file systems and the place to write to ---
 
 
@@ -552,14 +590,15 @@ def test_an_empty_folder_is_filled_by_several_machines_and_after_a_kill(src, tmp
 def test_a_process_that_is_killed_while_it_moves_files_up_is_completed(src, tmp_path, monkeypatch, moves):
     convert(src, tmp_path / "expected")
     (tmp_path / "out").mkdir()
-    rename, done = Path.rename, []
+    rename, done, dead = Path.rename, [], []
 
-    def killed(path: Path, target: Path) -> None:
+    def killed(path: Path, target: Path) -> Path:
+        if dead or (Path(target).parent == tmp_path / "out" and len(done) == moves):
+            dead.append(path)  # nothing is done any more, not even undone
+            raise KeyboardInterrupt
         if Path(target).parent == tmp_path / "out":
-            if len(done) == moves:
-                raise KeyboardInterrupt
             done.append(path)
-        rename(path, target)
+        return rename(path, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", killed)
@@ -568,6 +607,62 @@ def test_a_process_that_is_killed_while_it_moves_files_up_is_completed(src, tmp_
     assert not (tmp_path / "out" / "manifest.json").exists()
     convert(src, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "train/x.jpg", "manifest.json.bak"])
+def test_a_file_that_a_person_puts_into_out_meanwhile_is_never_replaced(src, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    assert convert(src, tmp_path / "out", samples_per_shard=2, part=(0, 2)) is None
+    assert convert(src, tmp_path / "out", samples_per_shard=2, part=(1, 2)) is None
+    put(tmp_path / "out", name)
+    content = (tmp_path / "out" / name).read_bytes()
+    if name.endswith(".bak"):
+        job.merge(tmp_path / "out")
+    else:
+        with pytest.raises(UserError, match=f"{name.partition('/')[0]}: was put there meanwhile. Move it away"):
+            job.merge(tmp_path / "out")
+        (tmp_path / "out" / name.partition("/")[0]).rename(tmp_path / "moved")
+        job.merge(tmp_path / "out")
+        (tmp_path / "moved").rename(tmp_path / "out" / "mine")
+        name = "mine/x.jpg" if "/" in name else "mine"
+    assert (tmp_path / "out" / name).read_bytes() == content
+    assert read_index(tmp_path / "out", "train").num_classes == 3
+
+
+def test_a_dataset_of_an_older_version_is_left_alone_by_the_same_command(src, tmp_path):
+    write_ilsvrc(tmp_path / "ilsvrc")
+    for name, folder in (("folder", src), ("ilsvrc", tmp_path / "ilsvrc")):
+        manifest = convert(folder, tmp_path / "made" / name)
+        older = {key: value for key, value in manifest.items() if key != "class_order"}
+        (tmp_path / "made" / name / "manifest.json").write_bytes(manifest_bytes(older))
+        assert convert(folder, tmp_path / "made" / name) == read_manifest(tmp_path / "made" / name)
+
+
+def test_two_machines_whose_listing_fails_say_why_and_leave_nothing(src, tmp_path):
+    put(src, "cover.jpg")
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(convert, src, tmp_path / "out", part=(part, 2)) for part in range(2)]
+        errors = [str(call.exception()) for call in calls]
+    assert all("cover.jpg" in error or "run the same command again" in error.lower() for error in errors), errors
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_of_another_file_system_that_out_became_is_named_with_what_helps(src, tmp_path, monkeypatch):
+    assert convert(src, tmp_path / "out", part=(0, 2)) is None
+    (tmp_path / "out").mkdir()  # where something is mounted now
+    stat = Path.stat
+
+    def elsewhere(path: Path, **options):
+        found = stat(path, **options)
+        return SimpleNamespace(st_dev=-1, st_mode=found.st_mode) if path == tmp_path / "out" else found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", elsewhere)
+        with pytest.raises(UserError, match=r"folder of another file system now. Move it to .*out/.partial"):
+            convert(src, tmp_path / "out", part=(1, 2))
+    (tmp_path / "out.partial").rename(tmp_path / "out" / ".partial")
+    assert convert(src, tmp_path / "out", part=(1, 2)) is None
+    assert job.merge(tmp_path / "out")["splits"]["train"]["samples"] == 6
 
 
 @pytest.mark.parametrize("content", ["precious", "train"])

@@ -137,7 +137,7 @@ def export(
     """
     report = read_evaluation(evaluation, trained) if evaluation else None
     try:
-        with making(out.resolve()) as folder:
+        with making(out.resolve(), last=CONFIG) as folder:
             write_folder(trained, folder)
             files = {
                 WEIGHTS: "the weights, float32; timm gives the same logits with them, bit by bit",

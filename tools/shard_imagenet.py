@@ -30,6 +30,7 @@ from pipelines.launcher import launched
 from pipelines.machine import num_cores
 from tools.arguments import path_argument
 from tools.sharding import job, reindex
+from tools.sharding.assembly import TOOL
 from tools.sharding.entries import SourceOptions
 from tools.sharding.images import ImageOptions
 from tools.sharding.sources import KINDS
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         with exit_on_user_error():
             options.run(options)
     except KeyboardInterrupt:
-        print(f"interrupted. {job.GO_ON if options.command == 'build' else ''}".rstrip(), file=sys.stderr)
+        print(f"interrupted. {job.KEPT if options.command == 'build' else ''}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -80,7 +81,7 @@ def _build(options: argparse.Namespace) -> None:
     converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
     if manifest is None:
         part, parts = options.part
-        print(f"part {part + 1}/{parts} is done: {converted}. When all are: python {job.TOOL} merge {options.out}")
+        print(f"part {part + 1}/{parts} is done: {converted}. When all are: python {TOOL} merge {options.out}")
     else:
         print(f"{options.out}: {_counts(manifest)} ({converted if last.images else 'nothing was left to convert'})")
 

@@ -8,9 +8,10 @@ import dataclasses
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.errors import UserError
 from pipelines.files import is_hidden
@@ -22,6 +23,7 @@ VAL_NAMES = ("val", "valid", "validation")  # usual names of the validation spli
 # What the sources of all kinds consist of.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
 _STRANGER = "not part of the layout: move it away"
+T = TypeVar("T")
 HIDDEN, EXPECTED, MISPLACED = "hidden", "expected", "misplaced"  # kinds of Unused
 
 
@@ -149,12 +151,27 @@ def instead_of_content(head: bytes) -> str:
 
 def is_utf8(name: str) -> bool:
     """Whether a file's name is UTF-8; Python keeps other bytes as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def composed(name: str) -> str:
     """A name in Unicode's composed form (NFC): systems store the same letters in two forms, which look alike."""
     return unicodedata.normalize("NFC", name)
+
+
+def by_unique(items: Iterable[T], key: Callable[[T], str]) -> tuple[dict[str, T], list[tuple[T, T]]]:
+    """Items by their key.
+
+    Returns:
+      the first item of each key; and each later one, with the first one of its key.
+    """
+    found: dict[str, T] = {}
+    later = []
+    for item in items:
+        first = found.setdefault(key(item), item)
+        if first is not item:
+            later.append((item, first))
+    return found, later
 
 
 @dataclasses.dataclass

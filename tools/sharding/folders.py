@@ -16,6 +16,7 @@ from tools.sharding.entries import (
     Unused,
     beside,
     beside_source,
+    by_unique,
     composed,
     contents_of,
     file_reader,
@@ -57,9 +58,14 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
     if not classes:
         raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
     inside = contents_of(root)
+    if "val" in inside.files:
+        raise UserError(
+            f"{root / 'val'}: a file, and the validation images belong in a folder of that name. Move it away"
+        )
     for name in inside.folders:
         if name != "val" and name.lower() in VAL_NAMES:
-            raise UserError(f"{root / name}: the validation images belong in {root / 'val'}. Rename it")
+            help_ = "There are two, so move one away" if "val" in inside.folders else "Rename it"
+            raise UserError(f"{root / name}: the validation images belong in {root / 'val'}. {help_}")
 
     def list_split(split: str) -> Iterator[Entry | Unused]:
         if split == "train":
@@ -80,10 +86,9 @@ def class_folders(folder: Path, order: str = "") -> list[str]:
     names = sorted_classes(contents_of(folder).folders, order or "text")
     if broken := [printable(name) for name in names if not is_utf8(name)]:
         raise UserError(f"{folder}: folders whose names are not UTF-8: {named(broken)}. Rename them")
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(sample_key(composed(name), ""), []).append(name)
-    if pairs := [f"{' and '.join(same)} (class {key})" for key, same in alike.items() if len(same) > 1]:
+    _, alike = by_unique(names, lambda name: sample_key(composed(name), ""))
+    if alike:
+        pairs = [f"{first} and {name}" for name, first in alike]
         raise UserError(f"{folder}: folders that would be one class: {named(pairs)}. Rename all but one of each")
     return names
 
@@ -98,7 +103,10 @@ def _list_split(root: Path, split: str, classes: list[str]) -> Iterator[Entry | 
     others = sorted({*inside.files} - {*images})
     yield from misplaced(split, others, "a file beside the class folders: unpack it into its class, or move it away")
     # The same class may be written composed in one split and decomposed in the other.
-    found = {composed(name): name for name in inside.folders}
+    found, alike = by_unique(inside.folders, composed)
+    yield from misplaced(
+        split, [name for name, _ in alike], "a folder of the same name in another Unicode form: move its images there"
+    )
     known = {composed(name) for name in classes}
     strangers = [name for form, name in found.items() if form not in known]
     yield from misplaced(split, strangers, "a class without a folder in train: move it away, or add the images there")
@@ -129,18 +137,18 @@ def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[
     yield from misplaced(str(folder), inside.folders, "a folder inside a class: move its images up")
     if not inside.files:
         yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
-    by_key: dict[str, str] = {}
-    for file in inside.files:
-        # A name that is no image's is looked at as well, and rejected with its name.
-        key = sample_key(class_id, Path(file).stem if is_image(file) else file)
+    broken = [file for file in inside.files if not is_utf8(file)]
+    yield from misplaced(str(folder), broken, "a name that is not UTF-8: rename it")
+    # A name that is no image's is looked at as well, and rejected with its name.
+    files, alike = by_unique(
+        (file for file in inside.files if is_utf8(file)),
+        lambda file: sample_key(class_id, Path(file).stem if is_image(file) else file),
+    )
+    for file, first in alike:
+        yield from misplaced(str(folder), [file], f"would be the same sample as {first}: rename one")
+    for key, file in files.items():
         location = f"{folder}/{file}"
-        if not is_utf8(file):
-            yield Unused(MISPLACED, printable(location), "a name that is not UTF-8: rename it")
-        elif key in by_key:
-            yield Unused(MISPLACED, location, f"would be sample {key}, as {by_key[key]}: rename one")
-        else:
-            by_key[key] = file
-            yield Entry(key, label, location, location)
+        yield Entry(key, label, location, location)
 
 
 # --- Kaggle's copy of ImageNet ---
@@ -193,7 +201,9 @@ def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Ite
     inside = contents_of(root / folder)
     yield from unused_in(inside, str(folder))
     yield from misplaced(str(folder), inside.folders, "a folder among the validation images: move it away")
-    files = {Path(name).stem: name for name in inside.files}
+    files, alike = by_unique(inside.files, lambda name: Path(name).stem)
+    for name, first in alike:
+        yield from misplaced(str(folder), [name], f"would be the same image as {first}: rename one")
     if different := sorted({*files} ^ {*labels}):
         where = f"in {folder}" if different[0] in labels else "among its lines"
         raise UserError(f"{solution}: {different[0]} is not {where} ({len(different)} such). Restore both")

@@ -18,6 +18,7 @@ from tools.sharding.entries import (
     SourceOptions,
     Unused,
     beside_source,
+    by_unique,
     is_image,
     sample_key,
 )
@@ -84,7 +85,7 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
     path, numbers = root / TRAIN_TAR, {wnid: label for label, wnid in enumerate(classes)}
     with open(path, "rb") as file:
         members = yield from _members(path, file, lambda name: name.endswith(".tar"), "no tar of a class")
-        class_tars = {Path(member.name).stem: member for member in members}
+        class_tars = yield from _unique(path, members, lambda member: Path(member.name).stem)
         if different := sorted(set(class_tars) ^ set(numbers)):
             where = "the devkit" if different[0] in class_tars else "the tar"
             raise UserError(f"{path}: class {different[0]} is not in {where} ({len(different)} such). Restore both")
@@ -92,7 +93,8 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
             start = class_tars[wnid].offset_data
             inner, name = _Part(file, start, class_tars[wnid].size), path / class_tars[wnid].name
             members = yield from _members(name, inner, is_image, "no image")
-            for member in sorted(members, key=lambda member: (member.name, member.offset_data)):
+            members = yield from _unique(name, members, lambda member: sample_key("", Path(member.name).stem))
+            for member in sorted(members.values(), key=lambda member: (member.name, member.offset_data)):
                 location = f"{path.name}\n{start + member.offset_data}\n{member.size}"
                 source = f"{path.name}: {member.name}"
                 yield Entry(sample_key(wnid, Path(member.name).stem), numbers[wnid], location, source)
@@ -111,6 +113,16 @@ def _members(
         else:
             yield Unused(MISPLACED, f"{path.name}: {member.name}", f"{otherwise}: download the tar again")
     return wanted
+
+
+def _unique(
+    path: Path, members: list[tarfile.TarInfo], key: Callable[[tarfile.TarInfo], str]
+) -> Generator[Unused, None, dict[str, tarfile.TarInfo]]:
+    """Returns a tar's files by their key, and yields those whose key another one has."""
+    found, alike = by_unique(members, key)
+    for member, first in alike:
+        yield Unused(MISPLACED, f"{path.name}: {member.name}", f"has the name of {first.name}: download the tar again")
+    return found
 
 
 class _Part(io.RawIOBase):
@@ -144,7 +156,8 @@ class _Part(io.RawIOBase):
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:
     with open(path, "rb") as file:
         found = yield from _members(path, file, is_image, "no image")
-    members = sorted((Path(member.name).name, member.offset_data, member.size) for member in found)
+    found = yield from _unique(path, found, lambda member: sample_key("", Path(member.name).stem))
+    members = sorted((Path(member.name).name, member.offset_data, member.size) for member in found.values())
     if len(members) != len(labels):
         raise UserError(f"{path}: {len(members)} images, the devkit labels {len(labels)}. Download it again")
     for name, offset, size in members:

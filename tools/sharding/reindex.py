@@ -13,6 +13,7 @@ from typing import BinaryIO
 from pipelines.errors import UserError, clipped, grouped, named
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
+from tools.sharding.assembly import VERSION, assemble
 from tools.sharding.entries import (
     EXPECTED,
     EXTENSIONS,
@@ -29,7 +30,7 @@ from tools.sharding.entries import (
     unused_in,
 )
 from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import VERSION, assemble, refuse_misplaced
+from tools.sharding.listing import check_misplaced
 from tools.sharding.shards import (
     LABEL_PARTS,
     ShardRecord,
@@ -78,7 +79,7 @@ def index_webdataset(
     found, unused = _find_tars(root)
     has_train = (root / "train").is_dir()
     if "train" in found or (has_train and contents_of(root / "train").files):
-        refuse_misplaced(root, unused, skip_bad)
+        check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
     with _reporting_disk_errors(home):
