@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from hand_made import put
 from PIL import Image
 
 from pipelines.index import read_index
-from tools.image_files import Item, look_at_batches, pixels_of, shown
+from tools.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
 from tools.predict import main
 from tools.sharding.images import RejectedImageError
 from trainer import inference
@@ -206,6 +207,39 @@ def test_folders_are_gone_through_in_order_without_hidden_files_and_circles_are_
     assert [row["error"] for row in rows if row["error"]] == ["a link to a folder above it: remove the link"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"2 files are no images: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
+
+
+def test_folders_for_predict_are_used_or_named(tmp_path):
+    for name in ("a.jpg", "b/c.PNG", "b/.d.jpg", "__MACOSX/e.jpg", "b/@eaDir/f.jpg", "Thumbs.db"):
+        put(tmp_path / name, jpeg())
+    for name in ("README", "b/labels.txt", "b/shard.tar.gz"):
+        put(tmp_path / name, b"text")
+    (tmp_path / "gone").symlink_to("/not/there")
+    (tmp_path / "gone.tar").symlink_to("/not/there.tar")
+    os.mkfifo(tmp_path / "pipe")
+    found = survey([tmp_path])
+    assert [str(Path(name).relative_to(tmp_path)) for name in found.no_images] == [
+        "README",
+        "b/labels.txt",
+        "b/shard.tar.gz",
+    ]
+    names = [str(Path(item.name).relative_to(tmp_path)) for item in items_of(tmp_path)]
+    assert names == ["a.jpg", "b/c.PNG", "gone", "gone.tar", "pipe"]
+
+
+@pytest.mark.parametrize(
+    "links", [{"up": "."}, {"a/l": "b", "b/l": "a"}, {"loop.jpg": "loop.jpg"}, {"x": "y", "y": "x"}]
+)
+def test_links_in_a_circle_get_a_row_for_predict(tmp_path, links):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        put(tmp_path / name, jpeg())
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    items = list(items_of(tmp_path))
+    assert {str(tmp_path / "a/1.jpg"), str(tmp_path / "b/2.jpg")} <= {item.name for item in items if not item.error}
+    errors = [item.error for item in items if item.error]
+    assert len(errors) == len(links) and all("link" in error for error in errors)
+    assert survey([tmp_path]).num_images == len(items)
 
 
 def test_a_name_that_is_not_utf_8_is_shown_escaped(tiny_run, tmp_path):
