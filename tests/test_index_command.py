@@ -207,6 +207,22 @@ def test_a_read_only_folder_is_indexed_elsewhere_as_the_message_says(tmp_path, m
     assert verify(tmp_path / "index", decode=True) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "helps"),
+    [(errno.ENOSPC, "Make room there"), (errno.EIO, "Look at the disk"), (errno.EROFS, "name another place")],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_an_error_of_the_disk_is_one_line_with_a_file_or_the_folder(tmp_path, monkeypatch, number, helps, named):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
+
+    def failing(path, content):
+        raise OSError(number, os.strerror(number), *([str(path)] if named else []))
+
+    monkeypatch.setattr("tools.sharding.reindex.write_synced", failing)
+    message = refused(index_webdataset, tmp_path)
+    assert message.startswith(str(tmp_path)) and os.strerror(number) in message and helps in message
+
+
 def test_an_index_elsewhere_is_the_index_beside_the_tars(tmp_path, monkeypatch):
     put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(4)))
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, grouped, named
+from pipelines.errors import UserError, clipped, grouped, named, system_error_text
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.assembly import VERSION, assemble
@@ -82,7 +82,7 @@ def index_webdataset(
         check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
-    with _reporting_disk_errors(home):
+    with _naming_home(home):
         if out:
             found = _link_tars(root, found, out)
         helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
@@ -137,12 +137,13 @@ def _check_writable(folders: list[Path], helps: str) -> None:
 
 
 @contextlib.contextmanager
-def _reporting_disk_errors(home: Path) -> Iterator[None]:
+def _naming_home(home: Path) -> Iterator[None]:
+    """Turns an error of the system into one line, with the folder of the index where it names no file itself."""
     try:
         yield
     except OSError as error:
-        where = error.filename2 or error.filename or home
-        raise UserError(f"{where}: {error.strerror or error}. Look at that file or disk") from error
+        where = "" if error.filename else f"{home}: "
+        raise UserError(f"{where}{system_error_text(error)}") from error
 
 
 # --- the folder ---
