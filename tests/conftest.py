@@ -53,6 +53,20 @@ def photos(tmp_path_factory) -> ShardIndex:
     return read_index(out, "train")
 
 
+@pytest.fixture
+def jobs_in_this_process(monkeypatch):
+    """Jobs of `build`, `index` and `verify` run here: test_shard_imagenet.py and test_shard_faults.py use workers."""
+
+    def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None):
+        if start is not None:
+            start(0)
+        for number, job in enumerate(jobs):
+            yield number, function(*job)
+
+    for module in ("reindex", "verify", "job"):
+        monkeypatch.setattr(f"tools.sharding.{module}.run_jobs", run_jobs)
+
+
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:
     """An index without shards, with the sizes of ordinary photographs: enough for the plan."""
     from pipelines.synthetic import synthetic_index

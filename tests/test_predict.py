@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from hand_made import put
 from PIL import Image
 
 from pipelines.index import read_index
-from tools.image_files import Item, look_at_batches, pixels_of, shown
+from tools.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
 from tools.predict import main
 from tools.sharding.images import RejectedImageError
 from trainer import inference
@@ -133,8 +134,8 @@ def write_bad(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.tar")
     with open(folder / "sparse.jpg", "wb") as file:
         file.truncate(1 << 40)
-    others = {"dangling.jpg": "cannot be read (No such file", "sparse.jpg": "bytes; no image has more"}
-    others |= dict.fromkeys(("pipe.jpg", "pipe.tar"), "not a regular file")
+    others = {"dangling.jpg": "nowhere.jpg, which is not there", "sparse.jpg": "bytes; no image has more"}
+    others |= dict.fromkeys(("pipe.jpg", "pipe.tar"), "neither a file nor a folder")
     return {**{name: error for name, (_, error) in contents.items()}, **others}
 
 
@@ -194,7 +195,7 @@ def test_rows_come_in_the_order_of_the_paths_though_the_first_image_takes_longes
     assert [row["file"] for row in predicted(tiny_run, *paths, "--batch", 2)] == list(map(str, paths))
 
 
-def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny_run, tmp_path, capsys):
+def test_folders_are_gone_through_in_order_without_hidden_files_and_circles_are_named(tiny_run, tmp_path, capsys):
     for name in ("b/2.jpg", "a-c/1.jpg", "a/1.JPG", "b/.hidden.jpg", ".cache/0.jpg", "b/notes.txt", "__MACOSX/0.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jpeg())
@@ -202,9 +203,43 @@ def test_folders_are_gone_through_in_order_without_hidden_files_and_circles(tiny
     (tmp_path / "link").symlink_to(tmp_path / "b")
     rows = predicted(tiny_run, tmp_path)
     names = [str(Path(row["file"]).relative_to(tmp_path)) for row in rows]
-    assert names == ["a/1.JPG", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
+    assert names == ["a/1.JPG", "a/up", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
+    assert [row["error"] for row in rows if row["error"]] == ["a link to a folder above it: remove the link"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"2 files are no images: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
+
+
+def test_folders_for_predict_are_used_or_named(tmp_path):
+    for name in ("a.jpg", "b/c.PNG", "b/.d.jpg", "__MACOSX/e.jpg", "b/@eaDir/f.jpg", "Thumbs.db"):
+        put(tmp_path / name, jpeg())
+    for name in ("README", "b/labels.txt", "b/shard.tar.gz"):
+        put(tmp_path / name, b"text")
+    (tmp_path / "gone").symlink_to("/not/there")
+    (tmp_path / "gone.tar").symlink_to("/not/there.tar")
+    os.mkfifo(tmp_path / "pipe")
+    found = survey([tmp_path])
+    assert [str(Path(name).relative_to(tmp_path)) for name in found.no_images] == [
+        "README",
+        "b/labels.txt",
+        "b/shard.tar.gz",
+    ]
+    names = [str(Path(item.name).relative_to(tmp_path)) for item in items_of(tmp_path)]
+    assert names == ["a.jpg", "b/c.PNG", "gone", "gone.tar", "pipe"]
+
+
+@pytest.mark.parametrize(
+    "links", [{"up": "."}, {"a/l": "b", "b/l": "a"}, {"loop.jpg": "loop.jpg"}, {"x": "y", "y": "x"}]
+)
+def test_links_in_a_circle_get_a_row_for_predict(tmp_path, links):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        put(tmp_path / name, jpeg())
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    items = list(items_of(tmp_path))
+    assert {str(tmp_path / "a/1.jpg"), str(tmp_path / "b/2.jpg")} <= {item.name for item in items if not item.error}
+    errors = [item.error for item in items if item.error]
+    assert len(errors) == len(links) and all("link" in error for error in errors)
+    assert survey([tmp_path]).num_images == len(items)
 
 
 def test_a_name_that_is_not_utf_8_is_shown_escaped(tiny_run, tmp_path):

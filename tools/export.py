@@ -48,7 +48,7 @@ class Format:
     """A file that holds a model's computation beside its weights.
 
     Attributes:
-      title: what it is, for people.
+      title: its name for people.
       write: the model as a file of this format, with images of its size.
       read: the model of a file, from images to logits.
     """
@@ -101,7 +101,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise a UserError about what could only fail after the model is loaded."""
     try:
-        refuse_place(options.out)
+        check_new_folder(options.out)
     except OSError as error:
         raise UserError(f"OUT is {clipped(options.out)}: {error.strerror}. Name another folder") from error
     if options.fold and not (options.onnx or options.torch_export):
@@ -110,7 +110,7 @@ def refuse_options(options: argparse.Namespace) -> None:
         require_onnx()
 
 
-def refuse_place(out: Path) -> None:
+def check_new_folder(out: Path) -> None:
     """Raise a UserError if no folder can be made at `out`, or if something is there that would have to give way."""
     if not out.resolve().parent.is_dir():
         raise UserError(f"{out}: {out.parent} is not a folder. Make it, or name another")

@@ -17,7 +17,7 @@ from pipelines.files import is_hidden
 from pipelines.machine import num_cores
 from pipelines.reader import look_ahead
 from pipelines.synthetic import synthetic_index
-from tools.sharding.entries import EXTENSIONS, printable
+from tools.sharding.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.sharding.images import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -30,9 +30,10 @@ from tools.sharding.images import (
     rejecting,
 )
 from tools.sharding.tars import tar_files
+from tools.sharding.walk import walk
 from trainer.inference import View
 
-SHARD = ".tar"
+_IMAGE, _SHARD, _OTHER = "image", "shard", "other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Item:
 
     Attributes:
       name: how its row calls it.
-      path: of the file; `nbytes` from `offset` on are the image, all of them where nbytes is None.
+      path: file in which `nbytes` from `offset` on are the image, all of them where nbytes is None.
       error: why there is none, "" if there is one.
     """
 
@@ -76,54 +77,56 @@ def survey(paths: list[Path]) -> Survey:
             raise UserError(f"{path}: not found. Give images, shards (.tar), or folders with some")
         if next(items_of(path), None) is None:
             raise UserError(f"{path}: no images in it ({', '.join(EXTENSIONS)}). Give images, shards, or their folder")
-    no_images: list[str] = []
-    kinds = collections.Counter(_is_shard(name) for path in paths for name in files_of(path, no_images))
-    return Survey(None if kinds[True] else kinds[False], no_images)
+    kinds, no_images = collections.Counter(), []
+    for path in paths:
+        for file in _files_of(path):
+            kinds[file.kind] += 1
+            if file.kind == _OTHER:
+                no_images.append(printable(file.path))
+    return Survey(None if kinds[_SHARD] else kinds[_IMAGE], no_images)
 
 
 def items_of(path: Path) -> Iterator[Item]:
-    """The images that a path stands for, one after the other; of a damaged shard those before the damage."""
-    for name in files_of(path, []):
-        if _is_shard(name):
-            yield from _members(name)
-        else:
-            yield Item(printable(name), name)
+    """The images that a path stands for, one after the other; of a damaged shard those before the damage.
 
-
-def files_of(path: Path, no_images: list[str]) -> Iterator[str]:
-    """The path itself; the images and shards at any depth of a folder, sorted by the parts of their paths.
-
-    Links that lead nowhere, and what is neither file nor folder, are among them whatever their names are. Files of
-    other names are added to `no_images`; hidden and system files are passed over.
+    Images and shards of a folder, at any depth, are sorted by the parts of their paths. Links that lead nowhere or in a
+    circle, and everything else that is neither file nor folder, are items with an error.
     """
-    if path.is_dir():
-        yield from _below(str(path), no_images)
-    else:
-        yield str(path)
+    for file in _files_of(path):
+        if file.kind == _SHARD:
+            yield from _members(file.path)
+        elif file.kind == _IMAGE:
+            yield Item(printable(file.path), file.path, error=file.error)
 
 
-def _below(folder: str, no_images: list[str], above: tuple[str, ...] = ()) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A visible file that a path stands for.
+
+    Attributes:
+      kind: _IMAGE, _SHARD or _OTHER, by its name.
+      error: why it cannot be read, "" if nothing is known.
+    """
+
+    path: str
+    kind: str
+    error: str = ""
+
+
+def _files_of(path: Path) -> Iterator[_File]:
+    if not path.is_dir():
+        yield _File(str(path), _SHARD if _is_shard(path.name) else _IMAGE)
         return
-    try:
-        entries = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}). Allow it, or give other folders") from error
-    for name, is_folder, is_file in entries:
-        path = os.path.join(folder, name)
-        if is_hidden(name):
-            continue
-        if is_folder:
-            yield from _below(path, no_images, (*above, real))
-        elif not is_file or name.lower().endswith((*EXTENSIONS, SHARD)):
-            yield path
-        else:
-            no_images.append(printable(path))
+    for name in walk(path):
+        if not isinstance(name, Unused):
+            kind = _SHARD if _is_shard(name) else _IMAGE if is_image(name) else _OTHER
+            yield _File(os.path.join(path, name), kind)
+        elif name.kind != HIDDEN:
+            yield _File(os.path.join(path, name.source), _IMAGE, name.reason)
 
 
-def _is_shard(path: str) -> bool:
-    return path.lower().endswith(SHARD)
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith(".tar")
 
 
 def _members(path: str) -> Iterator[Item]:
@@ -134,9 +137,9 @@ def _members(path: str) -> Iterator[Item]:
     try:
         with open(path, "rb") as file:
             for member in tar_files(Path(path), file):
-                stem, _, suffix = member.name.rpartition(".")
-                if f".{suffix}".lower() in EXTENSIONS and not is_hidden(member.name):
-                    yield Item(printable(f"{path}/{stem}"), path, member.offset_data, member.size)
+                if is_image(member.name) and not is_hidden(member.name):
+                    name = f"{path}/{os.path.splitext(member.name)[0]}"
+                    yield Item(printable(name), path, member.offset_data, member.size)
     except (UserError, OSError) as error:  # the other files do not suffer from it
         yield Item(printable(path), path, error=f"something in the shard cannot be read ({error})")
 
@@ -145,7 +148,7 @@ def _members(path: str) -> Iterator[Item]:
 
 
 def look_at_batches(items: Iterator[Item], view: View, size: int) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
-    """What `look_at` finds of each image, in order, `size` at a time; a pool of threads works so far ahead."""
+    """The result of `look_at` for each image, in order, `size` at a time; a pool of threads works so far ahead."""
     with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
         try:
             futures = (pool.submit(look_at, item, view) for item in items)
@@ -209,7 +212,7 @@ def pixels_of(content: bytes) -> np.ndarray:
 
 
 def shown(pixels: np.ndarray, view: View) -> np.ndarray:
-    """What evaluation shows the model of an image: uint8 [S, S, 3].
+    """The pixels that evaluation shows the model: uint8 [S, S, 3].
 
     Raises:
       RejectedImageError: so long and narrow that it would be absurdly large once its short side is as the view has it.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -25,9 +26,9 @@ from tools.sharding.entries import (
     instead_of_content,
     printable,
     sample_key,
-    unused_in,
 )
 from tools.sharding.slices import slice_reader
+from tools.sharding.walk import walk
 
 _SPLIT_OF = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
@@ -86,11 +87,11 @@ def _remembered(scratch: Path, job: dict) -> tuple[list[str], str] | None:
 
 
 def has_parquet(folder: Path) -> bool:
-    """Whether a folder holds parquet files: itself, or in folders as the hub's data/, CONFIG/ and CONFIG/train/."""
+    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/."""
     below = []
     if folder.is_dir() and folder.name not in _SPLIT_OF:
         below = [folder / name for name in contents_of(folder).folders if name not in _SPLIT_OF]
-    return any(next(place.glob("*.parquet"), None) for at in (folder, *below) for place in (at, at / "train"))
+    return any(next(path.glob("*.parquet"), None) for at in (folder, *below) for path in (at, at / "train"))
 
 
 def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
@@ -100,47 +101,39 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
       UserError: the files are of several configurations of a dataset.
     """
     found: dict[str, list[Path]] = {}
-    places, unused = set(), []
-    for path, kind in _walk(root, Path("."), unused):
-        name = str(path.relative_to(root))
-        if kind == "test":
-            unused.append(Unused(EXPECTED, printable(name), "belongs to the test split"))
-        elif kind:
-            found.setdefault(kind, []).append(path)
-            parts = path.relative_to(root).parent.parts
-            splits = [place for place, part in enumerate(parts) if part in _SPLIT_OF]
-            places.add("/".join(parts[: splits[0]] if splits else parts) or ".")
-        else:
+    datasets, unused = set(), []
+    for name in walk(root):
+        if isinstance(name, Unused):
+            unused.append(name)
+        elif not name.endswith(".parquet"):
+            unused.append(_no_parquet(name))
+        elif not (split := _split_of(Path(name))):
             reason = "its name says no split: rename it to train-... or validation-..., or move it away"
             unused.append(Unused(MISPLACED, printable(name), reason))
-    if len(places) > 1:
+        elif split == "test":
+            unused.append(Unused(EXPECTED, printable(name), "belongs to the test split"))
+        else:
+            found.setdefault(split, []).append(root / name)
+            datasets.add(_dataset_of(Path(name)))
+    if len(datasets) > 1:
         raise UserError(
-            f"{root}: files of several datasets, in {named(sorted(places))}. Give the folder of one of them, or move "
+            f"{root}: files of several datasets, in {named(sorted(datasets))}. Give the folder of one of them, or move "
             "the others away"
         )
     return {split: sorted(found[split]) for split in ("train", "val") if split in found}, unused
 
 
-def _walk(root: Path, folder: Path, unused: list[Unused]) -> Iterator[tuple[Path, str]]:
-    """Each parquet file below a folder with its split, "" where no name says it; the rest is added to `unused`."""
-    inside = contents_of(root / folder)
-    unused += unused_in(inside, "" if folder == Path(".") else str(folder))
-    for name in inside.files:
-        path = folder / name
-        if name.endswith(".parquet"):
-            yield root / path, _split_of(path)
-        elif any(fnmatch(name, pattern) for pattern in _OTHERS):
-            unused.append(Unused(EXPECTED, printable(str(path)), "part of the download, not of train or val"))
-        else:
-            unused.append(Unused(MISPLACED, printable(str(path)), "not a parquet file: move it away"))
-    for name in inside.folders:
-        path = root / folder / name
-        if path.resolve() in path.parent.resolve().parents or path.resolve() == path.parent.resolve():
-            unused.append(
-                Unused(MISPLACED, printable(str(folder / name)), "a link to a folder above it: remove the link")
-            )
-        else:
-            yield from _walk(root, folder / name, unused)
+def _no_parquet(name: str) -> Unused:
+    if any(fnmatch(os.path.basename(name), pattern) for pattern in _OTHERS):
+        return Unused(EXPECTED, printable(name), "part of the download, not of train or val")
+    return Unused(MISPLACED, printable(name), "not a parquet file: move it away")
+
+
+def _dataset_of(path: Path) -> str:
+    """The folder above that of the split: files of one dataset have it in common."""
+    parts = path.parent.parts
+    splits = [depth for depth, part in enumerate(parts) if part in _SPLIT_OF]
+    return "/".join(parts[: splits[0]] if splits else parts) or "."
 
 
 def _split_of(path: Path) -> str:
@@ -161,7 +154,7 @@ class _Labels:
 
     Attributes:
       column: pyarrow.ChunkedArray of integers or text, without nulls.
-      is_text: whether it is text.
+      is_text: True where they are text.
       names: names of the classes, as Hugging Face's ClassLabel stores them; [] where there are none.
     """
 
@@ -266,15 +259,22 @@ def _check_columns(path: Path, schema, options: SourceOptions) -> None:
 
 
 def _holds_images(kind) -> bool:
-    """Whether a pyarrow type is bytes, or a struct with some, which may be dictionary-encoded."""
+    """True for a pyarrow type of bytes, and for a struct with a field `bytes` of them."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        field = kind.get_field_index("bytes")
+        return field >= 0 and _is_bytes(kind.field(field).type)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind) -> bool:
+    """True for a pyarrow type of bytes, dictionary-encoded or not."""
     import pyarrow
 
     types = pyarrow.types
     if types.is_dictionary(kind):
-        return _holds_images(kind.value_type)
-    if types.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        return place >= 0 and _holds_images(kind.field(place).type)
+        return _is_bytes(kind.value_type)
     return any(is_kind(kind) for is_kind in (types.is_binary, types.is_large_binary, types.is_binary_view))
 
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, named
+from pipelines.errors import UserError, clipped, grouped, named, system_error_text
 from pipelines.files import sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.assembly import VERSION, assemble
@@ -46,7 +46,9 @@ from tools.sharding.workers import run_jobs
 _IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32
 _RECORDS = ".index.partial"
-_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")  # pipelines.files.replacing leaves it when its process is killed
+# pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
+# spelling, so that no file of a person is taken for such a leftover.
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
 _DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS")
 
 
@@ -64,7 +66,7 @@ def index_webdataset(
     Images keep their bytes, so one that no pipeline can use is left out of the index, never repaired.
 
     Args:
-      out: a folder that gets links to the tars, and the index in place of ROOT, which is not written to then.
+      out: a folder that gets links to the tars, and the index; ROOT is not written to then.
       skip_bad: leave out samples that cannot be used, and what in ROOT is not understood, instead of failing.
     Returns:
       The manifest.
@@ -80,7 +82,7 @@ def index_webdataset(
         check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
-    with _reporting_disk_errors(home):
+    with _naming_home(home):
         if out:
             found = _link_tars(root, found, out)
         helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
@@ -135,12 +137,13 @@ def _check_writable(folders: list[Path], helps: str) -> None:
 
 
 @contextlib.contextmanager
-def _reporting_disk_errors(home: Path) -> Iterator[None]:
+def _naming_home(home: Path) -> Iterator[None]:
+    """Turns an error of the system into one line, with the folder of the index where it names no file itself."""
     try:
         yield
     except OSError as error:
-        where = error.filename2 or error.filename or home
-        raise UserError(f"{where}: {error.strerror or error}. Look at that file or disk") from error
+        where = "" if error.filename else f"{home}: "
+        raise UserError(f"{where}{system_error_text(error)}") from error
 
 
 # --- the folder ---
@@ -213,7 +216,7 @@ def _why_no_shard(name: str, is_folder: bool) -> str:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a file was left by an `index` that was killed."""
+    """True if a file was left by an `index` that was killed."""
     target = path.name.rpartition(".partial")[0].rpartition(".")[0]
     ours = target in (MANIFEST, AUDIT, INDEX) or target.endswith(".idx")
     return ours and _LEFTOVER.fullmatch(path.name) is not None
@@ -264,7 +267,7 @@ def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str,
 
 
 def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> dict:
-    """What the manifest says of the dataset as a whole.
+    """Return what the manifest says about the dataset as a whole.
 
     Raises:
       UserError: samples cannot be used and `skip_bad` is off, or the class numbers make no sense.
@@ -295,9 +298,7 @@ def _said(rejected: list[dict]) -> str:
     reasons: dict[str, list[str]] = {}
     for item in rejected:
         reasons.setdefault(item["reason"], []).append(f"{item['source']}: {clipped(item['sample'], 40)}")
-    shown = list(reasons.items())[:3]
-    text = "; ".join(f"{named(names, 6 // len(shown))} ({reason})" for reason, names in shown)
-    return text + (f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else "")
+    return grouped(reasons, 6)
 
 
 def _unused_members(records: list[Path]) -> Iterator[Unused]:
@@ -314,25 +315,25 @@ def _unused_members(records: list[Path]) -> Iterator[Unused]:
 
 def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
     """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
-    found, hashes, parts = ShardRecord(), [], collections.Counter()
+    found, hashes, unread = ShardRecord(), [], collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
     for key, reason in members.unusable.items():
         found.reject(printable(key), source, RejectedImageError(reason))
     with open(path, "rb") as file:
-        for key, places in members.samples.items():
+        for key, parts in members.samples.items():
             if key in members.unusable:
                 continue
             try:
                 if not is_utf8(key):
                     raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
-                label, offset, image, others = _read_sample(file, places, options)
+                label, offset, image, others = _read_sample(file, parts, options)
             except RejectedImageError as error:
                 found.reject(printable(key), source, error)
                 continue
             found.add(key, label, offset, image)
             hashes.append(source_hash(image.jpeg))
-            parts.update(others)
-    found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": parts}
+            unread.update(others)
+    found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": unread}
     idx = _idx_of(path, members.samples)
     write_synced(record.with_suffix(".idx"), idx)
     found.describe(path.name, path.stat().st_size, sha256_of(path), idx)

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, named
+from pipelines.errors import UserError, clipped, grouped
 from pipelines.files import is_hidden
 from tools.sharding.entries import instead_of_content, printable
 
 BLOCK = 512
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
-_RECORD = 20 * BLOCK  # writers fill the file with zeros up to a multiple of this
+# Writers fill the file with zeros up to a multiple of their record. It has 20 blocks unless the person chose another
+# size, as `tar -b 128` does for tapes and file servers; usual choices are powers of two from 32 KiB to 1 MiB.
+_RECORD = 20 * BLOCK
+_LARGER_RECORDS = tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
 _VOLUME_LABEL = b"V"  # written by `tar --label`
 # The first bytes of compressed files: suffix and the tool that unpacks them.
@@ -38,12 +41,11 @@ def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     reasons: dict[str, list[str]] = {}
     for member in tar_entries(path, file):
         if reason := why_not_a_file(member):
-            reasons.setdefault(reason, []).append(clipped(printable(member.name)))
+            reasons.setdefault(reason, []).append(printable(member.name))
         else:
             yield member
     if reasons:
-        most = max(1, 10 // len(reasons))
-        raise UserError(f"{path}: {'; '.join(f'{named(names, most)}: {why}' for why, names in reasons.items())}")
+        raise UserError(f"{path}: {grouped(reasons)}")
 
 
 def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -102,8 +104,8 @@ def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
     begin = _first_not_zero(file, end + BLOCK)
     if begin is not None:
         raise UserError(f"{path}: {_what_follows(path, file, end, begin)}")
-    most = -(-(end + _END) // _RECORD) * _RECORD
-    if nbytes > most:
+    usual, *larger = _filled_sizes(end)
+    if nbytes > usual and nbytes not in larger:
         raise UserError(
             f"{path}: zeros from byte {end} to its end, {nbytes - end:,} bytes, are more than a tar is filled up with: "
             "perhaps its rest is lost. Restore it; if nothing is missing, cut them off: "
@@ -111,8 +113,13 @@ def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
         )
 
 
+def _filled_sizes(end: int) -> list[int]:
+    """How large a tar is whose last member ends at `end`: with usual records, and with each of the larger ones."""
+    return [-(-(end + _END) // record) * record for record in (_RECORD, *_LARGER_RECORDS)]
+
+
 def _first_not_zero(file: BinaryIO, start: int) -> int | None:
-    """The place of the first byte from `start` on that is not zero."""
+    """The offset of the first byte from `start` on that is not zero."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         if rest := chunk.lstrip(b"\0"):
@@ -124,8 +131,7 @@ def _first_not_zero(file: BinaryIO, start: int) -> int | None:
 def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:
     """Say what a file probably is in which zeros at `end` are followed by other bytes at `begin`."""
     file.seek(begin)
-    filled = (end + _END, -(-(end + _END) // _RECORD) * _RECORD)
-    if begin in filled and path.is_file() and _is_header(file.read(BLOCK)):
+    if begin in (end + _END, *_filled_sizes(end)) and path.is_file() and _is_header(file.read(BLOCK)):
         name, (first, second) = path.name, (f"{path.stem}.part{number}.tar" for number in (1, 2))
         name, first, second = map(shlex.quote, (name, first, second))
         return (
@@ -195,7 +201,7 @@ def tar_members(path: Path) -> TarMembers:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """What stands before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
+    """The header before a member's content in a tar that `write_shard` made: one block, more for unusual names."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o444
     return info.tobuf()
