@@ -15,7 +15,8 @@ from pipelines.errors import UserError
 from tools.comparing.contenders import _identified
 from tools.comparing.contenders import build as built_contender
 from trainer import inference
-from trainer.config import StudentConfig, TeacherConfig
+from trainer.config import StudentConfig, TeacherConfig, parse, to_dict
+from trainer.evaluate import EvalStudentConfig
 from trainer.model_folders import _any_hub_file, named_folder, source_name
 from trainer.models import build_student
 from trainer.teachers import build_teacher
@@ -103,17 +104,61 @@ def test_a_new_classifier_replaces_that_of_a_folder_of_other_classes(folder, mod
     assert torch.equal(student.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 
 
+RESERVED = {
+    "pretrained_strict": False,
+    "pretrained_filter_fn": "x",
+    "pretrained_cfg": {"file": "x"},
+    "pretrained_cfg_overlay": {"url": "x"},
+    "pretrained": False,
+    "checkpoint_path": "/etc/passwd",
+    "cache_dir": "/",
+    "kwargs_filter": ["depth"],
+    "model_cfg": {},
+    "feature_cfg": {},
+    "features_only": True,
+    "out_indices": [0],
+    "num_classes": 3,
+    "device": "meta",
+}
+
+
 def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(model, tmp_path):
-    evil = {
-        "depth": 2,
-        "checkpoint_path": "/etc/passwd",
-        "pretrained_cfg": {"file": "x"},
-        "cache_dir": "/",
-        "num_classes": 3,
-    }
-    folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args=evil)}")
+    folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args={'depth': 2, **RESERVED})}")
     assert folder.kwargs == {"depth": 2}
     assert torch.equal(logits(inference.load(f"local-dir:{folder.path}", None).model), logits(model))
+
+
+@pytest.mark.parametrize("missing", ["blocks.1.mlp.fc1.weight", "patch_embed.proj.bias", "norm.weight"])
+def test_weights_that_are_not_all_there_are_refused_whatever_the_files_say(model, tmp_path, missing):
+    weights = {name: value for name, value in model.state_dict().items() if name != missing}
+    loose = {"depth": 2, "pretrained_strict": False}
+    folder = write_folder(tmp_path / "there", model, model_args=loose)
+    save_file(weights, folder / "model.safetensors")
+    config = to_dict(parse(["--student.name", NAME]))
+    config["student"]["kwargs"] = loose
+    saved = {"format_version": 1, "step": 1, "config": config, "student": weights, "ema": None, "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    for opened in (
+        lambda: build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160),
+        lambda: build_student(StudentConfig(f"local-dir:{folder}", pretrained=True), 7, 160),
+        lambda: inference.load(f"local-dir:{folder}", None),
+        lambda: inference.load(None, folder),
+        lambda: inference.load(None, tmp_path / "own.pt"),
+    ):
+        with pytest.raises(UserError, match=f"does not fit model '{NAME}' .*Missing key.* \"{missing}\""):
+            opened()
+    torch.save({**saved, "student": model.state_dict()}, tmp_path / "own.pt")
+    assert "pretrained_strict" not in inference.load(None, tmp_path / "own.pt").kwargs
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_arguments_that_are_decided_elsewhere_are_refused_in_the_settings(name):
+    for settings in (StudentConfig, TeacherConfig, EvalStudentConfig):
+        with pytest.raises(
+            UserError, match=rf"(student|teacher).kwargs.{name}: decided by the dataset and .* Leave it out"
+        ):
+            settings(name=NAME, kwargs={"depth": 2, name: RESERVED[name]})
+        settings(name=NAME, kwargs={"depth": 2})
 
 
 @pytest.mark.parametrize(

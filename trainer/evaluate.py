@@ -31,7 +31,7 @@ from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import ImagesConfig, Kwargs
+from trainer.config import ImagesConfig, Kwargs, check_kwargs
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
@@ -102,6 +102,9 @@ class EvalStudentConfig:
     weights: str = "auto"
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     classes: Path | None = None
+
+    def __post_init__(self):
+        check_kwargs("student", self.kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
 from trainer.classes import read_classes
-from trainer.config import DataConfig, Kwargs
+from trainer.config import DataConfig, Kwargs, without_reserved
 from trainer.mix import Normalize
 from trainer.model_folders import CONFIG, SOURCES, ModelFolder, named_folder, read_folder, source_name
 from trainer.models import (
@@ -226,7 +226,7 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     named = settings.get("name") or name
     name = _agreed_name(name, settings.get("name"), path, key)
     folder = named_folder(named)
-    kwargs = settings.get("kwargs", {}) if kwargs is None else kwargs
+    kwargs = without_reserved(settings.get("kwargs", {})) if kwargs is None else kwargs
     kwargs = {**(folder.kwargs if folder else {}), **kwargs}
     classes = origin.get("classes")
     outputs = len(classes) if classes else num_outputs(name, tensors)
@@ -283,8 +283,7 @@ def _exported(
         )
     name = _agreed_name(name, folder.architecture, folder.name, key)
     data = _own_view(folder.config) | view
-    kwargs = {key: value for key, value in (folder.kwargs if kwargs is None else kwargs).items() if key != "in_chans"}
-    kwargs = with_size(name, data["image_size"], kwargs)
+    kwargs = with_size(name, data["image_size"], folder.kwargs if kwargs is None else kwargs)
     file = folder.weights_file()
     tensors, _ = select_weights(file, read_file(file))
     model = create_model(name, folder.num_classes, data["image_size"], kwargs, tensors, file)

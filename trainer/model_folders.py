@@ -6,17 +6,12 @@ import json
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped
-from trainer.config import Kwargs
+from trainer.config import Kwargs, without_reserved
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
-# Arguments of timm.create_model that a file must not decide: where weights come from, and what the data decide.
-_NOT_FROM_FILES = (
-    *("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
-    *("checkpoint_path", "cache_dir", "model_name", "scriptable", "exportable", "no_jit", "features_only"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +112,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
         numbers = [*config.get("mean", []), *config.get("std", []), *config.get("input_size", [])]
         if channels == {3} and (len(numbers) % 3 or not all(isinstance(value, int | float) for value in numbers)):
             raise ValueError("mean, std and input_size are not three numbers each")
-        kwargs = {key: value for key, value in dict(said.get("model_args") or {}).items() if key not in _NOT_FROM_FILES}
+        kwargs = without_reserved(dict(said.get("model_args") or {}))
         architecture, kind = str(said["architecture"]), said.get("weights", "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
