@@ -36,6 +36,11 @@ class ModelFolder:
     classes: list[str] | None
     kind: str
 
+    @property
+    def is_on_hub(self) -> bool:
+        """True for a repository of Hugging Face's hub; `path` is then named by its revision."""
+        return self.name.startswith(_HUB)
+
     def weights_file(self) -> Path:
         """The file of its weights.
 
@@ -45,7 +50,7 @@ class ModelFolder:
         for file in WEIGHTS:
             if (self.path / file).is_file():
                 return self.path / file
-        if self.name.startswith(_HUB):
+        if self.is_on_hub:
             return _any_hub_file(self.name, WEIGHTS)
         raise UserError(f"{self.path}: has no weights ({', '.join(WEIGHTS)}). Put one of these beside {CONFIG}")
 
