@@ -1,6 +1,7 @@
 """Models named by a folder (local-dir:) or a repository of the hub (hf-hub:, hf_hub:), wherever timm's names are."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -188,12 +189,11 @@ def test_the_advice_about_a_repository_helps(hub, tmp_path):
     ("change", "message"),
     [
         ({"architecture": "resnet51"}, "unknown model 'resnet51'; did you mean"),
-        (
-            {"pretrained_cfg": {"mean": ["a", "b", "c"]}},
-            "config.json: not what timm writes for a model .*three numbers",
-        ),
         ({"pretrained_cfg": []}, "config.json: not what timm writes"),
-        ({"num_classes": "many"}, "config.json: not what timm writes"),
+        ({"pretrained_cfg": 7}, "config.json: not what timm writes"),
+        ({"architecture": ["resnet18"]}, "unknown model"),
+        ({"model_args": 7}, "config.json: not what timm writes"),
+        ({"model_args": [[1, 2]]}, "config.json: not what timm writes"),
         ({"model_args": {"depth": "two"}}, "model 'test_vit' does not take these arguments|cannot be built"),
         ({"model_args": {"in_chans": 1}}, "a model of images with 1 channels, and images have 3 here"),
         ({"model_args": {"depth": 1}}, "there(/model.safetensors)?: does not fit model 'test_vit'"),
@@ -204,6 +204,56 @@ def test_a_folder_that_is_not_as_timm_writes_it_is_one_line(model, tmp_path, cha
     for opened in (lambda: build_teacher(TeacherConfig(name), 7, 160), lambda: inference.load(name, None)):
         with pytest.raises(UserError, match=message):
             opened()
+
+
+NONSENSE = {
+    "mean": ([0.5, 0.5], [0.1, 0.2, 0.3, 0.4], [math.nan] * 3, [123.7, 116.3, 103.5], ["a", "b", "c"], 0.5),
+    "std": ([0.2] * 4, [0, 0.2, 0.2], [-1, 1, 1], [math.inf] * 3, [True] * 3, {"r": 1}, []),
+    "input_size": ([], [3, 160], [3, 0, 0], [3, 160.5, 160.5], [3, -160, -160], "160", [3, 10**400, 7], [3, 99999, 9]),
+    "test_input_size": ([160], [3, "160", "160"]),
+    "crop_pct": ("a", 0, -0.9, math.nan, [0.9], True),
+    "test_crop_pct": ("0.9", math.inf),
+    "interpolation": (3, ["bicubic"]),
+    "crop_mode": (False, {"center": 1}),
+    "classifier": (7, [["head"]]),
+    "first_conv": ({"a": 1}, [0]),
+    "num_classes": ("many", -1, 7.5, True, 10**30, math.nan, [7]),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NONSENSE.items() for value in values])
+def test_a_value_in_a_description_that_cannot_be_used_is_named(model, tmp_path, key, value):
+    own = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 160, 160], key: value}
+    changed = {"pretrained_cfg": own, **({key: value} if key == "num_classes" else {})}
+    folder = write_folder(tmp_path / "there", model, **changed)
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*, not .*\. Correct it, or export") as error:
+        named_folder(f"local-dir:{folder}")
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "7", "null", "[]", '"text"', "[" * 100_000, "\xff", "{}", '{"architecture": 1}']
+)
+def test_a_description_that_is_none_is_one_line(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    for opened in (lambda: inference.load(f"local-dir:{folder}", None), lambda: inference.load(None, folder)):
+        with pytest.raises(UserError, match="config.json: (not what timm writes|num_classes is None)") as error:
+            opened()
+        assert len(str(error.value)) - 2 * len(str(folder)) < 300
+
+
+def test_null_in_a_description_is_as_if_the_key_were_not_there(model, tmp_path):
+    own = {"std": [0.5] * 3, "input_size": [3, 160, 160], "num_classes": 1000, "classifier": ["head"]}
+    null = dict.fromkeys(("mean", "crop_pct", "interpolation", "test_input_size", "first_conv"))
+    folders = {
+        "absent": write_folder(tmp_path / "absent", model, pretrained_cfg=own),
+        "null": write_folder(tmp_path / "null", model, pretrained_cfg={**own, **null}, model_args={"depth": 2}),
+    }
+    found = {name: inference.load(None, folder) for name, folder in folders.items()}
+    assert found["null"].view == found["absent"].view and found["null"].num_outputs == 7
+    for name, folder in folders.items():
+        assert torch.equal(logits(found[name].model), logits(model))
+        assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160, names=CLASSES).num_outputs == 7
 
 
 def test_a_folder_without_weights_or_description_is_one_line(folder):
