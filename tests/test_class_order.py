@@ -271,6 +271,16 @@ def test_a_file_of_names_must_name_every_output(weights, tmp_path, names, messag
         assert "'11' of the dataset is not among them" in build_student(config, 12, SIZE, TEXT).start_note
 
 
+@pytest.mark.parametrize("names", [[*TEXT, "more"], TEXT[:-1], [*TEXT, *TEXT], []], ids=len)
+def test_a_checkpoint_must_name_every_output_and_the_advice_helps(weights, listed, tmp_path, names):
+    torch.save({"student": torch.load(weights, weights_only=True), "classes": names}, tmp_path / "own.pt")
+    for num_classes, dataset in ((12, TEXT), (5, TEXT[:5])):
+        with refused(rf"own.pt: names {len(names)} classes, .*own.pt has 12 outputs. .* with --student.classes FILE"):
+            build_student(StudentConfig(NAME, tmp_path / "own.pt"), num_classes, SIZE, dataset)
+    student = build_student(StudentConfig(NAME, tmp_path / "own.pt", classes=listed), 12, SIZE, TEXT)
+    assert torch.equal(student.fc.bias, torch.load(weights, weights_only=True)["fc.bias"][[int(each) for each in TEXT]])
+
+
 def test_names_of_a_file_that_contradict_the_checkpoints_are_refused(weights, listed, tmp_path):
     torch.save({"student": torch.load(weights, weights_only=True), "classes": TEXT}, tmp_path / "own.pt")
     with refused("numeric.txt: names the classes in another order than .*own.pt, .* Leave student.classes out"):

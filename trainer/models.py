@@ -128,12 +128,12 @@ def _match_classifier(
     """
     source = saved.source if saved else f"student '{config.name}': timm's weights"
     known = num_outputs(config.name, saved.weights) if saved else pretrained_outputs(config.name, "student")
-    outputs = known or num_classes
     listed, where = listed_outputs(config.classes, saved and saved.classes, source, "student")
-    if config.classes is not None and len(listed) != outputs:
+    outputs = known or (num_classes if listed is None else len(listed))
+    if listed is not None and len(listed) != outputs:
         raise UserError(
             f"{where}: names {len(listed)} classes, {source} has {outputs} outputs. Name every output, one on a line, "
-            "in their order"
+            f"in their order{'' if config.classes else ', with --student.classes FILE'}"
         )
     if outputs != num_classes:
         note = f"they are of {outputs} classes, the dataset has {num_classes}"
