@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pipelines.errors import UserError
 from tools.comparing.contenders import _identified
 from tools.comparing.contenders import build as built_contender
-from trainer import inference
+from trainer import inference, model_folders
 from trainer.config import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluate import EvalStudentConfig
 from trainer.model_folders import _any_hub_file, named_folder, source_name
@@ -264,6 +264,35 @@ def test_a_folder_without_weights_or_description_is_one_line(folder):
         build_teacher(TeacherConfig(f"local-dir:{folder.parent}"), 7, 160)
 
 
+def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp_path, monkeypatch):
+    """A description that vanishes once it has been read does no harm, so one that changes cannot mix two models."""
+    name, text = f"local-dir:{folder}", (folder / "config.json").read_text()
+    config = to_dict(parse(["--student.name", name, "--data.image_size", "160"]))
+    saved = {"format_version": 1, "step": 1, "config": config, "student": model.state_dict(), "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    read = model_folders.read_folder
+
+    def read_once(path, name):
+        found = read(path, name)
+        (path / "config.json").unlink()
+        return found
+
+    monkeypatch.setattr(model_folders, "read_folder", read_once)
+    for opened in (
+        lambda: build_teacher(TeacherConfig(name), 7, 160, names=CLASSES).model,
+        lambda: build_student(StudentConfig(name, pretrained=True), 7, 160, CLASSES),
+        lambda: build_student(StudentConfig(name, tmp_path / "own.pt"), 7, 160, CLASSES),
+        lambda: inference.load(name, None).model,
+        lambda: inference.load(None, tmp_path / "own.pt").model,
+    ):
+        (folder / "config.json").write_text(text)
+        assert torch.equal(logits(opened()), logits(model))
+    (folder / "config.json").write_text(text)
+    assert build_student(StudentConfig(name, pretrained=True), 7, 160, list("hijklmn")).num_classes == 7
+    (folder / "config.json").write_text(text)
+    assert len(build_student(StudentConfig(name), 5, 160).blocks) == 2
+
+
 # --- several ranks ---
 
 
@@ -321,3 +350,5 @@ def test_ranks_compare_the_revisions_of_repositories_without_downloading_their_w
 
     assert facts(config)["revision of teacher.name"] == "a" * 40
     assert changed_facts(config, update) == {"revision of teacher.name"}
+    with pytest.raises(UserError, match=f"someone/small@{'b' * 40}: model.safetensors cannot be had"):
+        build_teacher(config.teacher, 7, 160)

@@ -10,14 +10,8 @@ from conftest import train_here
 
 from pipelines.errors import UserError
 from trainer.config import StudentConfig, TeacherConfig, parse
-from trainer.models import (
-    build_student,
-    check_batch_norm,
-    one_value_is_reported,
-    preprocessing,
-    refuse_outputs,
-    refuse_size,
-)
+from trainer.model_checks import check_batch_norm, check_outputs, check_size, one_value_is_reported
+from trainer.models import build_student, preprocessing
 from trainer.teachers import build_teacher, build_teachers
 from trainer.weights import read_checkpoint, read_weights
 
@@ -326,8 +320,8 @@ def test_arguments_that_a_model_cannot_take_are_one_line(name):
                 try:
                     config = StudentConfig(name, kwargs={key: value})
                     student = build_student(config, 10, 64)
-                    refuse_size(student, name, 64)
-                    refuse_outputs(student, name, 10, 64)
+                    check_size(student, name, 64)
+                    check_outputs(student, name, 10, 64)
                 except UserError as error:
                     assert len(str(error)) < 320, str(error)
                     raise
@@ -341,7 +335,7 @@ def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
         parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
     parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
     with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
-        refuse_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
+        check_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])

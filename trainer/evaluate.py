@@ -37,7 +37,7 @@ from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
-from trainer.models import check_logits
+from trainer.model_checks import check_logits
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
@@ -91,7 +91,7 @@ class EvalStudentConfig:
       name: timm's name; a checkpoint of this trainer and an exported folder say it themselves. Without a checkpoint
         timm's pretrained weights are downloaded.
       checkpoint: file of weights, a run's folder (its best weights), or a folder that tools/export.py wrote.
-      weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
+      weights: ema, raw, or auto: the EMA if there is one, and of a run the best.
       kwargs: passed to timm.create_model, besides or instead of what the checkpoint says.
       classes: text file that names the outputs in their order, one on a line, as the dataset's manifest names classes;
         there may be more of them than the dataset has. Without it a checkpoint of this trainer names them itself.
@@ -274,7 +274,7 @@ def outputs_of(names: list[str], trained: Trained, doubt: str, option: str = "--
         doubt in which order they are.
     """
     listed, classes = trained.classes, len(names)
-    if not trained.names(names):
+    if not trained.has_names_for(names):
         if trained.num_outputs != classes:
             raise UserError(
                 f"{trained.source}: has {trained.num_outputs} outputs, the dataset has {classes} classes. Use a model "

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped, named
@@ -38,6 +38,9 @@ class ModelFolder:
     classes: list[str] | None
     kind: str
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def is_on_hub(self) -> bool:
         """True for a repository of Hugging Face's hub; `path` is then named by its revision."""
@@ -53,7 +56,7 @@ class ModelFolder:
             if (self.path / file).is_file():
                 return self.path / file
         if self.is_on_hub:
-            return _any_hub_file(self.name, WEIGHTS)
+            return _any_hub_file(f"{self.name.partition('@')[0]}@{self.path.name}", WEIGHTS)  # of the same revision
         raise UserError(f"{self.path}: has no weights ({', '.join(WEIGHTS)}). Put one of these beside {CONFIG}")
 
 
@@ -63,14 +66,19 @@ def source_name(name: str) -> str:
     return f"{source.lower().replace('_', '-')}:{rest}" if colon else name
 
 
-def named_folder(name: str) -> ModelFolder | None:
+def named_folder(name: str | ModelFolder) -> ModelFolder | None:
     """The folder of a model that is named by one, local-dir:FOLDER or hf-hub:ORGANISATION/REPOSITORY[@REVISION].
 
+    Args:
+      name: or what this function has returned for it, which stays unchanged. So a model is built from one reading of
+        its description, even if the file changes meanwhile.
     Returns:
       None for a name of timm's own.
     Raises:
       UserError: there is no such folder or repository, or its config.json is no description of a model.
     """
+    if isinstance(name, ModelFolder):
+        return name
     name = source_name(name)
     if name.startswith(_FOLDER):
         folder = Path(name.removeprefix(_FOLDER)).expanduser()
@@ -101,6 +109,11 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
             f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
             "network, or give a folder on this machine as local-dir:FOLDER"
         ) from error
+
+
+def layer_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The layers that timm's configuration names under classifier or first_conv: one, several, or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def read_folder(path: Path, name: str) -> ModelFolder:

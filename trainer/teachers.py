@@ -16,14 +16,14 @@ from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.confusion import order_warning
 from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize, mixed_inputs
+from trainer.model_checks import check_logits, check_size
+from trainer.model_folders import named_folder
 from trainer.models import (
-    check_logits,
     create_model,
     download,
     num_outputs,
     preprocessing,
     pretrained_outputs,
-    refuse_size,
     starting_weights,
 )
 from trainer.weights import Checkpoint
@@ -232,7 +232,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
         )
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         for size in seen:
-            refuse_size(teacher.model, each.name, size, advice)
+            check_size(teacher.model, each.name, size, advice)
         check_logits(teacher.model, each.name, teacher.num_outputs, seen[0], f"Change {key}.kwargs or {key}.name")
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
@@ -258,12 +258,13 @@ def build_teacher(
     Raises:
       UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
     """
-    saved = starting_weights(config.name, config.checkpoint)
+    name = named_folder(config.name) or config.name
+    saved = starting_weights(name, config.checkpoint)
     outputs = match_outputs(config, saved, num_classes, names, key)
     if saved is None:
         found, owner = pretrained_outputs(config.name, key), f"teacher '{config.name}': timm's weights"
     else:
-        found, owner = num_outputs(config.name, saved.weights), f"{saved.source}: its weights"
+        found, owner = num_outputs(name, saved.weights), f"{saved.source}: its weights"
     if found not in (None, outputs.count):
         raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
     if outputs.source is None and names is not None:
@@ -273,7 +274,7 @@ def build_teacher(
     if saved is None:
         model = download(config.name, outputs.count, size, config.kwargs, key)
     else:
-        model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, saved.source)
+        model = create_model(name, outputs.count, size, config.kwargs, saved.weights, saved.source)
     model.eval().requires_grad_(False)
     return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count)
 
