@@ -21,7 +21,6 @@ from trainer import evaluate, inference
 from trainer.classes import order_doubt
 from trainer.config import StudentConfig, TeacherConfig, parse
 from trainer.distributed import World
-from trainer.loop import StepLog
 from trainer.models import build_student
 from trainer.settings import parse_settings
 from trainer.teachers import build_teacher, build_teachers
@@ -96,7 +95,6 @@ def evaluated(root: Path, weights: Path, *more) -> dict:
         weights,
         "--data.image_size",
         SIZE,
-        *more,
     ]
     config = parse_settings(evaluate.EvalConfig, [str(each) for each in (*given, *more)], prog="", description="")
     return evaluate.evaluate_dataset(config, World(0, 1, 1, torch.device("cpu")))
@@ -319,29 +317,3 @@ def test_classes_of_one_name_in_another_order_are_refused(tmp_path, other):
     ):
         with refused("class 'crane' is named 2 times, for the outputs . and ."):
             refuse()
-
-
-def test_two_ranks_look_at_the_images_of_both_and_warn_once():
-    """The teacher gives each image the class after its own; nothing is gathered once that has been said."""
-    gathered = []
-
-    class Two(World):
-        def gather(self, values):
-            other = [values[0] + 0]  # the second rank's images are of the same classes
-            gathered.append(len(values))
-            return [*values, *other]
-
-    labels = torch.arange(10, dtype=torch.int32).repeat(16)
-    log = StepLog.__new__(StepLog)
-    said = []
-    plan = argparse.Namespace(index=argparse.Namespace(num_classes=10))
-    run = argparse.Namespace(run=argparse.Namespace(global_batch=320))
-    telemetry = argparse.Namespace(say=said.append)
-    state = argparse.Namespace(classes=None)
-    log._run = argparse.Namespace(world=Two(0, 2, 2, torch.device("cpu")), config=run, plan=plan, state=state)
-    log._telemetry, log._pairs_wanted = telemetry, 200
-    log._pairs = [torch.stack([labels, (labels + 1) % 10])]
-    log._watch_teacher()
-    log._watch_teacher()
-    assert gathered == [1] and len(said) == 1 and "takes 10 of 10 classes for one other each" in said[0]
-    assert log._pairs == [] and log._pairs_wanted == 0

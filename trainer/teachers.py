@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ class Teacher(nn.Module):
       order: for each class of the dataset, which output of the model it is; None where they are the same.
       note: what is worth saying of it; "" is nothing.
       num_outputs: how many logits the model gives.
+      unnamed: the setting that would name its outputs, as it is typed; "" where they have names.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Teacher(nn.Module):
         order: list[int] | None = None,
         note: str = "",
         num_outputs: int = 0,
+        unnamed: str = "",
     ):
         super().__init__()
         expects = preprocessing(model)
@@ -55,6 +58,7 @@ class Teacher(nn.Module):
         self.image_size = image_size
         self.note = note
         self.num_outputs = num_outputs
+        self.unnamed = unnamed
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -88,6 +92,11 @@ class Teachers(nn.Module):
     def notes(self) -> list[str]:
         """What is worth saying of them."""
         return [teacher.note for teacher in self.members if teacher.note]
+
+    @property
+    def unnamed(self) -> list[str]:
+        """The settings that would name the outputs of those whose outputs have no names."""
+        return [teacher.unnamed for teacher in self.members if teacher.unnamed]
 
     def to_precision(self, precision: torch.dtype) -> "Teachers":
         """Compute in this type. In bfloat16 throughout: frozen weights need no float32 beside it.
@@ -182,13 +191,19 @@ def agreement(
     return shares, torch.stack([label, best]).int()
 
 
-def teacher_warning(labels: np.ndarray, best: np.ndarray, num_classes: int, names: list[str] | None) -> str:
-    """What to say of a teacher from which the student would learn nonsense without any error; "" of others.
+def teacher_warning(
+    pairs: list[np.ndarray], num_classes: int, names: list[str] | None, unnamed: Sequence[str] = ()
+) -> str:
+    """The warning about teachers from which the student would learn nonsense without any error; "" for others.
 
     Args:
-      labels, best, names: as for trainer.confusion.order_warning, of mixed images: the label with the larger share.
+      pairs: of each rank int32 [2, N], of mixed images: the label with the larger share, and the teachers' best class.
+      names: as for trainer.confusion.order_warning.
+      unnamed: as Teachers.unnamed: the order of these teachers' outputs may be another one.
     """
-    order = order_warning(labels, best, num_classes, names, "the teacher", "--teacher.classes")
+    labels, best = np.concatenate(pairs, axis=1)
+    option = " or ".join(unnamed) or "--teacher.classes"
+    order = order_warning(labels, best, num_classes, names, "the teacher", option)
     return order or chance_warning(int((labels == best).sum()), len(labels), num_classes)
 
 
@@ -267,8 +282,8 @@ def build_teacher(
         found, owner = num_outputs(name, saved.weights), f"{saved.source}: its weights"
     if found not in (None, outputs.count):
         raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
+    option = f"{key}.classes" if "[" in key else f"--{key}.classes"
     if outputs.source is None and names is not None:
-        option = f"{key}.classes" if "[" in key else f"--{key}.classes"
         check_order_stated(doubt, saved.source if saved else owner, option)
     size = config.image_size or image_size
     if saved is None:
@@ -276,7 +291,8 @@ def build_teacher(
     else:
         model = create_model(name, outputs.count, size, config.kwargs, saved.weights, saved.source)
     model.eval().requires_grad_(False)
-    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count)
+    unnamed = option if outputs.source is None else ""
+    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count, unnamed)
 
 
 @dataclasses.dataclass(frozen=True)
