@@ -198,8 +198,8 @@ class TeacherConfig:
     Attributes:
       name: any timm model, the authors' tresnet_l_v2, hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER; no teacher
         means labels alone.
-      checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the averaged
-        weights are taken; without it timm's pretrained weights are downloaded.
+      checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the EMA
+        is taken; without it timm's pretrained weights are downloaded.
       kwargs: passed to timm.create_model.
       image_size: side of the image it sees, pixels, throughout the run; the mixed image is resized. 0 is the student's.
       classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names

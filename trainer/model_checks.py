@@ -51,7 +51,7 @@ def check_size(model: nn.Module, name: str, image_size: int, advice: str = _STUD
 
 
 def _channels(model: nn.Module) -> int:
-    """How many channels the first layer of a model takes, 0 if these are the 3 of an image, or nothing says it."""
+    """The channels that the first layer of a model takes; 0 if these are the 3 of an image, or nothing says it."""
     modules = dict(model.named_modules())
     names = layer_names(getattr(model, "pretrained_cfg", {}).get("first_conv"))
     layers = [modules.get(name) for name in names]

@@ -117,7 +117,7 @@ def layer_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def read_folder(path: Path, name: str) -> ModelFolder:
-    """What a folder's config.json says.
+    """Read and check a folder's config.json.
 
     Raises:
       UserError: it is not what timm writes; the key is named where one of them is wrong.

@@ -97,7 +97,7 @@ def build_student(
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierStart:
-    """How the classifier of a student begins that starts from weights.
+    """The decision about the classifier of a student that starts from weights.
 
     Attributes:
       outputs: how many classes the weights have.

@@ -175,7 +175,7 @@ def agreement(
     partner_labels: torch.Tensor,
     lam: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often the best classes are the same, and which ones they are.
+    """Count how often the best classes are the same, and say which ones they are.
 
     Args:
       student, teacher: logits [B, C].
@@ -208,7 +208,7 @@ def teacher_warning(
 
 
 def chance_warning(hits: int, images: int, num_classes: int) -> str:
-    """What to say of a teacher that knows the labels hardly better than chance; "" if it does.
+    """The warning about a teacher that knows the labels hardly better than chance; "" for others.
 
     The bar is twice chance, but with few classes no more than a quarter of the way from chance to all.
 

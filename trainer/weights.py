@@ -22,7 +22,7 @@ _HOLDERS = ("model.", "net.", "network.")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of a model.
+    """A model's weights as they were read from a file.
 
     Attributes:
       weights: tensors by name.
@@ -153,7 +153,7 @@ def _plain_types() -> list[tuple[type, str]]:
 
 
 def read_file(path: Path):
-    """What a file of weights holds, plain data alone; nothing in it is run.
+    """Load what a file of weights holds, plain data alone; nothing in it is run.
 
     Raises:
       UserError: the file is missing, damaged, or holds more than plain data.
