@@ -21,7 +21,6 @@ from trainer import evaluate, inference
 from trainer.classes import order_doubt
 from trainer.config import StudentConfig, TeacherConfig, parse
 from trainer.distributed import World
-from trainer.loop import StepLog
 from trainer.models import build_student
 from trainer.settings import parse_settings
 from trainer.teachers import build_teacher, build_teachers
@@ -96,7 +95,6 @@ def evaluated(root: Path, weights: Path, *more) -> dict:
         weights,
         "--data.image_size",
         SIZE,
-        *more,
     ]
     config = parse_settings(evaluate.EvalConfig, [str(each) for each in (*given, *more)], prog="", description="")
     return evaluate.evaluate_dataset(config, World(0, 1, 1, torch.device("cpu")))
@@ -193,26 +191,27 @@ CLASSIFIERS = ["test_resnet", "levit_128s", "levit_conv_128s", "crossvit_9_240",
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_classifier_is_put_into_the_datasets_order(tmp_path, name):
-    """One layer, two of a distillation head, two branches, a convolution; with names in a file or in the checkpoint."""
+    """One layer, two of a distillation head, two branches, a convolution."""
     torch.manual_seed(1)
     model = timm.create_model(name, num_classes=12).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     size = timm.get_pretrained_cfg(name).input_size[-1]
-    images = torch.rand(2, 3, size, size)
+    images = torch.rand(1, 3, size, size)
     with torch.no_grad():
         expected = model(images)[:, [int(each) for each in TEXT]]
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
     torch.save({"student": model.state_dict(), "classes": NUMERIC}, tmp_path / "own.pt")
-    (tmp_path / "c.txt").write_text("\n".join(NUMERIC))
-    for config in (
-        StudentConfig(name, tmp_path / "plain.pth", classes=tmp_path / "c.txt"),
-        StudentConfig(name, tmp_path / "own.pt"),
-    ):
-        student = build_student(config, 12, size, TEXT, "DOUBT")
-        assert student.training and "in another order, so the classifier is put into" in student.start_note
-        with torch.no_grad():
-            assert torch.allclose(student.eval()(images), expected, rtol=1e-4, atol=1e-5)
+    student = build_student(StudentConfig(name, tmp_path / "own.pt"), 12, size, TEXT, "DOUBT")
+    assert student.training and "in another order, so the classifier is put into" in student.start_note
+    with torch.no_grad():
+        assert torch.allclose(student.eval()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_names_puts_the_classifier_into_the_datasets_order(weights, listed):
+    student = build_student(StudentConfig(NAME, weights, classes=listed), 12, SIZE, TEXT, "DOUBT")
+    plain = torch.load(weights, weights_only=True)
+    assert "in another order, so the classifier is put into" in student.start_note
+    assert torch.equal(student.fc.weight, plain["fc.weight"][[int(each) for each in TEXT]])
 
 
 def test_a_student_starts_from_a_checkpoint_of_this_trainer_by_the_names_of_its_classes(
@@ -271,6 +270,16 @@ def test_a_file_of_names_must_name_every_output(weights, tmp_path, names, messag
         assert "'11' of the dataset is not among them" in build_student(config, 12, SIZE, TEXT).start_note
 
 
+@pytest.mark.parametrize("names", [[*TEXT, "more"], TEXT[:-1], [*TEXT, *TEXT], []], ids=len)
+def test_a_checkpoint_must_name_every_output_and_the_advice_helps(weights, listed, tmp_path, names):
+    torch.save({"student": torch.load(weights, weights_only=True), "classes": names}, tmp_path / "own.pt")
+    for num_classes, dataset in ((12, TEXT), (5, TEXT[:5])):
+        with refused(rf"own.pt: names {len(names)} classes, .*own.pt has 12 outputs. .* with --student.classes FILE"):
+            build_student(StudentConfig(NAME, tmp_path / "own.pt"), num_classes, SIZE, dataset)
+    student = build_student(StudentConfig(NAME, tmp_path / "own.pt", classes=listed), 12, SIZE, TEXT)
+    assert torch.equal(student.fc.bias, torch.load(weights, weights_only=True)["fc.bias"][[int(each) for each in TEXT]])
+
+
 def test_names_of_a_file_that_contradict_the_checkpoints_are_refused(weights, listed, tmp_path):
     torch.save({"student": torch.load(weights, weights_only=True), "classes": TEXT}, tmp_path / "own.pt")
     with refused("numeric.txt: names the classes in another order than .*own.pt, .* Leave student.classes out"):
@@ -309,29 +318,3 @@ def test_classes_of_one_name_in_another_order_are_refused(tmp_path, other):
     ):
         with refused("class 'crane' is named 2 times, for the outputs . and ."):
             refuse()
-
-
-def test_two_ranks_look_at_the_images_of_both_and_warn_once():
-    """The teacher gives each image the class after its own; nothing is gathered once that has been said."""
-    gathered = []
-
-    class Two(World):
-        def gather(self, values):
-            other = [values[0] + 0]  # the second rank's images are of the same classes
-            gathered.append(len(values))
-            return [*values, *other]
-
-    labels = torch.arange(10, dtype=torch.int32).repeat(16)
-    log = StepLog.__new__(StepLog)
-    said = []
-    plan = argparse.Namespace(index=argparse.Namespace(num_classes=10))
-    run = argparse.Namespace(run=argparse.Namespace(global_batch=320))
-    telemetry = argparse.Namespace(say=said.append)
-    state = argparse.Namespace(classes=None)
-    log._run = argparse.Namespace(world=Two(0, 2, 2, torch.device("cpu")), config=run, plan=plan, state=state)
-    log._telemetry, log._pairs_wanted = telemetry, 200
-    log._pairs = [torch.stack([labels, (labels + 1) % 10])]
-    log._watch_teacher()
-    log._watch_teacher()
-    assert gathered == [1] and len(said) == 1 and "takes 10 of 10 classes for one other each" in said[0]
-    assert log._pairs == [] and log._pairs_wanted == 0

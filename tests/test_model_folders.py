@@ -1,6 +1,7 @@
 """Models named by a folder (local-dir:) or a repository of the hub (hf-hub:, hf_hub:), wherever timm's names are."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 from pipelines.errors import UserError
 from tools.comparing.contenders import _identified
 from tools.comparing.contenders import build as built_contender
-from trainer import inference
-from trainer.config import StudentConfig, TeacherConfig
+from trainer import inference, model_folders
+from trainer.config import StudentConfig, TeacherConfig, parse, to_dict
+from trainer.evaluate import EvalStudentConfig
 from trainer.model_folders import _any_hub_file, named_folder, source_name
 from trainer.models import build_student
+from trainer.ready import facts
 from trainer.teachers import build_teacher
 
 NAME = "test_vit"
@@ -103,17 +106,61 @@ def test_a_new_classifier_replaces_that_of_a_folder_of_other_classes(folder, mod
     assert torch.equal(student.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 
 
+RESERVED = {
+    "pretrained_strict": False,
+    "pretrained_filter_fn": "x",
+    "pretrained_cfg": {"file": "x"},
+    "pretrained_cfg_overlay": {"url": "x"},
+    "pretrained": False,
+    "checkpoint_path": "/etc/passwd",
+    "cache_dir": "/",
+    "kwargs_filter": ["depth"],
+    "model_cfg": {},
+    "feature_cfg": {},
+    "features_only": True,
+    "out_indices": [0],
+    "num_classes": 3,
+    "device": "meta",
+}
+
+
 def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(model, tmp_path):
-    evil = {
-        "depth": 2,
-        "checkpoint_path": "/etc/passwd",
-        "pretrained_cfg": {"file": "x"},
-        "cache_dir": "/",
-        "num_classes": 3,
-    }
-    folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args=evil)}")
+    folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args={'depth': 2, **RESERVED})}")
     assert folder.kwargs == {"depth": 2}
     assert torch.equal(logits(inference.load(f"local-dir:{folder.path}", None).model), logits(model))
+
+
+@pytest.mark.parametrize("missing", ["blocks.1.mlp.fc1.weight", "patch_embed.proj.bias", "norm.weight"])
+def test_weights_that_are_not_all_there_are_refused_whatever_the_files_say(model, tmp_path, missing):
+    weights = {name: value for name, value in model.state_dict().items() if name != missing}
+    loose = {"depth": 2, "pretrained_strict": False}
+    folder = write_folder(tmp_path / "there", model, model_args=loose)
+    save_file(weights, folder / "model.safetensors")
+    config = to_dict(parse(["--student.name", NAME]))
+    config["student"]["kwargs"] = loose
+    saved = {"format_version": 1, "step": 1, "config": config, "student": weights, "ema": None, "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    for opened in (
+        lambda: build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160),
+        lambda: build_student(StudentConfig(f"local-dir:{folder}", pretrained=True), 7, 160),
+        lambda: inference.load(f"local-dir:{folder}", None),
+        lambda: inference.load(None, folder),
+        lambda: inference.load(None, tmp_path / "own.pt"),
+    ):
+        with pytest.raises(UserError, match=f"does not fit model '{NAME}' .*Missing key.* \"{missing}\""):
+            opened()
+    torch.save({**saved, "student": model.state_dict()}, tmp_path / "own.pt")
+    assert "pretrained_strict" not in inference.load(None, tmp_path / "own.pt").kwargs
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_arguments_that_are_decided_elsewhere_are_refused_in_the_settings(name):
+    for settings in (StudentConfig, TeacherConfig, EvalStudentConfig):
+        with pytest.raises(
+            UserError, match=rf"(student|teacher).kwargs.{name}: decided by the dataset and .* Leave it out"
+        ):
+            settings(name=NAME, kwargs={"depth": 2, name: RESERVED[name]})
+        settings(name=NAME, kwargs={"depth": 2})
 
 
 @pytest.mark.parametrize(
@@ -142,12 +189,11 @@ def test_the_advice_about_a_repository_helps(hub, tmp_path):
     ("change", "message"),
     [
         ({"architecture": "resnet51"}, "unknown model 'resnet51'; did you mean"),
-        (
-            {"pretrained_cfg": {"mean": ["a", "b", "c"]}},
-            "config.json: not what timm writes for a model .*three numbers",
-        ),
         ({"pretrained_cfg": []}, "config.json: not what timm writes"),
-        ({"num_classes": "many"}, "config.json: not what timm writes"),
+        ({"pretrained_cfg": 7}, "config.json: not what timm writes"),
+        ({"architecture": ["resnet18"]}, "unknown model"),
+        ({"model_args": 7}, "config.json: not what timm writes"),
+        ({"model_args": [[1, 2]]}, "config.json: not what timm writes"),
         ({"model_args": {"depth": "two"}}, "model 'test_vit' does not take these arguments|cannot be built"),
         ({"model_args": {"in_chans": 1}}, "a model of images with 1 channels, and images have 3 here"),
         ({"model_args": {"depth": 1}}, "there(/model.safetensors)?: does not fit model 'test_vit'"),
@@ -160,9 +206,149 @@ def test_a_folder_that_is_not_as_timm_writes_it_is_one_line(model, tmp_path, cha
             opened()
 
 
+NONSENSE = {
+    "mean": ([0.5, 0.5], [0.1, 0.2, 0.3, 0.4], [math.nan] * 3, [123.7, 116.3, 103.5], ["a", "b", "c"], 0.5),
+    "std": ([0.2] * 4, [0, 0.2, 0.2], [-1, 1, 1], [math.inf] * 3, [True] * 3, {"r": 1}, []),
+    "input_size": ([], [3, 160], [3, 0, 0], [3, 160.5, 160.5], [3, -160, -160], "160", [3, 10**400, 7], [3, 99999, 9]),
+    "test_input_size": ([160], [3, "160", "160"]),
+    "crop_pct": ("a", 0, -0.9, math.nan, [0.9], True),
+    "test_crop_pct": ("0.9", math.inf),
+    "interpolation": (3, ["bicubic"]),
+    "crop_mode": (False, {"center": 1}),
+    "classifier": (7, [["head"]]),
+    "first_conv": ({"a": 1}, [0]),
+    "num_classes": ("many", -1, 7.5, True, 10**30, math.nan, [7]),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in NONSENSE.items() for value in values])
+def test_a_value_in_a_description_that_cannot_be_used_is_named(model, tmp_path, key, value):
+    own = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 160, 160], key: value}
+    changed = {"pretrained_cfg": own, **({key: value} if key == "num_classes" else {})}
+    folder = write_folder(tmp_path / "there", model, **changed)
+    with pytest.raises(UserError, match=rf"config.json: {key} is .*, not .*\. Correct it, or export") as error:
+        named_folder(f"local-dir:{folder}")
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "7", "null", "[]", '"text"', "[" * 100_000, "\xff", "{}", '{"architecture": 1}']
+)
+def test_a_description_that_is_none_is_one_line(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    for opened in (lambda: inference.load(f"local-dir:{folder}", None), lambda: inference.load(None, folder)):
+        with pytest.raises(UserError, match="config.json: (not what timm writes|num_classes is None)") as error:
+            opened()
+        assert len(str(error.value)) - 2 * len(str(folder)) < 300
+
+
+def test_null_in_a_description_is_as_if_the_key_were_not_there(model, tmp_path):
+    own = {"std": [0.5] * 3, "input_size": [3, 160, 160], "num_classes": 1000, "classifier": ["head"]}
+    null = dict.fromkeys(("mean", "crop_pct", "interpolation", "test_input_size", "first_conv"))
+    folders = {
+        "absent": write_folder(tmp_path / "absent", model, pretrained_cfg=own),
+        "null": write_folder(tmp_path / "null", model, pretrained_cfg={**own, **null}, model_args={"depth": 2}),
+    }
+    found = {name: inference.load(None, folder) for name, folder in folders.items()}
+    assert found["null"].view == found["absent"].view and found["null"].num_outputs == 7
+    for name, folder in folders.items():
+        assert torch.equal(logits(found[name].model), logits(model))
+        assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160, names=CLASSES).num_outputs == 7
+
+
 def test_a_folder_without_weights_or_description_is_one_line(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="there: has no weights .model.safetensors, pytorch_model.bin"):
         build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160)
     with pytest.raises(UserError, match="local-dir:.*: there is no config.json. Give a folder that timm or"):
         build_teacher(TeacherConfig(f"local-dir:{folder.parent}"), 7, 160)
+
+
+def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp_path, monkeypatch):
+    """A description that vanishes once it has been read does no harm, so one that changes cannot mix two models."""
+    name, text = f"local-dir:{folder}", (folder / "config.json").read_text()
+    config = to_dict(parse(["--student.name", name, "--data.image_size", "160"]))
+    saved = {"format_version": 1, "step": 1, "config": config, "student": model.state_dict(), "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    read = model_folders.read_folder
+
+    def read_once(path, name):
+        found = read(path, name)
+        (path / "config.json").unlink()
+        return found
+
+    monkeypatch.setattr(model_folders, "read_folder", read_once)
+    for opened in (
+        lambda: build_teacher(TeacherConfig(name), 7, 160, names=CLASSES).model,
+        lambda: build_student(StudentConfig(name, pretrained=True), 7, 160, CLASSES),
+        lambda: build_student(StudentConfig(name, tmp_path / "own.pt"), 7, 160, CLASSES),
+        lambda: inference.load(name, None).model,
+        lambda: inference.load(None, tmp_path / "own.pt").model,
+    ):
+        (folder / "config.json").write_text(text)
+        assert torch.equal(logits(opened()), logits(model))
+    (folder / "config.json").write_text(text)
+    assert build_student(StudentConfig(name, pretrained=True), 7, 160, list("hijklmn")).num_classes == 7
+    (folder / "config.json").write_text(text)
+    assert len(build_student(StudentConfig(name), 5, 160).blocks) == 2
+
+
+# --- several ranks ---
+
+
+def changed_facts(config, change) -> set[str]:
+    """The names of the facts that differ once something has been changed."""
+    before = facts(config)
+    change()
+    after = facts(config)
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def test_ranks_compare_the_contents_of_every_file_that_student_and_teachers_come_from(model, tmp_path):
+    """A folder by its description and weights, each further teacher by its weights and names, as the first one."""
+    folders = {key: write_folder(tmp_path / key, model) for key in ("student", "first", "third")}
+    for name in ("w.pth", "c.txt"):
+        (tmp_path / name).write_text("1")
+    others = [
+        {"name": NAME, "checkpoint": str(tmp_path / "w.pth"), "classes": str(tmp_path / "c.txt")},
+        {"name": f"local_dir:{folders['third']}"},
+    ]
+    given = ["--student.name", f"local-dir:{folders['student']}", "--teacher.name", f"local-dir:{folders['first']}"]
+    given += ["--teacher.others", json.dumps(others), "--data.pipeline", "synthetic"]
+    config, started = parse(given), parse([*given, "--student.pretrained", "true"])
+
+    def grown(path: Path):
+        return lambda: path.write_bytes(path.read_bytes() + b" ")
+
+    assert changed_facts(config, lambda: None) == set()
+    for key, folder in (("teacher.name", "first"), ("teacher.others[1].name", "third")):
+        for file, part in (("config.json", "config.json"), ("model.safetensors", "weights")):
+            assert changed_facts(config, grown(folders[folder] / file)) == {f"content of {key} ({part})"}
+    assert changed_facts(config, grown(tmp_path / "w.pth")) == {"content of teacher.others[0].checkpoint"}
+    assert changed_facts(config, grown(tmp_path / "c.txt")) == {"content of teacher.others[0].classes"}
+    assert changed_facts(config, grown(folders["student"] / "config.json")) == {"content of student.name (config.json)"}
+    assert changed_facts(config, grown(folders["student"] / "model.safetensors")) == set()  # it begins at random
+    assert changed_facts(started, grown(folders["student"] / "model.safetensors")) == {
+        "content of student.name (weights)"
+    }
+    moved = [{**others[0], "checkpoint": str(shutil.copy(tmp_path / "w.pth", tmp_path / "moved.pth"))}, others[1]]
+    assert (
+        facts(parse([*given, "--teacher.others", json.dumps(moved)]))["teacher.others"]
+        == facts(config)["teacher.others"]
+    )
+
+
+def test_ranks_compare_the_revisions_of_repositories_without_downloading_their_weights(hub, tmp_path):
+    repository = tmp_path / "hub" / "models--someone--small"
+    config = parse(["--teacher.name", f"hf-hub:{hub}", "--data.pipeline", "synthetic"])
+
+    def update():
+        shutil.copytree(repository / "snapshots" / ("a" * 40), repository / "snapshots" / ("b" * 40))
+        (repository / "snapshots" / ("b" * 40) / "model.safetensors").unlink()
+        (repository / "refs" / "main").write_text("b" * 40)
+        _any_hub_file.cache_clear()
+
+    assert facts(config)["revision of teacher.name"] == "a" * 40
+    assert changed_facts(config, update) == {"revision of teacher.name"}
+    with pytest.raises(UserError, match=f"someone/small@{'b' * 40}: model.safetensors cannot be had"):
+        build_teacher(config.teacher, 7, 160)

@@ -10,14 +10,10 @@ from conftest import train_here
 
 from pipelines.errors import UserError
 from trainer.config import StudentConfig, TeacherConfig, parse
-from trainer.models import (
-    build_student,
-    check_batch_norm,
-    one_value_is_reported,
-    preprocessing,
-    refuse_outputs,
-    refuse_size,
-)
+from trainer.data import share_of_batch
+from trainer.distributed import World
+from trainer.model_checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
+from trainer.models import build_student, preprocessing
 from trainer.teachers import build_teacher, build_teachers
 from trainer.weights import read_checkpoint, read_weights
 
@@ -82,8 +78,7 @@ def authors_format(weights: dict) -> dict:
     return renamed
 
 
-@pytest.mark.parametrize("nest", ["state_dict", "model"])
-def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path, nest):
+def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model("tresnet_v2_l", num_classes=5).eval()
     for module in source.modules():  # scales away from zero, where |weight| is not the same
@@ -92,7 +87,7 @@ def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path, nest):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
     authors = authors_format(source.state_dict())
     assert not set(authors) & {"body.conv1.conv.weight"} and "body.conv1.0.weight" in authors
-    torch.save({nest: authors}, tmp_path / "tresnet_l_v2_83_9.pth")
+    torch.save({"state_dict": authors}, tmp_path / "tresnet_l_v2_83_9.pth")
     loaded = teacher(tmp_path / "tresnet_l_v2_83_9.pth", num_classes=5, name="tresnet_l_v2")
     assert torch.allclose(logits(loaded), logits(source), rtol=1e-4, atol=1e-5)
     expects = preprocessing(loaded)
@@ -298,39 +293,56 @@ def test_the_fill_colour_is_the_students_mean():
 
 # --- arguments and images that a model cannot take ---
 
-GARBAGE = {
+REFUSED = {  # by every model
     "in_chans": [1, 4, 0, "abc"],
-    "depth": ["abc", -1, 1.5],
-    "num_heads": [0, -1],
-    "embed_dim": [7, -3, "x"],
-    "global_pool": ["nope", ""],
-    "act_layer": ["nope"],
-    "norm_layer": ["nope"],
-    "img_size": [-1, "abc", [1, 2, 3]],
-    "drop_rate": [5, "abc"],
-    "patch_size": [1000, 0],
     "device": ["nope"],
     "features_only": [True],
     "pretrained_cfg": ["x"],
+    "pretrained_strict": [False],
+    "global_pool": ["nope"],
+    "drop_rate": [5, "abc"],
     "block_fn": ["x"],
-    "no_such": [None, 1, "x"],
+    "no_such": [1, "x"],
+}
+OWN = {  # some models have such an argument, which they may take
+    "depth": ["abc", -1, 1.5],
+    "num_heads": [0, -1],
+    "embed_dim": [7, -3, "x"],
+    "global_pool": [""],
+    "act_layer": ["nope"],
+    "norm_layer": ["nope"],
+    "img_size": [-1, "abc", [1, 2, 3]],
+    "patch_size": [1000, 0],
+}
+TAKEN = {
+    "test_resnet": {"drop_rate": [0.5], "global_pool": ["max"], "no_such": [None]},
+    "test_vit": {"drop_rate": [0.5], "depth": [1, 2], "num_heads": [1], "patch_size": [32]},
+    "levit_128s": {"drop_rate": [0.0], "no_such": [None]},
 }
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s"])
+def made(name: str, key: str, value) -> str:
+    """The message about an argument of a student; "" if it is taken."""
+    try:
+        student = build_student(StudentConfig(name, kwargs={key: value}), 10, 64)
+        check_size(student, name, 64)
+        check_outputs(student, name, 10, 64)
+    except UserError as error:
+        assert len(str(error)) < 320, str(error)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", TAKEN)
 def test_arguments_that_a_model_cannot_take_are_one_line(name):
     """Whatever a person writes in student.kwargs: the model is made, or a short line says why not."""
-    for key, values in GARBAGE.items():
+    for key, values in OWN.items():
         for value in values:
-            with contextlib.suppress(UserError):
-                try:
-                    config = StudentConfig(name, kwargs={key: value})
-                    student = build_student(config, 10, 64)
-                    refuse_size(student, name, 64)
-                    refuse_outputs(student, name, 10, 64)
-                except UserError as error:
-                    assert len(str(error)) < 320, str(error)
-                    raise
+            made(name, key, value)
+    for key, values in REFUSED.items():
+        assert all(made(name, key, value) for value in values), key
+    for key, values in TAKEN[name].items():
+        assert not any(made(name, key, value) for value in values), key
 
 
 @pytest.mark.parametrize("section", ["student", "teacher"])
@@ -341,7 +353,7 @@ def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
         parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
     parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
     with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
-        refuse_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
+        check_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
@@ -362,30 +374,32 @@ def test_weights_of_images_of_one_channel_say_so_and_the_advice_helps(tmp_path, 
         assert torch.allclose(found, source(images), rtol=1e-3, atol=1e-4)
 
 
-ONE_VALUE = {"test_resnet": 32, "test_byobnet": 32, "resnet18": 32}
+ONE_VALUE = "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)"
+SMALL = ["--run.global_batch", 4, "--augment.mix_group", 1, "--augment.repeats", 1, "--data.image_size", 32]
 
 
-@pytest.mark.parametrize("name", ONE_VALUE)
-@pytest.mark.parametrize("micro", [{"run.micro_batch": 1}, {"run.micro_batch": 0}, {"run.micro_batch": "auto"}])
-def test_batch_norm_over_one_value_is_refused_before_anything_is_written_and_the_advice_helps(
-    digits, tmp_path, name, micro
-):
-    """In a micro-batch of one image, however it was chosen: by its number, as one group, or by trying."""
-    given = {"student.name": name, "run.global_batch": 4, "augment.mix_group": 1, "data.image_size": ONE_VALUE[name]}
-    given |= {**micro, "run.stop_after_steps": 1, "augment.repeats": 1}
-    settings = [text for key, value in given.items() for text in (f"--{key}", value)]
-    try:
+@pytest.mark.parametrize("more", [["--run.micro_batch", 2], ["--data.image_size", 96]], ids=["images", "pixels"])
+def test_batch_norm_over_one_value_is_refused_before_anything_is_written_and_the_advice_helps(digits, tmp_path, more):
+    settings = [*SMALL, "--student.name", NAME, "--run.stop_after_steps", 1]
+    with pytest.raises(UserError, match=re.escape(ONE_VALUE)) as error:
         train_here(digits, tmp_path / "run", *settings)
-    except UserError as error:
-        assert "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)" in str(
-            error
-        )
-        assert not (tmp_path / "run").exists() and len(str(error)) < 300
-    else:
-        assert name == "test_byobnet"  # its maps are larger
-    train_here(digits, tmp_path / "fixed", *settings, "--run.micro_batch", 2)
-    if name == "test_resnet":
-        train_here(digits, tmp_path / "larger", *settings, "--data.image_size", 96)
+    assert not (tmp_path / "run").exists() and len(str(error.value)) < 300
+    train_here(digits, tmp_path / "run", *settings, *more)
+
+
+@pytest.mark.parametrize("name", [NAME, "test_byobnet", "resnet18", "test_vit"])
+@pytest.mark.parametrize("micro", [1, 0, "auto"])
+def test_a_micro_batch_of_one_image_is_found_however_it_was_chosen(name, micro):
+    """By its number, as one group, or by trying, of which a GPU tries the largest first."""
+    config = parse([str(text) for text in [*SMALL, "--student.name", name, "--run.micro_batch", micro]])
+    student = build_student(config.student, 10, 32)
+    cpu, gpu = (World(0, 1, 1, torch.device(name)) for name in ("cpu", "cuda"))
+    has_none = name == "test_vit"
+    with contextlib.nullcontext() if has_none else pytest.raises(UserError, match=re.escape(ONE_VALUE)):
+        check_student(student, config, 10, share_of_batch(config, cpu), cpu)
+    check_student(student, config, 10, 2, cpu)
+    if micro == "auto":
+        check_student(student, config, 10, share_of_batch(config, gpu), gpu)
 
 
 def test_the_smallest_size_of_a_growing_image_is_tried():
@@ -406,5 +420,7 @@ def test_a_teacher_that_gives_features_is_refused(tmp_path):
     torch.save(timm.create_model("test_vit", num_classes=10, global_pool="").state_dict(), tmp_path / "w.pth")
     teacher = ["--teacher.name", "test_vit", "--teacher.checkpoint", str(tmp_path / "w.pth")]
     config = parse([*teacher, "--teacher.kwargs.global_pool", "", "--data.image_size", "64"])
-    with pytest.raises(UserError, match=r"model 'test_vit' .*Change (teacher.kwargs|data.image_size or its kwargs)"):
+    with pytest.raises(
+        UserError, match=r"model 'test_vit' gives \[1, 17, 10\] for an image, not \[1, 10\]: it is no classifier"
+    ):
         build_teachers(config, 10, None)

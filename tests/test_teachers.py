@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -503,10 +504,12 @@ def test_a_student_that_is_its_teacher_agrees_with_it(digits, tmp_path):
     assert [line["loss"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_two_ranks_tell_the_agreement_of_all_images(digits, files, tmp_path, run_ranks):
-    setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 2]
+def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, tmp_path, run_ranks, capsys):
+    setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 4]
     one = train_here(digits, tmp_path / "1", *setting)
-    run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting)
+    warned = re.findall("the teacher finds the label of .*", capsys.readouterr().out)
+    said = run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting)
+    assert len(warned) == 1 and re.findall("the teacher finds the label of .*", said) == warned
     two = [line for line in read_json_lines(tmp_path / "2" / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["teacher_top1"] for line in one] == pytest.approx([line["teacher_top1"] for line in two])
     assert one[0]["agreement"] == pytest.approx(two[0]["agreement"])
@@ -544,13 +547,39 @@ def test_the_bar_for_a_teacher(hits, images, classes, warns):
 def test_a_teacher_no_better_than_chance_is_warned_of_in_other_words_than_one_in_another_order():
     labels = np.arange(1000).repeat(10)
     random = np.random.default_rng(0).permutation(labels)
-    assert "finds the label of 0." in (said := teacher_warning(labels, random, 1000, None)) and "order" not in said
+    said = teacher_warning([np.stack([labels, random])], 1000, None)
+    assert "finds the label of 0." in said and "order" not in said
     assert "chance is 0.10%: it hardly knows these classes. Check teacher.checkpoint, teacher.kwargs" in said
-    rolled = teacher_warning(labels, (labels + 1) % 1000, 1000, None)
+    rolled = teacher_warning([np.stack([labels, (labels + 1) % 1000])], 1000, None)
     assert rolled.startswith(
         "the teacher consistently takes 1000 of 1000 classes for one other each ('0' for '1', '1' for"
     )
-    assert "hardly" not in rolled and not teacher_warning(labels, labels, 1000, None)
+    assert "hardly" not in rolled and not teacher_warning([np.stack([labels, labels])], 1000, None)
+
+
+def test_the_images_of_all_ranks_decide_about_the_warning():
+    """Classes 3 and 4 are taken for each other, and each rank has images of one of them."""
+    labels = np.arange(10, dtype=np.int32).repeat(16)
+    swapped = np.where(labels == 3, 4, np.where(labels == 4, 3, labels)).astype(np.int32)
+    ranks = [np.stack([labels, swapped])[:, labels != missing] for missing in (4, 3)]
+    assert [teacher_warning([each], 10, None) for each in ranks] == ["", ""]
+    assert "takes 2 of 10 classes for one other each ('3' for '4', '4' for '3')" in teacher_warning(ranks, 10, None)
+
+
+@pytest.mark.parametrize("named", [[], [0], [1], [0, 1, 2]])
+def test_the_warning_names_the_classes_settings_of_the_teachers_whose_outputs_have_no_names(digits, files, named):
+    names = read_manifest(digits)["classes"]
+    listed = [{"name": "test_resnet", "checkpoint": str(files["test_resnet"])} for _ in range(3)]
+    for i in named:
+        listed[i]["classes"] = str(files["test_resnet"].with_name("names.txt"))
+    files["test_resnet"].with_name("names.txt").write_text("\n".join(names))
+    first = [text for key, value in listed[0].items() for text in (f"--teacher.{key}", value)]
+    teachers = build_teachers(parse([*TINY, *first, "--teacher.others", json.dumps(listed[1:])]), 10, names)
+    keys = ["--teacher.classes", "teacher.others[0].classes", "teacher.others[1].classes"]
+    assert teachers.unnamed == [key for i, key in enumerate(keys) if i not in named]
+    labels = np.arange(10).repeat(20)
+    said = teacher_warning([np.stack([labels, (labels + 1) % 10])], 10, names, teachers.unnamed)
+    assert f"Name them with {' or '.join(teachers.unnamed) or keys[0]} FILE" in said
 
 
 GENTLE = ["--augment.randaugment_ops", 0, "--augment.flip", 0, "--augment.repeats", 1, "--augment.crop_area", "[0.7,1]"]

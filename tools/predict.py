@@ -37,7 +37,7 @@ from tools.image_files import Item, items_of, look_at_batches, survey
 from tools.opening import first_device
 from trainer.classes import check_order_stated, order_doubt
 from trainer.inference import Trained, descriptions, load
-from trainer.models import check_logits
+from trainer.model_checks import check_logits
 from trainer.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
@@ -136,7 +136,7 @@ def check_datasets(paths: list[Path], trained: Trained) -> None:
             names, doubt = read_manifest(root)["classes"], order_doubt(root)
         except UserError:  # of another program, or of no dataset that is to be opened here
             continue
-        check_order_stated("" if trained.names(names) else doubt, trained.source, "--classes")
+        check_order_stated("" if trained.has_names_for(names) else doubt, trained.source, "--classes")
 
 
 def _title(trained: Trained, device: torch.device) -> str:

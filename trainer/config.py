@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 from pipelines.plan import size_schedule
 from trainer.settings import parse_settings
 
@@ -22,16 +22,37 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _refuse_reserved(section: str, kwargs: Kwargs) -> None:
+# Arguments of timm.create_model that neither a person nor a file may give, besides all that begin with "pretrained":
+# they decide where weights come from and whether all of them are loaded, or what the data and the run decide.
+_RESERVED_KWARGS = {
+    *("model_name", "num_classes", "checkpoint_path", "cache_dir", "model_cfg", "kwargs_filter"),
+    *("features_only", "feature_cfg", "feature_cls", "out_indices"),
+    *("scriptable", "exportable", "no_jit", "device", "dtype"),
+}
+
+
+def is_reserved(name: str) -> bool:
+    """True for an argument of timm.create_model that is decided elsewhere."""
+    return name in _RESERVED_KWARGS or name.startswith("pretrained")
+
+
+def without_reserved(kwargs: Kwargs) -> Kwargs:
+    """The arguments that a file may give for a model; images have 3 channels, so it has no say in in_chans, either."""
+    return {name: value for name, value in kwargs.items() if not is_reserved(name) and name != "in_chans"}
+
+
+def check_kwargs(section: str, kwargs: Kwargs) -> None:
+    """Raise a UserError if the settings of a model hold an argument that is decided elsewhere."""
     _require(
         kwargs.get("in_chans") in (None, 3),
         f"{section}.kwargs.in_chans is {kwargs.get('in_chans')}, and images have 3 channels here, gray ones, too. "
         "Leave it out",
     )
-    for name in ("num_classes", "pretrained", "checkpoint_path"):
+    for name in kwargs:
         _require(
-            name not in kwargs,
-            f"{section}.kwargs.{name}: decided by the dataset and {section}.checkpoint. Leave it out",
+            not is_reserved(name),
+            f"{section}.kwargs.{clipped(name)}: decided by the dataset and {section}.checkpoint, or by settings of "
+            "the run. Leave it out",
         )
 
 
@@ -139,7 +160,7 @@ class StudentConfig:
     classes: Path | None = None
 
     def __post_init__(self):
-        _refuse_reserved("student", self.kwargs)
+        check_kwargs("student", self.kwargs)
         _require(
             self.classes is None or self.pretrained or self.checkpoint is not None,
             f"student.classes is {self.classes}, and there are no weights whose outputs it could name: set "
@@ -177,8 +198,8 @@ class TeacherConfig:
     Attributes:
       name: any timm model, the authors' tresnet_l_v2, hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER; no teacher
         means labels alone.
-      checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the averaged
-        weights are taken; without it timm's pretrained weights are downloaded.
+      checkpoint: its weights: timm's, the authors' own file, or a checkpoint of this trainer, of which the EMA
+        is taken; without it timm's pretrained weights are downloaded.
       kwargs: passed to timm.create_model.
       image_size: side of the image it sees, pixels, throughout the run; the mixed image is resized. 0 is the student's.
       classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names
@@ -197,7 +218,7 @@ class TeacherConfig:
 
     def __post_init__(self):
         for key, teacher in self.members:
-            _refuse_reserved(key, teacher.kwargs)
+            check_kwargs(key, teacher.kwargs)
             _require(teacher.image_size >= 0, f"{key}.image_size is {teacher.image_size}; 0 means the student's")
         for name in ("checkpoint", "image_size", "classes", "others"):
             _require(

@@ -1,4 +1,4 @@
-"""Whether a model's outputs are in another order than the dataset's classes, seen in what each class is taken for."""
+"""Finds out whether a model's outputs are in another order than the dataset's classes, from its confusions."""
 
 import math
 
@@ -11,7 +11,7 @@ _SIGMA = 3
 
 
 def num_looked_at(num_classes: int) -> int:
-    """How many images `taken_for` should see."""
+    """The number of images that `taken_for` should see."""
     return max(_FEWEST, _PER_CLASS * num_classes)
 
 
@@ -49,7 +49,7 @@ def taken_for(labels: np.ndarray, best: np.ndarray, num_classes: int) -> list[tu
 def order_warning(
     labels: np.ndarray, best: np.ndarray, num_classes: int, names: list[str] | None, model: str, option: str
 ) -> str:
-    """What to say of a model whose outputs seem to be in another order than the dataset's classes; "" of others.
+    """The warning about a model whose outputs seem to be in another order than the dataset's classes; "" for others.
 
     Args:
       labels, best: as for `taken_for`.

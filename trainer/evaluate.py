@@ -31,13 +31,13 @@ from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import ImagesConfig, Kwargs
+from trainer.config import ImagesConfig, Kwargs, check_kwargs
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
-from trainer.models import check_logits
+from trainer.model_checks import check_logits
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
@@ -91,7 +91,7 @@ class EvalStudentConfig:
       name: timm's name; a checkpoint of this trainer and an exported folder say it themselves. Without a checkpoint
         timm's pretrained weights are downloaded.
       checkpoint: file of weights, a run's folder (its best weights), or a folder that tools/export.py wrote.
-      weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
+      weights: ema, raw, or auto: the EMA if there is one, and of a run the best.
       kwargs: passed to timm.create_model, besides or instead of what the checkpoint says.
       classes: text file that names the outputs in their order, one on a line, as the dataset's manifest names classes;
         there may be more of them than the dataset has. Without it a checkpoint of this trainer names them itself.
@@ -102,6 +102,9 @@ class EvalStudentConfig:
     weights: str = "auto"
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     classes: Path | None = None
+
+    def __post_init__(self):
+        check_kwargs("student", self.kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +274,7 @@ def outputs_of(names: list[str], trained: Trained, doubt: str, option: str = "--
         doubt in which order they are.
     """
     listed, classes = trained.classes, len(names)
-    if not trained.names(names):
+    if not trained.has_names_for(names):
         if trained.num_outputs != classes:
             raise UserError(
                 f"{trained.source}: has {trained.num_outputs} outputs, the dataset has {classes} classes. Use a model "

@@ -20,8 +20,9 @@ from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
 from trainer.classes import read_classes
-from trainer.config import DataConfig, Kwargs
+from trainer.config import DataConfig, Kwargs, without_reserved
 from trainer.mix import Normalize
+from trainer.model_checks import check_size
 from trainer.model_folders import CONFIG, SOURCES, ModelFolder, named_folder, read_folder, source_name
 from trainer.models import (
     architecture,
@@ -30,7 +31,6 @@ from trainer.models import (
     num_outputs,
     preprocessing,
     pretrained_outputs,
-    refuse_size,
     with_size,
 )
 from trainer.weights import read_file, select_weights
@@ -103,8 +103,8 @@ class Trained:
         """sha256 over the names and values of its weights, in hex; the same for a checkpoint and what is made of it."""
         return checkpoint.digest_of(checkpoint.to_host(self.model.state_dict()))
 
-    def names(self, classes: list[str]) -> bool:
-        """Whether its outputs have names that are to be relied on for these classes: guessed ones must contain them."""
+    def has_names_for(self, classes: list[str]) -> bool:
+        """True if its outputs have names that can be relied on for these classes: guessed ones must contain them."""
         return self.classes is not None and (not self.classes_guessed or set(classes) <= set(self.classes))
 
     @property
@@ -133,7 +133,7 @@ def load(
     Args:
       name: timm's name; may be left out where the file says it.
       path: of a file or folder; None downloads timm's pretrained weights.
-      weights: ema, raw, or auto: the averaged ones if there are some, and of a run the best.
+      weights: ema, raw, or auto: the EMA if there is one, and of a run the best.
       kwargs: for timm.create_model, instead of those that the file says.
       classes: text file that names the outputs, one on a line.
       key: how errors call the model's settings: student.name; "" is for programs that have --name.
@@ -143,35 +143,42 @@ def load(
     """
     if weights not in KINDS:
         raise UserError(f"{_flag(key, 'weights')} is '{weights}', not one of {', '.join(KINDS)}")
-    if path is None:
-        if name is None:
-            raise UserError(
-                f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
-            )
-        if weights != "auto" and named_folder(name) is None:
-            raise UserError(
-                f"{_flag(key, 'weights')} is '{weights}', but timm has one kind of weights for '{name}'. Leave it out"
-            )
-        folder = named_folder(name)
-        if folder is None:
-            found = _pretrained(name, kwargs or {}, key, view)
-        else:
-            found = _exported(folder, None, weights, kwargs, key, view)
-    elif (path / CONFIG).is_file():
-        found = _exported(read_folder(path, str(path)), name, weights, kwargs, key, view)
-    else:
-        found = _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
+    found = _found(name, path, weights, kwargs, key, view)
     if classes is not None:
-        names = read_classes(classes)
-        if len(names) != found.num_outputs:
-            raise UserError(
-                f"{classes}: names {len(names)} classes, {found.source} has {found.num_outputs} outputs. Name every "
-                "output, one on a line, in their order"
-            )
-        found = dataclasses.replace(found, classes=names, classes_guessed=False)
+        found = _with_classes(found, classes)
     found.model.eval().requires_grad_(False)
-    refuse_size(found.model, found.name, found.view.image_size, _SIZE_ADVICE)
+    check_size(found.model, found.name, found.view.image_size, _SIZE_ADVICE)
     return found
+
+
+def _found(name: str | None, path: Path | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
+    """The model of `load`, from whichever source it comes."""
+    if path is not None and (path / CONFIG).is_file():
+        return _exported(read_folder(path, str(path)), name, weights, kwargs, key, view)
+    if path is not None:
+        return _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
+    if name is None:
+        raise UserError(
+            f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
+        )
+    if folder := named_folder(name):
+        return _exported(folder, None, weights, kwargs, key, view)
+    if weights != "auto":
+        raise UserError(
+            f"{_flag(key, 'weights')} is '{weights}', but timm has one kind of weights for '{name}'. Leave it out"
+        )
+    return _pretrained(name, kwargs or {}, key, view)
+
+
+def _with_classes(trained: Trained, file: Path) -> Trained:
+    """The model with its outputs named by a text file."""
+    names = read_classes(file)
+    if len(names) != trained.num_outputs:
+        raise UserError(
+            f"{file}: names {len(names)} classes, {trained.source} has {trained.num_outputs} outputs. Name every "
+            "output, one on a line, in their order"
+        )
+    return dataclasses.replace(trained, classes=names, classes_guessed=False)
 
 
 def load_named(text: str, name: str | None = None, **settings) -> Trained:
@@ -224,9 +231,13 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
     named = settings.get("name") or name
-    name = _agreed_name(name, settings.get("name"), path, key)
+    if named is None:
+        raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
     folder = named_folder(named)
-    kwargs = settings.get("kwargs", {}) if kwargs is None else kwargs
+    named = folder or named
+    _check_same_model(name, named, path, key)
+    name = architecture(named)
+    kwargs = without_reserved(settings.get("kwargs", {})) if kwargs is None else kwargs
     kwargs = {**(folder.kwargs if folder else {}), **kwargs}
     classes = origin.get("classes")
     outputs = len(classes) if classes else num_outputs(name, tensors)
@@ -247,15 +258,13 @@ def _flag(key: str, name: str) -> str:
     return f"--{key}.{name}" if key else f"--{name}"
 
 
-def _agreed_name(given: str | None, saved: str | None, path: Path | str, key: str) -> str:
-    if given is None and saved is None:
-        raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
-    if given is not None and saved is not None and _architecture(given) != _architecture(saved):
-        raise UserError(f"{path}: is of model '{saved}', not of '{given}'. Leave {_flag(key, 'name')} out")
-    return architecture(saved or given)
+def _check_same_model(given: str | None, own: str | ModelFolder, path: Path | str, key: str) -> None:
+    """Raise a UserError if a model is named otherwise than its file names it."""
+    if given is not None and _architecture(given) != _architecture(own):
+        raise UserError(f"{path}: is of model '{architecture(own)}', not of '{given}'. Leave {_flag(key, 'name')} out")
 
 
-def _architecture(name: str) -> str:
+def _architecture(name: str | ModelFolder) -> str:
     """timm's name without the tag of its pretrained weights, which a file has others than."""
     return architecture(name).partition(".")[0]
 
@@ -281,10 +290,10 @@ def _exported(
         raise UserError(
             f"{folder.name}: holds no {weights} weights, only {folder.kind} ones. Leave {_flag(key, 'weights')} out"
         )
-    name = _agreed_name(name, folder.architecture, folder.name, key)
+    _check_same_model(name, folder, folder.name, key)
+    name = architecture(folder)
     data = _own_view(folder.config) | view
-    kwargs = {key: value for key, value in (folder.kwargs if kwargs is None else kwargs).items() if key != "in_chans"}
-    kwargs = with_size(name, data["image_size"], kwargs)
+    kwargs = with_size(name, data["image_size"], folder.kwargs if kwargs is None else kwargs)
     file = folder.weights_file()
     tensors, _ = select_weights(file, read_file(file))
     model = create_model(name, folder.num_classes, data["image_size"], kwargs, tensors, file)
@@ -312,7 +321,7 @@ def _with_guessed_classes(trained: Trained) -> Trained:
     return dataclasses.replace(trained, classes=names, classes_guessed=names is not None)
 
 
-def _own_config(name: str) -> dict:
+def _own_config(name: str | ModelFolder) -> dict:
     """timm's configuration of a model; what the folder says that it may be named by comes first."""
     config, folder = timm.get_pretrained_cfg(architecture(name)), named_folder(name)
     config = config.to_dict() if config is not None else {"num_classes": 1000}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipelines.errors import UserError
@@ -361,9 +360,10 @@ class StepLog:
         """Look once, after enough images, whether the teacher knows the dataset's classes. Every rank must call it."""
         if not self._pairs_wanted or len(self._pairs) * self._run.config.run.global_batch < self._pairs_wanted:
             return
-        labels, best = np.concatenate(self._run.world.gather([torch.cat(self._pairs, 1).cpu().numpy()]), axis=1)
+        pairs = self._run.world.gather([torch.cat(self._pairs, 1).cpu().numpy()])
         self._pairs, self._pairs_wanted = [], 0
-        if warning := teacher_warning(labels, best, self._run.plan.index.num_classes, self._run.state.classes):
+        classes, unnamed = self._run.state.classes, self._run.step.teacher.unnamed
+        if warning := teacher_warning(pairs, self._run.plan.index.num_classes, classes, unnamed):
             self._telemetry.say(warning)
 
     def _error(self, loss: float) -> NonFiniteError:

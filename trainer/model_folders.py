@@ -3,20 +3,17 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped
-from trainer.config import Kwargs
+from pipelines.errors import UserError, clipped, named
+from trainer.config import Kwargs, without_reserved
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_LARGEST = 4096  # side of an image, pixels: far above any of timm's
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
-# Arguments of timm.create_model that a file must not decide: where weights come from, and what the data decide.
-_NOT_FROM_FILES = (
-    *("num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"),
-    *("checkpoint_path", "cache_dir", "model_name", "scriptable", "exportable", "no_jit", "features_only"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +38,14 @@ class ModelFolder:
     classes: list[str] | None
     kind: str
 
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_on_hub(self) -> bool:
+        """True for a repository of Hugging Face's hub; `path` is then named by its revision."""
+        return self.name.startswith(_HUB)
+
     def weights_file(self) -> Path:
         """The file of its weights.
 
@@ -50,8 +55,8 @@ class ModelFolder:
         for file in WEIGHTS:
             if (self.path / file).is_file():
                 return self.path / file
-        if self.name.startswith(_HUB):
-            return _any_hub_file(self.name, WEIGHTS)
+        if self.is_on_hub:
+            return _any_hub_file(f"{self.name.partition('@')[0]}@{self.path.name}", WEIGHTS)  # of the same revision
         raise UserError(f"{self.path}: has no weights ({', '.join(WEIGHTS)}). Put one of these beside {CONFIG}")
 
 
@@ -61,14 +66,19 @@ def source_name(name: str) -> str:
     return f"{source.lower().replace('_', '-')}:{rest}" if colon else name
 
 
-def named_folder(name: str) -> ModelFolder | None:
+def named_folder(name: str | ModelFolder) -> ModelFolder | None:
     """The folder of a model that is named by one, local-dir:FOLDER or hf-hub:ORGANISATION/REPOSITORY[@REVISION].
 
+    Args:
+      name: or what this function has returned for it, which stays unchanged. So a model is built from one reading of
+        its description, even if the file changes meanwhile.
     Returns:
       None for a name of timm's own.
     Raises:
       UserError: there is no such folder or repository, or its config.json is no description of a model.
     """
+    if isinstance(name, ModelFolder):
+        return name
     name = source_name(name)
     if name.startswith(_FOLDER):
         folder = Path(name.removeprefix(_FOLDER)).expanduser()
@@ -101,35 +111,83 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
         ) from error
 
 
+def layer_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The layers that timm's configuration names under classifier or first_conv: one, several, or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
 def read_folder(path: Path, name: str) -> ModelFolder:
-    """What a folder's config.json says.
+    """Read and check a folder's config.json.
 
     Raises:
-      UserError: it is not what timm writes.
+      UserError: it is not what timm writes; the key is named where one of them is wrong.
     """
     try:
         said = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        if "pretrained_cfg" not in said:  # of timm before 0.9: all in one
+        if "pretrained_cfg" not in said:  # timm before 0.9 wrote all of it in one
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
-        config = {key: value for key, value in said["pretrained_cfg"].items() if key != "architecture"}
-        outputs = int(said.get("num_classes", config.get("num_classes")))
-        channels = {config.get("input_size", [3])[0], (said.get("model_args") or {}).get("in_chans", 3)}
-        numbers = [*config.get("mean", []), *config.get("std", []), *config.get("input_size", [])]
-        if channels == {3} and (len(numbers) % 3 or not all(isinstance(value, int | float) for value in numbers)):
-            raise ValueError("mean, std and input_size are not three numbers each")
-        kwargs = {key: value for key, value in dict(said.get("model_args") or {}).items() if key not in _NOT_FROM_FILES}
-        architecture, kind = str(said["architecture"]), said.get("weights", "")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
+        config["num_classes"] = said.get("num_classes", config.get("num_classes"))
+        arguments, architecture = dict(said.get("model_args") or {}), str(said["architecture"])
+        kwargs = without_reserved(arguments)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path / CONFIG}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
         ) from error
+    config.pop("architecture", None)
+    _check_values(path / CONFIG, config)
+    channels = {config.get("input_size", [3])[0], arguments.get("in_chans") or 3}
     if channels != {3}:
         raise UserError(
-            f"{path / CONFIG}: a model of images with {min(channels - {3})} channels, and images have 3 here (gray "
+            f"{path / CONFIG}: a model of images with {named(channels - {3})} channels, and images have 3 here (gray "
             "ones, too). Use a model of RGB images"
         )
-    classes = said.get("label_names")
+    outputs, classes, kind = config["num_classes"], said.get("label_names"), said.get("weights", "")
     classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
-    return ModelFolder(
-        path, name, architecture, config, kwargs, outputs, classes, kind if isinstance(kind, str) else ""
-    )
+    kind = kind if isinstance(kind, str) else ""
+    return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6  # NaN is not less
+
+
+def _are_three(values: object, fits: Callable[[float], bool]) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(_is_number(each) and fits(each) for each in values)
+
+
+def _is_size(value: float) -> bool:
+    return isinstance(value, int) and 1 <= value <= _LARGEST
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+_SIZES = (lambda value: _are_three(value, _is_size), f"three whole numbers from 1 to {_LARGEST}")
+_PERCENTAGE = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_TEXT = (lambda value: isinstance(value, str), "a word")
+_NAMES = (_are_names, "a layer's name or a list of names")
+# Each key of a configuration that is used here: what its value must be, as a function and in words.
+_VALUES = {
+    "mean": (lambda value: _are_three(value, lambda each: 0 <= each <= 1), "three numbers from 0 to 1"),
+    "std": (lambda value: _are_three(value, lambda each: each > 0), "three numbers above 0"),
+    "input_size": _SIZES,
+    "test_input_size": _SIZES,
+    "crop_pct": _PERCENTAGE,
+    "test_crop_pct": _PERCENTAGE,
+    "interpolation": _TEXT,
+    "crop_mode": _TEXT,
+    "classifier": _NAMES,
+    "first_conv": _NAMES,
+    "num_classes": (lambda value: isinstance(value, int) and _is_number(value) and value >= 0, "a whole number"),
+}
+
+
+def _check_values(path: Path, config: dict) -> None:
+    """Raise a UserError that names the first key of timm's configuration whose value cannot be used."""
+    for key, (fits, words) in _VALUES.items():
+        if key in config and not fits(config[key]):
+            raise UserError(
+                f"{path}: {key} is {clipped(config[key])}, not {words}. Correct it, or export the model again"
+            )

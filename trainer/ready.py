@@ -26,6 +26,7 @@ from pipelines.errors import UserError, write_error_line
 from pipelines.files import sha256_of
 from pipelines.index import read_manifest
 from trainer.config import Config, to_dict
+from trainer.model_folders import CONFIG, named_folder
 from trainer.versions import package_versions
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
@@ -46,26 +47,41 @@ _SHOWN = 3  # differences named in one message
 def facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: {name: value}, values as JSON has them.
 
-    The configuration without MAY_DIFFER, the digests of the dataset, the content of the checkpoints it starts from, a
-    hash of every source file, and versions.
+    The configuration without MAY_DIFFER, the digests of the dataset, the contents of the files that the student and
+    every teacher come from, a hash of every source file, and versions.
 
     Raises:
-      UserError: there is no dataset here, or it is damaged.
+      UserError: there is no dataset here, it is damaged, or a folder that names a model cannot be read.
     """
     settings = {f"{section}.{name}": value for section, keys in to_dict(config).items() for name, value in keys.items()}
     found = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    for other in found["teacher.others"]:
+        del other["checkpoint"], other["classes"]  # the contents are compared, as for the first teacher
     if config.data.root is not None:
         splits = read_manifest(config.data.root)["splits"]
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
-    files = {
-        "student.checkpoint": config.student.checkpoint,
-        "student.classes": config.student.classes,
-        "teacher.checkpoint": config.teacher.checkpoint,
-        "teacher.classes": config.teacher.classes,
-    }
-    for name, path in files.items():
-        found[f"content of {name}"] = sha256_of(path)[:12] if path and path.is_file() else None
-    return {**found, **code_version()}
+    return {**found, **model_contents(config), **code_version()}
+
+
+def model_contents(config: Config) -> dict[str, str | None]:
+    """Short hashes of the files that the student and every teacher come from: {"content of KEY": hash, or None}.
+
+    Weights on Hugging Face's hub are not read: they may have to be downloaded first, which takes longer than ranks wait
+    for each other. The revision of their repository stands for them.
+    """
+    found = {}
+    for key, model in [("student", config.student), *config.teacher.members]:
+        files = {f"{key}.checkpoint": model.checkpoint, f"{key}.classes": model.classes}
+        if folder := named_folder(model.name):
+            files[f"{key}.name ({CONFIG})"] = folder.path / CONFIG
+            is_random = key == "student" and not config.student.pretrained
+            if folder.is_on_hub:
+                found[f"revision of {key}.name"] = folder.path.name
+            elif model.checkpoint is None and not is_random:
+                files[f"{key}.name (weights)"] = folder.weights_file()
+        for name, path in files.items():
+            found[f"content of {name}"] = sha256_of(path)[:12] if path and path.is_file() else None
+    return found
 
 
 def code_version() -> dict[str, str | None]:

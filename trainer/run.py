@@ -54,15 +54,8 @@ from trainer.fitting import choose_micro_batch, full_memory_is_told
 from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.mix import Normalize
-from trainer.models import (
-    build_student,
-    check_batch_norm,
-    one_value_is_reported,
-    preprocessing,
-    refuse_outputs,
-    refuse_size,
-    synchronize_batch_norms,
-)
+from trainer.model_checks import check_student, one_value_is_reported
+from trainer.models import build_student, preprocessing, synchronize_batch_norms
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
 from trainer.precision import allow_tf32, resolve_precision
 from trainer.ready import facts
@@ -247,11 +240,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     refuse_unreached_sizes(config)
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
-    student, teacher = build_models(config, index.num_classes, classes, world)
-    if config.run.batch_norm != "sync" or world.size == 1:  # whose layers see the images of all ranks
-        tried = config.run.micro_batch == "auto" and world.device.type == "cuda"  # the largest first
-        smallest = config.run.global_batch // world.size if tried else micro_batch
-        check_batch_norm(student, smallest, config.data.train_sizes)
+    student, teacher = build_models(config, index.num_classes, classes, micro_batch, world)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -303,19 +292,16 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, world: World
+    config: Config, num_classes: int, classes: list[str] | None, micro_batch: int, world: World
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
     Models that take one size alone are built for the last one, or for teacher.image_size. `classes` are the dataset's.
     """
-    sizes = config.data.train_sizes
     torch.manual_seed(config.run.seed)
     doubt = order_doubt(config.data.root)
-    student = build_student(config.student, num_classes, sizes[-1], classes, doubt)
-    for size in sorted({*sizes, config.data.eval_size}):
-        refuse_size(student, config.student.name, size)
-    refuse_outputs(student, config.student.name, num_classes, sizes[-1])
+    student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
+    check_student(student, config, num_classes, micro_batch, world)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
     return student, build_teachers(config, num_classes, classes, doubt)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,14 @@ from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.confusion import order_warning
 from trainer.folding import fold_batch_norms
 from trainer.mix import Normalize, mixed_inputs
+from trainer.model_checks import check_logits, check_size
+from trainer.model_folders import named_folder
 from trainer.models import (
-    check_logits,
     create_model,
     download,
     num_outputs,
     preprocessing,
     pretrained_outputs,
-    refuse_size,
     starting_weights,
 )
 from trainer.weights import Checkpoint
@@ -38,6 +39,7 @@ class Teacher(nn.Module):
       order: for each class of the dataset, which output of the model it is; None where they are the same.
       note: what is worth saying of it; "" is nothing.
       num_outputs: how many logits the model gives.
+      unnamed: the setting that would name its outputs, as it is typed; "" where they have names.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Teacher(nn.Module):
         order: list[int] | None = None,
         note: str = "",
         num_outputs: int = 0,
+        unnamed: str = "",
     ):
         super().__init__()
         expects = preprocessing(model)
@@ -55,6 +58,7 @@ class Teacher(nn.Module):
         self.image_size = image_size
         self.note = note
         self.num_outputs = num_outputs
+        self.unnamed = unnamed
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -88,6 +92,11 @@ class Teachers(nn.Module):
     def notes(self) -> list[str]:
         """What is worth saying of them."""
         return [teacher.note for teacher in self.members if teacher.note]
+
+    @property
+    def unnamed(self) -> list[str]:
+        """The settings that would name the outputs of those whose outputs have no names."""
+        return [teacher.unnamed for teacher in self.members if teacher.unnamed]
 
     def to_precision(self, precision: torch.dtype) -> "Teachers":
         """Compute in this type. In bfloat16 throughout: frozen weights need no float32 beside it.
@@ -166,7 +175,7 @@ def agreement(
     partner_labels: torch.Tensor,
     lam: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often the best classes are the same, and which ones they are.
+    """Count how often the best classes are the same, and say which ones they are.
 
     Args:
       student, teacher: logits [B, C].
@@ -182,18 +191,24 @@ def agreement(
     return shares, torch.stack([label, best]).int()
 
 
-def teacher_warning(labels: np.ndarray, best: np.ndarray, num_classes: int, names: list[str] | None) -> str:
-    """What to say of a teacher from which the student would learn nonsense without any error; "" of others.
+def teacher_warning(
+    pairs: list[np.ndarray], num_classes: int, names: list[str] | None, unnamed: Sequence[str] = ()
+) -> str:
+    """The warning about teachers from which the student would learn nonsense without any error; "" for others.
 
     Args:
-      labels, best, names: as for trainer.confusion.order_warning, of mixed images: the label with the larger share.
+      pairs: of each rank int32 [2, N], of mixed images: the label with the larger share, and the teachers' best class.
+      names: as for trainer.confusion.order_warning.
+      unnamed: as Teachers.unnamed: the order of these teachers' outputs may be another one.
     """
-    order = order_warning(labels, best, num_classes, names, "the teacher", "--teacher.classes")
+    labels, best = np.concatenate(pairs, axis=1)
+    option = " or ".join(unnamed) or "--teacher.classes"
+    order = order_warning(labels, best, num_classes, names, "the teacher", option)
     return order or chance_warning(int((labels == best).sum()), len(labels), num_classes)
 
 
 def chance_warning(hits: int, images: int, num_classes: int) -> str:
-    """What to say of a teacher that knows the labels hardly better than chance; "" if it does.
+    """The warning about a teacher that knows the labels hardly better than chance; "" for others.
 
     The bar is twice chance, but with few classes no more than a quarter of the way from chance to all.
 
@@ -232,7 +247,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
         )
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         for size in seen:
-            refuse_size(teacher.model, each.name, size, advice)
+            check_size(teacher.model, each.name, size, advice)
         check_logits(teacher.model, each.name, teacher.num_outputs, seen[0], f"Change {key}.kwargs or {key}.name")
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
@@ -258,24 +273,26 @@ def build_teacher(
     Raises:
       UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
     """
-    saved = starting_weights(config.name, config.checkpoint)
+    name = named_folder(config.name) or config.name
+    saved = starting_weights(name, config.checkpoint)
     outputs = match_outputs(config, saved, num_classes, names, key)
     if saved is None:
         found, owner = pretrained_outputs(config.name, key), f"teacher '{config.name}': timm's weights"
     else:
-        found, owner = num_outputs(config.name, saved.weights), f"{saved.source}: its weights"
+        found, owner = num_outputs(name, saved.weights), f"{saved.source}: its weights"
     if found not in (None, outputs.count):
         raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
+    option = f"{key}.classes" if "[" in key else f"--{key}.classes"
     if outputs.source is None and names is not None:
-        option = f"{key}.classes" if "[" in key else f"--{key}.classes"
         check_order_stated(doubt, saved.source if saved else owner, option)
     size = config.image_size or image_size
     if saved is None:
         model = download(config.name, outputs.count, size, config.kwargs, key)
     else:
-        model = create_model(config.name, outputs.count, size, config.kwargs, saved.weights, saved.source)
+        model = create_model(name, outputs.count, size, config.kwargs, saved.weights, saved.source)
     model.eval().requires_grad_(False)
-    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count)
+    unnamed = option if outputs.source is None else ""
+    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count, unnamed)
 
 
 @dataclasses.dataclass(frozen=True)

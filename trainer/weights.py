@@ -22,7 +22,7 @@ _HOLDERS = ("model.", "net.", "network.")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of a model.
+    """A model's weights as they were read from a file.
 
     Attributes:
       weights: tensors by name.
@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of this trainer (the averaged weights if it has some), of timm or of the authors.
+    """A checkpoint of this trainer (the EMA if it has one), of timm or of the authors.
 
     Raises:
       UserError: the file is missing, damaged, or holds more than plain data.
@@ -57,7 +57,7 @@ def select_weights(path: Path, content: object, which: str = "auto") -> tuple[di
     """The weights in what a file holds.
 
     Args:
-      which: ema, raw, or auto: the averaged ones if there are some, as timm does.
+      which: ema, raw, or auto: the EMA if there is one, as timm does.
     Returns:
       tensors by the model's own names, and which they are, "" where the file does not say.
     Raises:
@@ -153,7 +153,7 @@ def _plain_types() -> list[tuple[type, str]]:
 
 
 def read_file(path: Path):
-    """What a file of weights holds, plain data alone; nothing in it is run.
+    """Load what a file of weights holds, plain data alone; nothing in it is run.
 
     Raises:
       UserError: the file is missing, damaged, or holds more than plain data.
