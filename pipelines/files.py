@@ -64,6 +64,15 @@ def is_hidden(path: str) -> bool:
     return any(part[0] == "." or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
+def instead_of_content(head: bytes) -> str:
+    """Say what a file holds in place of its content, by its first bytes, and what helps; "" if it is none of these."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself. Run 'git lfs pull' in its folder"
+    if head.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):
+        return "a web page, not the file itself. Download it again"
+    return ""
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but hidden entries, such as the lost+found that a file system makes for itself."""
     return all(is_hidden(entry.name) for entry in folder.iterdir())

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import train_here
 
 from pipelines.errors import UserError
+from trainer import inference
 from trainer.config import StudentConfig, TeacherConfig, parse
 from trainer.data import share_of_batch
 from trainer.distributed import World
@@ -119,7 +121,7 @@ def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_pat
     else:
         path.write_bytes(content)
     with pytest.raises(
-        UserError, match="teacher.pth: (damaged, or no file of weights|holds 'print', which is no plain)"
+        UserError, match="teacher.pth: (damaged, or no file of weights|an empty file|holds 'print', which is no plain)"
     ):
         read_weights(path)
     assert "never run" not in capsys.readouterr().out
@@ -424,3 +426,48 @@ def test_a_teacher_that_gives_features_is_refused(tmp_path):
         UserError, match=r"model 'test_vit' gives \[1, 17, 10\] for an image, not \[1, 10\]: it is no classifier"
     ):
         build_teachers(config, 10, None)
+
+
+def test_a_file_that_names_its_model_and_its_classes_is_opened_by_both(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    names = ["owl", "dog", "cat"]
+    torch.save({"arch": "test_resnet", "state_dict": model.state_dict(), "classes": names}, tmp_path / "named.pth")
+    trained = inference.load(None, tmp_path / "named.pth")
+    assert (trained.name, trained.classes, trained.classes_guessed) == ("test_resnet", names, False)
+    torch.save({"state_dict": model.state_dict(), "classes": names[:2]}, tmp_path / "short.pth")
+    with pytest.raises(UserError, match="names 2 classes, and its weights have 3 outputs"):
+        inference.load("test_resnet", tmp_path / "short.pth")
+
+
+OTHER_FILES = {
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html>", "a web page"),
+    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG image, not a file of weights"),
+    "nothing": (b"", "an empty file"),
+    "safetensors": (safetensors.torch.save({"a": torch.zeros(1)}), "Rename it so that it ends in .safetensors"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_of_another_kind_in_place_of_weights_is_called_what_it_is(tmp_path, content, message):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_folder_of_another_training_script_names_the_files_in_it(tmp_path):
+    for name in ("last.pth.tar", "model_best.pth.tar", "args.yaml"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"Give one of the files in it: last.pth.tar, model_best.pth.tar$"):
+        read_weights(tmp_path)
+
+
+def test_weights_of_a_part_of_a_larger_model_fit_once_saved_as_the_message_says(tmp_path):
+    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+    inner = {f"net.backbone.{name}": value for name, value in weights.items()}
+    torch.save(inner, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="all its names begin with 'backbone.'") as caught:
+        inference.load("test_resnet", tmp_path / "w.pth")
+    saved = eval(re.search(r"\{k.partition.*\}", str(caught.value))[0], {"weights": inner})
+    torch.save(saved, tmp_path / "w.pth")
+    assert inference.load("test_resnet", tmp_path / "w.pth").num_outputs == 3

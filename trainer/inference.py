@@ -33,7 +33,7 @@ from trainer.models import (
     pretrained_outputs,
     with_size,
 )
-from trainer.weights import read_file, select_weights
+from trainer.weights import named_model, named_outputs, read_file, select_weights
 
 WEIGHTS = "model.safetensors"  # of an exported folder, as timm names it
 KINDS = ("auto", "ema", "raw")
@@ -41,6 +41,10 @@ CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 _LONGEST_NAME = 100  # of a model, in characters; timm's longest has about 60
 _SIZE_ADVICE = "Leave the size to the model, or use another model"
+
+
+class NamelessError(UserError):
+    """A file of weights that does not say which model it is of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,19 +234,17 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
         origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
-    named = settings.get("name") or name
+    named = settings.get("name") or name or named_model(content)
     if named is None:
-        raise UserError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
+        raise NamelessError(f"{path}: does not say which model it is of. Name it with {_flag(key, 'name')}")
     folder = named_folder(named)
     named = folder or named
     _check_same_model(name, named, path, key)
     name = architecture(named)
     kwargs = without_reserved(settings.get("kwargs", {})) if kwargs is None else kwargs
     kwargs = {**(folder.kwargs if folder else {}), **kwargs}
-    classes = origin.get("classes")
-    outputs = len(classes) if classes else num_outputs(name, tensors)
-    if outputs is None:
-        outputs = _own_config(named)["num_classes"]
+    classes = named_outputs(content)
+    outputs = _outputs(path, num_outputs(name, tensors), classes) or _own_config(named)["num_classes"]
     own = _view_of_run(origin["config"]["data"]) if origin else {}
     data = _own_view(_own_config(named)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
@@ -250,7 +252,17 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     model = create_model(named, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
     found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
-    return found if origin else _with_guessed_classes(found)
+    return found if origin or classes else _with_guessed_classes(found)
+
+
+def _outputs(path: Path, found: int | None, classes: list[str] | None) -> int | None:
+    """How many outputs weights have, by themselves and by the names that their file gives; None where neither says."""
+    if found and classes is not None and found != len(classes):
+        raise UserError(
+            f"{path}: names {len(classes)} classes, and its weights have {found} outputs. Save it with a name for each "
+            "output, or without 'classes'"
+        )
+    return found or (len(classes) if classes else None)
 
 
 def _flag(key: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 
 import timm
@@ -253,7 +254,17 @@ def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: Runtime
             "was trained on images of one channel, and images have 3 here (gray ones, too). Give weights that were "
             f"trained on RGB images, or replace '{name_of_first}', w, by w.repeat(1, 3, 1, 1) / 3"
         )
-    return f"does not fit model '{name}' ({clipped(error, 200)}). Give the model it was saved from"
+    if prefix := _common_prefix(list(weights)):
+        return (
+            f"does not fit model '{name}': all its names begin with '{prefix}', as of a larger model that holds it. Save "
+            f"{{k.partition('{prefix}')[2]: v for k, v in weights.items()}}"
+        )
+    return f"does not fit model '{name}' ({clipped(error, 160)}). Give the model it was saved from"
+
+
+def _common_prefix(names: list[str]) -> str:
+    """What all names begin with, up to a dot; "" where there is nothing."""
+    return os.path.commonprefix(names).rpartition(".")[0] + "." if "." in os.path.commonprefix(names) else ""
 
 
 def with_size(name: str | ModelFolder, image_size: int, kwargs: Kwargs) -> Kwargs:

@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, clipped, named
+from pipelines.files import instead_of_content
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {
@@ -26,7 +28,7 @@ class Checkpoint:
 
     Attributes:
       weights: tensors by name.
-      classes: names of the model's outputs in their order, in checkpoints of this trainer; None in other files.
+      classes: names of the model's outputs in their order; None where the file has none.
       source: the file, for messages.
     """
 
@@ -47,10 +49,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
       UserError: the file is missing, damaged, or holds more than plain data.
     """
     content = read_file(path)
+    return Checkpoint(select_weights(path, content)[0], named_outputs(content), str(path))
+
+
+def named_outputs(content: object) -> list[str] | None:
+    """The names of a model's outputs in their order, which a file may hold as `classes`; None where it does not."""
     classes = content.get("classes") if isinstance(content, dict) else None
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        classes = None
-    return Checkpoint(select_weights(path, content)[0], classes, str(path))
+    return classes if isinstance(classes, list) and all(isinstance(name, str) for name in classes) else None
+
+
+def named_model(content: object) -> str | None:
+    """timm's name of the model that a file is of, which timm's training script writes as `arch`; None elsewhere."""
+    name = content.get("arch") if isinstance(content, dict) else None
+    return name if isinstance(name, str) and timm.is_model(name) else None
 
 
 def select_weights(path: Path, content: object, which: str = "auto") -> tuple[dict[str, torch.Tensor], str]:
@@ -168,13 +179,35 @@ def read_file(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         hint = "a file of weights; a run's best ones are in RUN/checkpoints/best.pt"
+        if path.is_dir() and (files := sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)):
+            hint = f"one of the files in it: {named(files)}"
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). Give {hint}") from error
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
-        raise UserError(f"{path}: {_why_not_loaded(error)}") from error
+        raise UserError(f"{path}: {_why_not_loaded(path, error)}") from error
 
 
-def _why_not_loaded(error: Exception) -> str:
+_SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".ckpt", ".bin")
+# The first bytes of files that people take for weights.
+_OTHER_FILES = {
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"PAR1": "a parquet file",
+    b"GGUF": "a GGUF file",
+}
+
+
+def _why_not_loaded(path: Path, error: Exception) -> str:
     save = "save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if found := instead_of_content(head):
+        return found
+    if not head:
+        return "an empty file. Copy it again"
+    if other := next((what for magic, what in _OTHER_FILES.items() if head.startswith(magic)), ""):
+        return f"{other}, not a file of weights. Give the file that the training wrote"
+    if path.suffix != ".safetensors" and head[8:9] == b"{":
+        return "a safetensors file under another name. Rename it so that it ends in .safetensors"
     if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"holds '{clipped(refused[1])}', which is no plain data and could run code, so the file is not loaded. In "

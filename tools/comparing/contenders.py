@@ -6,6 +6,7 @@ import dataclasses
 import importlib.resources
 import json
 import os
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -202,7 +203,13 @@ def _identified(word: str) -> tuple[Contender, str]:
         with contextlib.suppress(UserError):
             name = known_name(word)
     if name is None:
-        trained = inference.load_named(word)  # or it says what is wrong with the word
+        try:
+            trained = inference.load_named(word)  # or it says what is wrong with the word
+        except inference.NamelessError as error:
+            raise UserError(
+                f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
+                "--name NAME, and give DIR"
+            ) from error
         return Contender(word, trained.name, Path(word), trained.view.image_size), trained.source
     config = timm.get_pretrained_cfg(name)
     return Contender(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.files import is_hidden
+from pipelines.files import instead_of_content, is_hidden  # noqa: F401
 from tools.sharding.images import MAX_BYTES, RejectedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -139,15 +139,6 @@ def printable(name: str) -> str:
     """A file's name, which may be any bytes, as UTF-8 that a terminal shows; other bytes and characters are escaped."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def instead_of_content(head: bytes) -> str:
-    """Say what a file holds in place of its content, by its first bytes, and what helps; "" if it is none of these."""
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "a git-lfs pointer, not the file itself. Run 'git lfs pull' in its folder"
-    if head.lstrip()[:9].lower().startswith((b"<html", b"<!doctype")):
-        return "a web page, not the file itself. Download it again"
-    return ""
 
 
 def is_utf8(name: str) -> bool:
