@@ -44,8 +44,8 @@ from tools.sharding.tars import COMPRESSED, tar_members
 from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
-_MAX_LABEL_BYTES = 32  # with spaces around the number
-_MAX_DIGITS = 18  # of a class number, which then fits into 64 bits
+_MAX_LABEL_BYTES = 32  # a class number may have spaces around it
+_MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _RECORDS = ".index.partial"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
