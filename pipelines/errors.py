@@ -48,13 +48,14 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
-    """Names by their reason, 'a, b: why; c: why not', of at most `most` names and three reasons, and how many more.
+    """Names by their reason, 'a, b: why; c: why not', of at most three reasons, and how many more there are.
 
     Args:
+      most: names that are shown of a single reason; of several, two each.
       reasons: reason -> names; a reason says what is wrong and what helps.
     """
     shown = list(reasons.items())[:3]
-    each = max(1, most // max(1, len(shown)))
+    each = most if len(shown) == 1 else 2
     rest = sum(len(names) for names in list(reasons.values())[3:])
     more = f"; and {rest} more for other reasons" if rest else ""
     return "; ".join(f"{named([clipped(name) for name in names], each)}: {reason}" for reason, names in shown) + more

@@ -17,7 +17,7 @@ from pipelines.errors import UserError
 
 # What operating systems and file servers leave behind, beside names that begin with a dot (AppleDouble's ._NAME too).
 _SYSTEM_NAMES = {
-    *("__macosx", "@eadir", "thumbs.db", "desktop.ini"),
+    *("__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "thumbs.db", "desktop.ini"),
     *("lost+found", "$recycle.bin", "system volume information"),
 }
 

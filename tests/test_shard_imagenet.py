@@ -645,7 +645,7 @@ def test_a_class_folder_without_images(folder, tmp_path):
 
 def test_a_validation_class_that_is_not_in_training(folder, tmp_path):
     (folder / "val" / "horse").mkdir(parents=True)
-    with pytest.raises(UserError, match="val/horse: a class without a folder in train"):
+    with pytest.raises(UserError, match="val/horse: a class that train lacks"):
         convert(folder, tmp_path / "out")
 
 

@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import re
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -266,7 +268,62 @@ def test_a_validation_folder_of_a_usual_name_is_named_and_renaming_it_helps(tmp_
     assert convert(src, tmp_path / "out")["splits"]["val"]["samples"] == 6
 
 
+def test_of_a_test_folder_without_validation_renaming_is_advised_and_helps(tmp_path):
+    src = make_folder(tmp_path / "src", splits=("train", "test"))
+    with pytest.raises(UserError, match="test: rename it to val, or move it away"):
+        convert(src, tmp_path / "out")
+    (src / "test").rename(src / "val")
+    assert convert(src, tmp_path / "out")["splits"]["val"]["samples"] == 6
+
+
+def test_images_in_folders_inside_a_class_are_never_replaced_by_the_advised_move(tmp_path):
+    src = make_folder(tmp_path / "src", splits=("train",))
+    put(src, *(f"train/ant/{day}/{i}.jpg" for day in ("monday", "tuesday") for i in range(3)))
+    with pytest.raises(UserError, match="train/ant/monday, train/ant/tuesday: a folder inside a class. .* mv -n,"):
+        convert(src, tmp_path / "out")
+    before = len(list(src.rglob("*.jpg")))
+    for day in ("monday", "tuesday"):
+        subprocess.run(f"mv -n {src}/train/ant/{day}/* {src}/train/ant/", shell=True, check=False)
+    assert len(list(src.rglob("*.jpg"))) == before
+    with pytest.raises(UserError, match="train/ant/monday, train/ant/tuesday: a folder inside a class"):
+        convert(src, tmp_path / "out")  # what had the same names is still there, and still named
+
+
+def test_tiny_imagenets_validation_images_are_sorted_by_the_advised_command(tmp_path):
+    src = make_folder(tmp_path / "tiny images", splits=("train",))
+    put(src, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
+    (src / "val" / "val_annotations.txt").write_text("val_0.JPEG\tbee\t0\t0\t9\t9\nval_1.JPEG\tant\t0\t0\t9\t9\n")
+    with pytest.raises(UserError, match="val_annotations.txt has its labels; sort by it: ") as caught:
+        convert(src, tmp_path / "out")
+    command = re.search(r"sort by it: (.*); then move", str(caught.value))[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    (src / "val" / "val_annotations.txt").rename(tmp_path / "labels")
+    (src / "val" / "images").rmdir()
+    assert convert(src, tmp_path / "out")["splits"]["val"]["class_counts"] == [1, 1, 0]
+
+
+def test_a_split_of_which_all_was_left_out_is_no_empty_split(tmp_path):
+    src = make_folder(tmp_path / "src", splits=("train",))
+    put(src, "val/zebra/x.jpg")
+    with pytest.raises(UserError, match=r"no images in split val. All that it holds was left out \(val/zebra\)"):
+        convert(src, tmp_path / "out", skip_bad=True)
+
+
+def test_a_single_class_is_spoken_of(tmp_path, capsys):
+    src = make_folder(tmp_path / "src", ["images"], splits=("train",))
+    main(["build", str(src), str(tmp_path / "out"), "--workers", "1"])
+    assert "there is a single class, 'images'" in capsys.readouterr().err
+
+
 NEAR = {
+    "a folder around the source": (["mine/train/ant/0.jpg"], "", "Give the folder inside it: .*mine"),
+    "classes inside images (CUB)": (
+        ["images/ant/0.jpg", "images/bee/0.jpg", "x.txt"],
+        "",
+        "rename it, if they are train",
+    ),
+    "images without classes (Pets)": (["images/ant_1.jpg", "annotations/x.png"], "", "by class: .*train/CLASS"),
+    "flat training images": (["train/0.jpg", "labels.csv"], "", "1 images lie directly in it, as 0.jpg: sort them"),
     "the folder train itself": (["train/ant/0.jpg", "val/ant/0.jpg"], "train", "Give the folder above it"),
     "classes without a split": (["ant/0.jpg", "bee/0.jpg"], "", "belong one level deeper: move them into"),
     "train under another name": (["Training/ant/0.jpg"], "", "rename .*Training"),

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error, write_error_line
+from pipelines.errors import UserError, exit_on_user_error, named, write_error_line
 from pipelines.index import CLASS_ORDERS
 from pipelines.launcher import launched
 from pipelines.machine import num_cores
@@ -148,10 +148,12 @@ def _counts(manifest: dict) -> str:
         "repaired": "repaired",
         "rejected": "rejected",
         "duplicates": "groups of duplicates",
-        "left_out": "left out",
         "hidden": "hidden files passed over",
     }
     notes = [f"{count:,} {word}" for kind, word in words.items() if (count := audit["counts"].get(kind))]
+    if left_out := audit.get("left_out"):
+        names = named([item["source"] for item in left_out[:4]], 3)
+        notes.append(f"{audit['counts']['left_out']:,} left out ({names})")
     for split, entry in manifest["splits"].items():
         if empty := entry["class_counts"].count(0):
             notes.append(f"{empty} classes without {split} images")

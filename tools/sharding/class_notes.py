@@ -18,6 +18,10 @@ def class_notes(manifest: dict) -> list[str]:
             f"{doubt}. State it with 'build --class-order text' or 'numeric', or name the outputs of weights in a file "
             "(--student.classes FILE)"
         )
+    if len(manifest["classes"]) == 1:
+        notes.append(
+            f"there is a single class, '{clipped(manifest['classes'][0], 30)}': are the classes folders inside it?"
+        )
     places: dict[str, list[int]] = collections.defaultdict(list)
     for label, name in enumerate(manifest["classes"]):
         places[name].append(label)

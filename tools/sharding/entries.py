@@ -122,10 +122,10 @@ def file_reader(root: Path) -> Callable[[str], bytes]:
     """
 
     def read(location: str) -> bytes:
-        with open(root / location, "rb") as file:
+        with open(f"{root}/{location}", "rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
                 raise RejectedImageError(f"{size:,} bytes; no image has more than {MAX_BYTES:,}")
-            return file.read()
+            return file.readall()
 
     return read
 
@@ -136,8 +136,9 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file's name, which may be any bytes, as UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A file's name, which may be any bytes, as UTF-8 that a terminal shows; other bytes and characters are escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def instead_of_content(head: bytes) -> str:

@@ -1,6 +1,8 @@
 """Sources that are folders of images: train/CLASS/* and val/CLASS/*, and Kaggle's copy of ImageNet."""
 
 import csv
+import dataclasses
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,15 @@ _KAGGLE_FOLDERS = (
 )
 
 
+ANNOTATIONS = "val_annotations.txt"  # the labels of Tiny ImageNet's validation images
+_MAYBE_VAL = ("test", "testing", "eval", "dev", "holdout")
+_ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_INSIDE_CLASS = (
+    "a folder inside a class. If it is part of the class, move its images up with mv -n, which replaces nothing; if it "
+    "is a class itself, move it up"
+)
+
+
 # --- train/CLASS/* and val/CLASS/* ---
 
 
@@ -56,7 +67,10 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
         )
     classes = class_folders(train, options.class_order)
     if not classes:
-        raise UserError(f"{train}: has no class folders. Expected {train}/CLASS/*.jpg")
+        there = contents_of(train).files
+        raise UserError(
+            f"{train}: has no class folders. {_flat_advice(train) if there else f'Expected {train}/CLASS/*.jpg'}"
+        )
     inside = contents_of(root)
     if "val" in inside.files:
         raise UserError(
@@ -69,7 +83,9 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
     def list_split(split: str) -> Iterator[Entry | Unused]:
         if split == "train":
-            yield from beside_source(root, options, tuple(name for name in SPLITS if name in inside.folders), ())
+            for each in beside_source(root, options, tuple(name for name in SPLITS if name in inside.folders), ()):
+                is_val = each.source in _MAYBE_VAL and "val" not in inside.folders
+                yield dataclasses.replace(each, reason="rename it to val, or move it away") if is_val else each
         yield from _list_split(root, split, classes)
 
     splits = {split: lambda split=split: list_split(split) for split in SPLITS if (root / split).is_dir()}
@@ -96,12 +112,10 @@ def class_folders(folder: Path, order: str = "") -> list[str]:
 def _list_split(root: Path, split: str, classes: list[str]) -> Iterator[Entry | Unused]:
     folder, inside = root / split, contents_of(root / split)
     yield from unused_in(inside, split)
-    images = [name for name in inside.files if is_image(name)]
-    if images and not inside.folders:
-        raise UserError(f"{folder}: {len(images)} images lie directly in it, as {images[0]}. {_flat_advice(folder)}")
-    yield from misplaced(split, images, "an image outside of the class folders: move it into its class")
-    others = sorted({*inside.files} - {*images})
-    yield from misplaced(split, others, "a file beside the class folders: unpack it into its class, or move it away")
+    if (ANNOTATIONS in inside.files and "images" in inside.folders) or (inside.files and not inside.folders):
+        raise UserError(f"{folder}: has no class folders. {_flat_advice(folder)}")
+    for name in inside.files:
+        yield from misplaced(split, [name], _beside_classes(name))
     # The same class may be written composed in one split and decomposed in the other.
     found, alike = by_unique(inside.folders, composed)
     yield from misplaced(
@@ -109,20 +123,38 @@ def _list_split(root: Path, split: str, classes: list[str]) -> Iterator[Entry | 
     )
     known = {composed(name) for name in classes}
     strangers = [name for form, name in found.items() if form not in known]
-    yield from misplaced(split, strangers, "a class without a folder in train: move it away, or add the images there")
+    yield from misplaced(split, strangers, "a class that train lacks: move it away, or add training images of it")
     for label, class_id in enumerate(classes):
         if name := found.get(composed(class_id)):
             yield from list_class(root, Path(split) / name, class_id, label)
 
 
+def _beside_classes(name: str) -> str:
+    if is_image(name):
+        return "an image outside of the class folders: move it into its class"
+    if name.lower().endswith(_ARCHIVES):
+        return "an archive beside the class folders: unpack it into its class, or move it away"
+    return "a file beside the class folders: move it away"
+
+
 def _flat_advice(folder: Path) -> str:
-    """What to do with images that are not in class folders: they may be part of a download that has the labels."""
+    """What helps where images are not in class folders: a file may have the labels."""
+    inside, shell = contents_of(folder), shlex.quote(str(folder))
+    if ANNOTATIONS in inside.files:
+        return (
+            f"{ANNOTATIONS} has its labels; sort by it: cd {shell} && while read -r f c _; do mkdir -p $c; "
+            f"mv -n images/$f $c/; done < {ANNOTATIONS}; then move {ANNOTATIONS} and images away"
+        )
     for above in folder.resolve().parents:
         if (above / KAGGLE_DATA).is_dir():
             return f"This is Kaggle's download: give {above}, where {KAGGLE_SOLUTION} with their classes belongs"
+    images = [name for name in inside.files if is_image(name)]
+    there = f"{len(images)} images lie directly in it, as {images[0]}: sort them" if images else "Sort the images"
+    if (folder.parent / KAGGLE_SOLUTION).is_file():
+        return f"{there} as Kaggle does: {KAGGLE_DATA}/train and val beside {KAGGLE_SOLUTION}"
     return (
-        f"Sort them into class folders; or, if they are ImageNet's, give the folder that has {KAGGLE_SOLUTION} "
-        "(Kaggle) or ILSVRC2012_img_val.tar and the devkit"
+        f"{there} into {folder}/CLASS; or, if they are ImageNet's, give the folder that has {KAGGLE_SOLUTION} (Kaggle) "
+        "or ILSVRC2012_img_val.tar and the devkit"
     )
 
 
@@ -134,8 +166,8 @@ def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[
     """
     inside = contents_of(root / folder)
     yield from unused_in(inside, str(folder))
-    yield from misplaced(str(folder), inside.folders, "a folder inside a class: move its images up")
-    if not inside.files:
+    yield from misplaced(str(folder), inside.folders, _INSIDE_CLASS)
+    if not inside.files and not inside.folders:
         yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
     broken = [file for file in inside.files if not is_utf8(file)]
     yield from misplaced(str(folder), broken, "a name that is not UTF-8: rename it")

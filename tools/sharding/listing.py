@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import UserError, grouped
+from pipelines.errors import UserError, grouped, named
 from pipelines.files import replacing, write_synced
 from tools.sharding.entries import MISPLACED, Entry, Source, Unused
 
@@ -36,7 +36,9 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
         )
         for split in source.splits:
             if not num_listed(partial, split):
-                raise UserError(f"{source.root}: no images in split {split}. Add some, or move the empty split away")
+                left = [each.source for each in read_unused(partial, split) if each.kind == MISPLACED]
+                why = f"All that it holds was left out ({named(left, 3)}). Sort it" if left else "Add some"
+                raise UserError(f"{source.root}: no images in split {split}. {why}, or move the split away")
     except UserError:
         for split in new:  # no shard was written from it, and the person may now change the source
             path_of(partial, split).unlink(missing_ok=True)

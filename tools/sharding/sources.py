@@ -7,7 +7,7 @@ that the listing holds. Listing never holds more than one class (or one file) in
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, named
 from tools.sharding.entries import VAL_NAMES, Source, SourceOptions, contents_of, is_image
 from tools.sharding.folders import KAGGLE_DATA, open_folder, open_kaggle
 from tools.sharding.ilsvrc import DEVKIT, TRAIN_TAR, VAL_TAR, open_ilsvrc
@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, SourceOptions, Pa
     "folder": (lambda root: (root / "train").is_dir() and not has_parquet(root / "train"), open_folder),
     "parquet": (lambda root: has_parquet(root) or has_parquet(root / "train"), open_parquet),
 }
+# Names of folders that hold the images of all classes, or something else about them.
+_NO_CLASSES = ("images", "image", "img", "imgs", "jpegimages", "annotations", "labels", "masks", "data", "photos")
 _EXPECTED = (
     f"Expected a folder with train/CLASS/*.jpg; or {TRAIN_TAR}, {VAL_TAR} and {DEVKIT}; or Kaggle's "
     f"{KAGGLE_DATA}; or Hugging Face's train-*.parquet"
@@ -51,20 +53,37 @@ def open_source(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
 
 def _nearest(root: Path) -> str:
-    """What probably helps: the folder above is often meant, or one of another name; "" where nothing is near."""
+    """What probably helps: the folder above is often meant, or one inside; "" where nothing is near."""
     for above in root.resolve().parents:
         if (above / KAGGLE_DATA).is_dir():
             return f"It is a part of Kaggle's download: give {above}"
     inside = contents_of(root)
     if reason := inside.others.get("train"):
         return f"Its train is {reason}"
-    named_alike = [name for name in inside.folders if name.lower() in ("train", "training")]
-    if named_alike:
-        return f"Expected the training images in {root / 'train'}: rename {root / named_alike[0]}"
+    if "train" in inside.files:
+        return f"{root / 'train'} is a file, where a folder of class folders belongs"
+    if alike := [name for name in inside.folders if name.lower() in ("train", "training")]:
+        return f"Expected the training images in {root / 'train'}: rename {root / alike[0]}"
     if any(name.lower() in VAL_NAMES for name in inside.folders):
         return f"It has validation images alone: put the training images into {root}/train/CLASS"
+    if whole := [name for name in inside.folders if any(looks_like(root / name) for looks_like, _ in KINDS.values())]:
+        return f"Give the folder inside it: {root / whole[0]}"
     if root.name.lower() in ("train", *VAL_NAMES) and inside.folders:
         return f"Give the folder above it, {root.resolve().parent}, which holds train/CLASS and val/CLASS"
-    if any(any(map(is_image, contents_of(root / name).files)) for name in inside.folders[:3]):
-        return f"Its folders of images belong one level deeper: move them into {root}/train"
-    return ""
+    return _nearest_images(root, inside.folders)
+
+
+def _nearest_images(root: Path, folders: list[str]) -> str:
+    """What helps where images lie somewhere below a folder that is no source."""
+    if nested := [name for name in folders if len(_with_images(root / name)) > 1]:
+        return f"The class folders in {root / nested[0]} belong in {root}/train: rename it, if they are training images"
+    classes = _with_images(root)
+    if len(classes) == 1 or any(name.lower() in _NO_CLASSES for name in classes):
+        return f"Sort the images of {named([root / name for name in classes], 3)} by class: {root}/train/CLASS"
+    return f"Its folders of images belong one level deeper: move them into {root}/train" if classes else ""
+
+
+def _with_images(folder: Path) -> list[str]:
+    """Folders in a folder that hold images."""
+    names = contents_of(folder).folders
+    return [name for name in names if any(map(is_image, contents_of(folder / name).files))]
