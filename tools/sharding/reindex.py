@@ -43,8 +43,9 @@ from tools.sharding.shards import (
 from tools.sharding.tars import COMPRESSED, tar_members
 from tools.sharding.workers import run_jobs
 
-_IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
-_MAX_LABEL_BYTES = 32
+_IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
+_MAX_LABEL_BYTES = 32  # a class number may have spaces around it
+_MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _RECORDS = ".index.partial"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
@@ -332,7 +333,8 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
                 continue
             found.add(key, label, offset, image)
             hashes.append(source_hash(image.jpeg))
-            unread.update(others)
+            if others:
+                unread.update(others)
     found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": unread}
     idx = _idx_of(path, members.samples)
     write_synced(record.with_suffix(".idx"), idx)
@@ -395,7 +397,7 @@ def _dotted(parts: dict[str, tuple[int, int]], images: list[str]) -> str:
 
 def _class_number(part: str, content: bytes) -> int:
     text = content[: _MAX_LABEL_BYTES + 1].strip()
-    if re.fullmatch(rb"\+?\d{1,18}", text):
+    if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
         return int(text)
     if re.fullmatch(rb"-\d{1,18}", text):
         raise RejectedImageError(f"its {part} is {text.decode()}, which is negative")

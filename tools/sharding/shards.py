@@ -173,12 +173,12 @@ def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
     has_names = all(len(key.split()) == 1 for key in members)
     lines = []
     for key, parts in members.items():
-        places = [
+        fields = [
             f"{extension} {offset} {size}" + (f" {key}.{extension}" if has_names else "")
             for extension, (offset, size) in parts.items()
             if extension
         ]
-        lines += [" ".join(places)] if places else []
+        lines += [" ".join(fields)] if fields else []
     lines = [f"{'v1.2' if has_names else 'v1.1'} {len(lines)}", *lines]
     return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
 
@@ -204,10 +204,10 @@ def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
 
 
 def describes(idx: bytes, members: dict[str, dict[str, tuple[int, int]]]) -> bool:
-    """Whether an .idx file of any version lists the parts of a tar, each once, and no others."""
+    """True if an .idx file of any version lists the parts of a tar, each once, and no others."""
     listed = [part for sample in read_dali_index(idx) for part in sample]
-    parts = {place: name for sample in members.values() for name, place in sample.items()}
+    parts = {span: name for sample in members.values() for name, span in sample.items()}
     strange = [part for part in listed if parts.get(part[1:]) not in (part[0], "")]
-    needed = [place for place, name in parts.items() if name]  # DALI's own tool has a name of its own for those without
+    needed = [span for span, name in parts.items() if name]  # DALI's own tool has a name of its own for those without
     found = {part[1:] for part in listed}
     return not strange and found.issuperset(needed) and len(found) == len(listed)

@@ -61,7 +61,8 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile keeps all of them otherwise
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
                 if not member.isdir() and member.type != _VOLUME_LABEL:
@@ -152,11 +153,13 @@ def _is_header(block: bytes) -> bool:
 
 def why_not_a_file(member: tarfile.TarInfo) -> str:
     """Why a member of a tar has no content of its own there, and what helps; "" if it is a regular file."""
-    if member.islnk() or member.issym():
-        return "a link in the tar. Pack it again with the files themselves: tar -h --hard-dereference -cf ..."
     if member.issparse():
         return "stored as a sparse file. Pack the tar again without --sparse"
-    return "" if member.isreg() else f"no file (type {member.type.decode(errors='replace')!r}). Pack the tar without it"
+    if member.isreg():
+        return ""
+    if member.islnk() or member.issym():
+        return "a link in the tar. Pack it again with the files themselves: tar -h --hard-dereference -cf ..."
+    return f"no file (type {member.type.decode(errors='replace')!r}). Pack the tar without it"
 
 
 @dataclasses.dataclass

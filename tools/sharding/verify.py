@@ -157,7 +157,7 @@ def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault
     if not faults or not intact or not (root / name).is_file():
         return faults
     found, expected = (root / name).read_bytes(), dali_index(tar_members(root / split / shard["name"]).samples)
-    if hashlib.sha256(expected).hexdigest() != shard["idx_sha256"]:  # another program wrote it: its place is not known
+    if hashlib.sha256(expected).hexdigest() != shard["idx_sha256"]:  # another program wrote it: its offset is not known
         return faults
     shorter = min(len(found), len(expected))
     first = next((i for i in range(shorter) if found[i] != expected[i]), shorter)
@@ -214,13 +214,13 @@ def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
 
 
 def _labels(idx: Path) -> dict[int, tuple[int, int]]:
-    """The labels' places, from an .idx file: offset of each part of a sample -> (offset, bytes) of its label."""
+    """Where the labels lie, from an .idx file: offset of each part of a sample -> (offset, bytes) of its label."""
     labels = {}
     for parts in read_dali_index(idx.read_bytes()) if idx.is_file() else []:
-        places = {extension: (offset, size) for extension, offset, size in parts}
-        label = next((places[name] for name in LABEL_PARTS if name in places), None)
+        spans = {extension: (offset, size) for extension, offset, size in parts}
+        label = next((spans[name] for name in LABEL_PARTS if name in spans), None)
         if label is not None:
-            labels |= {offset: label for offset, _ in places.values()}
+            labels |= {offset: label for offset, _ in spans.values()}
     return labels
 
 
