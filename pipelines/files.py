@@ -60,8 +60,8 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def is_hidden(path: str) -> bool:
     """Whether a part of a path is a hidden or system name: one that begins with a dot, or one of a fixed list."""
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    return any(part[0] == "." or part.lower() in _SYSTEM_NAMES for part in parts)
+    parts = path.split("/") if "/" in path else (path,)
+    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
 def instead_of_content(head: bytes) -> str:

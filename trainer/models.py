@@ -256,8 +256,8 @@ def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: Runtime
         )
     if prefix := _common_prefix(list(weights)):
         return (
-            f"does not fit model '{name}': all its names begin with '{prefix}', as of a larger model that holds it. Save "
-            f"{{k.partition('{prefix}')[2]: v for k, v in weights.items()}}"
+            f"does not fit model '{name}': all its names begin with '{prefix}', as of a larger model that holds it. "
+            f"Save {{k.partition('{prefix}')[2]: v for k, v in weights.items()}}"
         )
     return f"does not fit model '{name}' ({clipped(error, 160)}). Give the model it was saved from"
 
