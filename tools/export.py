@@ -87,7 +87,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to make, or an empty one")
     parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
-    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the averaged ones)")
+    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the EMA)")
     parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
     parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
     parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
