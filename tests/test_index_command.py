@@ -148,6 +148,105 @@ def test_the_folder_of_a_split_itself_is_answered_with_the_folder_above(tmp_path
     assert len(keys(tmp_path / "set")) == 2
 
 
+# --- splits by name ---
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("imagenet1k-train-{:04d}.tar", "imagenet1k-validation-{:04d}.tar"),
+        ("imagenet-train-{:06d}.tar", "imagenet-val-{:06d}.tar"),
+        ("Train_{}.tar", "Valid_{}.tar"),
+        ("train.{}.tar", "my valid.{}.tar"),
+    ],
+)
+def test_tars_of_both_splits_in_one_folder_are_sorted_by_the_commands_of_the_message(tmp_path, train, val):
+    for number in range(2):
+        put(tmp_path / train.format(number), tar_of(samples(2, start=2 * number)))
+    put(tmp_path / val.format(0), tar_of(samples(3, start=7)))
+    put(tmp_path / "_info.json", b"{}")
+    run(re.search(r"In that folder: (mkdir .*)", refused(index_webdataset, tmp_path))[1], tmp_path)
+    index_webdataset(tmp_path)
+    assert keys(tmp_path) == ["0000", "0001", "0002", "0003"] and keys(tmp_path, "val") == ["0007", "0008", "0009"]
+
+
+def test_tars_whose_names_no_pattern_sorts_are_not_sorted_by_a_command(tmp_path):
+    for name in ("trainset-train-0.tar", "trainset-val-0.tar"):
+        put(tmp_path / name, tar_of(samples(2)))
+    message = refused(index_webdataset, tmp_path)
+    assert "mv *train*" not in message and message.endswith("Sort its tars into train and val by their names")
+
+
+@pytest.mark.parametrize("word", ["val", "validation", "test"])
+def test_tars_named_for_another_split_alone_are_no_training_images_without_a_decision(tmp_path, word):
+    put(tmp_path / f"birds-{word}-0.tar", tar_of(samples(2)))
+    assert "only if they are for training" in refused(index_webdataset, tmp_path)
+    run("mkdir train; mv *.tar train/", tmp_path)
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "move", "split"),
+    [
+        ("train/in-val-0.tar", "train/in-train-0.tar", "mkdir val; mv train/in-val-0.tar val", "val"),
+        ("train/validation_0.tar", "train/0.tar", "mkdir val; mv train/validation_0.tar val", "val"),
+        ("val/x.train.3.tar", "val/x.val.0.tar", "mkdir -p train; mv val/x.train.3.tar train", "train"),
+        ("train/in-test-0.tar", "train/in-0.tar", "mv train/in-test-0.tar ..", ""),
+    ],
+)
+def test_a_tar_among_others_whose_name_says_another_split_is_named_and_the_advice_works(
+    tmp_path, name, others, move, split
+):
+    root = tmp_path / "set"
+    put(root / others, tar_of(samples(2)))
+    put(root / "train" / "in-train-9.tar", tar_of(samples(2, start=2)))
+    put(root / name, tar_of(samples(2, start=5)))
+    message = refused(index_webdataset, root)
+    assert f"1 entry would be left out. {name}: its name says" in message
+    assert ("move it into " + split if split else "move it away") in message
+    run(move, root)
+    index_webdataset(root)
+    assert not split or {"0005", "0006"} <= {*keys(root, split)}
+
+
+def test_a_folder_in_which_all_names_have_a_split_s_word_is_taken(tmp_path):
+    for number in range(2):
+        put(tmp_path / "train" / f"road-test-{number}.tar", tar_of(samples(2, start=2 * number)))
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train/a-00000-of-00002.tar"], "train/a-00001-of-00002.tar"),
+        (["train/0-of-3.tar", "train/2-of-3.tar"], "train/1-of-3.tar"),
+        (["train/a.tar", "val/a_0001_of_0003.tar", "val/a_0003_of_0003.tar"], "val/a_0002_of_0003.tar"),
+    ],
+)
+def test_shards_that_the_names_of_others_count_are_named_and_taken_once_they_are_there(tmp_path, names, missing):
+    for name in names:
+        put(tmp_path / name, tar_of(samples(2)))
+    assert f"1 entry would be left out. {missing}: not there" in refused(index_webdataset, tmp_path)
+    manifest = index_webdataset(tmp_path, skip_bad=True)
+    assert [item["source"] for item in manifest["audit"]["left_out"]] == [missing]
+    (tmp_path / "manifest.json").unlink()
+    put(tmp_path / missing, tar_of(samples(2)))
+    index_webdataset(tmp_path)
+
+
+@pytest.mark.parametrize("validation", ["test", "validation", "Valid"])
+def test_a_split_beside_val_is_moved_away_and_never_into_it(tmp_path, validation):
+    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / "val" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / validation / "b.tar", tar_of(samples(2)))
+    message = refused(index_webdataset, tmp_path / "set")
+    assert "only train and val are indexed: move it away" in message and "rename" not in message
+    run(f"mv {validation} ..", tmp_path / "set")
+    index_webdataset(tmp_path / "set")
+
+
 def test_an_image_folder_is_answered_with_build(tmp_path):
     put(tmp_path / "train" / "cat" / "1.jpg", jpeg())
     assert "images in folders are converted with 'build'" in refused(index_webdataset, tmp_path)

@@ -40,6 +40,7 @@ from tools.sharding.shards import (
     source_hash,
     write_record,
 )
+from tools.sharding.split_names import missing_files, named_split, of_other_splits, sorting_commands
 from tools.sharding.tars import COMPRESSED, tar_members
 from tools.sharding.workers import run_jobs
 
@@ -49,7 +50,7 @@ _RECORDS = ".index.partial"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
-_DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS")
+_DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS", "_info.json")
 
 
 def index_webdataset(
@@ -165,8 +166,15 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
         if split not in inside.folders:
             continue
         shards = contents_of(root / split)
-        found[split] = [root / split / name for name in shards.files if name.endswith(".tar")]
+        tars = [name for name in shards.files if name.endswith(".tar")]
+        others = of_other_splits(tars, split)
+        found[split] = [root / split / name for name in tars if name not in others]
         unused += _beside_shards(split, shards)
+        unused += missing_files((f"{split}/{name}" for name in tars), (f"{split}/{name}" for name in shards.visible))
+        for name, stated in others.items():
+            helps = f"move it into {stated}" if stated in SPLITS else "move it away"
+            reason = f"its name says {stated}: {helps}, or rename it"
+            unused.append(Unused(MISPLACED, printable(f"{split}/{name}"), reason))
         if not shards.visible:
             raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     found = {split: paths for split, paths in found.items() if paths}
@@ -186,9 +194,12 @@ def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
             continue
         reason = "not part of a dataset of train/*.tar and val/*.tar: move it away"
         if name in inside.folders and name.lower() in (*VAL_NAMES, "test"):
-            reason = "only train and val are indexed: rename it to val, or move it away"
+            rename = "" if "val" in inside.visible else "rename it to val, or "
+            reason = f"only train and val are indexed: {rename}move it away"
         elif name in inside.files and name.endswith(".tar"):
-            reason = "a tar outside of train and val: move it into one of them"
+            stated = named_split(name) or "one of them"
+            helps = "move it away" if stated == "test" else f"move it into {stated}"
+            reason = f"a tar outside of train and val: {helps}"
         yield Unused(MISPLACED, printable(name), reason)
 
 
@@ -229,14 +240,28 @@ def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
 def _nearest(root: Path) -> str:
     """Say what probably helps where there is no train/*.tar."""
     inside = contents_of(root)
-    if any(name.endswith(".tar") for name in inside.files):
+    if tars := [name for name in inside.files if name.endswith(".tar")]:
         if root.name.lower() in ("train", *VAL_NAMES):
             return f"Give the folder above it, {root.resolve().parent}"
-        return f"Move its tars into {root / 'train'}"
+        return _advice_by_names(root, tars)
     similar = [name for name in inside.folders if name.lower() in ("train", "training") and name != "train"]
     if similar and "train" not in inside.folders:
         return f"Rename {similar[0]} to train"
     return "Expected WebDataset tars (jpg, cls) in train/ and val/; images in folders are converted with 'build'"
+
+
+def _advice_by_names(root: Path, tars: list[str]) -> str:
+    """Say what helps where all tars lie in one folder: their names may state a split."""
+    stated = {named_split(name) for name in tars}
+    if stated <= {"", "train"}:
+        return f"Move its tars into {root / 'train'}"
+    if "train" not in stated and len(stated) == 1:
+        return (
+            f"The names of its tars say {stated.pop()}: move them into {root / 'train'} only if they are for training"
+        )
+    by = "Sort its tars into train and val by their names"
+    commands = sorting_commands(tars)
+    return f"{by}. In that folder: {commands}" if commands and "train" in stated else by
 
 
 def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str, list[Path]]:
