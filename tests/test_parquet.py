@@ -141,6 +141,33 @@ def test_everything_visible_beside_parquet_files_is_named_or_left_out_by_decisio
     assert [item["source"] for item in manifest["audit"]["left_out"]] == [name]
 
 
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00002.parquet"], "train-00001-of-00002.parquet"),
+        (["data/train-00001-of-00002-0f3a.parquet"], "data/train-00000-of-00002.parquet"),
+        (["train/0-of-2.parquet"], "train/1-of-2.parquet"),
+        (["train-0.parquet", "validation_1_of_3.parquet", "validation_3_of_3.parquet"], "validation_2_of_3.parquet"),
+        (["default/train/0000.parquet", "default/val/part-0-of-2.parquet"], "default/val/part-1-of-2.parquet"),
+    ],
+)
+def test_files_that_the_names_of_others_count_are_named_and_taken_once_they_are_there(tmp_path, names, missing):
+    for name in names:
+        put_rows(tmp_path / "src" / name)
+    message = refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert f"1 entry would be left out. {missing}: not there" in message
+    manifest = build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
+    assert [item["source"] for item in manifest["audit"]["left_out"]] == [missing]
+    put_rows(tmp_path / "src" / missing)
+    build(tmp_path / "src", tmp_path / "whole", BuildOptions())
+
+
+def test_files_of_a_test_split_that_are_missing_are_no_error(tmp_path):
+    put_rows(tmp_path / "src" / "train-00000-of-00001.parquet")
+    put_rows(tmp_path / "src" / "test-00000-of-00004.parquet")
+    build(tmp_path / "src", tmp_path / "out", BuildOptions())
+
+
 def test_two_datasets_below_one_folder_are_never_mixed(tmp_path):
     put_rows(tmp_path / "src" / "32px" / "train" / "0.parquet")
     put_rows(tmp_path / "src" / "64px" / "train" / "0.parquet")

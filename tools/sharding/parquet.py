@@ -17,7 +17,6 @@ from tools.sharding.entries import (
     EXPECTED,
     MISPLACED,
     RECOGNISE,
-    VAL_NAMES,
     Entry,
     Source,
     SourceOptions,
@@ -28,9 +27,9 @@ from tools.sharding.entries import (
     sample_key,
 )
 from tools.sharding.slices import slice_reader
+from tools.sharding.split_names import SPLIT_WORDS, missing_files
 from tools.sharding.walk import walk
 
-_SPLIT_OF = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
 # Usual names of the two columns, the likeliest first.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "images", "picture", "photo")
@@ -89,8 +88,8 @@ def _remembered(scratch: Path, job: dict) -> tuple[list[str], str] | None:
 def has_parquet(folder: Path) -> bool:
     """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/."""
     below = []
-    if folder.is_dir() and folder.name not in _SPLIT_OF:
-        below = [folder / name for name in contents_of(folder).folders if name not in _SPLIT_OF]
+    if folder.is_dir() and folder.name not in SPLIT_WORDS:
+        below = [folder / name for name in contents_of(folder).folders if name not in SPLIT_WORDS]
     return any(next(path.glob("*.parquet"), None) for at in (folder, *below) for path in (at, at / "train"))
 
 
@@ -101,8 +100,9 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
       UserError: the files are of several configurations of a dataset.
     """
     found: dict[str, list[Path]] = {}
-    datasets, unused = set(), []
+    datasets, unused, there = set(), [], []
     for name in walk(root):
+        there.append(name.source if isinstance(name, Unused) else name)
         if isinstance(name, Unused):
             unused.append(name)
         elif not name.endswith(".parquet"):
@@ -120,6 +120,8 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
             f"{root}: files of several datasets, in {named(sorted(datasets))}. Give the folder of one of them, or move "
             "the others away"
         )
+    taken = (str(path.relative_to(root)) for paths in found.values() for path in paths)
+    unused += missing_files(taken, there)
     return {split: sorted(found[split]) for split in ("train", "val") if split in found}, unused
 
 
@@ -132,7 +134,7 @@ def _no_parquet(name: str) -> Unused:
 def _dataset_of(path: Path) -> str:
     """The folder above that of the split: files of one dataset have it in common."""
     parts = path.parent.parts
-    splits = [depth for depth, part in enumerate(parts) if part in _SPLIT_OF]
+    splits = [depth for depth, part in enumerate(parts) if part in SPLIT_WORDS]
     return "/".join(parts[: splits[0]] if splits else parts) or "."
 
 
@@ -140,8 +142,8 @@ def _split_of(path: Path) -> str:
     """The split of a file by its name, as in train-00000-of-00002, or by the nearest folder of a split's name."""
     words = re.match(r"[a-z]*", path.name)[0]
     for word in (words, *reversed(path.parent.parts)):
-        if word in _SPLIT_OF:
-            return _SPLIT_OF[word]
+        if word in SPLIT_WORDS:
+            return SPLIT_WORDS[word]
     return ""
 
 
