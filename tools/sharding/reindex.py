@@ -41,7 +41,7 @@ from tools.sharding.shards import (
     write_record,
 )
 from tools.sharding.split_names import missing_files, named_split, of_other_splits, sorting_commands
-from tools.sharding.tars import COMPRESSED, tar_members
+from tools.sharding.tars import COMPRESSED, check_compressed, tar_members
 from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
@@ -83,48 +83,60 @@ def index_webdataset(
         check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
-    with _naming_home(home):
+    check_compressed(root, [path for paths in found.values() for path in paths])
+    with _naming_home(home), _removed_if_empty(home):
         if out:
-            found = _link_tars(root, found, out)
-        helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
-        _check_writable([home, *(home / split for split in found)], helps)
-        return _index(home, found, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+            links = _links(root, found, out)
+            out.mkdir(parents=True, exist_ok=True)
+            _check_writable([out], "Choose another folder")
+        else:
+            helps = f"Have the index in a new folder: index {root} --out DIR"
+            links = {}
+            _check_writable([root, *(root / split for split in found)], helps)
+        return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
 
 
 def _index(
     home: Path,
     found: dict[str, list[Path]],
+    links: dict[Path, Path],
     unused: list[Unused],
     options: ImageOptions,
     skip_bad: bool,
     workers: int,
     on_shard: Callable[[int, int], None],
 ) -> dict:
-    folders = [home, *(home / split for split in found)]
     records = home / _RECORDS
     shutil.rmtree(records, ignore_errors=True)
     for split in found:
         (records / split).mkdir(parents=True)
     try:
         jobs = [
-            (path, records / split / f"{path.stem}.json", options) for split, paths in found.items() for path in paths
+            (path, home / split / f"{path.stem}.idx", records / split / f"{path.stem}.json", options)
+            for split, paths in found.items()
+            for path in paths
         ]
         for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
             on_shard(done + 1, len(jobs))
-        paths = [path for _, path, _ in jobs]
+        paths = [path for _, _, path, _ in jobs]
         description = _describe(home, paths, options.audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
+        _make_links(links)
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
-        for path, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
-            if not path.with_suffix(".idx").exists():
-                write_synced(path.with_suffix(".idx"), record.with_suffix(".idx").read_bytes())
+        for _, idx, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
+            if not idx.exists():
+                write_synced(idx, record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
+    _remove_leftovers([home, *(home / split for split in found)])
+    write_synced(home / MANIFEST, manifest_bytes(manifest))
+    return read_manifest(home)
+
+
+def _remove_leftovers(folders: list[Path]) -> None:
     for folder in folders:
         for path in filter(_is_leftover, folder.glob("*.partial")):
             path.unlink()
-    write_synced(home / MANIFEST, manifest_bytes(manifest))
-    return read_manifest(home)
 
 
 def _check_writable(folders: list[Path], helps: str) -> None:
@@ -135,6 +147,19 @@ def _check_writable(folders: list[Path], helps: str) -> None:
                 pass
         except OSError as error:
             raise UserError(f"{folder}: cannot be written to ({error.strerror}). {helps}") from error
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """After an error, remove a folder that was not there before and that holds nothing."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -264,8 +289,8 @@ def _advice_by_names(root: Path, tars: list[str]) -> str:
     return f"{by}. In that folder: {commands}" if commands and "train" in stated else by
 
 
-def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str, list[Path]]:
-    """Make OUT/SPLIT/NAME.tar links to the shards, as many as an earlier call has not made.
+def _links(root: Path, found: dict[str, list[Path]], out: Path) -> dict[Path, Path]:
+    """The links OUT/SPLIT/NAME.tar that an index elsewhere needs, and the shards that they lead to.
 
     Raises:
       UserError: OUT holds something else.
@@ -281,11 +306,15 @@ def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str,
             raise UserError(
                 f"--out {out}: holds something else ({named(strange or ['a file'], 3)}). Choose a new folder"
             )
+    return links
+
+
+def _make_links(links: dict[Path, Path]) -> None:
+    """Make the links that an earlier call has not made."""
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(target)
-    return {split: [out / split / path.name for path in paths] for split, paths in found.items()}
 
 
 # --- the tars ---
@@ -338,8 +367,13 @@ def _unused_members(records: list[Path]) -> Iterator[Unused]:
             yield Unused(EXPECTED, f"{split}: {count:,} parts .{extension}", "training reads images and class numbers")
 
 
-def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
-    """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
+def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions) -> None:
+    """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it.
+
+    Args:
+      idx_path: where its .idx file is or will be.
+      record: the file to write.
+    """
     found, hashes, unread = ShardRecord(), [], collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
     for key, reason in members.unusable.items():
@@ -359,19 +393,18 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
             hashes.append(source_hash(image.jpeg))
             unread.update(others)
     found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": unread}
-    idx = _idx_of(path, members.samples)
+    idx = _idx_of(idx_path, members.samples)
     write_synced(record.with_suffix(".idx"), idx)
     found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
     write_record(record, found, hashes)
 
 
-def _idx_of(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
     """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
       UserError: it describes another tar.
     """
-    there = path.with_suffix(".idx")
     if not there.exists():
         return dali_index(samples)
     idx = there.read_bytes()
