@@ -46,7 +46,7 @@ def open_parquet(root: Path, options: SourceOptions, scratch: Path) -> Source:
         raise UserError(f"{root}: reading parquet needs pyarrow: pip install pyarrow") from error
     found, unused = _find(root)
     if not found.get("train"):
-        raise UserError(f"{root}: no train-*.parquet below it. Expected train-*.parquet and validation-*.parquet")
+        raise UserError(f"{root}: no training files below it. {_nearest(root, unused)}")
     job = {
         "files": {str(path.relative_to(root)): path.stat().st_size for paths in found.values() for path in paths},
         "columns": [options.image_column, options.label_column],
@@ -86,11 +86,36 @@ def _remembered(scratch: Path, job: dict) -> tuple[list[str], str] | None:
 
 
 def has_parquet(folder: Path) -> bool:
-    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/."""
+    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/.
+
+    Arrow files of `save_to_disk` count as well: `open_parquet` says how they become parquet files.
+    """
     below = []
     if folder.is_dir() and folder.name not in SPLIT_WORDS:
         below = [folder / name for name in contents_of(folder).folders if name not in SPLIT_WORDS]
-    return any(next(path.glob("*.parquet"), None) for at in (folder, *below) for path in (at, at / "train"))
+    places = [path for at in (folder, *below) for path in (at, at / "train")]
+    return any(next(path.glob("*.parquet"), None) or _is_saved_to_disk(path) for path in places)
+
+
+def _is_saved_to_disk(folder: Path) -> bool:
+    """True for a split as `save_to_disk` of Hugging Face's datasets library writes it, which must be exported first."""
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+
+
+def _nearest(root: Path, unused: list[Unused]) -> str:
+    """Say what probably helps where there are no training files."""
+    names = [each.source for each in unused if each.kind == MISPLACED]
+    if arrow := [name for name in names if name.endswith(".arrow")]:
+        return (
+            f"It has Arrow files ({named(arrow, 2)}), as save_to_disk of Hugging Face's datasets writes them: export "
+            "each split as parquet, train-0.parquet and validation-0.parquet in a new folder, and give that"
+        )
+    expected = "The name of a file or of its folder states the split: train-*.parquet or train/*.parquet"
+    if nameless := [name for name in names if name.endswith(".parquet")]:
+        if root.resolve().name in SPLIT_WORDS:
+            return f"Give the folder above it, {root.resolve().parent}"
+        return f"{expected}. None is stated by {named(nameless, 3)}: rename them, or move them into {root}/train"
+    return f"{expected}, and validation-*.parquet"
 
 
 def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
