@@ -5,7 +5,7 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +46,7 @@ from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = tuple(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32
+_VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
 _RECORDS = ".index.partial"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
@@ -348,11 +349,16 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
 
 
 def _said(rejected: list[dict]) -> str:
-    """Rejected samples by reason: a few names of each of the first reasons."""
-    reasons: dict[str, list[str]] = {}
+    """Rejected samples by cause: a few names, and values found, of each of the first causes."""
+    values: dict[str, list[str]] = collections.defaultdict(list)  # cause, with VALUE for the value -> values
+    names: dict[str, list[str]] = collections.defaultdict(list)
     for item in rejected:
-        reasons.setdefault(item["reason"], []).append(f"{item['source']}: {clipped(item['sample'], 40)}")
-    return grouped(reasons, 6)
+        value = _VALUE.search(item["reason"])
+        cause = _VALUE.sub("VALUE", item["reason"], count=1)
+        values[cause].append(value[0] if value else "")
+        names[cause].append(f"{item['source']}: {clipped(item['sample'], 30)}")
+    said = {cause: cause.replace("VALUE", named(dict.fromkeys(values[cause]), 2), 1) for cause in names}
+    return grouped({said[cause]: found for cause, found in names.items()}, 3)
 
 
 def _unused_members(records: list[Path]) -> Iterator[Unused]:
@@ -376,6 +382,7 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
     """
     found, hashes, unread = ShardRecord(), [], collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
+    labelled = any(map(_is_label, (part for parts in members.samples.values() for part in parts)))
     for key, reason in members.unusable.items():
         found.reject(printable(key), source, RejectedImageError(reason))
     with open(path, "rb") as file:
@@ -385,7 +392,8 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
             try:
                 if not is_utf8(key):
                     raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
-                label, offset, image, others = _read_sample(file, parts, options)
+                in_class = not labelled and key.removeprefix("./").count("/") == 1
+                label, offset, image, others = _read_sample(file, parts, options, in_class)
             except RejectedImageError as error:
                 found.reject(printable(key), source, error)
                 continue
@@ -414,24 +422,20 @@ def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> byte
 
 
 def _read_sample(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions
+    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions, in_class: bool
 ) -> tuple[int, int, CheckedImage, list[str]]:
     """The class number, the image's offset, the image, and the extensions that are not read, of one sample.
+
+    Args:
+      in_class: as `_misnamed`.
 
     Raises:
       RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
     """
     images = [extension for extension in parts if extension in _IMAGE_PARTS]
     labels = [extension for extension in LABEL_PARTS if extension in parts]
-    if dotted := _dotted(parts, images):
-        raise RejectedImageError(
-            f"it has {clipped(dotted, 30)}: names end at their first dot. Pack the tar again with '_' for those dots"
-        )
-    if len(images) > 1:
-        raise RejectedImageError(f"two images, {named(images)}: pack the tar again with one of them")
-    if not images or not labels:
-        has = clipped(named(filter(None, parts), 5)) or "no extension"
-        raise RejectedImageError(f"has {has}; expected jpg and, with the class number as text, cls")
+    if reason := _misnamed(parts, images, labels, in_class):
+        raise RejectedImageError(reason)
     number = _class_number(labels[0], _slice(file, *parts[labels[0]]) if parts[labels[0]][1] else b"")
     offset, size = parts[images[0]]
     image = check_image(_slice(file, offset, size), options)
@@ -442,22 +446,45 @@ def _read_sample(
     return number, offset, image, [name for name in parts if name not in (images[0], labels[0])]
 
 
-def _dotted(parts: dict[str, tuple[int, int]], images: list[str]) -> str:
-    """A part that seems to belong to a sample whose name has a dot; "" where there is none."""
-    for name in parts:
-        _, dot, last = name.rpartition(".")
-        if dot and (last in LABEL_PARTS or (not images and is_image(name))):
-            return f".{name}"
+def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
+    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
+
+    Args:
+      in_class: whether its folder may be its class.
+      images, labels: those of the parts that are usual names of an image and of a class number.
+    """
+    seen = [name for name in parts if is_image(f".{name}")]
+    if in_class and len(seen) == len(parts):
+        return (
+            f"has '{clipped(named(seen, 3), 30)}', no cls. If its folder is its class, unpack each with "
+            "tar -kxf TAR -C SRC/train (val: SRC/val), and run 'build SRC OUT'"
+        )
+    dotted_labels = [name for name in parts if "." in name and _is_label(name)]
+    if dotted := dotted_labels or ([] if images or labels else seen):
+        dot = "names end at their first dot. Pack the tar again with _ for those dots"
+        return f"it has '.{clipped(dotted[0], 30)}': {dot}"
+    if len(images or seen) > 1:
+        return f"several images, '{clipped(named(images or seen, 3))}': pack the tar again with one of them, as KEY.jpg"
+    if seen and not images:
+        return f"its image is '{clipped(seen[0], 30)}': pack the tar again with it as KEY.jpg"
+    has = clipped(named(filter(None, parts), 5)) or "no extension"
+    if not images:
+        return f"has {has}; expected an image, jpg, and its class number as text, cls"
+    if not labels:
+        return f"has {has}; expected a cls, too: pack the tar again with the class number as text in KEY.cls"
     return ""
+
+
+def _is_label(part: str) -> bool:
+    """Whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
+    return part.rpartition(".")[2] in LABEL_PARTS
 
 
 def _class_number(part: str, content: bytes) -> int:
     text = content[: _MAX_LABEL_BYTES + 1].strip()
     if re.fullmatch(rb"\+?\d{1,18}", text):
         return int(text)
-    if re.fullmatch(rb"-\d{1,18}", text):
-        raise RejectedImageError(f"its {part} is {text.decode()}, which is negative")
-    shown = clipped(text[:20].decode(errors="backslashreplace"), 20)
+    shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
     raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
 
 
