@@ -500,6 +500,15 @@ def test_pngs_unpacked_into_class_folders_are_converted_as_the_message_says(tmp_
     assert build(tmp_path / "src", tmp_path / "out", BuildOptions())["splits"]["train"]["samples"] == 2
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_an_absurd_class_number_is_named_with_its_tar_and_no_folder_is_left(tmp_path, elsewhere):
+    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / "train" / "b.tar", tar_of({"1.jpg": jpeg(), "1.cls": b"123456"}))
+    out = tmp_path / "index" if elsewhere else None
+    assert refused(index_webdataset, tmp_path / "set", out=out).startswith("train/b.tar: class numbers up to 123456 ")
+    assert not (tmp_path / "index").exists()
+
+
 def test_one_key_in_two_shards_is_two_samples(tmp_path):
     put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
     put(tmp_path / "train" / "b.tar", tar_of(samples(2)))

@@ -244,6 +244,7 @@ def _why_no_shard(name: str, is_folder: bool) -> str:
         return "a folder among the tars: move tars that it holds up, or move it away"
     for suffix, tool in COMPRESSED.values():
         if name.endswith(suffix) or (name.endswith(".tgz") and suffix == ".gz"):
+            tool += " --rm" if suffix == ".zst" else ""  # it keeps the compressed file otherwise
             return f"compressed, so nothing in it can be read alone: unpack it with {tool}"
     if name.endswith(".idx"):
         return "describes a tar that is not there: move it away"
@@ -327,16 +328,19 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
     Raises:
       UserError: samples cannot be used and `skip_bad` is off, or the class numbers make no sense.
     """
-    rejected, samples, top = [], 0, -1
-    for record in map(read_record, records):
+    rejected, samples, top, where = [], 0, -1, ""
+    for path in records:
+        record = read_record(path)
         rejected += record.notes["rejected"]
         samples += len(record.rows)
-        top = max([top, *(row["label"] for row in record.rows)])
+        largest = max([row["label"] for row in record.rows], default=-1)
+        if largest > top:
+            top, where = largest, f"{path.parent.name}/{path.stem}.tar"
     if rejected and not skip_bad:
         number = "1 sample" if len(rejected) == 1 else f"{len(rejected):,} samples"
         raise UserError(f"{number} cannot be used: {_said(rejected)}. Or leave out what cannot: --on-bad skip")
     if top >= max(1000, 100 * samples):
-        raise UserError(f"{root}: class numbers up to {top} for {samples} samples. Look at the cls files")
+        raise UserError(f"{where}: class numbers up to {top} for {samples} samples. Look at the cls files")
     return {
         "format_version": FORMAT_VERSION,
         "made_with": {"tool": VERSION},
