@@ -170,6 +170,16 @@ def test_tars_of_both_splits_in_one_folder_are_sorted_by_the_commands_of_the_mes
     assert keys(tmp_path) == ["0000", "0001", "0002", "0003"] and keys(tmp_path, "val") == ["0007", "0008", "0009"]
 
 
+def test_tars_of_a_test_split_among_others_stay_and_are_moved_away_by_the_next_message(tmp_path):
+    for split in ("train", "test"):
+        put(tmp_path / "set" / f"cars-{split}-0.tar", tar_of(samples(2)))
+    run(re.search(r"In that folder: (mkdir .*)", refused(index_webdataset, tmp_path / "set"))[1], tmp_path / "set")
+    message = refused(index_webdataset, tmp_path / "set")
+    assert "cars-test-0.tar: a tar outside of train and val: move it away" in message
+    run("mv cars-test-0.tar ..", tmp_path / "set")
+    assert [*index_webdataset(tmp_path / "set")["splits"]] == ["train"]
+
+
 def test_tars_whose_names_no_pattern_sorts_are_not_sorted_by_a_command(tmp_path):
     for name in ("trainset-train-0.tar", "trainset-val-0.tar"):
         put(tmp_path / name, tar_of(samples(2)))

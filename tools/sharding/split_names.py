@@ -39,8 +39,9 @@ def sorting_commands(names: list[str]) -> str:
         patterns = sorted({f"*{word}*.tar" for name in ours for word in split_words(name)})
         if {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)} != set(ours):
             return ""
-        commands += [f"mv {' '.join(patterns)} {split}/"] if ours else []
-    return f"mkdir -p train val; {'; '.join(commands)}"
+        if ours:
+            commands.append(f"mkdir -p {split}; mv {' '.join(patterns)} {split}/")
+    return "; ".join(commands)
 
 
 def missing_files(taken: Iterable[str], there: Iterable[str]) -> Iterator[Unused]:
