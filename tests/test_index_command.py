@@ -148,6 +148,115 @@ def test_the_folder_of_a_split_itself_is_answered_with_the_folder_above(tmp_path
     assert len(keys(tmp_path / "set")) == 2
 
 
+# --- splits by name ---
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("imagenet1k-train-{:04d}.tar", "imagenet1k-validation-{:04d}.tar"),
+        ("imagenet-train-{:06d}.tar", "imagenet-val-{:06d}.tar"),
+        ("Train_{}.tar", "Valid_{}.tar"),
+        ("train.{}.tar", "my valid.{}.tar"),
+    ],
+)
+def test_tars_of_both_splits_in_one_folder_are_sorted_by_the_commands_of_the_message(tmp_path, train, val):
+    for number in range(2):
+        put(tmp_path / train.format(number), tar_of(samples(2, start=2 * number)))
+    put(tmp_path / val.format(0), tar_of(samples(3, start=7)))
+    put(tmp_path / "_info.json", b"{}")
+    run(re.search(r"In that folder: (mkdir .*)", refused(index_webdataset, tmp_path))[1], tmp_path)
+    index_webdataset(tmp_path)
+    assert keys(tmp_path) == ["0000", "0001", "0002", "0003"] and keys(tmp_path, "val") == ["0007", "0008", "0009"]
+
+
+def test_tars_of_a_test_split_among_others_stay_and_are_moved_away_by_the_next_message(tmp_path):
+    for split in ("train", "test"):
+        put(tmp_path / "set" / f"cars-{split}-0.tar", tar_of(samples(2)))
+    run(re.search(r"In that folder: (mkdir .*)", refused(index_webdataset, tmp_path / "set"))[1], tmp_path / "set")
+    message = refused(index_webdataset, tmp_path / "set")
+    assert "cars-test-0.tar: a tar outside of train and val: move it away" in message
+    run("mv cars-test-0.tar ..", tmp_path / "set")
+    assert [*index_webdataset(tmp_path / "set")["splits"]] == ["train"]
+
+
+def test_tars_whose_names_no_pattern_sorts_are_not_sorted_by_a_command(tmp_path):
+    for name in ("trainset-train-0.tar", "trainset-val-0.tar"):
+        put(tmp_path / name, tar_of(samples(2)))
+    message = refused(index_webdataset, tmp_path)
+    assert "mv *train*" not in message and message.endswith("Sort its tars into train and val by their names")
+
+
+@pytest.mark.parametrize("word", ["val", "validation", "test"])
+def test_tars_named_for_another_split_alone_are_no_training_images_without_a_decision(tmp_path, word):
+    put(tmp_path / f"birds-{word}-0.tar", tar_of(samples(2)))
+    assert "only if they are for training" in refused(index_webdataset, tmp_path)
+    run("mkdir train; mv *.tar train/", tmp_path)
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "move", "split"),
+    [
+        ("train/in-val-0.tar", "train/in-train-0.tar", "mkdir val; mv train/in-val-0.tar val", "val"),
+        ("train/validation_0.tar", "train/0.tar", "mkdir val; mv train/validation_0.tar val", "val"),
+        ("val/x.train.3.tar", "val/x.val.0.tar", "mkdir -p train; mv val/x.train.3.tar train", "train"),
+        ("train/in-test-0.tar", "train/in-0.tar", "mv train/in-test-0.tar ..", ""),
+    ],
+)
+def test_a_tar_among_others_whose_name_says_another_split_is_named_and_the_advice_works(
+    tmp_path, name, others, move, split
+):
+    root = tmp_path / "set"
+    put(root / others, tar_of(samples(2)))
+    put(root / "train" / "in-train-9.tar", tar_of(samples(2, start=2)))
+    put(root / name, tar_of(samples(2, start=5)))
+    message = refused(index_webdataset, root)
+    assert f"1 entry would be left out. {name}: its name says" in message
+    assert ("move it into " + split if split else "move it away") in message
+    run(move, root)
+    index_webdataset(root)
+    assert not split or {"0005", "0006"} <= {*keys(root, split)}
+
+
+def test_a_folder_in_which_all_names_have_a_split_s_word_is_taken(tmp_path):
+    for number in range(2):
+        put(tmp_path / "train" / f"road-test-{number}.tar", tar_of(samples(2, start=2 * number)))
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train/a-00000-of-00002.tar"], "train/a-00001-of-00002.tar"),
+        (["train/0-of-3.tar", "train/2-of-3.tar"], "train/1-of-3.tar"),
+        (["train/a.tar", "val/a_0001_of_0003.tar", "val/a_0003_of_0003.tar"], "val/a_0002_of_0003.tar"),
+    ],
+)
+def test_shards_that_the_names_of_others_count_are_named_and_taken_once_they_are_there(tmp_path, names, missing):
+    for name in names:
+        put(tmp_path / name, tar_of(samples(2)))
+    assert f"1 entry would be left out. {missing}: not there" in refused(index_webdataset, tmp_path)
+    manifest = index_webdataset(tmp_path, skip_bad=True)
+    assert [item["source"] for item in manifest["audit"]["left_out"]] == [missing]
+    (tmp_path / "manifest.json").unlink()
+    put(tmp_path / missing, tar_of(samples(2)))
+    index_webdataset(tmp_path)
+
+
+@pytest.mark.parametrize("validation", ["test", "validation", "Valid"])
+def test_a_split_beside_val_is_moved_away_and_never_into_it(tmp_path, validation):
+    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / "val" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / validation / "b.tar", tar_of(samples(2)))
+    message = refused(index_webdataset, tmp_path / "set")
+    assert "only train and val are indexed: move it away" in message and "rename" not in message
+    run(f"mv {validation} ..", tmp_path / "set")
+    index_webdataset(tmp_path / "set")
+
+
 def test_an_image_folder_is_answered_with_build(tmp_path):
     put(tmp_path / "train" / "cat" / "1.jpg", jpeg())
     assert "images in folders are converted with 'build'" in refused(index_webdataset, tmp_path)
@@ -274,25 +383,31 @@ def test_usual_names_of_parts_are_taken(tmp_path, image, label):
     [
         (
             {"1.png": jpeg(0, "PNG"), "1.jpg": jpeg(), "1.cls": b"0"},
-            "two images, png, jpg: pack the tar again",
+            "several images, 'png, jpg': pack the tar again",
         ),
-        ({"1.jpg": jpeg(), "1.json": b'{"label": 3}'}, "has jpg, json; expected jpg and, with the class number"),
-        ({"1.jpg": jpeg(), "1.txt": b"3"}, "has jpg, txt; expected"),
+        ({"1.jpg": jpeg(), "1.json": b'{"label": 3}'}, "has jpg, json; expected a cls, too: pack"),
+        ({"1.jpg": jpeg(), "1.txt": b"3"}, "has jpg, txt; expected a cls, too"),
+        ({"1.jpg": jpeg(), "1.index": b"3"}, "has jpg, index; expected a cls, too"),
+        ({"1.left.jpg": jpeg(), "1.right.jpg": jpeg(1), "1.cls": b"0"}, "several images, 'left.jpg, right.jpg'"),
+        ({"1.rgb.jpg": jpeg(), "1.cls": b"0"}, "its image is 'rgb.jpg': pack the tar again with it as KEY.jpg"),
+        ({"cat/1.jpg": jpeg()}, "has jpg; expected a cls, too"),
+        ({"./cat/1.v2.jpg": jpeg()}, "it has '.v2.jpg': names end at their first dot"),
+        ({"1.cls": b"0"}, "has cls; expected an image"),
         ({"1.jpg": jpeg(), "1.cls": b"dog"}, "its cls is 'dog', not a class number: number the classes"),
         ({"1.jpg": jpeg(), "1.cls": b"3.0"}, "'3.0', not a class number"),
         ({"1.jpg": jpeg(), "1.cls": b"1_0"}, "'1_0', not a class number"),
         ({"1.jpg": jpeg(), "1.cls": b""}, "'', not a class number"),
         ({"1.jpg": jpeg(), "1.cls": b"9" * 5000}, "not a class number"),
         ({"1.jpg": jpeg(), "1.cls": b"\xff\xfe3\0"}, "not a class number"),
-        ({"1.jpg": jpeg(), "1.cls": b"-1"}, "its cls is -1, which is negative"),
+        ({"1.jpg": jpeg(), "1.cls": b"-1"}, "its cls is '-1', not a class number"),
         ({"1.png": jpeg(0, "PNG"), "1.cls": b"0"}, "PNG image, mode RGB: unpack the tars into train/CLASS/"),
         ({"1.webp": jpeg(0, "WEBP"), "1.cls": b"0"}, "WEBP image"),
-        ({"README": b"text"}, "has no extension; expected jpg"),
-        ({"README.txt": b"text"}, "has txt; expected jpg"),
+        ({"README": b"text"}, "has no extension; expected an image, jpg"),
+        ({"README.txt": b"text"}, "has txt; expected an image, jpg"),
         ({"a.b.jpg": jpeg(), "a.b.cls": b"0"}, "first dot"),
         (
             {"a.jpg": jpeg(), "a.cls": b"0", "a.1.jpg": jpeg(), "a.1.cls": b"0"},
-            "it has .1.cls: names end at their first",
+            "it has '.1.cls': names end at their first",
         ),
         ({"img.v2.1.JPEG": jpeg(), "img.v2.1.class": b"0"}, "first dot"),
     ],
@@ -312,8 +427,61 @@ def test_many_samples_that_cannot_be_used_are_a_few_names_and_a_count(tmp_path):
         index_webdataset(tmp_path)
     message = str(found.value)
     assert message.startswith("60 samples") and "and 28 more: has jpg; expected" in message
-    assert "and 28 more for other reasons. Or leave out" in message
-    assert len(message) < 500
+    assert "and 28 more: its cls is 'cat0', 'cat1' and 28 more, not a class number: number the" in message
+    assert message.endswith("Or leave out what cannot: --on-bad skip") and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["goldfish", "great white shark", "tiger shark", "hammerhead", "ray", "cock"],
+        ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0"],
+        ["it's", "dog's", "n01440764", "-3", "", "1e3"],
+    ],
+)
+def test_labels_of_one_wrong_kind_are_one_cause_with_two_examples_and_numbers_are_taken(tmp_path, labels):
+    members = {f"{i}.jpg": jpeg(i) for i in range(6)} | {f"{i}.cls": text.encode() for i, text in enumerate(labels)}
+    put(tmp_path / "train" / "a.tar", tar_of(members))
+    message = refused(index_webdataset, tmp_path)
+    shown = [label.replace("'", '"') for label in labels[:2]]
+    assert f"its cls is '{shown[0]}', '{shown[1]}' and 4 more, not a class number: number the classes" in message
+    put(tmp_path / "train" / "a.tar", tar_of(members | {f"{i}.cls": str(i).encode() for i in range(6)}))
+    assert len(index_webdataset(tmp_path)["classes"]) == 6
+
+
+@pytest.mark.parametrize("name", ["{}/{:04d}.jpg", "./{}/{:04d}.jpg", "{}/photo.{}.JPEG"])
+def test_tars_of_class_folders_without_numbers_are_unpacked_and_built_as_the_message_says(tmp_path, name):
+    for split, start in (("train", 0), ("val", 4)):
+        for number in range(2):
+            first = start + 2 * number
+            found = {name.format(word, first + i): jpeg(first + i) for i, word in enumerate(("cat", "dog"))}
+            put(tmp_path / "set" / split / f"{number}.tar", tar_of(found))
+    unpack = re.search(r"tar -kxf TAR -C SRC/", refused(index_webdataset, tmp_path / "set"))[0]
+    (tmp_path / "src" / "train").mkdir(parents=True)
+    (tmp_path / "src" / "val").mkdir()
+    for path in (tmp_path / "set").rglob("*.tar"):
+        run(unpack.replace("TAR", str(path)).replace("SRC", str(tmp_path / "src")) + path.parent.name, tmp_path)
+    manifest = build(tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert manifest["classes"] == ["cat", "dog"]
+    assert [manifest["splits"][split]["samples"] for split in ("train", "val")] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("members", "again"),
+    [
+        ({"1.jpg": jpeg(), "1.json": b'{"label": 1}'}, {"1.jpg": jpeg(), "1.json": b'{"label": 1}', "1.cls": b"1"}),
+        ({"1.jpg": jpeg(), "1.txt": b"1"}, {"1.jpg": jpeg(), "1.cls": b"1"}),
+        ({"1.left.jpg": jpeg(), "1.right.jpg": jpeg(), "1.cls": b"1"}, {"1.jpg": jpeg(), "1.cls": b"1"}),
+        ({"1.rgb.png.jpg": jpeg(), "1.cls": b"1"}, {"1.jpg": jpeg(), "1.cls": b"1"}),
+        ({"1.jpg": jpeg(), "1.webp": jpeg(), "1.cls": b"1"}, {"1.jpg": jpeg(), "1.cls": b"1"}),
+    ],
+)
+def test_a_tar_packed_again_as_the_message_about_its_parts_says_is_taken(tmp_path, members, again):
+    put(tmp_path / "train" / "a.tar", tar_of(members))
+    assert re.search(r"pack the tar again with .* KEY\.(cls|jpg)", refused(index_webdataset, tmp_path))
+    put(tmp_path / "train" / "a.tar", tar_of(again))
+    index_webdataset(tmp_path)
+    assert images_of(tmp_path) == {"1": (jpeg(), 1)}
 
 
 def test_names_that_are_not_utf_8_are_named_and_can_be_left_out(tmp_path):
@@ -326,7 +494,7 @@ def test_names_that_are_not_utf_8_are_named_and_can_be_left_out(tmp_path):
 def test_names_packed_again_as_the_message_about_dots_says_are_taken(tmp_path):
     dotted = samples(3, "img.{:03d}.v2")
     put(tmp_path / "train" / "a.tar", tar_of(dotted))
-    assert "with '_' for those dots" in refused(index_webdataset, tmp_path)
+    assert "with _ for those dots" in refused(index_webdataset, tmp_path)
     renamed = {re.sub(r"\.(?=.*\.)", "_", name): content for name, content in dotted.items()}
     put(tmp_path / "train" / "a.tar", tar_of(renamed))
     index_webdataset(tmp_path)
@@ -340,6 +508,15 @@ def test_pngs_unpacked_into_class_folders_are_converted_as_the_message_says(tmp_
     for i in range(2):
         put(tmp_path / "src" / "train" / str(i) / f"{i}.png", members[f"{i}.png"])
     assert build(tmp_path / "src", tmp_path / "out", BuildOptions())["splits"]["train"]["samples"] == 2
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_an_absurd_class_number_is_named_with_its_tar_and_no_folder_is_left(tmp_path, elsewhere):
+    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(2)))
+    put(tmp_path / "set" / "train" / "b.tar", tar_of({"1.jpg": jpeg(), "1.cls": b"123456"}))
+    out = tmp_path / "index" if elsewhere else None
+    assert refused(index_webdataset, tmp_path / "set", out=out).startswith("train/b.tar: class numbers up to 123456 ")
+    assert not (tmp_path / "index").exists()
 
 
 def test_one_key_in_two_shards_is_two_samples(tmp_path):

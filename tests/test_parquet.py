@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from hand_made import images_of, jpeg, put, refused
+from hand_made import images_of, jpeg, put, refused, run
 
 from pipelines.errors import UserError
 from pipelines.index import class_order_doubt
@@ -139,6 +139,75 @@ def test_everything_visible_beside_parquet_files_is_named_or_left_out_by_decisio
     assert f"{name}: " in message and helps in message
     manifest = build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
     assert [item["source"] for item in manifest["audit"]["left_out"]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00002.parquet"], "train-00001-of-00002.parquet"),
+        (["data/train-00001-of-00002-0f3a.parquet"], "data/train-00000-of-00002.parquet"),
+        (["train/0-of-2.parquet"], "train/1-of-2.parquet"),
+        (["train-0.parquet", "validation_1_of_3.parquet", "validation_3_of_3.parquet"], "validation_2_of_3.parquet"),
+        (["default/train/0000.parquet", "default/val/part-0-of-2.parquet"], "default/val/part-1-of-2.parquet"),
+    ],
+)
+def test_files_that_the_names_of_others_count_are_named_and_taken_once_they_are_there(tmp_path, names, missing):
+    for name in names:
+        put_rows(tmp_path / "src" / name)
+    message = refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert f"1 entry would be left out. {missing}: not there" in message
+    manifest = build(tmp_path / "src", tmp_path / "out", BuildOptions(), skip_bad=True)
+    assert [item["source"] for item in manifest["audit"]["left_out"]] == [missing]
+    put_rows(tmp_path / "src" / missing)
+    build(tmp_path / "src", tmp_path / "whole", BuildOptions())
+
+
+def test_files_of_a_test_split_that_are_missing_are_no_error(tmp_path):
+    put_rows(tmp_path / "src" / "train-00000-of-00001.parquet")
+    put_rows(tmp_path / "src" / "test-00000-of-00004.parquet")
+    build(tmp_path / "src", tmp_path / "out", BuildOptions())
+
+
+@pytest.mark.parametrize(
+    ("names", "move"),
+    [
+        (["0000.parquet"], "mkdir train; mv 0000.parquet train"),
+        (["0000.parquet"], "mv 0000.parquet train-0000.parquet"),
+        (["data/part-0.parquet", "data/part-1.parquet"], "mkdir train; mv data/* train; rmdir data"),
+        (["mine.parquet", "validation-0.parquet"], "mkdir train; mv mine.parquet train"),
+    ],
+)
+def test_files_that_state_no_split_are_named_and_taken_once_they_are_renamed_or_moved(tmp_path, names, move):
+    for name in names:
+        put_rows(tmp_path / "src" / name)
+    message = refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert f"None is stated by {names[0]}" in message and f"move them into {tmp_path}/src/train" in message
+    run(move, tmp_path / "src")
+    build(tmp_path / "src", tmp_path / "out", BuildOptions())
+
+
+def test_a_split_s_own_folder_is_answered_with_the_folder_above(tmp_path):
+    put_rows(tmp_path / "set" / "train" / "0000.parquet")
+    message = refused(build, tmp_path / "set" / "train", tmp_path / "out", BuildOptions())
+    build(Path(re.search(r"Give the folder above it, (\S+)$", message)[1]), tmp_path / "out", BuildOptions())
+
+
+@pytest.mark.parametrize("splits", [["train", "validation"], ["train"], [""]])
+def test_a_dataset_saved_to_disk_is_named_and_taken_once_it_is_exported_as_parquet(tmp_path, splits):
+    for split in splits:
+        folder = put(tmp_path / "src" / split / "state.json", b"{}").parent
+        put(folder / "dataset_info.json", b"{}")
+        made = table(CONTENTS, [0, 1, 2, 0], names=["a", "b", "c"])
+        with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", made.schema) as stream:
+            stream.write_table(made)
+    put(tmp_path / "src" / "dataset_dict.json", b"{}")
+    message = refused(build, tmp_path / "src", tmp_path / "out", BuildOptions())
+    assert "data-00000-of-00001.arrow" in message and "export each split as parquet" in message
+    (tmp_path / "new").mkdir()
+    for split in splits:
+        with pa.ipc.open_stream(tmp_path / "src" / split / "data-00000-of-00001.arrow") as stream:
+            parquet.write_table(stream.read_all(), tmp_path / "new" / f"{split or 'train'}-0.parquet")
+    assert build(tmp_path / "new", tmp_path / "out", BuildOptions())["classes"] == ["a", "b", "c"]
 
 
 def test_two_datasets_below_one_folder_are_never_mixed(tmp_path):

@@ -156,6 +156,12 @@ def test_a_link_to_a_device_is_named_and_never_read(src, tmp_path):
         convert(src, tmp_path / "out")
 
 
+def test_a_git_lfs_pointer_in_place_of_an_image_is_called_one(src, tmp_path):
+    (src / "train" / "ant" / "0.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"train/ant/0.jpg \(a git-lfs pointer.* Run 'git lfs pull'"):
+        convert(src, tmp_path / "out")
+
+
 def test_links_in_a_circle_are_named(src, tmp_path):
     (src / "train" / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="train/loop: Too many levels of symbolic links"):

@@ -129,19 +129,63 @@ def test_a_file_in_place_of_a_tar_is_named_with_what_it_is(tmp_path, head, messa
     assert message in refused(listed, put(tmp_path / "a.tar", head))
 
 
-@pytest.mark.parametrize("tool", ["gzip", "bzip2", "xz"])
+@pytest.mark.parametrize("tool", ["gzip", "bzip2", "xz", "zstd --rm"])
 def test_a_compressed_tar_of_any_name_is_named_and_the_advice_works(tmp_path, tool):
-    if not shutil.which(tool):
+    if not shutil.which(tool.split()[0]):
         pytest.skip(f"needs {tool}")
     path = put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
     run(f"{tool} a.tar", path.parent)
     (packed,) = path.parent.iterdir()
-    assert f"unpack it with {'un' if tool == 'xz' else ''}" in refused(index_webdataset, tmp_path)
-    packed.rename(path)
-    message = refused(index_webdataset, tmp_path)
-    run(re.search(r"Run (mv .*)", message)[1], path.parent)
+    before = packed.read_bytes()
+    run(re.search(r"unpack it with (\w+( --rm)?)", refused(index_webdataset, tmp_path))[1] + " *", path.parent)
     index_webdataset(tmp_path)
     assert len(keys(tmp_path)) == 2
+    (tmp_path / "manifest.json").unlink()
+    put(path, before)
+    run(re.search(r"Run (.*)", refused(listed, path))[1], path.parent)
+    assert len(listed(path)) == 4
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("tool", ["gzip", "bzip2", "xz", "zstd"])
+@pytest.mark.parametrize("options", [{}, {"out": True}])
+def test_all_compressed_tars_are_named_at_once_and_one_loop_unpacks_them_through_links_too(tmp_path, tool, options):
+    if not shutil.which(tool):
+        pytest.skip(f"needs {tool}")
+    root, store = tmp_path / "set", tmp_path / "store"
+    options = {"out": tmp_path / "index"} if options else {}
+    put(root / "train" / "sound.tar", tar_of(samples(2)))
+    put(root / "val" / "BZh.tar", tar_of(samples(1, "BZh{}")))
+    for number in range(12):
+        put(store / f"my {number:02d}.tar", tar_of(samples(2, start=10 + 2 * number)))
+    run(f'for f in *; do {tool} -c "$f" > x; mv x "$f"; done', store)
+    before = {path: path.read_bytes() for path in store.iterdir()}
+    for path in before:
+        (root / "train" / path.name).symlink_to(path)
+    put(root / "val" / "my.tar", next(iter(before.values())))
+    message = refused(index_webdataset, root, **options)
+    assert message.startswith(f"{root}: 13 tars are compressed") and "and 11 more" in message
+    assert not (tmp_path / "index").exists()
+    run(re.search(r"In that folder run (.*)", message)[1], root)
+    assert {path: path.read_bytes() for path in store.iterdir()} == before
+    index_webdataset(root, **options)
+    assert len(keys(options.get("out", root))) == 26 and len(keys(options.get("out", root), "val")) == 3
+
+
+@pytest.mark.parametrize("spoil", ["joined", "no end", "zeros"])
+def test_advice_about_a_tar_of_an_index_elsewhere_names_the_tar_itself_and_leaves_no_folder(tmp_path, spoil):
+    whole = tar_of(samples(3))
+    end = len(whole.rstrip(b"\0")) + -len(whole.rstrip(b"\0")) % 512
+    content = {"joined": whole + tar_of(samples(3, start=5)), "no end": whole[:end], "zeros": whole + bytes(10240)}
+    path = put(tmp_path / "set" / "train" / "a.tar", content[spoil])
+    message = refused(index_webdataset, tmp_path / "set", out=tmp_path / "index")
+    assert message.startswith(f"{path}: ") and not (tmp_path / "index").exists()
+    run(re.search(r"(head .*); and|(head .*|truncate .*)", message)[0].removesuffix("; and"), path.parent)
+    if spoil == "joined":
+        path.rename(tmp_path / "joined.tar")
+    index_webdataset(tmp_path / "set", out=tmp_path / "index")
+    assert len(keys(tmp_path / "index")) == (6 if spoil == "joined" else 3)
 
 
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:

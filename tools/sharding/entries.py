@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.errors import UserError
-from pipelines.files import instead_of_content, is_hidden  # noqa: F401
+from pipelines.files import is_hidden
 from tools.sharding.images import MAX_BYTES, RejectedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.errors import UserError
+from pipelines.files import instead_of_content
 
 TINY_PX = 32  # a shorter side below this is reported
 MAX_PIXELS = 1 << 27  # 134 megapixels; larger ones are refused before they are decoded
@@ -74,6 +75,8 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
     """
     if not content:
         raise RejectedImageError("empty file")
+    if found := instead_of_content(content[:200]):
+        raise RejectedImageError(found)
     header = read_jpeg_header(content)
     plain = is_plain(header)
     if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):

@@ -11,26 +11,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped, named
-from pipelines.files import replacing, write_synced
+from pipelines.files import instead_of_content, replacing, write_synced
 from pipelines.index import sorted_classes
 from tools.sharding.entries import (
     EXPECTED,
     MISPLACED,
     RECOGNISE,
-    VAL_NAMES,
     Entry,
     Source,
     SourceOptions,
     Unused,
     contents_of,
-    instead_of_content,
     printable,
     sample_key,
 )
 from tools.sharding.slices import slice_reader
+from tools.sharding.split_names import SPLIT_WORDS, missing_files
 from tools.sharding.walk import walk
 
-_SPLIT_OF = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
 # Usual names of the two columns, the likeliest first.
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "images", "picture", "photo")
@@ -47,7 +45,7 @@ def open_parquet(root: Path, options: SourceOptions, scratch: Path) -> Source:
         raise UserError(f"{root}: reading parquet needs pyarrow: pip install pyarrow") from error
     found, unused = _find(root)
     if not found.get("train"):
-        raise UserError(f"{root}: no train-*.parquet below it. Expected train-*.parquet and validation-*.parquet")
+        raise UserError(f"{root}: no training files below it. {_nearest(root, unused)}")
     job = {
         "files": {str(path.relative_to(root)): path.stat().st_size for paths in found.values() for path in paths},
         "columns": [options.image_column, options.label_column],
@@ -87,11 +85,36 @@ def _remembered(scratch: Path, job: dict) -> tuple[list[str], str] | None:
 
 
 def has_parquet(folder: Path) -> bool:
-    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/."""
+    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/.
+
+    Arrow files of `save_to_disk` count as well: `open_parquet` says how they become parquet files.
+    """
     below = []
-    if folder.is_dir() and folder.name not in _SPLIT_OF:
-        below = [folder / name for name in contents_of(folder).folders if name not in _SPLIT_OF]
-    return any(next(path.glob("*.parquet"), None) for at in (folder, *below) for path in (at, at / "train"))
+    if folder.is_dir() and folder.name not in SPLIT_WORDS:
+        below = [folder / name for name in contents_of(folder).folders if name not in SPLIT_WORDS]
+    places = [path for at in (folder, *below) for path in (at, at / "train")]
+    return any(next(path.glob("*.parquet"), None) or _is_saved_to_disk(path) for path in places)
+
+
+def _is_saved_to_disk(folder: Path) -> bool:
+    """True for a split as `save_to_disk` of Hugging Face's datasets library writes it, which must be exported first."""
+    return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
+
+
+def _nearest(root: Path, unused: list[Unused]) -> str:
+    """Say what probably helps where there are no training files."""
+    names = [each.source for each in unused if each.kind == MISPLACED]
+    if arrow := [name for name in names if name.endswith(".arrow")]:
+        return (
+            f"It has Arrow files ({named(arrow, 2)}), as save_to_disk of Hugging Face's datasets writes them: export "
+            "each split as parquet, train-0.parquet and validation-0.parquet in a new folder, and give that"
+        )
+    expected = "The name of a file or of its folder states the split: train-*.parquet or train/*.parquet"
+    if nameless := [name for name in names if name.endswith(".parquet")]:
+        if root.resolve().name in SPLIT_WORDS:
+            return f"Give the folder above it, {root.resolve().parent}"
+        return f"{expected}. None is stated by {named(nameless, 3)}: rename them, or move them into {root}/train"
+    return f"{expected}, and validation-*.parquet"
 
 
 def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
@@ -101,8 +124,9 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
       UserError: the files are of several configurations of a dataset.
     """
     found: dict[str, list[Path]] = {}
-    datasets, unused = set(), []
+    datasets, unused, there = set(), [], []
     for name in walk(root):
+        there.append(name.source if isinstance(name, Unused) else name)
         if isinstance(name, Unused):
             unused.append(name)
         elif not name.endswith(".parquet"):
@@ -120,6 +144,8 @@ def _find(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
             f"{root}: files of several datasets, in {named(sorted(datasets))}. Give the folder of one of them, or move "
             "the others away"
         )
+    taken = (str(path.relative_to(root)) for paths in found.values() for path in paths)
+    unused += missing_files(taken, there)
     return {split: sorted(found[split]) for split in ("train", "val") if split in found}, unused
 
 
@@ -132,7 +158,7 @@ def _no_parquet(name: str) -> Unused:
 def _dataset_of(path: Path) -> str:
     """The folder above that of the split: files of one dataset have it in common."""
     parts = path.parent.parts
-    splits = [depth for depth, part in enumerate(parts) if part in _SPLIT_OF]
+    splits = [depth for depth, part in enumerate(parts) if part in SPLIT_WORDS]
     return "/".join(parts[: splits[0]] if splits else parts) or "."
 
 
@@ -140,8 +166,8 @@ def _split_of(path: Path) -> str:
     """The split of a file by its name, as in train-00000-of-00002, or by the nearest folder of a split's name."""
     words = re.match(r"[a-z]*", path.name)[0]
     for word in (words, *reversed(path.parent.parts)):
-        if word in _SPLIT_OF:
-            return _SPLIT_OF[word]
+        if word in SPLIT_WORDS:
+            return SPLIT_WORDS[word]
     return ""
 
 

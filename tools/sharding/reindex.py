@@ -5,7 +5,7 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
@@ -40,17 +40,19 @@ from tools.sharding.shards import (
     source_hash,
     write_record,
 )
-from tools.sharding.tars import COMPRESSED, tar_members
+from tools.sharding.split_names import missing_files, named_split, of_other_splits, sorting_commands
+from tools.sharding.tars import COMPRESSED, check_compressed, tar_members
 from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32  # a class number may have spaces around it
 _MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
+_VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
 _RECORDS = ".index.partial"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
-_DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS")
+_DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS", "_info.json")
 
 
 def index_webdataset(
@@ -83,48 +85,60 @@ def index_webdataset(
         check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
-    with _naming_home(home):
+    check_compressed(root, [path for paths in found.values() for path in paths])
+    with _naming_home(home), _removed_if_empty(home):
         if out:
-            found = _link_tars(root, found, out)
-        helps = "Choose another folder" if out else f"Have the index in a new folder: index {root} --out DIR"
-        _check_writable([home, *(home / split for split in found)], helps)
-        return _index(home, found, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+            links = _links(root, found, out)
+            out.mkdir(parents=True, exist_ok=True)
+            _check_writable([out], "Choose another folder")
+        else:
+            helps = f"Have the index in a new folder: index {root} --out DIR"
+            links = {}
+            _check_writable([root, *(root / split for split in found)], helps)
+        return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
 
 
 def _index(
     home: Path,
     found: dict[str, list[Path]],
+    links: dict[Path, Path],
     unused: list[Unused],
     options: ImageOptions,
     skip_bad: bool,
     workers: int,
     on_shard: Callable[[int, int], None],
 ) -> dict:
-    folders = [home, *(home / split for split in found)]
     records = home / _RECORDS
     shutil.rmtree(records, ignore_errors=True)
     for split in found:
         (records / split).mkdir(parents=True)
     try:
         jobs = [
-            (path, records / split / f"{path.stem}.json", options) for split, paths in found.items() for path in paths
+            (path, home / split / f"{path.stem}.idx", records / split / f"{path.stem}.json", options)
+            for split, paths in found.items()
+            for path in paths
         ]
         for done, _ in enumerate(run_jobs(_read_shard, jobs, workers)):
             on_shard(done + 1, len(jobs))
-        paths = [path for _, path, _ in jobs]
+        paths = [path for _, _, path, _ in jobs]
         description = _describe(home, paths, options.audit, skip_bad)
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
+        _make_links(links)
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
-        for path, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
-            if not path.with_suffix(".idx").exists():
-                write_synced(path.with_suffix(".idx"), record.with_suffix(".idx").read_bytes())
+        for _, idx, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
+            if not idx.exists():
+                write_synced(idx, record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
+    _remove_leftovers([home, *(home / split for split in found)])
+    write_synced(home / MANIFEST, manifest_bytes(manifest))
+    return read_manifest(home)
+
+
+def _remove_leftovers(folders: list[Path]) -> None:
     for folder in folders:
         for path in filter(_is_leftover, folder.glob("*.partial")):
             path.unlink()
-    write_synced(home / MANIFEST, manifest_bytes(manifest))
-    return read_manifest(home)
 
 
 def _check_writable(folders: list[Path], helps: str) -> None:
@@ -135,6 +149,19 @@ def _check_writable(folders: list[Path], helps: str) -> None:
                 pass
         except OSError as error:
             raise UserError(f"{folder}: cannot be written to ({error.strerror}). {helps}") from error
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """After an error, remove a folder that was not there before and that holds nothing."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -166,8 +193,15 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
         if split not in inside.folders:
             continue
         shards = contents_of(root / split)
-        found[split] = [root / split / name for name in shards.files if name.endswith(".tar")]
+        tars = [name for name in shards.files if name.endswith(".tar")]
+        others = of_other_splits(tars, split)
+        found[split] = [root / split / name for name in tars if name not in others]
         unused += _beside_shards(split, shards)
+        unused += missing_files((f"{split}/{name}" for name in tars), (f"{split}/{name}" for name in shards.visible))
+        for name, stated in others.items():
+            helps = f"move it into {stated}" if stated in SPLITS else "move it away"
+            reason = f"its name says {stated}: {helps}, or rename it"
+            unused.append(Unused(MISPLACED, printable(f"{split}/{name}"), reason))
         if not shards.visible:
             raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     found = {split: paths for split, paths in found.items() if paths}
@@ -187,9 +221,12 @@ def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
             continue
         reason = "not part of a dataset of train/*.tar and val/*.tar: move it away"
         if name in inside.folders and name.lower() in (*VAL_NAMES, "test"):
-            reason = "only train and val are indexed: rename it to val, or move it away"
+            rename = "" if "val" in inside.visible else "rename it to val, or "
+            reason = f"only train and val are indexed: {rename}move it away"
         elif name in inside.files and name.endswith(".tar"):
-            reason = "a tar outside of train and val: move it into one of them"
+            stated = named_split(name) or "one of them"
+            helps = "move it away" if stated == "test" else f"move it into {stated}"
+            reason = f"a tar outside of train and val: {helps}"
         yield Unused(MISPLACED, printable(name), reason)
 
 
@@ -208,6 +245,7 @@ def _why_no_shard(name: str, is_folder: bool) -> str:
         return "a folder among the tars: move tars that it holds up, or move it away"
     for suffix, tool in COMPRESSED.values():
         if name.endswith(suffix) or (name.endswith(".tgz") and suffix == ".gz"):
+            tool += " --rm" if suffix == ".zst" else ""  # it keeps the compressed file otherwise
             return f"compressed, so nothing in it can be read alone: unpack it with {tool}"
     if name.endswith(".idx"):
         return "describes a tar that is not there: move it away"
@@ -230,18 +268,32 @@ def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
 def _nearest(root: Path) -> str:
     """Say what probably helps where there is no train/*.tar."""
     inside = contents_of(root)
-    if any(name.endswith(".tar") for name in inside.files):
+    if tars := [name for name in inside.files if name.endswith(".tar")]:
         if root.name.lower() in ("train", *VAL_NAMES):
             return f"Give the folder above it, {root.resolve().parent}"
-        return f"Move its tars into {root / 'train'}"
+        return _advice_by_names(root, tars)
     similar = [name for name in inside.folders if name.lower() in ("train", "training") and name != "train"]
     if similar and "train" not in inside.folders:
         return f"Rename {similar[0]} to train"
     return "Expected WebDataset tars (jpg, cls) in train/ and val/; images in folders are converted with 'build'"
 
 
-def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str, list[Path]]:
-    """Make OUT/SPLIT/NAME.tar links to the shards, as many as an earlier call has not made.
+def _advice_by_names(root: Path, tars: list[str]) -> str:
+    """Say what helps where all tars lie in one folder: their names may state a split."""
+    stated = {named_split(name) for name in tars}
+    if stated <= {"", "train"}:
+        return f"Move its tars into {root / 'train'}"
+    if "train" not in stated and len(stated) == 1:
+        return (
+            f"The names of its tars say {stated.pop()}: move them into {root / 'train'} only if they are for training"
+        )
+    by = "Sort its tars into train and val by their names"
+    commands = sorting_commands(tars)
+    return f"{by}. In that folder: {commands}" if commands and "train" in stated else by
+
+
+def _links(root: Path, found: dict[str, list[Path]], out: Path) -> dict[Path, Path]:
+    """The links OUT/SPLIT/NAME.tar that an index elsewhere needs, and the shards that they lead to.
 
     Raises:
       UserError: OUT holds something else.
@@ -257,11 +309,15 @@ def _link_tars(root: Path, found: dict[str, list[Path]], out: Path) -> dict[str,
             raise UserError(
                 f"--out {out}: holds something else ({named(strange or ['a file'], 3)}). Choose a new folder"
             )
+    return links
+
+
+def _make_links(links: dict[Path, Path]) -> None:
+    """Make the links that an earlier call has not made."""
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(target)
-    return {split: [out / split / path.name for path in paths] for split, paths in found.items()}
 
 
 # --- the tars ---
@@ -273,16 +329,19 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
     Raises:
       UserError: samples cannot be used and `skip_bad` is off, or the class numbers make no sense.
     """
-    rejected, samples, top = [], 0, -1
-    for record in map(read_record, records):
+    rejected, samples, top, where = [], 0, -1, ""
+    for path in records:
+        record = read_record(path)
         rejected += record.notes["rejected"]
         samples += len(record.rows)
-        top = max([top, *(row["label"] for row in record.rows)])
+        largest = max([row["label"] for row in record.rows], default=-1)
+        if largest > top:
+            top, where = largest, f"{path.parent.name}/{path.stem}.tar"
     if rejected and not skip_bad:
         number = "1 sample" if len(rejected) == 1 else f"{len(rejected):,} samples"
         raise UserError(f"{number} cannot be used: {_said(rejected)}. Or leave out what cannot: --on-bad skip")
     if top >= max(1000, 100 * samples):
-        raise UserError(f"{root}: class numbers up to {top} for {samples} samples. Look at the cls files")
+        raise UserError(f"{where}: class numbers up to {top} for {samples} samples. Look at the cls files")
     return {
         "format_version": FORMAT_VERSION,
         "made_with": {"tool": VERSION},
@@ -295,11 +354,16 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
 
 
 def _said(rejected: list[dict]) -> str:
-    """Rejected samples by reason: a few names of each of the first reasons."""
-    reasons: dict[str, list[str]] = {}
+    """Rejected samples by cause: a few names, and values found, of each of the first causes."""
+    values: dict[str, list[str]] = collections.defaultdict(list)  # cause, with VALUE for the value -> values
+    names: dict[str, list[str]] = collections.defaultdict(list)
     for item in rejected:
-        reasons.setdefault(item["reason"], []).append(f"{item['source']}: {clipped(item['sample'], 40)}")
-    return grouped(reasons, 6)
+        value = _VALUE.search(item["reason"])
+        cause = _VALUE.sub("VALUE", item["reason"], count=1)
+        values[cause].append(value[0] if value else "")
+        names[cause].append(f"{item['source']}: {clipped(item['sample'], 30)}")
+    said = {cause: cause.replace("VALUE", named(dict.fromkeys(values[cause]), 2), 1) for cause in names}
+    return grouped({said[cause]: found for cause, found in names.items()}, 3)
 
 
 def _unused_members(records: list[Path]) -> Iterator[Unused]:
@@ -314,10 +378,16 @@ def _unused_members(records: list[Path]) -> Iterator[Unused]:
             yield Unused(EXPECTED, f"{split}: {count:,} parts .{extension}", "training reads images and class numbers")
 
 
-def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
-    """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it."""
+def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions) -> None:
+    """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it.
+
+    Args:
+      idx_path: where its .idx file is or will be.
+      record: the file to write.
+    """
     found, hashes, unread = ShardRecord(), [], collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
+    labelled = any(map(_is_label, (part for parts in members.samples.values() for part in parts)))
     for key, reason in members.unusable.items():
         found.reject(printable(key), source, RejectedImageError(reason))
     with open(path, "rb") as file:
@@ -327,7 +397,8 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
             try:
                 if not is_utf8(key):
                     raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
-                label, offset, image, others = _read_sample(file, parts, options)
+                in_class = not labelled and key.removeprefix("./").count("/") == 1
+                label, offset, image, others = _read_sample(file, parts, options, in_class)
             except RejectedImageError as error:
                 found.reject(printable(key), source, error)
                 continue
@@ -336,19 +407,18 @@ def _read_shard(path: Path, record: Path, options: ImageOptions) -> None:
             if others:
                 unread.update(others)
     found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": unread}
-    idx = _idx_of(path, members.samples)
+    idx = _idx_of(idx_path, members.samples)
     write_synced(record.with_suffix(".idx"), idx)
     found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
     write_record(record, found, hashes)
 
 
-def _idx_of(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
     """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
       UserError: it describes another tar.
     """
-    there = path.with_suffix(".idx")
     if not there.exists():
         return dali_index(samples)
     idx = there.read_bytes()
@@ -358,24 +428,20 @@ def _idx_of(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes
 
 
 def _read_sample(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions
+    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions, in_class: bool
 ) -> tuple[int, int, CheckedImage, list[str]]:
     """The class number, the image's offset, the image, and the extensions that are not read, of one sample.
+
+    Args:
+      in_class: as `_misnamed`.
 
     Raises:
       RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
     """
     images = [extension for extension in parts if extension in _IMAGE_PARTS]
     labels = [extension for extension in LABEL_PARTS if extension in parts]
-    if dotted := _dotted(parts, images):
-        raise RejectedImageError(
-            f"it has {clipped(dotted, 30)}: names end at their first dot. Pack the tar again with '_' for those dots"
-        )
-    if len(images) > 1:
-        raise RejectedImageError(f"two images, {named(images)}: pack the tar again with one of them")
-    if not images or not labels:
-        has = clipped(named(filter(None, parts), 5)) or "no extension"
-        raise RejectedImageError(f"has {has}; expected jpg and, with the class number as text, cls")
+    if reason := _misnamed(parts, images, labels, in_class):
+        raise RejectedImageError(reason)
     number = _class_number(labels[0], _slice(file, *parts[labels[0]]) if parts[labels[0]][1] else b"")
     offset, size = parts[images[0]]
     image = check_image(_slice(file, offset, size), options)
@@ -386,22 +452,45 @@ def _read_sample(
     return number, offset, image, [name for name in parts if name not in (images[0], labels[0])]
 
 
-def _dotted(parts: dict[str, tuple[int, int]], images: list[str]) -> str:
-    """A part that seems to belong to a sample whose name has a dot; "" where there is none."""
-    for name in parts:
-        _, dot, last = name.rpartition(".")
-        if dot and (last in LABEL_PARTS or (not images and is_image(name))):
-            return f".{name}"
+def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
+    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
+
+    Args:
+      in_class: whether its folder may be its class.
+      images, labels: those of the parts that are usual names of an image and of a class number.
+    """
+    seen = [name for name in parts if is_image(f".{name}")]
+    if in_class and len(seen) == len(parts):
+        return (
+            f"has '{clipped(named(seen, 3), 30)}', no cls. If its folder is its class, unpack each with "
+            "tar -kxf TAR -C SRC/train (val: SRC/val), and run 'build SRC OUT'"
+        )
+    dotted_labels = [name for name in parts if "." in name and _is_label(name)]
+    if dotted := dotted_labels or ([] if images or labels else seen):
+        dot = "names end at their first dot. Pack the tar again with _ for those dots"
+        return f"it has '.{clipped(dotted[0], 30)}': {dot}"
+    if len(images or seen) > 1:
+        return f"several images, '{clipped(named(images or seen, 3))}': pack the tar again with one of them, as KEY.jpg"
+    if seen and not images:
+        return f"its image is '{clipped(seen[0], 30)}': pack the tar again with it as KEY.jpg"
+    has = clipped(named(filter(None, parts), 5)) or "no extension"
+    if not images:
+        return f"has {has}; expected an image, jpg, and its class number as text, cls"
+    if not labels:
+        return f"has {has}; expected a cls, too: pack the tar again with the class number as text in KEY.cls"
     return ""
+
+
+def _is_label(part: str) -> bool:
+    """Whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
+    return part.rpartition(".")[2] in LABEL_PARTS
 
 
 def _class_number(part: str, content: bytes) -> int:
     text = content[: _MAX_LABEL_BYTES + 1].strip()
     if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
         return int(text)
-    if re.fullmatch(rb"-\d{1,18}", text):
-        raise RejectedImageError(f"its {part} is {text.decode()}, which is negative")
-    shown = clipped(text[:20].decode(errors="backslashreplace"), 20)
+    shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
     raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
 
 

@@ -1,5 +1,6 @@
 """Reading tars to the end of the file: Python's tarfile takes a damaged header, or one block of zeros, for the end."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -8,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, grouped
-from pipelines.files import is_hidden
-from tools.sharding.entries import instead_of_content, printable
+from pipelines.errors import UserError, clipped, grouped, named
+from pipelines.files import instead_of_content, is_hidden
+from tools.sharding.entries import printable
 
 BLOCK = 512
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
@@ -80,15 +81,37 @@ def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> st
     head = file.read(BLOCK)
     if found := instead_of_content(head):
         return found
-    for magic, (suffix, tool) in COMPRESSED.items():
+    for magic, (_, tool) in COMPRESSED.items():
         if head.startswith(magic):
-            name = shlex.quote(path.name)
-            return (
-                f"compressed, so nothing in it can be read alone. Run mv {name} {name}{suffix} && {tool} {name}{suffix}"
-            )
+            name, part = shlex.quote(path.name), shlex.quote(f"{path.name}.part")
+            return f"compressed, so nothing in it can be read alone. Run {tool} < {name} > {part} && mv {part} {name}"
     if not nbytes:
         return "an empty file. Restore it"
     return f"not an uncompressed tar, or damaged ({clipped(error, 120)}). Restore it"
+
+
+def check_compressed(root: Path, tars: list[Path]) -> None:
+    """Raise a UserError that names the compressed ones among the tars of a folder's folders, and unpacks them all.
+
+    What is unpacked replaces a file, or a link to one, no sooner than it is complete.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in tars:
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # reading it says what is wrong
+            head = file.read(BLOCK)
+            for magic, (_, tool) in COMPRESSED.items():
+                if head.startswith(magic) and not _is_header(head):
+                    found.setdefault(tool, []).append(path)
+    if not found:
+        return
+    tool, paths = next(iter(found.items()))
+    names = [clipped(printable(str(path.relative_to(root))), 30) for paths in found.values() for path in paths]
+    number = "1 tar is" if len(names) == 1 else f"{len(names):,} tars are"
+    where = " ".join(f"{folder}/*.tar" for folder in dict.fromkeys(path.parent.name for path in paths))
+    raise UserError(
+        f"{root}: {number} compressed, so nothing inside can be read alone: {named(names, 2)}. In that folder run "
+        f'for f in {where}; do {tool} <"$f" >"$f.part" && mv "$f.part" "$f" || rm "$f.part"; done'
+    )
 
 
 def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
