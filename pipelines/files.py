@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from pipelines.errors import UserError
 
-# What operating systems and file servers leave behind, beside names that begin with a dot (AppleDouble's ._NAME too).
+# Operating systems and file servers leave these behind, beside names that begin with a dot (as AppleDouble's ._NAME).
 _SYSTEM_NAMES = {
     *("__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "thumbs.db", "desktop.ini"),
     *("lost+found", "$recycle.bin", "system volume information"),
@@ -59,7 +59,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a part of a path is a hidden or system name: one that begins with a dot, or one of a fixed list."""
+    """Return whether a part of a path is a hidden or system name: it begins with a dot, or is in a fixed list."""
     parts = path.split("/") if "/" in path else (path,)
     return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
 
@@ -74,7 +74,7 @@ def instead_of_content(head: bytes) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but hidden entries, such as the lost+found that a file system makes for itself."""
+    """Return whether a folder holds hidden entries at the most, such as the lost+found that a file system makes."""
     return all(is_hidden(entry.name) for entry in folder.iterdir())
 
 
@@ -132,7 +132,7 @@ def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; {} if there is none, or if it was cut off by a crash or is something else."""
+    """Read a JSON object; {} if there is no file, or if it was cut off by a crash or holds something else."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
@@ -174,7 +174,7 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def _is_file_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at `path`: a lock of a file that was removed keeps nobody out."""
+    """Return whether an open file is still the one at `path`: a lock of a file that was removed keeps nobody out."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -200,7 +200,7 @@ def _open_lock(path: Path) -> int:
     return descriptor
 
 
-# What file systems answer that cannot sync a folder: some on networks, in user space, and on USB sticks.
+# Some file systems on networks, in user space and on USB sticks cannot sync a folder, and answer so.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES)
 
 

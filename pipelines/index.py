@@ -126,7 +126,7 @@ def _numeric_key(name: str) -> list[str | int]:
 
 
 def class_order(manifest: dict) -> str:
-    """What decided the order of a dataset's classes.
+    """Say what decided the order of a dataset's classes.
 
     Returns:
       "given" where the source numbers its classes, "text" or "numeric" where the person who built the dataset chose,

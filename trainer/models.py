@@ -263,7 +263,7 @@ def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: Runtime
 
 
 def _common_prefix(names: list[str]) -> str:
-    """What all names begin with, up to a dot; "" where there is nothing."""
+    """Return what all names begin with, up to a dot; "" where there is nothing."""
     return os.path.commonprefix(names).rpartition(".")[0] + "." if "." in os.path.commonprefix(names) else ""
 
 

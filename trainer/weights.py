@@ -18,7 +18,7 @@ _NESTED = {
     "ema": ("ema", "state_dict_ema", "model_ema", "ema_state_dict"),
     "raw": ("student", "state_dict", "model", "model_state_dict", "model_state"),
 }
-# What all names begin with where a model is an attribute of what was saved, as in Lightning's modules.
+# All names begin with one of these where a model is an attribute of what was saved, as in Lightning's modules.
 _HOLDERS = ("model.", "net.", "network.")
 
 

@@ -14,7 +14,7 @@ _SWITCH = "fused_attn"  # timm's layers have this attribute where they call scal
 
 
 def has_fused_attention(model: nn.Module) -> bool:
-    """Whether a layer of the model calls scaled_dot_product_attention."""
+    """Return whether a layer of the model calls scaled_dot_product_attention."""
     return any(getattr(module, _SWITCH, False) for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""What is worth knowing about the classes of a dataset before weights of another origin meet it."""
+"""Notes about the classes of a dataset, for people who bring weights of another origin."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""What sources are made of: samples, entries that are not used, and one rule about which names count.
+"""Sources are made of these: samples, entries that are not used, and one rule about which names count.
 
 Nothing that a person can see is left out in silence. Every visible entry of a source becomes a sample or an `Unused`,
 and hidden and system files are passed over and counted, by the same rule in every source.
@@ -20,7 +20,7 @@ from tools.sharding.images import MAX_BYTES, RejectedImageError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val")
 VAL_NAMES = ("val", "valid", "validation")  # usual names of the validation split's folder or files
-# What the sources of all kinds consist of.
+# Sources of all kinds consist of these.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
 _STRANGER = "not part of the layout: move it away"
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def file_reader(root: Path) -> Callable[[str], bytes]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is an image's."""
+    """Return whether a file's name is an image's."""
     return name.lower().endswith(EXTENSIONS)
 
 
@@ -142,7 +142,7 @@ def printable(name: str) -> str:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name is UTF-8; Python keeps other bytes as lone surrogates."""
+    """Return whether a file's name is UTF-8; Python keeps other bytes as lone surrogates."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -168,7 +168,7 @@ def by_unique(items: Iterable[T], key: Callable[[T], str]) -> tuple[dict[str, T]
 
 @dataclasses.dataclass
 class Contents:
-    """What lies in a folder, each list sorted by name; links are followed.
+    """The entries of a folder, each list sorted by name; links are followed.
 
     Attributes:
       folders, files: names of visible entries.

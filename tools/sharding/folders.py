@@ -33,7 +33,7 @@ from tools.sharding.entries import (
 KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _KAGGLE_MAPPING = "LOC_synset_mapping.txt"
-# What lies beside the images in Kaggle's download and is for localization or the test.
+# These lie beside the images in Kaggle's download and are for localization or the test.
 _BESIDE_ILSVRC = (
     *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
     *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
@@ -138,7 +138,7 @@ def _beside_classes(name: str) -> str:
 
 
 def _flat_advice(folder: Path) -> str:
-    """What helps where images are not in class folders: a file may have the labels."""
+    """Say what helps where images are not in class folders: a file may have the labels."""
     inside, shell = contents_of(folder), shlex.quote(str(folder))
     if ANNOTATIONS in inside.files:
         return (

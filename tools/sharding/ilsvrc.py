@@ -28,7 +28,7 @@ from tools.sharding.tars import tar_files
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
-# What usually lies beside them and is for other tasks, for the test, or a cache of torchvision.
+# These usually lie beside them and are for other tasks or the test, or are a cache of torchvision.
 _OTHERS = (
     *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
     *("ILSVRC2012_bbox_*.tar.gz", "ILSVRC2012_bbox_*.tgz", "meta.bin", "MD5SUMS", "*.md5"),

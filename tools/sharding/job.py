@@ -246,7 +246,7 @@ def _remove_leftovers(out: Path) -> None:
 
 
 def _is_job_of(path: Path, manifest: dict) -> bool:
-    """Whether a file is the description of the conversion that made a dataset."""
+    """Return whether a file is the description of the conversion that made a dataset."""
     job = read_json(path)
     return all(job.get(key) == manifest[key] for key in ("source", "options", "classes"))
 
@@ -330,7 +330,7 @@ def _write_shards(
         return
     total = sum(len(_rows(shard, num_listed(partial, shard[0]), options.samples_per_shard)) for shard in missing)
     counters = RawArray("Q", 2 * workers)  # images and bytes, a pair for each worker: nothing is locked
-    start = functools.partial(_start_worker, partial, source.root, source_options, options, counters)
+    start = functools.partial(_start_worker, _WorkerTask(partial, source.root, source_options, options, counters))
 
     def tell() -> None:
         on_progress(Progress(sum(counters[0::2]), sum(counters[1::2]), total))
@@ -349,24 +349,27 @@ def _rows(shard: tuple[str, str], samples: int, samples_per_shard: int) -> range
     return range(number * samples_per_shard, min((number + 1) * samples_per_shard, samples))
 
 
-class _Worker:
-    """What a worker process opens once."""
+@dataclasses.dataclass(frozen=True)
+class _WorkerTask:
+    """A conversion as every worker process needs it; `counters` are those of all workers."""
 
-    def __init__(
-        self,
-        partial: Path,
-        root: Path,
-        source_options: SourceOptions,
-        options: BuildOptions,
-        counters: ctypes.Array,
-        number: int,
-    ):
-        self.partial = partial
-        self.options = options
-        self.counters = counters
+    partial: Path
+    root: Path
+    source_options: SourceOptions
+    options: BuildOptions
+    counters: ctypes.Array
+
+
+class _Worker:
+    """Opens once what a worker process reads again and again."""
+
+    def __init__(self, task: _WorkerTask, number: int):
+        self.partial, self.options, self.counters = task.partial, task.options, task.counters
         self.number = number
-        self.read = open_source(root, source_options, partial / "scratch").read
-        self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.json")}
+        self.read = open_source(task.root, task.source_options, task.partial / "scratch").read
+        self.listings = {
+            path.stem: Listing(self.partial, path.stem) for path in (self.partial / "listing").glob("*.json")
+        }
 
     def count(self, nbytes: int) -> None:
         self.counters[2 * self.number] += 1
@@ -384,16 +387,9 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(
-    partial: Path,
-    root: Path,
-    source_options: SourceOptions,
-    options: BuildOptions,
-    counters: ctypes.Array,
-    number: int,
-) -> None:
+def _start_worker(task: _WorkerTask, number: int) -> None:
     global _worker
-    _worker = _Worker(partial, root, source_options, options, counters, number)
+    _worker = _Worker(task, number)
 
 
 def _write_one(split: str, name: str) -> None:

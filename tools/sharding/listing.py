@@ -47,7 +47,7 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
 
 @contextlib.contextmanager
 def nothing_left_behind(partial: Path) -> Iterator[None]:
-    """After an error, remove OUT.partial if nothing was listed before: the next command may be another one."""
+    """Remove OUT.partial after an error if nothing was listed before: the next command may be another one."""
     try:
         yield
     except UserError:
@@ -88,7 +88,7 @@ def listed(partial: Path, split: str) -> dict:
 
 
 def read_unused(partial: Path, split: str) -> list[Unused]:
-    """What the listing of a split found that is no sample."""
+    """Read what the listing of a split found that is no sample."""
     path = path_of(partial, split).with_suffix(".unused.jsonl")  # older conversions have none
     return [Unused(*json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -109,7 +109,7 @@ def check_misplaced(root: Path, unused: Iterable[Unused], skip_bad: bool) -> Non
 
 
 def _line(entry: Entry | Unused) -> bytes:
-    """What the listing's hash covers: samples, and what a person may have decided to leave out."""
+    """Write an entry as the listing's hash covers it: samples, and what a person may have decided to leave out."""
     if isinstance(entry, Unused):
         return json.dumps([entry.kind, entry.source]).encode() + b"\n" if entry.kind == MISPLACED else b""
     return json.dumps([entry.key, entry.label, entry.location, entry.source]).encode() + b"\n"

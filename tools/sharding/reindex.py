@@ -153,7 +153,7 @@ def _check_writable(folders: list[Path], helps: str) -> None:
 
 @contextlib.contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """After an error, remove a folder that was not there before and that holds nothing."""
+    """Remove a folder after an error that was not there before and that holds nothing."""
     new = not folder.exists()
     try:
         yield
@@ -482,7 +482,7 @@ def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_c
 
 
 def _is_label(part: str) -> bool:
-    """Whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
+    """Return whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
     return part.rpartition(".")[2] in LABEL_PARTS
 
 

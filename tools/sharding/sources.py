@@ -53,7 +53,7 @@ def open_source(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
 
 def _nearest(root: Path) -> str:
-    """What probably helps: the folder above is often meant, or one inside; "" where nothing is near."""
+    """Say what probably helps: the folder above is often meant, or one inside; "" where nothing is near."""
     for above in root.resolve().parents:
         if (above / KAGGLE_DATA).is_dir():
             return f"It is a part of Kaggle's download: give {above}"
@@ -74,7 +74,7 @@ def _nearest(root: Path) -> str:
 
 
 def _nearest_images(root: Path, folders: list[str]) -> str:
-    """What helps where images lie somewhere below a folder that is no source."""
+    """Say what helps where images lie somewhere below a folder that is no source."""
     if nested := [name for name in folders if len(_with_images(root / name)) > 1]:
         return f"The class folders in {root / nested[0]} belong in {root}/train: rename it, if they are training images"
     classes = _with_images(root)
