@@ -119,7 +119,9 @@ def _list_split(root: Path, split: str, classes: list[str]) -> Iterator[Entry | 
     # The same class may be written composed in one split and decomposed in the other.
     found, alike = by_unique(inside.folders, composed)
     yield from misplaced(
-        split, [name for name, _ in alike], "a folder of the same name in another Unicode form: move its images there"
+        split,
+        [name for name, _ in alike],
+        "a folder of the same name in another Unicode form: move its images there with mv -n",
     )
     known = {composed(name) for name in classes}
     strangers = [name for form, name in found.items() if form not in known]
