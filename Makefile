@@ -31,10 +31,10 @@ gpu-benchmark:
 	@$(PYTHON_THERE) -c 'import torch, timm, jsonargparse, docstring_parser, webdataset' || { echo "$(PYTHON_THERE) lacks a package: call make setup first, or make gpu-benchmark PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON_THERE) tools/benchmark.py gpu
 
-# Fault injection that takes minutes; `make test` keeps a short version of each.
+# Fault injection that takes minutes, into docs/chaos.md; `make test` keeps a short version of each.
 chaos: setup
 	$(BIN)/python -m pytest -m long -s
-	$(BIN)/python tools/chaos.py --runs 50
+	$(BIN)/python tests/chaos --markdown docs/chaos.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,9 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+_TESTS = Path(__file__).resolve().parent
+sys.path[:1] = [str(_TESTS), str(_TESTS.parent)]
 
-from tools import chaos  # noqa: E402
+from chaos import runs  # noqa: E402
+
 from trainer.checkpoint import path_of  # noqa: E402
 from trainer.step import TrainStep  # noqa: E402
 
@@ -38,10 +40,8 @@ def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
     """Go on until `stop` with so many ranks."""
     if not os.fork():
         noting_batches(out)
-        arguments = [*chaos.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
-        codes = chaos.wait(
-            chaos.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log"), ranks)
-        )
+        arguments = [*runs.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
+        codes = runs.wait(runs.start([*arguments, "--run.stop_after_steps", str(stop)], out.with_suffix(".log"), ranks))
         os._exit(any(codes))
     if os.wait()[1]:
         sys.exit(out.with_suffix(".log").read_text())
@@ -55,7 +55,7 @@ def copy_checkpoint(source: Path, step: int, out: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    root = chaos.make_dataset(folder)
+    root = runs.make_dataset(folder)
     run(root, folder / "steady", 2, 20)
     copy_checkpoint(folder / "steady", 10, folder / "changing")
     for ranks, stop in ((4, 15), (1, 20)):

@@ -8,10 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+_TESTS = Path(__file__).resolve().parent
+sys.path[:1] = [str(_TESTS), str(_TESTS.parent)]
 
-from tools import chaos  # noqa: E402
+from chaos.runs import start, wait  # noqa: E402
 
 for line in sys.stdin:
     wanted = json.loads(line)
-    print(json.dumps(chaos.wait(chaos.start(wanted["arguments"], Path(wanted["log"]), wanted["ranks"]))), flush=True)
+    print(json.dumps(wait(start(wanted["arguments"], Path(wanted["log"]), wanted["ranks"]))), flush=True)

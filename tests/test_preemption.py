@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chaos import runs
+from chaos.runs import equal
 from conftest import REPOSITORY, TINY, train_here
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
-from tools import chaos, doctor
-from tools.chaos import equal
+from tools import doctor
 from trainer import checkpoint
 from trainer.checkpoint import Writer, checkpoints, read
 from trainer.config import parse
@@ -206,7 +207,7 @@ def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
     """It then is the run of two ranks that lost none."""
-    arguments = [*chaos.SETTINGS, "--schedule.epochs", "4", "--data.root", str(elastic / "dataset")]
+    arguments = [*runs.SETTINGS, "--schedule.epochs", "4", "--data.root", str(elastic / "dataset")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

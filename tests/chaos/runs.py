@@ -1,40 +1,28 @@
-"""Breaks training runs at random moments, starts them again, and compares what they end with to a run left in peace.
+"""Training runs that are broken at random moments, started again, and compared with a run left in peace.
 
-python tools/chaos.py --runs 50 --markdown docs/chaos.md
-
-Each run trains a small student with two ranks on the CPU, on scikit-learn's digits, three of them damaged. A process
+Each run trains a small student with two ranks on the CPU, on scikit-learn's digits, three of them damaged. The process
 that has everything imported forks the ranks, so that a start takes a second and not ten; else they are the processes
 that torchrun would start.
 """
 
-import argparse
-import collections
-import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on two cores; before torch is imported
-
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import read_json_lines, write_synced
+from chaos.attempts import Attempt
+from pipelines.errors import UserError
+from pipelines.files import read_json_lines
 from pipelines.index import read_index
-from pipelines.machine import num_cores
-from tools.arguments import path_argument
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer
@@ -43,6 +31,10 @@ from trainer.control import REQUEUE
 from trainer.quarantine import QUARANTINE
 from trainer.telemetry import METRICS, SUMMARY
 
+PROMISE = (
+    "Runs of 30 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "
+    "average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace."
+)
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
 SETTINGS = [
@@ -93,19 +85,6 @@ def change_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
 
 
 FAULTS = (kill_one, preempt, truncate_newest, kill_all, change_newest)
-
-
-@dataclasses.dataclass
-class Tally:
-    """What happened to the runs.
-
-    Attributes:
-      faults: how often each was done to a run that had not ended.
-      wrong: what differed from the undisturbed run, a sentence each.
-    """
-
-    faults: collections.Counter
-    wrong: list[str]
 
 
 def make_dataset(folder: Path) -> Path:
@@ -184,9 +163,15 @@ def num_sessions(out: Path) -> int:
     return sum(line["kind"] == "session" for line in read_json_lines(out / METRICS))
 
 
-def disturbed(out: Path, arguments: list[str], duration_s: float, first: Fault, chance: random.Random, tally: Tally):
-    """A run that is broken once or twice, by `first` at first, and started again until it ends."""
-    log = out.with_suffix(".log")
+def disturbed(
+    out: Path, arguments: list[str], duration_s: float, first: Fault, chance: random.Random
+) -> tuple[list[str], list[str]]:
+    """A run that is broken once or twice, by `first` at first, and started again until it ends.
+
+    Returns:
+      what was done to it while it ran, and what went wrong, a sentence each.
+    """
+    log, done_to_it, wrong = out.with_suffix(".log"), [], []
     for fault in [first, *chance.sample(FAULTS, chance.choice([0, 0, 1]))]:
         before = num_sessions(out)
         ranks = start(arguments, log)
@@ -195,12 +180,13 @@ def disturbed(out: Path, arguments: list[str], duration_s: float, first: Fault, 
         begun = num_sessions(out) > before
         if running(ranks):
             fault(ranks, chance, out)
-            tally.faults[fault.__doc__.rstrip(".")] += 1
+            done_to_it.append(fault.__doc__.rstrip("."))
         codes = wait(ranks)
         if fault is preempt and begun and not set(codes) <= {0, REQUEUE}:  # 0 where it came after the last step
-            tally.wrong.append(f"{log}: exit codes {codes} after a signal")
+            wrong.append(f"exit codes {codes} after a signal")
     if (codes := wait(start(arguments, log))) != [0] * RANKS:
-        raise UserError(f"the undisturbed rest ended with {codes}:\n{log.read_text()}")
+        wrong.append(f"the undisturbed rest ended with {codes}: {log.read_text()[-1000:]}")
+    return done_to_it, wrong
 
 
 def compare(expected: Path, found: Path) -> list[str]:
@@ -219,7 +205,7 @@ def compare(expected: Path, found: Path) -> list[str]:
     wrong += ["best.pt"] if not equal(best[0]["state_dict"], best[1]["state_dict"]) else []
     named = [sorted(map(str, read_json_lines(out / QUARANTINE))) for out in (expected, found)]
     wrong += ["quarantine.jsonl"] if named[0] != named[1] else []
-    return [f"{found}: {what} differs" for what in wrong]
+    return [f"{what} differs" for what in wrong]
 
 
 def equal(a, b) -> bool:
@@ -233,10 +219,9 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def chaos(folder: Path, runs: int, seed: int, progress: Callable = lambda items: items) -> Tally:
-    """Break `runs` runs in `folder`, which is empty."""
+def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
+    """Break one run after the other in `folder`, which is empty."""
     root = make_dataset(folder)
-    tally = Tally(collections.Counter(), [])
 
     def arguments(out: Path) -> list[str]:
         return [*SETTINGS, "--data.root", str(root), "--run.out", str(out)]
@@ -245,62 +230,8 @@ def chaos(folder: Path, runs: int, seed: int, progress: Callable = lambda items:
     if (codes := wait(start(arguments(peace), folder / "undisturbed.log"))) != [0] * RANKS:
         raise UserError(f"{folder / 'undisturbed.log'}: the undisturbed run ended with {codes}")
     duration_s = time.monotonic() - begin
-    for number in progress(range(runs)):
-        out = folder / f"run-{number:02d}"
-        chance = random.Random(f"{seed} {number}")
-        disturbed(out, arguments(out), duration_s, FAULTS[number % len(FAULTS)], chance, tally)
-        tally.wrong += compare(peace, out)
-    return tally
-
-
-def to_markdown(tally: Tally, runs: int, seed: int, elapsed_s: float) -> str:
-    """The report."""
-    rows = [f"| {name} | {count} |" for name, count in sorted(tally.faults.items())]
-    equal_runs = runs - len({line.partition(": ")[0] for line in tally.wrong})
-    return "\n".join(
-        [
-            "# Runs that were broken",
-            "",
-            f"Made by `python tools/chaos.py --runs {runs} --seed {seed}` ({elapsed_s / 60:.0f} minutes, "
-            f"{num_cores()} CPU cores, torch {torch.__version__.partition('+')[0]}): runs of {STEPS} steps with "
-            f"{RANKS} ranks, each broken at one or two random moments and started again. {equal_runs} of {runs} ended "
-            "with weights, average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace.",
-            "",
-            "| fault | times |",
-            "|---|---|",
-            *rows,
-            *(["", *(f"- {line}" for line in tally.wrong)] if tally.wrong else []),
-            "",
-        ]
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    options = _parse(arguments)
-    begin = time.monotonic()
-    with exit_on_user_error(), tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        console = Console(stderr=True)
-        tally = chaos(
-            Path(folder),
-            options.runs,
-            options.seed,
-            lambda items: track(items, "runs", console=console, total=len(items)),
-        )
-        report = to_markdown(tally, options.runs, options.seed, time.monotonic() - begin)
-        print(report)
-        if options.markdown:
-            write_synced(options.markdown, report.encode())
-    sys.exit(1 if tally.wrong else 0)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="runs to break (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of what happens when (default: 0)")
-    parser.add_argument("--markdown", type=path_argument, help="write the report here, too")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    main()
+    for number in itertools.count():
+        out, chance = folder / f"run-{number:02d}", random.Random(f"{seed} {number}")
+        faults, wrong = disturbed(out, arguments(out), duration_s, FAULTS[number % len(FAULTS)], chance)
+        wrong = wrong or compare(peace, out)
+        yield Attempt((faults or [""])[0] or "the run was over before", "; ".join(wrong))

@@ -1,0 +1,13 @@
+"""Started as `python tests/chaos`: finds the packages from the repository and does what chaos.command says."""
+
+import os
+import sys
+from pathlib import Path
+
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(_TESTS), str(_TESTS.parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: forks of a process without threads of its own
+
+from chaos.command import main  # noqa: E402
+
+main()
