@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:  # planning and sharding need no torch, and start faster witho
     from pipelines.batch import Batch
     from pipelines.index import ShardIndex
     from pipelines.plan import BatchPlan
+
+# OpenMP's threads spin while they wait for each other, by default for so long that a training step beside other work
+# is slowed down several times (docs/performance.md). libgomp reads this when torch is imported. Your own choice wins.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 PIXELS_VERSION = 1  # of what pipelines make of a plan: a run that goes on with another is told
 PIPELINES = ("auto", "dali", "torchvision", "synthetic")

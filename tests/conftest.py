@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before torch is imported
 
 import numpy as np
@@ -57,7 +59,7 @@ def photos(tmp_path_factory) -> ShardIndex:
 def jobs_in_this_process(monkeypatch):
     """Jobs of `build`, `index` and `verify` run here: test_shard_imagenet.py and test_shard_faults.py use workers."""
 
-    def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None):
+    def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
         if start is not None:
             start(0)
         for number, job in enumerate(jobs):

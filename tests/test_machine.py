@@ -1,5 +1,6 @@
 """Cores, home folders and sockets are asked of the machine."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -230,3 +231,39 @@ def test_workers_import_this_copy_of_the_program_from_any_folder(tmp_path):
     (tmp_path / "pipelines" / "__init__.py").write_text("raise SystemExit('the wrong copy')")
     done = run_worker(f"import sys; sys.path[0] = {str(REPOSITORY)!r}\n{WORKER}", cwd=tmp_path)
     assert done.stdout.startswith(f"{MODULE}\n"), done.stderr
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
+)
+@pytest.mark.parametrize("package", ["pipelines", "trainer", "tools"])
+def test_waiting_threads_of_openmp_soon_sleep_unless_you_have_chosen(package, variables, expected):
+    environment = {name: text for name, text in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    script = f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, env={**environment, **variables}
+    )
+    assert done.stdout == f"{expected} False\n", done.stderr
+
+
+SCRIPTS = [
+    path
+    for path in [*REPOSITORY.glob("trainer/*.py"), *REPOSITORY.glob("tools/*.py")]
+    if "\nif __package__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_imports_pipelines_before_anything_that_imports_torch(path):
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            names.append((node.lineno, name.partition(".")[0]))
+    installed = (name for _, name in sorted(names) if name not in sys.stdlib_module_names)
+    assert next(installed) == "pipelines"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from rich import box
 from rich.console import Console

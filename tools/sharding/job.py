@@ -336,7 +336,7 @@ def _write_shards(
         on_progress(Progress(sum(counters[0::2]), sum(counters[1::2]), total))
 
     try:
-        for _ in run_jobs(_write_one, missing, workers, start=start, on_wait=tell):
+        for _ in run_jobs(_write_one, missing, workers, start=start, on_wait=tell, preload=["webdataset"]):
             pass
     except LostWorkerError as error:
         message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {KEPT}"

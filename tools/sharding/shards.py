@@ -1,20 +1,23 @@
 """One shard: a tar, its DALI index, and a record of what went in. Complete once the record is there."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
-
-import webdataset
+from typing import TYPE_CHECKING, BinaryIO
 
 from pipelines.errors import UserError
 from pipelines.files import replacing, write_synced
 from tools.sharding.entries import Entry
 from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.tars import BLOCK
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds and which only writing needs
+    import webdataset
 
 HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
 LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
@@ -92,6 +95,8 @@ def write_shard(
       UserError: a source cannot be read at all (which says nothing about the image).
       OSError: the shard cannot be written.
     """
+    import webdataset
+
     members: dict[str, dict[str, tuple[int, int]]] = {}
     record = ShardRecord()
     hashes = []

@@ -35,6 +35,7 @@ def run_jobs(
     *,
     start: Callable[[int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
+    preload: Sequence[str] = (),
 ) -> Iterator[tuple[int, object]]:
     """(number of the job, `function(*job)`) of each job, in the order in which they end.
 
@@ -43,6 +44,7 @@ def run_jobs(
     Args:
       function, start: importable; `start(number)` is called first in each worker, with the worker's number.
       on_wait: called several times a second.
+      preload: slow modules that the jobs import, which are then imported once for all workers.
     Raises:
       LostWorkerError: a worker was killed.
       Exception: what a job raised; its traceback in the worker is the cause.
@@ -51,7 +53,7 @@ def run_jobs(
     processes, idle, busy = [], [], set()
     try:
         with _telling_lost_workers():
-            context = forkserver_context("tools.sharding.job")
+            context = forkserver_context("tools.sharding.job", *preload)
             for number in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
                 idle.append(ours)
@@ -91,10 +93,10 @@ def _telling_lost_workers() -> Iterator[None]:
         raise LostWorkerError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
 
 
-def forkserver_context(module: str) -> multiprocessing.context.BaseContext:
-    """Workers are forked from a server process that has imported a module once, and done nothing else."""
+def forkserver_context(*modules: str) -> multiprocessing.context.BaseContext:
+    """Workers are forked from a server process that has imported the modules once, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([*modules])
     # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
     # inherit that the signal is blocked.
     use_short_socket_names()
