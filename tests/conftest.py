@@ -1,10 +1,8 @@
 """Small real datasets: scikit-learn's handwritten digits, and crops of its two photographs."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
@@ -14,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 import numpy as np
 import pytest
 import torch
+from forked_python import executable
 
 from pipelines.index import ShardIndex, read_index
 from tools.demo import write_digits
@@ -27,6 +26,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """The report at a run's end gets empty pictures: to draw them takes as long as a short run. test_report.py does."""
+    report = sys.modules.get("trainer.report")
+    if report is not None and request.path.stem != "test_report":
+        monkeypatch.setattr(report, "draw", lambda chart: b"")
 
 
 @pytest.fixture(scope="session")
@@ -108,28 +115,9 @@ def train_here(root: Path, out: Path, *arguments) -> dict:
     return train(config, World(0, 1, 1, device))
 
 
-@pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory) -> Iterator[Callable[..., str]]:
-    """Makes runs of several ranks with the settings in TINY: run_ranks(2, "--run.out", ...). Returns what they wrote.
-
-    The ranks are forks of one process that has everything imported: a second to start, where torchrun takes ten.
-    """
-    command, folder = [sys.executable, str(REPOSITORY / "tests" / "forked_ranks.py")], tmp_path_factory.mktemp("ranks")
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forking:
-
-        def run(ranks: int, *arguments) -> str:
-            log = folder / f"{len(list(folder.iterdir()))}.log"
-            wanted = {"arguments": [*TINY, *map(str, arguments)], "ranks": ranks, "log": str(log)}
-            print(json.dumps(wanted), file=forking.stdin, flush=True)
-            assert forking.stdout.readline() == f"{json.dumps([0] * ranks)}\n", log.read_text()
-            return log.read_text()
-
-        yield run
-
-
 def run_trainer(*arguments, ranks: int = 1, check: bool = True, **popen) -> subprocess.CompletedProcess:
     """trainer/run.py in a process of its own, with the settings in TINY."""
-    command = [sys.executable]
+    command = [executable()]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(REPOSITORY / "trainer" / "run.py"), *TINY, *map(str, arguments)]

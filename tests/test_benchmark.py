@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY
+from forked_python import executable
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -62,7 +63,7 @@ def test_shard_measures_every_row(run):
 
 def test_loader_measures_every_row(tmp_path):
     """In a process of its own, which forks the workers of others from one that it starts."""
-    command = [sys.executable, REPOSITORY / "tools" / "benchmark.py", "loader", "--images", "4", "--batch", "2"]
+    command = [executable(), REPOSITORY / "tools" / "benchmark.py", "loader", "--images", "4", "--batch", "2"]
     command += ["--repeats", "1", "--json", tmp_path / "rows.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from chaos.attempts import Attempt, isolated
 from chaos.command import FAULTS, tallied, to_markdown
 from chaos.runs import compare
 from conftest import REPOSITORY, TINY
+from forked_python import executable
 
 from trainer.config import parse
 from trainer.distributed import World
@@ -20,7 +21,7 @@ from trainer.run import train
 
 def test_broken_runs_end_bit_equal_to_one_left_in_peace(tmp_path):
     report = tmp_path / "chaos.md"
-    command = [sys.executable, str(REPOSITORY / "tests" / "chaos"), "runs", "--count", "2"]
+    command = [executable(), str(REPOSITORY / "tests" / "chaos"), "runs", "--count", "2"]
     done = subprocess.run([*command, "--markdown", str(report)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     text = report.read_text()

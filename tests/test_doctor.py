@@ -5,12 +5,12 @@ Nothing is said about how fast."""
 import dataclasses
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, train_here
+from forked_python import executable
 
 from pipelines.checked import decode_with_pil, refuse_damaged
 from pipelines.cpu import TorchvisionPipeline
@@ -219,7 +219,7 @@ def test_a_finished_run_has_nothing_left_to_predict(digits, tmp_path):
 def test_several_ranks_measure_together_and_the_gradients_too(digits, tmp_path):
     report, config = tmp_path / "doctor.json", tmp_path / "config.yaml"
     config.write_text("{}\n")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(REPOSITORY / "tools" / "doctor.py"), str(config), "--seconds", "0.01", "--no-trials"]
     command += ["--json", str(report), *TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import timm
 import timm.data
 import torch
 from conftest import REPOSITORY, TINY
+from forked_python import executable
 from PIL import Image
 
 from pipelines.errors import UserError
@@ -126,7 +126,7 @@ def test_two_ranks_find_what_one_finds_and_write_it(last, digits, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for command, name in (([], "one.json"), (launcher, "two.json")):
         done = subprocess.run(
-            [sys.executable, *command, *arguments, str(tmp_path / name)],
+            [executable(), *command, *arguments, str(tmp_path / name)],
             capture_output=True,
             text=True,
             env=environment,

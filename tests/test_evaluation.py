@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY, TINY
+from forked_python import executable
 
 from pipelines.batch import Batch
 from pipelines.index import read_index
@@ -84,7 +85,7 @@ def found(tmp_path_factory) -> dict[int, list[dict]]:
     write_digits(folder / "images", num_train=10, num_val=IMAGES)
     build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=300))
     # a fresh interpreter, which imports everything once and forks the ranks before it has a thread
-    command = [sys.executable, __file__, str(folder / "dataset"), str(folder)]
+    command = [executable(), __file__, str(folder / "dataset"), str(folder)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300
     )

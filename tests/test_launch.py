@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
@@ -15,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY, TINY, train_here
+from forked_python import executable
+from ranks import Ranks, free_port, run_ranks
 
 from trainer import ready
 from trainer.config import parse
@@ -24,49 +25,6 @@ from trainer.run import what_must_agree
 from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
 
 ONE = World(0, 1, 1, torch.device("cpu"))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
-class Ranks:
-    """Processes started with RANK and WORLD_SIZE set, as srun and torchrun do; they end with the block."""
-
-    def __init__(self, command: list, size: int, *, started: list[int] | None = None, **environment):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-                | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
-                | {name: str(value) for name, value in environment.items()},
-                cwd=REPOSITORY,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for rank in (range(size) if started is None else started)
-        ]
-
-    def __enter__(self) -> "Ranks":
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def end(self, timeout: float = 60) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of every rank."""
-        ends = [process.communicate(timeout=timeout) for process in self.processes]
-        return [(process.returncode, *end) for process, end in zip(self.processes, ends, strict=True)]
-
-    def await_line(self, rank: int) -> str:
-        """The next line that a rank writes on stdout."""
-        return self.processes[rank].stdout.readline()
 
 
 def one_line(end: tuple[int, str, str], rank: int) -> str:
@@ -245,7 +203,7 @@ with join_world("cpu", lambda _: {}, 30) as world:
 
 def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
     (tmp_path / "restarted.py").write_text(RESTARTED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "--max-restarts", "1", str(tmp_path / "restarted.py")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -421,7 +379,9 @@ def test_one_rank_alone_says_where_it_hangs():
 def test_a_rank_that_is_killed_is_named_by_the_other(rank, other):
     ends = stop(rank, "KILL")
     assert ends[rank][0] == -signal.SIGKILL
-    assert re.search(rf"\[rank {other}\] error: lost rank {rank} on \S+ in 'step: input': last heard", ends[other][2])
+    assert re.search(
+        rf"\[rank {other}\] error: lost rank {rank} on \S+ in 'step: (input|update)': last heard", ends[other][2]
+    )
     assert ends[other][0] == 1 and "Traceback" not in ends[other][2]
 
 
@@ -429,7 +389,9 @@ def test_a_rank_that_is_killed_is_named_by_the_other(rank, other):
 @pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
 def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
     ends = stop(rank, "STOP")
-    assert re.search(rf"\[rank {other}\] error: watchdog: lost rank {rank} on \S+ in 'step: input'", ends[other][2])
+    assert re.search(
+        rf"\[rank {other}\] error: watchdog: lost rank {rank} on \S+ in 'step: (input|update)'", ends[other][2]
+    )
     assert ends[other][0] == 1
 
 
@@ -552,7 +514,7 @@ def slurm(tmp_path):
                 "PATH": f"{tmp_path}:{os.environ['PATH']}",
                 "PYTHONPATH": str(REPOSITORY),
                 "CALLS": str(calls),
-                "TRAIN_PROGRAM": f"{sys.executable} {program}",
+                "TRAIN_PROGRAM": f"{executable()} {program}",
                 "SLURM_JOB_ID": str(140000 + free_port() % 20000),
                 "SLURM_JOB_NODELIST": "some[1-2]",
                 "SLURM_NTASKS": "2",
@@ -638,9 +600,9 @@ def hosts():
 
 
 def start_on(host: str, command: list, **environment) -> subprocess.Popen:
-    """A program on one of the hosts, which Gloo connects by their cable."""
+    """Python on one of the hosts, which Gloo connects by their cable."""
     return subprocess.Popen(
-        ["ip", "netns", "exec", host, *map(str, command)],
+        ["ip", "netns", "exec", host, executable(), *map(str, command)],
         env={**os.environ, "GLOO_SOCKET_IFNAME": host, **environment},
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -657,7 +619,7 @@ def end_all(processes: list[subprocess.Popen]) -> None:
         process.wait()
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+TORCHRUN = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
 
 
 def rendezvous(backend: str, node: int) -> list:
@@ -670,7 +632,7 @@ def rendezvous(backend: str, node: int) -> list:
 
 
 @pytest.mark.parametrize("backend", ["static", pytest.param("c10d", marks=pytest.mark.long)])
-def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_path, run_ranks, backend):
+def test_two_hosts_train_what_two_ranks_on_one_machine_do(digits, hosts, tmp_path, backend):
     arguments = [*TINY, "--data.root", digits, "--run.stop_after_steps", 3, "--run.log_every", 1]
     trainer = [REPOSITORY / "trainer" / "run.py", *arguments, "--run.out", tmp_path / "two"]
     processes = [start_on(host, [*TORCHRUN, *rendezvous(backend, n), *trainer]) for n, host in enumerate(hosts)]
@@ -695,7 +657,7 @@ def ranks_on(hosts: list[str], command: list, **environment) -> list[subprocess.
 
 
 def test_a_cable_that_is_pulled_is_told_on_both_hosts(hosts):
-    processes = ranks_on(hosts, [sys.executable, "-c", LOOP, 4, 0, "nothing"])
+    processes = ranks_on(hosts, ["-c", LOOP, 4, 0, "nothing"])
     try:
         assert processes[0].stdout.readline() == "now\n"
         ip("-n", hosts[0], "link", "set", hosts[0], "down")
@@ -713,7 +675,7 @@ def test_a_cable_that_is_pulled_is_told_on_both_hosts(hosts):
 
 def test_hosts_that_gloo_cannot_connect_are_told_what_to_look_at(hosts):
     """Both take the loopback for the network, as a machine does whose own name has the address 127.0.0.1."""
-    processes = ranks_on(hosts, [sys.executable, "-c", JOIN, 6], FACTS="{}", GLOO_SOCKET_IFNAME="lo")
+    processes = ranks_on(hosts, ["-c", JOIN, 6], FACTS="{}", GLOO_SOCKET_IFNAME="lo")
     try:
         for process in processes:
             _, error = process.communicate(timeout=40)

@@ -5,13 +5,13 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import REPOSITORY, TINY
+from forked_python import executable
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
@@ -247,7 +247,7 @@ def two_ranks(digits, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("ranks")
     script = out / "script.py"
     script.write_text(RANK_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command += [str(out), *TINY, "--data.root", str(digits), "--run.out", str(out / "none")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -20,6 +20,7 @@ import torch
 from chaos import runs
 from chaos.runs import equal
 from conftest import REPOSITORY, TINY, train_here
+from forked_python import executable
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -187,7 +188,7 @@ def signalling(*_):
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
-    command = [sys.executable, str(REPOSITORY / "tests" / "elastic_runs.py"), str(folder)]
+    command = [executable(), str(REPOSITORY / "tests" / "elastic_runs.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -210,7 +211,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
     arguments = [*runs.SETTINGS, "--schedule.epochs", "4", "--data.root", str(elastic / "dataset")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    forked = {**os.environ, "PYTHON_EXEC": executable()}  # by which torchrun starts the ranks
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=forked)
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and any(line["step"] >= 7 for line in read_json_lines(metrics))):
         assert process.poll() is None

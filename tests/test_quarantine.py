@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY, run_trainer, train_here
 from PIL import Image
+from ranks import run_ranks
 from sklearn.datasets import load_sample_images
 
 from pipelines.errors import UserError
@@ -74,7 +75,7 @@ def test_each_damaged_image_is_named_once_and_the_run_ends_normally(damaged, tmp
     assert_each_named_once(tmp_path / "run", bad, capsys.readouterr().out)
 
 
-def test_two_ranks_name_each_damaged_image_once_and_end_normally(damaged, tmp_path, run_ranks):
+def test_two_ranks_name_each_damaged_image_once_and_end_normally(damaged, tmp_path):
     """Some of the validation images are seen by the second one alone, in every epoch."""
     root, bad = damaged
     few = ("--schedule.epochs", "2", "--run.eval_batch", "16")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from PIL import Image
+from ranks import run_ranks
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -504,7 +505,7 @@ def test_a_student_that_is_its_teacher_agrees_with_it(digits, tmp_path):
     assert [line["loss"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, tmp_path, run_ranks, capsys):
+def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, tmp_path, capsys):
     setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 4]
     one = train_here(digits, tmp_path / "1", *setting)
     warned = re.findall("the teacher finds the label of .*", capsys.readouterr().out)

@@ -16,6 +16,8 @@ import timm
 import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_trainer, train_here
+from forked_python import executable
+from ranks import run_ranks
 
 from pipelines.errors import UserError
 from pipelines.files import locked, read_json_lines
@@ -189,7 +191,7 @@ def assert_close_states(a: dict, b: dict, tolerance: float) -> None:
         assert torch.allclose(a[name].double(), b[name].double(), rtol=tolerance, atol=tolerance), name
 
 
-def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(digits, teacher, tmp_path, run_ranks):
+def test_two_ranks_end_within_float_noise_of_one_and_hold_the_same_statistics(digits, teacher, tmp_path):
     arguments = [*teacher, "--run.stop_after_steps", 6, "--optim.lr", "1e-3"]
     train_here(digits, tmp_path / "1", *arguments)
     run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", *arguments)
@@ -522,7 +524,7 @@ def test_an_average_too_slow_for_the_run_is_told(digits, tmp_path, capsys):
 
 
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp_path):
-    command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, *EVERY_3]
+    command = [executable(), str(REPOSITORY / "trainer" / "run.py"), *TINY, *EVERY_3]
     command += ["--data.root", str(digits), "--run.out", str(tmp_path)]
     command += ["--schedule.epochs", "300"]  # on a busy machine 4 end before the signal
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
