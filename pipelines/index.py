@@ -6,24 +6,28 @@ A dataset folder looks like this (`tools/shard_imagenet.py` writes it):
     OUT/audit.jsonl              what was remarked on single images when they were converted
     OUT/train/train-00000.tar    WebDataset: KEY.cls, KEY.jpg
     OUT/train/train-00000.idx    the same for DALI's own webdataset reader
-    OUT/train/index.npy          one row a sample, memory-mapped: the plan reads it
+    OUT/train/index.npy          one row a sample: the plan reads it
 """
 
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipelines.errors import UserError, clipped
-from pipelines.files import sha256_of
+from pipelines.jpeg import MAX_PIXELS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 AUDIT = "audit.jsonl"
+_HEADER_BYTES = 4096  # more than the header of an index file has
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _FIELDS = {
     "shard": "<i4",
@@ -156,38 +160,101 @@ def class_order_doubt(manifest: dict) -> str:
 
 
 def read_index(root: Path, split: str) -> ShardIndex:
-    """The index of one split of a dataset folder, memory-mapped and checked against the manifest and the shards.
+    """Read the index of one split of a dataset folder, and check it against the manifest and the shards.
+
+    It is read and not memory-mapped: a mapped file that shrinks in mid-run would end the process with SIGBUS.
 
     Raises:
-      UserError: the split, its index or a shard is missing, truncated, stale or empty.
+      UserError: the split, its index or a shard is missing, truncated, stale or empty, or a row makes no sense.
     """
     root = Path(root)
     manifest = read_manifest(root)
     if split not in manifest["splits"]:
         raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
-    samples = _read_samples(root / split / INDEX, entry)
+    path = root / split / INDEX
+    samples = _read_samples(path, entry["index_sha256"])
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
-    for path, shard in zip(paths, entry["shards"], strict=True):
-        _check_size(path, shard["bytes"])
+    for shard_path, shard in zip(paths, entry["shards"], strict=True):
+        _check_size(shard_path, shard["bytes"])
+    _check_rows(path, samples, np.array([shard["bytes"] for shard in entry["shards"]]), len(manifest["classes"]))
     return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"], manifest["options"]["audit"])
 
 
-def _read_samples(path: Path, entry: dict) -> np.ndarray:
-    rebuild = "Build the dataset again, or restore the file"
+_REBUILD = "Build the dataset again, or restore the file"
+
+
+def _read_samples(path: Path, sha256: str) -> np.ndarray:
+    """Read all rows of an index file that has the manifest's hash."""
+    if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{path}: not a regular file. {_REBUILD}")
     try:
-        digest = sha256_of(path)
-        if digest != entry["index_sha256"]:
-            raise UserError(
-                f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says "
-                f"{entry['index_sha256'][:12]}...). {rebuild}"
-            )
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {rebuild}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {_REBUILD}") from error
+    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+        raise UserError(
+            f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says {sha256[:12]}...). "
+            f"{_REBUILD}"
+        )
+    content.flags.writeable = False
+    try:
+        samples = _rows_of(content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not an index ({clipped(error, 120)}). {_REBUILD}") from error
     if not len(samples):
         raise UserError(f"{path}: holds no samples. Build the dataset again from a folder with images")
     return samples
+
+
+def _rows_of(content: np.ndarray) -> np.ndarray:
+    """View the bytes of an .npy file as the rows of an index. Raises a ValueError, TypeError or KeyError otherwise."""
+    start, shape, dtype = _npy_header(io.BytesIO(content[:_HEADER_BYTES].tobytes()))
+    samples = content[start:].view(dtype)
+    if samples.shape != shape or dtype != sample_dtype(dtype["key"].itemsize):
+        raise ValueError("rows of another kind or number")
+    return samples
+
+
+def _npy_header(file: BinaryIO) -> tuple[int, tuple[int, ...], np.dtype]:
+    """Read where the rows of an .npy file begin, how many there are, and their type."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read(file)
+    return file.tell(), shape, dtype
+
+
+def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
+    """Read the rows [start, stop) of an index file whose content has been checked; no others are read.
+
+    Raises:
+      OSError: it cannot be read, or has changed since.
+    """
+    with open(path, "rb") as file:
+        first, _, dtype = _npy_header(file)
+        file.seek(first + start * dtype.itemsize)
+        content = file.read((stop - start) * dtype.itemsize)
+    if len(content) != (stop - start) * dtype.itemsize:
+        raise OSError(errno.EIO, "has become shorter", str(path))
+    return np.frombuffer(content, dtype)
+
+
+def _check_rows(path: Path, samples: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> None:
+    """Raise a UserError that names the first sample that is not in its shard, or has an impossible label or size."""
+    shard, offset, nbytes = samples["shard"], samples["offset"], samples["nbytes"]
+    in_range = (shard >= 0) & (shard < len(shard_bytes))
+    ends = shard_bytes[np.where(in_range, shard, 0)]
+    pixels = samples["height"].astype(np.int64) * samples["width"]
+    fine = {
+        "place in its shard": in_range & (offset >= 0) & (nbytes > 0) & (offset <= ends - nbytes),
+        "label": (samples["label"] >= 0) & (samples["label"] < num_classes),
+        "size": (samples["height"] > 0) & (samples["width"] > 0) & (pixels <= MAX_PIXELS),
+    }
+    for what, is_fine in fine.items():
+        if not is_fine.all():
+            row = int(np.argmin(is_fine))
+            key = clipped(samples["key"][row].decode(errors="backslashreplace"))
+            raise UserError(f"{path}: sample {key} (row {row}) has an impossible {what}. {_REBUILD}")
 
 
 def _check_size(path: Path, num_bytes: int) -> None:

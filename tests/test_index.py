@@ -1,11 +1,13 @@
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.index import read_index, read_manifest
+from pipelines.files import sha256_of
+from pipelines.index import manifest_bytes, read_index, read_manifest
 from pipelines.reader import ShardReader, read_ahead
 
 
@@ -51,6 +53,57 @@ def test_a_truncated_index(copy, size):
     path = copy / "train" / "index.npy"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"index.npy: truncated, damaged or stale"):
+        read_index(copy, "train")
+
+
+def test_an_index_that_shrinks_or_vanishes_in_mid_run_changes_nothing(copy, digits):
+    index, path = read_index(copy, "train"), copy / "train" / "index.npy"
+    os.truncate(path, 100)  # a memory map would end the process here
+    assert np.array_equal(index.samples, read_index(digits, "train").samples)
+    path.unlink()
+    assert index.name(319) == read_index(digits, "train").name(319)
+
+
+def with_index(root, samples):
+    """Put an index into a dataset, as somebody would who edits it, its hash in the manifest included."""
+    path = root / "train" / "index.npy"
+    np.save(path, samples)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["splits"]["train"]["index_sha256"] = sha256_of(path)
+    (root / "manifest.json").write_bytes(manifest_bytes(manifest))
+    return read_index(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        *[("shard", value, "place in its shard") for value in (-1, 4)],
+        *[("offset", value, "place in its shard") for value in (-1, 1 << 40, (1 << 63) - 1)],
+        *[("nbytes", value, "place in its shard") for value in (-1, 0, 1 << 30)],
+        *[("label", value, "label") for value in (-1, 10)],
+        *[("height", value, "size") for value in (-1, 0, (1 << 31) - 1)],
+    ],
+)
+def test_a_row_that_makes_no_sense_is_named(copy, field, value, what):
+    samples = read_index(copy, "train").samples.copy()
+    assert np.array_equal(with_index(copy, samples).samples, samples)
+    samples[field][5] = value
+    key = samples["key"][5].decode()
+    with pytest.raises(UserError, match=rf"index.npy: sample {key} \(row 5\) has an impossible {what}. Build the"):
+        with_index(copy, samples)
+
+
+@pytest.mark.parametrize("rows", [np.arange(5), np.zeros(3, dtype=[("key", "S3")]), np.zeros((2, 2)), np.array("a")])
+def test_an_array_that_is_no_index_is_refused(copy, rows):
+    with pytest.raises(UserError, match=r"index.npy: not an index"):
+        with_index(copy, rows)
+
+
+def test_a_pipe_in_place_of_the_index_is_named(copy):
+    path = copy / "train" / "index.npy"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"index.npy: not a regular file"):
         read_index(copy, "train")
 
 
