@@ -28,9 +28,21 @@ def refuse_damaged(index: ShardIndex) -> Callable[[int, str], None]:
     return refuse
 
 
+def open_with_pil(content: np.ndarray | bytes) -> Image.Image:
+    """An encoded image of which PIL has read the header alone.
+
+    Raises:
+      Exception: nearly any, if the bytes are no image; a ValueError for EPS, a program that PIL has Ghostscript run.
+    """
+    image = Image.open(io.BytesIO(content))
+    if image.format == "EPS":
+        raise ValueError("EPS is a program, not an image")
+    return image
+
+
 def decode_with_pil(encoded: np.ndarray | bytes) -> Image.Image:
     """RGB pixels as stored: EXIF orientation is not applied. What other decoders are held to."""
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
+    return open_with_pil(encoded).convert("RGB")
 
 
 def lossless(pixels: np.ndarray) -> np.ndarray:
@@ -134,4 +146,4 @@ def _size_of(content: np.ndarray) -> tuple[int, int]:
     """Height and width of an encoded image, by its header. Raises nearly anything if the bytes are no image."""
     if header := read_jpeg_header(memoryview(content)):  # takes an eighth of PIL's time
         return header.height, header.width
-    return Image.open(io.BytesIO(content)).size[::-1]
+    return open_with_pil(content).size[::-1]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.checked import open_with_pil
 from pipelines.errors import UserError
 from pipelines.files import instead_of_content
 from pipelines.jpeg import MAX_PIXELS, JpegHeader, is_plain, read_jpeg_header
@@ -77,12 +78,12 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         raise RejectedImageError(found)
     header = read_jpeg_header(content)
     plain = is_plain(header)
-    if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
-        refuse_absurd(header.width, header.height)
-        orientation = _orientation(Image.open(io.BytesIO(content))) if header.has_exif else 1
-        return CheckedImage(content, header.height, header.width, None, False, orientation)
     with warnings.catch_warnings(), rejecting():
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
+        if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
+            refuse_absurd(header.width, header.height)
+            orientation = _orientation(open_with_pil(content)) if header.has_exif else 1
+            return CheckedImage(content, header.height, header.width, None, False, orientation)
         return _decode(content, header, plain, options)
 
 
@@ -103,7 +104,7 @@ def rejecting() -> Iterator[None]:
 
 def opened(content: bytes) -> Image.Image:
     """An image file's content in PIL, which has read the header alone. Raises RejectedImageError if it is absurd."""
-    image = Image.open(io.BytesIO(content))
+    image = open_with_pil(content)
     refuse_absurd(*image.size)
     return image
 

@@ -29,7 +29,7 @@ from tools.sharding.entries import (
     printable,
     unused_in,
 )
-from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
+from tools.sharding.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.listing import check_misplaced
 from tools.sharding.shards import (
     LABEL_PARTS,
@@ -442,8 +442,11 @@ def _read_sample(
     labels = [extension for extension in LABEL_PARTS if extension in parts]
     if reason := _misnamed(parts, images, labels, in_class):
         raise RejectedImageError(reason)
-    number = _class_number(labels[0], _slice(file, *parts[labels[0]]) if parts[labels[0]][1] else b"")
+    offset, size = parts[labels[0]]
+    number = _class_number(labels[0], _slice(file, offset, min(size, _MAX_LABEL_BYTES + 1)))
     offset, size = parts[images[0]]
+    if size > MAX_BYTES:
+        raise RejectedImageError(f"its {images[0]} has {size:,} bytes; no image has more than {MAX_BYTES:,}")
     image = check_image(_slice(file, offset, size), options)
     if image.repaired:
         raise RejectedImageError(
@@ -487,7 +490,7 @@ def _is_label(part: str) -> bool:
 
 
 def _class_number(part: str, content: bytes) -> int:
-    text = content[: _MAX_LABEL_BYTES + 1].strip()
+    text = content.strip()
     if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
         return int(text)
     shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
