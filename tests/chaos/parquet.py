@@ -220,7 +220,10 @@ def _fell(source: Path, out: Path) -> str:
         if again.last_line != ended.last_line:
             return f"says something else the second time: {again.last_line[:200]}"
         return "left OUT behind an error" if out.exists() else ""
-    used = sum(entry["samples"] for entry in read_manifest(out)["splits"].values())
+    splits = read_manifest(out)["splits"]
+    if (source / KAGGLE_SOLUTION).exists() and splits["val"]["class_counts"] != [1, 1]:
+        return "gives a validation image a class that a line contradicts"
+    used = sum(entry["samples"] for entry in splits.values())
     if _num_rows(source) not in (used, None):
         return f"uses {used} of {_num_rows(source)} images and says nothing"
     return isolated(shard("verify", out, "--decode", "--workers", 1), mib=1024).complaint()

@@ -242,7 +242,7 @@ def _remove_leftovers(out: Path) -> None:
     if _is_job_of(out / _JOB, manifest):
         (out / _JOB).unlink(missing_ok=True)
     if _is_job_of(inside / _JOB, manifest) and not contents_of(inside).folders:
-        shutil.rmtree(inside, ignore_errors=True)
+        shutil.rmtree(inside)
 
 
 def _is_job_of(path: Path, manifest: dict) -> bool:
@@ -431,7 +431,8 @@ def _finish(partial: Path, out: Path, job: dict) -> dict:
             entry["listing_sha256"] = listed(partial, split)["sha256"]
         write_synced(partial / MANIFEST, manifest_bytes(manifest))
     for leftover in ("listing", "records", "scratch"):
-        shutil.rmtree(partial / leftover, ignore_errors=True)
+        if (partial / leftover).exists():  # an error ends the command here, and the same command removes the rest
+            shutil.rmtree(partial / leftover)
     for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
         path.unlink(missing_ok=True)
     if out.is_dir():  # it was there, empty; with the manifest it is a dataset

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.errors import UserError, clipped, grouped, named, system_error_text
-from pipelines.files import sha256_of, write_synced
+from pipelines.files import locked, sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.assembly import VERSION, assemble
 from tools.sharding.entries import (
@@ -48,7 +48,7 @@ _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32  # a class number may have spaces around it
 _MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
-_RECORDS = ".index.partial"
+_RECORDS, _LOCK = ".index.partial", ".index.lock"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
@@ -77,8 +77,7 @@ def index_webdataset(
       UserError: there are no tars, ROOT is indexed already, or something in it cannot be used (all of that is named).
     """
     home = out or root
-    if (home / MANIFEST).exists():
-        raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
+    _check_new(home)
     found, unused = _find_tars(root)
     has_train = (root / "train").is_dir()
     if "train" in found or (has_train and contents_of(root / "train").files):
@@ -95,7 +94,24 @@ def index_webdataset(
             helps = f"Have the index in a new folder: index {root} --out DIR"
             links = {}
             _check_writable([root, *(root / split for split in found)], helps)
-        return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+        with _alone(home):
+            return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+
+
+def _check_new(home: Path) -> None:
+    if (home / MANIFEST).exists():
+        raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Keep others from indexing into the same folder meanwhile. Raises a UserError if somebody does, or has done so."""
+    with locked(home / _LOCK, f"another process is already indexing {home}"):
+        try:
+            _check_new(home)
+            yield
+        finally:
+            (home / _LOCK).unlink()
 
 
 def _index(
@@ -109,7 +125,8 @@ def _index(
     on_shard: Callable[[int, int], None],
 ) -> dict:
     records = home / _RECORDS
-    shutil.rmtree(records, ignore_errors=True)
+    if records.exists():  # an earlier call was killed
+        shutil.rmtree(records)
     for split in found:
         (records / split).mkdir(parents=True)
     try:
@@ -262,7 +279,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
-    return (each for each in unused if each.source != _RECORDS)
+    return (each for each in unused if each.source not in (_RECORDS, _LOCK))
 
 
 def _nearest(root: Path) -> str:
