@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, grouped, named, system_error_text
+from pipelines.errors import UserError, clipped, grouped, named
 from pipelines.files import locked, sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.assembly import VERSION, assemble
@@ -30,6 +30,7 @@ from tools.sharding.entries import (
     unused_in,
 )
 from tools.sharding.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
+from tools.sharding.job import reporting_disk_errors
 from tools.sharding.listing import check_misplaced
 from tools.sharding.shards import (
     LABEL_PARTS,
@@ -85,7 +86,7 @@ def index_webdataset(
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
     check_compressed(root, [path for paths in found.values() for path in paths])
-    with _naming_home(home), _removed_if_empty(home):
+    with reporting_disk_errors(home), _removed_if_empty(home):
         if out:
             links = _links(root, found, out)
             out.mkdir(parents=True, exist_ok=True)
@@ -179,16 +180,6 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _naming_home(home: Path) -> Iterator[None]:
-    """Turns an error of the system into one line, with the folder of the index where it names no file itself."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename else f"{home}: "
-        raise UserError(f"{where}{system_error_text(error)}") from error
 
 
 # --- the folder ---
