@@ -80,6 +80,9 @@ def index_webdataset(
     home = out or root
     _check_new(home)
     found, unused = _find_tars(root)
+    for split in SPLITS:
+        if (root / split).is_dir() and not contents_of(root / split).visible:
+            raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     has_train = (root / "train").is_dir()
     if "train" in found or (has_train and contents_of(root / "train").files):
         check_misplaced(root, unused, skip_bad)
@@ -189,7 +192,7 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
     """The shards of each split, and everything else in the folder.
 
     Raises:
-      UserError: a folder cannot be listed, or a split has no shards.
+      UserError: a folder cannot be listed.
     """
     if not root.is_dir():
         raise UserError(
@@ -210,8 +213,6 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
             helps = f"move it into {stated}" if stated in SPLITS else "move it away"
             reason = f"its name says {stated}: {helps}, or rename it"
             unused.append(Unused(MISPLACED, printable(f"{split}/{name}"), reason))
-        if not shards.visible:
-            raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     found = {split: paths for split, paths in found.items() if paths}
     return found, unused
 
