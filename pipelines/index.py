@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 AUDIT = "audit.jsonl"
+_MAX_MANIFEST = 1 << 28  # bytes; that of ImageNet has 0.2 MB
+_MAX_ROW = 1 << 16  # bytes; most of a row is its key
 _HEADER_BYTES = 4096  # more than the header of an index file has
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _FIELDS = {
@@ -100,6 +102,8 @@ def read_manifest(root: Path) -> dict:
             "'python tools/shard_imagenet.py build IMAGE_FOLDER OUT', and give OUT"
         )
     try:
+        if path.stat().st_size > _MAX_MANIFEST:
+            raise ValueError(f"more than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
         manifest = json.loads(content)
         version = manifest["format_version"]
@@ -109,7 +113,22 @@ def read_manifest(root: Path) -> dict:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
     if manifest_bytes(manifest) != content:
         raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
+    try:
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not of this program ({clipped(repr(error))}). Build the dataset again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raise nearly any error unless it has what `read_index` needs, and names files in the folders of its splits."""
+    sum(map(len, [manifest["classes"], manifest["options"]]))
+    for split, entry in manifest["splits"].items():
+        int(entry["samples"]), str(entry["index_sha256"]), str(entry["digest"])
+        sum(int(shard["bytes"]) for shard in entry["shards"])
+        for name in (split, *(shard["name"] for shard in entry["shards"])):
+            if Path(name).name != name:
+                raise ValueError(f"{name} is no name of a file")
 
 
 def sorted_classes(names: list[str], order: str) -> list[str]:
@@ -173,7 +192,7 @@ def read_index(root: Path, split: str) -> ShardIndex:
         raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
     path = root / split / INDEX
-    samples = _read_samples(path, entry["index_sha256"])
+    samples = _read_samples(path, entry["index_sha256"], entry["samples"])
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
     for shard_path, shard in zip(paths, entry["shards"], strict=True):
         _check_size(shard_path, shard["bytes"])
@@ -184,11 +203,13 @@ def read_index(root: Path, split: str) -> ShardIndex:
 _REBUILD = "Build the dataset again, or restore the file"
 
 
-def _read_samples(path: Path, sha256: str) -> np.ndarray:
-    """Read all rows of an index file that has the manifest's hash."""
+def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
+    """Read all rows of an index file that has the manifest's hash and number of samples."""
     if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
         raise UserError(f"{path}: not a regular file. {_REBUILD}")
     try:
+        if (nbytes := path.stat().st_size) > _HEADER_BYTES + _MAX_ROW * num_samples:
+            raise UserError(f"{path}: {nbytes:,} bytes are too many for {num_samples:,} samples. {_REBUILD}")
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {_REBUILD}") from error

@@ -48,6 +48,34 @@ def test_a_manifest_of_the_future(copy):
         read_manifest(copy)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda manifest: manifest.pop("splits"),
+        lambda manifest: manifest.update(classes=3),
+        lambda manifest: manifest["splits"]["train"].pop("digest"),
+        lambda manifest: manifest["splits"].update(val=[]),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].pop("bytes"),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../../secret"),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="/etc/passwd"),
+        lambda manifest: manifest["splits"].update({"../train": manifest["splits"]["train"]}),
+    ],
+)
+def test_a_manifest_that_somebody_has_written_by_hand_is_refused_unless_it_is_complete(copy, spoil):
+    manifest = read_manifest(copy)
+    spoil(manifest)
+    (copy / "manifest.json").write_bytes(manifest_bytes(manifest))  # its hash is right
+    with pytest.raises(UserError, match=r"manifest.json: not of this program"):
+        read_index(copy, "train")
+
+
+@pytest.mark.parametrize(("name", "message"), [("manifest.json", "damaged"), ("train/index.npy", "too many for 320")])
+def test_files_of_a_dataset_that_are_far_too_large_are_never_read(copy, name, message):
+    os.truncate(copy / name, 1 << 40)
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        read_index(copy, "train")
+
+
 @pytest.mark.parametrize("size", [0, 10, 200, 1000])
 def test_a_truncated_index(copy, size):
     path = copy / "train" / "index.npy"
@@ -56,11 +84,18 @@ def test_a_truncated_index(copy, size):
         read_index(copy, "train")
 
 
-def test_an_index_that_shrinks_or_vanishes_in_mid_run_changes_nothing(copy, digits):
+def test_an_index_that_shrinks_or_vanishes_in_mid_run_changes_nothing_and_a_shard_is_named(copy, digits):
     index, path = read_index(copy, "train"), copy / "train" / "index.npy"
     os.truncate(path, 100)  # a memory map would end the process here
     assert np.array_equal(index.samples, read_index(digits, "train").samples)
     path.unlink()
+    reader = ShardReader(index)
+    before = reader.read(np.array([0]))[0].tobytes()
+    for shard in index.paths:
+        shard.unlink()
+    assert reader.read(np.array([0]))[0].tobytes() == before  # that shard is open
+    with pytest.raises(UserError, match=r"train-00003.tar: cannot be read \(No such file"):
+        reader.read(np.array([319]))
     assert index.name(319) == read_index(digits, "train").name(319)
 
 

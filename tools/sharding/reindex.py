@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -47,6 +48,7 @@ from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32  # a class number may have spaces around it
+_MAX_IDX_LINE = 1 << 16  # of a sample in an .idx file
 _MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
 _RECORDS, _LOCK = ".index.partial", ".index.lock"
@@ -147,7 +149,7 @@ def _index(
         _make_links(links)
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
         for _, idx, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
-            if not idx.exists():
+            if not os.path.lexists(idx):
                 write_synced(idx, record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
@@ -426,14 +428,16 @@ def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> byte
     """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
-      UserError: it describes another tar.
+      UserError: it describes another tar, or is no file.
     """
-    if not there.exists():
+    if not os.path.lexists(there):
         return dali_index(samples)
-    idx = there.read_bytes()
-    if not describes(idx, samples):
+    if not there.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{there}: not a regular file. Move it away to have it written")
+    is_far_too_long = there.stat().st_size > _MAX_IDX_LINE * (len(samples) + 1)
+    if is_far_too_long or not describes(there.read_bytes(), samples):
         raise UserError(f"{there}: describes another tar. Move it away to have it written")
-    return idx
+    return there.read_bytes()
 
 
 def _read_sample(
