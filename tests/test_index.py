@@ -55,6 +55,7 @@ def test_a_manifest_of_the_future(copy):
         lambda manifest: manifest.update(classes=3),
         lambda manifest: manifest["splits"]["train"].pop("digest"),
         lambda manifest: manifest["splits"].update(val=[]),
+        lambda manifest: manifest["splits"]["train"].update(shards=[]),
         lambda manifest: manifest["splits"]["train"]["shards"][0].pop("bytes"),
         lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../../secret"),
         lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="/etc/passwd"),
