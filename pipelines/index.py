@@ -6,24 +6,31 @@ A dataset folder looks like this (`tools/shard_imagenet.py` writes it):
     OUT/audit.jsonl              what was remarked on single images when they were converted
     OUT/train/train-00000.tar    WebDataset: KEY.cls, KEY.jpg
     OUT/train/train-00000.idx    the same for DALI's own webdataset reader
-    OUT/train/index.npy          one row a sample, memory-mapped: the plan reads it
+    OUT/train/index.npy          one row a sample: the plan reads it
 """
 
 import dataclasses
+import errno
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipelines.errors import UserError, clipped
-from pipelines.files import sha256_of
+from pipelines.jpeg import MAX_PIXELS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 AUDIT = "audit.jsonl"
+_MAX_MANIFEST = 1 << 28  # bytes; that of ImageNet has 0.2 MB
+_MAX_ROW = 1 << 16  # bytes; most of a row is its key
+_CHECKED_TOGETHER = 1 << 15  # rows, which stay in the processor's cache meanwhile: that is faster than all at once
+_HEADER_BYTES = 4096  # more than the header of an index file has
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _FIELDS = {
     "shard": "<i4",
@@ -96,6 +103,8 @@ def read_manifest(root: Path) -> dict:
             "'python tools/shard_imagenet.py build IMAGE_FOLDER OUT', and give OUT"
         )
     try:
+        if path.stat().st_size > _MAX_MANIFEST:
+            raise ValueError(f"more than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
         manifest = json.loads(content)
         version = manifest["format_version"]
@@ -105,7 +114,22 @@ def read_manifest(root: Path) -> dict:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
     if manifest_bytes(manifest) != content:
         raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
+    try:
+        _check_manifest(manifest)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not of this program ({clipped(repr(error))}). Build the dataset again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raise nearly any error unless it has what `read_index` needs, and names files in the folders of its splits."""
+    sum(map(len, [manifest["classes"], manifest["options"]]))
+    for split, entry in manifest["splits"].items():
+        int(entry["samples"]), str(entry["index_sha256"]), str(entry["digest"])
+        int(entry["shards"][0]["bytes"]), sum(int(shard["bytes"]) for shard in entry["shards"])
+        for name in (split, *(shard["name"] for shard in entry["shards"])):
+            if Path(name).name != name:
+                raise ValueError(f"{name} is no name of a file")
 
 
 def sorted_classes(names: list[str], order: str) -> list[str]:
@@ -156,38 +180,109 @@ def class_order_doubt(manifest: dict) -> str:
 
 
 def read_index(root: Path, split: str) -> ShardIndex:
-    """The index of one split of a dataset folder, memory-mapped and checked against the manifest and the shards.
+    """Read the index of one split of a dataset folder, and check it against the manifest and the shards.
+
+    It is read and not memory-mapped: a mapped file that shrinks in mid-run would end the process with SIGBUS.
 
     Raises:
-      UserError: the split, its index or a shard is missing, truncated, stale or empty.
+      UserError: the split, its index or a shard is missing, truncated, stale or empty, or a row makes no sense.
     """
     root = Path(root)
     manifest = read_manifest(root)
     if split not in manifest["splits"]:
         raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
-    samples = _read_samples(root / split / INDEX, entry)
+    path = root / split / INDEX
+    samples = _read_samples(path, entry["index_sha256"], entry["samples"])
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
-    for path, shard in zip(paths, entry["shards"], strict=True):
-        _check_size(path, shard["bytes"])
+    for shard_path, shard in zip(paths, entry["shards"], strict=True):
+        _check_size(shard_path, shard["bytes"])
+    _check_rows(path, samples, np.array([shard["bytes"] for shard in entry["shards"]]), len(manifest["classes"]))
     return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"], manifest["options"]["audit"])
 
 
-def _read_samples(path: Path, entry: dict) -> np.ndarray:
-    rebuild = "Build the dataset again, or restore the file"
+_REBUILD = "Build the dataset again, or restore the file"
+
+
+def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
+    """Read all rows of an index file that has the manifest's hash and number of samples."""
+    if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{path}: not a regular file. {_REBUILD}")
     try:
-        digest = sha256_of(path)
-        if digest != entry["index_sha256"]:
-            raise UserError(
-                f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says "
-                f"{entry['index_sha256'][:12]}...). {rebuild}"
-            )
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        if (nbytes := path.stat().st_size) > _HEADER_BYTES + _MAX_ROW * num_samples:
+            raise UserError(f"{path}: {nbytes:,} bytes are too many for {num_samples:,} samples. {_REBUILD}")
+        content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {rebuild}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {_REBUILD}") from error
+    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+        raise UserError(
+            f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says {sha256[:12]}...). "
+            f"{_REBUILD}"
+        )
+    content.flags.writeable = False
+    try:
+        samples = _rows_of(content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not an index ({clipped(error, 120)}). {_REBUILD}") from error
     if not len(samples):
         raise UserError(f"{path}: holds no samples. Build the dataset again from a folder with images")
     return samples
+
+
+def _rows_of(content: np.ndarray) -> np.ndarray:
+    """View the bytes of an .npy file as the rows of an index. Raises a ValueError, TypeError or KeyError otherwise."""
+    start, shape, dtype = _npy_header(io.BytesIO(content[:_HEADER_BYTES].tobytes()))
+    samples = content[start:].view(dtype)
+    if samples.shape != shape or dtype != sample_dtype(dtype["key"].itemsize):
+        raise ValueError("rows of another kind or number")
+    return samples
+
+
+def _npy_header(file: BinaryIO) -> tuple[int, tuple[int, ...], np.dtype]:
+    """Read where the rows of an .npy file begin, how many there are, and their type."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read(file)
+    return file.tell(), shape, dtype
+
+
+def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
+    """Read the rows [start, stop) of an index file whose content has been checked; no others are read.
+
+    Raises:
+      OSError: it cannot be read, or has changed since.
+    """
+    with open(path, "rb") as file:
+        first, _, dtype = _npy_header(file)
+        file.seek(first + start * dtype.itemsize)
+        content = file.read((stop - start) * dtype.itemsize)
+    if len(content) != (stop - start) * dtype.itemsize:
+        raise OSError(errno.EIO, "has become shorter", str(path))
+    return np.frombuffer(content, dtype)
+
+
+def _check_rows(path: Path, samples: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> None:
+    """Raise a UserError that names the first sample that is not in its shard, or has an impossible label or size."""
+    for start in range(0, len(samples), _CHECKED_TOGETHER):
+        rows = samples[start : start + _CHECKED_TOGETHER]
+        for what, is_fine in _fine(rows, shard_bytes, num_classes).items():
+            if not is_fine.all():
+                row = int(np.argmin(is_fine))
+                key = clipped(rows["key"][row].decode(errors="backslashreplace"))
+                raise UserError(f"{path}: sample {key} (row {start + row}) has an impossible {what}. {_REBUILD}")
+
+
+def _fine(rows: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    """Which rows make sense in each respect: bool [n]."""
+    shard, offset, nbytes = rows["shard"], rows["offset"], rows["nbytes"]
+    in_range = (shard >= 0) & (shard < len(shard_bytes))
+    ends = shard_bytes[np.where(in_range, shard, 0)]
+    pixels = rows["height"].astype(np.int64) * rows["width"]
+    return {
+        "place in its shard": in_range & (offset >= 0) & (nbytes > 0) & (offset <= ends - nbytes),
+        "label": (rows["label"] >= 0) & (rows["label"] < num_classes),
+        "size": (rows["height"] > 0) & (rows["width"] > 0) & (pixels <= MAX_PIXELS),
+    }
 
 
 def _check_size(path: Path, num_bytes: int) -> None:

@@ -20,6 +20,8 @@ from pipelines.index import ShardIndex
 from pipelines.rng import Stream
 
 PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
+# Evaluation looks at the middle of longer images: at the usual 235 px a JPEG of 65,500 x 1 would become one of 11 GB.
+LONGEST = 100  # short sides
 # What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
 BEFORE = {
     "window_shards": 0,
@@ -254,6 +256,9 @@ class TrainPlan:
 class EvalPlan:
     """The validation set in order, each image once, resized and centre-cropped.
 
+    Of an image that is more than LONGEST times as long as it is wide only the middle is resized: memory is bounded, and
+    the crop lies within it.
+
     Attributes:
       index: the images.
       image_size: side of the square crop, pixels.
@@ -276,13 +281,13 @@ class EvalPlan:
         valid = position < len(self.index)
         sample = np.where(valid, position, 0).astype(np.int32)
         rows = self.index.samples[sample]
-        height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        crop = _middle(rows["height"].astype(np.int64), rows["width"].astype(np.int64), self.crop_mode)
+        height, width = crop[:, 2], crop[:, 3]
         short = math.floor(self.image_size / self.crop_pct)
         if self.crop_mode == "squash":
             resize = np.full((num, 2), short)
         else:
             resize = np.stack([_scaled(height, width, short), _scaled(width, height, short)], axis=1)
-        whole = np.stack([np.zeros(num), np.zeros(num), height, width], axis=1)
         return BatchPlan(
             position=start,
             image_size=self.image_size,
@@ -290,7 +295,7 @@ class EvalPlan:
             fill=(0, 0, 0),
             mix_group=0,
             sample=sample,
-            crop=whole.astype(np.int32),
+            crop=crop.astype(np.int32),
             resize=resize.astype(np.int32),
             window=np.rint((resize - self.image_size) / 2).astype(np.int32),
             flip=np.zeros(num, dtype=bool),
@@ -302,6 +307,15 @@ class EvalPlan:
             valid=valid,
             windowed=True,
         )
+
+
+def _middle(height: np.ndarray, width: np.ndarray, crop_mode: str) -> np.ndarray:
+    """Boxes of what is resized, int64 [n, 4]: the whole image, or its middle where it is very long."""
+    longest = LONGEST * np.minimum(height, width)
+    if crop_mode == "squash":  # makes a square of any image
+        longest = np.maximum(height, width)
+    seen = np.minimum(height, longest), np.minimum(width, longest)
+    return np.stack([(height - seen[0]) // 2, (width - seen[1]) // 2, *seen], axis=1)
 
 
 def _scaled(side: np.ndarray, other: np.ndarray, short: int) -> np.ndarray:

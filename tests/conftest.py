@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 import numpy as np
 import pytest
 import torch
+from chaos.conversions import run_jobs
 from forked_python import executable
 
 from pipelines.index import ShardIndex, read_index
@@ -65,13 +66,6 @@ def photos(tmp_path_factory) -> ShardIndex:
 @pytest.fixture
 def jobs_in_this_process(monkeypatch):
     """Jobs of `build`, `index` and `verify` run here: test_shard_imagenet.py and test_shard_faults.py use workers."""
-
-    def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
-        if start is not None:
-            start(0)
-        for number, job in enumerate(jobs):
-            yield number, function(*job)
-
     for module in ("reindex", "verify", "job"):
         monkeypatch.setattr(f"tools.sharding.{module}.run_jobs", run_jobs)
 

@@ -1,11 +1,13 @@
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.index import read_index, read_manifest
+from pipelines.files import sha256_of
+from pipelines.index import manifest_bytes, read_index, read_manifest
 from pipelines.reader import ShardReader, read_ahead
 
 
@@ -46,11 +48,98 @@ def test_a_manifest_of_the_future(copy):
         read_manifest(copy)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda manifest: manifest.pop("splits"),
+        lambda manifest: manifest.update(classes=3),
+        lambda manifest: manifest["splits"]["train"].pop("digest"),
+        lambda manifest: manifest["splits"].update(val=[]),
+        lambda manifest: manifest["splits"]["train"].update(shards=[]),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].pop("bytes"),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../../secret"),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="/etc/passwd"),
+        lambda manifest: manifest["splits"].update({"../train": manifest["splits"]["train"]}),
+    ],
+)
+def test_a_manifest_that_somebody_has_written_by_hand_is_refused_unless_it_is_complete(copy, spoil):
+    manifest = read_manifest(copy)
+    spoil(manifest)
+    (copy / "manifest.json").write_bytes(manifest_bytes(manifest))  # its hash is right
+    with pytest.raises(UserError, match=r"manifest.json: not of this program"):
+        read_index(copy, "train")
+
+
+@pytest.mark.parametrize(("name", "message"), [("manifest.json", "damaged"), ("train/index.npy", "too many for 320")])
+def test_files_of_a_dataset_that_are_far_too_large_are_never_read(copy, name, message):
+    os.truncate(copy / name, 1 << 40)
+    with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        read_index(copy, "train")
+
+
 @pytest.mark.parametrize("size", [0, 10, 200, 1000])
 def test_a_truncated_index(copy, size):
     path = copy / "train" / "index.npy"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"index.npy: truncated, damaged or stale"):
+        read_index(copy, "train")
+
+
+def test_an_index_that_shrinks_or_vanishes_in_mid_run_changes_nothing_and_a_shard_is_named(copy, digits):
+    index, path = read_index(copy, "train"), copy / "train" / "index.npy"
+    os.truncate(path, 100)  # a memory map would end the process here
+    assert np.array_equal(index.samples, read_index(digits, "train").samples)
+    path.unlink()
+    reader = ShardReader(index)
+    before = reader.read(np.array([0]))[0].tobytes()
+    for shard in index.paths:
+        shard.unlink()
+    assert reader.read(np.array([0]))[0].tobytes() == before  # that shard is open
+    with pytest.raises(UserError, match=r"train-00003.tar: cannot be read \(No such file"):
+        reader.read(np.array([319]))
+    assert index.name(319) == read_index(digits, "train").name(319)
+
+
+def with_index(root, samples):
+    """Put an index into a dataset, as somebody would who edits it, its hash in the manifest included."""
+    path = root / "train" / "index.npy"
+    np.save(path, samples)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["splits"]["train"]["index_sha256"] = sha256_of(path)
+    (root / "manifest.json").write_bytes(manifest_bytes(manifest))
+    return read_index(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        *[("shard", value, "place in its shard") for value in (-1, 4)],
+        *[("offset", value, "place in its shard") for value in (-1, 1 << 40, (1 << 63) - 1)],
+        *[("nbytes", value, "place in its shard") for value in (-1, 0, 1 << 30)],
+        *[("label", value, "label") for value in (-1, 10)],
+        *[("height", value, "size") for value in (-1, 0, (1 << 31) - 1)],
+    ],
+)
+def test_a_row_that_makes_no_sense_is_named(copy, field, value, what):
+    samples = read_index(copy, "train").samples.copy()
+    assert np.array_equal(with_index(copy, samples).samples, samples)
+    samples[field][5] = value
+    key = samples["key"][5].decode()
+    with pytest.raises(UserError, match=rf"index.npy: sample {key} \(row 5\) has an impossible {what}. Build the"):
+        with_index(copy, samples)
+
+
+@pytest.mark.parametrize("rows", [np.arange(5), np.zeros(3, dtype=[("key", "S3")]), np.zeros((2, 2)), np.array("a")])
+def test_an_array_that_is_no_index_is_refused(copy, rows):
+    with pytest.raises(UserError, match=r"index.npy: not an index"):
+        with_index(copy, rows)
+
+
+def test_a_pipe_in_place_of_the_index_is_named(copy):
+    path = copy / "train" / "index.npy"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"index.npy: not a regular file"):
         read_index(copy, "train")
 
 

@@ -58,3 +58,17 @@ def test_an_exceeded_tolerance_ends_the_command_with_1(rows, monkeypatch, tmp_pa
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("\n| ") == len(rows) + 1 and "| NO |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "nowhere/rows.json"], "--json nowhere/rows.json: not a file in a folder that is there"),
+        (["--markdown", "/"], "--markdown /: not a file"),
+        (["--size", "0"], "--size is 0; it must be at least 1"),
+    ],
+)
+def test_what_could_only_fail_after_the_comparison_is_refused_before_it(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parity.main(arguments)
+    assert f"error: {message}" in capsys.readouterr().err

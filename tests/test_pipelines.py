@@ -5,6 +5,7 @@ import errno
 import gc
 import io
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chaos.attempts import mapped_bytes
 from conftest import REPOSITORY, fake_index
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -34,6 +36,7 @@ from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.probe import probe_decode
 from pipelines.reader import ShardReader
+from tools.sharding.job import BuildOptions, build
 
 CPU = torch.device("cpu")
 NO_OPS = AugmentConfig(mix_group=5, randaugment_ops=0)
@@ -480,15 +483,16 @@ def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
 # --- what goes wrong ---
 
 
-def overwritten(digits: Path, root: Path, row: int, content: bytes, **fields) -> ShardIndex:
-    """A copy of the dataset in which a sample has other bytes, and fields of its index row other values."""
+def overwritten(digits: Path, root: Path, row: int, content: bytes | None, **fields) -> ShardIndex:
+    """A copy of the dataset in which a sample has other bytes, unless None, and its index row other values."""
     shutil.copytree(digits, root)
     index = read_index(root, "train")
     samples = index.samples.copy()
     place = samples[row]
-    with open(index.paths[place["shard"]], "r+b") as file:
-        file.seek(int(place["offset"]))
-        file.write(content.ljust(int(place["nbytes"]), b"\0"))
+    if content is not None:
+        with open(index.paths[place["shard"]], "r+b") as file:
+            file.seek(int(place["offset"]))
+            file.write(content.ljust(int(place["nbytes"]), b"\0"))
     for name, value in fields.items():
         samples[name][row] = value
     return dataclasses.replace(index, samples=samples, audited=False)
@@ -527,6 +531,34 @@ def test_an_image_whose_bytes_changed_becomes_gray_and_is_told_once(digits, tmp_
     assert_gray_and_the_rest_unchanged(
         name, index, digits, f"(crc32 {zlib.crc32(jpeg):08x}, the index has {row['crc32']:08x})"
     )
+
+
+@BOTH
+@pytest.mark.parametrize("audited", [True, False])
+def test_an_image_of_another_size_than_the_index_says_becomes_gray_and_is_told_once(digits, tmp_path, name, audited):
+    """Its bytes are those of the index: somebody has edited the size."""
+    index = overwritten(digits, tmp_path / "edited", BAD, None, height=9)
+    index = dataclasses.replace(index, audited=audited)
+    assert_gray_and_the_rest_unchanged(name, index, digits, "is 8 x 8, the index says 9 x 8")
+
+
+def test_a_very_long_image_is_evaluated_in_bounded_memory_and_alike_by_both_pipelines(tmp_path):
+    strip = np.repeat(np.arange(65_500) % 251, 3).reshape(1, -1, 3).astype(np.uint8)
+    for split in ("train", "val"):
+        (tmp_path / "source" / split / "a").mkdir(parents=True)
+        Image.fromarray(strip).save(tmp_path / "source" / split / "a" / "strip.jpg")
+    build(tmp_path / "source", tmp_path / "out", BuildOptions())
+    index = read_index(tmp_path / "out", "val")
+    plans = [EvalPlan(index, 224, 0.95, "bicubic").rows(0, 1)]
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes() + (2 << 30), before[1]))  # the whole would take 11 GB
+    try:
+        ours, dalis = pixels("torchvision", index, plans), pixels("dali", index, plans)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    middle = decode(ShardReader(index).read(np.array([0]))[0])[:, 32_749:32_751].mean()
+    assert abs(ours[0, :, 112].mean() - middle) < 2
+    assert np.abs(ours.astype(int) - dalis).mean() < TINY_MEAN_TOLERANCE
 
 
 @BOTH

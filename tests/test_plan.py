@@ -6,7 +6,7 @@ from conftest import fake_index
 
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
-from pipelines.plan import PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
+from pipelines.plan import LONGEST, PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
 from trainer.data import rank_plans
 from trainer.distributed import World
 
@@ -311,3 +311,13 @@ def test_evaluation_geometry_is_timms():
         assert rows.resize[i].tolist() == list(expected)
         top, left = (int(round((side - 224) / 2.0)) for side in expected)
         assert rows.window[i].tolist() == [top, left]
+
+
+def test_evaluation_resizes_the_middle_alone_of_an_image_that_is_very_long():
+    index = fake_index(4)
+    index.samples["height"], index.samples["width"] = [1, 65_500, LONGEST, 7], [65_500, 2, 1, 7 * LONGEST + 1]
+    rows = EvalPlan(index, 224, 0.95, "bicubic").rows(0, 4)
+    assert rows.crop.tolist() == [[0, 32_700, 1, 100], [32_650, 0, 200, 2], [0, 0, 100, 1], [0, 0, 7, 700]]
+    assert (rows.resize.max(axis=1) == 235 * LONGEST).all() and (rows.resize.min(axis=1) == 235).all()
+    squashed = EvalPlan(index, 224, 0.95, "bicubic", "squash").rows(0, 4)
+    assert squashed.crop[0].tolist() == [0, 0, 1, 65_500] and (squashed.resize == 235).all()

@@ -191,6 +191,18 @@ def test_a_list_that_is_not_kaggles_is_named_in_one_short_line(tmp_path, content
     assert len(str(caught.value).replace(str(tmp_path), "")) < 300
 
 
+def test_an_image_to_which_kaggles_list_gives_two_classes_is_named(tmp_path):
+    write_kaggle(tmp_path / "src")
+    path = tmp_path / "src" / "LOC_val_solution.csv"
+    header, first, second, *rest = path.read_text().splitlines()
+    image, other = first.partition(",")[0], second.partition(",")[2]
+    path.write_text("\n".join([header, first, first, second, *rest]))
+    convert(tmp_path / "src", tmp_path / "out")  # the same line twice says the same
+    path.write_text("\n".join([header, first, second, f"{image},{other}", *rest]))
+    with pytest.raises(UserError, match=f"LOC_val_solution.csv: {image} has two classes, "):
+        convert(tmp_path / "src", tmp_path / "other")
+
+
 NO_DEVKITS = {
     "not a gzip": lambda tar: None,
     "no meta": lambda tar: add(tar, "x.txt", b"1"),

@@ -231,6 +231,22 @@ def test_a_tar_packed_as_the_message_about_links_says_is_taken(tmp_path):
     assert keys(tmp_path) == ["0000", "0001"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_an_idx_that_is_no_file_is_named_and_never_waited_for(tmp_path, make):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
+    make(tmp_path / "train" / "a.idx")
+    for skip_bad in (False, True):
+        assert "a.idx: " in refused(index_webdataset, tmp_path, skip_bad=skip_bad)
+    (tmp_path / "train" / "a.idx").rename(tmp_path.with_name(f"{tmp_path.name}.away"))
+    index_webdataset(tmp_path)
+
+
+def test_an_idx_that_is_far_too_long_is_named_and_never_read(tmp_path):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(2)))
+    os.truncate(put(tmp_path / "train" / "a.idx"), 1 << 40)
+    assert "a.idx: describes another tar. Move it away" in refused(index_webdataset, tmp_path)
+
+
 def forged(name: str, size: str) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.pax_headers = {"size": size}

@@ -20,7 +20,6 @@ from pipelines.synthetic import synthetic_index
 from tools.sharding.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.sharding.images import (
     MAX_BYTES,
-    MAX_PIXELS,
     RejectedImageError,
     is_plain,
     opened,
@@ -212,14 +211,7 @@ def pixels_of(content: bytes) -> np.ndarray:
 
 
 def shown(pixels: np.ndarray, view: View) -> np.ndarray:
-    """The pixels that evaluation shows the model: uint8 [S, S, 3].
-
-    Raises:
-      RejectedImageError: so long and narrow that it would be absurdly large once its short side is as the view has it.
-    """
+    """The pixels that evaluation shows the model: uint8 [S, S, 3]."""
     height, width = pixels.shape[:2]
-    is_cut = view.crop_mode != "squash"  # which makes a square of any image
-    if is_cut and (view.image_size / view.crop_pct) ** 2 * max(height, width) > MAX_PIXELS * min(height, width):
-        raise RejectedImageError(f"absurd dimensions: {width} x {height}")
     plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
     return crop_resize(pixels, plan, 0)

@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
-from pipelines.errors import exit_on_user_error
+from pipelines.errors import UserError, exit_on_user_error
+from pipelines.files import refuse_place, write_synced
 from tools.arguments import path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row
@@ -72,7 +73,7 @@ def write_markdown(path: Path, text: str) -> None:
     before, after = "", ""
     if path.exists() and BEGIN in (content := path.read_text()) and END in content:
         before, after = content.split(BEGIN)[0] + BEGIN + "\n", END + content.split(END)[1]
-    path.write_text(before + text + after)
+    write_synced(path, (before + text + after).encode())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,13 +88,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(options: argparse.Namespace) -> list[Row]:
     """Compare all stages, show the rows, write them where the options say so, and return them."""
+    for name, path in (("--json", options.json), ("--markdown", options.markdown)):
+        if path is not None:  # now, rather than after the comparison
+            refuse_place(path, f"{name} {path}")
+    if options.size < 1:
+        raise UserError(f"--size is {options.size}; it must be at least 1")
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
     console().print(table(rows))
     print(*notes(rows), sep="\n")
     if options.json:
         content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_synced(options.json, (json.dumps(content, indent=1) + "\n").encode())
     if options.markdown:
         write_markdown(options.markdown, markdown(rows, options.size))
     return rows

@@ -79,7 +79,7 @@ def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        limit = _mapped_bytes() + (mib << 20)
+        limit = mapped_bytes() + (mib << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         command()
         code = 0
@@ -95,7 +95,8 @@ def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
         os._exit(code)
 
 
-def _mapped_bytes() -> int:
+def mapped_bytes() -> int:
+    """The address space that this process takes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 

@@ -7,6 +7,7 @@ and hidden and system files are passed over and counted, by the same rule in eve
 import dataclasses
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
@@ -118,16 +119,25 @@ def file_reader(root: Path) -> Callable[[str], bytes]:
     """Read locations that are paths relative to `root`.
 
     Raises, when it reads:
-      RejectedImageError: a file is larger than any image; no more than that is read into memory.
+      RejectedImageError: a file is larger than any image; no more than that is read into memory. Or it has become
+        something else than a file since it was listed.
     """
 
     def read(location: str) -> bytes:
-        with open(f"{root}/{location}", "rb", buffering=0) as file:
-            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise RejectedImageError(f"{size:,} bytes; no image has more than {MAX_BYTES:,}")
+        with open(f"{root}/{location}", "rb", buffering=0, opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RejectedImageError("not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise RejectedImageError(f"{status.st_size:,} bytes; no image has more than {MAX_BYTES:,}")
             return file.readall()
 
     return read
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_image(name: str) -> bool:

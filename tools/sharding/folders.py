@@ -252,13 +252,18 @@ def _read_solution(path: Path) -> dict[str, str]:
     """Kaggle's answers: image -> wnid of its class.
 
     Raises:
-      UserError: it cannot be read, or a line has no class.
+      UserError: it cannot be read, a line has no class, or an image has two.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+            answers = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({clipped(repr(error))}). "
             "Download it again"
         ) from error
+    _, later = by_unique(dict.fromkeys(answers), lambda answer: answer[0])
+    if later:
+        (image, wnid), first = later[0]
+        raise UserError(f"{path}: {clipped(image)} has two classes, {first[1]} and {wnid}. Download it again")
+    return dict(answers)

@@ -26,8 +26,7 @@ from tools.sharding.slices import slice_reader
 from tools.sharding.tars import tar_files
 
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-
-
+_MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest that is read has 0.5 MB
 # These usually lie beside them and are for other tasks or the test, or are a cache of torchvision.
 _OTHERS = (
     *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
@@ -64,8 +63,8 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             members = {Path(member.name).name: member for member in tar if member.isfile()}
-            meta = io.BytesIO(tar.extractfile(members["meta.mat"]).read())
-            truth = tar.extractfile(members["ILSVRC2012_validation_ground_truth.txt"]).read().decode()
+            meta = io.BytesIO(_content(tar, members["meta.mat"]))
+            truth = _content(tar, members["ILSVRC2012_validation_ground_truth.txt"]).decode()
         rows = loadmat(meta, squeeze_me=True)["synsets"]
         synsets = {
             int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
@@ -77,6 +76,12 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
         raise UserError(
             f"{path}: not the ILSVRC2012 devkit, or damaged ({clipped(repr(error), 100)}). Download it again"
         ) from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > _MAX_DEVKIT_FILE:  # compressed zeros, for instance
+        raise ValueError(f"{member.name} has {member.size:,} bytes")
+    return tar.extractfile(member).read()
 
 
 def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:

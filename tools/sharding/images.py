@@ -9,15 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.checked import open_with_pil
 from pipelines.errors import UserError
 from pipelines.files import instead_of_content
+from pipelines.jpeg import MAX_PIXELS, JpegHeader, is_plain, read_jpeg_header
 
 TINY_PX = 32  # a shorter side below this is reported
-MAX_PIXELS = 1 << 27  # 134 megapixels; larger ones are refused before they are decoded
 MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into memory
 _EXIF_ORIENTATION = 0x0112
-# Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
-_PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
 
 
 class RejectedImageError(ValueError):
@@ -79,12 +78,12 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         raise RejectedImageError(found)
     header = read_jpeg_header(content)
     plain = is_plain(header)
-    if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
-        refuse_absurd(header.width, header.height)
-        orientation = _orientation(Image.open(io.BytesIO(content))) if header.has_exif else 1
-        return CheckedImage(content, header.height, header.width, None, False, orientation)
     with warnings.catch_warnings(), rejecting():
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
+        if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
+            refuse_absurd(header.width, header.height)
+            orientation = _orientation(open_with_pil(content)) if header.has_exif else 1
+            return CheckedImage(content, header.height, header.width, None, False, orientation)
         return _decode(content, header, plain, options)
 
 
@@ -105,12 +104,12 @@ def rejecting() -> Iterator[None]:
 
 def opened(content: bytes) -> Image.Image:
     """An image file's content in PIL, which has read the header alone. Raises RejectedImageError if it is absurd."""
-    image = Image.open(io.BytesIO(content))
+    image = open_with_pil(content)
     refuse_absurd(*image.size)
     return image
 
 
-def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: ImageOptions) -> CheckedImage:
+def _decode(content: bytes, header: JpegHeader | None, plain: bool, options: ImageOptions) -> CheckedImage:
     image = opened(content)
     orientation = _orientation(image) if header is None or header.has_exif else 1
     image.load()
@@ -129,8 +128,8 @@ def _decode(content: bytes, header: "JpegHeader | None", plain: bool, options: I
 
 
 def refuse_absurd(width: int, height: int) -> None:
-    """Raise a RejectedImageError for more pixels than any photograph has."""
-    if width * height > MAX_PIXELS:
+    """Raise a RejectedImageError for more pixels than any photograph has, and for none."""
+    if not 0 < width * height <= MAX_PIXELS:
         raise RejectedImageError(f"absurd dimensions: {width} x {height}")
 
 
@@ -139,56 +138,13 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 0 <= value < 256 else 1
 
 
-def _misfit(image: Image.Image, header: "JpegHeader | None") -> str:
+def _misfit(image: Image.Image, header: JpegHeader | None) -> str:
     """What keeps an image's bytes from being used as they are."""
     if header is None or image.format not in ("JPEG", "MPO"):
         return f"{image.format} image, mode {image.mode}"
     if image.mode not in ("RGB", "L"):
         return f"JPEG of mode {image.mode}"
     return f"JPEG coding SOF{header.frame - 0xC0}"
-
-
-@dataclasses.dataclass(frozen=True)
-class JpegHeader:
-    """What a JPEG says of itself before its pixels.
-
-    Attributes:
-      frame: the marker of the frame header, 0xC0 to 0xCF: how it is coded.
-      height, width: pixels.
-      components: 1 is grayscale, 3 colour, 4 CMYK.
-      has_exif: whether there is an EXIF segment.
-    """
-
-    frame: int
-    height: int
-    width: int
-    components: int
-    has_exif: bool
-
-
-def read_jpeg_header(content: bytes) -> JpegHeader | None:
-    """The header of a JPEG, or None where the content is none. Source: ITU-T T.81, tables B.1 and B.2."""
-    if content[:2] != b"\xff\xd8":
-        return None
-    position, has_exif = 2, False
-    while position + 10 <= len(content):
-        if content[position] != 0xFF:
-            return None
-        marker = content[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = (int.from_bytes(content[position + i : position + i + 2], "big") for i in (5, 7))
-            return JpegHeader(marker, height, width, content[position + 9], has_exif)
-        else:
-            has_exif |= marker == 0xE1 and content[position + 4 : position + 8] == b"Exif"
-            position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
-    return None
-
-
-def is_plain(header: JpegHeader | None) -> bool:
-    """Whether it is of a JPEG that every decoder reads alike: RGB or grayscale, baseline or progressive."""
-    return header is not None and header.frame in _PLAIN_FRAMES and header.components in (1, 3)
 
 
 def plain_image(image: Image.Image) -> Image.Image:

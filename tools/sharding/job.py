@@ -118,7 +118,7 @@ def build(
     """
     if src.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: lies inside its own source. Choose a folder outside {src}")
-    with reporting_disk_errors():
+    with reporting_disk_errors(out, f". {KEPT}"):
         partial = _partial(out)
         source = open_source(src, source_options, partial / "scratch")
         job = _describe(source, options)
@@ -145,7 +145,7 @@ def merge(out: Path, skip_bad: bool = False) -> dict:
     Raises:
       UserError: there is none, or shards are missing; they are named.
     """
-    with reporting_disk_errors():
+    with reporting_disk_errors(out, f". {KEPT}"):
         partial = _partial(out)
         if (out / MANIFEST).exists():
             _remove_leftovers(out)
@@ -172,12 +172,18 @@ def _check_complete(partial: Path, job: dict) -> None:
 
 
 @contextlib.contextmanager
-def reporting_disk_errors() -> Iterator[None]:
-    """Turns errors of disks that are full, read-only or failing into one line, wherever they happen."""
+def reporting_disk_errors(place: Path, more: str = "") -> Iterator[None]:
+    """Turns errors of disks that are full, read-only or failing into one line, wherever they happen.
+
+    Args:
+      place: named where the error names no file itself, as those of writing do.
+      more: added to the line.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{system_error_text(error)}. {KEPT}") from error
+        where = "" if error.filename else f"{place}: "
+        raise UserError(f"{where}{system_error_text(error)}{more}") from error
 
 
 # --- what is being converted ---
@@ -242,7 +248,7 @@ def _remove_leftovers(out: Path) -> None:
     if _is_job_of(out / _JOB, manifest):
         (out / _JOB).unlink(missing_ok=True)
     if _is_job_of(inside / _JOB, manifest) and not contents_of(inside).folders:
-        shutil.rmtree(inside, ignore_errors=True)
+        shutil.rmtree(inside)
 
 
 def _is_job_of(path: Path, manifest: dict) -> bool:
@@ -431,7 +437,8 @@ def _finish(partial: Path, out: Path, job: dict) -> dict:
             entry["listing_sha256"] = listed(partial, split)["sha256"]
         write_synced(partial / MANIFEST, manifest_bytes(manifest))
     for leftover in ("listing", "records", "scratch"):
-        shutil.rmtree(partial / leftover, ignore_errors=True)
+        if (partial / leftover).exists():  # an error ends the command here, and the same command removes the rest
+            shutil.rmtree(partial / leftover)
     for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
         path.unlink(missing_ok=True)
     if out.is_dir():  # it was there, empty; with the manifest it is a dataset

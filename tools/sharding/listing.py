@@ -127,7 +127,8 @@ class Listing:
     """The samples of a split, any of them read on its own from the listing on disk."""
 
     def __init__(self, partial: Path, split: str):
-        self._starts = np.memmap(partial / "listing" / f"{split}.starts", dtype="<u8", mode="r")
+        # Read and not mapped, as the index of a dataset.
+        self._starts = np.fromfile(partial / "listing" / f"{split}.starts", dtype="<u8")
         self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115 (open as long as the worker)
 
     def __len__(self) -> int:

@@ -270,7 +270,7 @@ def _check_columns(path: Path, schema, options: SourceOptions) -> None:
     wanted = {"image": options.image_column, "label": options.label_column}
     usual = {"image": _IMAGE_COLUMNS, "label": _LABEL_COLUMNS}
     if missing := [kind for kind, name in wanted.items() if names.count(name) != 1]:
-        nearest = {kind: next((name for name in usual[kind] if name in names), "NAME") for kind in missing}
+        nearest = {kind: next((name for name in usual[kind] if names.count(name) == 1), "NAME") for kind in missing}
         raise UserError(
             f"{path}: {' and '.join(wanted[kind] for kind in missing)} not once among its columns, "
             f"{clipped(named(names), 120)}. Name them: "

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -10,8 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, grouped, named, system_error_text
-from pipelines.files import sha256_of, write_synced
+from pipelines.errors import UserError, clipped, grouped, named
+from pipelines.files import locked, sha256_of, write_synced
 from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.sharding.assembly import VERSION, assemble
 from tools.sharding.entries import (
@@ -29,7 +30,8 @@ from tools.sharding.entries import (
     printable,
     unused_in,
 )
-from tools.sharding.images import CheckedImage, ImageOptions, RejectedImageError, check_image
+from tools.sharding.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
+from tools.sharding.job import reporting_disk_errors
 from tools.sharding.listing import check_misplaced
 from tools.sharding.shards import (
     LABEL_PARTS,
@@ -46,9 +48,10 @@ from tools.sharding.workers import run_jobs
 
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32  # a class number may have spaces around it
+_MAX_IDX_LINE = 1 << 16  # of a sample in an .idx file
 _MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
-_RECORDS = ".index.partial"
+_RECORDS, _LOCK = ".index.partial", ".index.lock"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
 # spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
@@ -77,16 +80,18 @@ def index_webdataset(
       UserError: there are no tars, ROOT is indexed already, or something in it cannot be used (all of that is named).
     """
     home = out or root
-    if (home / MANIFEST).exists():
-        raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
+    _check_new(home)
     found, unused = _find_tars(root)
+    for split in SPLITS:
+        if (root / split).is_dir() and not contents_of(root / split).visible:
+            raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     has_train = (root / "train").is_dir()
     if "train" in found or (has_train and contents_of(root / "train").files):
         check_misplaced(root, unused, skip_bad)
     if "train" not in found:
         raise UserError(f"{root}: no train/*.tar below it. {_nearest(root)}")
     check_compressed(root, [path for paths in found.values() for path in paths])
-    with _naming_home(home), _removed_if_empty(home):
+    with reporting_disk_errors(home), _removed_if_empty(home):
         if out:
             links = _links(root, found, out)
             out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,24 @@ def index_webdataset(
             helps = f"Have the index in a new folder: index {root} --out DIR"
             links = {}
             _check_writable([root, *(root / split for split in found)], helps)
-        return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+        with _alone(home):
+            return _index(home, found, links, unused, ImageOptions(audit=audit), skip_bad, workers, on_shard)
+
+
+def _check_new(home: Path) -> None:
+    if (home / MANIFEST).exists():
+        raise UserError(f"{home / MANIFEST}: exists already. Move it away to index the folder again")
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Keep others from indexing into the same folder meanwhile. Raises a UserError if somebody does, or has done so."""
+    with locked(home / _LOCK, f"another process is already indexing {home}"):
+        try:
+            _check_new(home)
+            yield
+        finally:
+            (home / _LOCK).unlink()
 
 
 def _index(
@@ -109,7 +131,8 @@ def _index(
     on_shard: Callable[[int, int], None],
 ) -> dict:
     records = home / _RECORDS
-    shutil.rmtree(records, ignore_errors=True)
+    if records.exists():  # an earlier call was killed
+        shutil.rmtree(records)
     for split in found:
         (records / split).mkdir(parents=True)
     try:
@@ -126,7 +149,7 @@ def _index(
         _make_links(links)
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
         for _, idx, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
-            if not idx.exists():
+            if not os.path.lexists(idx):
                 write_synced(idx, record.with_suffix(".idx").read_bytes())
     finally:
         shutil.rmtree(records)
@@ -164,16 +187,6 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _naming_home(home: Path) -> Iterator[None]:
-    """Turns an error of the system into one line, with the folder of the index where it names no file itself."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename else f"{home}: "
-        raise UserError(f"{where}{system_error_text(error)}") from error
-
-
 # --- the folder ---
 
 
@@ -181,7 +194,7 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
     """The shards of each split, and everything else in the folder.
 
     Raises:
-      UserError: a folder cannot be listed, or a split has no shards.
+      UserError: a folder cannot be listed.
     """
     if not root.is_dir():
         raise UserError(
@@ -202,8 +215,6 @@ def _find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
             helps = f"move it into {stated}" if stated in SPLITS else "move it away"
             reason = f"its name says {stated}: {helps}, or rename it"
             unused.append(Unused(MISPLACED, printable(f"{split}/{name}"), reason))
-        if not shards.visible:
-            raise UserError(f"{root / split}: an empty folder. Put the tars of the split there, or remove it")
     found = {split: paths for split, paths in found.items() if paths}
     return found, unused
 
@@ -262,7 +273,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
-    return (each for each in unused if each.source != _RECORDS)
+    return (each for each in unused if each.source not in (_RECORDS, _LOCK))
 
 
 def _nearest(root: Path) -> str:
@@ -417,14 +428,16 @@ def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> byte
     """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:
-      UserError: it describes another tar.
+      UserError: it describes another tar, or is no file.
     """
-    if not there.exists():
+    if not os.path.lexists(there):
         return dali_index(samples)
-    idx = there.read_bytes()
-    if not describes(idx, samples):
+    if not there.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{there}: not a regular file. Move it away to have it written")
+    is_far_too_long = there.stat().st_size > _MAX_IDX_LINE * (len(samples) + 1)
+    if is_far_too_long or not describes(there.read_bytes(), samples):
         raise UserError(f"{there}: describes another tar. Move it away to have it written")
-    return idx
+    return there.read_bytes()
 
 
 def _read_sample(
@@ -442,8 +455,11 @@ def _read_sample(
     labels = [extension for extension in LABEL_PARTS if extension in parts]
     if reason := _misnamed(parts, images, labels, in_class):
         raise RejectedImageError(reason)
-    number = _class_number(labels[0], _slice(file, *parts[labels[0]]) if parts[labels[0]][1] else b"")
+    offset, size = parts[labels[0]]
+    number = _class_number(labels[0], _slice(file, offset, min(size, _MAX_LABEL_BYTES + 1)))
     offset, size = parts[images[0]]
+    if size > MAX_BYTES:
+        raise RejectedImageError(f"its {images[0]} has {size:,} bytes; no image has more than {MAX_BYTES:,}")
     image = check_image(_slice(file, offset, size), options)
     if image.repaired:
         raise RejectedImageError(
@@ -487,7 +503,7 @@ def _is_label(part: str) -> bool:
 
 
 def _class_number(part: str, content: bytes) -> int:
-    text = content[: _MAX_LABEL_BYTES + 1].strip()
+    text = content.strip()
     if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
         return int(text)
     shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')

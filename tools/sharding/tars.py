@@ -20,6 +20,7 @@ _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
 _RECORD = 20 * BLOCK
 _LARGER_RECORDS = tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
+_MAX_HEADER = 1 << 20  # before one member: names and remarks of any usual archive are far shorter
 _VOLUME_LABEL = b"V"  # written by `tar --label`
 # The first bytes of compressed files: suffix and the tool that unpacks them.
 COMPRESSED = {
@@ -59,10 +60,12 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
       UserError: it is no tar, a header is damaged, it is cut off, or something follows its end; the byte is named.
     """
     nbytes = file.seek(0, os.SEEK_END)
-    file.seek(0)
+    headers = _Headers(file)
+    headers.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
+                headers.left = _MAX_HEADER
                 tar.members.clear()  # tarfile keeps all of them otherwise
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
@@ -74,6 +77,23 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # damaged headers bring tarfile to raise nearly anything
         raise UserError(f"{path}: {_why_no_tar(path, file, nbytes, error)}") from error
     _check_end(path, file, end, nbytes)
+
+
+class _Headers:
+    """The file as tarfile reads its headers: those before one member have a bounded size, whatever they say.
+
+    A long name or PAX records may claim any number of bytes, and tarfile would hold them in memory.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.left = file, _MAX_HEADER
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, nbytes: int) -> bytes:
+        if not 0 <= nbytes <= self.left:
+            raise tarfile.ReadError(f"the headers before one member have more than {_MAX_HEADER:,} bytes")
+        self.left -= nbytes
+        return self._file.read(nbytes)
 
 
 def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> str:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import hashlib
-import mmap
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipelines.errors import named
 from pipelines.files import sha256_of
-from pipelines.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest
+from pipelines.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
 from tools.sharding.class_notes import class_notes
 from tools.sharding.entries import is_hidden
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
@@ -117,7 +118,7 @@ def _verify_shard(
     """
     path, name = root / split / shard["name"], f"{split}/{shard['name']}"
     try:
-        rows = None if span is None else np.load(root / split / INDEX, mmap_mode="r", allow_pickle=False)[slice(*span)]
+        rows = None if span is None else read_rows(root / split / INDEX, *span)
         faults = _verify_tar(path, name, shard, rows, ours, names)
         if decode and rows is not None and not faults:
             faults = _decode(path, name, rows)
@@ -168,32 +169,37 @@ def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault
 def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
     """Where in a damaged shard the damage is: the samples, headers and padding that are not as they were."""
     with open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-    position = 0
-    for row in rows:
-        key, label = row["key"].decode(), str(int(row["label"])).encode()
-        for member, size, intact in (
-            (f"{key}.cls", len(label), lambda data, label=label: data == label),
-            (f"{key}.jpg", int(row["nbytes"]), lambda data, crc32=row["crc32"]: zlib.crc32(data) == crc32),
-        ):
-            header = tar_header(member, size)
-            start = position + len(header)
-            stop = start + size
-            position = stop + -size % BLOCK
-            if len(content) < position:
-                yield Fault(name, f"sample {key}, byte {len(content)}", "the shard ends here")
-                return
-            if content[start - len(header) : start] != header:
-                where = f"sample {key}, bytes {start - len(header)} to {start}"
-                yield Fault(name, where, f"the tar header of {member} is damaged")
-            if not intact(content[start:stop]):
-                yield Fault(name, f"sample {key}, bytes {start} to {stop}", f"the content of {member} is damaged")
-            yield from _check_zeros(content, name, f"the padding after {member}", stop, position)
-    yield from _check_zeros(content, name, "the end of the tar", position, len(content))
+        nbytes, position = os.fstat(file.fileno()).st_size, 0
+        for row in rows:
+            key, label = row["key"].decode(), str(int(row["label"])).encode()
+            for member, size, intact in (
+                (f"{key}.cls", len(label), lambda data, label=label: data == label),
+                (f"{key}.jpg", int(row["nbytes"]), lambda data, crc32=row["crc32"]: zlib.crc32(data) == crc32),
+            ):
+                header = tar_header(member, size)
+                start = position + len(header)
+                stop = start + size
+                position = stop + -size % BLOCK
+                if nbytes < position:
+                    yield Fault(name, f"sample {key}, byte {nbytes}", "the shard ends here")
+                    return
+                if _slice(file, start - len(header), start) != header:
+                    where = f"sample {key}, bytes {start - len(header)} to {start}"
+                    yield Fault(name, where, f"the tar header of {member} is damaged")
+                if not intact(_slice(file, start, stop)):
+                    yield Fault(name, f"sample {key}, bytes {start} to {stop}", f"the content of {member} is damaged")
+                yield from _check_zeros(file, name, f"the padding after {member}", stop, position)
+        yield from _check_zeros(file, name, "the end of the tar", position, nbytes)
 
 
-def _check_zeros(content: bytes | mmap.mmap, name: str, what: str, start: int, stop: int) -> Iterator[Fault]:
-    rest = content[start:stop]
+def _slice(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Bytes of a file; those that are no longer there are left out, where a memory map would end the process."""
+    file.seek(start)
+    return file.read(stop - start)
+
+
+def _check_zeros(file: BinaryIO, name: str, what: str, start: int, stop: int) -> Iterator[Fault]:
+    rest = _slice(file, start, stop)
     if rest.strip(b"\0"):
         yield Fault(name, f"byte {start + len(rest) - len(rest.lstrip(bytes(1)))}", f"{what} is damaged")
 
@@ -225,18 +231,19 @@ def _labels(idx: Path) -> dict[int, tuple[int, int]]:
 
 
 def _decode(path: Path, name: str, rows: np.ndarray) -> list[Fault]:
-    content = np.memmap(path, dtype=np.uint8, mode="r")
     faults = []
-    for row in rows:
-        where = f"sample {row['key'].decode()}, bytes {row['offset']} to {row['offset'] + row['nbytes']}"
-        try:
-            image = check_image(content[row["offset"] : row["offset"] + row["nbytes"]].tobytes(), ImageOptions())
-        except RejectedImageError as error:
-            faults.append(Fault(name, where, str(error)))
-            continue
-        if (image.height, image.width) != (row["height"], row["width"]):
-            size = f"{row['height']} x {row['width']}"
-            faults.append(Fault(name, where, f"is {image.height} x {image.width}, the index says {size}"))
+    with open(path, "rb") as file:
+        for row in rows:
+            start, stop = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
+            where = f"sample {row['key'].decode()}, bytes {start} to {stop}"
+            try:
+                image = check_image(_slice(file, start, stop), ImageOptions())
+            except RejectedImageError as error:
+                faults.append(Fault(name, where, str(error)))
+                continue
+            if (image.height, image.width) != (row["height"], row["width"]):
+                size = f"{row['height']} x {row['width']}"
+                faults.append(Fault(name, where, f"is {image.height} x {image.width}, the index says {size}"))
     return faults
 
 
