@@ -30,6 +30,7 @@ from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
+from trainer.checkpoint_fields import not_finite
 from trainer.classes import order_doubt
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
@@ -181,9 +182,8 @@ def read(path: Path, which: str) -> Ingredient:
     content = read_file(path)
     if not checkpoint.is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
-    content = checkpoint.checked(path, content)
     weights, kind = select_weights(path, content, which)
-    if name := checkpoint.first_not_finite(weights):
+    if name := not_finite(weights.items()):
         raise UserError(f"{path}: '{name}' is not finite, and no average with it would be. Leave the file out")
     differ = content.get("average", {}).get("differ", [])
     return Ingredient(path, weights, kind, {key: content[key] for key in _OF_THE_RUN if key in content}, differ)
