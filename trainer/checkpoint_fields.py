@@ -61,13 +61,9 @@ def is_plain(value: object) -> bool:
 
 def are_weights(value: object) -> bool:
     """True for tensors by name, at least one."""
-    return bool(value) and _are_tensors_by_name(value)
-
-
-def _are_tensors_by_name(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and torch.is_tensor(each) for key, each in value.items()
-    )
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(key, str) and torch.is_tensor(each) for key, each in value.items())
 
 
 def _are_names(value: object) -> bool:
@@ -84,10 +80,8 @@ def _are_rows(value: object) -> bool:
 
 
 def _is_best(value: object) -> bool:
-    if value == {}:
-        return True
     fits = {"step": is_count, "weights": _is_kind, "top1": _is_percentage}
-    return isinstance(value, dict) and all(name in value and each(value[name]) for name, each in fits.items())
+    return isinstance(value, dict) and (not value or all(each(value.get(name)) for name, each in fits.items()))
 
 
 def _is_kind(value: object) -> bool:
@@ -103,7 +97,9 @@ def _are_metrics(value: object) -> bool:
 
 
 def _is_average(value: object) -> bool:
-    rows = value.get("of") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return False
+    rows = value.get("of")
     return (
         is_plain(value)
         and isinstance(value.get("how"), str)
@@ -134,14 +130,11 @@ def _is_state(value: object) -> bool:
 
 
 def _is_scaler(value: object) -> bool:
-    if value == {}:
-        return True
     numbers = ("scale", "growth_factor", "backoff_factor", "growth_interval")
-    return (
-        isinstance(value, dict)
-        and all(is_number(value.get(name)) and value[name] > 0 for name in numbers)
-        and is_count(value.get("_growth_tracker"))
-    )
+    if not isinstance(value, dict) or not value:
+        return isinstance(value, dict)
+    fits = all(is_number(value.get(name)) and value[name] > 0 for name in numbers)
+    return fits and is_count(value.get("_growth_tracker"))
 
 
 def _are_statistics(value: object) -> bool:
@@ -202,6 +195,8 @@ def check_resumable(content: dict, step: int) -> None:
         raise FieldError(f"it has no '{missing[0]}'")
     if content["step"] != step:
         raise FieldError(f"'step' is {content['step']:,}, and its name says {step:,}")
+    if content["ema"] is None and content["config"].get("ema", {}).get("decay"):
+        raise FieldError("'ema' is null, and its settings say that an average is kept")
     states = content["optimizer"]["state"]
     if late := [number for number, state in states.items() if not 0 <= state["step"].item() <= step]:
         raise FieldError(f"'optimizer' has done {states[late[0]]['step'].item():,} steps")
