@@ -17,6 +17,7 @@ from trainer.checkpoint_fields import not_finite
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import Kwargs, StudentConfig
 from trainer.distributed import World
+from trainer.memory import is_out_of_memory
 from trainer.model_checks import check_size
 from trainer.model_folders import ModelFolder, layer_names, named_folder
 from trainer.optim import batch_norms
@@ -232,6 +233,11 @@ def create_model(
         with all_weights_required() if weights is not None else contextlib.nullcontext():
             model = timm.create_model(name, **{"num_classes": num_classes, **kwargs}, **pretrained)
     except Exception as error:  # every model checks its arguments in its own way
+        if is_out_of_memory(error):
+            raise UserError(
+                f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free some "
+                "memory, or use a smaller model"
+            ) from error
         if weights is not None and isinstance(error, RuntimeError):
             raise UserError(f"{source}: {_why_not_fitting(name, weights, error)}") from error
         if weights is None and pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
