@@ -25,7 +25,7 @@ WRONG = {
     "audit": (7, {}, [7], [{"key": "optim.lr"}]),
     "classes": (7, "ab", {}, [1, 2], ["a", None]),
     "software": (7, [], {"torch": 2}, {2: "torch"}),
-    "evaluated": (None, -1, 1.0, True, 3),
+    "evaluated": (None, -1, 1.0, True),
     "best": (None, 7, [], {"step": 1}, {"step": 1, "weights": "both", "top1": 3.0}),
     "student": (None, {}, [], {"w": 1.0}, {1: torch.zeros(2)}, torch.zeros(2)),
     "ema": ({}, 7, {"w": None}),
@@ -162,6 +162,7 @@ DAMAGED = {
         lambda found: first(found["optimizer"]["state"])["step"].fill_(9),
         "'optimizer' has done 9.0 steps",
     ),
+    "an evaluation to come": (lambda found: found.update(evaluated=3), "'evaluated' is 3, and 'step' is 2"),
     "another step": (lambda found: found.update(step=3, evaluated=0), "'step' is 3, and its name says 2"),
     "no average, though one is kept": (lambda found: found.update(ema=None), "'ema' is null, and its settings say"),
 }

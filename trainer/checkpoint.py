@@ -20,9 +20,18 @@ from pipelines import PIXELS_VERSION
 from pipelines.errors import UserError, clipped
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
-from trainer.checkpoint_fields import FieldError, check_fields, check_resumable, lacks_moments, not_finite
+from trainer.checkpoint_fields import (
+    FieldError,
+    check_fields,
+    check_moments,
+    check_resumable,
+    check_statistics,
+    check_weights,
+    lacks_moments,
+    not_finite,
+)
 from trainer.config import Config, to_dict
-from trainer.optim import ModelEma, running_statistics
+from trainer.optim import ModelEma
 from trainer.torch_files import load_plain, memory_for
 from trainer.versions import package_versions
 
@@ -352,10 +361,10 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     average = content["ema"] or content["student"]  # one that was switched on later starts where the student stands
     try:
-        _check_weights(content["student"], state.student)
-        _check_weights(average, state.student)
-        _check_moments(content["optimizer"], state.optimizer)
-        _check_statistics(content.get("rank_statistics", []), state.student)
+        check_weights(content["student"], state.student)
+        check_weights(average, state.student)
+        check_moments(content["optimizer"], state.optimizer)
+        check_statistics(content.get("rank_statistics", []), state.student)
     except FieldError as error:
         raise UserError(f"{path}: of another model ({error}). Start a new run with another --run.out") from error
     state.student.load_state_dict(content["student"])
@@ -370,43 +379,6 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     state.rank_statistics = content.get("rank_statistics", [])
     state.micro_batch = content.get("micro_batch", state.micro_batch)
     return _changes(content["config"], state.config) + _newer_software(content.get("software") or {})
-
-
-def _check_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise a FieldError if weights are not those of a model, by name, shape and kind of number."""
-    own = model.state_dict()
-    if other := sorted(own.keys() ^ weights.keys()):
-        raise FieldError(f"'{clipped(other[0])}' is {'missing' if other[0] in own else 'unknown'}")
-    for name, value in own.items():
-        found = weights[name]
-        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
-            raise FieldError(f"'{name}' is {_kind(found)}, here it is {_kind(value)}")
-
-
-def _kind(value: torch.Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def _check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raise a FieldError if what an optimizer knows is not of the parameters that another one has."""
-    groups, present = saved["param_groups"], optimizer.param_groups
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in present]:
-        raise FieldError("'optimizer' has other groups of parameters")
-    for theirs, ours in zip(groups, present, strict=True):
-        for number, parameter in zip(theirs["params"], ours["params"], strict=True):
-            moments = saved["state"].get(number, {})
-            for name, value in moments.items():
-                if name != "step" and value.shape != parameter.shape:
-                    shapes = f"{list(value.shape)}, the parameter {list(parameter.shape)}"
-                    raise FieldError(f"'{name}' of parameter {number} in 'optimizer' has the shape {shapes}")
-
-
-def _check_statistics(saved: list[list[torch.Tensor]], model: nn.Module) -> None:
-    """Raise a FieldError if running statistics are not those of a model, or of a model and its average."""
-    own = [value.shape for value in running_statistics(model)]
-    for rank, statistics in enumerate(saved):
-        if [value.shape for value in statistics] not in (own, own * 2):
-            raise FieldError(f"'rank_statistics' of rank {rank} have other shapes")
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipelines.errors import clipped
 from trainer.config import Config
+from trainer.optim import running_statistics
 
 _MOST_STEPS = 10**12
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -180,8 +182,6 @@ def check_fields(content: dict) -> None:
             raise FieldError(f"'config' holds {setting}")
         elif not field.fits(content[name]):
             raise FieldError(f"'{name}' is {_described(content[name])}, not {field.words}")
-    if content.get("evaluated", 0) > content["step"]:
-        raise FieldError(f"'evaluated' is {content['evaluated']:,}, and 'step' is {content['step']:,}")
 
 
 def check_resumable(content: dict, step: int) -> None:
@@ -195,6 +195,8 @@ def check_resumable(content: dict, step: int) -> None:
         raise FieldError(f"it has no '{missing[0]}'")
     if content["step"] != step:
         raise FieldError(f"'step' is {content['step']:,}, and its name says {step:,}")
+    if content.get("evaluated", 0) > step:
+        raise FieldError(f"'evaluated' is {content['evaluated']:,}, and 'step' is {step:,}")
     if content["ema"] is None and content["config"].get("ema", {}).get("decay"):
         raise FieldError("'ema' is null, and its settings say that an average is kept")
     states = content["optimizer"]["state"]
@@ -212,6 +214,43 @@ def lacks_moments(content: dict) -> bool:
     return bool(optimizer["state"]) and len(optimizer["state"]) < sum(
         len(group["params"]) for group in optimizer["param_groups"]
     )
+
+
+def check_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise a FieldError if weights are not those of a model, by name, shape and kind of number."""
+    own = model.state_dict()
+    if other := sorted(own.keys() ^ weights.keys()):
+        raise FieldError(f"'{clipped(other[0])}' is {'missing' if other[0] in own else 'unknown'}")
+    for name, value in own.items():
+        found = weights[name]
+        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+            raise FieldError(f"'{name}' is {_kind(found)}, here it is {_kind(value)}")
+
+
+def _kind(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a FieldError if what an optimizer knows is not of the parameters that another one has."""
+    groups, present = saved["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in present]:
+        raise FieldError("'optimizer' has other groups of parameters")
+    for theirs, ours in zip(groups, present, strict=True):
+        for number, parameter in zip(theirs["params"], ours["params"], strict=True):
+            moments = saved["state"].get(number, {})
+            for name, value in moments.items():
+                if name != "step" and value.shape != parameter.shape:
+                    shapes = f"{list(value.shape)}, the parameter {list(parameter.shape)}"
+                    raise FieldError(f"'{name}' of parameter {number} in 'optimizer' has the shape {shapes}")
+
+
+def check_statistics(saved: list[list[torch.Tensor]], model: nn.Module) -> None:
+    """Raise a FieldError if running statistics are not those of a model, or of a model and its average."""
+    own = [value.shape for value in running_statistics(model)]
+    for rank, statistics in enumerate(saved):
+        if [value.shape for value in statistics] not in (own, own * 2):
+            raise FieldError(f"'rank_statistics' of rank {rank} have other shapes")
 
 
 def wrong_setting(config: object) -> str:

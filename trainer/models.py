@@ -235,8 +235,8 @@ def create_model(
     except Exception as error:  # every model checks its arguments in its own way
         if is_out_of_memory(error):
             raise UserError(
-                f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free some "
-                "memory, or use a smaller model"
+                f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free "
+                "some memory, or use a smaller model"
             ) from error
         if weights is not None and isinstance(error, RuntimeError):
             raise UserError(f"{source}: {_why_not_fitting(name, weights, error)}") from error
