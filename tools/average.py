@@ -125,8 +125,10 @@ def average(options: argparse.Namespace) -> None:
         found = ema(paths, options.decay)
     else:
         found = greedy(paths, options.weights, options.data)
+    content = content_of(options.mode, found)
+    inference.check_fits(paths[0], content)  # all have the shapes of the first one
     try:
-        checkpoint.write(options.out, content_of(options.mode, found))
+        checkpoint.write(options.out, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
             f"{options.out}: cannot be written ({' '.join(str(error).split())[:200]}). Make room"

@@ -169,7 +169,8 @@ def _found(name: str | None, path: Path | None, weights: str, kwargs: Kwargs | N
     if path is not None and (path / CONFIG).is_file():
         return _exported(read_folder(path, str(path)), name, weights, kwargs, key, view)
     if path is not None:
-        return _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
+        path = _file_of(path, weights)
+        return _of_checkpoint(path, read_file(path), name, weights, kwargs, key, view)
     if name is None:
         raise UserError(
             f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
@@ -235,8 +236,18 @@ def checkpoints_folder(run: Path) -> Path:
     return run if run.name == "checkpoints" else run / "checkpoints"
 
 
-def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
-    content = read_file(path)
+def check_fits(path: Path, content: dict) -> None:
+    """Raise a UserError if the weights that a checkpoint of this trainer holds are not those of its model.
+
+    A model that a folder or repository describes, which may be elsewhere, is not looked for.
+    """
+    if not source_name(content["config"]["student"]["name"]).startswith(SOURCES):
+        _of_checkpoint(path, content, None, "auto", None, "", {})
+
+
+def _of_checkpoint(
+    path: Path, content: object, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict
+) -> Trained:
     origin = {}
     if checkpoint.is_of_trainer(content):
         origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
