@@ -280,6 +280,9 @@ def test_files_that_cannot_be_averaged_are_refused_by_name(tiny_run, steps, tmp_
     raw = changed(tiny_run / "checkpoints" / "best.pt", tmp_path / "raw.pt", weights="raw")
     line = refused(capsys, "uniform", out, steps[1], raw, "--weights", "ema")
     assert f"{raw}: holds no ema weights, only raw ones" in line
+    weights = {**ema, "fc.bias": torch.zeros(9)}
+    alike = [changed(steps[0], tmp_path / f"{name}.pt", ema=weights) for name in ("odd", "too")]
+    assert f"{alike[0]}: does not fit model 'test_resnet'" in refused(capsys, "uniform", out, *alike)
     assert not out.exists()
 
 

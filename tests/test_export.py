@@ -354,7 +354,7 @@ def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
     weights = torch.load(cnn[0], weights_only=True)["state_dict"]
     weights["fc.bias"][3] = torch.nan
     bad = altered(cnn[0], tmp_path / "nan.pt", state_dict=weights)
-    assert "nan.pt: 'fc.bias' is not finite. Export" in failed([bad, tmp_path / "out"], capsys)
+    assert "nan.pt: 'fc.bias' is not finite: it holds NaN" in failed([bad, tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -153,6 +153,102 @@ def test_weights_that_are_not_all_there_are_refused_whatever_the_files_say(model
     assert "pretrained_strict" not in inference.load(None, tmp_path / "own.pt").kwargs
 
 
+@pytest.mark.parametrize("name", ["dla34", "convnextv2_atto.fcmae"])
+def test_weights_are_required_also_of_models_for_which_timm_does_not(name, tmp_path):
+    made = timm.create_model(name, num_classes=7)
+    missing = [*made.state_dict()][-1]
+    torch.save({key: value for key, value in made.state_dict().items() if key != missing}, tmp_path / "w.pth")
+    load = torch.nn.Module.load_state_dict
+    for opened in (
+        lambda: build_teacher(TeacherConfig(name, tmp_path / "w.pth"), 7, 64),
+        lambda: build_student(StudentConfig(name, tmp_path / "w.pth"), 7, 64),
+        lambda: inference.load(name, tmp_path / "w.pth"),
+    ):
+        with pytest.raises(UserError, match=f"w.pth: does not fit model '{name}' .*Missing key.* \"{missing}\""):
+            opened()
+    assert torch.nn.Module.load_state_dict is load
+    torch.save(made.state_dict(), tmp_path / "w.pth")
+    found = build_teacher(TeacherConfig(name, tmp_path / "w.pth"), 7, 64).model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in made.state_dict().items())
+
+
+def spoiled(model: torch.nn.Module, value: float) -> dict[str, torch.Tensor]:
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    weights["norm.weight"][3] = value
+    return weights
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named_whoever_reads_them(model, tmp_path, value):
+    folder = write_folder(tmp_path / "there", model)
+    save_file(spoiled(model, value), folder / "model.safetensors")
+    config = to_dict(parse(["--student.name", NAME, "--student.kwargs.depth", "2"]))
+    saved = {"format_version": 1, "step": 1, "config": config, "student": spoiled(model, value), "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    torch.save(spoiled(model, value), tmp_path / "plain.pth")
+    two = {"depth": 2}
+    for opened in (
+        lambda: build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160),
+        lambda: build_teacher(TeacherConfig(NAME, tmp_path / "plain.pth", two), 7, 160),
+        lambda: build_student(StudentConfig(NAME, tmp_path / "own.pt", kwargs=two), 7, 160, CLASSES),
+        lambda: inference.load(None, folder),
+        lambda: inference.load(None, tmp_path / "own.pt"),
+        lambda: inference.load(NAME, tmp_path / "plain.pth", kwargs=two),
+        lambda: _identified(str(folder)),
+    ):
+        with pytest.raises(
+            UserError, match="(there|safetensors|own.pt|plain.pth): 'norm.weight' is not finite: it holds NaN"
+        ):
+            opened()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.complex64])
+def test_weights_of_another_kind_of_number_are_named(model, tmp_path, kind):
+    torch.save({**model.state_dict(), "norm.bias": model.norm.bias.detach().to(kind)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: 'norm.bias' holds .*, not floating numbers. Give the file as it was"):
+        build_teacher(TeacherConfig(NAME, tmp_path / "w.pth", {"depth": 2}), 7, 160)
+
+
+@pytest.mark.parametrize("value", [None, [1.0], "text"])
+def test_something_else_among_weights_is_named(model, tmp_path, value):
+    torch.save({**model.state_dict(), "head.weight": value}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: 'head.weight' among its weights is .*, not a tensor with a name"):
+        build_teacher(TeacherConfig(NAME, tmp_path / "w.pth", {"depth": 2}), 7, 160)
+
+
+@pytest.mark.parametrize("num_classes", [8, 10**5 + 1, 999_999])
+def test_a_description_with_more_outputs_than_its_weights_have_makes_no_classifier(model, tmp_path, num_classes):
+    own = {"num_classes": num_classes, "label_names": None}
+    folder = write_folder(tmp_path / "there", model, **own)
+    with pytest.raises(UserError, match=f"model.safetensors: its weights have 7 outputs, not the {num_classes:,} that"):
+        inference.load(None, folder)
+    assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160).num_outputs == 7  # it asks the weights alone
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"depth": 10**9}, {"mlp_ratio": 1e300}, {"depth": [10**6]}, {"a": math.nan}, {"a": {"b": 10**9}}]
+)
+def test_arguments_with_numbers_that_no_model_has_are_named(model, tmp_path, arguments):
+    name = next(iter(arguments))
+    folder = write_folder(tmp_path / "there", model, model_args=arguments)
+    with pytest.raises(
+        UserError, match=f"config.json: the model's argument {name} is .* numbers up to 16,384. Correct"
+    ):
+        inference.load(None, folder)
+    config = to_dict(parse(["--student.name", NAME]))
+    config["student"]["kwargs"] = arguments
+    torch.save({"format_version": 1, "step": 1, "config": config, "student": model.state_dict()}, tmp_path / "own.pt")
+    with pytest.raises(UserError, match="own.pt: (the model's argument|damaged .'config' holds student = )"):
+        inference.load(None, tmp_path / "own.pt")
+
+
+@pytest.mark.parametrize("names", [CLASSES[:6], [*CLASSES, "h"], [[1]] * 7, "abc", 7, True])
+def test_names_that_are_not_one_for_each_output_are_refused(model, tmp_path, names):
+    folder = write_folder(tmp_path / "there", model, label_names=names)
+    with pytest.raises(UserError, match="config.json: label_names is .*, not a name for each of the 7 outputs"):
+        inference.load(None, folder)
+
+
 @pytest.mark.parametrize("name", RESERVED)
 def test_arguments_that_are_decided_elsewhere_are_refused_in_the_settings(name):
     for settings in (StudentConfig, TeacherConfig, EvalStudentConfig):

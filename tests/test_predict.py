@@ -336,8 +336,9 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
 
 
 def test_a_model_that_gives_no_numbers_is_told_in_each_row(tiny_run, digits_folder, tmp_path):
+    """Finite weights whose products are not."""
     weights = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)["state_dict"]
-    torch.save({**weights, "fc.bias": torch.full((10,), float("inf"))}, tmp_path / "broken.pth")
+    torch.save({**weights, "fc.weight": torch.full_like(weights["fc.weight"], 1e38)}, tmp_path / "broken.pth")
     image = next((digits_folder / "val").rglob("*.jpg"))
     (row,) = predicted(tmp_path / "broken.pth", image, "--name", "test_resnet")
     assert row == {"file": str(image), "error": "the model's outputs are not finite", "top": []}

@@ -32,7 +32,8 @@ from trainer.config import parse
 from trainer.control import REQUEUE
 from trainer.data import rank_plans
 from trainer.distributed import World
-from trainer.fitting import is_out_of_memory, largest_micro_batch
+from trainer.fitting import largest_micro_batch
+from trainer.memory import is_out_of_memory
 from trainer.run import build, main
 from trainer.step import TrainStep, gray_batch
 
@@ -347,7 +348,13 @@ def test_a_checkpoint_that_another_run_has_written_meanwhile_is_left_alone(digit
 
 
 def test_every_truncation_and_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
-    content = {"format_version": 1, "weight": torch.arange(50.0), "step": 3, "nested": [{"a": 1.5}, (1, 2)]}
+    content = {
+        "format_version": 1,
+        "weight": torch.arange(50.0),
+        "step": 3,
+        "config": {},
+        "nested": [{"a": 1.5}, (1, 2)],
+    }
     writer = Writer()
     writer.submit(tmp_path / "x.pt", content)
     writer.wait()

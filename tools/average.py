@@ -31,6 +31,7 @@ from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
+from trainer.checkpoint_fields import not_finite
 from trainer.classes import order_doubt
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
@@ -125,8 +126,10 @@ def average(options: argparse.Namespace) -> None:
         found = ema(paths, options.decay)
     else:
         found = greedy(paths, options.weights, options.data)
+    content = content_of(options.mode, found)
+    inference.check_fits(paths[0], content)  # all have the shapes of the first one
     try:
-        checkpoint.write(options.out, content_of(options.mode, found))
+        checkpoint.write(options.out, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(
             f"{options.out}: cannot be written ({' '.join(str(error).split())[:200]}). Make room"
@@ -182,9 +185,8 @@ def read(path: Path, which: str) -> Ingredient:
     content = read_file(path)
     if not checkpoint.is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
-    content = checkpoint.checked(path, content)
     weights, kind = select_weights(path, content, which)
-    if name := checkpoint.first_not_finite(weights):
+    if name := not_finite(weights.items()):
         raise UserError(f"{path}: '{name}' is not finite, and no average with it would be. Leave the file out")
     differ = content.get("average", {}).get("differ", [])
     return Ingredient(path, weights, kind, {key: content[key] for key in _OF_THE_RUN if key in content}, differ)

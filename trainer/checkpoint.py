@@ -17,11 +17,22 @@ import torch
 from torch import nn
 
 from pipelines import PIXELS_VERSION
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
+from trainer.checkpoint_fields import (
+    FieldError,
+    check_fields,
+    check_moments,
+    check_resumable,
+    check_statistics,
+    check_weights,
+    lacks_moments,
+    not_finite,
+)
 from trainer.config import Config, to_dict
 from trainer.optim import ModelEma
+from trainer.torch_files import load_plain, memory_for
 from trainer.versions import package_versions
 
 FORMAT_VERSION = 1
@@ -135,7 +146,8 @@ def digest_of(content: Any) -> str:
     def feed(value) -> None:
         if torch.is_tensor(value):
             sha.update(f"{value.dtype} {list(value.shape)};".encode())
-            sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            value = value.resolve_conj().resolve_neg().contiguous()
+            sha.update(value.reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             sha.update(f"{len(value)} entries;".encode())
             for key, item in value.items():
@@ -185,7 +197,7 @@ class Writer:
             return
         try:
             for part in ("student", "ema", "state_dict"):
-                if name := first_not_finite(content.get(part) or {}):
+                if name := not_finite((content.get(part) or {}).items()):
                     raise UserError(f"'{name}' in '{part}' is not finite. Lower optim.lr or change run.precision")
             write(path, content)
             then()
@@ -200,12 +212,6 @@ def write(path: Path, content: dict) -> None:
     """Write `content` with its digest, all of it or nothing. A full disk is an OSError, or torch's RuntimeError."""
     with replacing(path) as file:
         torch.save({**content, "digest": digest_of(content)}, file)
-
-
-def first_not_finite(weights: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor that holds an infinity or a NaN."""
-    bad = (name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all())
-    return next(bad, None)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -239,7 +245,7 @@ def prepare(folder: Path, step: int) -> None:
     for later in checkpoints(folder):
         if step_of(later) > step:
             with contextlib.suppress(DamagedError):
-                read(later)
+                read_state(later)
                 raise UserError(f"{later}: another run has written it meanwhile. Start again: it goes on from there")
             later.rename(later.with_suffix(".damaged"))
 
@@ -266,10 +272,24 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict, list[str]]:
     damaged = []
     for path in reversed(checkpoints(folder)):
         try:
-            return path, read(path), damaged
+            return path, read_state(path), damaged
         except DamagedError as error:
             damaged.append(str(error))
     return None, {}, damaged
+
+
+def read_state(path: Path) -> dict:
+    """What a run's checkpoint holds, of which everything is there that a run needs to go on.
+
+    Raises:
+      DamagedError, UserError: as `read`.
+    """
+    content = read(path)
+    try:
+        check_resumable(content, step_of(path))
+    except FieldError as error:
+        raise DamagedError(f"{path}: damaged ({error})") from error
+    return content
 
 
 def read(path: Path) -> dict:
@@ -277,13 +297,13 @@ def read(path: Path) -> dict:
 
     Raises:
       DamagedError: it is truncated or changed.
-      UserError: it cannot be read, or is of another format.
+      UserError: it cannot be read, or is of another format; or the memory is too short, which is no damage.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "format_version" not in content:
+        content = load_plain(path)
+        if not isinstance(content, dict) or "format_version" not in content:
             raise ValueError("no format version")
-    except MemoryError:
+    except UserError:
         raise
     except OSError as error:
         raise UserError(
@@ -305,20 +325,28 @@ def is_of_trainer(content: object) -> bool:
 
 
 def checked(path: Path, content: dict) -> dict:
-    """What was read from a checkpoint, without its digest.
+    """What was read from a checkpoint, without its digest. What is in it is of the types that trainer reads.
 
     Raises:
-      UserError: it is of another format.
-      DamagedError: it is not what was written.
+      UserError: it is of another format, or memory is too short.
+      DamagedError: it is not what was written, or a field of it is not what that field must be.
     """
-    if (version := content.get("format_version")) != FORMAT_VERSION:
+    version = content.get("format_version")
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Use the version of the program "
-            "that wrote it, or start a new run with another --run.out"
+            f"{path}: format version {clipped(version)}, this program reads {FORMAT_VERSION}. Use the version of the "
+            "program that wrote it, or start a new run with another --run.out"
         )
     digest = content.pop("digest", None)  # files of earlier versions have none
-    if digest is not None and digest != digest_of(content):
-        raise DamagedError(f"{path}: damaged (its content does not have the hash {digest[:12]}... it was written with)")
+    try:
+        with memory_for(path):
+            if digest is not None and digest != digest_of(content):
+                raise FieldError(f"its content does not have the hash {clipped(digest, 15)} it was written with")
+        check_fields(content)
+        if digest is None and lacks_moments(content):  # what was written may lack them: no gradient, no moments
+            raise FieldError("'optimizer' has lost the moments of some parameters")
+    except FieldError as error:
+        raise DamagedError(f"{path}: damaged ({error})") from error
     return content
 
 
@@ -331,14 +359,17 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
       UserError: the file belongs to another plan; the first field that differs is named.
     """
     refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
+    average = content["ema"] or content["student"]  # one that was switched on later starts where the student stands
     try:
-        state.student.load_state_dict(content["student"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: of another model ({reason}). Start a new run with another --run.out") from error
+        check_weights(content["student"], state.student)
+        check_weights(average, state.student)
+        check_moments(content["optimizer"], state.optimizer)
+        check_statistics(content.get("rank_statistics", []), state.student)
+    except FieldError as error:
+        raise UserError(f"{path}: of another model ({error}). Start a new run with another --run.out") from error
+    state.student.load_state_dict(content["student"])
     if state.ema is not None:
-        # an average that was switched on later starts where the student stands
-        state.ema.module.load_state_dict(content["ema"] or content["student"])
+        state.ema.module.load_state_dict(average)
     _load_optimizer(state.optimizer, content["optimizer"])
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
@@ -347,7 +378,7 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     state.best = content.get("best", {})
     state.rank_statistics = content.get("rank_statistics", [])
     state.micro_batch = content.get("micro_batch", state.micro_batch)
-    return _changes(content["config"], state.config) + _newer_software(content.get("software", {}))
+    return _changes(content["config"], state.config) + _newer_software(content.get("software") or {})
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -13,6 +13,7 @@ from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.data import Pipelines, rank_plans
 from trainer.distributed import World
+from trainer.memory import is_out_of_memory
 from trainer.step import TrainStep
 
 
@@ -91,17 +92,11 @@ def full_memory_is_told() -> Iterator[None]:
     """Inside, too little memory, on a GPU above all, is a UserError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{reason}. Lower run.micro_batch, or run.eval_batch in an evaluation, as far as that goes; else "
             "data.prefetch or data.image_size, or use a smaller model"
         ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory was too small: PyTorch has a type for it, cuBLAS, cuDNN and DALI only have words."""
-    words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc", "can't allocate", "allocation failed")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error).lower() for word in words)

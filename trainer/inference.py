@@ -20,10 +20,19 @@ from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
 from trainer.classes import read_classes
-from trainer.config import DataConfig, Kwargs, without_reserved
+from trainer.config import DataConfig, Kwargs
 from trainer.mix import Normalize
 from trainer.model_checks import check_size
-from trainer.model_folders import CONFIG, SOURCES, ModelFolder, named_folder, read_folder, source_name
+from trainer.model_folders import (
+    CONFIG,
+    LARGEST_SIDE,
+    SOURCES,
+    ModelFolder,
+    kwargs_of_file,
+    named_folder,
+    read_folder,
+    source_name,
+)
 from trainer.models import (
     architecture,
     create_model,
@@ -160,7 +169,8 @@ def _found(name: str | None, path: Path | None, weights: str, kwargs: Kwargs | N
     if path is not None and (path / CONFIG).is_file():
         return _exported(read_folder(path, str(path)), name, weights, kwargs, key, view)
     if path is not None:
-        return _of_checkpoint(_file_of(path, weights), name, weights, kwargs, key, view)
+        path = _file_of(path, weights)
+        return _of_checkpoint(path, read_file(path), name, weights, kwargs, key, view)
     if name is None:
         raise UserError(
             f"which model? Give a checkpoint or run folder with {_flag(key, 'checkpoint')}, or {_flag(key, 'name')}"
@@ -226,11 +236,20 @@ def checkpoints_folder(run: Path) -> Path:
     return run if run.name == "checkpoints" else run / "checkpoints"
 
 
-def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict) -> Trained:
-    content = read_file(path)
+def check_fits(path: Path, content: dict) -> None:
+    """Raise a UserError if the weights that a checkpoint of this trainer holds are not those of its model.
+
+    A model that a folder or repository describes, which may be elsewhere, is not looked for.
+    """
+    if not source_name(content["config"]["student"]["name"]).startswith(SOURCES):
+        _of_checkpoint(path, content, None, "auto", None, "", {})
+
+
+def _of_checkpoint(
+    path: Path, content: object, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict
+) -> Trained:
     origin = {}
     if checkpoint.is_of_trainer(content):
-        content = checkpoint.checked(path, content)
         origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
@@ -241,11 +260,11 @@ def _of_checkpoint(path: Path, name: str | None, weights: str, kwargs: Kwargs | 
     named = folder or named
     _check_same_model(name, named, path, key)
     name = architecture(named)
-    kwargs = without_reserved(settings.get("kwargs", {})) if kwargs is None else kwargs
+    kwargs = kwargs_of_file(path, settings.get("kwargs", {})) if kwargs is None else kwargs
     kwargs = {**(folder.kwargs if folder else {}), **kwargs}
     classes = named_outputs(content)
     outputs = _outputs(path, num_outputs(name, tensors), classes) or _own_config(named)["num_classes"]
-    own = _view_of_run(origin["config"]["data"]) if origin else {}
+    own = _view_of_run(path, origin["config"]["data"]) if origin else {}
     data = _own_view(_own_config(named)) | own | view
     size = _built_for(origin, kwargs) or data["image_size"]
     kwargs = with_size(name, size, kwargs)
@@ -281,9 +300,16 @@ def _architecture(name: str | ModelFolder) -> str:
     return architecture(name).partition(".")[0]
 
 
-def _view_of_run(data: dict) -> dict:
+def _view_of_run(path: Path, data: dict) -> dict:
     """What a run evaluates its student with; the filter is the model's own."""
-    settings = DataConfig(**{name: data[name] for name in ("image_size", "eval_image_size", "eval_crop_pct")})
+    try:
+        settings = DataConfig(**{name: data[name] for name in ("image_size", "eval_image_size", "eval_crop_pct")})
+    except UserError as error:
+        raise UserError(f"{path}: its settings cannot be used: {error}. Give a file of another run") from error
+    if max(settings.eval_size, *settings.train_sizes) > LARGEST_SIDE:
+        raise UserError(
+            f"{path}: its images have {settings.eval_size:,} px, more than {LARGEST_SIDE:,}. Give another file"
+        )
     return {"image_size": settings.eval_size, "crop_pct": settings.eval_crop_pct, "crop_mode": "center"}
 
 

@@ -243,7 +243,7 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
     if path is None:
         return begin_anew(config, damaged)
     notes = [f"{line}; going on from an earlier one, {path.name}" for line in damaged]
-    changes = checkpoint.load(path, content or checkpoint.read(path), state)
+    changes = checkpoint.load(path, content or checkpoint.read_state(path), state)
     notes += [f"changed since the checkpoint: {change}" for change in changes]
     if state.step > total_steps:
         raise UserError(

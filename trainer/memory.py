@@ -1,7 +1,9 @@
-"""The host's memory allocator, set for training on CPUs."""
+"""Memory: the host's allocator, set for training on CPUs, and errors that say that there is too little of it."""
 
 import ctypes
 import os
+
+import torch
 
 # parameters of mallopt(3), as glibc's malloc.h numbers them
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -24,3 +26,11 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_MAX, 0)  # a higher M_MMAP_THRESHOLD would not do: some versions allow 32 MiB at the most
     mallopt(_TRIM_THRESHOLD, -1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory: Python and PyTorch have types for it, PyTorch on CPUs, cuBLAS, cuDNN and
+    DALI only have words."""
+    words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc", "can't allocate", "allocation failed")
+    types = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, types) or any(word in str(error).lower() for word in words)

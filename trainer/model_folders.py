@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped, named
+from pipelines.errors import UserError, clipped
 from trainer.config import Kwargs, without_reserved
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_LARGEST = 4096  # side of an image, pixels: far above any of timm's
+LARGEST_SIDE = 4096  # side of an image, pixels: far above any of timm's
+_LARGEST_ARGUMENT = 16_384  # of timm.create_model, from a file: wide enough for timm's widest models
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
 
 
@@ -128,24 +129,67 @@ def read_folder(path: Path, name: str) -> ModelFolder:
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
         config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
         config["num_classes"] = said.get("num_classes", config.get("num_classes"))
-        arguments, architecture = dict(said.get("model_args") or {}), str(said["architecture"])
-        kwargs = without_reserved(arguments)
+        arguments, architecture = {**(said.get("model_args") or {})}, str(said["architecture"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path / CONFIG}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
         ) from error
     config.pop("architecture", None)
     _check_values(path / CONFIG, config)
-    channels = {config.get("input_size", [3])[0], arguments.get("in_chans") or 3}
-    if channels != {3}:
+    kwargs = kwargs_of_file(path / CONFIG, arguments)
+    channels = [config.get("input_size", [3])[0], arguments.get("in_chans") or 3]
+    if other := [clipped(each) for each in channels if each != 3]:
         raise UserError(
-            f"{path / CONFIG}: a model of images with {named(channels - {3})} channels, and images have 3 here (gray "
-            "ones, too). Use a model of RGB images"
+            f"{path / CONFIG}: a model of images with {other[0]} channels, and images have 3 here (gray ones, too). "
+            "Use a model of RGB images"
         )
-    outputs, classes, kind = config["num_classes"], said.get("label_names"), said.get("weights", "")
-    classes = [str(each) for each in classes] if isinstance(classes, list) and len(classes) == outputs else None
+    outputs, kind = config["num_classes"], said.get("weights", "")
+    classes = _names_of_outputs(path / CONFIG, said.get("label_names"), outputs)
     kind = kind if isinstance(kind, str) else ""
     return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
+
+
+def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:
+    """The arguments of timm.create_model that a file says, without those that are decided elsewhere.
+
+    Raises:
+      UserError: one is no plain value, or a number so large that the model could not be built.
+    """
+    for name, value in arguments.items():
+        if not isinstance(name, str) or not _is_moderate(value):
+            raise UserError(
+                f"{path}: the model's argument {clipped(name)} is {clipped(value)}; arguments are words, switches and "
+                f"numbers up to {_LARGEST_ARGUMENT:,}. Correct it, or export the model again"
+            )
+    return without_reserved(arguments)
+
+
+def _is_moderate(value: object) -> bool:
+    """Whether a value is plain, and all numbers in it are sizes that models have."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_moderate, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_moderate(each) for key, each in value.items())
+    if isinstance(value, (int, float)):
+        return abs(value) <= _LARGEST_ARGUMENT  # NaN is not less
+    return value is None or isinstance(value, str)
+
+
+def _names_of_outputs(path: Path, names: object, outputs: int) -> list[str] | None:
+    """The names that a description gives for a model's outputs; None where it gives none.
+
+    Raises:
+      UserError: they are not as many as the outputs, or no names.
+    """
+    if names is None or isinstance(names, dict):  # timm's words for classes may be one
+        return None
+    if not isinstance(names, list) or len(names) != outputs or not all(isinstance(each, (str, int)) for each in names):
+        found = f"{len(names):,} names" if isinstance(names, list) else clipped(names)
+        raise UserError(
+            f"{path}: label_names is {found}, not a name for each of the {outputs:,} outputs. Correct it, or leave it "
+            "out"
+        )
+    return [str(each) for each in names]
 
 
 def _is_number(value: object) -> bool:
@@ -157,14 +201,14 @@ def _are_three(values: object, fits: Callable[[float], bool]) -> bool:
 
 
 def _is_size(value: float) -> bool:
-    return isinstance(value, int) and 1 <= value <= _LARGEST
+    return isinstance(value, int) and 1 <= value <= LARGEST_SIDE
 
 
 def _are_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
-_SIZES = (lambda value: _are_three(value, _is_size), f"three whole numbers from 1 to {_LARGEST}")
+_SIZES = (lambda value: _are_three(value, _is_size), f"three whole numbers from 1 to {LARGEST_SIDE}")
 _PERCENTAGE = (lambda value: _is_number(value) and value > 0, "a number above 0")
 _TEXT = (lambda value: isinstance(value, str), "a word")
 _NAMES = (_are_names, "a layer's name or a list of names")

@@ -1,8 +1,10 @@
 """Models from timm, with weights from files, folders, Hugging Face's hub or timm itself."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -11,9 +13,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from pipelines.errors import UserError, clipped
+from trainer.checkpoint_fields import not_finite
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import Kwargs, StudentConfig
 from trainer.distributed import World
+from trainer.memory import is_out_of_memory
 from trainer.model_checks import check_size
 from trainer.model_folders import ModelFolder, layer_names, named_folder
 from trainer.optim import batch_norms
@@ -21,6 +25,7 @@ from trainer.weights import Checkpoint, read_checkpoint, read_weights
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
+_MANY_CLASSES = 100_000  # a classifier of more is made only for weights that have as many rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,19 +226,75 @@ def create_model(
     name = architecture(folder or name)
     kwargs = with_size(name, image_size, {**(folder.kwargs if folder else {}), **kwargs})
     if weights is not None:
+        check_num_outputs(name, weights, num_classes, source)
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
         pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
-        model = timm.create_model(name, **{"num_classes": num_classes, **kwargs}, **pretrained)
+        with all_weights_required() if weights is not None else contextlib.nullcontext():
+            model = timm.create_model(name, **{"num_classes": num_classes, **kwargs}, **pretrained)
     except Exception as error:  # every model checks its arguments in its own way
+        if is_out_of_memory(error):
+            raise UserError(
+                f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free "
+                "some memory, or use a smaller model"
+            ) from error
         if weights is not None and isinstance(error, RuntimeError):
             raise UserError(f"{source}: {_why_not_fitting(name, weights, error)}") from error
         if weights is None and pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
             raise  # an error of the download
         raise UserError(_why_not_built(name, image_size, error)) from error
+    if weights is not None:
+        check_values(model, weights, source)
     model.pretrained_cfg.pop("state_dict", None)
     model.pretrained_cfg.update(folder.config if folder else {})
     return model
+
+
+@contextlib.contextmanager
+def all_weights_required() -> Iterator[None]:
+    """Inside, a weight that a model would not get is an error: for some (DLA) timm keeps random ones in silence."""
+    load = nn.Module.load_state_dict
+
+    def load_all(self, *args, **named):
+        found = load(self, *args, **named)
+        if found.missing_keys:
+            raise RuntimeError("Missing key(s) in state_dict: " + ", ".join(f'"{name}"' for name in found.missing_keys))
+        return found
+
+    nn.Module.load_state_dict = load_all
+    try:
+        yield
+    finally:
+        nn.Module.load_state_dict = load
+
+
+def check_num_outputs(name: str, weights: dict[str, torch.Tensor], num_classes: int, source: Path | str) -> None:
+    """Raise a UserError, before a classifier of that size is made, if no weights of a model can be its classifier's."""
+    found = num_outputs(name, weights)
+    if found is None and num_classes > _MANY_CLASSES:
+        found = max((length for value in weights.values() for length in value.shape), default=0)
+        found = None if found >= num_classes else found
+    if found not in (None, num_classes):
+        raise UserError(
+            f"{source}: its weights have {found:,} outputs, not the {num_classes:,} that are said to be there. Give "
+            "the weights that belong to it"
+        )
+
+
+def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
+    """Raise a UserError if what a model has taken from weights is not finite, or was whole numbers."""
+    own = model.state_dict()
+    for name, value in own.items():
+        given = weights.get(name, value)
+        if value.is_floating_point() and not given.is_floating_point():
+            kind = str(given.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{source}: '{clipped(name)}' holds {kind}, not floating numbers. Give the file as it was saved"
+            )
+    if name := not_finite(own.items()):
+        raise UserError(
+            f"{source}: '{clipped(name)}' is not finite: it holds NaN or an infinity. Give weights from before that"
+        )
 
 
 def _why_not_built(name: str, image_size: int, error: Exception) -> str:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ import torch
 
 from pipelines.errors import UserError, clipped, named
 from pipelines.files import instead_of_content
+from trainer.checkpoint import DamagedError, checked, is_of_trainer
+from trainer.torch_files import ClaimError, load_plain, memory_for
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {
@@ -87,6 +88,12 @@ def select_weights(path: Path, content: object, which: str = "auto") -> tuple[di
             raise UserError(f"{path}: holds no {which} weights, only {', '.join(map(_kind_in_words, found))}")
         keys = ", ".join(key for keys in _NESTED.values() for key in keys)
         raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {keys}")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise UserError(
+                f"{path}: '{clipped(name)}' among its weights is {type(value).__name__}, not a tensor with a name. "
+                "Save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+            )
     return unwrapped(weights), kind
 
 
@@ -141,7 +148,7 @@ class PlainMapping:
         return collections.OrderedDict()
 
 
-def _plain_types() -> list[tuple[type, str]]:
+def _plain_types() -> tuple[tuple[type, str], ...]:
     """The types that training scripts save beside weights, by their full names, and what stands for each."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     cores = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
@@ -160,23 +167,36 @@ def _plain_types() -> list[tuple[type, str]]:
         "pytorch_lightning.utilities.parsing.AttributeDict",
         *(f"{package}.utilities.data.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
     ]
-    return [*((PlainData, name) for name in values), *((PlainMapping, name) for name in mappings)]
+    return (*((PlainData, name) for name in values), *((PlainMapping, name) for name in mappings))
 
 
 def read_file(path: Path):
     """Load what a file of weights holds, plain data alone; nothing in it is run.
 
+    A checkpoint of this trainer is checked, and comes without its digest.
+
     Raises:
-      UserError: the file is missing, damaged, or holds more than plain data.
+      UserError: the file is missing, damaged, or holds more than plain data; or memory is too short for it.
     """
+    content = _load(path)
+    if not is_of_trainer(content):
+        return content
+    try:
+        return checked(path, content)
+    except DamagedError as error:
+        raise UserError(f"{error}. Copy it again, or give another one") from error
+
+
+def _load(path: Path):
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        with torch.serialization.safe_globals(_plain_types()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about older formats; where one is not taken, the error says so
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with memory_for(path):
+                return load_file(path)
+        return load_plain(path, _plain_types())
+    except UserError:
+        raise
     except OSError as error:
         hint = "a file of weights; a run's best ones are in RUN/checkpoints/best.pt"
         if path.is_dir() and (files := sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)):
@@ -215,4 +235,5 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
         )
     if "TorchScript" in str(error):
         return f"holds a TorchScript program, which is not loaded. With model = torch.jit.load(FILE), {save}"
-    return f"damaged, or no file of weights ({type(error).__name__}). Copy it again, or {save}"
+    reason = clipped(error, 120) if isinstance(error, ClaimError) else type(error).__name__
+    return f"damaged, or no file of weights ({reason}). Copy it again, or {save}"

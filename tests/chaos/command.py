@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from chaos import parquet, runs, system_calls, tars
+from chaos import checkpoints, parquet, runs, system_calls, tars
 from chaos.attempts import Attempt
 from pipelines.errors import exit_on_user_error
 from pipelines.files import write_synced
@@ -28,6 +28,7 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "tars": (tars, 400),
     "parquet": (parquet, 300),
     "system_calls": (system_calls, 300),
+    "checkpoints": (checkpoints, 150),
 }
 
 

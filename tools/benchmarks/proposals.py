@@ -20,8 +20,8 @@ from tools.benchmarks.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_o
 from tools.sharding.images import CheckedImage, ImageOptions, check_image
 from trainer.config import Config
 from trainer.data import open_pipelines
-from trainer.fitting import is_out_of_memory
 from trainer.loop import Run
+from trainer.memory import is_out_of_memory
 from trainer.run import build
 
 AS_IT_IS = "as it is"

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from pipelines.errors import UserError
-from trainer import checkpoint
+from trainer.checkpoint_fields import not_finite
 from trainer.config import DataConfig
 from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions
 from trainer.models import preprocessing
@@ -27,7 +27,7 @@ def write_folder(trained: Trained, folder: Path) -> None:
     Raises:
       UserError: weights are not finite, timm is too old, or makes another model of the files.
     """
-    if name := checkpoint.first_not_finite(trained.model.state_dict()):
+    if name := not_finite(trained.model.state_dict().items()):
         raise UserError(f"{trained.source}: '{name}' is not finite. Export a checkpoint from before that")
     # clones: tensors that share memory, which the format does not have, become independent
     tensors = {name: value.detach().clone().contiguous() for name, value in trained.model.state_dict().items()}
