@@ -1,9 +1,9 @@
 """Ranges of settings: declared beside the default of a dataclass's field, checked when the dataclass is made.
 
-    @dataclasses.dataclass(frozen=True)
-    class OptimConfig(Section):
-        key = "optim"
-        lr: float = setting(2e-3, at_least=0)
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Section):
+    key = "optim"
+    lr: float = setting(2e-3, at_least=0)
 """
 
 import dataclasses
@@ -61,7 +61,9 @@ class Range:
         is_low = low is not None and (number < low or number == self.above)
         is_high = high is not None and (number > high or number == self.below)
         if (is_low or is_high) and low is not None and high is not None:
-            return f"; it lies in {'(' if self.at_least is None else '['}{low}, {high}{']' if self.below is None else ')'}"
+            return (
+                f"; it lies in {'(' if self.at_least is None else '['}{low}, {high}{']' if self.below is None else ')'}"
+            )
         if is_low:
             return f"; it must {self._lower_bound()}"
         most = _MOST_WHOLE if isinstance(number, int) else _MOST

@@ -396,6 +396,7 @@ class RunConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        _require(not 0 < self.watchdog_s < 1, f"run.watchdog_s is {self.watchdog_s}; it is 0 or at least 1")
         _require(len({*self.loggers}) == len(self.loggers), f"run.loggers is {self.loggers}: name each once")
         _require(self.out != Path(), "run.out is empty: name the run's folder")
         _require(

@@ -96,7 +96,7 @@ _MOST_VALUES = 10_000
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Plain values alone, and no key twice in a section: YAML forbids it, and the first one would be lost in silence."""
+    """Plain values alone, and no key twice in a section: the first one would be lost in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
