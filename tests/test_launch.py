@@ -160,7 +160,8 @@ def one_machine(monkeypatch):
 
 def listening_on(port: int) -> set[str]:
     """The addresses, as /proc has them, at which somebody listens on a port."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    text = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    lines = [line.split() for line in text.splitlines()]
     return {fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")}
 
 
