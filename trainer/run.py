@@ -31,7 +31,7 @@ from torch import nn
 
 from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import locked, read_json, write_synced
+from pipelines.files import locked, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
@@ -59,11 +59,12 @@ from trainer.models import build_student, preprocessing, synchronize_batch_norms
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
 from trainer.precision import allow_tf32, resolve_precision
 from trainer.ready import facts
-from trainer.report import report_or_reason
+from trainer.report import PAGE, report_or_reason
+from trainer.run_files import SUMMARY, read_summary
 from trainer.schedule import ema_decay
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
-from trainer.telemetry import SUMMARY, Telemetry
+from trainer.telemetry import Telemetry
 from trainer.validation import evaluate
 from trainer.watchdog import watched
 
@@ -149,9 +150,11 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / SUMMARY
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else {})
+    summary = world.choice_of_main(ended_summary(summary_path, start_step) if world.is_main else {})
     if summary and start_step >= run.stop and not run.evaluation_pending:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
+        if world.is_main and summary["finished"] and not (config.run.out / "report" / PAGE).exists():
+            telemetry.say(report_or_reason(config.run.out))  # the disk was full at the end
         return summary
     if world.is_main:
         prepare(run)
@@ -196,10 +199,10 @@ def prepare(run: Run) -> None:
         write_synced(out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
 
 
-def read_summary(path: Path, step: int) -> dict:
+def ended_summary(path: Path, step: int) -> dict:
     """The summary of a session that came to its end after `step`; {} if there is none."""
-    summary = read_json(path)
-    return summary if summary.get("step") == step and "stopped_by" not in summary["session"] else {}
+    summary = read_summary(path) or {}
+    return summary if summary and summary["step"] == step and "stopped_by" not in summary["session"] else {}
 
 
 def ending(run: Run, signal_number: int) -> str:

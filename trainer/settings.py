@@ -108,8 +108,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path, option: str) -> dict:
-    """The content of a YAML file, a mapping. Raises a UserError about anything else."""
+def read_yaml(path: Path, option: str = "config") -> dict:
+    """The content of a file of settings, a mapping. Raises a UserError about anything else."""
     try:
         with open(path, "rb") as file:
             raw = file.read(_MOST_BYTES + 1)
@@ -145,7 +145,7 @@ def _refuse_endless(value: object, where: object) -> None:
         inner = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, (list, set)) else ()
         count += 1 + len(inner)
         if count > _MOST_VALUES:
-            raise UserError(f"{clipped(where)}: holds more than {_MOST_VALUES} values, so not settings")
+            raise UserError(f"{where}: holds more than {_MOST_VALUES} values, so not settings")
         todo.extend(inner)
 
 
@@ -185,7 +185,7 @@ class _Keys:
         for argument in waiting:
             checked.append(argument)
             if not argument.startswith("--"):
-                _refuse_endless(argument, argument)
+                _refuse_endless(argument, clipped(argument))
                 continue
             key, equals, value = argument[2:].partition("=")
             key = key.removesuffix("+")  # adds to a list
@@ -194,7 +194,7 @@ class _Keys:
                 checked[-1:] = [f"--{key}", self._content(key, name)]
             elif key not in self._flags:
                 self._check(key, "", "--")
-                _refuse_endless(value, argument)
+                _refuse_endless(value, f"--{key}")
         return checked
 
     def _content(self, key: str, name: str) -> str:
@@ -203,7 +203,7 @@ class _Keys:
             raise UserError("--config: which file? Give its path")
         if key != "config" and not expanded(name).is_file():
             raise UserError(f"--{key} takes a YAML file, and {name or 'nothing'} is none; did you mean '--{key}.KEY'?")
-        content = _read_yaml(expanded(name), key)
+        content = read_yaml(expanded(name), key)
         for file_key in _keys_of(name, content if key == "config" else {key: content}, self._sections):
             self._check(file_key, f"{name}: ", "")
         return yaml.safe_dump(content, default_flow_style=True, width=_MOST_BYTES)

@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.errors import UserError
-from pipelines.files import read_json_lines, write_synced
+from pipelines.files import write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
+from trainer.run_files import METRICS, is_metrics_line, read_lines
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 _LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
 T = TypeVar("T")
 
@@ -268,6 +267,7 @@ class Telemetry:
 
 def _open_log(path: Path, step: int):
     """The log, open at its end, without what a later step had written before the run was set back to `step`."""
-    kept = [line for line in read_json_lines(path) if line["step"] <= step or line["kind"] in _LASTING]
+    lines, _ = read_lines(path, is_metrics_line)
+    kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
     write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return open(path, "a")

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from chaos import runs
+from chaos import runs, settings
 from chaos.attempts import Attempt
 from pipelines.errors import exit_on_user_error
 from pipelines.files import write_synced
@@ -25,6 +25,7 @@ from tools.arguments import path_argument
 # Each has PROMISE, what must hold, and attempts(folder, seed), which never ends; with how many are tried by default.
 FAULTS: dict[str, tuple[ModuleType, int]] = {
     "runs": (runs, 50),
+    "settings": (settings, 400),
 }
 
 
