@@ -105,6 +105,8 @@ def test_mistakes_in_a_file(tmp_path, text, message):
         (["--optim.lr", "fast"], "--optim.lr: Expected a"),
         (["--optim.betas", "0.9,0.99"], "a list is written [1,2]"),
         (["--run.out", ""], "run.out is empty"),
+        (["--run.out", os.fsdecode(b"caf\xe9")], "--run.out caf\\udce9: not UTF-8. Rename it, or make a link to it"),
+        (["--run.out=" + os.fsdecode(b"caf\xe9")], "--run.out caf\\udce9: not UTF-8. Rename it, or make a link to it"),
         (["--teacher.name", "null", "--teacher.checkpoint", "x"], "teacher.checkpoint is x, but teacher.name is null"),
         (
             ["--student.kwargs.num_classes", "7"],

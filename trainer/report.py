@@ -126,7 +126,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
             write_synced(out / name, content)
         for i, content in enumerate(strips.values(), 1):
             write_synced(out / (SAMPLES if len(runs) == 1 else f"samples-{i}.png"), content)
-        write_synced(out / PAGE, _page(runs, pictures, strips).encode("utf-8", "backslashreplace"))
+        write_synced(out / PAGE, page(runs, pictures, strips).encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Name another folder with --out") from error
     return out / PAGE
@@ -274,12 +274,10 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list]:
     return {key: row for key, row in rows.items() if key != "run.out" and any(value != row[0] for value in row)}
 
 
-def _page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": _clock, "setting": _setting, "ranks": _ranks}
+def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
+    """The page as text; `pictures` are (title, PNG), `strips` the first images of runs by their names."""
     columns = [numbers(run) for run in runs]
-    return environment.from_string(template).render(
+    return _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=runs,
         numbers={key: [column[key] for column in columns] for key in columns[0]},
@@ -289,6 +287,13 @@ def _page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips:
         summaries={run.name: _json(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clock": _clock, "setting": _setting, "ranks": _ranks}
+    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 def _setting(value: object) -> str:

@@ -6,7 +6,6 @@ summary.json says how the latest session ended. Whoever reads them gets only lin
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -63,8 +62,9 @@ def is_reportable(line: object) -> bool:
     numbers = [line[name].get("top1") for name in ("raw", "ema") if name in line]
     return (
         all(name in line for name in _NEEDED.get(line["kind"], ()))
-        and all(isinstance(number, _NUMBER) and math.isfinite(number) for number in numbers)
+        and all(isinstance(number, _NUMBER) and abs(number) < _MOST_COUNT for number in numbers)
         and all(_is_count(line[name]) for name, kind in _TYPES.items() if kind is int and name in line)
+        and all(abs(value) < _MOST_COUNT for value in line.values() if isinstance(value, int))
         and line.get("steps_per_epoch") != 0
         and 0 <= line.get("time", 0) <= _MOST_TIME_S
     )

@@ -16,7 +16,7 @@ from typing import TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, clipped, printable
 from pipelines.machine import expanded
 
 T = TypeVar("T")
@@ -130,6 +130,12 @@ def read_yaml(path: Path, option: str = "config") -> dict:
     return content
 
 
+def _refuse_other_text(value: str, option: list[str]) -> None:
+    """Raise a UserError if a value, of the option in the list, holds bytes that are no UTF-8, and no YAML could hold."""
+    if printable(value) != value:
+        raise UserError(f"{' '.join(option)} {printable(value)}: not UTF-8. Rename it, or make a link to it".strip())
+
+
 def _refuse_endless(value: object, where: object) -> None:
     """Raise a UserError if a value, or text that YAML reads as one, grows beyond bounds by its aliases."""
     if isinstance(value, str):
@@ -185,6 +191,7 @@ class _Keys:
         for argument in waiting:
             checked.append(argument)
             if not argument.startswith("--"):
+                _refuse_other_text(argument, checked[-2:-1])
                 _refuse_endless(argument, clipped(argument))
                 continue
             key, equals, value = argument[2:].partition("=")
@@ -193,6 +200,7 @@ class _Keys:
                 name = value if equals else next(waiting, "")
                 checked[-1:] = [f"--{key}", self._content(key, name)]
             elif key not in self._flags:
+                _refuse_other_text(value, [f"--{key}"])
                 self._check(key, "", "--")
                 _refuse_endless(value, f"--{key}")
         return checked

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from chaos import runs, settings
+from chaos import reports, runs, settings
 from chaos.attempts import Attempt
 from pipelines.errors import exit_on_user_error
 from pipelines.files import write_synced
@@ -26,6 +26,7 @@ from tools.arguments import path_argument
 FAULTS: dict[str, tuple[ModuleType, int]] = {
     "runs": (runs, 50),
     "settings": (settings, 400),
+    "reports": (reports, 2000),
 }
 
 
