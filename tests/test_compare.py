@@ -532,9 +532,8 @@ def test_a_dollar_in_a_path_is_no_formula():
 
 def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
     model = Contender(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
-    rows = results.rows_of(
-        {model: "no weights"}, [measuring.Measured(model, backends.BACKENDS["pytorch"], failed="no weights")]
-    )
+    failed = measuring.Measured(model, backends.BACKENDS["eager"], failed="no weights")
+    rows = results.rows_of({model: "no weights"}, [failed])
     assert rows[0]["model"] == rows[0]["weights"] == "caf\\udce9"
     assert "caf\\udce9" in results.as_csv(rows).encode().decode()
 

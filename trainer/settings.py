@@ -131,7 +131,7 @@ def read_yaml(path: Path, option: str = "config") -> dict:
 
 
 def _refuse_other_text(value: str, option: list[str]) -> None:
-    """Raise a UserError if a value, of the option in the list, holds bytes that are no UTF-8, and no YAML could hold."""
+    """Raise a UserError about a value, of the option in the list, that is no UTF-8, so that no file can hold it."""
     if printable(value) != value:
         raise UserError(f"{' '.join(option)} {printable(value)}: not UTF-8. Rename it, or make a link to it".strip())
 
