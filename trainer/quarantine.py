@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from trainer.distributed import World
-from trainer.run_files import is_quarantine_line, read_lines
+from trainer.run_files import is_quarantine_line, naming, read_lines
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -105,7 +105,7 @@ def _place(line: dict) -> _Place:
 
 
 def _append(path: Path, lines: list[dict]) -> None:
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)

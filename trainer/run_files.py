@@ -5,9 +5,12 @@ summary.json says how the latest session ended. Whoever reads them gets only lin
 """
 
 import contextlib
+import errno
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+
+from pipelines.errors import UserError
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -26,11 +29,36 @@ _TYPES = {
     **{name: int for name in ("step", "from_step", "epoch", "total_steps", "steps_per_epoch", "ranks")},
     **{name: _NUMBER for name in ("loss", "lr", "images_per_s", "input_wait")},
     **{name: (*_NUMBER, type(None)) for name in ("teacher_top1", "agreement")},
-    **{name: str for name in ("kind", "host", "device")},
+    **{name: str for name in ("kind", "host", "device", "validation")},
     **{name: dict for name in ("raw", "ema")},
     "time": _NUMBER,
 }
 _SUMMARY_TYPES = {"finished": bool, "step": int, "total_steps": int, "deviations": list, "session": dict}
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system that are raised inside name the file, as those of opening do and those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def full_disk_is_told() -> Iterator[None]:
+    """Inside, no space for a file is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). Make room and run the same command "
+            "again: it goes on from the newest checkpoint, if there is one"
+        ) from error
 
 
 def read_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[list[dict], int]:
@@ -68,6 +96,12 @@ def is_reportable(line: object) -> bool:
         and line.get("steps_per_epoch") != 0
         and 0 <= line.get("time", 0) <= _MOST_TIME_S
     )
+
+
+def last_validation(path: Path) -> str:
+    """The digest of the validation images in the latest session of a metrics.jsonl that has one; "" without one."""
+    lines, _ = read_lines(path, is_reportable)
+    return next((line["validation"] for line in reversed(lines) if "validation" in line), "")
 
 
 def is_quarantine_line(line: object) -> bool:
