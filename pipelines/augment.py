@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines import rng
 from pipelines.errors import UserError
+from pipelines.ranges import Section, setting
 from pipelines.rng import Stream
 
 CROP_TRIES = 10
@@ -24,10 +25,11 @@ ERASE_DRAWS = 24  # uniforms a position: whether, (area, aspect) for each try, t
 MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
 _OP_DRAWS = 5  # uniforms an operation: which, gate, two for the normal magnitude, sign
 MAX_MAGNITUDE = 10.0
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """What happens to a training image between decoding and the model. The defaults are the USI recipe.
 
     Attributes:
@@ -50,47 +52,33 @@ class AugmentConfig:
       mix_group: positions that share one mixing draw; also one batch of BatchNorm, unless run.micro_batch is larger.
     """
 
-    repeats: int = 3
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
-    flip: float = 0.5
-    randaugment_ops: int = 2
-    randaugment_prob: float = 0.5
-    randaugment_magnitude: float = 7.0
-    randaugment_std: float = 0.5
+    key = "augment"
+    repeats: int = setting(3, at_least=1)
+    crop_area: tuple[float, float] = setting((0.08, 1.0), above=0)
+    crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
+    interpolation: str = setting("bicubic", among=INTERPOLATIONS)
+    flip: float = setting(0.5, at_least=0, at_most=1)
+    randaugment_ops: int = setting(2, at_least=0, at_most=100)
+    randaugment_prob: float = setting(0.5, at_least=0, at_most=1)
+    randaugment_magnitude: float = setting(7.0, at_least=0, at_most=MAX_MAGNITUDE)
+    randaugment_std: float = setting(0.5, at_least=0)
     three_augment: bool = False
-    color_jitter: float = 0.0
-    erase_prob: float = 0.0
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 1.0
-    mix_prob: float = 1.0
-    cutmix_prob: float = 0.5
-    mix_group: int = 128
+    color_jitter: float = setting(0.0, at_least=0)
+    erase_prob: float = setting(0.0, at_least=0, at_most=1)
+    mixup_alpha: float = setting(0.8, at_least=0, at_most=1000)
+    cutmix_alpha: float = setting(1.0, at_least=0, at_most=1000)
+    mix_prob: float = setting(1.0, at_least=0, at_most=1)
+    cutmix_prob: float = setting(0.5, at_least=0, at_most=1)
+    mix_group: int = setting(128, at_least=1)
 
     def __post_init__(self):
-        for name in ("repeats", "mix_group"):
-            if getattr(self, name) < 1:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("flip", "randaugment_prob", "erase_prob", "mix_prob", "cutmix_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; a probability lies in [0, 1]")
-        for name in ("randaugment_ops", "randaugment_std", "color_jitter", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; it must not be negative")
+        super().__post_init__()
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
+            if low > high:
                 raise UserError(f"augment.{name} is ({low}, {high}); it must be a range of positive numbers")
         if self.crop_area[1] > 1:
             raise UserError(f"augment.crop_area is {self.crop_area}; a crop is at most the whole image (1.0)")
-        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
-            raise UserError(f"augment.randaugment_magnitude is {self.randaugment_magnitude}; it lies in [0, 10]")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(f"augment.interpolation is '{self.interpolation}', not one of {', '.join(INTERPOLATIONS)}")
-
-
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def resized_crops(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, config: AugmentConfig) -> np.ndarray:

@@ -47,6 +47,11 @@ def clipped(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def printable(text: str) -> str:
+    """Text that any file and picture can hold: bytes of a name that are no UTF-8 become escapes, such as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
     """Names by their reason, 'a, b: why; c: why not', of at most three reasons, and how many more there are.
 

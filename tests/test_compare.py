@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -527,6 +528,14 @@ def test_what_looks_like_markup_is_shown_as_it_is():
 
 def test_a_dollar_in_a_path_is_no_formula():
     assert charts.picture([row("runs/$\\frac$"), row("runs/a$b", top1=81.0)], "a machine").startswith(b"\x89PNG")
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
+    model = Contender(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
+    failed = measuring.Measured(model, backends.BACKENDS["eager"], failed="no weights")
+    rows = results.rows_of({model: "no weights"}, [failed])
+    assert rows[0]["model"] == rows[0]["weights"] == "caf\\udce9"
+    assert "caf\\udce9" in results.as_csv(rows).encode().decode()
 
 
 def test_the_tables_are_shown_also_where_the_files_cannot_be_written(tmp_path, monkeypatch, capsys):

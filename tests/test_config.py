@@ -1,12 +1,15 @@
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+from chaos.settings import VALUES
 from conftest import REPOSITORY
 
 from pipelines.errors import UserError
-from trainer.config import Config, parse, to_dict, to_yaml
+from trainer.config import Config, OptimConfig, parse, to_dict, to_yaml
+from trainer.evaluate import EvalConfig
 
 
 def write(folder: Path, text: str) -> str:
@@ -102,6 +105,8 @@ def test_mistakes_in_a_file(tmp_path, text, message):
         (["--optim.lr", "fast"], "--optim.lr: Expected a"),
         (["--optim.betas", "0.9,0.99"], "a list is written [1,2]"),
         (["--run.out", ""], "run.out is empty"),
+        (["--run.out", os.fsdecode(b"caf\xe9")], "--run.out caf\\udce9: not UTF-8. Rename it, or make a link to it"),
+        (["--run.out=" + os.fsdecode(b"caf\xe9")], "--run.out caf\\udce9: not UTF-8. Rename it, or make a link to it"),
         (["--teacher.name", "null", "--teacher.checkpoint", "x"], "teacher.checkpoint is x, but teacher.name is null"),
         (
             ["--student.kwargs.num_classes", "7"],
@@ -113,6 +118,61 @@ def test_mistakes_on_the_command_line(arguments, message):
     with pytest.raises(UserError) as error:
         parse(arguments)
     assert message in str(error.value)
+
+
+SECTIONS = {
+    (kind, field.name): field.default_factory for kind in (Config, EvalConfig) for field in dataclasses.fields(kind)
+}
+
+
+@pytest.mark.parametrize(("kind", "section"), SECTIONS, ids=lambda part: getattr(part, "__name__", part))
+def test_any_value_of_any_setting_is_of_its_type_and_range_or_is_refused_with_its_key(kind, section):
+    """All values for all keys; tests/chaos/settings.py gives some of them to the command line and in files."""
+    make = SECTIONS[kind, section]
+    for field in dataclasses.fields(make):
+        for value in [*VALUES, Path("a\0b"), (1, 2), ("x",)]:
+            try:
+                found = getattr(make(**{field.name: value}), field.name)
+            except UserError as error:
+                assert f"{section}.{field.name}" in str(error) and "\n" not in str(error), (field.name, value)
+                continue
+            assert found == value and value not in (10**30, -(10**30), 1e300, "a\0b"), (field.name, value)
+            assert value != "" or field.default == "", field.name
+            assert value is not None or "None" in str(field.type), field.name
+            assert not isinstance(value, bool) or "bool" in str(field.type), field.name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {global_batch: null}", "run.global_batch is null; it must be a whole number"),
+        ("run: {eval_batch: }", "run.eval_batch is null; it must be a whole number"),
+        ("optim: {lr: .nan}", "optim.lr is nan; it must be a finite number"),
+        ("optim: {betas: [0.9, 1]}", "optim.betas is (0.9, 1.0); it lies in [0, 1)"),
+        ("run: {seed: 1000000000000000000000000}", "run.seed is 1000000000000000000000000; it lies in [0, "),
+        ("data: {image_size: 100000}", "data.image_size is 100000; it must be at most 16384"),
+        ("student: {kwargs: {a: .inf}}", "student.kwargs is {'a': inf}; it must be a finite number"),
+        ("teacher: {others: [{name: ''}]}", "teacher.others[0].name is ''; it must not be empty"),
+        ("run: {watchdog_s: 0.5}", "run.watchdog_s is 0.5; it is 0 or at least 1"),
+        ("optim: {lr: 1}\noptim: {eps: 1}", "my.yaml: not YAML: 'optim' stands twice"),
+        ("run: {seed: " + "9" * 5000 + "}", "my.yaml: not YAML: Exceeds the limit"),
+        ("student: {kwargs: {a: &a [*a]}}", "my.yaml: holds more than 10000 values, so not settings"),
+        ("# " + "x" * 300_000, "my.yaml: larger than 256 KiB, so not a file of settings"),
+        ("student: !!python/object/apply:os.system ['true']", "my.yaml: not YAML: could not determine a constructor"),
+    ],
+)
+def test_values_and_files_that_no_run_can_use_are_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        parse(["--config", write(tmp_path, text)])
+    assert message in str(error.value)
+
+
+def test_a_pipe_is_read_as_a_file():
+    read, write_end = os.pipe()
+    os.write(write_end, b"\xef\xbb\xbfoptim: {lr: 0.5}")  # with a byte order mark
+    os.close(write_end)
+    assert parse(["--config", f"/dev/fd/{read}", "--optim.eps", "0.1"]).optim == OptimConfig(lr=0.5, eps=0.1)
+    os.close(read)
 
 
 def test_help_explains_every_key(capsys):

@@ -1,5 +1,6 @@
 """Launching: what is checked before the first step, the watchdog, lost ranks, SLURM, several hosts."""
 
+import datetime
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from ranks import Ranks, free_port, run_ranks
 from trainer import ready
 from trainer.config import parse
 from trainer.distributed import World
-from trainer.ready import facts, ranks_text
+from trainer.ready import facts, host_of_main, ranks_text, serve_store
 from trainer.run import what_must_agree
 from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
 
@@ -102,6 +105,78 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_taken_for_this_one(mon
     assert len({verdict["nonces"]["0"] for verdict in (*first, *second, *third, *fourth)}) == 4
 
 
+# --- strangers ---
+
+
+@pytest.fixture
+def one_machine(monkeypatch):
+    """This process is rank 0 of two on one machine."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
+
+
+def listening_on(port: int) -> set[str]:
+    """The addresses, as /proc has them, at which somebody listens on a port."""
+    text = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    lines = [line.split() for line in text.splitlines()]
+    return {fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")}
+
+
+SECONDS = datetime.timedelta(seconds=20)
+
+
+def test_what_rank_0_serves_on_one_machine_is_reached_from_this_machine_alone(one_machine, monkeypatch):
+    loopback = "0100007F"
+    assert host_of_main() == "127.0.0.1"
+    assert listening_on(serve_store(0, SECONDS).port) == {loopback}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as where only RANK and WORLD_SIZE are set
+    assert host_of_main() == socket.gethostname()
+    assert listening_on(serve_store(0, SECONDS).port) != {loopback}
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert host_of_main() == "127.0.0.1"
+
+
+STRANGERS = [b"", b"GET / HTTP/1.0\r\n\r\n", b"\x00", b"\x09", bytes(range(256)) * 40, b"\xff" * 1000]
+
+
+def test_a_store_outlives_strangers_that_connect_to_its_port(one_machine):
+    store = serve_store(0, SECONDS)
+    strangers = [socket.create_connection(("127.0.0.1", store.port)) for _ in STRANGERS]
+    for stranger, said in zip(strangers, STRANGERS, strict=True):
+        stranger.sendall(said)
+        if len(said) > 1:  # others stay and say nothing more
+            stranger.close()
+    other = dist.TCPStore("127.0.0.1", store.port, timeout=SECONDS, wait_for_workers=False)
+    other.set("key", "value")
+    assert store.get("key") == b"value"
+    for stranger in strangers:
+        stranger.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"1e999", b"{", b"\xff\xfe", b'{"nonces": 3, "problem": []}', b"[" * 9999]
+)
+def test_what_a_stranger_wrote_under_our_keys_is_not_taken_for_an_answer(monkeypatch, content):
+    monkeypatch.setattr(ready, "_GRACE_S", 1.0)
+    store = dist.HashStore()
+    for key in ("challenge", "verdict", "answer/0", "answer/1", "answer/7"):
+        store.set(f"ready/{key}", content.decode("latin-1"))
+    assert [verdict["problem"] for verdict in meet_on(store, [{"lr": 1}, {"lr": 1}])] == ["", ""]
+
+
+def test_a_watchdog_reads_no_state_that_is_none(one_machine):
+    watchdog = Watchdog(World(0, 2, 2, torch.device("cpu")), 60)
+    watchdog._store = serve_store(0, SECONDS)
+    for content in ("[]", "{", '{"number": "x"}', json.dumps({**asdict(State(1, 1, "", 0, "host")), "beats": []})):
+        watchdog._store.set("rank/1", content)
+        watchdog._lead()
+        assert 1 not in watchdog._seen
+    watchdog._store.set("rank/1", json.dumps(asdict(State(1, 7, "step 3: input", 0, "host"))))
+    watchdog._lead()
+    assert watchdog._seen[1].state.beats == 7
+
+
 JOIN = """
 import json, os, sys
 from pipelines.errors import UserError, exit_on_user_error
@@ -139,7 +214,7 @@ def test_a_rank_that_does_not_come_is_named_on_the_others():
 @pytest.mark.parametrize(
     ("rank", "environment", "message"),
     [
-        (1, {"MASTER_ADDR": "nohost.invalid"}, "MASTER_ADDR 'nohost.invalid' has no address"),
+        (1, {"MASTER_ADDR": "nohost.invalid", "LOCAL_WORLD_SIZE": 1}, "MASTER_ADDR 'nohost.invalid' has no address"),
         (1, {}, "nothing listens there: look whether rank 0 runs"),
         (0, {"MASTER_PORT": ""}, "MASTER_PORT is '': start several ranks with torchrun"),
     ],

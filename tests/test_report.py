@@ -4,7 +4,9 @@ import ast
 import base64
 import io
 import json
+import os
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -242,6 +244,50 @@ def test_a_report_that_fails_does_not_make_the_run_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.report, "draw", broken)
     said = report_or_reason(logged(tmp_path / "run", 1))
     assert said.startswith("no report was drawn (RuntimeError: no fonts); tools/report.py ") and "\n" not in said
+
+
+def test_any_name_of_a_folder_is_shown_on_the_page_and_in_the_pictures(tmp_path):
+    names = ["$\\frac$", "_run", os.fsdecode(b"caf\xe9"), "a\nb", "<b>"]
+    runs = [logged(tmp_path / str(i), 2).rename(tmp_path / name) for i, name in enumerate(names)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = write_report(runs, tmp_path / "out")
+    text = page.read_text(encoding="utf-8")
+    assert all(shown in text for shown in ("$\\frac$", "_run", "caf\\udce9", "&lt;b&gt;"))
+
+
+def test_what_cannot_be_used_is_left_out_and_said(tmp_path, capsys):
+    """tests/chaos/reports.py damages files in many more ways."""
+    run = logged(tmp_path / "run", 4)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'[]\nnull\n{"kind": "train", "step": "x"}\n\xff\xfe\n{"kind": "eval", "step": 3, "epoch"')
+    (run / "summary.json").write_text('{"finished": true}')
+    (run / "quarantine.jsonl").write_text('{"key": "x"}\n')
+    (run / "config.yaml").write_text("student: {name: [}")
+    page = Page(write_report([run], tmp_path / "out"))
+    said = "5 lines of metrics.jsonl, 1 line of quarantine.jsonl, summary.json, config.yaml"
+    assert f"left out: {said}" in page.text
+    assert f"{run}: cannot be used and is left out: {said}\n" in capsys.readouterr().err
+    assert "steps done 4 of 20" in page.text and "damaged images met 0" in page.text
+
+
+def test_a_clock_that_was_set_back_is_said(tmp_path):
+    run = logged(tmp_path / "run", 3)
+    lines = read_json_lines(run / "metrics.jsonl")
+    lines[-1]["time"] -= 365 * 86400
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert numbers(read_run(run, "it"))["from the first line to the last"] == "– (the clock was set back)"
+
+
+@pytest.mark.parametrize("name", ["index.html", "loss.png"])
+def test_a_full_disk_while_the_report_is_written_leaves_a_reason_and_no_half_of_a_file(tmp_path, name):
+    run = logged(tmp_path / "run", 2)
+    (run / "report").mkdir()
+    (run / "report" / name).symlink_to("/dev/full")
+    said = report_or_reason(run)
+    assert "cannot be written (No space left on device)" in said and f"tools/report.py {run} tries again" in said
+    (run / "report" / name).unlink()
+    assert report_or_reason(run) == f"report: {run / 'report' / 'index.html'}"
 
 
 def test_matplotlib_is_imported_only_inside_the_functions_that_draw():

@@ -268,7 +268,10 @@ def test_a_logger_that_is_not_installed_is_told_before_anything_is_written(tmp_p
 
 @pytest.mark.parametrize(
     ("loggers", "message"),
-    [("[tensorbord]", "names 'tensorbord', not tensorboard or wandb"), ("[wandb,wandb]", "name each once")],
+    [
+        ("[tensorbord]", r"run.loggers is \['tensorbord'\], not tensorboard or wandb"),
+        ("[wandb,wandb]", "name each once"),
+    ],
 )
 def test_loggers_that_do_not_exist_are_refused(loggers, message):
     with pytest.raises(UserError, match=message):

@@ -29,7 +29,7 @@ from pipelines.errors import UserError, exit_on_user_error
 from tools.arguments import path_argument
 from trainer.checkpoint import checkpoints
 from trainer.report import write_report
-from trainer.telemetry import SUMMARY
+from trainer.run_files import SUMMARY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"

@@ -118,6 +118,11 @@ def _dress(axes, chart: Chart) -> None:
     axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
 
 
+def _plain(label: str) -> str:
+    """A label that matplotlib shows as it is: no formula between dollars, and not left out for its underscore."""
+    return (" " if label[:1] == "_" else "") + label.replace("$", r"\$")
+
+
 def _add_legend(figure, chart: Chart) -> None:
     """Below the axes, where it hides nothing; none for a single curve that the title names."""
     from matplotlib.lines import Line2D
@@ -126,7 +131,7 @@ def _add_legend(figure, chart: Chart) -> None:
     if len(chart.curves) > 1:
         for curve in chart.curves:
             look = {"color": _color(curve.color), "linestyle": _DASHES[curve.style], "linewidth": 1.7}
-            handles.append(Line2D([], [], **look, label=curve.label))
+            handles.append(Line2D([], [], **look, label=_plain(curve.label)))
     for kind in dict.fromkeys(kind for kind, _, _ in chart.marks):
         label, dashes = _MARKS[kind]
         handles.append(Line2D([], [], color="0.55", linestyle=dashes, linewidth=0.9, label=label))

@@ -9,12 +9,16 @@ from typing import Literal
 
 import yaml
 
+from pipelines import PIPELINES
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError, clipped
 from pipelines.plan import size_schedule
+from pipelines.ranges import Section, check, setting
 from trainer.settings import parse_settings
 
 Kwargs = dict[str, bool | int | float | str | list | None]
+MOST_PIXELS = 2**14  # of an image's side: a batch of larger ones fits no memory
+_MOST_EPOCHS = 10**6
 
 
 def _require(condition: bool, message: str) -> None:
@@ -57,7 +61,7 @@ def check_kwargs(section: str, kwargs: Kwargs) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagesConfig:
+class ImagesConfig(Section):
     """Where images come from and how they are decoded, whatever they are for.
 
     Attributes:
@@ -74,21 +78,14 @@ class ImagesConfig:
       prefetch: finished batches that wait.
     """
 
+    key = "data"
     root: Path | None = None
-    pipeline: str = "auto"
-    decode: str = "auto"
-    hw_decoder_load: float = 1.0
-    decoder_padding_mib: int = 0
-    threads: int = 0
-    prefetch: int = 2
-
-    def __post_init__(self):
-        decodes = ("auto", "roi", "full")
-        _require(self.decode in decodes, f"data.decode is '{self.decode}', not one of {', '.join(decodes)}")
-        _require(0 <= self.hw_decoder_load <= 1, f"data.hw_decoder_load is {self.hw_decoder_load}, not in [0, 1]")
-        for name in ("threads", "decoder_padding_mib"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
-        _require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
+    pipeline: str = setting("auto", among=PIPELINES)
+    decode: str = setting("auto", among=("auto", "roi", "full"))
+    hw_decoder_load: float = setting(1.0, at_least=0, at_most=1)
+    decoder_padding_mib: int = setting(0, at_least=0)
+    threads: int = setting(0, at_least=0, at_most=4096)
+    prefetch: int = setting(2, at_least=1, at_most=4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,24 +105,18 @@ class DataConfig(ImagesConfig):
       synthetic_classes: its classes.
     """
 
-    max_bad_fraction: float = 0.001
-    shuffle: str = "global"
-    window_shards: int = 16
-    image_size: int | list[tuple[int, int]] = 224
-    eval_image_size: int = 0
-    eval_crop_pct: float = 0.95
-    synthetic_samples: int = 1_281_167
-    synthetic_classes: int = 1000
+    max_bad_fraction: float = setting(0.001, at_least=0, at_most=1)
+    shuffle: str = setting("global", among=("global", "window"))
+    window_shards: int = setting(16, at_least=1)
+    image_size: int | list[tuple[int, int]] = setting(224, at_most=MOST_PIXELS)
+    eval_image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    eval_crop_pct: float = setting(0.95, above=0, at_most=1)
+    synthetic_samples: int = setting(1_281_167, at_least=1, at_most=10**8)
+    synthetic_classes: int = setting(1000, at_least=1, at_most=10**6)
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.shuffle in ("global", "window"), f"data.shuffle is '{self.shuffle}', not global or window")
-        _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction is {self.max_bad_fraction}, not in [0, 1]")
-        _require(self.eval_image_size >= 0, f"data.eval_image_size is {self.eval_image_size}; 0 means image_size")
         size_schedule(self.image_size)
-        for name in ("window_shards", "synthetic_samples", "synthetic_classes"):
-            _require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(0 < self.eval_crop_pct <= 1, f"data.eval_crop_pct is {self.eval_crop_pct}, not in (0, 1]")
 
     @property
     def train_sizes(self) -> list[int]:
@@ -139,7 +130,7 @@ class DataConfig(ImagesConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Section):
     """The model that is trained.
 
     Attributes:
@@ -153,6 +144,7 @@ class StudentConfig:
         trainer names them itself.
     """
 
+    key = "student"
     name: str = "resnet50"
     checkpoint: Path | None = None
     pretrained: bool = False
@@ -160,6 +152,7 @@ class StudentConfig:
     classes: Path | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_kwargs("student", self.kwargs)
         _require(
             self.classes is None or self.pretrained or self.checkpoint is not None,
@@ -187,12 +180,12 @@ class OtherTeacher:
     name: str
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = 0
+    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
     classes: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Section):
     """The frozen model, or models, that are learned from.
 
     Attributes:
@@ -209,17 +202,19 @@ class TeacherConfig:
         learns from the mean of all probabilities.
     """
 
+    key = "teacher"
     name: str | None = "tresnet_v2_l"
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = 0
+    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
     classes: Path | None = None
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
+        super().__post_init__()
         for key, teacher in self.members:
+            check(teacher, key)
             check_kwargs(key, teacher.kwargs)
-            _require(teacher.image_size >= 0, f"{key}.image_size is {teacher.image_size}; 0 means the student's")
         for name in ("checkpoint", "image_size", "classes", "others"):
             _require(
                 self.name is not None or not getattr(self, name),
@@ -239,7 +234,7 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Section):
     """The loss: label_weight x cross-entropy + weight x temperature^2 x KL(teacher || student).
 
     Attributes:
@@ -249,16 +244,14 @@ class DistillConfig:
       label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
     """
 
-    weight: float = 5.0
-    label_weight: float = 1.0
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
+    key = "distill"
+    weight: float = setting(5.0, at_least=0)
+    label_weight: float = setting(1.0, at_least=0)
+    temperature: float = setting(1.0, above=0)
+    label_smoothing: float = setting(0.0, at_least=0, below=1)
 
     def __post_init__(self):
-        _require(self.temperature > 0, f"distill.temperature is {self.temperature}; it must be positive")
-        _require(0 <= self.label_smoothing < 1, f"distill.label_smoothing is {self.label_smoothing}; it lies in [0, 1)")
-        for name in ("weight", "label_weight"):
-            _require(getattr(self, name) >= 0, f"distill.{name} is {getattr(self, name)}; it must not be negative")
+        super().__post_init__()
         _require(
             self.weight > 0 or self.label_weight > 0,
             "distill.weight and distill.label_weight are both 0: nothing would be learned. Raise one of them",
@@ -266,7 +259,7 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW.
 
     Attributes:
@@ -279,17 +272,16 @@ class OptimConfig:
         classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
     """
 
-    lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 2e-2
-    clip_norm: float = 0.0
-    clip_agc: float = 0.0
+    key = "optim"
+    lr: float = setting(2e-3, at_least=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
+    eps: float = setting(1e-8, at_least=0)
+    weight_decay: float = setting(2e-2, at_least=0)
+    clip_norm: float = setting(0.0, at_least=0)
+    clip_agc: float = setting(0.0, at_least=0)
 
     def __post_init__(self):
-        for name in ("lr", "eps", "weight_decay", "clip_norm", "clip_agc"):
-            _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}; each lies in [0, 1)")
+        super().__post_init__()
         _require(
             not (self.clip_norm and self.clip_agc),
             f"optim.clip_norm is {self.clip_norm} and optim.clip_agc is {self.clip_agc}: set one of them to 0",
@@ -297,7 +289,7 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """The learning rate, a step function of the epoch.
 
     Attributes:
@@ -308,16 +300,15 @@ class ScheduleConfig:
       cooldown_epochs: added after the cosine.
     """
 
-    epochs: int = 300
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-4
-    min_lr: float = 1e-6
-    cooldown_epochs: int = 10
+    key = "schedule"
+    epochs: int = setting(300, at_least=1, at_most=_MOST_EPOCHS)
+    warmup_epochs: int = setting(5, at_least=0)
+    warmup_lr: float = setting(1e-4, at_least=0)
+    min_lr: float = setting(1e-6, at_least=0)
+    cooldown_epochs: int = setting(10, at_least=0, at_most=_MOST_EPOCHS)
 
     def __post_init__(self):
-        _require(self.epochs >= 1, f"schedule.epochs is {self.epochs}; it must be at least 1")
-        for name in ("warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr"):
-            _require(getattr(self, name) >= 0, f"schedule.{name} is {getattr(self, name)}; it must not be negative")
+        super().__post_init__()
         _require(
             self.warmup_epochs < self.epochs,
             f"schedule.warmup_epochs is {self.warmup_epochs}; it must be shorter than schedule.epochs, {self.epochs}",
@@ -329,7 +320,7 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EmaConfig:
+class EmaConfig(Section):
     """The exponential moving average of the weights, BatchNorm buffers included.
 
     Attributes:
@@ -338,15 +329,13 @@ class EmaConfig:
         are soon forgotten.
     """
 
-    decay: float = 0.99996
+    key = "ema"
+    decay: float = setting(0.99996, at_least=0, below=1)
     warmup: bool = False
-
-    def __post_init__(self):
-        _require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it lies in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """The run itself.
 
     Attributes:
@@ -379,61 +368,41 @@ class RunConfig:
       watchdog_s: seconds without progress after which the run is ended, naming the rank that stopped; 0 never does it.
     """
 
+    key = "run"
     out: Path = Path("runs/default")
-    seed: int = 0
-    device: str = "auto"
-    global_batch: int = 1024
-    micro_batch: int | Literal["auto"] = 0
-    precision: str = "auto"
+    seed: int = setting(0, at_least=0, below=2**63)
+    device: str = setting("auto", among=("auto", "cuda", "cpu"))
+    global_batch: int = setting(1024, at_least=1)
+    micro_batch: int | Literal["auto"] = setting(0, at_least=0)
+    precision: str = setting("auto", among=("auto", "bf16", "fp16", "fp32"))
     # The recipe computes in half precision, and what autocast leaves in float32 loses no more than that: TF32 has the
     # 10 bits of fp16's mantissa and float32's range. PyTorch's own default is true for convolutions and false for
     # products; the authors left both alone, on cards without TF32.
     tf32: bool = True
-    batch_norm: str = "reduce"
+    batch_norm: str = setting("reduce", among=("reduce", "broadcast", "none", "sync"))
     channels_last: bool = True
     compile: bool | Literal["auto"] = "auto"
-    eval_every: int = 1
-    eval_batch: int = 128
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_every: int = 0
-    on_nonfinite: str = "stop"
-    log_every: int = 50
-    loggers: list[str] = dataclasses.field(default_factory=list)
-    stop_after_steps: int = 0
-    ready_s: float = 60
-    watchdog_s: float = 900
+    eval_every: int = setting(1, at_least=1)
+    eval_batch: int = setting(128, at_least=1)
+    checkpoint_every: int = setting(1000, at_least=1)
+    keep_checkpoints: int = setting(2, at_least=1)
+    keep_every: int = setting(0, at_least=0)
+    on_nonfinite: str = setting("stop", among=("stop", "rollback"))
+    log_every: int = setting(50, at_least=1)
+    loggers: list[str] = setting(factory=list, among=("tensorboard", "wandb"))
+    stop_after_steps: int = setting(0, at_least=0)
+    ready_s: float = setting(60, above=0)
+    watchdog_s: float = setting(900, at_least=0)
 
     def __post_init__(self):
-        _require(self.device in ("auto", "cuda", "cpu"), f"run.device is '{self.device}', not auto, cuda or cpu")
-        precisions = ("auto", "bf16", "fp16", "fp32")
-        _require(
-            self.precision in precisions, f"run.precision is '{self.precision}', not one of {', '.join(precisions)}"
-        )
-        for name in self.loggers:
-            _require(name in ("tensorboard", "wandb"), f"run.loggers names '{name}', not tensorboard or wandb")
+        super().__post_init__()
+        _require(not 0 < self.watchdog_s < 1, f"run.watchdog_s is {self.watchdog_s}; it is 0 or at least 1")
         _require(len({*self.loggers}) == len(self.loggers), f"run.loggers is {self.loggers}: name each once")
-        modes = ("reduce", "broadcast", "none", "sync")
-        _require(self.batch_norm in modes, f"run.batch_norm is '{self.batch_norm}', not one of {', '.join(modes)}")
         _require(self.out != Path(), "run.out is empty: name the run's folder")
-        _require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it lies in [0, 2**63)")
-        for name in ("global_batch", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
-            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.ready_s > 0, f"run.ready_s is {self.ready_s}; it must be positive")
-        for name in ("keep_every", "stop_after_steps", "watchdog_s"):
-            _require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
-        _require(
-            self.micro_batch == "auto" or self.micro_batch >= 0,
-            f"run.micro_batch is {self.micro_batch}; it must not be negative",
-        )
         _require(
             self.micro_batch != "auto" or self.batch_norm != "sync",
             "run.micro_batch is auto and run.batch_norm is sync, whose layers wait for all ranks, so that none can try "
             "alone: set run.micro_batch to a number",
-        )
-        _require(
-            self.on_nonfinite in ("stop", "rollback"),
-            f"run.on_nonfinite is '{self.on_nonfinite}', not stop or rollback",
         )
 
 

@@ -29,9 +29,10 @@ from pipelines.batch import Batch
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.ranges import Section, setting
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import ImagesConfig, Kwargs, check_kwargs
+from trainer.config import MOST_PIXELS, ImagesConfig, Kwargs, check_kwargs
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
@@ -62,19 +63,13 @@ class EvalDataConfig(ImagesConfig):
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
+    pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
     split: str = "val"
-    image_size: int = 0
-    crop_pct: float = 0.0
-    crop_mode: str = ""
-    interpolation: str = ""
+    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    crop_pct: float = setting(0.0, at_least=0, at_most=1)
+    crop_mode: str = setting("", may_be_empty=True, among=inference.CROP_MODES)
+    interpolation: str = setting("", may_be_empty=True, among=inference.INTERPOLATIONS)
     real_labels: Path | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pipeline not in (known := ("auto", "dali", "torchvision")):
-            raise UserError(f"data.pipeline is '{self.pipeline}', not one of {', '.join(known)}")
-        if self.image_size < 0:
-            raise UserError(f"data.image_size is {self.image_size}; 0 means the model's own")
 
     @property
     def view(self) -> dict[str, object]:
@@ -84,7 +79,7 @@ class EvalDataConfig(ImagesConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalStudentConfig:
+class EvalStudentConfig(Section):
     """The model.
 
     Attributes:
@@ -97,18 +92,20 @@ class EvalStudentConfig:
         there may be more of them than the dataset has. Without it a checkpoint of this trainer names them itself.
     """
 
+    key = "student"
     name: str | None = None
     checkpoint: Path | None = None
-    weights: str = "auto"
+    weights: str = setting("auto", among=("auto", "ema", "raw"))
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     classes: Path | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_kwargs("student", self.kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalRunConfig:
+class EvalRunConfig(Section):
     """How it is computed.
 
     Attributes:
@@ -121,21 +118,17 @@ class EvalRunConfig:
       ready_s: seconds within which all ranks must have come.
     """
 
-    device: str = "auto"
-    precision: str = "auto"
+    key = "run"
+    device: str = setting("auto", among=("auto", "cuda", "cpu"))
+    precision: str = setting("auto", among=("auto", *PRECISIONS))
     tf32: bool = True
     channels_last: bool = True
-    batch: int = 128
+    batch: int = setting(128, at_least=1)
     json: Path | None = None
-    ready_s: float = 60
+    ready_s: float = setting(60, above=0)
 
     def __post_init__(self):
-        if self.device not in (known := ("auto", "cuda", "cpu")):
-            raise UserError(f"run.device is '{self.device}', not one of {', '.join(known)}")
-        if self.precision not in (known := ("auto", *PRECISIONS)):
-            raise UserError(f"run.precision is '{self.precision}', not one of {', '.join(known)}")
-        if self.batch < 1:
-            raise UserError(f"run.batch is {self.batch}; it must be at least 1")
+        super().__post_init__()
         if self.json is not None:
             refuse_place(self.json, f"run.json is {self.json}")
 

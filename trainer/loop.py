@@ -37,6 +37,7 @@ class Run:
 
     Attributes:
       evaluate: gives the metrics of the raw and the averaged weights; None without a validation set.
+      validation: digest of that set, "" without one.
       control: stops all ranks together; writer: of checkpoints.
       precision: of the forward passes.
       notes: what is worth saying before the run begins, in sentences.
@@ -55,6 +56,7 @@ class Run:
     total_steps: int
     precision: torch.dtype
     notes: list[str]
+    validation: str = ""
 
     @property
     def stop(self) -> int:

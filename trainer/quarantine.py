@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.files import read_json_lines
 from pipelines.index import ShardIndex
 from trainer.distributed import World
+from trainer.run_files import is_quarantine_line, naming, read_lines
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -36,7 +36,8 @@ class Quarantine:
         self._world = world
         self._lock = threading.Lock()
         self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
-        named = world.choice_of_main([_place(line) for line in read_json_lines(path)] if world.is_main else None)
+        lines, _ = read_lines(path, is_quarantine_line) if world.is_main else ([], 0)
+        named = world.choice_of_main([_place(line) for line in lines])
         self._named: set[_Place] = set(named)
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ def _place(line: dict) -> _Place:
 
 
 def _append(path: Path, lines: list[dict]) -> None:
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         if file.tell() and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)

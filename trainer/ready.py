@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from pipelines.errors import UserError, write_error_line
 from pipelines.files import sha256_of
 from pipelines.index import read_manifest
+from pipelines.launcher import launched
 from trainer.config import Config, to_dict
 from trainer.model_folders import CONFIG, named_folder
 from trainer.versions import package_versions
@@ -42,6 +43,10 @@ _FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
 _GRACE_S = 5.0  # the others wait a little longer than rank 0, to hear what it has to say
 _SHOWN = 3  # differences named in one message
+_LOOPBACK = "127.0.0.1"
+# libuv's server, torch's usual one, goes on when a stranger connects and says nothing more. Given a socket it never
+# listened to it in torch 2.5; in 2.14 it was tried.
+_LIBUV_TAKES_SOCKETS = (2, 14)
 
 
 def facts(config: Config) -> dict[str, object]:
@@ -137,8 +142,8 @@ def _lead(store: dist.Store, rank: int, size: int, mine: dict, deadline: float, 
     answers = {rank: mine}
     while True:
         for other in sorted(set(range(size)) - set(answers)):
-            answer = _read(store, f"ready/answer/{other}")
-            if answer is not None and answer["challenge"] == mine["nonce"]:
+            answer = _read(store, f"ready/answer/{other}", _ANSWER)
+            if answer is not None and answer["challenge"] == mine["nonce"] and ("facts" in answer or "error" in answer):
                 answers[other] = answer
         if len(answers) == size or time.monotonic() > deadline:
             break
@@ -156,13 +161,14 @@ def _follow(store: dist.Store, rank: int, size: int, mine: dict, deadline: float
     """The other ranks: answer whatever challenge stands there, until a verdict has heard this very answer."""
     answered = None
     while time.monotonic() < deadline + _GRACE_S:
-        challenge = store.get("ready/challenge").decode() if store.check(["ready/challenge"]) else None
+        challenge = store.get("ready/challenge").decode(errors="replace") if store.check(["ready/challenge"]) else None
         if challenge != answered:
             store.set(f"ready/answer/{rank}", json.dumps({**mine, "challenge": challenge}))
             answered = challenge
-        verdict = _read(store, "ready/verdict")
-        if verdict is not None and verdict["nonces"].get(str(rank)) == mine["nonce"]:
-            store.add(f"ready/heard/{verdict['nonces']['0']}", 1)
+        verdict = _read(store, "ready/verdict", _VERDICT)
+        nonces = verdict["nonces"] if verdict else {}
+        if nonces.get(str(rank)) == mine["nonce"] and isinstance(nonces.get("0"), str):
+            store.add(f"ready/heard/{nonces['0']}", 1)
             return verdict
         time.sleep(_POLL_S)
     raise UserError(
@@ -171,8 +177,24 @@ def _follow(store: dist.Store, rank: int, size: int, mine: dict, deadline: float
     )
 
 
-def _read(store: dist.Store, key: str) -> dict | None:
-    return json.loads(store.get(key)) if store.check([key]) else None
+_ANSWER = {"nonce": str, "host": str, "challenge": str, "facts": dict, "error": str}
+_VERDICT = {"nonces": dict, "problem": str}
+
+
+def _read(store: dist.Store, key: str, types: dict[str, type]) -> dict | None:
+    """What a rank has written; None where there is nothing, or nothing that a rank of this program writes."""
+    return json_object(store.get(key), types, optional={"facts", "error"}) if store.check([key]) else None
+
+
+def json_object(content: bytes, types: dict[str, type], optional: Set[str] = frozenset()) -> dict | None:
+    """A JSON object whose keys have these types, None if it is none: whoever reaches a store may write to it."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not types.keys() - optional <= found.keys() <= types.keys():
+        return None
+    return found if all(isinstance(value, types[name]) for name, value in found.items()) else None
 
 
 def _problem(answers: dict[int, dict], size: int, seconds: float) -> str:
@@ -241,10 +263,12 @@ def _open_store(rank: int, deadline: float, seconds: float) -> dist.TCPStore:
             "machine of rank 0 and a free port there (docs/launching.md)"
         )
     left = datetime.timedelta(seconds=seconds)
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = host if by_agent else host_of_main()
+    if rank == 0 and not by_agent:
         try:
-            return dist.TCPStore("localhost", int(port), is_master=True, timeout=left, wait_for_workers=False)
-        except RuntimeError as error:
+            return serve_store(int(port), left)
+        except (RuntimeError, OSError) as error:
             raise UserError(
                 f"MASTER_PORT {port} cannot be used on {socket.gethostname()}, most often because another process uses "
                 f"it: end that, or set another port on all machines ({_first_line(error)})"
@@ -256,6 +280,36 @@ def _open_store(rank: int, deadline: float, seconds: float) -> dist.TCPStore:
             return dist.TCPStore(host, int(port), timeout=left, wait_for_workers=False)
         except RuntimeError as error:
             raise UserError(f"{stranger} ({_first_line(error)})") from error
+
+
+def host_of_main() -> str:
+    """Where the other ranks reach what rank 0 serves: through the loopback interface if all are on one machine."""
+    this, given = launched(), os.environ.get("MASTER_ADDR", "")
+    return _LOOPBACK if this.local_size == this.size or given in ("localhost", "::1", _LOOPBACK) else given
+
+
+def serve_store(port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """A store that this process serves, on any free port for 0; reached from this machine alone if all ranks are there.
+
+    torch itself listens on all interfaces, whatever host it is given, so the socket is made here.
+
+    Raises:
+      OSError, RuntimeError: the port is taken.
+    """
+    if host_of_main() != _LOOPBACK:
+        return dist.TCPStore("localhost", port, is_master=True, timeout=timeout, wait_for_workers=False)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_LOOPBACK, port))
+        listener.listen(1024)
+        return dist.TCPStore(
+            *listener.getsockname(),
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(listener.fileno()),
+            use_libuv=torch.__version__ >= _LIBUV_TAKES_SOCKETS,
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,9 @@ import base64
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -15,19 +17,20 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import yaml
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.errors import UserError, clipped, printable, write_error_line
+from pipelines.files import write_synced
 from trainer.audit import audit
 from trainer.charts import Chart, Curve, draw
 from trainer.config import parse
 from trainer.quarantine import QUARANTINE
+from trainer.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_lines, read_summary
 from trainer.samples import SAMPLES
-from trainer.telemetry import METRICS, SUMMARY
+from trainer.settings import read_yaml
 
 PAGE = "index.html"
 _NONE = "–"
+_MOST_DRAWN = 1e30  # larger numbers, and those that are not finite, have no place in a chart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class RunRecord:
       config: config.yaml, {} without one.
       lines: of metrics.jsonl.
       summary: of the latest session, {} unless it came to an end.
+      num_damaged: damaged images met.
+      unusable: what in these files is left out because it cannot be used, in words.
     """
 
     folder: Path
@@ -46,6 +51,8 @@ class RunRecord:
     config: dict
     lines: list[dict]
     summary: dict
+    num_damaged: int
+    unusable: list[str]
 
     def of(self, *kinds: str) -> list[dict]:
         """The lines of these kinds."""
@@ -81,11 +88,22 @@ def read_run(folder: Path, name: str) -> RunRecord:
     config, metrics, summary = folder / "config.yaml", folder / METRICS, folder / SUMMARY
     if not (config.is_file() or metrics.is_file()):
         raise UserError(f"{folder}: not the folder of a run, it has no config.yaml. Give what --run.out was")
-    lines = read_json_lines(metrics)
-    ended = json.loads(summary.read_text()) if summary.is_file() else {}
+    unusable = []
+    lines, num_lost = read_lines(metrics, is_reportable)
+    damaged, num_damaged_lost = read_lines(folder / QUARANTINE, is_quarantine_line)
+    for file, number in ((METRICS, num_lost), (QUARANTINE, num_damaged_lost)):
+        unusable += [f"{number} {'line' if number == 1 else 'lines'} of {file}"] if number else []
+    ended = read_summary(summary)
+    unusable += [SUMMARY] if ended is None else []
     if lines and ended and ended["step"] < lines[-1]["step"]:
         ended = {}  # of an earlier session
-    return RunRecord(folder, name, yaml.safe_load(config.read_text()) if config.is_file() else {}, lines, ended)
+    try:
+        settings = read_yaml(config) if config.is_file() else {}
+    except UserError:
+        settings = {}
+        unusable.append("config.yaml")
+    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    return RunRecord(folder, name, sections, lines, ended or {}, len(damaged), unusable)
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -96,16 +114,19 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """
     short = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    runs = [read_run(folder, printable(name)) for folder, name in zip(folders, names, strict=True)]
+    for run in runs:
+        if run.unusable:
+            write_error_line(f"note: {run.folder}: cannot be used and is left out: {', '.join(run.unusable)}")
     pictures = {f"{chart.name}.png": (chart.title, draw(chart)) for chart in charts(runs)}
     strips = {run.name: (run.folder / SAMPLES).read_bytes() for run in runs if (run.folder / SAMPLES).is_file()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, (_, content) in pictures.items():
-            (out / name).write_bytes(content)
+            write_synced(out / name, content)
         for i, content in enumerate(strips.values(), 1):
-            (out / (SAMPLES if len(runs) == 1 else f"samples-{i}.png")).write_bytes(content)
-        (out / PAGE).write_text(_page(runs, pictures, strips))
+            write_synced(out / (SAMPLES if len(runs) == 1 else f"samples-{i}.png"), content)
+        write_synced(out / PAGE, page(runs, pictures, strips).encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Name another folder with --out") from error
     return out / PAGE
@@ -116,7 +137,8 @@ def report_or_reason(folder: Path) -> str:
     try:
         return f"report: {write_report([folder], folder / 'report')}"
     except Exception as error:  # whatever it is, a picture must not make a run fail that has been trained
-        return f"no report was drawn ({type(error).__name__}: {error}); tools/report.py {folder} tries again"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"no report was drawn ({reason}); tools/report.py {folder} tries again"
 
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -170,7 +192,8 @@ def _curves(run: RunRecord, number: int, num_runs: int, in_epochs: bool, series:
         lines = [line for line in run.of(kind) if line.get(key) is not None]
         x = np.array([line["step"] for line in lines]) / (run.steps_per_epoch if in_epochs else 1)
         y = np.array([line[key][inner] if inner else line[key] for line in lines], float) * factor
-        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+        drawn = np.abs(y) < _MOST_DRAWN
+        x, y = x[drawn], y[drawn]
         if not len(y):
             continue
         names = [run.name] * (num_runs > 1) + [label] * bool(label)
@@ -184,6 +207,9 @@ def numbers(run: RunRecord) -> dict[str, str]:
     train, evals, sessions = run.of("train"), run.of("eval"), run.of("session")
     total = run.summary.get("total_steps") or next((s["total_steps"] for s in sessions[-1:] if "total_steps" in s), "?")
     last = evals[-1] if evals else {}
+    speeds, waits = (
+        [line[key] for line in train if math.isfinite(line[key])] for key in ("images_per_s", "input_wait")
+    )
     best = max(((e[w]["top1"], w, e["epoch"]) for e in evals for w in ("ema", "raw") if w in e), default=None)
     section = {name: run.config.get(name, {}) for name in ("student", "teacher")}
     return {
@@ -195,15 +221,13 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "top-1, raw weights": _percent(last["raw"]["top1"]) if "raw" in last else _NONE,
         "best top-1": f"{_percent(best[0])} ({best[1]}, epoch {best[2]})" if best else _NONE,
         "training loss, last line": f"{train[-1]['loss']:.4f}" if train else _NONE,
-        "images/s, median": f"{statistics.median(line['images_per_s'] for line in train):,.0f}" if train else _NONE,
-        "waiting for input, mean": _percent(100 * statistics.mean(line["input_wait"] for line in train), 1)
-        if train
-        else _NONE,
+        "images/s, median": f"{statistics.median(speeds):,.0f}" if speeds else _NONE,
+        "waiting for input, mean": _percent(100 * statistics.mean(waits), 1) if waits else _NONE,
         "from the first line to the last": _duration(run.lines),
         "restarts": str(len(run.restarts)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
-        "ranks, latest session": f"{sessions[-1]['ranks']} x {sessions[-1]['device']}" if sessions else _NONE,
-        "damaged images met": str(len(read_json_lines(run.folder / QUARANTINE))),
+        "ranks, latest session": _ranks(sessions[-1]) if sessions else _NONE,
+        "damaged images met": str(run.num_damaged),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
 
@@ -221,12 +245,22 @@ def _state(run: RunRecord) -> str:
     return f"not finished; last line {_clock(times[-1])}" if times else "not finished"
 
 
-def _clock(unix_s: float) -> str:
-    return f"{datetime.datetime.fromtimestamp(unix_s, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+def _ranks(session: dict) -> str:
+    return f"{session.get('ranks', '?')} x {session.get('device', '?')}"
+
+
+def _clock(unix_s: float | None) -> str:
+    return (
+        _NONE
+        if unix_s is None
+        else f"{datetime.datetime.fromtimestamp(unix_s, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    )
 
 
 def _duration(lines: list[dict]) -> str:
     times = [line["time"] for line in lines if "time" in line]
+    if any(later < earlier for earlier, later in itertools.pairwise(times)):
+        return f"{_NONE} (the clock was set back)"
     return str(datetime.timedelta(seconds=round(times[-1] - times[0]))) if times else _NONE
 
 
@@ -240,26 +274,39 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list]:
     return {key: row for key, row in rows.items() if key != "run.out" and any(value != row[0] for value in row)}
 
 
-def _page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
-    template = Path(__file__).with_name("report.html").read_text()
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": _clock, "setting": _setting}
+def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
+    """The page as text; `pictures` are (title, PNG), `strips` the first images of runs by their names."""
     columns = [numbers(run) for run in runs]
-    return environment.from_string(template).render(
+    return _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=runs,
         numbers={key: [column[key] for column in columns] for key in columns[0]},
         differing=differing_settings(runs),
         pictures={title: _embedded(content) for title, content in pictures.values()},
         strips={name: _embedded(content) for name, content in strips.items()},
-        summaries={run.name: json.dumps(run.summary, indent=1) for run in runs if run.summary},
+        summaries={run.name: _json(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
 
 
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clock": _clock, "setting": _setting, "ranks": _ranks}
+    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+
+
 def _setting(value: object) -> str:
     """As the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else _json(value)
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    """JSON, also of what a YAML file has and JSON has not, such as a date."""
+    try:
+        return json.dumps(value, indent=indent, default=str)
+    except (TypeError, RecursionError):  # keys that are no text; lists in lists without end
+        return clipped(value)
 
 
 def _embedded(png: bytes) -> str:

@@ -12,10 +12,8 @@ if __name__ == "__main__":  # the imports take seconds, and there is nothing to 
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
 import contextlib
-import errno
 import functools
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +30,7 @@ from torch import nn
 
 from pipelines import resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import locked, read_json, write_synced
+from pipelines.files import locked, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
@@ -60,11 +58,12 @@ from trainer.models import build_student, preprocessing, synchronize_batch_norms
 from trainer.optim import ModelEma, build_optimizer, gradient_clipping
 from trainer.precision import allow_tf32, resolve_precision
 from trainer.ready import facts
-from trainer.report import report_or_reason
-from trainer.schedule import ema_decay
+from trainer.report import PAGE, report_or_reason
+from trainer.run_files import METRICS, SUMMARY, full_disk_is_told, last_validation, naming, read_summary
+from trainer.schedule import ema_decay, initial_fraction
 from trainer.step import TrainStep, gray_batch
 from trainer.teachers import Teachers, build_teachers
-from trainer.telemetry import SUMMARY, Telemetry
+from trainer.telemetry import Telemetry
 from trainer.validation import evaluate
 from trainer.watchdog import watched
 
@@ -105,20 +104,6 @@ def what_must_agree(config: Config, device: torch.device) -> dict:
     return {**facts(config), "the precision": str(resolve_precision(config.run.precision, device))}
 
 
-@contextlib.contextmanager
-def full_disk_is_told() -> Iterator[None]:
-    """Inside, no space for a file is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). Make room and run the same command "
-            "again: it goes on from the newest checkpoint, if there is one"
-        ) from error
-
-
 def train(config: Config, world: World) -> dict:
     """Train, from the newest checkpoint in run.out if there is one. Returns the summary.
 
@@ -140,6 +125,7 @@ def train(config: Config, world: World) -> dict:
             total_steps=run.total_steps,
             steps_per_epoch=run.plan.steps_per_epoch,
             sinks=sinks,
+            validation=run.validation,
         )
         return conduct(run, telemetry)
 
@@ -150,9 +136,11 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / SUMMARY
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    summary = world.choice_of_main(read_summary(summary_path, start_step) if world.is_main else {})
+    summary = world.choice_of_main(ended_summary(summary_path, start_step) if world.is_main else {})
     if summary and start_step >= run.stop and not run.evaluation_pending:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
+        if world.is_main and summary["finished"] and not (config.run.out / "report" / PAGE).exists():
+            telemetry.say(report_or_reason(config.run.out))  # the disk was full at the end
         return summary
     if world.is_main:
         prepare(run)
@@ -180,7 +168,8 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
         },
     }
     if world.is_main:
-        write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
+        with naming(summary_path):
+            write_synced(summary_path, (json.dumps(summary, indent=1) + "\n").encode())
         telemetry.say(ending(run, outcome.signal))
         if summary["finished"]:
             telemetry.say(report_or_reason(config.run.out))
@@ -192,15 +181,16 @@ def prepare(run: Run) -> None:
     out = run.config.run.out
     checkpoint.prepare(run.folder, run.state.step)
     (out / SUMMARY).unlink(missing_ok=True)  # of an earlier session
-    write_synced(out / "config.yaml", to_yaml(run.config).encode())
+    with naming(out / "config.yaml"):
+        write_synced(out / "config.yaml", to_yaml(run.config).encode())
     if "device" in run.pipelines.decode:
         write_synced(out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
 
 
-def read_summary(path: Path, step: int) -> dict:
+def ended_summary(path: Path, step: int) -> dict:
     """The summary of a session that came to its end after `step`; {} if there is none."""
-    summary = read_json(path)
-    return summary if summary.get("step") == step and "stopped_by" not in summary["session"] else {}
+    summary = read_summary(path) or {}
+    return summary if summary and summary["step"] == step and "stopped_by" not in summary["session"] else {}
 
 
 def ending(run: Run, signal_number: int) -> str:
@@ -289,6 +279,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         total_steps=total_steps,
         precision=precision,
         notes=notes,
+        validation=val_index.digest if val_index else "",
     )
 
 
@@ -430,7 +421,13 @@ def describe(run: Run, telemetry: Telemetry) -> None:
     ):
         note = run.state.student.start_note
         telemetry.say(f"starting from {source}" + (f": {note}" if note else ""))
-    remaining = math.prod(ema_decay(step, config.ema) for step in range(run.total_steps))
+    before = last_validation(config.run.out / METRICS) if run.state.step and run.world.is_main else ""
+    if before and run.validation and before != run.validation:
+        telemetry.say(
+            f"the validation images have changed since step {run.state.step}: accuracies before and after it cannot be "
+            "compared, and best.pt may be of the images before"
+        )
+    remaining = initial_fraction(run.total_steps, config.ema)
     if remaining > 0.05:
         telemetry.say(
             f"ema.decay {config.ema.decay} is slow for {run.total_steps} steps: at the end the average still holds "

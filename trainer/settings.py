@@ -9,14 +9,14 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, clipped, printable
 from pipelines.machine import expanded
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def parse_settings(
       SystemExit: --help.
     """
     arguments, flags = sys.argv[1:] if arguments is None else arguments, flags or {}
-    _Keys(kind, flags).check(arguments)
+    arguments = _Keys(kind, flags).checked(arguments)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     for flag, meaning in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
@@ -63,7 +63,7 @@ def parse_settings(
 def _with_home_folders(value: object) -> object:
     """Parsed settings with the home folder in place of ~ in every path; namespaces are changed in place."""
     if isinstance(value, Path):
-        return expanded(value)
+        return value if "\0" in str(value) else expanded(value)  # the section refuses it, and names its key
     if isinstance(value, Namespace):
         for key, item in vars(value).items():
             setattr(value, key, _with_home_folders(item))
@@ -91,6 +91,81 @@ def _unknown_in_item(key: str, known: list[str]) -> str:
     return f"unknown key '{key}' in an item; {hint}"
 
 
+_MOST_BYTES = 2**18  # of a file of settings; all of them together take two thousandths of that
+_MOST_VALUES = 10_000
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Plain values alone, and no key twice in a section: the first one would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", key_node.start_mark)
+            seen |= {key} if isinstance(key, Hashable) else set()
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, option: str = "config") -> dict:
+    """The content of a file of settings, a mapping. Raises a UserError about anything else."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"--{option} {path}: {error.strerror}") from error
+    if len(raw) > _MOST_BYTES:
+        raise UserError(f"{path}: larger than {_MOST_BYTES >> 10} KiB, so not a file of settings. Name another one")
+    try:
+        content = yaml.load(raw.decode("utf-8-sig"), _Loader)  # a safe loader
+        _refuse_endless(content, path)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a number of 5000 digits
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not YAML: {clipped(error, 300)}") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else type(content).__name__
+        raise UserError(f"{path}: holds {found}, not sections with keys")
+    return content
+
+
+def _refuse_other_text(value: str, option: list[str]) -> None:
+    """Raise a UserError about a value, of the option in the list, that is no UTF-8, so that no file can hold it."""
+    if printable(value) != value:
+        raise UserError(f"{' '.join(option)} {printable(value)}: not UTF-8. Rename it, or make a link to it".strip())
+
+
+def _refuse_endless(value: object, where: object) -> None:
+    """Raise a UserError if a value, or text that YAML reads as one, grows beyond bounds by its aliases."""
+    if isinstance(value, str):
+        if "*" not in value:
+            return
+        try:
+            value = yaml.load(value, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return  # said later, with its key
+    count, todo = 0, [value]
+    while todo:
+        part = todo.pop()
+        inner = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, (list, set)) else ()
+        count += 1 + len(inner)
+        if count > _MOST_VALUES:
+            raise UserError(f"{where}: holds more than {_MOST_VALUES} values, so not settings")
+        todo.extend(inner)
+
+
+def _keys_of(path: str, content: dict, sections: dict[str, type]) -> Iterator[str]:
+    """The 'section.key's of a file."""
+    for section, keys in content.items():
+        if section not in sections:
+            yield clipped(section)
+        elif isinstance(keys, dict):
+            yield from (f"{section}.{clipped(key)}" for key in keys)
+        else:
+            raise UserError(f"{path}: section '{section}' holds {clipped(keys)}, not keys with values")
+
+
 def _sections(kind: type) -> dict[str, type]:
     return {field.name: field.default_factory for field in dataclasses.fields(kind)}
 
@@ -106,44 +181,40 @@ class _Keys:
         self._free = [key for key in self._keys if key.endswith(".kwargs")]
         self._flags = {"help", "print_config", *flags, *(f"{key}.help" for key in self._keys)}
 
-    def check(self, arguments: list[str]) -> None:
-        """Raise a UserError about an unknown key on the command line or in a file that it names."""
-        for i, argument in enumerate(arguments):
-            if not argument.startswith("--"):
-                continue
-            key, _, value = argument[2:].partition("=")
-            key = key.removesuffix("+")  # adds to a list
-            value = value or "".join(arguments[i + 1 : i + 2])
-            if key in self._sections and not expanded(value).is_file():
-                raise UserError(
-                    f"--{key} takes a YAML file, and {value or 'nothing'} is none; did you mean '--{key}.KEY'?"
-                )
-            if key == "config":
-                if not value:
-                    raise UserError("--config: which file? Give its path")
-                for file_key in self._in_file(expanded(value)):
-                    self._check(file_key, f"{value}: ", "")
-            elif key not in self._flags:
-                self._check(key, "", "--")
+    def checked(self, arguments: list[str]) -> list[str]:
+        """The arguments with the content of files in place of their names: a file may be a pipe, to be read but once.
 
-    def _in_file(self, path: Path) -> Iterator[str]:
-        """The 'section.key's of a YAML file."""
-        try:
-            sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"--config {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not YAML: {error}") from error
-        if not isinstance(sections, dict):
-            found = "nothing" if sections is None else type(sections).__name__
-            raise UserError(f"{path}: holds {found}, not sections with keys")
-        for section, keys in sections.items():
-            if section not in self._sections:
-                yield str(section)
-            elif isinstance(keys, dict):
-                yield from (f"{section}.{key}" for key in keys)
-            else:
-                raise UserError(f"{path}: section '{section}' holds {keys!r}, not keys with values")
+        Raises:
+          UserError: an unknown key on the command line or in a file that it names, or a file that cannot be read.
+        """
+        checked, waiting = [], iter(arguments)
+        for argument in waiting:
+            checked.append(argument)
+            if not argument.startswith("--"):
+                _refuse_other_text(argument, checked[-2:-1])
+                _refuse_endless(argument, clipped(argument))
+                continue
+            key, equals, value = argument[2:].partition("=")
+            key = key.removesuffix("+")  # adds to a list
+            if key == "config" or key in self._sections:
+                name = value if equals else next(waiting, "")
+                checked[-1:] = [f"--{key}", self._content(key, name)]
+            elif key not in self._flags:
+                _refuse_other_text(value, [f"--{key}"])
+                self._check(key, "", "--")
+                _refuse_endless(value, f"--{key}")
+        return checked
+
+    def _content(self, key: str, name: str) -> str:
+        """The content of the file of --config, or of the section `key`, whose keys are known."""
+        if key == "config" and not name:
+            raise UserError("--config: which file? Give its path")
+        if key != "config" and not expanded(name).is_file():
+            raise UserError(f"--{key} takes a YAML file, and {name or 'nothing'} is none; did you mean '--{key}.KEY'?")
+        content = read_yaml(expanded(name), key)
+        for file_key in _keys_of(name, content if key == "config" else {key: content}, self._sections):
+            self._check(file_key, f"{name}: ", "")
+        return yaml.safe_dump(content, default_flow_style=True, width=_MOST_BYTES)
 
     def _check(self, key: str, where: str, dashes: str) -> None:
         if key in self._sections or key in self._keys or key.rpartition(".")[0] in self._free:

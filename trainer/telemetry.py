@@ -16,12 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.errors import UserError
-from pipelines.files import read_json_lines, write_synced
+from pipelines.files import write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
+from trainer.run_files import METRICS, is_metrics_line, naming, read_lines
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 _LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
 T = TypeVar("T")
 
@@ -143,6 +142,7 @@ class Telemetry:
       step: the run goes on from here: later lines of metrics.jsonl are dropped, they will be written again.
       total_steps, steps_per_epoch: of the whole run.
       sinks: each gets every record that metrics.jsonl gets.
+      validation: digest of the validation images, "" without any.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class Telemetry:
         total_steps: int,
         steps_per_epoch: int,
         sinks: Sequence[Sink] = (),
+        validation: str = "",
     ):
         self._path = folder / METRICS
         self._world = world
@@ -161,6 +162,7 @@ class Telemetry:
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._sinks = list(sinks)
+        self._validation = {"validation": validation} if validation else {}
         self._file = None  # open in a session, on rank 0
         self._pace = Pace(total_steps)
         self._latest = ""  # what the last train line said, for the progress line
@@ -179,7 +181,7 @@ class Telemetry:
             for sink in self._sinks:
                 closing.callback(sink.close)
             self._file = _open_log(self._path, self._step)
-            closing.callback(lambda: self._file.close())
+            closing.callback(self._close_log)
             self._write(
                 {
                     "kind": "session",
@@ -189,12 +191,17 @@ class Telemetry:
                     "ranks": self._world.size,
                     "host": socket.gethostname(),
                     "device": self._world.device_name,
+                    **self._validation,
                 }
             )
             if self._console.is_terminal:
                 closing.enter_context(self._progress)
             self._show()
             yield self
+
+    def _close_log(self) -> None:
+        with contextlib.suppress(OSError):  # of a line that could not be written before, which was said then
+            self._file.close()
 
     def advance(self, step: int) -> None:
         """An update has been done: `step` in all."""
@@ -254,8 +261,9 @@ class Telemetry:
         if self._file is None:
             return
         record = {**record, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for sink in self._sinks:
             try:
                 sink(record)
@@ -268,6 +276,8 @@ class Telemetry:
 
 def _open_log(path: Path, step: int):
     """The log, open at its end, without what a later step had written before the run was set back to `step`."""
-    kept = [line for line in read_json_lines(path) if line["step"] <= step or line["kind"] in _LASTING]
-    write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    lines, _ = read_lines(path, is_metrics_line)
+    kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
+    with naming(path):
+        write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return open(path, "a")

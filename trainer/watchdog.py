@@ -11,6 +11,7 @@ import datetime
 import faulthandler
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from pipelines.errors import UserError, write_error_line
 from trainer.distributed import World
-from trainer.ready import ranks_text
+from trainer.ready import host_of_main, json_object, ranks_text, serve_store
 
 T = TypeVar("T")
 
@@ -53,6 +54,18 @@ class State:
     patience_s: float
     host: str
     ended: str | None = None
+
+
+# What JSON has for a State, and for what rank 0 publishes: its own state, what `lost` says, and a Verdict.
+_STATE = {
+    "number": int,
+    "beats": int,
+    "where": str,
+    "patience_s": (int, float),
+    "host": str,
+    "ended": (str, type(None)),
+}
+_FOUND = {**_STATE, "lost": str, "blamed": list, "line": str}
 
 
 @dataclasses.dataclass
@@ -175,7 +188,8 @@ class Watchdog:
         self._verdict: Verdict | None = None
         targets = [self._watch] if world.is_main else [self._watch, self._talk]
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
-        self._store: dist.TCPStore | None = None
+        self._store: dist.Store | None = None
+        self._found: dict | None = None  # what rank 0 has published last
 
     def beat(self, where: str, patience_s: float = 0) -> None:
         """Say where this rank is. It costs nothing; all ranks must call it at the same places.
@@ -262,7 +276,8 @@ class Watchdog:
         others = range(1, self._world.size)
         with contextlib.suppress(RuntimeError):  # an answer that took too long: the next round shows who is alive
             for rank, content in zip(others, self._store.multi_get([f"rank/{r}" for r in others]), strict=True):
-                self._note(rank, State(**json.loads(content)))
+                if state := json_object(content, _STATE):
+                    self._note(rank, State(**state))
         now_s = time.monotonic()
         verdict = judge(self._seen, now_s, self._seconds) if self._ended is None else None
         self._lost = lost(self._seen, now_s, self._period_s)
@@ -278,8 +293,9 @@ class Watchdog:
 
     def _publish(self, verdict: Verdict | None) -> None:
         """Tell the others what rank 0 has found."""
-        leader, verdict = dataclasses.asdict(self._seen[0].state), verdict and dataclasses.asdict(verdict)
-        self._store.set("found", json.dumps({"leader": leader, "lost": self._lost, "verdict": verdict}))
+        blamed, line = (verdict.ranks, verdict.line) if verdict else ([], "")
+        found = {**dataclasses.asdict(self._seen[0].state), "lost": self._lost, "blamed": blamed, "line": line}
+        self._store.set("found", json.dumps(found))
 
     def _follow(self) -> bool:
         """The others: act on what rank 0 has found, or on its silence. Returns whether it is over."""
@@ -299,9 +315,9 @@ class Watchdog:
             found = self._exchange(state)
             over = found is None or state.ended is not None
             if found is not None:
-                self._note(0, State(**found["leader"]))
+                self._note(0, State(**{name: found[name] for name in _STATE}))
                 self._lost = found["lost"]
-                self._verdict = Verdict(**found["verdict"]) if found["verdict"] else None
+                self._verdict = Verdict(found["blamed"], found["line"]) if found["line"] else None
             self._pause()
 
     def _pause(self) -> None:
@@ -332,14 +348,18 @@ class Watchdog:
             return
         # A network that is gone for less than the watchdog's time mends itself below, in TCP.
         timeout = datetime.timedelta(seconds=self._seconds)
+        # The keys begin with a token that nobody guesses: what strangers write to the store is not read.
+        token = secrets.token_hex(8)
         if world.is_main:
-            self._store = dist.TCPStore("localhost", 0, is_master=True, timeout=timeout, wait_for_workers=False)
+            served = serve_store(0, timeout)
+            self._store = dist.PrefixStore(token, served)
             self._note(0, self._state())
             self._publish(None)
-        port = world.choice_of_main(self._store.port if world.is_main else None)
+        port, token = world.choice_of_main((served.port, token) if world.is_main else None)
         if not world.is_main:
-            self._store = self._reach((os.environ["MASTER_ADDR"], port), timeout)
-            self._note(0, State(**self._exchange(self._state())["leader"]))
+            self._store = dist.PrefixStore(token, self._reach((host_of_main(), port), timeout))
+            found = self._exchange(self._state())
+            self._note(0, State(**{name: found[name] for name in _STATE}))
         world.barrier()
 
     def _reach(self, address: tuple[str, int], timeout: datetime.timedelta) -> dist.TCPStore:
@@ -358,7 +378,8 @@ class Watchdog:
         if self._store is not None:
             try:
                 self._store.set(f"rank/{self._world.rank}", json.dumps(dataclasses.asdict(state)))
-                return json.loads(self._store.get("found"))
+                self._found = json_object(self._store.get("found"), _FOUND) or self._found
+                return self._found
             except RuntimeError:  # of which torch.distributed's errors are
                 self._store = None
         return None

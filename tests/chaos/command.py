@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from chaos import checkpoints, parquet, runs, system_calls, tars
+from chaos import checkpoints, parquet, reports, runs, settings, system_calls, tars
 from chaos.attempts import Attempt
 from pipelines.errors import exit_on_user_error
 from pipelines.files import write_synced
@@ -29,6 +29,8 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "parquet": (parquet, 300),
     "system_calls": (system_calls, 300),
     "checkpoints": (checkpoints, 150),
+    "settings": (settings, 400),
+    "reports": (reports, 2000),
 }
 
 

@@ -29,7 +29,7 @@ from trainer import run as trainer
 from trainer.checkpoint import BEST, checkpoints, read
 from trainer.control import REQUEUE
 from trainer.quarantine import QUARANTINE
-from trainer.telemetry import METRICS, SUMMARY
+from trainer.run_files import METRICS, SUMMARY
 
 PROMISE = (
     "Runs of 30 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
-from trainer.telemetry import METRICS
+from trainer.run_files import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

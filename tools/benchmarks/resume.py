@@ -22,7 +22,7 @@ from tools.benchmarks.runs import compiled_or_not, random_weights, teacher_or_no
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.loop import checkpoint_folder
-from trainer.telemetry import METRICS
+from trainer.run_files import METRICS
 
 COLUMNS = {
     "what": "what",

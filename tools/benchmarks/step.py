@@ -56,7 +56,8 @@ from trainer.loop import Run, loop
 from trainer.losses import usi_loss
 from trainer.mix import partners
 from trainer.models import create_model
-from trainer.telemetry import METRICS, Telemetry
+from trainer.run_files import METRICS
+from trainer.telemetry import Telemetry
 from trainer.weights import read_weights
 
 COLUMNS = {

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.errors import named
+from pipelines.errors import named, printable
 from tools.comparing import ranking
 from tools.comparing.contenders import Accuracy, Facts
 from tools.comparing.measuring import Measured, Prepared
@@ -36,12 +36,15 @@ _UNSURE = "front?"
 
 
 def rows_of(prepared: Prepared, measured: Sequence[Measured]) -> list[dict]:
-    """A row for each model on each backend: in each backend's order from fast to slow, then what failed."""
+    """A row for each model on each backend: in each backend's order from fast to slow, then what failed.
+
+    Texts are printable, whatever bytes the names of files hold: rows go to files, pictures and the screen.
+    """
     found = []
     for backend in dict.fromkeys(row.backend for row in measured):
         mine = [row for row in measured if row.backend == backend]
         found += _of_backend(prepared, mine)
-    return found
+    return [{key: printable(part) if isinstance(part, str) else part for key, part in row.items()} for row in found]
 
 
 def _of_backend(prepared: Prepared, measured: Sequence[Measured]) -> list[dict]:

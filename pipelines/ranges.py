@@ -1,0 +1,167 @@
+"""Ranges of settings: declared beside the default of a dataclass's field, checked when the dataclass is made.
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Section):
+    key = "optim"
+    lr: float = setting(2e-3, at_least=0)
+"""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from pathlib import Path
+from typing import ClassVar
+
+from pipelines.errors import UserError, clipped
+
+_MOST_WHOLE = 2**31 - 1  # whole numbers end up in NumPy's and C's types
+_MOST = 1e9  # more is a slip of the keyboard; seconds, weights and rates beyond it overflow somewhere
+_RANGE = "range"
+_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", dict: "keys"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, besides its type.
+
+    Attributes:
+      at_least, at_most: of a number, or of each number in a list; above, below: the same without the bound itself.
+      among: the only texts; () allows any that is not empty.
+      may_be_empty: whether an empty text has a meaning.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    among: tuple[str, ...] = ()
+    may_be_empty: bool = False
+
+    def complaint(self, value: object) -> str:
+        """What is wrong with a number or text, the end of a sentence that begins with it; "" if nothing is."""
+        if isinstance(value, str):
+            return self._of_text(value)
+        return self._of_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+
+    def _of_text(self, text: str) -> str:
+        if "\0" in text:
+            return "; it must not hold a NUL character"
+        if not text and not self.may_be_empty:
+            return "; it must not be empty"
+        if self.among and text not in self.among and not (self.may_be_empty and not text):
+            return f", not {' or '.join(self.among) if len(self.among) < 3 else 'one of ' + ', '.join(self.among)}"
+        return ""
+
+    def _of_number(self, number: float) -> str:
+        if isinstance(number, float) and not math.isfinite(number):
+            return "; it must be a finite number"
+        low, high = self.above if self.at_least is None else self.at_least, self._high
+        is_low = low is not None and (number < low or number == self.above)
+        is_high = high is not None and (number > high or number == self.below)
+        if (is_low or is_high) and low is not None and high is not None:
+            return (
+                f"; it lies in {'(' if self.at_least is None else '['}{low}, {high}{']' if self.below is None else ')'}"
+            )
+        if is_low:
+            return f"; it must {self._lower_bound()}"
+        most = _MOST_WHOLE if isinstance(number, int) else _MOST
+        if high is None and abs(number) > most:
+            return f"; it must be at most {most}" if number > 0 else f"; it must be at least {-most}"
+        return f"; it must be {'at most' if self.below is None else 'below'} {high}" if is_high else ""
+
+    @property
+    def _high(self) -> float | None:
+        return self.below if self.at_most is None else self.at_most
+
+    def _lower_bound(self) -> str:
+        if self.at_least is None:
+            return "be positive" if not self.above else f"be above {self.above}"
+        return "not be negative" if not self.at_least else f"be at least {self.at_least}"
+
+
+def setting(default: object = dataclasses.MISSING, *, factory: object = dataclasses.MISSING, **bounds: object):
+    """A field of a dataclass with a default and the bounds of a Range."""
+    metadata = {_RANGE: Range(**bounds)}
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A base of dataclasses whose instances have only values of the declared types and ranges.
+
+    Attributes:
+      key: of the section, in messages.
+    """
+
+    key: ClassVar[str]
+
+    def __post_init__(self):
+        check(self, self.key)
+
+
+def check(section: object, key: str) -> None:
+    """Raise a UserError about the first field of a dataclass whose value is not of its type or out of its range."""
+    hints = _hints(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if reason := _complaint(value, hints[field.name], field.metadata.get(_RANGE, Range())):
+            raise UserError(f"{key}.{field.name} is {_shown(value)}{reason}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, object]:
+    return typing.get_type_hints(kind)
+
+
+def _complaint(value: object, hint: object, allowed: Range) -> str:
+    """What is wrong with a value, the end of a sentence that begins with it; "" if nothing is."""
+    if not _fits(value, hint):
+        return f"; it must be {_noun(hint)}"
+    if isinstance(value, Path):
+        return Range().complaint(str(value))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    if parts is None:
+        return allowed.complaint(value)
+    inner = dataclasses.replace(allowed, may_be_empty=True) if isinstance(value, dict) else allowed
+    return next(filter(None, (_complaint(part, typing.Any, inner) for part in parts)), "")
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any or value is None:
+        return hint is typing.Any or type(None) in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        fits = isinstance(value, (tuple, list)) and len(value) == len(inner)
+        return fits and all(map(_fits, value, inner))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(part, inner[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(map(lambda part: _fits(part, inner[1]), value.values()))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _noun(hint: object) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_noun(part) for part in inner if part is not type(None))
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    if origin is tuple:
+        return f"a list of {len(inner)} numbers"
+    return "a list" if origin is list else _NOUNS.get(origin or hint, "keys")
+
+
+def _shown(value: object) -> str:
+    """A value as a YAML file has it, short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"'{clipped(value)}'" if isinstance(value, str) else clipped(value)
