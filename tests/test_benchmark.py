@@ -24,6 +24,12 @@ from tools.opening import decode_path
 from trainer.config import DataConfig
 
 
+@pytest.fixture(autouse=True)
+def programs_are_forks(monkeypatch):
+    """What benchmarks start needs no seconds to import: nothing is said here about how fast it is."""
+    monkeypatch.setattr(sys, "executable", executable())
+
+
 @pytest.fixture
 def run(tmp_path, capsys):
     """Runs a benchmark here. Returns its rows and the tables that it printed."""
