@@ -111,7 +111,7 @@ def _alone(home: Path) -> Iterator[None]:
             _check_new(home)
             yield
         finally:
-            (home / _LOCK).unlink()
+            (home / _LOCK).unlink(missing_ok=True)
 
 
 def _index(
