@@ -57,9 +57,8 @@ class CheckedReader:
 
     A sample is damaged if its bytes do not have the checksum of the index, if PIL cannot decode them (looked at where
     the dataset was made without an audit), if it has another size than the index says, or if the storage fails on it
-    again and again. So it depends on what is
-    stored, and neither on the crop nor on the batch or the run that first meets the sample. It is looked at when a
-    sample is first read. Safe to call from several threads.
+    again and again. So it depends on what is stored, and neither on the crop nor on the batch or the run that first
+    meets the sample. It is looked at when a sample is first read. Safe to call from several threads.
 
     Args:
       index: where the samples lie.

@@ -40,6 +40,12 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.fixture
+def digits_images(tmp_path) -> Path:
+    write_digits(tmp_path / "images", num_train=20, num_val=10)
+    return tmp_path / "images"
+
+
 def with_hole(path: Path, whole: bytes, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
     """A tar, one member of which is 600 MB longer than it was, all of it a hole of the disk."""
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
@@ -101,6 +107,19 @@ def test_compressed_zeros_in_the_devkit_are_named_and_never_unpacked_into_memory
     assert "not the ILSVRC2012 devkit" in message and "83,886,080 bytes" in message
 
 
+def test_a_shard_that_grew_by_more_than_memory_is_verified(tmp_path, digits_images, little_memory):
+    build(digits_images, tmp_path / "out", BuildOptions())
+    path = tmp_path / "out" / "val" / "val-00000.tar"
+    nbytes = path.stat().st_size
+    os.truncate(path, nbytes + MAX_BYTES + (88 << 20))
+    (fault,) = verify(tmp_path / "out")
+    assert str(fault).endswith(f"the manifest says {nbytes}")
+    with open(path, "r+b") as file:
+        file.seek(-1, io.SEEK_END)
+        file.write(b"x")
+    assert str(verify(tmp_path / "out")[1]).endswith(f"byte {path.stat().st_size - 1}: the end of the tar is damaged")
+
+
 def test_images_without_pixels_are_refused_with_and_without_an_audit():
     content = bytearray(jpeg())
     frame = content.index(b"\xff\xc0") + 5
@@ -128,12 +147,6 @@ def test_an_index_elsewhere_goes_on_after_a_kill_between_a_folder_and_its_first_
     (tmp_path / "index" / "val").mkdir()
     index_webdataset(tmp_path / "set", out=tmp_path / "index")
     assert len(keys(tmp_path / "index")) == 3 and len(keys(tmp_path / "index", "val")) == 1
-
-
-@pytest.fixture
-def digits_images(tmp_path) -> Path:
-    write_digits(tmp_path / "images", num_train=20, num_val=10)
-    return tmp_path / "images"
 
 
 def make_link(path: Path) -> None:

@@ -116,6 +116,22 @@ def test_zeros_that_fill_no_record_are_found_in_files_of_any_size(tmp_path, size
     assert "more than a tar is filled up with" in refused(listed, put(tmp_path / "a.tar", whole.ljust(size, b"\0")))
 
 
+@pytest.mark.parametrize("rest", [b"", b"x", samples])
+def test_terabytes_of_holes_are_skipped_and_what_follows_is_named(tmp_path, rest):
+    whole, hole = tar_of(samples(3)), 1 << 40
+    path = put(tmp_path / "a.tar", whole)
+    with open(path, "r+b") as file:
+        file.truncate(len(whole) + hole)
+        file.seek(0, io.SEEK_END)
+        file.write(tar_of(samples(2)) if callable(rest) else rest)
+    message = refused(listed, path)
+    assert (
+        "more than a tar is filled up with" if not rest else f"more content from byte {len(whole) + hole} on"
+    ) in message
+    rows = list(items_of(path))
+    assert [bool(row.error) for row in rows] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [

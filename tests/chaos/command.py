@@ -27,7 +27,7 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "runs": (runs, 50),
     "tars": (tars, 400),
     "parquet": (parquet, 300),
-    "system_calls": (system_calls, 300),
+    "system_calls": (system_calls, 200),
     "checkpoints": (checkpoints, 150),
     "settings": (settings, 400),
     "reports": (reports, 2000),

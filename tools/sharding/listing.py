@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from pipelines.errors import UserError, grouped, named
 from pipelines.files import replacing, write_synced
 from tools.sharding.entries import MISPLACED, Entry, Source, Unused
+
+_START_BYTES = 8  # of a line's place in a listing
 
 
 def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
@@ -71,7 +72,7 @@ def _write_listing(partial: Path, split: str, source: Source) -> None:
             if isinstance(entry, Unused):
                 unused.write(json.dumps(dataclasses.astuple(entry)).encode() + b"\n")
                 continue
-            starts.write(position.to_bytes(8, "little"))
+            starts.write(position.to_bytes(_START_BYTES, "little"))
             position, count = position + len(line), count + 1
             file.write(line)
     write_synced(about, json.dumps({"samples": count, "sha256": digest.hexdigest()}).encode())
@@ -127,15 +128,16 @@ class Listing:
     """The samples of a split, any of them read on its own from the listing on disk."""
 
     def __init__(self, partial: Path, split: str):
-        # Read and not mapped, as the index of a dataset.
-        self._starts = np.fromfile(partial / "listing" / f"{split}.starts", dtype="<u8")
-        self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115 (open as long as the worker)
+        # Both stay open as long as the worker. They are not mapped: that would end it with SIGBUS if they shrank.
+        self._starts = open(partial / "listing" / f"{split}.starts", "rb")  # noqa: SIM115
+        self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return os.fstat(self._starts.fileno()).st_size // _START_BYTES
 
     def __getitem__(self, i: int) -> Entry:
-        self._lines.seek(int(self._starts[i]))
+        start = os.pread(self._starts.fileno(), _START_BYTES, i * _START_BYTES)
+        self._lines.seek(int.from_bytes(start, "little"))
         return Entry(*json.loads(self._lines.readline()))
 
 

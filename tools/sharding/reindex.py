@@ -6,10 +6,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
 
 from pipelines.errors import UserError, clipped, grouped, named
 from pipelines.files import locked, sha256_of, write_synced
@@ -17,7 +16,6 @@ from pipelines.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_byt
 from tools.sharding.assembly import VERSION, assemble
 from tools.sharding.entries import (
     EXPECTED,
-    EXTENSIONS,
     HIDDEN,
     MISPLACED,
     SPLITS,
@@ -25,16 +23,15 @@ from tools.sharding.entries import (
     Contents,
     Unused,
     contents_of,
-    is_image,
     is_utf8,
     printable,
     unused_in,
 )
-from tools.sharding.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
+from tools.sharding.images import ImageOptions, RejectedImageError
 from tools.sharding.job import reporting_disk_errors
 from tools.sharding.listing import check_misplaced
+from tools.sharding.members import is_label, read_sample
 from tools.sharding.shards import (
-    LABEL_PARTS,
     ShardRecord,
     dali_index,
     describes,
@@ -46,10 +43,7 @@ from tools.sharding.split_names import missing_files, named_split, of_other_spli
 from tools.sharding.tars import COMPRESSED, check_compressed, tar_members
 from tools.sharding.workers import run_jobs
 
-_IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
-_MAX_LABEL_BYTES = 32  # a class number may have spaces around it
 _MAX_IDX_LINE = 1 << 16  # of a sample in an .idx file
-_MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
 _VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
 _RECORDS, _LOCK = ".index.partial", ".index.lock"
 # pipelines.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats the
@@ -117,7 +111,7 @@ def _alone(home: Path) -> Iterator[None]:
             _check_new(home)
             yield
         finally:
-            (home / _LOCK).unlink()
+            (home / _LOCK).unlink(missing_ok=True)
 
 
 def _index(
@@ -398,7 +392,7 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
     """
     found, hashes, unread = ShardRecord(), [], collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
-    labelled = any(map(_is_label, (part for parts in members.samples.values() for part in parts)))
+    labelled = any(map(is_label, (part for parts in members.samples.values() for part in parts)))
     for key, reason in members.unusable.items():
         found.reject(printable(key), source, RejectedImageError(reason))
     with open(path, "rb") as file:
@@ -409,7 +403,7 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
                 if not is_utf8(key):
                     raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
                 in_class = not labelled and key.removeprefix("./").count("/") == 1
-                label, offset, image, others = _read_sample(file, parts, options, in_class)
+                label, offset, image, others = read_sample(file, parts, options, in_class)
             except RejectedImageError as error:
                 found.reject(printable(key), source, error)
                 continue
@@ -438,78 +432,3 @@ def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> byte
     if is_far_too_long or not describes(there.read_bytes(), samples):
         raise UserError(f"{there}: describes another tar. Move it away to have it written")
     return there.read_bytes()
-
-
-def _read_sample(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions, in_class: bool
-) -> tuple[int, int, CheckedImage, list[str]]:
-    """The class number, the image's offset, the image, and the extensions that are not read, of one sample.
-
-    Args:
-      in_class: as `_misnamed`.
-
-    Raises:
-      RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
-    """
-    images = [extension for extension in parts if extension in _IMAGE_PARTS]
-    labels = [extension for extension in LABEL_PARTS if extension in parts]
-    if reason := _misnamed(parts, images, labels, in_class):
-        raise RejectedImageError(reason)
-    offset, size = parts[labels[0]]
-    number = _class_number(labels[0], _slice(file, offset, min(size, _MAX_LABEL_BYTES + 1)))
-    offset, size = parts[images[0]]
-    if size > MAX_BYTES:
-        raise RejectedImageError(f"its {images[0]} has {size:,} bytes; no image has more than {MAX_BYTES:,}")
-    image = check_image(_slice(file, offset, size), options)
-    if image.repaired:
-        raise RejectedImageError(
-            f"{image.repaired}: unpack the tars into train/CLASS/ and run 'build', which converts it"
-        )
-    return number, offset, image, [name for name in parts if name not in (images[0], labels[0])]
-
-
-def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
-    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
-
-    Args:
-      in_class: whether its folder may be its class.
-      images, labels: those of the parts that are usual names of an image and of a class number.
-    """
-    seen = [name for name in parts if is_image(f".{name}")]
-    if in_class and len(seen) == len(parts):
-        return (
-            f"has '{clipped(named(seen, 3), 30)}', no cls. If its folder is its class, unpack each with "
-            "tar -kxf TAR -C SRC/train (val: SRC/val), and run 'build SRC OUT'"
-        )
-    dotted_labels = [name for name in parts if "." in name and _is_label(name)]
-    if dotted := dotted_labels or ([] if images or labels else seen):
-        dot = "names end at their first dot. Pack the tar again with _ for those dots"
-        return f"it has '.{clipped(dotted[0], 30)}': {dot}"
-    if len(images or seen) > 1:
-        return f"several images, '{clipped(named(images or seen, 3))}': pack the tar again with one of them, as KEY.jpg"
-    if seen and not images:
-        return f"its image is '{clipped(seen[0], 30)}': pack the tar again with it as KEY.jpg"
-    has = clipped(named(filter(None, parts), 5)) or "no extension"
-    if not images:
-        return f"has {has}; expected an image, jpg, and its class number as text, cls"
-    if not labels:
-        return f"has {has}; expected a cls, too: pack the tar again with the class number as text in KEY.cls"
-    return ""
-
-
-def _is_label(part: str) -> bool:
-    """Return whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
-    return part.rpartition(".")[2] in LABEL_PARTS
-
-
-def _class_number(part: str, content: bytes) -> int:
-    text = content.strip()
-    if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
-        return int(text)
-    shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
-    raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
-
-
-def _slice(file: BinaryIO, offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    return file.read(nbytes)

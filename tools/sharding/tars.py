@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import tarfile
@@ -20,6 +21,7 @@ _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
 _RECORD = 20 * BLOCK
 _LARGER_RECORDS = tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
+_ZEROS = bytes(_CHUNK)
 _MAX_HEADER = 1 << 20  # before one member: names and remarks of any usual archive are far shorter
 _VOLUME_LABEL = b"V"  # written by `tar --label`
 # The first bytes of compressed files: suffix and the tool that unpacks them.
@@ -145,7 +147,7 @@ def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
         )
     if found != bytes(BLOCK):
         raise UserError(f"{path}: damaged or cut off at byte {end}, where its end or a header is expected. Restore it")
-    begin = _first_not_zero(file, end + BLOCK)
+    begin = first_not_zero(file, end + BLOCK)
     if begin is not None:
         raise UserError(f"{path}: {_what_follows(path, file, end, begin)}")
     usual, *larger = _filled_sizes(end)
@@ -162,14 +164,31 @@ def _filled_sizes(end: int) -> list[int]:
     return [-(-(end + _END) // record) * record for record in (_RECORD, *_LARGER_RECORDS)]
 
 
-def _first_not_zero(file: BinaryIO, start: int) -> int | None:
+def first_not_zero(file: BinaryIO, start: int) -> int | None:
     """The offset of the first byte from `start` on that is not zero."""
-    file.seek(start)
-    while chunk := file.read(_CHUNK):
-        if rest := chunk.lstrip(b"\0"):
-            return start + len(chunk) - len(rest)
+    while True:
+        start = _behind_hole(file, start)
+        file.seek(start)
+        if not (chunk := file.read(_CHUNK)):
+            return None
+        if chunk != _ZEROS[: len(chunk)]:
+            return start + len(chunk) - len(chunk.lstrip(b"\0"))
         start += len(chunk)
-    return None
+
+
+def _behind_hole(file: BinaryIO, start: int) -> int:
+    """Where a hole of the disk at `start` ends: gigabytes of zeros that nobody wrote need not be read."""
+    try:
+        descriptor = file.fileno()
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)
+    except OSError:  # a part of a file has no descriptor
+        return start
+    try:
+        return os.lseek(descriptor, start, os.SEEK_DATA)
+    except OSError as error:
+        return os.fstat(descriptor).st_size if error.errno == errno.ENXIO else start  # nothing but a hole follows
+    finally:
+        os.lseek(descriptor, before, os.SEEK_SET)  # where the buffer of `file` believes it to be
 
 
 def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:

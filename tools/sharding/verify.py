@@ -17,7 +17,7 @@ from tools.sharding.class_notes import class_notes
 from tools.sharding.entries import is_hidden
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image
 from tools.sharding.shards import LABEL_PARTS, dali_index, read_dali_index
-from tools.sharding.tars import BLOCK, tar_header, tar_members
+from tools.sharding.tars import BLOCK, first_not_zero, tar_header, tar_members
 from tools.sharding.workers import run_jobs
 
 _NAMED = 20  # faults of one shard
@@ -189,7 +189,8 @@ def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
                 if not intact(_slice(file, start, stop)):
                     yield Fault(name, f"sample {key}, bytes {start} to {stop}", f"the content of {member} is damaged")
                 yield from _check_zeros(file, name, f"the padding after {member}", stop, position)
-        yield from _check_zeros(file, name, "the end of the tar", position, nbytes)
+        if (begin := first_not_zero(file, position)) is not None:
+            yield Fault(name, f"byte {begin}", "the end of the tar is damaged")
 
 
 def _slice(file: BinaryIO, start: int, stop: int) -> bytes:
