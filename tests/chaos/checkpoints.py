@@ -54,7 +54,7 @@ class Place:
     """Where everything lies that an attempt needs, in a folder that is empty at first."""
 
     def __init__(self, folder: Path):
-        self.data, self.run, self.peace = folder / "dataset", folder / "run", folder / "undisturbed"
+        self.data, self.run = folder / "dataset", folder / "run"
         self.exported, self.plain, self.tried = folder / "exported", folder / "plain.pth", folder / "tried"
         self.image = folder / "image.jpg"
         self._expected: dict[tuple[str, Command], str] = {}
@@ -86,8 +86,6 @@ class Place:
             build(images, self.data, BuildOptions(samples_per_shard=100))
         shutil.copy(next((images / "val").rglob("*.png")), self.image)
         self.train(self.run, STEPS - 1)
-        shutil.copytree(self.run, self.peace)
-        self.train(self.peace, STEPS)
         export.main([str(self.run), str(self.exported)])
         torch.save(torch.load(self.files["best.pt"], weights_only=True)["state_dict"], self.plain)
 
@@ -180,7 +178,10 @@ def _came_to(values: dict) -> None:
 
 _EVERYWHERE = (predict_image, start_student, evaluate_split, have_teacher, export_again)
 COMMANDS: dict[str, tuple[Command, ...]] = {
-    "checkpoint": (resume, *_EVERYWHERE, resume, average_alone, resume, compare, resume),
+    "checkpoint": (
+        *(each for command in _EVERYWHERE for each in (resume, command)),  # a run is what it matters to most
+        *(resume, average_alone, compare),
+    ),
     "best.pt": (*_EVERYWHERE, average_alone, compare),
     "config.json": (*_EVERYWHERE, compare),
     "exported weights": _EVERYWHERE,

@@ -25,7 +25,7 @@ from tools.arguments import path_argument
 # Each has PROMISE, what must hold, and attempts(folder, seed), which never ends; with how many are tried by default.
 FAULTS: dict[str, tuple[ModuleType, int]] = {
     "runs": (runs, 50),
-    "checkpoints": (checkpoints, 150),
+    "checkpoints": (checkpoints, 250),
 }
 
 
