@@ -1,6 +1,7 @@
 """The fields of this trainer's own files: each that is missing, of another type, not finite or too large is named."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -123,6 +124,16 @@ def made(step: int = 2, seed: int = 0) -> TrainState:
     return TrainState(model, ModelEma(model), optimizer, scaler, {**BEFORE}, to_dict(config), [], None, step=step)
 
 
+@functools.cache
+def _saved(step: int) -> dict:
+    return checkpoint.content_of(made(step))
+
+
+def saved(step: int = 2) -> dict:
+    """What the checkpoint of a small run holds."""
+    return copy.deepcopy(_saved(step))
+
+
 def written(folder, content: dict, digest: bool = False):
     path = checkpoint.path_of(folder, 2)
     torch.save({**content, "digest": checkpoint.digest_of(content)} if digest else content, path)
@@ -170,8 +181,8 @@ DAMAGED = {
 
 @pytest.mark.parametrize("what", DAMAGED)
 def test_what_no_run_can_go_on_from_is_damage_and_the_checkpoint_before_is_taken(what, tmp_path):
-    checkpoint.write(checkpoint.path_of(tmp_path, 1), checkpoint.content_of(made(1)))
-    content = copy.deepcopy(checkpoint.content_of(made()))
+    checkpoint.write(checkpoint.path_of(tmp_path, 1), saved(1))
+    content = saved()
     assert equal(read_state(written(tmp_path, content)), content)
     change, message = DAMAGED[what]
     change(content)
@@ -202,7 +213,7 @@ OTHER = {
 
 @pytest.mark.parametrize("what", OTHER)
 def test_weights_and_moments_of_another_shape_are_refused_before_anything_is_changed(what, tmp_path):
-    content = copy.deepcopy(checkpoint.content_of(made()))
+    content = saved()
     OTHER[what](content)
     state = made(1, seed=5)
     before = checkpoint.content_of(state)

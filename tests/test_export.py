@@ -350,6 +350,17 @@ def test_what_a_checkpoint_says_is_text_in_the_card(cnn, tmp_path):
     assert "| teacher | `</td> # Hi <img src=x> \\| 'a' ![b](c)` |" in text
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_whether_a_model_takes_one_size_alone_is_not_what_a_description_says(cnn, tmp_path, said):
+    folder = shutil.copytree(cnn[1], tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"].update(fixed_input_size=said, input_size=[3, 96, 96])
+    (folder / "config.json").write_text(json.dumps(config))
+    export.main([str(folder), str(tmp_path / "out")])
+    again = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert again["pretrained_cfg"]["fixed_input_size"] is False and again["model_args"] == config["model_args"]
+
+
 def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
     weights = torch.load(cnn[0], weights_only=True)["state_dict"]
     weights["fc.bias"][3] = torch.nan

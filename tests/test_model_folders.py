@@ -130,6 +130,20 @@ def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(
     assert torch.equal(logits(inference.load(f"local-dir:{folder.path}", None).model), logits(model))
 
 
+def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
+    """For evaluate, predict and export (load), average (check_fits) and compare; a run's own settings are refused."""
+    config = to_dict(parse(["--student.name", NAME, "--data.image_size", "160"]))
+    config["student"]["kwargs"] = {"depth": 2, **RESERVED, "in_chans": 1}
+    saved = {"format_version": 1, "step": 1, "config": config, "student": model.state_dict(), "classes": CLASSES}
+    torch.save(saved, tmp_path / "own.pt")
+    found = inference.load(None, tmp_path / "own.pt")
+    assert found.kwargs["depth"] == 2 and not {*RESERVED, "in_chans"} & {*found.kwargs}
+    assert torch.equal(logits(found.model), logits(model))
+    inference.check_fits(tmp_path / "own.pt", saved)
+    assert _identified(str(tmp_path / "own.pt"))[0].name == NAME
+    assert build_teacher(TeacherConfig(NAME, tmp_path / "own.pt", {"depth": 2}), 7, 160).num_outputs == 7
+
+
 @pytest.mark.parametrize("missing", ["blocks.1.mlp.fc1.weight", "patch_embed.proj.bias", "norm.weight"])
 def test_weights_that_are_not_all_there_are_refused_whatever_the_files_say(model, tmp_path, missing):
     weights = {name: value for name, value in model.state_dict().items() if name != missing}
@@ -307,6 +321,8 @@ NONSENSE = {
     "std": ([0.2] * 4, [0, 0.2, 0.2], [-1, 1, 1], [math.inf] * 3, [True] * 3, {"r": 1}, []),
     "input_size": ([], [3, 160], [3, 0, 0], [3, 160.5, 160.5], [3, -160, -160], "160", [3, 10**400, 7], [3, 99999, 9]),
     "test_input_size": ([160], [3, "160", "160"]),
+    "min_input_size": ([3, 0, 0], 7),
+    "fixed_input_size": ("no", math.nan, 1),
     "crop_pct": ("a", 0, -0.9, math.nan, [0.9], True),
     "test_crop_pct": ("0.9", math.inf),
     "interpolation": (3, ["bicubic"]),

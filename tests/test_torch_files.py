@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from chaos.attempts import isolated
-from chaos.checkpoints import HARMFUL, claiming, deep, packed
+from chaos.changed_weights import HARMFUL, claiming, deep, packed
 from chaos.runs import equal
 
 from pipelines.errors import UserError

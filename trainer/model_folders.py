@@ -218,6 +218,8 @@ _VALUES = {
     "std": (lambda value: _are_three(value, lambda each: each > 0), "three numbers above 0"),
     "input_size": _SIZES,
     "test_input_size": _SIZES,
+    "min_input_size": _SIZES,
+    "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
     "crop_pct": _PERCENTAGE,
     "test_crop_pct": _PERCENTAGE,
     "interpolation": _TEXT,

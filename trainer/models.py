@@ -233,16 +233,9 @@ def create_model(
         with all_weights_required() if weights is not None else contextlib.nullcontext():
             model = timm.create_model(name, **{"num_classes": num_classes, **kwargs}, **pretrained)
     except Exception as error:  # every model checks its arguments in its own way
-        if is_out_of_memory(error):
-            raise UserError(
-                f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free "
-                "some memory, or use a smaller model"
-            ) from error
-        if weights is not None and isinstance(error, RuntimeError):
-            raise UserError(f"{source}: {_why_not_fitting(name, weights, error)}") from error
         if weights is None and pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
             raise  # an error of the download
-        raise UserError(_why_not_built(name, image_size, error)) from error
+        raise UserError(_why_not_made(name, image_size, weights, source, error)) from error
     if weights is not None:
         check_values(model, weights, source)
     model.pretrained_cfg.pop("state_dict", None)
@@ -295,6 +288,19 @@ def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
         raise UserError(
             f"{source}: '{clipped(name)}' is not finite: it holds NaN or an infinity. Give weights from before that"
         )
+
+
+def _why_not_made(
+    name: str, image_size: int, weights: dict[str, torch.Tensor] | None, source: Path | str, error: Exception
+) -> str:
+    if is_out_of_memory(error):
+        return (
+            f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free some "
+            "memory, or use a smaller model"
+        )
+    if weights is not None and isinstance(error, RuntimeError):
+        return f"{source}: {_why_not_fitting(name, weights, error)}"
+    return _why_not_built(name, image_size, error)
 
 
 def _why_not_built(name: str, image_size: int, error: Exception) -> str:

@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "tars": (tars, 400),
     "parquet": (parquet, 300),
     "system_calls": (system_calls, 200),
-    "checkpoints": (checkpoints, 150),
+    "checkpoints": (checkpoints, 250),
     "settings": (settings, 400),
     "reports": (reports, 2000),
 }

@@ -42,8 +42,9 @@ def hub_config(trained: Trained) -> dict:
     Written here and not by that function, which in older versions keeps what timm's own weights are evaluated with.
     """
     own, size = trained.model.pretrained_cfg, _trained_with(trained)
-    arguments = dict(trained.kwargs)
-    if own.get("fixed_input_size") and size != to_2tuple(trained.view.image_size):
+    arguments, known = dict(trained.kwargs), timm.get_pretrained_cfg(trained.name)
+    is_fixed = known is not None and known.fixed_input_size  # of the architecture, whatever a description says
+    if is_fixed and size != to_2tuple(trained.view.image_size):
         arguments.setdefault("img_size", size[0])
     adapts = arguments.get("dynamic_img_size") or not arguments.get("strict_img_size", True)
     config = {
@@ -55,7 +56,7 @@ def hub_config(trained: Trained) -> dict:
             **{key: own[key] for key in _OF_ARCHITECTURE if own.get(key) is not None},
             **_pixels(trained),
             "input_size": [3, *size],
-            "fixed_input_size": bool(own.get("fixed_input_size")) and not adapts,
+            "fixed_input_size": is_fixed and not adapts,
             "pool_size": None,
             "num_classes": trained.num_outputs,
         },
