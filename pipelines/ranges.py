@@ -47,7 +47,7 @@ class Range:
 
     def _of_text(self, text: str) -> str:
         if "\0" in text:
-            return "; it must not hold a NUL character"
+            return "; it must not hold a zero byte. Write it without one"
         if not text and not self.may_be_empty:
             return "; it must not be empty"
         if self.among and text not in self.among and not (self.may_be_empty and not text):
@@ -164,4 +164,7 @@ def _shown(value: object) -> str:
     """A value as a YAML file has it, short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"'{clipped(value)}'" if isinstance(value, str) else clipped(value)
+    text = clipped(value)
+    if not text.isprintable():  # what it holds must not reach a terminal
+        return ascii(text)
+    return f"'{text}'" if isinstance(value, str) else text

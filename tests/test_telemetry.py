@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chaos.attempts import isolated
 from conftest import TINY, train_here
 
 from pipelines.errors import UserError
@@ -17,11 +18,19 @@ from pipelines.files import read_json_lines
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.loggers import WANDB_ID, scalars
+from trainer.run import main as trainer_main
 from trainer.telemetry import InputWait, Pace, Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_s": 1234.5, "input_wait": 0.25}
 EVAL = {"raw": {"top1": 50.0, "top5": 90.0, "loss": 1.5, "images": 96}}
+
+
+SYNTHETIC = [
+    *TINY,
+    *("--data.pipeline", "synthetic", "--data.synthetic_samples", "64", "--data.synthetic_classes", "10"),
+    *("--run.stop_after_steps", "1"),
+]
 
 
 class Kept(list):
@@ -184,6 +193,22 @@ def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypat
         session(tmp_path, 0, 40)
         screen.flush()  # as Python does at the end of a process
     assert [step for kind, step in told(tmp_path) if kind == "train"] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--optim.lr", "-1"], 1)])
+def test_a_full_disk_under_output_and_messages_changes_no_exit_code(tmp_path, arguments, code):
+    def command():
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        os.dup2(full, 2)
+        try:
+            trainer_main([*SYNTHETIC, "--run.out", str(tmp_path / "run"), *arguments])
+        except SystemExit as end:
+            os._exit(end.code)
+        os._exit(0)
+
+    assert isolated(command, seconds=60).code == code
+    assert (tmp_path / "run" / "summary.json").is_file() == (code == 0)
 
 
 # --- TensorBoard and W&B ---

@@ -23,6 +23,8 @@ from pipelines.errors import UserError
 from pipelines.files import locked, read_json_lines
 from pipelines.index import read_index
 from pipelines.plan import BEFORE, EvalPlan
+from tools.sharding.job import BuildOptions
+from tools.sharding.job import build as build_dataset
 from trainer.checkpoint import refuse_other_plan
 from trainer.config import parse
 from trainer.data import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
@@ -439,6 +441,17 @@ def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, undistur
     with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another plan: .*" + message):
         train_here(digits, run, *DROPOUT, *arguments)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("jobs_in_this_process")
+def test_other_validation_images_are_told_once(digits, digits_folder, tmp_path, capsys):
+    shutil.copytree(digits_folder, tmp_path / "images")
+    next((tmp_path / "images" / "val" / "3").iterdir()).unlink()
+    build_dataset(tmp_path / "images", tmp_path / "fewer", BuildOptions(samples_per_shard=100))
+    note = "the validation images have changed since step 5: accuracies before and after it cannot be compared"
+    for root, steps, said in ((digits, 5, False), (tmp_path / "fewer", 6, True), (tmp_path / "fewer", 7, False)):
+        train_here(root, tmp_path / "run", "--run.stop_after_steps", steps)
+        assert (note in capsys.readouterr().out) is said, steps
 
 
 def test_changed_settings_of_the_training_take_effect_and_are_told(digits, tmp_path, capsys):

@@ -63,11 +63,11 @@ def full_disk_is_told() -> Iterator[None]:
 
 def read_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[list[dict], int]:
     """The usable lines of a JSON lines file, [] without a file, and how many others there are that are not empty."""
-    with contextlib.suppress(FileNotFoundError):
-        found = [_parsed(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-        usable = [line for line in found if is_usable(line)]
-        return usable, len(found) - len(usable)
-    return [], 0
+    if not path.is_file():  # a device may have no end
+        return [], 0
+    found = [_parsed(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    usable = [line for line in found if is_usable(line)]
+    return usable, len(found) - len(usable)
 
 
 def _parsed(content: bytes) -> object:
@@ -115,10 +115,9 @@ def is_quarantine_line(line: object) -> bool:
 
 def read_summary(path: Path) -> dict | None:
     """The summary of a session, {} if there is none, None if what is there is no summary."""
-    try:
-        summary = _parsed(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    summary = _parsed(path.read_bytes()) if path.is_file() else None
     if not isinstance(summary, dict) or not _SUMMARY_TYPES.keys() <= summary.keys():
         return None
     fits = _have_types(summary, _SUMMARY_TYPES) and _is_count(summary["step"]) and _is_count(summary["total_steps"])
