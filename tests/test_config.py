@@ -150,7 +150,7 @@ def test_any_value_of_any_setting_is_of_its_type_and_range_or_is_refused_with_it
         ("optim: {lr: .nan}", "optim.lr is nan; it must be a finite number"),
         ("optim: {betas: [0.9, 1]}", "optim.betas is (0.9, 1.0); it lies in [0, 1)"),
         ("run: {seed: 1000000000000000000000000}", "run.seed is 1000000000000000000000000; it lies in [0, "),
-        ("data: {image_size: 100000}", "data.image_size is 100000; it must be at most 16384"),
+        ("data: {image_size: 100000}", "data.image_size is 100000; it must be at most 4096"),
         ("student: {kwargs: {a: .inf}}", "student.kwargs is {'a': inf}; it must be a finite number"),
         ("teacher: {others: [{name: ''}]}", "teacher.others[0].name is ''; it must not be empty"),
         ("run: {watchdog_s: 0.5}", "run.watchdog_s is 0.5; it is 0 or at least 1"),

@@ -17,7 +17,7 @@ from pipelines.ranges import Section, check, setting
 from trainer.settings import parse_settings
 
 Kwargs = dict[str, bool | int | float | str | list | None]
-MOST_PIXELS = 2**14  # of an image's side: a batch of larger ones fits no memory
+LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
 _MOST_EPOCHS = 10**6
 
 
@@ -108,8 +108,8 @@ class DataConfig(ImagesConfig):
     max_bad_fraction: float = setting(0.001, at_least=0, at_most=1)
     shuffle: str = setting("global", among=("global", "window"))
     window_shards: int = setting(16, at_least=1)
-    image_size: int | list[tuple[int, int]] = setting(224, at_most=MOST_PIXELS)
-    eval_image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    image_size: int | list[tuple[int, int]] = setting(224, at_most=LARGEST_SIDE)
+    eval_image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     eval_crop_pct: float = setting(0.95, above=0, at_most=1)
     synthetic_samples: int = setting(1_281_167, at_least=1, at_most=10**8)
     synthetic_classes: int = setting(1000, at_least=1, at_most=10**6)
@@ -180,7 +180,7 @@ class OtherTeacher:
     name: str
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     classes: Path | None = None
 
 
@@ -206,7 +206,7 @@ class TeacherConfig(Section):
     name: str | None = "tresnet_v2_l"
     checkpoint: Path | None = None
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     classes: Path | None = None
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 

@@ -32,7 +32,7 @@ from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.ranges import Section, setting
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import MOST_PIXELS, ImagesConfig, Kwargs, check_kwargs
+from trainer.config import LARGEST_SIDE, ImagesConfig, Kwargs, check_kwargs
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
@@ -65,7 +65,7 @@ class EvalDataConfig(ImagesConfig):
 
     pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
     split: str = "val"
-    image_size: int = setting(0, at_least=0, at_most=MOST_PIXELS)
+    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     crop_pct: float = setting(0.0, at_least=0, at_most=1)
     crop_mode: str = setting("", may_be_empty=True, among=inference.CROP_MODES)
     interpolation: str = setting("", may_be_empty=True, among=inference.INTERPOLATIONS)

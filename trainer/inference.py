@@ -25,7 +25,6 @@ from trainer.mix import Normalize
 from trainer.model_checks import check_size
 from trainer.model_folders import (
     CONFIG,
-    LARGEST_SIDE,
     SOURCES,
     ModelFolder,
     kwargs_of_file,
@@ -306,10 +305,6 @@ def _view_of_run(path: Path, data: dict) -> dict:
         settings = DataConfig(**{name: data[name] for name in ("image_size", "eval_image_size", "eval_crop_pct")})
     except UserError as error:
         raise UserError(f"{path}: its settings cannot be used: {error}. Give a file of another run") from error
-    if max(settings.eval_size, *settings.train_sizes) > LARGEST_SIDE:
-        raise UserError(
-            f"{path}: its images have {settings.eval_size:,} px, more than {LARGEST_SIDE:,}. Give another file"
-        )
     return {"image_size": settings.eval_size, "crop_pct": settings.eval_crop_pct, "crop_mode": "center"}
 
 

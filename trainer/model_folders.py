@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped
-from trainer.config import Kwargs, without_reserved
+from trainer.config import LARGEST_SIDE, Kwargs, without_reserved
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-LARGEST_SIDE = 4096  # side of an image, pixels: far above any of timm's
 _LARGEST_ARGUMENT = 16_384  # of timm.create_model, from a file: wide enough for timm's widest models
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
 
