@@ -19,7 +19,14 @@ from pipelines.errors import UserError, clipped
 _MOST_WHOLE = 2**31 - 1  # whole numbers end up in NumPy's and C's types
 _MOST = 1e9  # more is a slip of the keyboard; seconds, weights and rates beyond it overflow somewhere
 _RANGE = "range"
-_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", dict: "keys"}
+_NOUNS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    dict: "keys with plain values",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,7 +269,7 @@ def test_arguments_that_are_decided_elsewhere_are_refused_in_the_settings(name):
         with pytest.raises(
             UserError, match=rf"(student|teacher).kwargs.{name}: decided by the dataset and .* Leave it out"
         ):
-            settings(name=NAME, kwargs={"depth": 2, name: RESERVED[name]})
+            settings(name=NAME, kwargs={"depth": 2, name: str(RESERVED[name])})
         settings(name=NAME, kwargs={"depth": 2})
 
 
