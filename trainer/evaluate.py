@@ -66,7 +66,7 @@ class EvalDataConfig(ImagesConfig):
     pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    crop_pct: float = setting(0.0, at_least=0, at_most=1)
+    crop_pct: float = setting(0.0, at_least=0)  # the upper bound is View's, which says why
     crop_mode: str = setting("", may_be_empty=True, among=inference.CROP_MODES)
     interpolation: str = setting("", may_be_empty=True, among=inference.INTERPOLATIONS)
     real_labels: Path | None = None

@@ -92,8 +92,9 @@ def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # the command may have closed it, or left it full
+                stream.flush()
         os._exit(code)
 
 

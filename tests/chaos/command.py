@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "system_calls": (system_calls, 200),
     "checkpoints": (checkpoints, 250),
     "settings": (settings, 400),
-    "reports": (reports, 2000),
+    "reports": (reports, 600),
 }
 
 
