@@ -23,7 +23,15 @@ from tools.sharding.job import BuildOptions, build
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+# A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
+SLOW = (
+    *("test_preemption", "test_backbones", "test_trainer", "test_chaos", "test_export", "test_teachers", "test_oracle"),
+    *("test_compiling", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

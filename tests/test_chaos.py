@@ -31,7 +31,7 @@ def test_broken_runs_end_bit_equal_to_one_left_in_peace(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name != "runs"])
 def test_commands_hold_against_a_few_faults_of_each_kind(name, tmp_path):
-    tally = tallied(itertools.islice(FAULTS[name][0].attempts(tmp_path, seed=1), 25))
+    tally = tallied(itertools.islice(FAULTS[name][0].attempts(tmp_path, seed=1), 15))
     assert tally.fell == []
 
 

@@ -3,9 +3,9 @@
 import os
 import platform
 import subprocess
-import sys
 
 import pytest
+from forked_python import executable
 
 # The dynamic threshold of glibc grows up to 32 MiB with what is freed: tensors beyond that always come anew.
 _PAGE_FAULTS = """
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 def page_faults(call: str, **variables: str) -> int:
     """Of a process that fills eight tensors of 64 MiB one after the other, having done so before."""
-    command = [sys.executable, "-c", _PAGE_FAULTS.format(call=call)]
+    command = [executable(), "-c", _PAGE_FAULTS.format(call=call)]
     untold = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
     untold["CUDA_VISIBLE_DEVICES"] = ""
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=untold | variables).stdout)
