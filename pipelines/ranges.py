@@ -124,7 +124,7 @@ def _hints(kind: type) -> dict[str, object]:
 
 def _complaint(value: object, hint: object, allowed: Range) -> str:
     """What is wrong with a value, the end of a sentence that begins with it; "" if nothing is."""
-    if not _fits(value, hint):
+    if not fits(value, hint):
         return f"; it must be {_noun(hint)}"
     if isinstance(value, Path):
         return Range().complaint(str(value))
@@ -135,22 +135,44 @@ def _complaint(value: object, hint: object, allowed: Range) -> str:
     return next(filter(None, (_complaint(part, typing.Any, inner) for part in parts)), "")
 
 
-def _fits(value: object, hint: object) -> bool:
-    """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else."""
+def misfit(values: dict, kind: type) -> str:
+    """The first field of a dataclass that keys with plain values lack or have of another type; "" for none.
+
+    Fields that have a default may be absent, and other keys are left alone.
+    """
+    hints = _hints(kind)
+    for field in dataclasses.fields(kind):
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if not fits(values[field.name], hints[field.name], is_plain=True) if field.name in values else not has_default:
+            return field.name
+    return ""
+
+
+def fits(value: object, hint: object, is_plain: bool = False) -> bool:
+    """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else.
+
+    Args:
+      is_plain: the value is as files have it: text where a path is wanted, keys where a dataclass is, and any plain
+        values in a dictionary.
+    """
+    if is_plain and hint is Path:
+        return isinstance(value, str)
+    if is_plain and dataclasses.is_dataclass(hint):
+        return isinstance(value, dict) and not misfit(value, hint)
+    each = functools.partial(fits, is_plain=is_plain)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is typing.Any or value is None:
         return hint is typing.Any or type(None) in inner
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in inner)
+        return any(each(value, part) for part in inner)
     if origin is typing.Literal:
         return value in inner
     if origin is tuple:
-        fits = isinstance(value, (tuple, list)) and len(value) == len(inner)
-        return fits and all(map(_fits, value, inner))
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(each, value, inner))
     if origin is list:
-        return isinstance(value, list) and all(_fits(part, inner[0]) for part in value)
+        return isinstance(value, list) and all(each(part, inner[0]) for part in value)
     if origin is dict:
-        return isinstance(value, dict) and all(map(lambda part: _fits(part, inner[1]), value.values()))
+        return isinstance(value, dict) and (is_plain or all(each(part, inner[1]) for part in value.values()))
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

@@ -202,7 +202,7 @@ def test_a_timm_without_tasks_is_a_row_that_says_so(monkeypatch):
 
 
 def test_a_timm_with_other_tasks_is_a_row_that_says_so(monkeypatch):
-    """As 1.0.24 has them: without an average of their own."""
+    """Whose tasks have no average of their own."""
     monkeypatch.delattr("timm.task.task.TrainingTask.setup_ema")
     rows = {row["what"]: row for row in steps.step(("test_byobnet",), "null", 8, 32, "fp32", "no", 1, 0.05)}
     assert "not measured, AttributeError" in rows[steps.TIMM]["note"] and rows[steps.OURS]["images_per_s"] > 0

@@ -369,12 +369,6 @@ def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_torch_that_is_too_old_for_onnx_is_told(cnn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cu124")
-    message = failed([cnn[0], tmp_path / "out", "--onnx"], capsys)
-    assert "torch 2.5.1+cu124 lacks the exporter to ONNX that is used. Install 2.6 or newer" in message
-
-
 def test_weights_of_a_file_without_a_name_and_classes_are_exported(cnn, tmp_path):
     model = inference.load(None, cnn[0]).model
     torch.save(model.state_dict(), tmp_path / "raw.pth")

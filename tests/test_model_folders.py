@@ -119,7 +119,7 @@ RESERVED = {
     "feature_cfg": {},
     "features_only": True,
     "out_indices": [0],
-    "num_classes": 3,
+    "num_classes": 21_841,
     "device": "meta",
 }
 
@@ -252,8 +252,16 @@ def test_arguments_with_numbers_that_no_model_has_are_named(model, tmp_path, arg
     config = to_dict(parse(["--student.name", NAME]))
     config["student"]["kwargs"] = arguments
     torch.save({"format_version": 1, "step": 1, "config": config, "student": model.state_dict()}, tmp_path / "own.pt")
-    with pytest.raises(UserError, match="own.pt: (the model's argument|damaged .'config' holds student = )"):
+    with pytest.raises(UserError, match="own.pt: the model's argument .* up to 16,384. Correct"):
         inference.load(None, tmp_path / "own.pt")
+
+
+@pytest.mark.parametrize("value", [16_385, -1e5, [1, 10**6]])
+def test_an_argument_that_could_not_be_taken_from_a_checkpoint_is_refused_before_a_run_begins(value):
+    for settings in (StudentConfig, TeacherConfig, EvalStudentConfig):
+        with pytest.raises(UserError, match=r"(student|teacher).kwargs.depth is .* up to 16,384. Use a smaller model"):
+            settings(name=NAME, kwargs={"depth": value})
+        settings(name=NAME, kwargs={"depth": 16_384})
 
 
 @pytest.mark.parametrize("names", [CLASSES[:6], [*CLASSES, "h"], [[1]] * 7, "abc", 7, True])

@@ -15,11 +15,35 @@ from trainer.config import StudentConfig, TeacherConfig, parse
 from trainer.data import share_of_batch
 from trainer.distributed import World
 from trainer.model_checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
-from trainer.models import build_student, preprocessing
+from trainer.models import all_weights_required, build_student, preprocessing
 from trainer.teachers import build_teacher, build_teachers
 from trainer.weights import read_checkpoint, read_weights
 
 NAME = "test_resnet"
+
+
+class WithPart(torch.nn.Linear):
+    """A layer that loads a part of itself while it is loaded, without some of the part's weights."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.part = torch.nn.BatchNorm1d(2)
+
+    def _load_from_state_dict(self, state_dict, *args):
+        super()._load_from_state_dict(state_dict, *args)
+        self.part.load_state_dict({"weight": state_dict["part.weight"]}, strict=False)
+
+
+def test_weights_are_required_of_the_whole_model_and_not_of_each_part_that_loads_itself():
+    model = WithPart()
+    weights = model.state_dict()
+    load = torch.nn.Module.load_state_dict
+    with all_weights_required():
+        model.load_state_dict(weights)
+        weights.pop("part.bias")
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "part.bias"'):
+            model.load_state_dict(weights, strict=False)
+    assert torch.nn.Module.load_state_dict is load
 
 
 def logits(model) -> torch.Tensor:

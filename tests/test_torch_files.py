@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pickle
 import random
 import shutil
@@ -9,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +20,7 @@ from chaos.runs import equal
 
 from pipelines.errors import UserError
 from trainer import checkpoint
-from trainer.torch_files import ClaimError, load_plain
+from trainer.torch_files import ClaimError, check_content, load_plain
 from trainer.weights import read_file, read_weights
 
 TIED = torch.arange(12.0).reshape(3, 4)
@@ -30,7 +32,7 @@ HONEST = {
     "scalar and empty": [torch.tensor(3), torch.zeros(0, 4)],
     "expanded within reason": torch.arange(4).expand(1, -1),
     "types": [torch.ones(3, dtype=each) for each in (torch.bfloat16, torch.bool, torch.int8, torch.complex64)],
-    "plain": [None, True, 1 << 60, 0.5, "text", (1, 2), {1, 2}, torch.Size([1, 2]), torch.float16],
+    "plain": [None, True, 1 << 60, 1 << 127, 1 << 2000, 0.5, "text", (1, 2), {1, 2}, torch.Size([1, 2]), torch.float16],
     "dictionaries": [collections.OrderedDict(a=1), collections.Counter("aab"), {1: {"b": [[]]}}],
     "one list in many places": [[1, 2]] * 50,
 }
@@ -56,7 +58,6 @@ REASONS = {
     "lists that double 60 times": "'more' holds itself, or the same values over and over",
     "a list that holds itself": "'more' holds itself, or the same values over and over",
     "a call that asks for 10**11 bytes": "asks for memory instead of holding values",
-    "a number of 2,000 bits": "'more' is a number of 2,001 bits",
     "a sparse tensor": "holds a tensor that is not dense",
     "a tensor without values": "holds a tensor that is not dense",
 }
@@ -136,6 +137,55 @@ def test_a_file_of_the_older_format_that_claims_more_than_it_has_is_refused(tmp_
     (tmp_path / "w.pth").write_bytes(head + claim.getvalue() + pickle.dumps(["0"], protocol=2) + bytes(12))
     with pytest.raises(ClaimError, match="should hold 4000000000000 bytes, and the file has"):
         load_plain(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pickle.PROTO + b"\x04" + pickle.FRAME + (10**11).to_bytes(8, "little"),
+        pickle.PROTO + b"\x04" + pickle.BINBYTES8 + (10**11).to_bytes(8, "little"),
+        pickle.PROTO + b"\x02" + pickle.BINUNICODE + (2 * 10**9).to_bytes(4, "little"),
+        pickle.PROTO + b"\x02" + pickle.LONG4 + (2 * 10**9).to_bytes(4, "little"),
+        pickle.PROTO + b"\x05" + pickle.BYTEARRAY8 + (10**11).to_bytes(8, "little"),
+    ],
+)
+def test_a_pickle_that_asks_for_more_bytes_than_the_file_has_is_refused_and_takes_no_memory(asked, tmp_path):
+    (tmp_path / "w.pth").write_bytes(asked + bytes(100))
+
+    def command() -> None:
+        with pytest.raises(ClaimError, match="should hold .*,000 bytes, and the file has 1|asks for memory instead"):
+            load_plain(tmp_path / "w.pth")
+
+    assert isolated(command, mib=40).complaint() == ""
+
+
+def test_a_number_that_takes_pages_as_text_is_refused_and_those_of_generators_of_random_numbers_are_not():
+    check_content({"state": np.random.PCG64(1).state}, 10**4, 10**4)
+    with pytest.raises(ClaimError, match="'more' is a number of 5,001 bits"):
+        check_content({"more": [1 << 5000]}, 10**4, 10**4)
+
+
+def test_a_file_without_a_checksum_is_loaded_as_torch_loads_it(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": TIED}, tmp_path / "w.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive, pytest.raises(zipfile.BadZipFile, match="Bad CRC-32"):
+        archive.read("w/data.pkl")
+    assert torch.equal(load_plain(tmp_path / "w.pth")["a"], TIED)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "step-00000010.pt"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    read = checkpoint.newest_whole if name.startswith("step") else lambda folder: read_weights(folder / name)
+
+    def command() -> None:
+        with pytest.raises(UserError, match=f"{name}: cannot be read .a pipe, socket or device, not a file.. "):
+            read(tmp_path)
+
+    assert isolated(command).complaint() == ""
 
 
 def test_a_tar_is_never_unpacked(tmp_path):

@@ -25,7 +25,7 @@ from pipelines.index import read_index
 from pipelines.plan import BEFORE, EvalPlan
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
-from trainer.checkpoint import refuse_other_plan
+from trainer.checkpoint_settings import refuse_other_plan
 from trainer.config import parse
 from trainer.data import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
 from trainer.distributed import World

@@ -32,6 +32,7 @@ from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
 from trainer.checkpoint_fields import not_finite
+from trainer.checkpoint_settings import with_defaults
 from trainer.classes import order_doubt
 from trainer.distributed import alone
 from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
@@ -247,7 +248,7 @@ def differing(parts: list[Ingredient]) -> list[str]:
 
 
 def _settings(each: Ingredient) -> dict[str, object]:
-    config = checkpoint.with_defaults(each.origin["config"])
+    config = with_defaults(each.origin["config"])
     settings = {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}
     return {**settings, "plan.dataset": each.origin.get("plan", {}).get("dataset")}
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines import PIXELS_VERSION
 from pipelines.errors import UserError, clipped
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
@@ -27,13 +26,12 @@ from trainer.checkpoint_fields import (
     check_resumable,
     check_statistics,
     check_weights,
+    first_not_finite,
     lacks_moments,
-    not_finite,
 )
-from trainer.config import Config, to_dict
+from trainer.checkpoint_settings import changes, newer_software, refuse_other_plan, software
 from trainer.optim import ModelEma
 from trainer.torch_files import load_plain, memory_for
-from trainer.versions import package_versions
 
 FORMAT_VERSION = 1
 BEST = "best.pt"
@@ -111,7 +109,7 @@ def _origin(state: TrainState) -> dict:
         "config": state.config,
         "audit": state.audit,
         "classes": state.classes,
-        "software": _software(),
+        "software": software(),
     }
 
 
@@ -196,9 +194,8 @@ class Writer:
         if self.failure:
             return
         try:
-            for part in ("student", "ema", "state_dict"):
-                if name := not_finite((content.get(part) or {}).items()):
-                    raise UserError(f"'{name}' in '{part}' is not finite. Lower optim.lr or change run.precision")
+            if name := first_not_finite(content):
+                raise UserError(f"{name} is not finite. Lower optim.lr or change run.precision")
             write(path, content)
             then()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -378,7 +375,7 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     state.best = content.get("best", {})
     state.rank_statistics = content.get("rank_statistics", [])
     state.micro_batch = content.get("micro_batch", state.micro_batch)
-    return _changes(content["config"], state.config) + _newer_software(content.get("software") or {})
+    return changes(content["config"], state.config) + newer_software(content.get("software") or {})
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -394,62 +391,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter).copy_(value)
-
-
-def _changes(saved: dict, current: dict) -> list[str]:
-    """What of the training differs from the checkpoint's configuration, in words."""
-    keys = [
-        (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
-    ]
-    keys += [
-        ("data", "pipeline"),
-        ("data", "decode"),
-        ("data", "hw_decoder_load"),
-        *(("run", name) for name in ("precision", "tf32", "batch_norm")),
-        ("run", "micro_batch"),
-    ]
-    before = with_defaults(saved)
-    return [
-        f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
-        for section, name in keys
-        if before[section][name] != current[section][name]
-    ]
-
-
-def with_defaults(saved: dict) -> dict:
-    """A checkpoint's configuration with every setting: one that is younger than the file had its default then."""
-    filled = {section: {**values, **saved.get(section, {})} for section, values in to_dict(Config()).items()}
-    return {**saved, **filled}
-
-
-def _software() -> dict[str, str]:
-    """What pixels and gradients depend on in their last bits."""
-    return {"pipelines": str(PIXELS_VERSION), **package_versions()}
-
-
-def _newer_software(saved: dict[str, str]) -> list[str]:
-    return [
-        f"{name} was {saved[name]}, now it is {present}: pixels or gradients may differ in their last bits"
-        for name, present in _software().items()
-        if saved.get(name, present) != present
-    ]
-
-
-# Fields of a plan that are a setting under another name.
-_KEYS = {
-    "seed": "run.seed",
-    "global_batch": "run.global_batch",
-    "image_size": "data.image_size",
-    "window_shards": "data.window_shards (0 is data.shuffle global)",
-}
-
-
-def refuse_other_plan(path: Path, saved: dict, current: dict) -> None:
-    """Raise a UserError that names the first field in which two plans differ."""
-    for name in [*current, *(name for name in saved if name not in current)]:
-        if saved.get(name) != current.get(name):
-            key = _KEYS.get(name, name)
-            raise UserError(
-                f"{path}: belongs to another plan: {key} was {saved.get(name)}, now it is {current.get(name)}. "
-                "Use the same settings and data, or start a new run with another --run.out"
-            )

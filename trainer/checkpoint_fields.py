@@ -6,15 +6,13 @@ write its digest, so nothing here relies on it.
 
 import dataclasses
 import math
-import types
-import typing
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipelines.errors import clipped
+from pipelines.ranges import misfit
 from trainer.config import Config
 from trainer.optim import running_statistics
 
@@ -48,8 +46,10 @@ def is_count(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """True for a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite number; whole ones of up to 64 bits."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and value.bit_length() <= 64
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def is_plain(value: object) -> bool:
@@ -95,7 +95,17 @@ def _is_percentage(value: object) -> bool:
 
 
 def _are_metrics(value: object) -> bool:
-    return isinstance(value, dict) and is_count(value.get("images")) and all(map(is_number, value.values()))
+    """A loss may be infinite or NaN beside an accuracy that is good, and is written as it is."""
+    if not isinstance(value, dict) or not is_count(value.get("images")):
+        return False
+    return all(isinstance(each, float) or is_number(each) for each in value.values())
+
+
+def _are_settings(value: object) -> bool:
+    """Whether a value is sections of settings; what types they had is the business of the version that wrote them."""
+    if not isinstance(value, dict) or not is_plain(value):
+        return False
+    return all(isinstance(value.get(section.name, {}), dict) for section in dataclasses.fields(Config))
 
 
 def _is_average(value: object) -> bool:
@@ -148,7 +158,7 @@ _WEIGHTS = "tensors by name"
 # What each field is for: trainer.checkpoint.TrainState. `step` and `config` also tell these files from others.
 FIELDS = {
     "step": Field(is_count, _COUNT, is_required=True, resumes=True),
-    "config": Field(lambda value: not wrong_setting(value), "the settings of a run", is_required=True, resumes=True),
+    "config": Field(_are_settings, "sections of plain settings", is_required=True, resumes=True),
     "plan": Field(lambda value: isinstance(value, dict) and is_plain(value), "what the data depends on", resumes=True),
     "audit": Field(lambda value: value is None or _are_rows(value), "settings that differ from the recipe"),
     "classes": Field(lambda value: value is None or _are_names(value), "a list of names, or null"),
@@ -178,8 +188,6 @@ def check_fields(content: dict) -> None:
         if name not in content:
             if field.is_required:
                 raise FieldError(f"it has no '{name}'")
-        elif name == "config" and (setting := wrong_setting(content[name])):
-            raise FieldError(f"'config' holds {setting}")
         elif not field.fits(content[name]):
             raise FieldError(f"'{name}' is {_described(content[name])}, not {field.words}")
 
@@ -202,10 +210,19 @@ def check_resumable(content: dict, step: int) -> None:
     states = content["optimizer"]["state"]
     if late := [number for number, state in states.items() if not 0 <= state["step"].item() <= step]:
         raise FieldError(f"'optimizer' has done {states[late[0]]['step'].item():,} steps")
-    moments = ((f"{name}' of parameter '{n}", state[name]) for n, state in states.items() for name in _MOMENTS)
-    weights = ((name, value) for part in ("student", "ema") for name, value in (content[part] or {}).items())
-    if name := not_finite([*weights, *moments]):
-        raise FieldError(f"'{name}' is not finite")
+    if name := first_not_finite(content):
+        raise FieldError(f"{name} is not finite")
+
+
+def first_not_finite(content: dict) -> str:
+    """The first tensor in a file that must be finite and is not, in words; "" for none. Fields may be absent."""
+    for part in ("student", "ema", "state_dict"):
+        if name := not_finite((content.get(part) or {}).items()):
+            return f"'{name}' in '{part}'"
+    for number, state in content.get("optimizer", {}).get("state", {}).items():
+        if name := not_finite((name, state[name]) for name in _MOMENTS if name in state):
+            return f"'{name}' of parameter {number} in 'optimizer'"
+    return ""
 
 
 def lacks_moments(content: dict) -> bool:
@@ -253,57 +270,21 @@ def check_statistics(saved: list[list[torch.Tensor]], model: nn.Module) -> None:
             raise FieldError(f"'rank_statistics' of rank {rank} have other shapes")
 
 
-def wrong_setting(config: object) -> str:
-    """The first setting in a file's configuration that is of another type than the program's, in words; "" for none.
+def wrong_setting(config: dict, names: Iterable[str]) -> str:
+    """The first of some settings in a file that is of another type than the program's, in words; "" for none.
 
-    Settings that the program does not have, or the file does not, are left alone: other versions had others.
+    Other versions may have had other types, so this is asked of the settings alone that are used.
+
+    Args:
+      config: as `check_fields` has let it pass; sections and settings that it lacks are left alone.
+      names: SECTION.NAME of each.
     """
-    if not isinstance(config, dict):
-        return f"{_described(config)}, not sections with settings"
-    for section in dataclasses.fields(Config):
-        if section.name not in config:
-            continue
-        values = config[section.name]
-        if not isinstance(values, dict) or not is_plain(values):
-            return f"{section.name} = {_described(values)}, not settings by name"
-        if name := _wrong_key(section.default_factory, values):
-            return f"{section.name}.{name} = {_described(values[name])}, which it cannot be"
+    kinds = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    for section, name in (each.split(".") for each in names):
+        values = {key: value for key, value in config.get(section, {}).items() if key == name}
+        if misfit(values, kinds[section]):
+            return f"{section}.{name} = {_described(values[name])}"
     return ""
-
-
-def _wrong_key(kind: type, values: dict) -> str:
-    """The first key whose value is not of the type that a dataclass has for it; "" for none."""
-    hints = typing.get_type_hints(kind)
-    return next((name for name, value in values.items() if name in hints and not _is_of(hints[name], value)), "")
-
-
-def _has_no_default(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _is_of(hint: object, value: object) -> bool:
-    """Whether a plain value is what a setting with this type hint is in a file."""
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        return any(_is_of(each, value) for each in inner)
-    if kind is typing.Literal:
-        return value in inner
-    if kind is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(inner) and all(map(_is_of, inner, value))
-    if kind is list:
-        return isinstance(value, list) and all(_is_of(inner[0], each) for each in value)
-    if kind is dict:
-        return isinstance(value, dict) and is_plain(value)
-    if dataclasses.is_dataclass(hint):
-        needed = {field.name for field in dataclasses.fields(hint) if _has_no_default(field)}
-        return isinstance(value, dict) and needed <= value.keys() and not _wrong_key(hint, value)
-    if hint in (str, Path):
-        return isinstance(value, str)
-    if hint is float:
-        return is_number(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return value is None if hint in (None, type(None)) else isinstance(value, hint)
 
 
 def _described(value: object) -> str:

@@ -11,12 +11,12 @@ import yaml
 
 from pipelines import PIPELINES
 from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError
 from pipelines.plan import size_schedule
 from pipelines.ranges import Section, check, setting
+from trainer.model_arguments import Kwargs, check_kwargs
 from trainer.settings import parse_settings
 
-Kwargs = dict[str, bool | int | float | str | list | None]
 LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
 _MOST_EPOCHS = 10**6
 
@@ -24,40 +24,6 @@ _MOST_EPOCHS = 10**6
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-# Arguments of timm.create_model that neither a person nor a file may give, besides all that begin with "pretrained":
-# they decide where weights come from and whether all of them are loaded, or what the data and the run decide.
-_RESERVED_KWARGS = {
-    *("model_name", "num_classes", "checkpoint_path", "cache_dir", "model_cfg", "kwargs_filter"),
-    *("features_only", "feature_cfg", "feature_cls", "out_indices"),
-    *("scriptable", "exportable", "no_jit", "device", "dtype"),
-}
-
-
-def is_reserved(name: str) -> bool:
-    """True for an argument of timm.create_model that is decided elsewhere."""
-    return name in _RESERVED_KWARGS or name.startswith("pretrained")
-
-
-def without_reserved(kwargs: Kwargs) -> Kwargs:
-    """The arguments that a file may give for a model; images have 3 channels, so it has no say in in_chans, either."""
-    return {name: value for name, value in kwargs.items() if not is_reserved(name) and name != "in_chans"}
-
-
-def check_kwargs(section: str, kwargs: Kwargs) -> None:
-    """Raise a UserError if the settings of a model hold an argument that is decided elsewhere."""
-    _require(
-        kwargs.get("in_chans") in (None, 3),
-        f"{section}.kwargs.in_chans is {kwargs.get('in_chans')}, and images have 3 channels here, gray ones, too. "
-        "Leave it out",
-    )
-    for name in kwargs:
-        _require(
-            not is_reserved(name),
-            f"{section}.kwargs.{clipped(name)}: decided by the dataset and {section}.checkpoint, or by settings of "
-            "the run. Leave it out",
-        )
 
 
 @dataclasses.dataclass(frozen=True)

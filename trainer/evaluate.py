@@ -32,12 +32,13 @@ from pipelines.index import ShardIndex, read_index, read_manifest
 from pipelines.ranges import Section, setting
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import LARGEST_SIDE, ImagesConfig, Kwargs, check_kwargs
+from trainer.config import LARGEST_SIDE, ImagesConfig
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world
 from trainer.inference import Trained, descriptions
 from trainer.metrics import Predictions
+from trainer.model_arguments import Kwargs, check_kwargs
 from trainer.model_checks import check_logits
 from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version

@@ -19,9 +19,11 @@ from pipelines.index import MANIFEST, ShardIndex
 from pipelines.machine import expanded
 from pipelines.plan import EvalPlan
 from trainer import checkpoint
+from trainer.checkpoint_settings import check_settings, with_defaults
 from trainer.classes import read_classes
-from trainer.config import DataConfig, Kwargs
+from trainer.config import DataConfig
 from trainer.mix import Normalize
+from trainer.model_arguments import Kwargs
 from trainer.model_checks import check_size
 from trainer.model_folders import (
     CONFIG,
@@ -235,11 +237,16 @@ def checkpoints_folder(run: Path) -> Path:
     return run if run.name == "checkpoints" else run / "checkpoints"
 
 
+# What is used of the settings in a checkpoint; those of `data` are checked where a DataConfig is made of them.
+_USED = ("student.name", "student.kwargs")
+
+
 def check_fits(path: Path, content: dict) -> None:
     """Raise a UserError if the weights that a checkpoint of this trainer holds are not those of its model.
 
     A model that a folder or repository describes, which may be elsewhere, is not looked for.
     """
+    check_settings(path, content["config"], _USED)
     if not source_name(content["config"]["student"]["name"]).startswith(SOURCES):
         _of_checkpoint(path, content, None, "auto", None, "", {})
 
@@ -249,7 +256,8 @@ def _of_checkpoint(
 ) -> Trained:
     origin = {}
     if checkpoint.is_of_trainer(content):
-        origin = content = {**content, "config": checkpoint.with_defaults(content["config"])}
+        check_settings(path, content["config"], _USED)
+        origin = content = {**content, "config": with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)
     settings = origin.get("config", {}).get("student", {})
     named = settings.get("name") or name or named_model(content)

@@ -1,4 +1,4 @@
-"""Memory: the host's allocator, set for training on CPUs, and errors that say that there is too little of it."""
+"""The host's memory: how it is allocated in training on CPUs, and whether an error says that it is too short."""
 
 import ctypes
 import os

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped
-from trainer.config import LARGEST_SIDE, Kwargs, without_reserved
+from trainer.config import LARGEST_SIDE
+from trainer.model_arguments import Kwargs, check_sizes, without_reserved
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-_LARGEST_ARGUMENT = 16_384  # of timm.create_model, from a file: wide enough for timm's widest models
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
 
 
@@ -154,24 +154,9 @@ def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:
     Raises:
       UserError: one is no plain value, or a number so large that the model could not be built.
     """
-    for name, value in arguments.items():
-        if not isinstance(name, str) or not _is_moderate(value):
-            raise UserError(
-                f"{path}: the model's argument {clipped(name)} is {clipped(value)}; arguments are words, switches and "
-                f"numbers up to {_LARGEST_ARGUMENT:,}. Correct it, or export the model again"
-            )
-    return without_reserved(arguments)
-
-
-def _is_moderate(value: object) -> bool:
-    """Whether a value is plain, and all numbers in it are sizes that models have."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_moderate, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_moderate(each) for key, each in value.items())
-    if isinstance(value, (int, float)):
-        return abs(value) <= _LARGEST_ARGUMENT  # NaN is not less
-    return value is None or isinstance(value, str)
+    kwargs = without_reserved(arguments)  # first: timm writes num_classes among them, and it may be larger
+    check_sizes(f"{path}: the model's argument ", kwargs, "Correct it, or export the model again")
+    return kwargs
 
 
 def _names_of_outputs(path: Path, names: object, outputs: int) -> list[str] | None:

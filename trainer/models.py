@@ -15,9 +15,10 @@ from torch import nn
 from pipelines.errors import UserError, clipped
 from trainer.checkpoint_fields import not_finite
 from trainer.classes import check_order_stated, class_order, listed_outputs
-from trainer.config import Kwargs, StudentConfig
+from trainer.config import StudentConfig
 from trainer.distributed import World
 from trainer.memory import is_out_of_memory
+from trainer.model_arguments import Kwargs
 from trainer.model_checks import check_size
 from trainer.model_folders import ModelFolder, layer_names, named_folder
 from trainer.optim import batch_norms
@@ -245,12 +246,20 @@ def create_model(
 
 @contextlib.contextmanager
 def all_weights_required() -> Iterator[None]:
-    """Inside, a weight that a model would not get is an error: for some (DLA) timm keeps random ones in silence."""
-    load = nn.Module.load_state_dict
+    """Inside, a weight that a model would not get is an error: for some (DLA) timm keeps random ones in silence.
+
+    This replaces a method of nn.Module for the whole process, so models are built in one thread. Parts that a model
+    loads while it is itself loaded may lack weights, as they may elsewhere.
+    """
+    load, loading = nn.Module.load_state_dict, []
 
     def load_all(self, *args, **named):
-        found = load(self, *args, **named)
-        if found.missing_keys:
+        loading.append(self)
+        try:
+            found = load(self, *args, **named)
+        finally:
+            loading.pop()
+        if found.missing_keys and not loading:
             raise RuntimeError("Missing key(s) in state_dict: " + ", ".join(f'"{name}"' for name in found.missing_keys))
         return found
 

@@ -12,12 +12,13 @@ import io
 import math
 import os
 import pickle
+import stat
 import tarfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import torch
 
@@ -26,6 +27,7 @@ from trainer.memory import is_out_of_memory
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before version 1.6. Source: torch.serialization
 _DEEPEST = 100  # containers in containers; checkpoints have about ten
+_MOST_BITS = 4096  # of a whole number: NumPy's generators have 128, and Python shows up to 14,000 as text
 _OFTEN = 16  # how often shared values may be met on a walk, on average: several parts of a file may be one and the same
 
 
@@ -40,6 +42,7 @@ def load_plain(path: Path, types: tuple = ()):
       types: further types that may be named in the file, as for torch.serialization.safe_globals.
     Raises:
       ClaimError: loading it would take more than the file can hold.
+      OSError: it is no regular file, or cannot be read.
       UserError: the machine's memory is too short for the file, which stays as it is.
       Exception: torch, pickle, zipfile and the system each raise their own for other files.
     """
@@ -67,12 +70,23 @@ def memory_for(path: Path) -> Iterator[None]:
         ) from error
 
 
+def require_regular(path: Path) -> None:
+    """Raise an OSError for a pipe, socket or device, before it is opened: a pipe would be waited for, for ever.
+
+    A folder is left to whoever opens it, as is a file that is not there.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")
+
+
 def check_claims(path: Path) -> int:
     """Raise a ClaimError if a file claims more than its size; nothing of a claimed size is allocated.
 
     Returns:
       the bytes of its pickle, which bound how many values there are.
     """
+    require_regular(path)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
@@ -94,7 +108,9 @@ def _check_archive(file: BinaryIO, size: int) -> int:
         folder = next(iter(records)).partition("/")[0]
         if f"{folder}/data.pkl" not in records:
             raise ClaimError("no data.pkl in it")
-        pickled = archive.read(f"{folder}/data.pkl")
+        entry = archive.getinfo(f"{folder}/data.pkl")
+        del entry.CRC  # torch looks at none, and writes a wrong one after set_crc32_options(False)
+        pickled = archive.read(entry)
     claims = _Claims(io.BytesIO(pickled), size)
     claims.load()
     for key, claimed in claims.storages.items():
@@ -122,7 +138,7 @@ def _records(entries: list[zipfile.ZipInfo], size: int) -> dict[str, int]:
 
 def _check_legacy(file: BinaryIO, size: int) -> int:
     """As `check_claims`, of the format before torch 1.6: pickles, then the values of all storages."""
-    if tarfile.is_tarfile(file):  # torch before 2.6 runs what is in one
+    if tarfile.is_tarfile(file):  # of another format, which torch would unpack
         raise ClaimError("a tar file of torch 0.1.1, which is not loaded")
     file.seek(0)
     if file.read(1) != pickle.PROTO:
@@ -169,6 +185,23 @@ class _Storage:
         self.nbytes, self.itemsize = nbytes, itemsize
 
 
+class _Bounded:
+    """A file of which never more is asked for than it has: Python takes memory for what is asked for."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+        self.readline = file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise ClaimError(f"a value of it should hold {count:,} bytes, and the file has {self._size:,}")
+        return self._file.read(count)
+
+
+def _refuse_bytearray(_unpickler: pickle._Unpickler) -> None:
+    raise ClaimError("asks for memory instead of holding values")  # Python makes it before it reads
+
+
 class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what a file says that it will remember
     """Goes through a pickle, in which every name stands for nothing, and notes what its tensors claim.
 
@@ -176,8 +209,10 @@ class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what
       storages: claimed bytes by key.
     """
 
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _refuse_bytearray}
+
     def __init__(self, file: BinaryIO, size: int):
-        super().__init__(file, encoding="latin1")
+        super().__init__(_Bounded(file, size), encoding="latin1")
         self._size = size
         self.storages: dict[str, int] = {}
 
@@ -260,7 +295,7 @@ def check_content(content: object, pickled: int, size: int) -> None:
             nbytes -= value.nbytes
         elif isinstance(value, (str, bytes, bytearray)):
             nbytes -= len(value)
-        elif isinstance(value, int) and value.bit_length() > 64:
+        elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise ClaimError(f"'{clipped(name)}' is a number of {value.bit_length():,} bits")
         if values < 0 or nbytes < 0 or depth > _DEEPEST:
             raise ClaimError(f"'{clipped(name)}' holds itself, or the same values over and over")

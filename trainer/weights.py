@@ -12,7 +12,7 @@ import torch
 from pipelines.errors import UserError, clipped, named
 from pipelines.files import instead_of_content
 from trainer.checkpoint import DamagedError, checked, is_of_trainer
-from trainer.torch_files import ClaimError, load_plain, memory_for
+from trainer.torch_files import ClaimError, load_plain, memory_for, require_regular
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {
@@ -192,6 +192,7 @@ def _load(path: Path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
+            require_regular(path)
             with memory_for(path):
                 return load_file(path)
         return load_plain(path, _plain_types())

@@ -136,7 +136,7 @@ HARMFUL: dict[str, Callable[[], object]] = {
     "lists that double 60 times": lambda: _doubled(60),
     "a list that holds itself": _endless,
     "a call that asks for 10**11 bytes": lambda: _Asks(bytearray, 10**11),
-    "a number of 2,000 bits": lambda: 1 << 2_000,
+    "a number of 5,000 bits": lambda: 1 << 5_000,
     "a sparse tensor": lambda: torch.ones(3).to_sparse(),
     "a tensor without values": lambda: torch.empty(10**12, device="meta"),
     "a call that prints": lambda: _Asks(print, "ran"),

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 from pipelines.errors import UserError
 from tools.exporting.onnx_file import OPSET, PACKAGES
-from tools.exporting.timm_folder import OLDEST_TIMM
+from trainer.checkpoint_settings import check_settings
 from trainer.inference import Trained
 from trainer.models import preprocessing
 from trainer.versions import package_versions
@@ -45,7 +45,6 @@ def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> st
         measured=measured,
         metrics=metrics,
         **_pixels(trained),
-        oldest_timm=".".join(map(str, OLDEST_TIMM)),
         opset=OPSET,
         onnx_file=ONNX,
         program_file=PROGRAM,
@@ -128,6 +127,7 @@ def _recipe(trained: Trained) -> dict[str, str]:
     """What of the facts holds for all that the weights come from; {} for weights that are not of a run."""
     if not trained.origin:
         return {}
+    check_settings(trained.source, trained.origin["config"], ("teacher.name", "teacher.others"))
     config, plan, differ = trained.origin["config"], trained.origin.get("plan", {}), _differ(trained)
     names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others") or ())]
     facts = {

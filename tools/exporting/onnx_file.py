@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.export import Dim
 
 from pipelines.errors import UserError, clipped
 
-OLDEST_TORCH = (2, 6)
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
 TOLERANCE = 1e-4  # of Difference.relative
 IMAGES, LOGITS = "images", "logits"  # names of the file's input and output
@@ -104,13 +102,10 @@ def largest_difference(reference: Runnable, other: Runnable, images: torch.Tenso
 
 
 def require_onnx() -> None:
-    """Raise a UserError if a package that ONNX needs is missing, or this torch is too old for it."""
+    """Raise a UserError if a package that ONNX needs is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}, not installed here. Run: pip install -e '.[export]'")
-    # 2.5 knows the argument dynamo, too, but its exporter takes no dynamic_shapes
-    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
-        raise UserError(f"torch {torch.__version__} lacks the exporter to ONNX that is used. Install 2.6 or newer")
 
 
 def two_or_more(images: torch.Tensor) -> torch.Tensor:

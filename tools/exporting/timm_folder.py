@@ -1,7 +1,6 @@
 """Weights and configuration as timm itself loads them, from a folder or from Hugging Face's hub."""
 
 import json
-import re
 from pathlib import Path
 
 import timm
@@ -16,7 +15,6 @@ from trainer.config import DataConfig
 from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions
 from trainer.models import preprocessing
 
-OLDEST_TIMM = (1, 0, 16)  # that knows "local-dir:"
 # What of timm's own configuration of a model is about the architecture, not about the weights that timm has for it.
 _OF_ARCHITECTURE = ("first_conv", "classifier", "min_input_size")
 
@@ -25,7 +23,7 @@ def write_folder(trained: Trained, folder: Path) -> None:
     """Write model.safetensors and config.json into a folder, and see that timm makes the same model of them.
 
     Raises:
-      UserError: weights are not finite, timm is too old, or makes another model of the files.
+      UserError: weights are not finite, or timm makes another model of the files.
     """
     if name := not_finite(trained.model.state_dict().items()):
         raise UserError(f"{trained.source}: '{name}' is not finite. Export a checkpoint from before that")
@@ -96,12 +94,6 @@ def _trained_with(trained: Trained) -> tuple[int, int]:
 
 def timm_model(folder: Path) -> nn.Module:
     """The model of a folder as timm alone makes it, in evaluation mode."""
-    version = tuple(map(int, re.findall(r"\d+", timm.__version__)[:3]))
-    if version < OLDEST_TIMM:
-        raise UserError(
-            f"timm {timm.__version__} does not load folders, and what is exported is tried. Run: pip install "
-            f"'timm>={'.'.join(map(str, OLDEST_TIMM))}'"
-        )
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
