@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from trainer.config import Config, OptimConfig, parse, to_dict, to_yaml
 from trainer.evaluate import EvalConfig
+from trainer.settings import read_yaml
 
 
 def write(folder: Path, text: str) -> str:
@@ -53,6 +54,17 @@ def test_image_sizes_are_given_on_the_command_line_and_in_a_file(tmp_path, sizes
     assert config.data.train_sizes == ([expected] if isinstance(expected, int) else [size for _, size in expected])
     assert config.data.eval_size == config.data.train_sizes[-1]
     assert parse(["--data.image_size", sizes, "--data.eval_image_size", "288"]).data.eval_size == 288
+
+
+@pytest.mark.parametrize("text", ["optim: {<<: {lr: 1, eps: 0.1}, lr: 0.5}", "optim: {<<: {eps: 0.1}, <<: {lr: 0.5}}"])
+def test_a_section_takes_what_is_merged_into_it_and_its_own_value_wins(tmp_path, text):
+    assert parse(["--config", write(tmp_path, text)]).optim == OptimConfig(lr=0.5, eps=0.1)
+
+
+@pytest.mark.parametrize("merged", ["*a", "*b", "[*a, *b]"])
+def test_a_section_may_merge_what_has_merged_something_itself(tmp_path, merged):
+    path = write(tmp_path, f"base: {{a: &a {{<<: &b {{lr: 2, eps: 0.1}}, lr: 1}}}}\noptim: {{<<: {merged}, lr: 0.5}}")
+    assert read_yaml(path)["optim"] == {"lr": 0.5, "eps": 0.1} and read_yaml(path)["base"]["a"]["lr"] == 1
 
 
 def test_configurations_cannot_be_changed():
@@ -157,6 +169,11 @@ def test_any_value_of_any_setting_is_of_its_type_and_range_or_is_refused_with_it
         ("optim: {lr: 1}\noptim: {eps: 1}", "my.yaml: not YAML: 'optim' stands twice"),
         ("run: {seed: " + "9" * 5000 + "}", "my.yaml: not YAML: Exceeds the limit"),
         ("student: {kwargs: {a: &a [*a]}}", "my.yaml: holds more than 10000 values, so not settings"),
+        ("optim: {<<: {lr: 1}, lr: 2, lr: 3}", "my.yaml: not YAML: 'lr' stands twice"),
+        (
+            f"a: &a {dict.fromkeys(range(110), 0)}\nb: {{<<: [{'*a, ' * 110}]}}",
+            "my.yaml: not YAML: merges more than 10000 values",
+        ),
         ("# " + "x" * 300_000, "my.yaml: larger than 256 KiB, so not a file of settings"),
         ("student: !!python/object/apply:os.system ['true']", "my.yaml: not YAML: could not determine a constructor"),
     ],

@@ -9,7 +9,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,16 +96,40 @@ _MOST_VALUES = 10_000
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Plain values alone, and no key twice in a section: the first one would be lost in silence."""
+    """Plain values alone, and no key twice in a section: the first one would be lost in silence.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    What `<<` merges into a section may stand there as well: the section's own value wins.
+    """
+
+    _merged = 0  # pairs of mappings, each counted as often as it is merged or read
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        seen, todo = set(), [root]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, yaml.CollectionNode) and node not in seen:
+                seen.add(node)
+                pairs = node.value if isinstance(node, yaml.MappingNode) else []
+                self._check_keys([key for key, _ in pairs])
+                todo += [part for pair in pairs for part in pair] or node.value
+        return root
+
+    def _check_keys(self, nodes: list[yaml.Node]) -> None:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", key_node.start_mark)
-            seen |= {key} if isinstance(key, Hashable) else set()
-        return super().construct_mapping(node, deep)
+        for node in nodes:
+            # `<<` has no constructor, for it is no key; a list or a mapping is refused as a key later.
+            if isinstance(node, yaml.ScalarNode) and node.tag in self.yaml_constructors:
+                key = self.construct_object(node)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", node.start_mark)
+                seen.add(key)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self._merged += len(node.value)
+        if self._merged > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"merges more than {_MOST_VALUES} values")
 
 
 def read_yaml(path: Path, option: str = "config") -> dict:
