@@ -47,7 +47,7 @@ def clipped(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def printable(text: str) -> str:
+def with_escaped_bytes(text: str) -> str:
     """Text that any file and picture can hold: bytes of a name that are no UTF-8 become escapes, such as \\udcff."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -142,11 +142,27 @@ def read_json(path: Path) -> dict:
 
 def read_json_lines(path: Path) -> list[dict]:
     """The lines of a log, [] if there is none; one that was cut off, or lost when the power went, is left out."""
-    lines = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+    return split_json_lines(path, lambda line: isinstance(line, dict))[0]
+
+
+def split_json_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[list[dict], list[bytes]]:
+    """The usable lines of a JSON lines file, and all others that are not empty as they stand; none without a file."""
+    usable, others = [], []
+    for content in path.read_bytes().split(b"\n") if path.is_file() else ():  # a device may have no end
+        line = parsed_json(content)
+        if is_usable(line):
+            usable.append(line)
+        elif content.strip():
+            others.append(content)
+    return usable, others
+
+
+def parsed_json(content: bytes) -> object:
+    """What JSON says; None where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):  # ValueError: also of bytes that are no UTF-8
+        return None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -30,8 +31,32 @@ AUDIT = "audit.jsonl"
 _MAX_MANIFEST = 1 << 28  # bytes; that of ImageNet has 0.2 MB
 _MAX_ROW = 1 << 16  # bytes; most of a row is its key
 _CHECKED_TOGETHER = 1 << 15  # rows, which stay in the processor's cache meanwhile: that is faster than all at once
+_MOST_COUNT = 1 << 48  # of bytes, too
 _HEADER_BYTES = 4096  # more than the header of an index file has
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
+# What some command reads of a manifest. [X] is a list of X, {str: X} an object of any keys; a key in brackets, as in
+# "[left_out]", may be missing: older versions did not write it.
+_COUNTS = {name: int for name in ("repaired", "rejected", "duplicates", "tiny", "oriented", "resized")}
+_REMARKS = {"repaired": [{"sample": str, "reason": str}], "rejected": [{"sample": str, "reason": str}]}
+_SHARD = {"name": str, "samples": int, "bytes": int, "sha256": str, "idx_sha256": str}
+_SPLIT = {
+    **{"samples": int, "bytes": int, "class_counts": [int], "index_sha256": str, "digest": str},
+    **{"[listing_sha256]": str, "shards": [_SHARD]},
+}
+_MANIFEST = {
+    "source": {"kind": str, "name": str},
+    "options": {"audit": bool},
+    "classes": [str],
+    "[class_order]": str,
+    "splits": {str: _SPLIT},
+    "audit": {
+        "sha256": str,
+        "counts": {**_COUNTS, "[hidden]": int, "[left_out]": int},
+        **_REMARKS,
+        "duplicates": [[str]],
+        "[left_out]": [{"source": str, "reason": str}],
+    },
+}
 _FIELDS = {
     "shard": "<i4",
     "offset": "<i8",
@@ -108,7 +133,7 @@ def read_manifest(root: Path) -> dict:
         content = path.read_bytes()
         manifest = json.loads(content)
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}). Restore it, or build the dataset again") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
@@ -116,20 +141,44 @@ def read_manifest(root: Path) -> dict:
         raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
     try:
         _check_manifest(manifest)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not of this program ({clipped(repr(error))}). Build the dataset again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not of this program ({clipped(error, 120)}). Build the dataset again") from error
     return manifest
 
 
 def _check_manifest(manifest: dict) -> None:
-    """Raise nearly any error unless it has what `read_index` needs, and names files in the folders of its splits."""
-    sum(map(len, [manifest["classes"], manifest["options"]]))
+    """Raise a ValueError unless it has all that a command reads, and names files in the folders of its splits."""
+    _check_shape(manifest, _MANIFEST, "")
     for split, entry in manifest["splits"].items():
-        int(entry["samples"]), str(entry["index_sha256"]), str(entry["digest"])
-        int(entry["shards"][0]["bytes"]), sum(int(shard["bytes"]) for shard in entry["shards"])
+        if not entry["shards"]:
+            raise ValueError(f"{split} has no shards")
+        if len(entry["class_counts"]) != len(manifest["classes"]) or not entry["class_counts"]:
+            raise ValueError(f"{split} counts {len(entry['class_counts'])} of {len(manifest['classes'])} classes")
         for name in (split, *(shard["name"] for shard in entry["shards"])):
-            if Path(name).name != name:
-                raise ValueError(f"{name} is no name of a file")
+            raw = os.fsencode(name)  # a ValueError where it cannot be
+            if raw in (b"", b".", b"..") or {*raw} & {*b"/\0"}:
+                raise ValueError(f"{ascii(name)} is no name of a file")
+
+
+def _check_shape(value: object, shape: object, where: str) -> None:
+    """Raise a ValueError that names the first part that is not as `_MANIFEST` has it; numbers are counts."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
+    if not (is_count if kind is int else isinstance(value, kind)):
+        raise ValueError(f"{where} is {clipped(ascii(value), 40)}")
+    if isinstance(shape, list):
+        for i, item in enumerate(value):
+            _check_shape(item, shape[0], f"{where}[{i}]")
+    elif kind is dict and str in shape:
+        for key, item in value.items():
+            _check_shape(item, shape[str], f"{where}.{key}")
+    elif kind is dict:
+        for key, inner in shape.items():
+            name = key.strip("[]")
+            if name in value:
+                _check_shape(value[name], inner, f"{where}.{name}".lstrip("."))
+            elif name == key:
+                raise ValueError(f"{where}.{name} is missing".lstrip("."))
 
 
 def sorted_classes(names: list[str], order: str) -> list[str]:
@@ -254,9 +303,12 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     """
     with open(path, "rb") as file:
         first, _, dtype = _npy_header(file)
-        file.seek(first + start * dtype.itemsize)
-        content = file.read((stop - start) * dtype.itemsize)
-    if len(content) != (stop - start) * dtype.itemsize:
+        begin, end = (first + row * dtype.itemsize for row in (start, stop))
+        content = b""
+        if end <= os.fstat(file.fileno()).st_size:  # else as much memory would be asked for
+            file.seek(begin)
+            content = file.read(end - begin)
+    if len(content) != end - begin:
         raise OSError(errno.EIO, "has become shorter", str(path))
     return np.frombuffer(content, dtype)
 

@@ -22,6 +22,7 @@ from pipelines.rng import Stream
 PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
 # Evaluation looks at the middle of longer images: at the usual 235 px a JPEG of 65,500 x 1 would become one of 11 GB.
 LONGEST = 100  # short sides
+LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
 # What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
 BEFORE = {
     "window_shards": 0,
@@ -95,7 +96,7 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
     """The image sizes of a run: pairs (epoch, side in pixels), each size holds from its epoch until the next pair's.
 
     Raises:
-      UserError: the first epoch is not 0, epochs do not increase, or a size is not positive.
+      UserError: the first epoch is not 0, epochs do not increase, or a size is not in [1, LARGEST_SIDE].
     """
     pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
     where = f"data.image_size is {image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]}"
@@ -107,6 +108,8 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
         raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
     if any(size < 1 for _, size in pairs):
         raise UserError(f"{where}; a size must be at least 1")
+    if any(size > LARGEST_SIDE for _, size in pairs):
+        raise UserError(f"{where}; a size must be at most {LARGEST_SIDE}")
     return pairs
 
 

@@ -64,28 +64,43 @@ class Range:
     def _of_number(self, number: float) -> str:
         if isinstance(number, float) and not math.isfinite(number):
             return "; it must be a finite number"
-        low, high = self.above if self.at_least is None else self.at_least, self._high
-        is_low = low is not None and (number < low or number == self.above)
-        is_high = high is not None and (number > high or number == self.below)
-        if (is_low or is_high) and low is not None and high is not None:
-            return (
-                f"; it lies in {'(' if self.at_least is None else '['}{low}, {high}{']' if self.below is None else ')'}"
-            )
-        if is_low:
-            return f"; it must {self._lower_bound()}"
-        most = _MOST_WHOLE if isinstance(number, int) else _MOST
-        if high is None and abs(number) > most:
-            return f"; it must be at most {most}" if number > 0 else f"; it must be at least {-most}"
-        return f"; it must be {'at most' if self.below is None else 'below'} {high}" if is_high else ""
+        if not (self._is_low(number) or self._is_high(number)):
+            return self._beyond_any_range(number)
+        has_low = self.at_least is not None or self.above is not None
+        has_high = self.at_most is not None or self.below is not None
+        if has_low and has_high:
+            low = f"({self.above}" if self.at_least is None else f"[{self.at_least}"
+            high = f"{_power(self.below)})" if self.at_most is None else f"{self.at_most}]"
+            return f"; it must lie in {low}, {high}"
+        return f"; it must {self._lower_bound() if has_low else self._upper_bound()}"
 
-    @property
-    def _high(self) -> float | None:
-        return self.below if self.at_most is None else self.at_most
+    def _is_low(self, number: float) -> bool:
+        return (self.at_least is not None and number < self.at_least) or (
+            self.above is not None and number <= self.above
+        )
+
+    def _is_high(self, number: float) -> bool:
+        return (self.at_most is not None and number > self.at_most) or (self.below is not None and number >= self.below)
+
+    def _beyond_any_range(self, number: float) -> str:
+        most = _MOST_WHOLE if isinstance(number, int) else _MOST
+        if abs(number) <= most or self.at_most is not None or self.below is not None:
+            return ""
+        return f"; it must be at most {most}" if number > 0 else f"; it must be at least {-most}"
 
     def _lower_bound(self) -> str:
         if self.at_least is None:
             return "be positive" if not self.above else f"be above {self.above}"
         return "not be negative" if not self.at_least else f"be at least {self.at_least}"
+
+    def _upper_bound(self) -> str:
+        return f"be below {_power(self.below)}" if self.at_most is None else f"be at most {self.at_most}"
+
+
+def _power(bound: float) -> str:
+    """A bound as people know it: 2**63 for 9223372036854775808."""
+    is_known = bound <= _MOST_WHOLE or bound != 2 ** (bound.bit_length() - 1)
+    return str(bound) if is_known else f"2**{bound.bit_length() - 1}"
 
 
 def setting(default: object = dataclasses.MISSING, *, factory: object = dataclasses.MISSING, **bounds: object):

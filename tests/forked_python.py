@@ -108,7 +108,8 @@ def _serve(address: str, program: str) -> None:
                     connection.close()
                     del forks[connection]
     for pid in forks.values():
-        os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _forked(connection: socket.socket, program: str, others: list[socket.socket]) -> int:

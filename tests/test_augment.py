@@ -262,13 +262,13 @@ def test_beta_quantiles_are_exact(alpha):
     ("settings", "message"),
     [
         ({"mix_group": 0}, "augment.mix_group is 0"),
-        ({"flip": 1.5}, "augment.flip is 1.5; it lies in"),
+        ({"flip": 1.5}, "augment.flip is 1.5; it must lie in"),
         ({"crop_area": (0.5, 0.1)}, "augment.crop_area"),
         ({"crop_area": (0.5, 2.0)}, "at most the whole image"),
         ({"interpolation": "nearest"}, "augment.interpolation is 'nearest', not bicubic or bilinear"),
         ({"randaugment_magnitude": 11}, "augment.randaugment_magnitude is 11"),
         ({"color_jitter": -0.1}, "augment.color_jitter is -0.1; it must not be negative"),
-        ({"erase_prob": 25}, "augment.erase_prob is 25; it lies in"),
+        ({"erase_prob": 25}, "augment.erase_prob is 25; it must lie in"),
         ({"mixup_alpha": -1}, "augment.mixup_alpha is -1"),
     ],
 )

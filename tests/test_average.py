@@ -306,8 +306,8 @@ def test_the_output_is_never_one_of_the_inputs_or_of_a_runs_own_files(tiny_run, 
 def test_a_moving_average_needs_a_decay_and_the_steps_of_one_run(tiny_run, steps, tmp_path, capsys):
     out, elsewhere = tmp_path / "out.pt", changed(steps[0], tmp_path / "step-00000015.pt")
     for arguments, says in (
-        ((tiny_run, "--decay", 1.0), "--decay is 1.0; it lies in [0, 1)"),
-        ((tiny_run, "--decay", -0.1), "--decay is -0.1; it lies in [0, 1)"),
+        ((tiny_run, "--decay", 1.0), "--decay is 1.0; it must lie in [0, 1)"),
+        ((tiny_run, "--decay", -0.1), "--decay is -0.1; it must lie in [0, 1)"),
         ((tiny_run, elsewhere, "--decay", 0.9), f"{elsewhere}: the average is over the steps of one run"),
         ((tiny_run / "checkpoints" / "best.pt", "--decay", 0.9), "best.pt: the average is over the steps of one run"),
         ((elsewhere, "--decay", 0.9), f"{elsewhere}: holds step 10"),

@@ -244,3 +244,24 @@ def test_what_cannot_be_removed_at_the_end_is_one_line_and_the_same_command_remo
         "val",
     ]
     assert verify(tmp_path / "out") == [] and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("suffix", [".starts", ".jsonl"])
+def test_a_listing_that_is_cut_off_in_mid_run_ends_the_conversion_and_no_sample_takes_the_place_of_another(
+    tmp_path, digits_images, monkeypatch, suffix
+):
+    out, write_shard = tmp_path / "out", job.write_shard
+    partial = tmp_path / "out.partial"
+
+    def cut_off_then_written(*arguments):
+        os.truncate(partial / "listing" / f"train{suffix}", 4)
+        write_shard(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_shard", cut_off_then_written)
+        message = refused(build, digits_images, out, BuildOptions())
+    assert f"listing/train{suffix}: is cut off. Remove {partial} to begin the conversion again" in message
+    assert "is cut off" in refused(build, digits_images, out, BuildOptions())  # an order of fewer samples is another
+    shutil.rmtree(partial)
+    build(digits_images, out, BuildOptions())
+    assert verify(out) == []

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from chaos.attempts import Attempt, isolated
-from chaos.command import FAULTS, tallied, to_markdown
+from chaos.command import FAULTS, _parse, tallied, to_markdown
 from chaos.runs import compare
 from conftest import REPOSITORY, TINY
 from forked_python import executable
@@ -52,6 +52,13 @@ def test_the_comparison_sees_what_differs(digits, tmp_path):
     train(parse([*settings, "--run.out", str(tmp_path / "c"), "--optim.eps", "1.001e-8"]), one)
     names = compare(tmp_path / "a", tmp_path / "c")
     assert names[:3] == ["student differs", "ema differs", "optimizer differs"]
+
+
+def test_faults_that_do_not_exist_are_refused_by_name(capsys):
+    assert (_parse([]).faults, _parse(["tars", "runs"]).faults) == ([], ["tars", "runs"])
+    with pytest.raises(SystemExit):
+        _parse(["tars", "tar"])
+    assert "there is no 'tar', only runs, tars, " in capsys.readouterr().err
 
 
 def test_the_report_counts_what_was_tried_and_names_what_fell():

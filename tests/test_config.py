@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 from pipelines.errors import UserError
 from trainer.config import Config, OptimConfig, parse, to_dict, to_yaml
 from trainer.evaluate import EvalConfig
+from trainer.settings import read_yaml
 
 
 def write(folder: Path, text: str) -> str:
@@ -55,6 +56,17 @@ def test_image_sizes_are_given_on_the_command_line_and_in_a_file(tmp_path, sizes
     assert parse(["--data.image_size", sizes, "--data.eval_image_size", "288"]).data.eval_size == 288
 
 
+@pytest.mark.parametrize("text", ["optim: {<<: {lr: 1, eps: 0.1}, lr: 0.5}", "optim: {<<: {eps: 0.1}, <<: {lr: 0.5}}"])
+def test_a_section_takes_what_is_merged_into_it_and_its_own_value_wins(tmp_path, text):
+    assert parse(["--config", write(tmp_path, text)]).optim == OptimConfig(lr=0.5, eps=0.1)
+
+
+@pytest.mark.parametrize("merged", ["*a", "*b", "[*a, *b]"])
+def test_a_section_may_merge_what_has_merged_something_itself(tmp_path, merged):
+    path = write(tmp_path, f"base: {{a: &a {{<<: &b {{lr: 2, eps: 0.1}}, lr: 1}}}}\noptim: {{<<: {merged}, lr: 0.5}}")
+    assert read_yaml(path)["optim"] == {"lr": 0.5, "eps": 0.1} and read_yaml(path)["base"]["a"]["lr"] == 1
+
+
 def test_configurations_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().optim.lr = 1.0
@@ -79,7 +91,7 @@ def test_configurations_cannot_be_changed():
         ("data: {image_size: [128, 160]}", "--data.image_size: not understood: [128, 160]. See --help"),
         ("data: {shuffle: local}", "data.shuffle is 'local', not global or window"),
         ("data: {shuffle: window, window_shards: 0}", "data.window_shards is 0; it must be at least 1"),
-        ("distill: {label_smoothing: 1}", "distill.label_smoothing is 1.0; it lies in [0, 1)"),
+        ("distill: {label_smoothing: 1}", "distill.label_smoothing is 1.0; it must lie in [0, 1)"),
         ("schedule: {epochs: 3}", "schedule.warmup_epochs is 5; it must be shorter than schedule.epochs, 3"),
     ],
 )
@@ -148,15 +160,20 @@ def test_any_value_of_any_setting_is_of_its_type_and_range_or_is_refused_with_it
         ("run: {global_batch: null}", "run.global_batch is null; it must be a whole number"),
         ("run: {eval_batch: }", "run.eval_batch is null; it must be a whole number"),
         ("optim: {lr: .nan}", "optim.lr is nan; it must be a finite number"),
-        ("optim: {betas: [0.9, 1]}", "optim.betas is (0.9, 1.0); it lies in [0, 1)"),
-        ("run: {seed: 1000000000000000000000000}", "run.seed is 1000000000000000000000000; it lies in [0, "),
-        ("data: {image_size: 100000}", "data.image_size is 100000; it must be at most 4096"),
+        ("optim: {betas: [0.9, 1]}", "optim.betas is (0.9, 1.0); it must lie in [0, 1)"),
+        ("run: {seed: 1000000000000000000000000}", "run.seed is 1000000000000000000000000; it must lie in [0, 2**63)"),
+        ("data: {image_size: 100000}", "data.image_size is 100000; a size must be at most 4096"),
         ("student: {kwargs: {a: .inf}}", "student.kwargs is {'a': inf}; it must be a finite number"),
         ("teacher: {others: [{name: ''}]}", "teacher.others[0].name is ''; it must not be empty"),
         ("run: {watchdog_s: 0.5}", "run.watchdog_s is 0.5; it is 0 or at least 1"),
         ("optim: {lr: 1}\noptim: {eps: 1}", "my.yaml: not YAML: 'optim' stands twice"),
         ("run: {seed: " + "9" * 5000 + "}", "my.yaml: not YAML: Exceeds the limit"),
         ("student: {kwargs: {a: &a [*a]}}", "my.yaml: holds more than 10000 values, so not settings"),
+        ("optim: {<<: {lr: 1}, lr: 2, lr: 3}", "my.yaml: not YAML: 'lr' stands twice"),
+        (
+            f"a: &a {dict.fromkeys(range(110), 0)}\nb: {{<<: [{'*a, ' * 110}]}}",
+            "my.yaml: not YAML: merges more than 10000 values",
+        ),
         ("# " + "x" * 300_000, "my.yaml: larger than 256 KiB, so not a file of settings"),
         ("student: !!python/object/apply:os.system ['true']", "my.yaml: not YAML: could not determine a constructor"),
     ],
@@ -165,6 +182,23 @@ def test_values_and_files_that_no_run_can_use_are_refused_in_one_line(tmp_path, 
     with pytest.raises(UserError) as error:
         parse(["--config", write(tmp_path, text)])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["optim: {lr: fast}", "optim: {lr: -1}"])
+def test_a_value_of_a_file_is_refused_with_the_file_and_one_of_the_command_line_without(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=f"^{path}: (--)?optim.lr"):
+        parse(["--config", path, "--optim.eps", "0.1"])
+    with pytest.raises(UserError, match="^(--)?optim.lr"):
+        parse(["--config", path, "--optim.lr", "-2"])
+    with pytest.raises(UserError, match=f"^{path}: (--)?optim.lr"):
+        parse(["--optim.lr", "-2", "--config", path])
+
+
+def test_epochs_of_image_sizes_may_be_larger_than_any_size():
+    assert parse(["--data.image_size", "[[0,128],[5000,224]]"]).data.train_sizes == [128, 224]
+    with pytest.raises(UserError, match="a size must be at most 4096"):
+        parse(["--data.image_size", "[[0,128],[100,5000]]"])
 
 
 def test_a_pipe_is_read_as_a_file():

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from pipelines.index import manifest_bytes, read_index, read_manifest
 from pipelines.reader import ShardReader, read_ahead
+from tools.sharding.verify import summarize, verify
 
 
 @pytest.fixture
@@ -59,7 +61,15 @@ def test_a_manifest_of_the_future(copy):
         lambda manifest: manifest["splits"]["train"]["shards"][0].pop("bytes"),
         lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../../secret"),
         lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="/etc/passwd"),
-        lambda manifest: manifest["splits"].update({"../train": manifest["splits"]["train"]}),
+        *[
+            lambda manifest, name=name: manifest["splits"]["train"]["shards"][0].update(name=name)
+            for name in ("", ".", "..", "a\0b", "\ud800")
+        ],
+        *[
+            lambda manifest, name=name: manifest["splits"].update({name: manifest["splits"]["train"]})
+            for name in ("../train", "..", "", "\0")
+        ],
+        lambda manifest: manifest["splits"]["val"]["class_counts"].pop(),
     ],
 )
 def test_a_manifest_that_somebody_has_written_by_hand_is_refused_unless_it_is_complete(copy, spoil):
@@ -68,6 +78,34 @@ def test_a_manifest_that_somebody_has_written_by_hand_is_refused_unless_it_is_co
     (copy / "manifest.json").write_bytes(manifest_bytes(manifest))  # its hash is right
     with pytest.raises(UserError, match=r"manifest.json: not of this program"):
         read_index(copy, "train")
+
+
+def places(value: object) -> list[tuple]:
+    """The paths to all parts of a manifest; of a list its first item."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    return [(), *((key, *rest) for key, part in inner for rest in places(part))]
+
+
+@pytest.mark.usefixtures("jobs_in_this_process")
+@pytest.mark.parametrize("wrong", ["5", -1, [[]], None, 10**40, "missing"])
+def test_whatever_stands_in_a_manifest_no_command_that_reads_it_fails_with_a_traceback(copy, wrong):
+    good = json.loads((copy / "manifest.json").read_text())
+    refused = set()
+    for *parents, last in [place for place in places(good) if place and place != ("format_version",)]:
+        manifest = json.loads(json.dumps(good))
+        part = functools.reduce(lambda part, key: part[key], parents, manifest)
+        if wrong == "missing":
+            part.pop(last)
+        else:
+            part[last] = wrong
+        (copy / "manifest.json").write_bytes(manifest_bytes(manifest))
+        try:
+            read_index(copy, "train")
+            summarize(copy)
+            verify(copy)
+        except UserError:
+            refused.add((*parents, last))
+    assert ("splits", "train", "digest") in refused or isinstance(wrong, str)
 
 
 @pytest.mark.parametrize(("name", "message"), [("manifest.json", "damaged"), ("train/index.npy", "too many for 320")])

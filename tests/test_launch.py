@@ -23,7 +23,7 @@ from ranks import Ranks, free_port, run_ranks
 from trainer import ready
 from trainer.config import parse
 from trainer.distributed import World
-from trainer.ready import facts, host_of_main, ranks_text, serve_store
+from trainer.ready import _problem, facts, host_of_main, ranks_text, serve_store
 from trainer.run import what_must_agree
 from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
 
@@ -133,8 +133,24 @@ def test_what_rank_0_serves_on_one_machine_is_reached_from_this_machine_alone(on
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as where only RANK and WORLD_SIZE are set
     assert host_of_main() == socket.gethostname()
     assert listening_on(serve_store(0, SECONDS).port) != {loopback}
+    for host in ("localhost", "127.0.0.1"):  # as some set it on rank 0's machine alone
+        monkeypatch.setenv("MASTER_ADDR", host)
+        assert host_of_main() == host and listening_on(serve_store(0, SECONDS).port) != {loopback}
+
+
+def test_where_only_rank_0_s_address_says_that_it_is_alone_its_message_says_how_several_machines_meet(
+    one_machine, monkeypatch
+):
+    loopback, alone = "0100007F", {0: {"host": "a", "facts": {}}}
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert host_of_main() == "127.0.0.1"
+    assert listening_on(serve_store(0, SECONDS).port) == {loopback}
+    assert "set it to the name of this one, or set LOCAL_WORLD_SIZE on all" in _problem(alone, 2, 1)
+    for name, value in (("MASTER_ADDR", socket.gethostname()), ("LOCAL_WORLD_SIZE", "1")):  # the advice works
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert listening_on(serve_store(0, SECONDS).port) != {loopback}
+            assert "LOCAL_WORLD_SIZE" not in _problem(alone, 2, 1)
 
 
 STRANGERS = [b"", b"GET / HTTP/1.0\r\n\r\n", b"\x00", b"\x09", bytes(range(256)) * 40, b"\xff" * 1000]

@@ -357,3 +357,11 @@ def test_samples_that_are_there_stay_and_batches_pass_unchanged(tmp_path):
 def test_a_strip_has_rows_of_eight(count, size, shape):
     picture = Image.open(io.BytesIO(strip_png(torch.zeros(count, size, size, 3, dtype=torch.uint8))))
     assert picture.size == shape[::-1]
+
+
+def test_a_section_of_the_configuration_that_is_none_is_left_out_and_said(tmp_path, capsys):
+    run = logged(tmp_path / "run", 4)
+    (run / "config.yaml").write_text("student: {name: resnet50}\nteacher: 3\n")
+    page = Page(write_report([run], tmp_path / "out"))
+    assert "left out: section 'teacher' of config.yaml" in page.text and "student resnet50" in page.text
+    assert f"{run}: cannot be used and is left out: section 'teacher' of config.yaml" in capsys.readouterr().err

@@ -105,6 +105,26 @@ def test_a_line_cut_off_by_a_crash_is_gone_after_the_restart(tmp_path):
     assert told(tmp_path) == [("session", 0), ("train", 1), ("session", 1), ("train", 2), ("eval", 2)]
 
 
+def test_lines_that_are_none_are_kept_beside_the_log_and_counted(tmp_path, capsys):
+    session(tmp_path, 0, 1)
+    strange = [b'{"kind": "mine"}', b"\xff\xfe", b'{"kind": "train", "st']
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join(strange))
+    session(tmp_path, 1, 2)
+    assert (tmp_path / "metrics.jsonl.unusable").read_bytes().split(b"\n") == [*strange, b""]
+    assert "metrics.jsonl: 3 lines cannot be used, and moved to metrics.jsonl.unusable" in capsys.readouterr().out
+    session(tmp_path, 2, 3)
+    assert "cannot be used" not in capsys.readouterr().out and len(told(tmp_path)) == 7
+
+
+def test_an_error_that_appears_first_when_the_log_is_closed_is_told(tmp_path):
+    telemetry = Telemetry(tmp_path, ONE, step=0, total_steps=10, steps_per_epoch=2)
+    with pytest.raises(OSError, match="No space left") as error, telemetry.live(), open("/dev/full", "w") as full:
+        telemetry._file.write("what some file systems write no sooner")
+        os.dup2(full.fileno(), telemetry._file.fileno())
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     session(tmp_path, 0, 2, world=World(1, 2, 2, torch.device("cpu")), sinks=[sink := Kept()])
     assert not list(tmp_path.iterdir()) and not sink and not capsys.readouterr().out

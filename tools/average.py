@@ -297,7 +297,7 @@ def ema(paths: list[Path], decay: float) -> Average:
       UserError: the decay is none, or the files are not all of one run.
     """
     if not 0 <= decay < 1:
-        raise UserError(f"--decay is {decay}; it lies in [0, 1)")
+        raise UserError(f"--decay is {decay}; it must lie in [0, 1)")
     for path in paths:
         if not re.fullmatch(r"step-\d+", path.stem) or path.absolute().parent != paths[0].absolute().parent:
             raise UserError(

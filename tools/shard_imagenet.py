@@ -154,7 +154,7 @@ def _counts(manifest: dict) -> str:
     notes = [f"{count:,} {word}" for kind, word in words.items() if (count := audit["counts"].get(kind))]
     if left_out := audit.get("left_out"):
         names = named([item["source"] for item in left_out[:4]], 3)
-        notes.append(f"{audit['counts']['left_out']:,} left out ({names})")
+        notes.append(f"{audit['counts'].get('left_out', len(left_out)):,} left out ({names})")
     for split, entry in manifest["splits"].items():
         if empty := entry["class_counts"].count(0):
             notes.append(f"{empty} classes without {split} images")

@@ -12,12 +12,11 @@ import yaml
 from pipelines import PIPELINES
 from pipelines.augment import AugmentConfig
 from pipelines.errors import UserError
-from pipelines.plan import size_schedule
+from pipelines.plan import LARGEST_SIDE, size_schedule
 from pipelines.ranges import Section, check, setting
 from trainer.model_arguments import Kwargs, check_kwargs
 from trainer.settings import parse_settings
 
-LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
 _MOST_EPOCHS = 10**6
 
 
@@ -74,7 +73,7 @@ class DataConfig(ImagesConfig):
     max_bad_fraction: float = setting(0.001, at_least=0, at_most=1)
     shuffle: str = setting("global", among=("global", "window"))
     window_shards: int = setting(16, at_least=1)
-    image_size: int | list[tuple[int, int]] = setting(224, at_most=LARGEST_SIDE)
+    image_size: int | list[tuple[int, int]] = 224
     eval_image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     eval_crop_pct: float = setting(0.95, above=0, at_most=1)
     synthetic_samples: int = setting(1_281_167, at_least=1, at_most=10**8)

@@ -29,10 +29,11 @@ from pipelines.batch import Batch
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import refuse_place, write_synced
 from pipelines.index import ShardIndex, read_index, read_manifest
+from pipelines.plan import LARGEST_SIDE
 from pipelines.ranges import Section, setting
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
-from trainer.config import LARGEST_SIDE, ImagesConfig
+from trainer.config import ImagesConfig
 from trainer.confusion import order_warning
 from trainer.data import open_configured_pipeline, tried_decode
 from trainer.distributed import World, join_world

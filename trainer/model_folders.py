@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.errors import UserError, clipped
-from trainer.config import LARGEST_SIDE
+from pipelines.plan import LARGEST_SIDE
 from trainer.model_arguments import Kwargs, check_sizes, without_reserved
 
 CONFIG = "config.json"

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.files import split_json_lines
 from pipelines.index import ShardIndex
 from trainer.distributed import World
-from trainer.run_files import is_quarantine_line, naming, read_lines
+from trainer.run_files import is_quarantine_line, naming
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -36,7 +37,7 @@ class Quarantine:
         self._world = world
         self._lock = threading.Lock()
         self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
-        lines, _ = read_lines(path, is_quarantine_line) if world.is_main else ([], 0)
+        lines, _ = split_json_lines(path, is_quarantine_line) if world.is_main else ([], [])
         named = world.choice_of_main([_place(line) for line in lines])
         self._named: set[_Place] = set(named)
 

@@ -213,6 +213,7 @@ def _problem(answers: dict[int, dict], size: int, seconds: float) -> str:
         problems.append(
             f"{ranks_text(missing)} of {size} did not come within {seconds:g} s; {', '.join(hosts)} did. Look at the "
             f"messages of those that did not, and whether their machines reach {_address()}"
+            + (_ADDRESS_ADVICE if _by_address_alone() else "")
         )
     return "; ".join(problems)
 
@@ -250,6 +251,12 @@ def ranks_text(ranks: list[int]) -> str:
 # --- the store ---
 
 
+_ADDRESS_ADVICE = (
+    ". Rank 0 lets only its own machine in, for its MASTER_ADDR is that of the loopback interface: if there are "
+    "several machines, set it to the name of this one, or set LOCAL_WORLD_SIZE on all"
+)
+
+
 def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
@@ -284,8 +291,17 @@ def _open_store(rank: int, deadline: float, seconds: float) -> dist.TCPStore:
 
 def host_of_main() -> str:
     """Where the other ranks reach what rank 0 serves: through the loopback interface if all are on one machine."""
-    this, given = launched(), os.environ.get("MASTER_ADDR", "")
-    return _LOOPBACK if this.local_size == this.size or given in ("localhost", "::1", _LOOPBACK) else given
+    return _LOOPBACK if _on_one_machine() else os.environ.get("MASTER_ADDR", "")
+
+
+def _on_one_machine() -> bool:
+    """Whether all ranks are on this machine, as far as the launcher says; MASTER_ADDR counts where it does not."""
+    this = launched()
+    return this.local_size == this.size or _by_address_alone()
+
+
+def _by_address_alone() -> bool:
+    return not os.environ.get("LOCAL_WORLD_SIZE") and os.environ.get("MASTER_ADDR") in ("localhost", "::1", _LOOPBACK)
 
 
 def serve_store(port: int, timeout: datetime.timedelta) -> dist.TCPStore:
@@ -296,7 +312,7 @@ def serve_store(port: int, timeout: datetime.timedelta) -> dist.TCPStore:
     Raises:
       OSError, RuntimeError: the port is taken.
     """
-    if host_of_main() != _LOOPBACK:
+    if not _on_one_machine():
         return dist.TCPStore("localhost", port, is_master=True, timeout=timeout, wait_for_workers=False)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

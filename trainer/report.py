@@ -18,13 +18,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipelines.errors import UserError, clipped, printable, write_error_line
-from pipelines.files import write_synced
+from pipelines.errors import UserError, clipped, with_escaped_bytes, write_error_line
+from pipelines.files import split_json_lines, write_synced
 from trainer.audit import audit
 from trainer.charts import Chart, Curve, draw
 from trainer.config import parse
 from trainer.quarantine import QUARANTINE
-from trainer.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_lines, read_summary
+from trainer.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_summary
 from trainer.samples import SAMPLES
 from trainer.settings import read_yaml
 
@@ -89,10 +89,10 @@ def read_run(folder: Path, name: str) -> RunRecord:
     if not (config.is_file() or metrics.is_file()):
         raise UserError(f"{folder}: not the folder of a run, it has no config.yaml. Give what --run.out was")
     unusable = []
-    lines, num_lost = read_lines(metrics, is_reportable)
-    damaged, num_damaged_lost = read_lines(folder / QUARANTINE, is_quarantine_line)
-    for file, number in ((METRICS, num_lost), (QUARANTINE, num_damaged_lost)):
-        unusable += [f"{number} {'line' if number == 1 else 'lines'} of {file}"] if number else []
+    lines, lost = split_json_lines(metrics, is_reportable)
+    damaged, damaged_lost = split_json_lines(folder / QUARANTINE, is_quarantine_line)
+    for file, others in ((METRICS, lost), (QUARANTINE, damaged_lost)):
+        unusable += [f"{len(others)} {'line' if len(others) == 1 else 'lines'} of {file}"] if others else []
     ended = read_summary(summary)
     unusable += [SUMMARY] if ended is None else []
     if lines and ended and ended["step"] < lines[-1]["step"]:
@@ -103,6 +103,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         settings = {}
         unusable.append("config.yaml")
     sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    unusable += [f"section '{clipped(key)}' of config.yaml" for key in settings if key not in sections]
     return RunRecord(folder, name, sections, lines, ended or {}, len(damaged), unusable)
 
 
@@ -114,7 +115,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """
     short = Counter(folder.resolve().name for folder in folders)
     names = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
-    runs = [read_run(folder, printable(name)) for folder, name in zip(folders, names, strict=True)]
+    runs = [read_run(folder, with_escaped_bytes(name)) for folder, name in zip(folders, names, strict=True)]
     for run in runs:
         if run.unusable:
             write_error_line(f"note: {run.folder}: cannot be used and is left out: {', '.join(run.unusable)}")

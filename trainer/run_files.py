@@ -6,13 +6,14 @@ summary.json says how the latest session ended. Whoever reads them gets only lin
 
 import contextlib
 import errno
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.files import parsed_json, split_json_lines
 
 METRICS = "metrics.jsonl"
+UNUSABLE = "metrics.jsonl.unusable"  # lines of it that are none, as they stood there
 SUMMARY = "summary.json"
 
 _MOST_COUNT = 2**53  # larger whole numbers are no counts, and no float holds them
@@ -61,23 +62,6 @@ def full_disk_is_told() -> Iterator[None]:
         ) from error
 
 
-def read_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[list[dict], int]:
-    """The usable lines of a JSON lines file, [] without a file, and how many others there are that are not empty."""
-    if not path.is_file():  # a device may have no end
-        return [], 0
-    found = [_parsed(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    usable = [line for line in found if is_usable(line)]
-    return usable, len(found) - len(usable)
-
-
-def _parsed(content: bytes) -> object:
-    """What JSON says; None where it is none."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):  # ValueError: also of bytes that are no UTF-8
-        return None
-
-
 def is_metrics_line(line: object) -> bool:
     """Whether it is a line of metrics.jsonl, of a kind that may be unknown here."""
     return isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_count(line.get("step"))
@@ -100,7 +84,7 @@ def is_reportable(line: object) -> bool:
 
 def last_validation(path: Path) -> str:
     """The digest of the validation images in the latest session of a metrics.jsonl that has one; "" without one."""
-    lines, _ = read_lines(path, is_reportable)
+    lines, _ = split_json_lines(path, is_reportable)
     return next((line["validation"] for line in reversed(lines) if "validation" in line), "")
 
 
@@ -117,7 +101,7 @@ def read_summary(path: Path) -> dict | None:
     """The summary of a session, {} if there is none, None if what is there is no summary."""
     if not path.exists():
         return {}
-    summary = _parsed(path.read_bytes()) if path.is_file() else None
+    summary = parsed_json(path.read_bytes()) if path.is_file() else None
     if not isinstance(summary, dict) or not _SUMMARY_TYPES.keys() <= summary.keys():
         return None
     fits = _have_types(summary, _SUMMARY_TYPES) and _is_count(summary["step"]) and _is_count(summary["total_steps"])

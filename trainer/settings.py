@@ -9,14 +9,14 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pipelines.errors import UserError, clipped, printable
+from pipelines.errors import UserError, clipped, with_escaped_bytes
 from pipelines.machine import expanded
 
 T = TypeVar("T")
@@ -46,7 +46,8 @@ def parse_settings(
       SystemExit: --help.
     """
     arguments, flags = sys.argv[1:] if arguments is None else arguments, flags or {}
-    arguments = _Keys(kind, flags).checked(arguments)
+    keys = _Keys(kind, flags)
+    arguments = keys.checked(arguments)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     for flag, meaning in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
@@ -56,7 +57,11 @@ def parse_settings(
         values = parser.instantiate(_with_home_folders(parser.parse_args(arguments)))
     except ArgumentError as error:
         reason = _reason(str(error), _item_fields(kind))
-        raise UserError(f"{reason}. See --help for the keys and their types; {_NOTATION}") from error
+        raise UserError(
+            f"{keys.file_of(reason)}{reason}. See --help for the keys and their types; {_NOTATION}"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{keys.file_of(str(error))}{error}") from error
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
@@ -96,16 +101,40 @@ _MOST_VALUES = 10_000
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Plain values alone, and no key twice in a section: the first one would be lost in silence."""
+    """Plain values alone, and no key twice in a section: the first one would be lost in silence.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    What `<<` merges into a section may stand there as well: the section's own value wins.
+    """
+
+    _merged = 0  # pairs of mappings, each counted as often as it is merged or read
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        seen, todo = set(), [root]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, yaml.CollectionNode) and node not in seen:
+                seen.add(node)
+                pairs = node.value if isinstance(node, yaml.MappingNode) else []
+                self._check_keys([key for key, _ in pairs])
+                todo += [part for pair in pairs for part in pair] or node.value
+        return root
+
+    def _check_keys(self, nodes: list[yaml.Node]) -> None:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", key_node.start_mark)
-            seen |= {key} if isinstance(key, Hashable) else set()
-        return super().construct_mapping(node, deep)
+        for node in nodes:
+            # `<<` has no constructor, for it is no key; a list or a mapping is refused as a key later.
+            if isinstance(node, yaml.ScalarNode) and node.tag in self.yaml_constructors:
+                key = self.construct_object(node)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", node.start_mark)
+                seen.add(key)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self._merged += len(node.value)
+        if self._merged > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"merges more than {_MOST_VALUES} values")
 
 
 def read_yaml(path: Path, option: str = "config") -> dict:
@@ -119,7 +148,7 @@ def read_yaml(path: Path, option: str = "config") -> dict:
         raise UserError(f"{path}: larger than {_MOST_BYTES >> 10} KiB, so not a file of settings. Name another one")
     try:
         content = yaml.load(raw.decode("utf-8-sig"), _Loader)  # a safe loader
-        _refuse_endless(content, path)
+        _check_bounds(content, path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a number of 5000 digits
         if isinstance(error, UserError):
             raise
@@ -130,13 +159,15 @@ def read_yaml(path: Path, option: str = "config") -> dict:
     return content
 
 
-def _refuse_other_text(value: str, option: list[str]) -> None:
+def _check_text(value: str, option: list[str]) -> None:
     """Raise a UserError about a value, of the option in the list, that is no UTF-8, so that no file can hold it."""
-    if printable(value) != value:
-        raise UserError(f"{' '.join(option)} {printable(value)}: not UTF-8. Rename it, or make a link to it".strip())
+    if with_escaped_bytes(value) != value:
+        raise UserError(
+            f"{' '.join(option)} {with_escaped_bytes(value)}: not UTF-8. Rename it, or make a link to it".strip()
+        )
 
 
-def _refuse_endless(value: object, where: object) -> None:
+def _check_bounds(value: object, where: object) -> None:
     """Raise a UserError if a value, or text that YAML reads as one, grows beyond bounds by its aliases."""
     if isinstance(value, str):
         if "*" not in value:
@@ -179,7 +210,13 @@ class _Keys:
             f"{name}.{field.name}" for name, section in self._sections.items() for field in dataclasses.fields(section)
         ]
         self._free = [key for key in self._keys if key.endswith(".kwargs")]
+        self._files: dict[str, str] = {}  # key -> the file that has its value
         self._flags = {"help", "print_config", *flags, *(f"{key}.help" for key in self._keys)}
+
+    def file_of(self, message: str) -> str:
+        """The beginning of a message about the value of a key: its file, "" where the command line has it."""
+        keys = re.findall(rf"\b(?:{'|'.join(self._sections)})\.\w+", message)
+        return next((f"{self._files[key]}: " for key in keys if key in self._files), "")
 
     def checked(self, arguments: list[str]) -> list[str]:
         """The arguments with the content of files in place of their names: a file may be a pipe, to be read but once.
@@ -191,8 +228,8 @@ class _Keys:
         for argument in waiting:
             checked.append(argument)
             if not argument.startswith("--"):
-                _refuse_other_text(argument, checked[-2:-1])
-                _refuse_endless(argument, clipped(argument))
+                _check_text(argument, checked[-2:-1])
+                _check_bounds(argument, clipped(argument))
                 continue
             key, equals, value = argument[2:].partition("=")
             key = key.removesuffix("+")  # adds to a list
@@ -200,9 +237,10 @@ class _Keys:
                 name = value if equals else next(waiting, "")
                 checked[-1:] = [f"--{key}", self._content(key, name)]
             elif key not in self._flags:
-                _refuse_other_text(value, [f"--{key}"])
+                _check_text(value, [f"--{key}"])
                 self._check(key, "", "--")
-                _refuse_endless(value, f"--{key}")
+                self._files.pop(".".join(key.split(".")[:2]), None)
+                _check_bounds(value, f"--{key}")
         return checked
 
     def _content(self, key: str, name: str) -> str:
@@ -214,6 +252,7 @@ class _Keys:
         content = read_yaml(expanded(name), key)
         for file_key in _keys_of(name, content if key == "config" else {key: content}, self._sections):
             self._check(file_key, f"{name}: ", "")
+            self._files[file_key] = name
         return yaml.safe_dump(content, default_flow_style=True, width=_MOST_BYTES)
 
     def _check(self, key: str, where: str, dashes: str) -> None:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.errors import UserError
-from pipelines.files import write_synced
+from pipelines.files import split_json_lines, write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
-from trainer.run_files import METRICS, is_metrics_line, naming, read_lines
+from trainer.run_files import METRICS, UNUSABLE, is_metrics_line, naming
 
 _LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
 T = TypeVar("T")
@@ -164,6 +164,7 @@ class Telemetry:
         self._sinks = list(sinks)
         self._validation = {"validation": validation} if validation else {}
         self._file = None  # open in a session, on rank 0
+        self._has_failed = False  # to write to it
         self._pace = Pace(total_steps)
         self._latest = ""  # what the last train line said, for the progress line
         self._console = Console(file=Screen(sys.stdout), quiet=not world.is_main, highlight=False, soft_wrap=True)
@@ -180,7 +181,7 @@ class Telemetry:
         with contextlib.ExitStack() as closing:
             for sink in self._sinks:
                 closing.callback(sink.close)
-            self._file = _open_log(self._path, self._step)
+            self._open_log(self._step)
             closing.callback(self._close_log)
             self._write(
                 {
@@ -199,8 +200,24 @@ class Telemetry:
             self._show()
             yield self
 
+    def _open_log(self, step: int) -> None:
+        """Open the log at its end, without what a later step had written before the run was set back to `step`.
+
+        Lines that are none go to UNUSABLE: they may be somebody's own, or what a crash or an error of the disk left.
+        """
+        lines, others = split_json_lines(self._path, is_metrics_line)
+        kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
+        with naming(self._path):
+            if others:
+                _append(self._path.with_name(UNUSABLE), others)
+                number = f"{len(others)} {'line' if len(others) == 1 else 'lines'}"
+                self.say(f"{self._path}: {number} cannot be used, and moved to {UNUSABLE}")
+            write_synced(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = open(self._path, "a")  # noqa: SIM115 (as long as the session)
+
     def _close_log(self) -> None:
-        with contextlib.suppress(OSError):  # of a line that could not be written before, which was said then
+        # A line that could not be written is written once more, and was told then.
+        with contextlib.suppress(OSError) if self._has_failed else naming(self._path):
             self._file.close()
 
     def advance(self, step: int) -> None:
@@ -222,8 +239,8 @@ class Telemetry:
     def rewind(self, step: int) -> None:
         """The run goes back to `step` within a session: later lines are dropped, they will be written again."""
         if self._file is not None:
-            self._file.close()
-            self._file = _open_log(self._path, step)
+            self._close_log()
+            self._open_log(step)
             self._write({"kind": "rollback", "step": step, "from_step": self._step})
         self._step = step
         self._pace.restart()
@@ -261,9 +278,11 @@ class Telemetry:
         if self._file is None:
             return
         record = {**record, "time": round(time.time(), 3)}
+        self._has_failed = True
         with naming(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        self._has_failed = False
         for sink in self._sinks:
             try:
                 sink(record)
@@ -274,10 +293,9 @@ class Telemetry:
                 self.say(f"run.loggers: {type(sink).__name__} gets no more numbers ({type(error).__name__}: {error})")
 
 
-def _open_log(path: Path, step: int):
-    """The log, open at its end, without what a later step had written before the run was set back to `step`."""
-    lines, _ = read_lines(path, is_metrics_line)
-    kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
-    with naming(path):
-        write_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return open(path, "a")
+def _append(path: Path, lines: list[bytes]) -> None:
+    """Add lines to a file; they are on the disk then."""
+    with open(path, "ab") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())

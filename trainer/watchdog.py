@@ -57,14 +57,7 @@ class State:
 
 
 # What JSON has for a State, and for what rank 0 publishes: its own state, what `lost` says, and a Verdict.
-_STATE = {
-    "number": int,
-    "beats": int,
-    "where": str,
-    "patience_s": (int, float),
-    "host": str,
-    "ended": (str, type(None)),
-}
+_STATE = {field.name: (int, float) if field.type is float else field.type for field in dataclasses.fields(State)}
 _FOUND = {**_STATE, "lost": str, "blamed": list, "line": str}
 
 

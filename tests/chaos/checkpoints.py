@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
+from chaos.conversions import run_jobs
 from pipelines.errors import UserError, exit_on_user_error
 from tools import average, export, predict
 from tools.comparing import contenders
@@ -82,7 +83,7 @@ class Place:
         """Make all of it."""
         images = self.data.with_name("images")
         _write_images(images, {"train": 60, "val": 20})
-        with mock.patch("tools.sharding.job.run_jobs", _run_here):
+        with mock.patch("tools.sharding.job.run_jobs", run_jobs):
             build(images, self.data, BuildOptions(samples_per_shard=100))
         shutil.copy(next((images / "val").rglob("*.png")), self.image)
         self.train(self.run, STEPS - 1)
@@ -99,15 +100,6 @@ def _write_images(folder: Path, counts: dict[str, int]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = chance.integers(20 * (i % 10), 20 * (i % 10) + 60, (8, 8, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(path)
-
-
-def _run_here(
-    function: Callable, jobs: Iterable, _workers: int, *, start: Callable[[int], None], **_more
-) -> Iterator[tuple[int, object]]:
-    """As tools.sharding.workers.run_jobs, but in this process: a worker would import everything anew."""
-    start(0)
-    for number, job in enumerate(jobs):
-        yield number, function(*job)
 
 
 # --- commands: each prints what it came to, which is compared with what it comes to with the unchanged file ---

@@ -97,9 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(1 if any(tally.fell for tally in tallies.values()) else 0)
 
 
+def _fault(name: str) -> str:
+    if name not in FAULTS:
+        raise argparse.ArgumentTypeError(f"there is no '{name}', only {', '.join(FAULTS)}")
+    return name
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("faults", nargs="*", choices=[[], *FAULTS], help=f"any of {', '.join(FAULTS)} (default: all)")
+    parser.add_argument("faults", nargs="*", type=_fault, help=f"any of {', '.join(FAULTS)} (default: all)")
     parser.add_argument("--count", type=int, help="how many attempts of each (default: as docs/chaos.md has them)")
     parser.add_argument("--seed", type=int, default=0, help="of what happens (default: 0)")
     parser.add_argument("--markdown", type=path_argument, help="write the report here, too")

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -18,6 +19,7 @@ from trainer.config import Config, parse
 from trainer.evaluate import EvalConfig
 from trainer.settings import parse_settings
 
+T = TypeVar("T")
 PROMISE = (
     "Any value for any setting of a run or an evaluation, on the command line or in a file, is accepted or refused in "
     "one line that names the key; any file for --config is read or refused in one line; a run whose settings are "
@@ -51,9 +53,9 @@ def as_text(value: object) -> str:
     )
 
 
-def _parsed(kind: type, arguments: list[str]) -> None:
+def _parsed(kind: type[T], arguments: list[str]) -> T:
     with exit_on_user_error():
-        parse_settings(kind, arguments, prog="settings", description="")
+        return parse_settings(kind, arguments, prog="settings", description="")
 
 
 def _value(folder: Path, chance: random.Random, in_file: bool) -> str:
@@ -94,6 +96,7 @@ DOCUMENTS: dict[str, bytes] = {
     "an alias to nothing": b"optim: {lr: *nothing}\n",
     "an anchor that is used": b"optim: &o {lr: 0.5, weight_decay: 0.1}\n",
     "a merge": b"optim: {<<: {lr: 0.5}, eps: 0.1}\n",
+    "a merge of another value": b"optim: {<<: {lr: 0.1}, lr: 0.5}\n",
     "a section twice": b"optim: {lr: 0.5}\noptim: {eps: 0.1}\n",
     "a key twice": b"optim: {lr: 0.5, lr: 0.1}\n",
     "two documents": b"optim: {lr: 0.5}\n---\noptim: {lr: 0.1}\n",
@@ -110,10 +113,20 @@ DOCUMENTS: dict[str, bytes] = {
 }
 
 
-def _document(folder: Path, content: bytes) -> str:
+# Those that are no mistake; each says that the learning rate is 0.5.
+_GOOD = {"a byte order mark", "an anchor that is used", "a merge", "a merge of another value"}
+
+
+def _document(folder: Path, content: bytes, is_good: bool = False) -> str:
     path = folder / "document.yaml"
     path.write_bytes(content)
-    return isolated(lambda: _parsed(Config, ["--config", str(path)])).complaint()
+
+    def command() -> None:
+        lr = _parsed(Config, ["--config", str(path)]).optim.lr
+        assert lr == 0.5 or not is_good, lr
+
+    ended = isolated(command)
+    return ended.complaint() or (f"refused: {ended.last_line[:200]}" if ended.code and is_good else "")
 
 
 def _mutated(folder: Path, chance: random.Random) -> str:
@@ -171,7 +184,7 @@ def _kinds(folder: Path) -> Iterator[tuple[str, Callable[[random.Random], str]]]
             yield "a run with an allowed value", functools.partial(_run, folder)
         elif number % 2:
             name, content = next(documents)
-            yield f"a file: {name}", lambda _, content=content: _document(folder, content)
+            yield f"a file: {name}", lambda _, name=name, content=content: _document(folder, content, name in _GOOD)
         elif number % 10 == 0:
             yield "another place for a file", functools.partial(_place, folder)
         elif number % 8 == 0:

@@ -123,11 +123,14 @@ def write_dataset(folder: Path, num_samples: int) -> None:
         "digest": split_digest(digest, [shard["sha256"] for shard in shards]),
         "shards": shards,
     }
+    remarks = ("repaired", "rejected", "duplicates", "tiny", "oriented", "resized")
     manifest = {
         "format_version": FORMAT_VERSION,
+        "source": {"kind": "folder", "name": "none"},
         "classes": [f"n{number:08}" for number in range(_NUM_CLASSES)],
         "options": {"audit": True},
         "splits": {"train": entry},
+        "audit": {"sha256": "", "counts": dict.fromkeys(remarks, 0), **{kind: [] for kind in remarks[:3]}},
     }
     write_synced(folder / MANIFEST, manifest_bytes(manifest))
 
@@ -154,7 +157,13 @@ def _write_hole(folder: Path, first: int, num_samples: int) -> dict:
     name = f"train-{first // _PER_SHARD:05}.tar"
     with open(folder / name, "wb") as file:
         file.truncate(samples * _SAMPLE_BYTES)
-    return {"name": name, "samples": samples, "bytes": samples * _SAMPLE_BYTES, "sha256": f"{first:064x}"}
+    return {
+        "name": name,
+        "samples": samples,
+        "bytes": samples * _SAMPLE_BYTES,
+        "sha256": f"{first:064x}",
+        "idx_sha256": "",
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.errors import named, printable
+from pipelines.errors import named, with_escaped_bytes
 from tools.comparing import ranking
 from tools.comparing.contenders import Accuracy, Facts
 from tools.comparing.measuring import Measured, Prepared
@@ -44,7 +44,9 @@ def rows_of(prepared: Prepared, measured: Sequence[Measured]) -> list[dict]:
     for backend in dict.fromkeys(row.backend for row in measured):
         mine = [row for row in measured if row.backend == backend]
         found += _of_backend(prepared, mine)
-    return [{key: printable(part) if isinstance(part, str) else part for key, part in row.items()} for row in found]
+    return [
+        {key: with_escaped_bytes(part) if isinstance(part, str) else part for key, part in row.items()} for row in found
+    ]
 
 
 def _of_backend(prepared: Prepared, measured: Sequence[Measured]) -> list[dict]:

@@ -233,7 +233,7 @@ def _already_there(out: Path, job: dict, source: Source) -> dict:
         there["class_order"] = job["class_order"]
     different = _difference(there, job)
     for split, entry in manifest["splits"].items() if not different and not source.copies else ():
-        if digest_of(source.splits[split]()) != entry["listing_sha256"]:
+        if digest_of(source.splits[split]()) != entry.get("listing_sha256"):
             different = f"the source's {split} images are others by now"
     if different:
         raise UserError(f"{out}: exists already, made differently: {different}. Move it away, or choose another folder")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.errors import UserError, grouped, named
 from pipelines.files import replacing, write_synced
@@ -125,20 +126,34 @@ def digest_of(entries: Iterator[Entry | Unused]) -> str:
 
 
 class Listing:
-    """The samples of a split, any of them read on its own from the listing on disk."""
+    """The samples of a split, any of them read on its own from the listing on disk.
+
+    Raises, when it is read:
+      UserError: a file of it has become shorter than it was written.
+    """
 
     def __init__(self, partial: Path, split: str):
+        self._partial = partial
+        # Not from the size of a file, which may have changed: the order of a split depends on its length.
+        self._samples = num_listed(partial, split)
         # Both stay open as long as the worker. They are not mapped: that would end it with SIGBUS if they shrank.
         self._starts = open(partial / "listing" / f"{split}.starts", "rb")  # noqa: SIM115
         self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115
 
     def __len__(self) -> int:
-        return os.fstat(self._starts.fileno()).st_size // _START_BYTES
+        return self._samples
 
     def __getitem__(self, i: int) -> Entry:
         start = os.pread(self._starts.fileno(), _START_BYTES, i * _START_BYTES)
+        self._check_whole(self._starts, len(start) == _START_BYTES)
         self._lines.seek(int.from_bytes(start, "little"))
-        return Entry(*json.loads(self._lines.readline()))
+        line = self._lines.readline()
+        self._check_whole(self._lines, line.endswith(b"\n"))
+        return Entry(*json.loads(line))
+
+    def _check_whole(self, file: BinaryIO, is_whole: bool) -> None:
+        if not is_whole:
+            raise UserError(f"{file.name}: is cut off. Remove {self._partial} to begin the conversion again")
 
 
 def num_listed(partial: Path, split: str) -> int:

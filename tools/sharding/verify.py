@@ -276,7 +276,7 @@ def summarize(root: Path) -> dict[str, str]:
     among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
     lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
     if counts.get("left_out"):
-        items = [f"{item['source']} ({item['reason']})" for item in audit["left_out"][:3]]
+        items = [f"{item['source']} ({item['reason']})" for item in audit.get("left_out", [])[:3]]
         lines["left out"] = f"{counts['left_out']:,}: {'; '.join(items)}{' ...' if counts['left_out'] > 3 else ''}"
     lines["hidden, passed over"] = f"{counts.get('hidden', 0):,}"
     lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
