@@ -195,6 +195,11 @@ def test_a_value_of_a_file_is_refused_with_the_file_and_one_of_the_command_line_
         parse(["--optim.lr", "-2", "--config", path])
 
 
+@pytest.mark.parametrize("text", ["", "# optim: {lr: 1}", "null", "optim:\n  # lr: 1\nrun:\n", "optim: ~"])
+def test_files_and_sections_whose_keys_are_commented_out_change_nothing(tmp_path, text):
+    assert parse(["--config", write(tmp_path, text)]) == parse([])
+
+
 def test_epochs_of_image_sizes_may_be_larger_than_any_size():
     assert parse(["--data.image_size", "[[0,128],[5000,224]]"]).data.train_sizes == [128, 224]
     with pytest.raises(UserError, match="a size must be at most 4096"):

@@ -202,7 +202,7 @@ def test_teachers_are_listed_in_a_file_and_on_the_command_line_and_read_back(tmp
         ('[{"name": "a", "image_size": "big"}]', "--teacher.others: --image_size: Expected a <class 'int'>"),
         ("resnet50", "a list of items with keys [{name: resnet50}]"),
         ('[{"name": "a"}, {"name": "b", "kwargs": {"num_classes": 3}}]', "teacher.others[1].kwargs.num_classes: decid"),
-        ('[{"name": "a", "image_size": -1}]', "teacher.others[0].image_size is -1; 0 means the student's"),
+        ('[{"name": "a", "image_size": -1}]', "teacher.others[0].image_size is -1; it must lie in [0, 4096]"),
     ],
 )
 def test_mistakes_in_the_list_of_teachers(value, message):

@@ -123,7 +123,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
       UserError: it is not what timm writes; the key is named where one of them is wrong.
     """
     try:
-        said = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        said = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
         if "pretrained_cfg" not in said:  # timm before 0.9 wrote all of it in one
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
         config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}

@@ -138,7 +138,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
 
 
 def read_yaml(path: Path, option: str = "config") -> dict:
-    """The content of a file of settings, a mapping. Raises a UserError about anything else."""
+    """The content of a file of settings, a mapping; {} of an empty one. Raises a UserError about anything else."""
     try:
         with open(path, "rb") as file:
             raw = file.read(_MOST_BYTES + 1)
@@ -153,9 +153,9 @@ def read_yaml(path: Path, option: str = "config") -> dict:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not YAML: {clipped(error, 300)}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        found = "nothing" if content is None else type(content).__name__
-        raise UserError(f"{path}: holds {found}, not sections with keys")
+        raise UserError(f"{path}: holds {type(content).__name__}, not sections with keys")
     return content
 
 
@@ -250,6 +250,8 @@ class _Keys:
         if key != "config" and not expanded(name).is_file():
             raise UserError(f"--{key} takes a YAML file, and {name or 'nothing'} is none; did you mean '--{key}.KEY'?")
         content = read_yaml(expanded(name), key)
+        if key == "config":  # all keys of a section may be commented out
+            content = {section: {} if keys is None else keys for section, keys in content.items()}
         for file_key in _keys_of(name, content if key == "config" else {key: content}, self._sections):
             self._check(file_key, f"{name}: ", "")
             self._files[file_key] = name
