@@ -68,7 +68,7 @@ def to_markdown(tallies: dict[str, Tally], seed: int) -> str:
     lines = [
         "# Faults",
         "",
-        f"Made by `make chaos` ({sum(tally.elapsed_s for tally in tallies.values()) / 60:.0f} minutes, {num_cores()} "
+        f"Made by `python tests/chaos` ({sum(tally.elapsed_s for tally in tallies.values()) / 60:.0f} minutes, {num_cores()} "
         f"CPU cores, torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",
     ]
     for name, tally in tallies.items():
