@@ -65,11 +65,12 @@ def to_markdown(tallies: dict[str, Tally], seed: int) -> str:
     """The report."""
     total = sum(tally.tried.total() for tally in tallies.values())
     held = sum(tally.held.total() for tally in tallies.values())
+    minutes = sum(tally.elapsed_s for tally in tallies.values()) / 60
     lines = [
         "# Faults",
         "",
-        f"Made by `python tests/chaos` ({sum(tally.elapsed_s for tally in tallies.values()) / 60:.0f} minutes, {num_cores()} "
-        f"CPU cores, torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",
+        f"Made by `python tests/chaos` ({minutes:.0f} minutes, {num_cores()} CPU cores, "
+        f" torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",
     ]
     for name, tally in tallies.items():
         rows = [f"| {kind} | {count} | {tally.held[kind]} |" for kind, count in sorted(tally.tried.items())]
