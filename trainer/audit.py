@@ -1,6 +1,7 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from docstring_parser import parse as parse_docstring
 
@@ -32,6 +33,11 @@ def audit(config: Config) -> list[dict]:
         for name, value in values.items()
         if f"{section}.{name}" not in _OPEN and value != usi[section][name]
     ]
+
+
+def are_audit_rows(rows: Iterable[object]) -> bool:
+    """Return whether every row has the keys that `audit` writes."""
+    return all(isinstance(row, dict) and {"key", "usi", "here", "meaning"} <= row.keys() for row in rows)
 
 
 def audit_table(deviations: list[dict]) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipelines.errors import clipped
 from pipelines.ranges import misfit
+from trainer.audit import are_audit_rows
 from trainer.config import Config
 from trainer.optim import running_statistics
 
@@ -77,8 +78,7 @@ def _are_versions(value: object) -> bool:
 
 
 def _are_rows(value: object) -> bool:
-    keys = {"key", "usi", "here", "meaning"}
-    return isinstance(value, list) and all(isinstance(each, dict) and keys <= each.keys() for each in value)
+    return isinstance(value, list) and are_audit_rows(value)
 
 
 def _is_best(value: object) -> bool:

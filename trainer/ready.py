@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError, write_error_line
-from pipelines.files import sha256_of
+from pipelines.files import parsed_json, sha256_of
 from pipelines.index import read_manifest
 from pipelines.launcher import launched
 from trainer.config import Config, to_dict
@@ -188,10 +188,7 @@ def _read(store: dist.Store, key: str, types: dict[str, type]) -> dict | None:
 
 def json_object(content: bytes, types: dict[str, type], optional: Set[str] = frozenset()) -> dict | None:
     """A JSON object whose keys have these types, None if it is none: whoever reaches a store may write to it."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
+    found = parsed_json(content)
     if not isinstance(found, dict) or not types.keys() - optional <= found.keys() <= types.keys():
         return None
     return found if all(isinstance(value, types[name]) for name, value in found.items()) else None

@@ -6,11 +6,12 @@ summary.json says how the latest session ended. Whoever reads them gets only lin
 
 import contextlib
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.files import parsed_json, split_json_lines
+from trainer.audit import are_audit_rows
 
 METRICS = "metrics.jsonl"
 UNUSABLE = "metrics.jsonl.unusable"  # lines of it that are none, as they stood there
@@ -105,11 +106,7 @@ def read_summary(path: Path) -> dict | None:
     if not isinstance(summary, dict) or not _SUMMARY_TYPES.keys() <= summary.keys():
         return None
     fits = _have_types(summary, _SUMMARY_TYPES) and _is_count(summary["step"]) and _is_count(summary["total_steps"])
-    return summary if fits and _are_deviations(summary["deviations"]) else None
-
-
-def _are_deviations(items: Iterable[object]) -> bool:
-    return all(isinstance(item, dict) and {"key", "usi", "here", "meaning"} <= item.keys() for item in items)
+    return summary if fits and are_audit_rows(summary["deviations"]) else None
 
 
 def _have_types(values: Mapping, types: Mapping) -> bool:

@@ -70,7 +70,7 @@ def to_markdown(tallies: dict[str, Tally], seed: int) -> str:
         "# Faults",
         "",
         f"Made by `python tests/chaos` ({minutes:.0f} minutes, {num_cores()} CPU cores, "
-        f" torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",
+        f"torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",
     ]
     for name, tally in tallies.items():
         rows = [f"| {kind} | {count} | {tally.held[kind]} |" for kind, count in sorted(tally.tried.items())]
