@@ -158,7 +158,7 @@ def split_json_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[l
 
 
 def parsed_json(content: bytes) -> object:
-    """What JSON says; None where it is none."""
+    """Parse JSON; return None if the content is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):  # ValueError: also of bytes that are no UTF-8

@@ -1,4 +1,4 @@
-"""What a JPEG says of itself before its pixels, read without a decoder."""
+"""This module reads the header of a JPEG without a decoder."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ _PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
 
 @dataclasses.dataclass(frozen=True)
 class JpegHeader:
-    """What a JPEG says of itself before its pixels.
+    """The header of a JPEG.
 
     Attributes:
       frame: the marker of the frame header, 0xC0 to 0xCF: how it is coded.

@@ -47,7 +47,7 @@ class Range:
     may_be_empty: bool = False
 
     def complaint(self, value: object) -> str:
-        """What is wrong with a number or text, the end of a sentence that begins with it; "" if nothing is."""
+        """Return the end of a sentence that says what is wrong with a number or text; "" if it is allowed."""
         if isinstance(value, str):
             return self._of_text(value)
         return self._of_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
@@ -114,7 +114,7 @@ class Section:
     """A base of dataclasses whose instances have only values of the declared types and ranges.
 
     Attributes:
-      key: of the section, in messages.
+      key: the name of the section in messages.
     """
 
     key: ClassVar[str]
@@ -138,7 +138,7 @@ def _hints(kind: type) -> dict[str, object]:
 
 
 def _complaint(value: object, hint: object, allowed: Range) -> str:
-    """What is wrong with a value, the end of a sentence that begins with it; "" if nothing is."""
+    """Return the end of a sentence that says what is wrong with a value; "" if it is allowed."""
     if not fits(value, hint):
         return f"; it must be {_noun(hint)}"
     if isinstance(value, Path):

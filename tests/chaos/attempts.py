@@ -19,7 +19,7 @@ class Attempt:
     """Something that was tried.
 
     Attributes:
-      kind: what was done, one of a few: a row of the report.
+      kind: the fault that was made; the report has a row for each kind.
       fell: how the program broke its promise, with what is needed to do it again; "" where it kept it.
     """
 
@@ -33,7 +33,7 @@ class Ended:
 
     Attributes:
       code: exit code, negative for a signal; None where it was killed because its time was over.
-      text: what it wrote to stdout and stderr.
+      text: its output on stdout and stderr.
     """
 
     code: int | None
@@ -44,7 +44,7 @@ class Ended:
         return (self.text.strip().splitlines() or [""])[-1]
 
     def complaint(self) -> str:
-        """What is wrong with how it ended, "" if nothing is: it did its work, or ended with one line for people."""
+        """Return what is wrong with how it ended; "" if it did its work or ended with one line for people."""
         if self.code is None:
             return "hangs"
         if self.code < 0:
