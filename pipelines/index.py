@@ -34,8 +34,8 @@ _CHECKED_TOGETHER = 1 << 15  # rows, which stay in the processor's cache meanwhi
 _MOST_COUNT = 1 << 48  # of bytes, too
 _HEADER_BYTES = 4096  # more than the header of an index file has
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
-# The commands read these fields of a manifest. [X] is a list of X, {str: X} an object of any keys; a key in brackets, as in
-# "[left_out]", may be missing: older versions did not write it.
+# The commands read these fields of a manifest. [X] is a list of X, {str: X} an object of any keys; a key in brackets,
+# as in "[left_out]", may be missing: older versions did not write it.
 _COUNTS = {name: int for name in ("repaired", "rejected", "duplicates", "tiny", "oriented", "resized")}
 _REMARKS = {"repaired": [{"sample": str, "reason": str}], "rejected": [{"sample": str, "reason": str}]}
 _SHARD = {"name": str, "samples": int, "bytes": int, "sha256": str, "idx_sha256": str}

@@ -259,8 +259,8 @@ class TrainPlan:
 class EvalPlan:
     """The validation set in order, each image once, resized and centre-cropped.
 
-    If an image is more than LONGEST times as long as it is wide, only its middle is resized, in which the crop lies. This
-    bounds the memory.
+    If an image is more than LONGEST times as long as it is wide, only its middle is resized, in which the crop lies.
+    This bounds the memory.
 
     Attributes:
       index: the images.
