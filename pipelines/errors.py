@@ -21,7 +21,7 @@ _ADVICE = {  # against errors of the operating system
     errno.EROFS: "Nothing can be written there: name another place",
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: _ROOM,
+    errno.EFBIG: "No file may become that large here: raise the limit ('ulimit -f'), or use another file system",
     errno.ENAMETOOLONG: "Use a shorter name",
     errno.ELOOP: "Its links lead in a circle: correct them",
     errno.EMFILE: "Allow more open files, with 'ulimit -n 4096' before the command",
@@ -107,8 +107,17 @@ def system_error_text(error: OSError) -> str:
     """An error of the operating system as one line: the file, what happened, and what helps."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     what = error.strerror or str(error) or type(error).__name__
-    advice = _ADVICE.get(error.errno, "USI_TRACEBACK=1 in the environment shows where it happened")
+    advice = advice_against(error, "USI_TRACEBACK=1 in the environment shows where it happened")
     return f"{': '.join([' -> '.join(names), what]) if names else what}. {advice}"
+
+
+def advice_against(error: Exception, otherwise: str = _ROOM) -> str:
+    """What helps against an error of the operating system.
+
+    Args:
+      otherwise: the advice where nothing is known; torch reports a full disk as a RuntimeError.
+    """
+    return _ADVICE.get(getattr(error, "errno", None), otherwise)
 
 
 def _print_any_character() -> None:

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 
 import numpy as np
 import pytest
+import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
 from chaos.conversions import run_jobs
 from forked_python import executable
@@ -90,8 +91,8 @@ def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardI
 
 
 TINY = [
-    *("--student.name", "test_resnet", "--teacher.name", "null", "--data.image_size", "32"),
-    *("--augment.mix_group", "16", "--run.global_batch", "64", "--ema.decay", "0.9", "--run.device", "cpu"),
+    *("--student.name", "tiny_cnn", "--teacher.name", "null", "--data.image_size", "32"),
+    *("--augment.mix_group", "32", "--run.global_batch", "64", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "4", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
 ]
 

@@ -58,13 +58,13 @@ def main() -> None:
     root = runs.make_dataset(folder)
     run(root, folder / "steady", 2, 20)
     copy_checkpoint(folder / "steady", 10, folder / "changing")
-    for ranks, stop in ((4, 15), (1, 20)):
+    for ranks, stop in ((4, 13), (1, 20)):
         run(root, folder / "changing", ranks, stop)
     run(root, folder / "alone", 1, 1)
     for name, ranks, *more in (("four", 4), ("own-statistics", 2, "--run.batch_norm", "none")):
-        run(root, folder / name, ranks, 8, *more)
+        run(root, folder / name, ranks, 5, *more)
         copy_checkpoint(folder / name, 3, folder / f"{name}-resumed")
-        run(root, folder / f"{name}-resumed", ranks, 8, *more)
+        run(root, folder / f"{name}-resumed", ranks, 5, *more)
 
 
 if __name__ == "__main__":

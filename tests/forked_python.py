@@ -10,6 +10,7 @@ or while torch is imported (variables of OpenMP, limits of the system, signals t
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import shlex
@@ -22,7 +23,10 @@ import threading
 from pathlib import Path
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
-_PRELOADED = ("trainer.run", "trainer.evaluate", "tools.predict", "tools.doctor", "tools.benchmark", "tools.compare")
+_PRELOADED = (
+    *("tiny_model", "trainer.run", "trainer.evaluate"),
+    *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
+)
 _NETWORK = "/proc/self/ns/net"
 _TESTS = Path(__file__).resolve().parent
 
@@ -81,9 +85,10 @@ def _serve(address: str, program: str) -> None:
     import importlib
     import select
 
-    sys.path[:1] = [str(_TESTS.parent)]
+    sys.path[:1] = [str(_TESTS.parent), str(_TESTS)]
     for module in _PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would copy every page with objects of this process
     forks: dict[socket.socket, int] = {}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -159,22 +164,13 @@ def _become(wanted: dict, streams: list[int], program: str) -> None:
 
 def _ended(arguments: list[str]) -> int:
     """Do what the arguments say. Returns the exit code."""
-    try:
-        _run(arguments[1:] if arguments[0] == "-u" else arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+    from processes import exit_code_of, flush_streams
+
+    code = exit_code_of(lambda: _run(arguments[1:] if arguments[0] == "-u" else arguments))
     with contextlib.suppress(BaseException):
         threading._shutdown()
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    flush_streams()
     return code
 
 

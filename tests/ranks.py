@@ -1,17 +1,11 @@
 """Ranks that a test starts itself, as srun and torchrun start them."""
 
 import os
-import socket
 import subprocess
 
 from conftest import REPOSITORY, TINY
 from forked_python import executable
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+from processes import free_port
 
 
 class Ranks:

@@ -68,7 +68,7 @@ def test_uniform_is_the_mean_of_weights_and_statistics_and_the_last_counter(tiny
             expected = torch.stack([part[name].double() for part in parts]).mean(0).float()
             assert found["state_dict"][name].dtype == torch.float32
             torch.testing.assert_close(found["state_dict"][name], expected, rtol=1e-7, atol=0)
-    name = "bn1.running_mean"
+    name = "stem.bn.running_mean"
     assert not torch.equal(parts[0][name], parts[-1][name])  # there was something to average
 
 
@@ -113,7 +113,7 @@ def test_the_shares_of_an_average_at_the_limits():
 
 
 def test_from_checkpoints_of_every_step_it_is_the_trainers_own_average(steps, tmp_path):
-    model = timm.create_model("test_resnet", num_classes=10)
+    model = timm.create_model("tiny_cnn", num_classes=10)
     average, decay = None, 0.8
     for step in range(1, 6):
         for value in model.state_dict().values():
@@ -137,7 +137,7 @@ def test_a_greedy_soup_keeps_what_does_not_make_it_worse(tiny_run, digits, tmp_p
     best = tiny_run / "checkpoints" / "best.pt"
     twin = changed(best, tmp_path / "twin.pt")
     weights = content_of(best)["state_dict"]
-    upside_down = {**weights, "fc.weight": -9 * weights["fc.weight"], "fc.bias": -9 * weights["fc.bias"]}
+    upside_down = {**weights, **{name: -9 * weights[name] for name in ("head.fc.weight", "head.fc.bias")}}
     spoiled = changed(best, tmp_path / "spoiled.pt", state_dict=upside_down)
     found = averaged(tmp_path / "out.pt", "greedy", spoiled, best, twin, "--data", digits)
     top1 = evaluated(best, digits)
@@ -169,11 +169,11 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     out = tmp_path / "out.pt"
     weights = averaged(out, "uniform", tiny_run)["state_dict"]
     trained = inference.load(None, out)
-    assert trained.name == "test_resnet" and trained.weights == "ema" and trained.classes == list(map(str, range(10)))
+    assert trained.name == "tiny_cnn" and trained.weights == "ema" and trained.classes == list(map(str, range(10)))
     assert trained.view == inference.load(None, tiny_run).view
     assert 0 < evaluated(out, digits) < 100
-    student = build_student(StudentConfig(name="test_resnet", checkpoint=out), 10, 32)
-    as_teacher = ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(out), "--data.root", str(digits)]
+    student = build_student(StudentConfig(name="tiny_cnn", checkpoint=out), 10, 32)
+    as_teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(out), "--data.root", str(digits)]
     config = parse([*TINY, *as_teacher])
     _, teachers = build_models(config, 10, dataset_classes(config.data), 64, CPU)
     pixels = torch.rand(2, 3, 32, 32)
@@ -239,15 +239,15 @@ def test_checkpoints_of_another_model_are_refused_with_the_first_difference(tiny
     others = {
         "name": (
             {"config": {**base["config"], "student": student}},
-            "student.name is test_vit, there it is test_resnet",
+            "student.name is test_vit, there it is tiny_cnn",
         ),
         "count": ({"classes": base["classes"][:9]}, "the number of classes is 9, there it is 10"),
         "class": ({"classes": [*base["classes"][:9], "ten"]}, "the class of output 9 is ten, there it is 9"),
         "shape": (
-            {"ema": {**base["ema"], "fc.bias": torch.zeros(9)}},
-            "the shape of 'fc.bias' is [9], there it is [10]",
+            {"ema": {**base["ema"], "head.fc.bias": torch.zeros(9)}},
+            "the shape of 'head.fc.bias' is [9], there it is [10]",
         ),
-        "lacks": ({"ema": {"fc.bias": torch.zeros(10)}}, "is None, there it is ["),
+        "lacks": ({"ema": {"head.fc.bias": torch.zeros(10)}}, "is None, there it is ["),
     }
     for name, (changes, says) in others.items():
         other = changed(first, tmp_path / f"{name}.pt", **changes)
@@ -258,16 +258,16 @@ def test_checkpoints_of_another_model_are_refused_with_the_first_difference(tiny
 
 def test_files_that_cannot_be_averaged_are_refused_by_name(tiny_run, steps, tmp_path, capsys):
     out, ema = tmp_path / "out.pt", content_of(steps[0])["ema"]
-    bad = changed(steps[0], tmp_path / "nan.pt", ema={**ema, "fc.bias": torch.full((10,), float("nan"))})
+    bad = changed(steps[0], tmp_path / "nan.pt", ema={**ema, "head.fc.bias": torch.full((10,), float("nan"))})
     newer = changed(steps[0], tmp_path / "newer.pt", format_version=99)
     foreign, damaged = tmp_path / "foreign.pth", tmp_path / "damaged.pt"
     torch.save(ema, foreign)
     content = torch.load(steps[0], weights_only=True)
-    content["ema"]["fc.bias"] += 1
+    content["ema"]["head.fc.bias"] += 1
     torch.save(content, damaged)
     (tmp_path / "empty").mkdir()
     for path, says in (
-        (bad, "'fc.bias' is not finite"),
+        (bad, "'head.fc.bias' is not finite"),
         (foreign, "not a checkpoint of this trainer"),
         (newer, "format version 99, this program reads 1. Use the version of the program"),
         (damaged, "damaged (its content does not have the hash"),
@@ -280,9 +280,9 @@ def test_files_that_cannot_be_averaged_are_refused_by_name(tiny_run, steps, tmp_
     raw = changed(tiny_run / "checkpoints" / "best.pt", tmp_path / "raw.pt", weights="raw")
     line = refused(capsys, "uniform", out, steps[1], raw, "--weights", "ema")
     assert f"{raw}: holds no ema weights, only raw ones" in line
-    weights = {**ema, "fc.bias": torch.zeros(9)}
+    weights = {**ema, "head.fc.bias": torch.zeros(9)}
     alike = [changed(steps[0], tmp_path / f"{name}.pt", ema=weights) for name in ("odd", "too")]
-    assert f"{alike[0]}: does not fit model 'test_resnet'" in refused(capsys, "uniform", out, *alike)
+    assert f"{alike[0]}: does not fit model 'tiny_cnn'" in refused(capsys, "uniform", out, *alike)
     assert not out.exists()
 
 

@@ -112,7 +112,7 @@ def test_a_run_refuses_outputs_without_names_and_takes_them_with_names(
     doubtful, stated, weights, listed, tmp_path, who
 ):
     given = [f"--{who}.name", NAME, f"--{who}.checkpoint", weights]
-    steps = ["--run.global_batch", 48, "--augment.repeats", 1, "--run.stop_after_steps", 1]
+    steps = ["--run.global_batch", 48, "--augment.mix_group", 16, "--augment.repeats", 1, "--run.stop_after_steps", 1]
     with refused(f"w.pth: its outputs have no names, and {DOUBT}.*--{who}.classes FILE, or {REBUILD}") as error:
         train_here(doubtful, tmp_path / "refused", *steps, *given)
     assert len(str(error.value)) - len(str(weights)) < 330 and not (tmp_path / "refused").exists()
@@ -218,7 +218,8 @@ def test_a_student_starts_from_a_checkpoint_of_this_trainer_by_the_names_of_its_
     stated, weights, tmp_path, capsys
 ):
     torch.save({"student": torch.load(weights, weights_only=True), "classes": NUMERIC}, tmp_path / "own.pt")
-    settings = ["--optim.lr", 0, "--schedule.warmup_lr", 0, "--run.global_batch", 48, "--augment.repeats", 1]
+    settings = ["--optim.lr", 0, "--schedule.warmup_lr", 0, "--augment.repeats", 1]
+    settings += ["--student.name", NAME, "--run.global_batch", 48, "--augment.mix_group", 16]
     settings += ["--run.stop_after_steps", 1, "--student.checkpoint", tmp_path / "own.pt"]
     train_here(stated, tmp_path / "run", *settings)
     assert "own.pt: their classes are in another order, so the classifier is put into" in capsys.readouterr().out

@@ -167,7 +167,7 @@ def test_outputs_are_found_by_the_names_in_a_file(last, three_classes, tmp_path)
     """A file of weights alone, whose outputs somebody names."""
     torch.save(torch.load(last, weights_only=True)["ema"], tmp_path / "weights.pth")
     (tmp_path / "classes.txt").write_text("".join(f"{label}\n" for label in range(10)))
-    given = ["--student.name", "test_resnet", "--student.checkpoint", tmp_path / "weights.pth"]
+    given = ["--student.name", "tiny_cnn", "--student.checkpoint", tmp_path / "weights.pth"]
     given += ["--data.image_size", "32", "--data.interpolation", "bicubic", "--data.root", three_classes]
     own = report("--data.root", three_classes, "--student.checkpoint", last, "--data.interpolation", "bicubic")
     assert report(*given, "--student.classes", tmp_path / "classes.txt")["loss"] == own["loss"]
@@ -248,7 +248,7 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
         (["--data.root", "DIGITS"], r"which model\? Give a checkpoint or run folder with --student.checkpoint"),
         (["--data.root", "DIGITS", "--student.checkpoint", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--data.root", "DIGITS", "--student.checkpoint", "FOLDER"], "neither a run's folder with checkpoints nor"),
-        (["--data.root", "DIGITS", "--student.checkpoint", "LAST", "--student.name", "resnet18"], "is of model 'test_"),
+        (["--data.root", "DIGITS", "--student.checkpoint", "LAST", "--student.name", "resnet18"], "is of model 'tiny_"),
         (["--data.root", "DIGITS", "--student.checkpoint", "BEST", "--student.weights", "OTHER"], "holds no .* only"),
         (["--data.root", "DIGITS", "--student.checkpoint", "DAMAGED"], "damaged.pt: damaged"),
         (["--data.root", "DIGITS", "--student.name", "resnet51"], "unknown model 'resnet51'; did you mean resnet"),
@@ -264,7 +264,7 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
 )
 def test_what_cannot_be_evaluated_is_told_in_a_line(arguments, message, digits, run, last, tmp_path):
     content = torch.load(last, weights_only=True)
-    content["student"]["fc.bias"] += 1
+    content["student"]["head.fc.bias"] += 1
     torch.save(content, tmp_path / "damaged.pt")
     best = run / "checkpoints" / "best.pt"
     other = {"raw": "ema", "ema": "raw"}[torch.load(best, weights_only=True)["weights"]]
@@ -285,9 +285,9 @@ def test_weights_that_do_not_fit_the_model_they_are_said_to_be_of(digits, tmp_pa
 
 def test_a_model_without_finite_outputs_has_no_accuracy(last, digits, tmp_path):
     weights = torch.load(last, weights_only=True)["ema"]
-    weights["fc.weight"].fill_(1e38)  # finite, as its products are not
+    weights["head.fc.weight"].fill_(1e38)  # finite, as its products are not
     torch.save(weights, tmp_path / "weights.pth")
-    given = ["--student.name", "test_resnet", "--student.checkpoint", tmp_path / "weights.pth", "--data.root", digits]
+    given = ["--student.name", "tiny_cnn", "--student.checkpoint", tmp_path / "weights.pth", "--data.root", digits]
     with pytest.raises(
         UserError, match="the model's outputs are not finite for 96 of 96 images, the first is val-0000"
     ):
@@ -323,7 +323,7 @@ def test_a_report_that_cannot_be_written_is_shown_and_told(last, digits, tmp_pat
 
 def test_a_checkpoint_of_this_trainer_says_all_that_belongs_to_it(last):
     trained = inference.load(None, last)
-    assert (trained.name, trained.weights, trained.origin["step"]) == ("test_resnet", "ema", 30)
+    assert (trained.name, trained.weights, trained.origin["step"]) == ("tiny_cnn", "ema", 30)
     assert trained.classes == [str(label) for label in range(10)]
     assert trained.view.image_size == int(TINY[TINY.index("--data.image_size") + 1])
     content = torch.load(last, weights_only=True)

@@ -28,10 +28,11 @@ from trainer.schedule import ema_decay
 
 CPU = torch.device("cpu")
 ONE = World(0, 1, 1, CPU)
+FOUR_GROUPS = [*TINY, "--augment.mix_group", "16"]  # four micro-batches an update, two on each of two ranks
 
 
 def build_here(digits: Path, out: Path, *arguments) -> Run:
-    return build(parse([*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    return build(parse([*FOUR_GROUPS, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
 
 
 def first_batches(run: Run, steps: int) -> list:
@@ -113,7 +114,7 @@ def test_the_gradient_of_the_whole_update_is_clipped_once(digits, tmp_path):
         run = build_here(digits, tmp_path, "--optim.clip_norm", clip)
         run.step(iter(first_batches(run, 1)), 0)
         found[name] = gradients(run.state.student)
-    assert found["free"].norm() > 1
+    assert found["free"].norm() > 0.2
     assert torch.allclose(found["clipped"], 0.1 * found["free"] / found["free"].norm(), rtol=1e-4, atol=0)
     assert torch.equal(found["wide"], found["free"])
 
@@ -248,7 +249,7 @@ def two_ranks(digits, tmp_path_factory) -> list[dict]:
     script = out / "script.py"
     script.write_text(RANK_SCRIPT)
     command = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command += [str(out), *TINY, "--data.root", str(digits), "--run.out", str(out / "none")]
+    command += [str(out), *FOUR_GROUPS, "--data.root", str(digits), "--run.out", str(out / "none")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

@@ -323,12 +323,12 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
     content = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     torch.save(content["state_dict"], weights)
     assert "does not say which model it is of. Name it with --name" in refused(capsys, "--checkpoint", weights, image)
-    (plain,) = predicted(weights, image, "--name", "test_resnet", "--top-k", 20)
+    (plain,) = predicted(weights, image, "--name", "tiny_cnn", "--top-k", 20)
     assert "outputs without names" in capsys.readouterr().err
     assert sorted(each["class"] for each in plain["top"]) == sorted(map(str, range(10)))
     names = ["n01440764", *(f"class {i}" for i in range(1, 10))]
     (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
-    named = ("--name", "test_resnet", "--classes", tmp_path / "classes.txt", "--top-k", 20)
+    named = ("--name", "tiny_cnn", "--classes", tmp_path / "classes.txt", "--top-k", 20)
     (row,) = predicted(weights, image, *named)
     assert [each["class"] for each in row["top"]] == [names[int(each["class"])] for each in plain["top"]]
     words = {each["class"]: each["words"] for each in row["top"]}
@@ -338,9 +338,9 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
 def test_a_model_that_gives_no_numbers_is_told_in_each_row(tiny_run, digits_folder, tmp_path):
     """Finite weights whose products are not."""
     weights = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)["state_dict"]
-    torch.save({**weights, "fc.weight": torch.full_like(weights["fc.weight"], 1e38)}, tmp_path / "broken.pth")
+    torch.save({**weights, "head.fc.weight": torch.full_like(weights["head.fc.weight"], 1e38)}, tmp_path / "broken.pth")
     image = next((digits_folder / "val").rglob("*.jpg"))
-    (row,) = predicted(tmp_path / "broken.pth", image, "--name", "test_resnet")
+    (row,) = predicted(tmp_path / "broken.pth", image, "--name", "tiny_cnn")
     assert row == {"file": str(image), "error": "the model's outputs are not finite", "top": []}
 
 
@@ -356,7 +356,7 @@ def test_what_cannot_be_done_is_one_line_and_no_output_is_touched(tiny_run, digi
         ((*known, tmp_path / "empty"), f"{tmp_path}/empty: no images in it"),
         ((*known, tmp_path / "no-images.tar"), f"{tmp_path}/no-images.tar: no images in it"),
         ((*known, image, "--classes", tmp_path / "classes.txt"), "names 2 classes"),
-        ((*known, image, "--name", "test_vit"), "is of model 'test_resnet', not of 'test_vit'. Leave --name out"),
+        ((*known, image, "--name", "test_vit"), "is of model 'tiny_cnn', not of 'test_vit'. Leave --name out"),
         ((*known, image, "--top-k", 0), "--top-k is 0; it must be at least 1"),
         ((*known, image, "--out", tmp_path / "out.xlsx"), "ends in none of .csv, .jsonl, .parquet"),
         ((*known, image, "--out", tmp_path / "no" / "out.csv"), "not a file in a folder that is there"),

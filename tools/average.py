@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.errors import UserError, advice_against, exit_on_user_error
 from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
@@ -132,9 +132,8 @@ def average(options: argparse.Namespace) -> None:
     try:
         checkpoint.write(options.out, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(
-            f"{options.out}: cannot be written ({' '.join(str(error).split())[:200]}). Make room"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{options.out}: cannot be written ({reason}). {advice_against(error)}") from error
     _show(found)
     print(f"written to {options.out}: {found.kind} weights, in the name of step {found.origin['step']}")
 

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, clipped, exit_on_user_error, named
+from pipelines.errors import UserError, advice_against, clipped, exit_on_user_error, named
 from pipelines.files import is_empty, making
 from tools.arguments import model_argument, path_argument
 from tools.exporting.attention import PLAIN_ATTENTION, fused_or_plain
@@ -147,7 +147,7 @@ def export(
             }
             (folder / CARD).write_text(card(trained, files, report), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}). Make room, or name another") from error
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}). {advice_against(error)}") from error
     return {**files, CARD: "the model card"}
 
 

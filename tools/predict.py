@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from pipelines.errors import UserError, exit_on_user_error, named
+from pipelines.errors import UserError, advice_against, exit_on_user_error, named
 from pipelines.files import refuse_place, replacing
 from pipelines.index import MANIFEST, read_manifest
 from pipelines.reader import read_ahead
@@ -219,7 +219,7 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
         raise
     except OSError as error:
         where = out or "standard output"
-        raise UserError(f"{where}: cannot be written ({error.strerror or error}). Make room, or name a file") from error
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}). {advice_against(error)}") from error
 
 
 def columns(top_k: int) -> list[str]:

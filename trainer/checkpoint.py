@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, advice_against, clipped
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
 from trainer.checkpoint_fields import (
@@ -200,7 +200,7 @@ class Writer:
             then()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())[:200]
-            self.failure = f"{path}: cannot be written ({reason}). Make room; older ones are kept"
+            self.failure = f"{path}: cannot be written ({reason}). {advice_against(error)}; older ones are kept"
         except UserError as error:
             self.failure = f"{path}: not written: {error}"
 

@@ -20,10 +20,21 @@ from pipelines.errors import UserError, clipped, with_escaped_bytes
 from pipelines.machine import expanded
 
 T = TypeVar("T")
-_NOTATION = (
-    "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}], "
-    "a switch true or false"
-)
+_LISTS = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}]"
+_GOT = r"Got value: ?(.*)"
+_IN_WORDS = [  # what jsonargparse says, and what it means
+    ("Does not validate against any of the Union subtypes.*Given value: (.*)", rf"'\1' is not understood; {_LISTS}"),
+    (f"Expected a <class 'int'>. {_GOT}", r"'\1' is no whole number"),
+    (f"Expected a <class 'float'>. {_GOT}", r"'\1' is no number"),
+    (f"Expected a <class 'bool'>. {_GOT}", r"'\1' is neither true nor false"),
+    (f"Expected a <class 'str'>. {_GOT}", r"'\1' is no text; in YAML, put it in quotes"),
+    (f"Expected a <class 'dict'>. {_GOT}", r"'\1' is no keys with values, written {key: value}"),
+    (f"Expected a <class '(?:list|tuple)'>. {_GOT}", rf"'\1' is no list; {_LISTS}"),
+    (f"Expected a tuple with (\\d+) elements. {_GOT}", r"'\2' is no list of \1 values"),
+    (f"Not a valid subclass of .*?{_GOT} Subclass types .*", r"'\1' is no item with keys, written {name: resnet50}"),
+    ("Expected a dot import path string: (.*)", r"'\1' is no item with keys, written {name: resnet50}"),
+    ("Not of type Path: .*", "not a path; in YAML, put it in quotes"),
+]
 
 
 def parse_settings(
@@ -57,9 +68,7 @@ def parse_settings(
         values = parser.instantiate(_with_home_folders(parser.parse_args(arguments)))
     except ArgumentError as error:
         reason = _reason(str(error), _item_fields(kind))
-        raise UserError(
-            f"{keys.file_of(reason)}{reason}. See --help for the keys and their types; {_NOTATION}"
-        ) from error
+        raise UserError(f"{keys.file_of(reason)}{reason}. See --help for the keys and their types") from error
     except UserError as error:
         raise UserError(f"{keys.file_of(str(error))}{error}") from error
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
@@ -76,11 +85,13 @@ def _with_home_folders(value: object) -> object:
 
 
 def _reason(message: str, item_fields: list[str]) -> str:
-    """jsonargparse's message as one line, without the types that a union was tried with."""
+    """jsonargparse's message as one line, in words that need no Python."""
     reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
     reason = re.sub(r"Problem with given class_path '[\w.]+': ", "", reason)
     reason = re.sub(r"Option '(\w+)' is not accepted", lambda match: _unknown_in_item(match[1], item_fields), reason)
-    return re.sub(r"Does not validate against any of the Union subtypes.*Given value: ", "not understood: ", reason)
+    for pattern, words in _IN_WORDS:
+        reason = re.sub(pattern, words, reason)
+    return reason
 
 
 def _item_fields(kind: type) -> list[str]:
@@ -152,7 +163,8 @@ def read_yaml(path: Path, option: str = "config") -> dict:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a number of 5000 digits
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not YAML: {clipped(error, 300)}") from error
+        advice = ". YAML is indented with spaces, not with tabs" if b"\t" in raw else ""
+        raise UserError(f"{path}: not YAML: {clipped(error, 300)}{advice}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not sections with keys")

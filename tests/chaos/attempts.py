@@ -9,9 +9,10 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from typing import TextIO
+
+from processes import exit_code_of, flush_streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,7 @@ def isolated(command: Callable[[], object], *, seconds: float = 20, mib: int = 2
 
 
 def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
-    code = 1
-    try:
+    def confined() -> None:
         gc.freeze()  # a collection here would copy every page with objects of the process that forked
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,18 +84,10 @@ def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
         limit = mapped_bytes() + (mib << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         command()
-        code = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # the command may have closed it, or left it full
-                stream.flush()
-        os._exit(code)
+
+    code = exit_code_of(confined)
+    flush_streams()
+    os._exit(code)
 
 
 def mapped_bytes() -> int:

@@ -10,14 +10,13 @@ import json
 import os
 import random
 import signal
-import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import tiny_model  # noqa: F401  (registers the student)
 import torch
+from processes import exit_code_of, flush_streams, free_port
 
 from chaos.attempts import Attempt
 from pipelines.errors import UserError
@@ -38,7 +37,7 @@ PROMISE = (
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
 SETTINGS = [
-    *("--student.name", "test_resnet", "--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"),
+    *("--student.name", "tiny_cnn", "--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"),
     *("--teacher.name", "null", "--data.image_size", "32", "--augment.mix_group", "16", "--run.global_batch", "64"),
     *("--data.max_bad_fraction", "0.05", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "6", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
@@ -101,12 +100,9 @@ def make_dataset(folder: Path) -> Path:
 
 def start(arguments: list[str], log: Path, num_ranks: int = RANKS) -> list[int]:
     """Fork the ranks of a run. Returns their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     everywhere = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
         "WORLD_SIZE": num_ranks,
         "LOCAL_WORLD_SIZE": num_ranks,
     }
@@ -117,22 +113,13 @@ def _fork(environment: dict, arguments: list[str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
-    try:
-        with open(log, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.environ.update({name: str(value) for name, value in environment.items()})
-        trainer.main(arguments)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    with open(log, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    code = exit_code_of(lambda: trainer.main(arguments))
+    flush_streams()
+    os._exit(code)
 
 
 def wait(ranks: list[int]) -> list[int]:
