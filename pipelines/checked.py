@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex
-from pipelines.jpeg import read_jpeg_header
+from pipelines.jpeg import MOST_SCANS, has_too_many_scans, read_jpeg_header
 from pipelines.reader import ShardReader
 
 MID_GRAY = 128
@@ -32,8 +32,12 @@ def open_with_pil(content: np.ndarray | bytes) -> Image.Image:
     """An encoded image of which PIL has read the header alone.
 
     Raises:
-      Exception: nearly any, if the bytes are no image; a ValueError for EPS, a program that PIL has Ghostscript run.
+      Exception: nearly any, if the bytes are no image; a ValueError for a JPEG of absurdly many scans, and for EPS, a
+        program that PIL has Ghostscript run.
     """
+    content = bytes(content)
+    if has_too_many_scans(content):
+        raise ValueError(f"more than {MOST_SCANS} scans, which no encoder writes")
     image = Image.open(io.BytesIO(content))
     if image.format == "EPS":
         raise ValueError("EPS is a program, not an image")

@@ -3,6 +3,9 @@
 import dataclasses
 
 MAX_PIXELS = 1 << 27  # 134 megapixels; larger images are refused before they are decoded
+# cjpeg takes no script of more than 100 scans. A decoder goes over all pixels for each, however few bytes it has:
+# without a bound a file of three megabytes takes half an hour.
+MOST_SCANS = 200
 # Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
 _PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
 
@@ -43,6 +46,11 @@ def read_jpeg_header(content: bytes | memoryview) -> JpegHeader | None:
             has_exif |= marker == 0xE1 and content[position + 4 : position + 8] == b"Exif"
             position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
     return None
+
+
+def has_too_many_scans(content: bytes) -> bool:
+    """Whether a JPEG has more scans than any encoder writes. The marker cannot stand in a scan's own bytes."""
+    return content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MOST_SCANS
 
 
 def is_plain(header: JpegHeader | None) -> bool:

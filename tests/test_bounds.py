@@ -9,14 +9,17 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chaos.attempts import mapped_bytes
 from chaos.tars import CLASS, IMAGES, devkit
 from hand_made import jpeg, keys, listed, put, refused, samples, tar_of
+from PIL import Image
 from test_sources import add
 
-from pipelines.checked import decode_with_pil
+from pipelines.checked import CheckedReader, decode_with_pil
 from pipelines.files import locked
+from pipelines.index import read_index
 from tools.demo import write_digits
 from tools.image_files import items_of, look_at
 from tools.sharding import job
@@ -134,6 +137,26 @@ def test_programs_are_never_run_as_images():
     for open_image in (decode_with_pil, lambda content: check_image(content, ImageOptions())):
         with pytest.raises(ValueError, match="EPS is a program, not an image"):
             open_image(program)
+
+
+def test_images_of_absurdly_many_scans_are_refused_and_those_of_many_are_not(tmp_path):
+    """Each scan costs a pass over all pixels and needs no more than a few bytes."""
+    whole = io.BytesIO()
+    Image.new("RGB", (64, 64), (120, 30, 200)).save(whole, "JPEG", progressive=True)
+    content = whole.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    many, absurd = (content[:-2] + count * last + b"\xff\xd9" for count in (100, 200))
+    assert decode_with_pil(many).size == (64, 64)
+    for open_image in (decode_with_pil, lambda content: check_image(content, ImageOptions())):
+        with pytest.raises(ValueError, match="more than 200 scans, which no encoder writes"):
+            open_image(absurd)
+    for name, image in (("train/a/many.jpg", many), ("train/a/absurd.jpg", absurd), ("val/a/many.jpg", many)):
+        put(tmp_path / "images" / name, image)
+    headers_alone = BuildOptions(image=ImageOptions(audit=False))
+    build(tmp_path / "images", tmp_path / "out", headers_alone)
+    told = []
+    CheckedReader(read_index(tmp_path / "out", "train"), lambda _, why: told.append(why)).read(np.arange(2))
+    assert told == ["cannot be decoded (more than 200 scans, which no encoder writes)"]
 
 
 # --- what is left, and when ---
