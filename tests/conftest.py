@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
-from chaos.conversions import run_jobs
+from chaos.conversions import without_workers
 from forked_python import executable
 
 from pipelines.index import ShardIndex, read_index
@@ -58,7 +59,8 @@ def digits_folder(tmp_path_factory) -> Path:
 def digits(digits_folder, tmp_path_factory) -> Path:
     """The same as a dataset folder, in several shards."""
     out = tmp_path_factory.mktemp("datasets") / "digits"
-    build(digits_folder, out, BuildOptions(samples_per_shard=100), workers=2)
+    with without_workers():
+        build(digits_folder, out, BuildOptions(samples_per_shard=100))
     return out
 
 
@@ -68,15 +70,16 @@ def photos(tmp_path_factory) -> ShardIndex:
     folder = tmp_path_factory.mktemp("photos")
     write_photographs(folder)
     out = tmp_path_factory.mktemp("datasets") / "photos"
-    build(folder, out, BuildOptions(samples_per_shard=4))
+    with without_workers():
+        build(folder, out, BuildOptions(samples_per_shard=4))
     return read_index(out, "train")
 
 
 @pytest.fixture
-def jobs_in_this_process(monkeypatch):
+def jobs_in_this_process() -> Iterator[None]:
     """Jobs of `build`, `index` and `verify` run here: test_shard_imagenet.py and test_shard_faults.py use workers."""
-    for module in ("reindex", "verify", "job"):
-        monkeypatch.setattr(f"tools.sharding.{module}.run_jobs", run_jobs)
+    with without_workers():
+        yield
 
 
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:

@@ -18,7 +18,7 @@ from chaos import runs  # noqa: E402
 from trainer.checkpoint import path_of  # noqa: E402
 from trainer.step import TrainStep  # noqa: E402
 
-LENGTH = ["--schedule.epochs", "4", "--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
+LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 
 def noting_batches(out: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from chaos.conversions import without_workers
 from conftest import train_here
 from PIL import Image
 
@@ -47,7 +48,8 @@ def doubtful(tmp_path_factory) -> Path:
             (source / split / name).mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(pixels(label, i)).save(source / split / name / f"{split}{label}_{i}.jpg", quality=95)
-    build(source, out, BuildOptions())
+    with without_workers():
+        build(source, out, BuildOptions())
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import timm.data
 import torch
+from chaos.conversions import without_workers
 from conftest import REPOSITORY, TINY
 from forked_python import executable
 from PIL import Image
@@ -57,7 +58,8 @@ def three_classes(digits_folder, tmp_path_factory) -> Path:
     for split in ("train", "val"):
         for name in "725":
             shutil.copytree(digits_folder / split / name, folder / "images" / split / name)
-    build(folder / "images", folder / "dataset", BuildOptions())
+    with without_workers():
+        build(folder / "images", folder / "dataset", BuildOptions())
     return folder / "dataset"
 
 

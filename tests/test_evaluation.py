@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from chaos.conversions import without_workers
 from conftest import REPOSITORY, TINY
 from forked_python import executable
 
@@ -83,7 +84,8 @@ def found(tmp_path_factory) -> dict[int, list[dict]]:
     """What each rank found, by the number of ranks."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_digits(folder / "images", num_train=10, num_val=IMAGES)
-    build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=300))
+    with without_workers():
+        build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=300))
     # a fresh interpreter, which imports everything once and forks the ranks before it has a thread
     command = [executable(), __file__, str(folder / "dataset"), str(folder)]
     done = subprocess.run(

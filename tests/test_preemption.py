@@ -209,7 +209,7 @@ def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
     """It then is the run of two ranks that lost none."""
-    arguments = [*runs.SETTINGS, "--schedule.epochs", "4", "--data.root", str(elastic / "dataset")]
+    arguments = [*runs.SETTINGS, "--data.root", str(elastic / "dataset")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path)]
     forked = {**os.environ, "PYTHON_EXEC": executable()}  # by which torchrun starts the ranks

@@ -10,7 +10,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
-from chaos.conversions import run_jobs
+from chaos.conversions import without_workers
 from pipelines.errors import UserError, exit_on_user_error
 from tools import average, export, predict
 from tools.comparing import contenders
@@ -83,7 +82,7 @@ class Place:
         """Make all of it."""
         images = self.data.with_name("images")
         _write_images(images, {"train": 60, "val": 20})
-        with mock.patch("tools.sharding.job.run_jobs", run_jobs):
+        with without_workers():
             build(images, self.data, BuildOptions(samples_per_shard=100))
         shutil.copy(next((images / "val").rglob("*.png")), self.image)
         self.train(self.run, STEPS - 1)

@@ -1,11 +1,13 @@
 """What the faults of conversions share: commands in this process, small images, and what lies in a folder."""
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -23,7 +25,7 @@ def jpeg(number: int = 0, side: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
+def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
     """`tools.sharding.workers.run_jobs` without workers."""
     if start is not None:
         start(0)
@@ -31,13 +33,21 @@ def run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, prelo
         yield number, function(*each)
 
 
+@contextlib.contextmanager
+def without_workers() -> Iterator[None]:
+    """Inside, the jobs of `build`, `index` and `verify` run in this process."""
+    with contextlib.ExitStack() as stack:
+        for module in (reindex, verify, job):
+            stack.enter_context(mock.patch.object(module, "run_jobs", _run_jobs))
+        yield
+
+
 def shard(*arguments: object) -> Callable[[], None]:
     """A call of tools/shard_imagenet.py, all of it in the process that calls it: for `isolated`."""
 
     def call() -> None:
-        for module in (reindex, verify, job):
-            module.run_jobs = run_jobs
-        shard_imagenet.main([str(argument) for argument in arguments])
+        with without_workers():
+            shard_imagenet.main([str(argument) for argument in arguments])
 
     return call
 

@@ -19,6 +19,7 @@ import torch
 from processes import exit_code_of, flush_streams, free_port
 
 from chaos.attempts import Attempt
+from chaos.conversions import without_workers
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
@@ -31,7 +32,7 @@ from trainer.quarantine import QUARANTINE
 from trainer.run_files import METRICS, SUMMARY
 
 PROMISE = (
-    "Runs of 30 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "
+    "Runs of 20 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "
     "average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace."
 )
 Fault = Callable[[list[int], random.Random, Path], None]
@@ -40,11 +41,11 @@ SETTINGS = [
     *("--student.name", "tiny_cnn", "--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"),
     *("--teacher.name", "null", "--data.image_size", "32", "--augment.mix_group", "16", "--run.global_batch", "64"),
     *("--data.max_bad_fraction", "0.05", "--ema.decay", "0.9", "--run.device", "cpu"),
-    *("--schedule.epochs", "6", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
+    *("--schedule.epochs", "4", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
     *("--run.checkpoint_every", "3", "--run.log_every", "1", "--run.ready_s", "20"),
     *("--run.keep_checkpoints", "3"),  # two may be damaged one after the other
 ]
-STEPS = 30
+STEPS = 20
 _PATIENCE_S = 90.0  # a rank that is still there so long after the other has died hangs
 
 
@@ -89,7 +90,8 @@ FAULTS = (kill_one, preempt, truncate_newest, kill_all, change_newest)
 def make_dataset(folder: Path) -> Path:
     """Digits as a dataset, in several shards, three of its training images damaged."""
     write_digits(folder / "images", num_train=320, num_val=96)
-    build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=100), workers=2)
+    with without_workers():
+        build(folder / "images", folder / "dataset", BuildOptions(samples_per_shard=100))
     index = read_index(folder / "dataset", "train")
     for row in index.samples[[7, 100, 319]]:
         with open(index.paths[row["shard"]], "r+b") as file:
