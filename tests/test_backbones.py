@@ -5,7 +5,9 @@ import json
 import pytest
 import timm
 import torch
+from chaos.conversions import run_jobs
 from conftest import REPOSITORY, run_trainer
+from timm.models import mlp_mixer
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -18,27 +20,33 @@ from trainer.distributed import World
 from trainer.run import build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
-SIZE = 64
+SIZE = 32
 
-# Name and arguments. Small variants, and fewer blocks where there is no small one.
+# Name and arguments. Small variants, and fewer or narrower blocks where there is no small one.
 BACKBONES = {
-    "ResNet": ("resnet10t", {"drop_rate": 0.1}),
-    "TResNet": ("tresnet_m", {"layers": [1, 1, 1, 1], "width_factor": 0.5}),
+    "ResNet": ("resnet10t", {"channels": [16, 32, 64, 128], "drop_rate": 0.1}),
+    "TResNet": ("tresnet_m", {"layers": [1, 1, 1, 1], "width_factor": 0.25}),
     "MobileNetV3": ("mobilenetv3_small_050", {}),
-    "EfficientNet": ("efficientnet_b0", {"drop_rate": 0.2, "drop_path_rate": 0.2}),
+    "EfficientNet": ("tinynet_e", {"drop_rate": 0.2, "drop_path_rate": 0.2}),  # a shallower EfficientNet-B0
     "RegNet": ("regnety_002", {}),
-    "LeViT": ("levit_128s", {}),  # two classifiers, one of them of a distillation head
+    "LeViT": (
+        "levit_128s",
+        {"embed_dim": [64, 96, 128], "depth": [1, 1, 1], "num_heads": [2, 3, 4]},
+    ),  # two classifiers, one of them of a distillation head
     "DeiT": ("deit_tiny_distilled_patch16_224", {"depth": 2}),  # a distillation token
     "ViT": ("vit_tiny_patch16_224", {"depth": 2, "drop_path_rate": 0.1, "proj_drop_rate": 0.1}),
-    "Swin": ("swin_tiny_patch4_window7_224", {"depths": [1, 1, 1, 1], "embed_dim": 48, "drop_path_rate": 0.2}),
-    "TNT": ("tnt_s_patch16_224", {"depth": 2}),
-    "Mixer": ("mixer_s32_224", {"mlp_ratio": [0.25, 0.5]}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": [1, 1, 1, 1], "embed_dim": 24, "num_heads": [1, 2, 4, 8], "drop_path_rate": 0.2},
+    ),
+    "TNT": ("tnt_s_patch16_224", {"depth": 2, "embed_dim": 192, "num_heads_outer": 3}),
+    "Mixer": ("mixer_s16_224", {"mlp_ratio": [0.25, 0.5]}),
     "ResMLP": ("resmlp_12_224", {}),
-    "ConvNeXt": ("convnext_atto", {"drop_path_rate": 0.1}),
-    "EdgeNeXt": ("edgenext_xx_small", {}),
+    "ConvNeXt": ("convnext_atto", {"depths": [1, 1, 1, 1], "drop_path_rate": 0.1}),
+    "EdgeNeXt": ("edgenext_xx_small", {"depths": [1, 2, 2, 2]}),
     "CoaT": (
         "coat_tiny",
-        {"serial_depths": [1, 1, 1, 1], "parallel_depth": 1},
+        {"serial_depths": [1, 1, 1, 1], "parallel_depth": 1, "embed_dims": [32, 40, 40, 40]},
     ),  # blocks that share layers, under several names
 }
 
@@ -51,12 +59,21 @@ OVERRIDES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def two_blocks(monkeypatch):
+    """Mixer and ResMLP have two blocks: timm takes no argument for their number."""
+    create = mlp_mixer._create_mixer
+    monkeypatch.setattr(mlp_mixer, "_create_mixer", lambda *names, **given: create(*names, **given | {"num_blocks": 2}))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
     """Arguments: 16 digits to train on, one update an epoch, as many to validate on, and a teacher of weights."""
     folder = tmp_path_factory.mktemp("small")
     write_digits(folder / "images", num_train=16, num_val=16)
-    build_dataset(folder / "images", folder / "dataset", BuildOptions())
+    with pytest.MonkeyPatch.context() as here:  # workers of their own would import for longer than they work
+        here.setattr("tools.sharding.job.run_jobs", run_jobs)
+        build_dataset(folder / "images", folder / "dataset", BuildOptions())
     torch.manual_seed(5)
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), folder / "teacher.pth")
     teacher = ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(folder / "teacher.pth")]

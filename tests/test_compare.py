@@ -20,7 +20,7 @@ import torch
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import save_file
-from test_export import tiny_hiera
+from test_export import tiny_hiera, translations_are_read_once  # noqa: F401
 
 from pipelines.errors import UserError
 from tools import compare

@@ -1,6 +1,7 @@
 """Files and folders that belong to somebody else: each command ends with one line that names what cannot be read."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,22 @@ NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """An image folder, tars and a dataset."""
+    root = tmp_path_factory.mktemp("original")
+    write_digits(root / "images", num_train=20, num_val=10)
+    put(root / "tars" / "train" / "a.tar", tar_of(samples(3)))
+    put(root / "made" / "train" / "a.tar", tar_of(samples(3)))
+    assert isolated(shard("index", root / "made")).code == 0
+    return root
+
+
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that another user may enter and write to, with an image folder, tars and a dataset."""
+def place(original) -> Iterator[Path]:
+    """A folder that another user may enter and write to, with a copy of them."""
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
-        root = Path(folder)
-        write_digits(root / "images", num_train=20, num_val=10)
-        put(root / "tars" / "train" / "a.tar", tar_of(samples(3)))
-        put(root / "made" / "train" / "a.tar", tar_of(samples(3)))
-        assert isolated(shard("index", root / "made")).code == 0
+        root = shutil.copytree(original, Path(folder), dirs_exist_ok=True)
         for path in (root, *root.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
         yield root

@@ -4,15 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, interpreted
 from PIL import Image
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
-from pipelines.cpu import apply_op
 from pipelines.randaugment import apply_ops, erase, kernel_trouble
 from tools.photos import photographs
 
@@ -57,6 +56,8 @@ def pictures(size: int) -> torch.Tensor:
 
 
 def with_pil(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
+    from pipelines.cpu import apply_op  # not above: it imports timm, which the interpreted kernel's script does without
+
     out = []
     for pixels, row_ops, row_args in zip(images.numpy(), ops.tolist(), args.tolist(), strict=True):
         image = Image.fromarray(pixels)
@@ -186,6 +187,8 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...]) -> None:
 
 @needs_triton
 def test_the_interpreted_kernel_equals_torch():
+    from conftest import interpreted  # not above: the script imports this file, and needs no trainer
+
     script = "from test_randaugment import assert_kernel_equals_torch as check; check('cpu', (2, 17)); print('equal')"
     assert interpreted(script) == "equal\n"
 
@@ -227,7 +230,8 @@ operations = np.full((2, 1), 3, np.uint8), np.zeros((2, 1), np.float32), (1, 2, 
 assert torch.equal(apply_ops(images, *operations), apply_ops(images, *operations, kernel=False))
 """
     without = {**os.environ, "CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], env=without, cwd=REPOSITORY, check=True)
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", script], env=without, cwd=root, check=True)
 
 
 @pytest.mark.gpu

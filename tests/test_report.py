@@ -48,6 +48,12 @@ def finished(digits, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture
+def without_drawings(monkeypatch):
+    """Reports have a few bytes in place of each chart, which takes a quarter of a second to draw."""
+    monkeypatch.setattr(trainer.report, "draw", lambda chart: b"undrawn")
+
+
 def logged(out: Path, steps: int, *arguments, evaluated: bool = True, teacher: bool = False) -> Path:
     """The folder of a run that was killed after `steps` steps, 5 an epoch."""
     out.mkdir(parents=True)
@@ -126,6 +132,7 @@ def test_the_curves_are_those_of_the_log_with_marks_where_the_run_was_restarted(
     assert "agreement" not in drawn
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_run_that_goes_on_is_reported_so_far(tmp_path):
     run = logged(tmp_path / "run", 7)
     with open(run / "metrics.jsonl", "a") as file:
@@ -142,6 +149,7 @@ def test_a_summary_of_an_earlier_session_does_not_speak_for_a_run_that_went_on(t
     assert numbers(record)["state"].startswith("not finished; ") and len(record.deviations) > 5
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_run_without_a_validation_set(tmp_path):
     run = logged(tmp_path / "run", 7, evaluated=False)
     page = Page(write_report([run], tmp_path / "out"))
@@ -197,6 +205,7 @@ def test_a_number_that_is_not_finite_or_not_there_leaves_a_gap(tmp_path):
     assert list(drawn["loss"].curves[0].y) == [3.0, 1.0] and "agreement" not in drawn
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_path, finished):
     other = logged(tmp_path / "lower lr", 9, "--optim.lr", 1e-4, "--student.kwargs.drop_rate", 0.1)
     page = Page(write_report([finished, other], tmp_path / "out"))
@@ -215,12 +224,14 @@ def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_pat
     assert (tmp_path / "out" / "samples-1.png").read_bytes() == (finished / "samples.png").read_bytes()
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
     runs = [logged(tmp_path / parent / "run", 1) for parent in "ab"]
     page = Page(write_report(runs, tmp_path / "out"))
     assert str(runs[0]) in page.text and str(runs[1]) in page.text
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_names_are_shown_and_never_obeyed(tmp_path):
     run = logged(tmp_path / "<script>", 1, "--student.name", "<img src=x onerror=alert(1)>")
     page = Page(write_report([run, logged(tmp_path / "$a_b^{", 1)], tmp_path / "out"))
@@ -228,6 +239,7 @@ def test_names_are_shown_and_never_obeyed(tmp_path):
     assert "script" not in page.tags and all(ask.startswith("data:") for ask in page.asks)
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_what_is_not_a_run_or_not_writable_is_told(tmp_path):
     with pytest.raises(UserError, match=r"not the folder of a run, it has no config.yaml. Give what --run.out was"):
         write_report([tmp_path], tmp_path / "out")
@@ -256,6 +268,7 @@ def test_any_name_of_a_folder_is_shown_on_the_page_and_in_the_pictures(tmp_path)
     assert all(shown in text for shown in ("$\\frac$", "_run", "caf\\udce9", "&lt;b&gt;"))
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_what_cannot_be_used_is_left_out_and_said(tmp_path, capsys):
     """tests/chaos/reports.py damages files in many more ways."""
     run = logged(tmp_path / "run", 4)
@@ -280,6 +293,7 @@ def test_a_clock_that_was_set_back_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["index.html", "loss.png"])
+@pytest.mark.usefixtures("without_drawings")
 def test_a_full_disk_while_the_report_is_written_leaves_a_reason_and_no_half_of_a_file(tmp_path, name):
     run = logged(tmp_path / "run", 2)
     (run / "report").mkdir()
@@ -297,6 +311,7 @@ def test_matplotlib_is_imported_only_inside_the_functions_that_draw():
             assert not any(str(name).startswith("matplotlib") for name in names), path
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_the_command_writes_to_the_run_or_for_several_to_the_working_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "ab":
@@ -359,6 +374,7 @@ def test_a_strip_has_rows_of_eight(count, size, shape):
     assert picture.size == shape[::-1]
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_section_of_the_configuration_that_is_none_is_left_out_and_said(tmp_path, capsys):
     run = logged(tmp_path / "run", 4)
     (run / "config.yaml").write_text("student: {name: resnet50}\nteacher: 3\n")

@@ -6,6 +6,7 @@ every key. `--config FILE` takes a YAML file of sections, `--section.key value` 
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import typing
@@ -59,11 +60,7 @@ def parse_settings(
     arguments, flags = sys.argv[1:] if arguments is None else arguments, flags or {}
     keys = _Keys(kind, flags)
     arguments = keys.checked(arguments)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    for flag, meaning in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
-    parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
-    parser.add_class_arguments(kind)
+    parser = _parser(kind, prog, description, tuple(flags.items()))
     try:
         values = parser.instantiate(_with_home_folders(parser.parse_args(arguments)))
     except ArgumentError as error:
@@ -72,6 +69,17 @@ def parse_settings(
     except UserError as error:
         raise UserError(f"{keys.file_of(str(error))}{error}") from error
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+@functools.cache
+def _parser(kind: type, prog: str | None, description: str, flags: tuple[tuple[str, str], ...]) -> ArgumentParser:
+    """The parser of `parse_settings`: to build it takes longer than to parse with it."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    for flag, meaning in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
+    parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")
+    parser.add_class_arguments(kind)
+    return parser
 
 
 def _with_home_folders(value: object) -> object:

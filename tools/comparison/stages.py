@@ -1,6 +1,7 @@
 """Each stage of a training or validation image's way, held to timm's own code on the same photographs."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -172,8 +173,12 @@ def _starts(length: int, side: int) -> list[int]:
 def _train_plan(photos: Photos, size: int, **augment) -> TrainPlan:
     """Every image once a step; timm's default mean as the fill colour."""
     num = len(photos)
-    fill = preprocessing(timm.create_model("resnet18")).fill
-    return TrainPlan(photos.index, AugmentConfig(mix_group=num, repeats=1, **augment), 0, num, size, fill)
+    return TrainPlan(photos.index, AugmentConfig(mix_group=num, repeats=1, **augment), 0, num, size, _usual_fill())
+
+
+@functools.cache
+def _usual_fill() -> tuple[int, int, int]:
+    return preprocessing(timm.create_model("resnet18")).fill
 
 
 def _by_size(stage: str, photos: Photos, way: Executor, sample: np.ndarray, pairs: list) -> Iterator[Row]:
