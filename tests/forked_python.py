@@ -88,6 +88,7 @@ def _serve(address: str, program: str) -> None:
     sys.path[:1] = [str(_TESTS.parent), str(_TESTS)]
     for module in _PRELOADED:
         importlib.import_module(module)
+    sys.modules["trainer.config"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
     gc.freeze()  # a collection in a fork would copy every page with objects of this process
     forks: dict[socket.socket, int] = {}
     with socket.socket(socket.AF_UNIX) as listener:
