@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from chaos.conversions import run_jobs
+from chaos.conversions import without_workers
 from conftest import REPOSITORY, run_trainer
 from timm.models import mlp_mixer
 
@@ -71,8 +71,7 @@ def small(tmp_path_factory) -> list[str]:
     """Arguments: 16 digits to train on, one update an epoch, as many to validate on, and a teacher of weights."""
     folder = tmp_path_factory.mktemp("small")
     write_digits(folder / "images", num_train=16, num_val=16)
-    with pytest.MonkeyPatch.context() as here:  # workers of their own would import for longer than they work
-        here.setattr("tools.sharding.job.run_jobs", run_jobs)
+    with without_workers():
         build_dataset(folder / "images", folder / "dataset", BuildOptions())
     torch.manual_seed(5)
     torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), folder / "teacher.pth")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from chaos.conversions import run_jobs
+from chaos.conversions import without_workers
 
 from tools import parity
 from tools.comparison import rows as comparison
@@ -14,8 +14,7 @@ from tools.comparison.rows import EXACT, Tolerance, compare
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[comparison.Row]:
-    with pytest.MonkeyPatch.context() as here:  # workers of their own would import for longer than they work
-        here.setattr("tools.sharding.job.run_jobs", run_jobs)
+    with without_workers():
         photos = stages.open_photos(tmp_path_factory.mktemp("parity"))
     return list(stages.report(photos, size=64))
 

@@ -344,7 +344,7 @@ def test_a_moving_average_is_the_mean_of_the_neighbours():
 def test_the_samples_are_the_first_images_of_the_run_as_they_were_mixed(digits, finished):
     config = parse([*TINY, "--data.root", str(digits), "--run.out", str(finished)])
     run = build(config, ONE)
-    batches = run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 16))
+    batches = run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 32))
     pixels = mix_pixels(next(batches)).numpy()
     batches.close()
     picture = np.asarray(Image.open(finished / "samples.png"))
