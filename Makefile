@@ -18,8 +18,9 @@ setup: .venv/.complete
 demo: setup
 	$(BIN)/python tools/demo.py
 
+# One process more than the two cores of a small machine: some tests wait.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # What needs an NVIDIA GPU; `make test` skips it where there is none.
 gpu: setup
