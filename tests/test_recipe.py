@@ -63,7 +63,7 @@ RECIPE = {
     "ema.decay": 0.99996,
     "ema.warmup": False,
     "run.global_batch": 1024,
-    "run.batch_norm": "reduce",  # timm's --dist-bn
+    "run.batch_norm": "reduce",  # ours on purpose; the authors' code comes to broadcast
 }
 
 
@@ -73,7 +73,17 @@ def usi() -> Config:
 
 
 def test_the_audit_of_the_recipe_is_empty(usi):
-    assert audit(usi) == [] and audit_table([]) == "every setting is the one of the USI recipe"
+    assert audit(usi) == [] and audit_table(usi).startswith("every setting is the one of the USI recipe\n")
+
+
+def test_the_audit_says_what_is_otherwise_on_purpose_and_does_not_call_the_authors_own_value_a_deviation(usi):
+    """DDP hands rank 0's buffers to all ranks before each forward pass, and the authors' --dist-bn is empty."""
+    said = "on purpose, run.batch_norm is reduce:\n      the authors' code keeps the statistics of rank 0's images"
+    assert said in audit_table(usi)
+    theirs = parse(["--run.batch_norm", "broadcast"])
+    assert audit(theirs) == [] and audit_table(theirs) == "every setting is the one of the USI recipe"
+    (row,) = audit(parse(["--run.batch_norm", "none"]))
+    assert row["key"] == "run.batch_norm" and row["usi"] == "reduce"
 
 
 def test_the_audit_names_what_differs_with_both_values_and_its_meaning():
@@ -86,7 +96,7 @@ def test_the_audit_names_what_differs_with_both_values_and_its_meaning():
         ("optim.lr", 2e-3, 1e-3),
     ]
     assert listed[2]["meaning"] == "peak learning rate; not scaled with the batch size."
-    assert "optim.lr: USI 0.002, here 0.001\n      peak learning rate" in audit_table(listed)
+    assert "optim.lr: USI 0.002, here 0.001\n      peak learning rate" in audit_table(parse([*changed, *elsewhere]))
 
 
 def test_every_setting_is_audited_unless_the_scheme_leaves_it_open():

@@ -81,7 +81,7 @@ def command(arguments: list[str] | None) -> None:
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
-                print(audit_table(audit(config)))
+                print(audit_table(config))
                 return
             agree = functools.partial(what_must_agree, config)
             with (
