@@ -18,7 +18,7 @@ setup: .venv/.complete
 demo: setup
 	$(BIN)/python tools/demo.py
 
-# One process more than the two cores of a small machine: some tests wait.
+# Three processes for two cores: some tests wait for others.
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 
 from pipelines.launcher import launched
 
+_LOOK = "USI_TRACEBACK=1 in the environment shows where it happened"
 _PERMISSIONS = "Change its permissions, or name another place"
-_ROOM = "Make room there, and run the same command again"
+ROOM = "Make room there, and run the same command again"
 _ADVICE = {  # against errors of the operating system
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
@@ -19,8 +20,8 @@ _ADVICE = {  # against errors of the operating system
     errno.EISDIR: "A file is needed where a folder is: name another place",
     errno.EEXIST: "Name another place",
     errno.EROFS: "Nothing can be written there: name another place",
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
     errno.EFBIG: "No file may become that large here: raise the limit ('ulimit -f'), or use another file system",
     errno.ENAMETOOLONG: "Use a shorter name",
     errno.ELOOP: "Its links lead in a circle: correct them",
@@ -107,16 +108,12 @@ def system_error_text(error: OSError) -> str:
     """An error of the operating system as one line: the file, what happened, and what helps."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     what = error.strerror or str(error) or type(error).__name__
-    advice = advice_against(error, "USI_TRACEBACK=1 in the environment shows where it happened")
+    advice = advice_against(error, _LOOK)
     return f"{': '.join([' -> '.join(names), what]) if names else what}. {advice}"
 
 
-def advice_against(error: Exception, otherwise: str = _ROOM) -> str:
-    """What helps against an error of the operating system.
-
-    Args:
-      otherwise: the advice where nothing is known; torch reports a full disk as a RuntimeError.
-    """
+def advice_against(error: Exception, otherwise: str) -> str:
+    """What helps against an error of the operating system; `otherwise` where that is not known."""
     return _ADVICE.get(getattr(error, "errno", None), otherwise)
 
 

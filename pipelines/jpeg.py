@@ -1,13 +1,16 @@
 """This module reads the header of a JPEG without a decoder."""
 
 import dataclasses
+import re
 
 MAX_PIXELS = 1 << 27  # 134 megapixels; larger images are refused before they are decoded
-# cjpeg takes no script of more than 100 scans. A decoder goes over all pixels for each, however few bytes it has:
+# cjpeg accepts at most 100 scans. A decoder passes over all pixels once for each scan, however few bytes it has:
 # without a bound a file of three megabytes takes half an hour.
-MOST_SCANS = 200
+MAX_SCANS = 200
 # Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
 _PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
+_START_OF_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or of the end; not those that stand alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,22 @@ def read_jpeg_header(content: bytes | memoryview) -> JpegHeader | None:
     return None
 
 
-def has_too_many_scans(content: bytes) -> bool:
-    """Whether a JPEG has more scans than any encoder writes. The marker cannot stand in a scan's own bytes."""
-    return content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MOST_SCANS
+def check_scans(content: bytes) -> None:
+    """Raise a ValueError about a JPEG with more scans than any encoder writes."""
+    if content[:2] == b"\xff\xd8" and content.count(_START_OF_SCAN) > MAX_SCANS < _num_scans(content):
+        raise ValueError(f"more than {MAX_SCANS} scans, which no encoder writes")
+
+
+def _num_scans(content: bytes) -> int:
+    """How many scans a decoder finds in a JPEG: neither in the content of its segments nor behind its end."""
+    scans, position = 0, 2
+    while found := _MARKER.search(content, position):
+        marker = found[0][1]
+        if marker == 0xD9:  # the end of the image
+            break
+        scans += marker == _START_OF_SCAN[1]
+        position = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    return scans
 
 
 def is_plain(header: JpegHeader | None) -> bool:

@@ -1,5 +1,6 @@
 """Small real datasets: scikit-learn's handwritten digits, and crops of its two photographs."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,16 +15,13 @@ import numpy as np
 import pytest
 import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
-from chaos.conversions import without_workers
 from forked_python import executable
+from processes import REPOSITORY, without_workers
 
 from pipelines.index import ShardIndex, read_index
 from tools.demo import write_digits
 from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
@@ -82,6 +80,19 @@ def jobs_in_this_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def onnx_translations_read_once() -> Iterator[None]:
+    """torch reads the sources of its translations to ONNX anew for each file, which takes a second each time."""
+    with pytest.MonkeyPatch.context() as here:
+        try:
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+        except ImportError:  # another torch has it elsewhere: the tests take longer
+            pass
+        else:
+            here.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:
     """An index without shards, with the sizes of ordinary photographs: enough for the plan."""
     from pipelines.synthetic import synthetic_index
@@ -130,15 +141,3 @@ def run_trainer(*arguments, ranks: int = 1, check: bool = True, **popen) -> subp
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **popen)
     assert not check or done.returncode == 0, done.stderr
     return done
-
-
-def interpreted(script: str) -> str:
-    """What a script prints that runs Triton's kernels in its interpreter.
-
-    In a process of its own: what Triton interprets is settled when it is imported.
-    """
-    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

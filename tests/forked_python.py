@@ -86,7 +86,7 @@ def _serve(address: str, program: str) -> None:
     import select
 
     sys.path[:1] = [str(_TESTS.parent), str(_TESTS)]
-    for module in _PRELOADED:
+    for module in ("processes", *_PRELOADED):
         importlib.import_module(module)
     sys.modules["trainer.config"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
     gc.freeze()  # a collection in a fork would copy every page with objects of this process
@@ -179,7 +179,7 @@ def _run(arguments: list[str]) -> None:
     import runpy
 
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:1] = [path for path in paths if path]
+    sys.path[:2] = [path for path in paths if path]
     if arguments[0] == "-m":
         sys.argv, sys.path[:0] = arguments[1:], [os.getcwd()]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -1,4 +1,7 @@
-"""Batches to be mixed, and the kernel that mixes them held to torch. It imports little: a script needs it."""
+"""Batches to be mixed, and the kernel that mixes them held to torch.
+
+Kept apart so that the script that interprets the kernel need import neither timm nor the trainer's tests.
+"""
 
 import itertools
 

@@ -1,10 +1,17 @@
-"""What the tests and the fault injection need to start processes of their own."""
+"""What the tests and the fault injection need to start processes, and to do without them. It imports little."""
 
 import contextlib
+import os
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
@@ -15,12 +22,12 @@ def free_port() -> int:
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
-    """The exit code of a program that does this; the reason of its end is written to stderr, as python writes it."""
+    """Call `command`. Returns the exit code of a program that does this; an error's traceback is printed to stderr."""
     try:
         command()
     except SystemExit as end:
         if isinstance(end.code, str):
-            _complain(end.code)
+            _complain(f"{end.code}\n")
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         _complain(traceback.format_exc())
@@ -28,9 +35,14 @@ def exit_code_of(command: Callable[[], object]) -> int:
     return 0
 
 
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or its disk full
-        print(text, file=sys.stderr)
+def exit_with(command: Callable[[], object]) -> NoReturn:
+    """Call `command` and end this fork of a process as a program that does this would end, whatever happens."""
+    code = 1
+    try:
+        code = exit_code_of(command)
+        flush_streams()
+    finally:
+        os._exit(code)
 
 
 def flush_streams() -> None:
@@ -38,3 +50,37 @@ def flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or its disk full
+        print(text, end="", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def without_workers() -> Iterator[None]:
+    """Inside, the jobs of `build`, `index` and `verify` run in this process."""
+    with contextlib.ExitStack() as stack:
+        for module in ("reindex", "verify", "job"):
+            stack.enter_context(mock.patch(f"tools.sharding.{module}.run_jobs", _run_jobs))
+        yield
+
+
+def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
+    """`tools.sharding.workers.run_jobs` without workers."""
+    if start is not None:
+        start(0)
+    for number, each in enumerate(jobs):
+        yield number, function(*each)
+
+
+def interpreted(script: str) -> str:
+    """What a script prints that runs Triton's kernels in its interpreter.
+
+    In a process of its own: what Triton interprets is settled when it is imported.
+    """
+    folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

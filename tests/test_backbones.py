@@ -5,8 +5,8 @@ import json
 import pytest
 import timm
 import torch
-from chaos.conversions import without_workers
 from conftest import REPOSITORY, run_trainer
+from processes import without_workers
 from timm.models import mlp_mixer
 
 from pipelines.errors import UserError
@@ -63,7 +63,7 @@ OVERRIDES = [
 def two_blocks(monkeypatch):
     """Mixer and ResMLP have two blocks: timm takes no argument for their number."""
     create = mlp_mixer._create_mixer
-    monkeypatch.setattr(mlp_mixer, "_create_mixer", lambda *names, **given: create(*names, **given | {"num_blocks": 2}))
+    monkeypatch.setattr(mlp_mixer, "_create_mixer", lambda *args, **kwargs: create(*args, **kwargs | {"num_blocks": 2}))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """Input of any size costs bounded memory, and what a conversion makes has its name no sooner than it is on the disk."""
 
 import errno
+import functools
 import io
 import os
 import resource
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipelines.checked import CheckedReader, decode_with_pil
 from pipelines.files import locked
 from pipelines.index import read_index
 from tools.demo import write_digits
-from tools.image_files import items_of, look_at
+from tools.image_files import items_of, look_at, pixels_of
 from tools.sharding import job
 from tools.sharding.images import MAX_BYTES, ImageOptions, RejectedImageError, check_image
 from tools.sharding.job import BuildOptions, build, merge
@@ -139,24 +140,48 @@ def test_programs_are_never_run_as_images():
             open_image(program)
 
 
-def test_images_of_absurdly_many_scans_are_refused_and_those_of_many_are_not(tmp_path):
-    """Each scan costs a pass over all pixels and needs no more than a few bytes."""
+SCAN = b"\xff\xda"
+
+
+@pytest.fixture
+def many_scans() -> Callable[[int], bytes]:
+    """A progressive JPEG to whose scans the last one is added again and again, so often."""
     whole = io.BytesIO()
     Image.new("RGB", (64, 64), (120, 30, 200)).save(whole, "JPEG", progressive=True)
     content = whole.getvalue()
-    last = content[content.rindex(b"\xff\xda") : -2]
-    many, absurd = (content[:-2] + count * last + b"\xff\xd9" for count in (100, 200))
-    assert decode_with_pil(many).size == (64, 64)
-    for open_image in (decode_with_pil, lambda content: check_image(content, ImageOptions())):
+    return lambda count: content[:-2] + count * content[content.rindex(SCAN) : -2] + content[-2:]
+
+
+def test_images_of_absurdly_many_scans_are_refused(many_scans):
+    """Each scan costs a pass over all pixels and needs no more than a few bytes."""
+    converted = [functools.partial(check_image, options=ImageOptions(audit=audit)) for audit in (True, False)]
+    for look in (decode_with_pil, pixels_of, *converted):
+        look(many_scans(100))
         with pytest.raises(ValueError, match="more than 200 scans, which no encoder writes"):
-            open_image(absurd)
-    for name, image in (("train/a/many.jpg", many), ("train/a/absurd.jpg", absurd), ("val/a/many.jpg", many)):
-        put(tmp_path / "images" / name, image)
-    headers_alone = BuildOptions(image=ImageOptions(audit=False))
-    build(tmp_path / "images", tmp_path / "out", headers_alone)
+            look(many_scans(200))
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_a_sample_of_absurdly_many_scans_in_an_older_dataset_becomes_gray(many_scans, tmp_path, monkeypatch, audit):
+    for split in ("train", "val"):
+        put(tmp_path / split / "a.tar", tar_of({"0.jpg": many_scans(200), "0.cls": b"0"}))
+    with monkeypatch.context() as older:
+        older.setattr("pipelines.jpeg.MAX_SCANS", 1000)
+        index_webdataset(tmp_path, audit=audit)
     told = []
-    CheckedReader(read_index(tmp_path / "out", "train"), lambda _, why: told.append(why)).read(np.arange(2))
+    CheckedReader(read_index(tmp_path, "train"), lambda _, why: told.append(why)).read(np.arange(1))
     assert told == ["cannot be decoded (more than 200 scans, which no encoder writes)"]
+
+
+def test_scans_are_those_that_a_decoder_finds(many_scans):
+    """Markers in the content of a segment and behind the end of the image, as in photographs with films, are none."""
+    image = many_scans(0)
+    segment = b"\xff\xe2" + (2 + 600).to_bytes(2, "big") + 300 * SCAN
+    for content in (image + 300 * SCAN, image[:2] + segment + image[2:]):
+        assert decode_with_pil(content).size == (64, 64) and pixels_of(content).shape == (64, 64, 3)
+    garbage = many_scans(200).replace(SCAN, b"garbage" + SCAN)  # decoders pass over it
+    with pytest.raises(ValueError, match="more than 200 scans"):
+        pixels_of(garbage)
 
 
 # --- what is left, and when ---

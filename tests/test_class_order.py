@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from chaos.conversions import without_workers
 from conftest import train_here
 from PIL import Image
+from processes import without_workers
 
 from pipelines.errors import UserError
 from pipelines.index import manifest_bytes, read_manifest, sorted_classes

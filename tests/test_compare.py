@@ -20,7 +20,7 @@ import torch
 from conftest import REPOSITORY
 from rich.console import Console
 from safetensors.torch import save_file
-from test_export import tiny_hiera, translations_are_read_once  # noqa: F401
+from test_export import tiny_hiera
 
 from pipelines.errors import UserError
 from tools import compare
@@ -28,6 +28,8 @@ from tools.comparing import backends, charts, contenders, measuring, ranking, re
 from tools.comparing.contenders import Contender
 from tools.comparing.measuring import FailedError, Process
 from tools.exporting.timm_folder import write_folder
+
+pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 
 
 def turns(speed: float, rounds: int = 15, noise: float = 0.0, seed: int = 0) -> np.ndarray:

@@ -102,6 +102,12 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_configuration_that_was_asked_for_in_vain_is_not_printed_later(capsys):
+    with pytest.raises(UserError, match="'fast' is not a number"):
+        parse(["--print_config", "--optim.lr", "fast"])
+    assert parse(["--optim.lr", "0.5"]).optim.lr == 0.5 and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,13 +120,15 @@ def test_mistakes_in_a_file(tmp_path, text, message):
         (["leftover"], "leftover"),
         (["--student", "resnet50"], "--student takes a YAML file, and resnet50 is none; did you mean '--student.KEY'?"),
         (["--config"], "--config: which file?"),
-        (["--optim.lr", "fast"], "--optim.lr: 'fast' is no number. See --help"),
-        (["--run.global_batch", "1.5"], "--run.global_batch: '1.5' is no whole number"),
+        (["--optim.lr", "fast"], "--optim.lr: 'fast' is not a number. See --help"),
+        (["--run.global_batch", "1.5"], "--run.global_batch: '1.5' is not a whole number"),
         (["--ema.warmup", "maybe"], "--ema.warmup: 'maybe' is neither true nor false"),
-        (["--optim.betas", "[1]"], "--optim.betas: '[1]' is no list of 2 values"),
+        (["--optim.betas", "[1]"], "--optim.betas: '[1]' is not a list of 2 values"),
         (["--data.image_size", "[1]"], "--data.image_size: '[1]' is not understood; a list is written [1,2]"),
-        (["--teacher.others", "[a]"], "--teacher.others: 'a' is no item with keys, written {name: resnet50}"),
-        (["--student.kwargs", "5"], "--student.kwargs: '5' is no keys with values"),
+        (["--run.compile", "maybe"], "--run.compile: 'maybe' is not understood. See --help for the keys"),
+        (["--run.micro_batch", "many"], "--run.micro_batch: 'many' is not understood. See --help for the keys"),
+        (["--teacher.others", "[a]"], "--teacher.others: 'a' is not an item with keys: write {name: resnet50}"),
+        (["--student.kwargs", "5"], "--student.kwargs: '5' is not a mapping: write {key: value}"),
         (["--optim.betas", "0.9,0.99"], "a list is written [1,2]"),
         (["--run.out", ""], "run.out is empty"),
         (["--run.out", os.fsdecode(b"caf\xe9")], "--run.out caf\\udce9: not UTF-8. Rename it, or make a link to it"),

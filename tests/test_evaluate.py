@@ -12,10 +12,10 @@ import pytest
 import timm
 import timm.data
 import torch
-from chaos.conversions import without_workers
 from conftest import REPOSITORY, TINY
 from forked_python import executable
 from PIL import Image
+from processes import without_workers
 
 from pipelines.errors import UserError
 from pipelines.reader import ShardReader

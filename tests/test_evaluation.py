@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from chaos.conversions import without_workers
 from conftest import REPOSITORY, TINY
 from forked_python import executable
+from processes import without_workers
 
 from pipelines.batch import Batch
 from pipelines.index import read_index

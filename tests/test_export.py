@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from PIL import Image
 from test_folding import with_statistics
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from pipelines.errors import UserError
 from pipelines.files import is_empty, making
@@ -37,6 +35,7 @@ from trainer.config import parse, to_dict
 from trainer.folding import fold_batch_norms
 from trainer.models import preprocessing
 
+pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 PICTURE = np.random.default_rng(0).integers(0, 256, (150, 211, 3), np.uint8)
 DIGITS = [str(digit) for digit in range(10)]
 CASES = {  # models of each way to be built: of any size, of one size that is not timm's, of any size by an argument
@@ -47,14 +46,6 @@ CASES = {  # models of each way to be built: of any size, of one size that is no
         ["--data.image_size", "160", "--data.eval_image_size", "192", "--student.kwargs.dynamic_img_size", "true"],
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def translations_are_read_once():
-    """torch reads the sources of its translations to ONNX anew for each file, which takes it a second each time."""
-    with pytest.MonkeyPatch.context() as here:
-        here.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
-        yield
 
 
 def write_checkpoint(path: Path, name: str, settings: list[str], seed: int = 0) -> Path:
@@ -420,7 +411,8 @@ def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
 
 
-HIERA = {  # the smallest of the family, whose only stage attends within windows: its tensors have five dimensions
+# Of one stage, which attends within windows: its tensors have five dimensions. There is no pooling between stages.
+HIERA = {
     **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
     **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},
 }

@@ -318,7 +318,10 @@ def test_a_read_only_folder_is_indexed_elsewhere_as_the_message_says(tmp_path, m
 
 @pytest.mark.parametrize(
     ("number", "helps"),
-    [(errno.ENOSPC, "Make room there"), (errno.EIO, "Look at the disk"), (errno.EROFS, "name another place")],
+    [
+        *((errno.ENOSPC, "Make room there"), (errno.EIO, "Look at the disk"), (errno.EROFS, "name another place")),
+        (errno.EFBIG, "raise the limit ('ulimit -f')"),
+    ],
 )
 @pytest.mark.parametrize("named", [True, False])
 def test_an_error_of_the_disk_is_one_line_with_a_file_or_the_folder(tmp_path, monkeypatch, number, helps, named):

@@ -110,10 +110,10 @@ class Case:
     - Adam divides by the root of the second moment. Where a gradient is little but rounding, the update is up to
       lr x rounding / eps. ViT's bias of the keys has no other gradient (a softmax does not see it), and the first ones
       of a residual branch are tiny whose last BatchNorm weight starts at zero; neither is here. Elsewhere it meets
-      single weights whose first gradient is near eps, 2 of 300,000 by more than 1e-6. A larger eps ends it.
+      single weights whose first gradient is near eps. A larger eps ends it.
     - ReLU and max-pooling have kinks. One activation that falls on the other side changes a gradient by 1e-3, and
       BatchNorm over 16 images makes more of it with every update: timm's test_resnet drifts 0.2 apart, in running
-      statistics. So the one here has SiLU, and nothing that pools by the largest.
+      statistics. So the one here has SiLU, and no max-pooling.
 
     Attributes:
       forward: how the plain loop computes the logits of a global batch.

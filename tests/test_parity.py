@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from chaos.conversions import without_workers
+from processes import without_workers
 
 from tools import parity
 from tools.comparison import rows as comparison

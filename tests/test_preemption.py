@@ -297,7 +297,7 @@ def test_a_full_disk_is_an_error_and_the_run_stays_as_it_was(digits, undisturbed
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the system refuses to write more into a file
     try:
-        with pytest.raises(UserError, match=r"step-0000000\d.pt: cannot be written .*; older ones are kept"):
+        with pytest.raises(UserError, match=r"step-0000000\d.pt: cannot be written .*; older checkpoints are kept"):
             train_here(digits, tmp_path, "--run.checkpoint_every", 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

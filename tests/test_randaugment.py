@@ -4,12 +4,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import REPOSITORY, interpreted
 
 from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
 from pipelines.randaugment import apply_ops, erase, kernel_trouble
@@ -187,8 +187,6 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...]) -> None:
 
 @needs_triton
 def test_the_interpreted_kernel_equals_torch():
-    from conftest import interpreted  # not above: the script imports this file, and needs no trainer
-
     script = "from test_randaugment import assert_kernel_equals_torch as check; check('cpu', (2, 17)); print('equal')"
     assert interpreted(script) == "equal\n"
 
@@ -230,8 +228,7 @@ operations = np.full((2, 1), 3, np.uint8), np.zeros((2, 1), np.float32), (1, 2, 
 assert torch.equal(apply_ops(images, *operations), apply_ops(images, *operations, kernel=False))
 """
     without = {**os.environ, "CC": "/no/such/compiler", "TRITON_CACHE_DIR": str(tmp_path)}
-    root = Path(__file__).resolve().parents[1]
-    subprocess.run([sys.executable, "-c", script], env=without, cwd=root, check=True)
+    subprocess.run([sys.executable, "-c", script], env=without, cwd=REPOSITORY, check=True)
 
 
 @pytest.mark.gpu

@@ -180,7 +180,8 @@ def test_a_full_disk_is_told_and_nothing_is_lost(many, tmp_path):
     full = [*command[:4], str(out), *command[4:]]
     done = subprocess.run(full, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 1
-    assert "File too large" in done.stderr and "the same command resumes" in done.stderr
+    assert "File too large" in done.stderr and "raise the limit ('ulimit -f')" in done.stderr
+    assert "the same command resumes" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists() and not list(tmp_path.rglob("*.tar")) and not list(tmp_path.rglob("*.tar.*.partial"))
     complete(command, out)

@@ -199,7 +199,7 @@ def test_teachers_are_listed_in_a_file_and_on_the_command_line_and_read_back(tmp
         ('[{"nmae": "a"}]', "--teacher.others: unknown key 'nmae' in an item; did you mean 'name'. See --help"),
         ('[{"name": "a", "x": 1}]', "unknown key 'x' in an item; there are name, checkpoint, kwargs, image_size, clas"),
         ('[{"image_size": 3}]', "--teacher.others: the following arguments are required: name"),
-        ('[{"name": "a", "image_size": "big"}]', "--teacher.others: --image_size: 'big' is no whole number"),
+        ('[{"name": "a", "image_size": "big"}]', "--teacher.others: --image_size: 'big' is not a whole number"),
         ("resnet50", "a list of items with keys [{name: resnet50}]"),
         ('[{"name": "a"}, {"name": "b", "kwargs": {"num_classes": 3}}]', "teacher.others[1].kwargs.num_classes: decid"),
         ('[{"name": "a", "image_size": -1}]', "teacher.others[0].image_size is -1; it must lie in [0, 4096]"),
@@ -507,6 +507,7 @@ def test_a_student_that_is_its_teacher_agrees_with_it(digits, tmp_path):
 
 def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, tmp_path, capsys):
     setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 4]
+    setting += ["--augment.mix_group", 16]  # two micro-batches on each rank
     one = train_here(digits, tmp_path / "1", *setting)
     warned = re.findall("the teacher finds the label of .*", capsys.readouterr().out)
     said = run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting)

@@ -1,7 +1,7 @@
 """`tiny_cnn`, a model whose update takes a few milliseconds: timm's smallest ones have four stages and take 25.
 
 It is registered with timm wherever this module has been imported: in the tests, the fault injection and the forks of
-`forked_python.py`, not in a python that a test starts anew.
+`forked_python.py`, but not in a fresh interpreter that a test starts.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from pipelines.errors import UserError, advice_against, exit_on_user_error
+from pipelines.errors import ROOM, UserError, advice_against, exit_on_user_error
 from pipelines.files import refuse_place, sha256_of
 from pipelines.index import read_index, read_manifest
 from tools.arguments import path_argument
@@ -133,7 +133,7 @@ def average(options: argparse.Namespace) -> None:
         checkpoint.write(options.out, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{options.out}: cannot be written ({reason}). {advice_against(error)}") from error
+        raise UserError(f"{options.out}: cannot be written ({reason}). {advice_against(error, ROOM)}") from error
     _show(found)
     print(f"written to {options.out}: {found.kind} weights, in the name of step {found.origin['step']}")
 

@@ -147,7 +147,8 @@ def export(
             }
             (folder / CARD).write_text(card(trained, files, report), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}). {advice_against(error)}") from error
+        helps = advice_against(error, "Name another folder")
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}). {helps}") from error
     return {**files, CARD: "the model card"}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pipelines.cpu import crop_resize, decode
 from pipelines.errors import UserError
 from pipelines.files import is_hidden
+from pipelines.jpeg import check_scans
 from pipelines.machine import num_cores
 from pipelines.reader import look_ahead
 from pipelines.synthetic import synthetic_index
@@ -206,6 +207,7 @@ def pixels_of(content: bytes) -> np.ndarray:
     with rejecting():
         if is_plain(header):
             refuse_absurd(header.width, header.height)
+            check_scans(content)
             return decode(np.frombuffer(content, dtype=np.uint8))
         return np.asarray(plain_image(opened(content)).convert("RGB"))
 

@@ -218,8 +218,8 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = out or "standard output"
-        raise UserError(f"{where}: cannot be written ({error.strerror or error}). {advice_against(error)}") from error
+        where, helps = out or "standard output", advice_against(error, "Name another file")
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}). {helps}") from error
 
 
 def columns(top_k: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, advice_against, clipped
+from pipelines.errors import ROOM, UserError, advice_against, clipped
 from pipelines.files import replacing
 from pipelines.plan import BEFORE
 from trainer.checkpoint_fields import (
@@ -199,8 +199,8 @@ class Writer:
             write(path, content)
             then()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = " ".join(str(error).split())[:200]
-            self.failure = f"{path}: cannot be written ({reason}). {advice_against(error)}; older ones are kept"
+            reason, helps = " ".join(str(error).split())[:200], advice_against(error, ROOM)
+            self.failure = f"{path}: cannot be written ({reason}). {helps}; older checkpoints are kept"
         except UserError as error:
             self.failure = f"{path}: not written: {error}"
 

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipelines.errors import UserError, advice_against
+from pipelines.errors import ROOM, UserError, advice_against
 from pipelines.files import parsed_json, split_json_lines
 from trainer.audit import are_audit_rows
 
@@ -58,8 +58,8 @@ def full_disk_is_told() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(
-            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error)}. The run "
-            "goes on from its newest checkpoint, if there is one"
+            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error, ROOM)}. The "
+            "same command then goes on from the newest checkpoint, if there is one"
         ) from error
 
 

@@ -22,19 +22,19 @@ from pipelines.machine import expanded
 
 T = TypeVar("T")
 _LISTS = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}]"
+_ITEM = "is not an item with keys: write {name: resnet50}"
 _GOT = r"Got value: ?(.*)"
 _IN_WORDS = [  # what jsonargparse says, and what it means
-    ("Does not validate against any of the Union subtypes.*Given value: (.*)", rf"'\1' is not understood; {_LISTS}"),
-    (f"Expected a <class 'int'>. {_GOT}", r"'\1' is no whole number"),
-    (f"Expected a <class 'float'>. {_GOT}", r"'\1' is no number"),
+    (f"Expected a <class 'int'>. {_GOT}", r"'\1' is not a whole number"),
+    (f"Expected a <class 'float'>. {_GOT}", r"'\1' is not a number"),
     (f"Expected a <class 'bool'>. {_GOT}", r"'\1' is neither true nor false"),
-    (f"Expected a <class 'str'>. {_GOT}", r"'\1' is no text; in YAML, put it in quotes"),
-    (f"Expected a <class 'dict'>. {_GOT}", r"'\1' is no keys with values, written {key: value}"),
-    (f"Expected a <class '(?:list|tuple)'>. {_GOT}", rf"'\1' is no list; {_LISTS}"),
-    (f"Expected a tuple with (\\d+) elements. {_GOT}", r"'\2' is no list of \1 values"),
-    (f"Not a valid subclass of .*?{_GOT} Subclass types .*", r"'\1' is no item with keys, written {name: resnet50}"),
-    ("Expected a dot import path string: (.*)", r"'\1' is no item with keys, written {name: resnet50}"),
-    ("Not of type Path: .*", "not a path; in YAML, put it in quotes"),
+    (f"Expected a <class 'str'>. {_GOT}", r"'\1' is not text: in YAML, put it in quotes"),
+    (f"Expected a <class 'dict'>. {_GOT}", r"'\1' is not a mapping: write {key: value}"),
+    (f"Expected a <class '(?:list|tuple)'>. {_GOT}", rf"'\1' is not a list: {_LISTS}"),
+    (f"Expected a tuple with (\\d+) elements. {_GOT}", r"'\2' is not a list of \1 values"),
+    (f"Not a valid subclass of .*?{_GOT} Subclass types .*", rf"'\1' {_ITEM}"),
+    ("Expected a dot import path string: (.*)", rf"'\1' {_ITEM}"),
+    ("Not of type Path: .*", "not a path: in YAML, put it in quotes"),
 ]
 
 
@@ -68,6 +68,8 @@ def parse_settings(
         raise UserError(f"{keys.file_of(reason)}{reason}. See --help for the keys and their types") from error
     except UserError as error:
         raise UserError(f"{keys.file_of(str(error))}{error}") from error
+    finally:
+        vars(parser).pop("print_config", None)  # an error leaves it set, and the parser is used again
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
@@ -97,6 +99,9 @@ def _reason(message: str, item_fields: list[str]) -> str:
     reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
     reason = re.sub(r"Problem with given class_path '[\w.]+': ", "", reason)
     reason = re.sub(r"Option '(\w+)' is not accepted", lambda match: _unknown_in_item(match[1], item_fields), reason)
+    if union := re.search("Does not validate against any of the Union subtypes(.*)Given value: (.*)", reason):
+        lists = f"; {_LISTS}" if re.search("list|tuple", union[1]) else ""
+        return f"{reason[: union.start()]}'{union[2]}' is not understood{lists}"
     for pattern, words in _IN_WORDS:
         reason = re.sub(pattern, words, reason)
     return reason

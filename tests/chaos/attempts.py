@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from processes import exit_code_of, flush_streams
+from processes import exit_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,7 @@ def _call(command: Callable[[], object], output: TextIO, mib: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         command()
 
-    code = exit_code_of(confined)
-    flush_streams()
-    os._exit(code)
+    exit_with(confined)
 
 
 def mapped_bytes() -> int:

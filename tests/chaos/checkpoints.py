@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from processes import without_workers
 from safetensors.torch import load_file
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
-from chaos.conversions import without_workers
 from pipelines.errors import UserError, exit_on_user_error
 from tools import average, export, predict
 from tools.comparing import contenders

@@ -1,19 +1,17 @@
 """What the faults of conversions share: commands in this process, small images, and what lies in a folder."""
 
-import contextlib
 import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from PIL import Image
+from processes import without_workers
 
 from tools import shard_imagenet
-from tools.sharding import job, reindex, verify
 
 
 @functools.cache
@@ -23,23 +21,6 @@ def jpeg(number: int = 0, side: int = 16) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
-    """`tools.sharding.workers.run_jobs` without workers."""
-    if start is not None:
-        start(0)
-    for number, each in enumerate(jobs):
-        yield number, function(*each)
-
-
-@contextlib.contextmanager
-def without_workers() -> Iterator[None]:
-    """Inside, the jobs of `build`, `index` and `verify` run in this process."""
-    with contextlib.ExitStack() as stack:
-        for module in (reindex, verify, job):
-            stack.enter_context(mock.patch.object(module, "run_jobs", _run_jobs))
-        yield
 
 
 def shard(*arguments: object) -> Callable[[], None]:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import tiny_model  # noqa: F401  (registers the student)
 import torch
-from processes import exit_code_of, flush_streams, free_port
+from processes import exit_with, free_port, without_workers
 
 from chaos.attempts import Attempt
-from chaos.conversions import without_workers
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
 from pipelines.index import read_index
@@ -115,13 +114,15 @@ def _fork(environment: dict, arguments: list[str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    with open(log, "a") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    code = exit_code_of(lambda: trainer.main(arguments))
-    flush_streams()
-    os._exit(code)
+
+    def rank() -> None:
+        with open(log, "a") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        trainer.main(arguments)
+
+    exit_with(rank)
 
 
 def wait(ranks: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.checked import open_with_pil
 from pipelines.errors import UserError
 from pipelines.files import instead_of_content
-from pipelines.jpeg import MAX_PIXELS, JpegHeader, is_plain, read_jpeg_header
+from pipelines.jpeg import MAX_PIXELS, JpegHeader, check_scans, is_plain, read_jpeg_header
 
 TINY_PX = 32  # a shorter side below this is reported
 MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into memory
@@ -82,6 +82,7 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
         if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
             refuse_absurd(header.width, header.height)
+            check_scans(content)
             orientation = _orientation(open_with_pil(content)) if header.has_exif else 1
             return CheckedImage(content, header.height, header.width, None, False, orientation)
         return _decode(content, header, plain, options)
