@@ -16,6 +16,7 @@ from trainer.audit import _OPEN, audit, audit_table
 from trainer.config import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, to_dict
 from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
+from trainer.models import preprocessing
 from trainer.optim import ModelEma, build_optimizer
 from trainer.schedule import learning_rate
 
@@ -279,6 +280,25 @@ def test_weight_decay_spares_vectors_biases_and_what_the_model_names(name):
     assert set(decay.values()) == {0.0, 0.02}
     if name == "test_vit":
         assert decay["pos_embed"] == decay["cls_token"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [("dm_nfnet_f0", "skipinit_gain", 12), ("nest_tiny", "pos_embed", 3), ("xcit_nano_12_p16_224", "pos_embed", 2)],
+)
+def test_what_the_authors_timm_decays_and_ours_does_not(name, kind, count):
+    """0-D parameters, and embeddings whose names their lists miss (docs/recipe.md)."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    chosen = {id(parameter) for name, parameter in model.named_parameters() if kind in name}
+    groups = build_optimizer(model, OptimConfig()).param_groups
+    decays = [group["weight_decay"] for group in groups for each in group["params"] if id(each) in chosen]
+    assert decays == [0.0] * count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ghostnet_100"])
+def test_models_whose_filter_was_bilinear_are_evaluated_with_bicubic(name):
+    assert preprocessing(timm.create_model(name, num_classes=10)).interpolation == "bicubic"
 
 
 def test_the_average_follows_weights_and_buffers():
