@@ -147,6 +147,15 @@ def test_without_models_the_papers_are_taken_and_marked():
     assert all(timm.is_model(model.name) and model.accuracy.published and model.image_size == 224 for model in found)
 
 
+def test_the_papers_accuracy_stands_beside_the_papers_model(tmp_path):
+    """timm's levit_384 has a second classifier since."""
+    (papers,) = contenders.choose(["levit_384"], [])
+    assert sum(parameter.numel() for parameter in contenders._built(papers).parameters()) == 38_358_300
+    (tmp_path / "mine.csv").write_text("model,top1\nlevit_384,80\n")
+    (mine,) = contenders.choose(["levit_384"], [tmp_path / "mine.csv"])
+    assert sum(parameter.numel() for parameter in contenders._built(mine).parameters()) == 39_128_836
+
+
 def test_an_evaluation_belongs_to_the_file_that_was_evaluated_and_sets_the_size(weights, tmp_path):
     path = evaluation(tmp_path / "eval.json", source=str(weights))
     mine, other = contenders.choose([str(weights), "test_vit"], [path])

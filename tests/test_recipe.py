@@ -18,6 +18,7 @@ from trainer.losses import usi_loss
 from trainer.mix import Normalize, mix_pixels, partners
 from trainer.models import preprocessing
 from trainer.optim import ModelEma, build_optimizer
+from trainer.paper import paper_models
 from trainer.schedule import learning_rate
 
 # Transcribed from the published recipe, not from the code.
@@ -294,6 +295,22 @@ def test_what_the_authors_timm_decays_and_ours_does_not(name, kind, count):
     groups = build_optimizer(model, OptimConfig()).param_groups
     decays = [group["weight_decay"] for group in groups for each in group["params"] if id(each) in chosen]
     assert decays == [0.0] * count
+
+
+@pytest.mark.parametrize("model", paper_models(), ids=lambda model: model.name)
+def test_the_papers_models_have_the_papers_numbers_of_parameters(model):
+    with torch.device("meta"):
+        network = timm.create_model(model.name, **dict(model.arguments))
+    assert sum(parameter.numel() for parameter in network.parameters()) == model.parameters
+
+
+def test_the_papers_model_is_no_deviation_and_another_one_is():
+    assert audit(parse(["--student.name", "levit_384", "--student.kwargs.distilled", "false"])) == []
+    for other in (
+        ["levit_384", "--student.kwargs.distilled", "true"],
+        ["levit_256", "--student.kwargs.distilled", "false"],
+    ):
+        assert [row["key"] for row in audit(parse(["--student.name", *other]))] == ["student.kwargs"]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "ghostnet_100"])

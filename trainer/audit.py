@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from docstring_parser import parse as parse_docstring
 
 from trainer.config import Config, to_dict
+from trainer.paper import paper_arguments
 
 # Where a run reads, computes and writes, and what it starts from: the scheme leaves these open. All others are its own.
 _OPEN = {
@@ -39,7 +40,7 @@ def audit(config: Config) -> list[dict]:
         {"key": f"{section}.{name}", "usi": usi[section][name], "here": value, "meaning": _meaning(section, name)}
         for section, values in here.items()
         for name, value in values.items()
-        if f"{section}.{name}" not in _OPEN and value not in (usi[section][name], _authors(f"{section}.{name}"))
+        if f"{section}.{name}" not in _OPEN and value not in (usi[section][name], _authors(f"{section}.{name}", config))
     ]
 
 
@@ -62,7 +63,10 @@ def audit_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _authors(key: str) -> object:
+def _authors(key: str, config: Config) -> object:
+    """What the authors' code has where it is another value than the recipe's here; None elsewhere."""
+    if key == "student.kwargs":  # the paper's model, where the installed timm has another one under its name
+        return paper_arguments(config.student.name)
     return _ON_PURPOSE.get(key, (None,))[0]
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import importlib.resources
 import json
 import os
 import shlex
@@ -22,13 +21,13 @@ from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, qu
 from trainer import inference
 from trainer.folding import fold_batch_norms
 from trainer.models import create_model, known_name
+from trainer.paper import paper_models
 
 ONNX, HALF_ONNX, OPENVINO = "model.onnx", "model-fp16.onnx", "model.xml"
 REFERENCE = "reference.pt"
 _NUM_CLASSES = 1000  # of models without weights: ImageNet's
 _IMAGE_SIZE = 224  # of those that do not say theirs
 _TIMMS = "timm's "  # begins the source of an evaluation of timm's pretrained weights
-_PAPER = "usi_paper.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Accuracy:
       said_by: the file that says it, or where it was published.
       published: by the paper, not measured here.
       split, digest: of the dataset that an evaluation was on, "" where there was none.
+      arguments: of timm's function, (name, value), for the model that the paper means by the name.
     """
 
     model: str
@@ -53,6 +53,7 @@ class Accuracy:
     published: bool = False
     split: str = ""
     digest: str = ""
+    arguments: tuple[tuple[str, object], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +131,9 @@ def _refuse_different_images(accuracies: Iterable[Accuracy]) -> None:
 
 def published() -> list[Accuracy]:
     """The paper's accuracies of the models that timm has."""
-    text = (importlib.resources.files(__package__) / _PAPER).read_text()
-    rows = [row for row in csv.DictReader(text.splitlines()) if row["model"]]
     return [
-        Accuracy(row["model"], float(row["top1"]), int(row["image_size"]), row["source"], published=True)
-        for row in rows
+        Accuracy(model.name, model.top1, model.image_size, model.source, published=True, arguments=model.arguments)
+        for model in paper_models()
     ]
 
 
@@ -252,7 +251,8 @@ def _built(model: Contender) -> nn.Module:
         return inference.load_named(str(model.path), image_size=model.image_size).model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = create_model(model.name, _NUM_CLASSES, model.image_size, {}).eval().requires_grad_(False)
+        arguments = {} if model.accuracy is None else dict(model.accuracy.arguments)
+        network = create_model(model.name, _NUM_CLASSES, model.image_size, arguments).eval().requires_grad_(False)
         _disturb(network)
     return network
 
