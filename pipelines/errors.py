@@ -5,7 +5,9 @@ import errno
 import os
 import select
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from pipelines.launcher import launched
 
@@ -46,6 +48,15 @@ def clipped(value: object, most: int = 60) -> str:
     """A value as text of at most `most` characters, for messages that must stay one short line."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def reason_of(error: BaseException, most: int = 120) -> str:
+    """What an error says, as `clipped`; of one that says nothing the line of code that raised it, or its type."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = (
+        f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else type(error).__name__
+    )
+    return clipped(error, most) or clipped(where, most)
 
 
 def with_escaped_bytes(text: str) -> str:

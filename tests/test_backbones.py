@@ -148,6 +148,19 @@ def test_a_size_that_a_model_cannot_be_built_for_is_refused(small, tmp_path, nam
         train(parse(arguments), ONE)
 
 
+def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_code(small, tmp_path):
+    arguments = [
+        *small,
+        *student("eca_halonext26ts", {}),
+        "--run.out",
+        str(tmp_path / "run"),
+        "--data.image_size",
+        "40",
+    ]
+    with pytest.raises(UserError, match=r"cannot take images of 40 px \(\w+.py:\d+: "):
+        train(parse(arguments), ONE)
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "found"),
     [

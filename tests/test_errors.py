@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error, shortened, system_error_text
+from pipelines.errors import UserError, exit_on_user_error, reason_of, shortened, system_error_text
 from tools import shard_imagenet
 from trainer import evaluate
 
@@ -99,6 +99,13 @@ def test_a_long_message_loses_its_middle_and_keeps_its_advice(capsys):
     assert len(line) < 650 and line.startswith("error: aaa") and " [...] " in line and line.endswith(". Do this\n")
     for text in ("", "x" * 600):
         assert shortened(text) == text
+
+
+def test_an_error_without_words_is_told_by_the_line_that_raised_it():
+    with pytest.raises(AssertionError) as silent:
+        raise AssertionError
+    assert re.fullmatch(r"test_errors.py:\d+: raise AssertionError", reason_of(silent.value))
+    assert reason_of(ValueError("no such size")) == "no such size" and reason_of(MemoryError()) == "MemoryError"
 
 
 def test_a_system_error_says_where_it_happened_in_any_bytes():

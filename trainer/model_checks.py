@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, reason_of
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.model_folders import layer_names
@@ -44,7 +44,7 @@ def check_size(model: nn.Module, name: str, image_size: int, advice: str = _STUD
         if channels := _channels(model):
             advice = f"It takes {channels} channel(s), images have 3 (gray ones, too): leave in_chans out of its kwargs"
         raise UserError(
-            f"model '{name}' cannot take images of {image_size} px ({clipped(error, 90)}). {advice}"
+            f"model '{name}' cannot take images of {image_size} px ({reason_of(error, 90)}). {advice}"
         ) from error
     finally:
         model.train(training)
@@ -71,7 +71,7 @@ def check_outputs(student: nn.Module, name: str, num_classes: int, image_size: i
             found = _shape_in_words(copy.deepcopy(student).train()(images))
     except Exception as error:  # every model fails in its own way
         raise UserError(
-            f"model '{name}' cannot be trained on images of {image_size} px ({clipped(error, 120)}). Change "
+            f"model '{name}' cannot be trained on images of {image_size} px ({reason_of(error)}). Change "
             "data.image_size or student.kwargs, or use another model"
         ) from error
     if found != f"{[2, num_classes]}":

@@ -12,7 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, clipped, reason_of
 from trainer.checkpoint_fields import not_finite
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import StudentConfig
@@ -304,7 +304,7 @@ def _why_not_made(
 ) -> str:
     if is_out_of_memory(error):
         return (
-            f"model '{name}': memory is too short for it ({clipped(error, 120) or type(error).__name__}). Free some "
+            f"model '{name}': memory is too short for it ({reason_of(error)}). Free some "
             "memory, or use a smaller model"
         )
     if weights is not None and isinstance(error, RuntimeError):
@@ -314,10 +314,10 @@ def _why_not_made(
 
 def _why_not_built(name: str, image_size: int, error: Exception) -> str:
     if isinstance(error, TypeError):
-        return f"model '{name}' does not take these arguments ({clipped(error, 120)}). Change its kwargs"
+        return f"model '{name}' does not take these arguments ({reason_of(error)}). Change its kwargs"
     return (
         f"model '{name}' cannot be built for images of {image_size} px with these arguments "
-        f"({type(error).__name__}: {clipped(error, 120)}). Change data.image_size or its kwargs"
+        f"({type(error).__name__}: {reason_of(error)}). Change data.image_size or its kwargs"
     )
 
 
@@ -335,7 +335,7 @@ def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: Runtime
             f"does not fit model '{name}': all its names begin with '{prefix}', as of a larger model that holds it. "
             f"Save {{k.partition('{prefix}')[2]: v for k, v in weights.items()}}"
         )
-    return f"does not fit model '{name}' ({clipped(error, 160)}). Give the model it was saved from"
+    return f"does not fit model '{name}' ({reason_of(error, 160)}). Give the model it was saved from"
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -22,7 +22,7 @@ from typing import BinaryIO, ClassVar
 
 import torch
 
-from pipelines.errors import UserError, clipped
+from pipelines.errors import UserError, clipped, reason_of
 from trainer.memory import is_out_of_memory
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before version 1.6. Source: torch.serialization
@@ -65,7 +65,7 @@ def memory_for(path: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"{path}: memory is too short to read it ({clipped(error, 120) or type(error).__name__}). Free some memory "
+            f"{path}: memory is too short to read it ({reason_of(error)}). Free some memory "
             "and run the same command again; the file stays as it is"
         ) from error
 
