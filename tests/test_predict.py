@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from forked_python import executable
 from hand_made import put
 from PIL import Image
 
@@ -379,10 +380,9 @@ def test_without_pyarrow_parquet_is_refused_at_once_with_the_command_that_helps(
 
 def command(run: Path, *arguments) -> list[str]:
     """The tool in a process of its own."""
-    return [sys.executable, str(REPOSITORY / "tools" / "predict.py"), "--checkpoint", str(run), *map(str, arguments)]
+    return [executable(), str(REPOSITORY / "tools" / "predict.py"), "--checkpoint", str(run), *map(str, arguments)]
 
 
-@pytest.mark.long
 def test_head_may_stop_reading_the_rows(tiny_run, digits_folder):
     tool = command(tiny_run, digits_folder, "--batch", 4)
     with subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -391,7 +391,6 @@ def test_head_may_stop_reading_the_rows(tiny_run, digits_folder):
         assert b"Traceback" not in process.stderr.read()
 
 
-@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_full_disk_behind_standard_output_is_one_line(tiny_run, digits_folder):
     with open("/dev/full", "w") as full:
@@ -400,7 +399,6 @@ def test_a_full_disk_behind_standard_output_is_one_line(tiny_run, digits_folder)
     assert "error: standard output: cannot be written (No space left on device)" in done.stderr
 
 
-@pytest.mark.long
 def test_ctrl_c_leaves_no_output(tiny_run, digits_folder, tmp_path):
     paths = [digits_folder] * 500
     tool = command(tiny_run, *paths, "--out", tmp_path / "out.csv")

@@ -84,6 +84,7 @@ def test_the_audit_says_what_is_otherwise_on_purpose_and_does_not_call_the_autho
     assert said in audit_table(usi)
     theirs = parse(["--run.batch_norm", "broadcast"])
     assert audit(theirs) == [] and audit_table(theirs) == "every setting is the one of the USI recipe"
+    assert [row["key"] for row in audit(parse(["--teacher.name", "null"]))] == ["teacher.name"]
     (row,) = audit(parse(["--run.batch_norm", "none"]))
     assert row["key"] == "run.batch_norm" and row["usi"] == "reduce"
 

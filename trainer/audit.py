@@ -36,12 +36,13 @@ def audit(config: Config) -> list[dict]:
       setting is}; [] for the recipe itself, which is what all defaults are (docs/recipe.md).
     """
     usi, here = to_dict(Config()), to_dict(config)
-    return [
-        {"key": f"{section}.{name}", "usi": usi[section][name], "here": value, "meaning": _meaning(section, name)}
-        for section, values in here.items()
-        for name, value in values.items()
-        if f"{section}.{name}" not in _OPEN and value not in (usi[section][name], _authors(f"{section}.{name}", config))
-    ]
+    rows = []
+    for section, values in here.items():
+        for name, value in values.items():
+            key, alike = f"{section}.{name}", [usi[section][name]]
+            if key not in _OPEN and value not in alike + _authors(key, config):
+                rows.append({"key": key, "usi": alike[0], "here": value, "meaning": _meaning(section, name)})
+    return rows
 
 
 def are_audit_rows(rows: Iterable[object]) -> bool:
@@ -63,11 +64,11 @@ def audit_table(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _authors(key: str, config: Config) -> object:
-    """What the authors' code has where it is another value than the recipe's here; None elsewhere."""
+def _authors(key: str, config: Config) -> list:
+    """What the authors' code has, where that is another value than the recipe's here; [] elsewhere."""
     if key == "student.kwargs":  # the paper's model, where the installed timm has another one under its name
-        return paper_arguments(config.student.name)
-    return _ON_PURPOSE.get(key, (None,))[0]
+        return [paper_arguments(config.student.name)]
+    return [_ON_PURPOSE[key][0]] if key in _ON_PURPOSE else []
 
 
 def _meaning(section: str, name: str) -> str:
