@@ -51,7 +51,7 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def reason_of(error: BaseException, most: int = 120) -> str:
-    """What an error says, as `clipped`; of one that says nothing the line of code that raised it, or its type."""
+    """Return what an error says, clipped. One that says nothing is told by the line that raised it, or by its type."""
     frames = traceback.extract_tb(error.__traceback__)
     where = (
         f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else type(error).__name__
@@ -124,7 +124,7 @@ def system_error_text(error: OSError) -> str:
 
 
 def advice_against(error: Exception, otherwise: str) -> str:
-    """What helps against an error of the operating system; `otherwise` where that is not known."""
+    """Return what helps against an error of the operating system, or `otherwise` if that is not known."""
     return _ADVICE.get(getattr(error, "errno", None), otherwise)
 
 

@@ -1,5 +1,6 @@
 """Small real datasets: scikit-learn's handwritten digits, and crops of its two photographs."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -82,13 +83,11 @@ def jobs_in_this_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def onnx_translations_read_once() -> Iterator[None]:
-    """torch reads the sources of its translations to ONNX anew for each file, which takes a second each time."""
+    """Inside, torch reads the sources of its translations to ONNX once, and not for each file, which takes a second."""
     with pytest.MonkeyPatch.context() as here:
-        try:
+        with contextlib.suppress(ImportError):  # where another torch has it elsewhere, the tests take longer
             from torch.onnx._internal.exporter._registration import ONNXRegistry
-        except ImportError:  # another torch has it elsewhere: the tests take longer
-            pass
-        else:
+
             here.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 

@@ -1,4 +1,4 @@
-"""What the tests and the fault injection need to start processes, and to do without them. It imports little."""
+"""This module helps tests and fault injection to start processes, or to do without them. It imports little."""
 
 import contextlib
 import os
@@ -75,9 +75,9 @@ def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, prel
 
 
 def interpreted(script: str) -> str:
-    """What a script prints that runs Triton's kernels in its interpreter.
+    """Run a script whose Triton kernels are interpreted, and return what it prints.
 
-    In a process of its own: what Triton interprets is settled when it is imported.
+    The script gets a process of its own, because Triton decides what it interprets when it is imported.
     """
     folders = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folders}

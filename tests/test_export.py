@@ -411,7 +411,7 @@ def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
 
 
-# Of one stage, which attends within windows: its tensors have five dimensions. There is no pooling between stages.
+# This one has a single stage, which attends within windows, so its tensors have five dimensions. Nothing is pooled.
 HIERA = {
     **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
     **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},

@@ -304,8 +304,7 @@ def _why_not_made(
 ) -> str:
     if is_out_of_memory(error):
         return (
-            f"model '{name}': memory is too short for it ({reason_of(error)}). Free some "
-            "memory, or use a smaller model"
+            f"model '{name}': memory is too short for it ({reason_of(error)}). Free some memory, or use a smaller model"
         )
     if weights is not None and isinstance(error, RuntimeError):
         return f"{source}: {_why_not_fitting(name, weights, error)}"
