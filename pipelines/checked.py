@@ -134,8 +134,10 @@ class CheckedReader:
         if (found := zlib.crc32(content)) != (expected := int(row["crc32"])):
             return f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})"
         try:
-            if not self._index.audited:
-                decode_with_pil(content)
+            if self._index.audited:
+                check_scans(bytes(content))
+            else:
+                decode_with_pil(content)  # which looks at the scans as well
             height, width = _size_of(content)
         except Exception as error:  # damaged bytes bring PIL to raise nearly anything
             return f"cannot be decoded ({error})"
@@ -147,6 +149,5 @@ class CheckedReader:
 def _size_of(content: np.ndarray) -> tuple[int, int]:
     """Height and width of an encoded image, by its header. Raises nearly anything if the bytes are no image."""
     if header := read_jpeg_header(memoryview(content)):  # takes an eighth of PIL's time
-        check_scans(bytes(content))
         return header.height, header.width
     return open_with_pil(content).size[::-1]

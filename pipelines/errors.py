@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pipelines.launcher import launched
 
-_LOOK = "USI_TRACEBACK=1 in the environment shows where it happened"
 _PERMISSIONS = "Change its permissions, or name another place"
 ROOM = "Make room there, and run the same command again"
 _ADVICE = {  # against errors of the operating system
@@ -51,12 +50,12 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def reason_of(error: BaseException, most: int = 120) -> str:
-    """Return what an error says, clipped. One that says nothing is told by the line that raised it, or by its type."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = (
-        f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else type(error).__name__
-    )
-    return clipped(error, most) or clipped(where, most)
+    """Return what an error says, clipped. If it says nothing, the line that raised it is named, or its type."""
+    if text := clipped(error, most):
+        return text
+    for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+        return clipped(f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}", most)
+    return type(error).__name__
 
 
 def with_escaped_bytes(text: str) -> str:
@@ -119,7 +118,7 @@ def system_error_text(error: OSError) -> str:
     """An error of the operating system as one line: the file, what happened, and what helps."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     what = error.strerror or str(error) or type(error).__name__
-    advice = advice_against(error, _LOOK)
+    advice = advice_against(error, "USI_TRACEBACK=1 in the environment shows where it happened")
     return f"{': '.join([' -> '.join(names), what]) if names else what}. {advice}"
 
 

@@ -1,4 +1,4 @@
-"""This module reads the header of a JPEG without a decoder."""
+"""This module reads the header of a JPEG and counts its scans, without a decoder."""
 
 import dataclasses
 import re
@@ -58,7 +58,7 @@ def check_scans(content: bytes) -> None:
 
 
 def _num_scans(content: bytes) -> int:
-    """How many scans a decoder finds in a JPEG: neither in the content of its segments nor behind its end."""
+    """Count the scans that a decoder finds in a JPEG. It looks neither into segments nor behind the end."""
     scans, position = 0, 2
     while found := _MARKER.search(content, position):
         marker = found[0][1]

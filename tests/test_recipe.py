@@ -65,7 +65,7 @@ RECIPE = {
     "ema.decay": 0.99996,
     "ema.warmup": False,
     "run.global_batch": 1024,
-    "run.batch_norm": "reduce",  # this project chose it; the authors' code comes to broadcast
+    "run.batch_norm": "reduce",  # this project chose it; the authors' code has what is called broadcast here
 }
 
 

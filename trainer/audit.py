@@ -65,7 +65,7 @@ def audit_table(config: Config) -> str:
 
 
 def _authors(key: str, config: Config) -> list:
-    """What the authors' code has, where that is another value than the recipe's here; [] elsewhere."""
+    """Return the value that the authors' code has, if it is not the one of the recipe here; otherwise an empty list."""
     if key == "student.kwargs":  # the paper's model, where the installed timm has another one under its name
         return [paper_arguments(config.student.name)]
     return [_ON_PURPOSE[key][0]] if key in _ON_PURPOSE else []

@@ -42,7 +42,7 @@ class Accuracy:
       said_by: the file that says it, or where it was published.
       published: by the paper, not measured here.
       split, digest: of the dataset that an evaluation was on, "" where there was none.
-      arguments: of timm's function, (name, value), for the model that the paper means by the name.
+      arguments: pairs of name and value that timm is given, so that it builds the model which the paper means.
     """
 
     model: str
