@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu gpu-benchmark chaos lint clean
+.PHONY: setup demo test gpu gpu-benchmark gpu-stub chaos lint clean
 
 setup: .venv/.complete
 
@@ -31,6 +31,10 @@ gpu-benchmark: PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYT
 gpu-benchmark:
 	@$(PYTHON_THERE) -c 'import torch, timm, jsonargparse, docstring_parser, webdataset' || { echo "$(PYTHON_THERE) lacks a package: call make setup first, or make gpu-benchmark PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON_THERE) tools/benchmark.py gpu
+
+# The GPU path on a CUDA without a device, built by gcc; `make test` runs all but the long tests of it.
+gpu-stub: setup
+	$(BIN)/python tests/gpu_stub
 
 # Fault injection that takes minutes, into docs/chaos.md; `make test` keeps a short version of each.
 chaos: setup

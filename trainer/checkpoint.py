@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +35,8 @@ from trainer.optim import ModelEma
 from trainer.torch_files import load_plain, memory_for
 
 FORMAT_VERSION = 1
+_CHUNK = 64 << 20  # bytes of pinned memory that are asked for at once
+_ALIGNMENT = 64  # of a tensor in it, bytes
 BEST = "best.pt"
 _OWN_NAME = re.compile(r"step-\d{8,}\.pt")
 _OWN_PARTIAL = re.compile(r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial")  # as pipelines.files.replacing names them
@@ -116,25 +119,57 @@ def _origin(state: TrainState) -> dict:
 def to_host(content: Any) -> Any:
     """A copy of nested dictionaries, lists and tensors; the device is waited for once, after all copies."""
     on_device = []
+    _each_leaf(content, lambda leaf: on_device.append(leaf.detach()) if _is_on_gpu(leaf) else None)
+    copies = iter(pinned_like(on_device))
 
-    def copied(value):
-        if torch.is_tensor(value):
-            value = value.detach()
-            if not value.is_cuda:
-                return value.clone()
-            on_device.append(value)
-            host = torch.empty_like(value, device="cpu", pin_memory=True)
-            return host.copy_(value, non_blocking=True)
-        if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(copied(item) for item in value)
-        return value
+    def copied(leaf: Any) -> Any:
+        if not torch.is_tensor(leaf):
+            return leaf
+        return next(copies).copy_(leaf.detach(), non_blocking=True) if leaf.is_cuda else leaf.detach().clone()
 
-    copy = copied(content)
+    copy = _each_leaf(content, copied)
     if on_device:
         torch.cuda.current_stream(on_device[0].device).synchronize()
     return copy
+
+
+def _is_on_gpu(leaf: Any) -> bool:
+    return torch.is_tensor(leaf) and leaf.is_cuda
+
+
+def _each_leaf(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested dictionaries and lists with what `function` returns in the place of everything else."""
+    if isinstance(value, dict):
+        return {key: _each_leaf(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_each_leaf(item, function) for item in value)
+    return function(value)
+
+
+def pinned_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of these shapes, types and strides in a few pieces of pinned host memory, one behind the other.
+
+    To pin memory takes longer than to fill it, and PyTorch rounds each piece up to a power of two: a piece for each
+    tensor would be thousands. Each tensor has a storage of its own, for torch.save writes whole storages.
+    """
+    chunks, offsets = [0], []  # sizes of the pieces so far; of each tensor its piece, and where it begins there
+    for tensor in tensors:
+        size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if chunks[-1] and chunks[-1] + size > _CHUNK:
+            chunks.append(0)
+        offsets.append((len(chunks) - 1, chunks[-1]))
+        chunks[-1] += size
+    memory = [torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() for size in chunks] if tensors else []
+    return [
+        _placed(memory[chunk][offset : offset + tensor.nbytes], tensor)
+        for tensor, (chunk, offset) in zip(tensors, offsets, strict=True)
+    ]
+
+
+def _placed(memory: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """A tensor whose storage is `memory`, bytes as many as `like` needs; strides as torch.empty_like gives them."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return torch.from_numpy(memory).view(like.dtype).as_strided(like.shape, strides)
 
 
 def digest_of(content: Any) -> str:

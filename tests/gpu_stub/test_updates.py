@@ -1,0 +1,107 @@
+"""Nothing in an update, an evaluation or the augmentation makes the host wait for the device, or mixes devices."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpu_stub.runs import GPU, built, teacher_file, updates
+from pipelines.augment import Op
+from pipelines.plan import EvalPlan
+from pipelines.randaugment import apply_ops, erase, kernel_trouble
+from pipelines.synthetic import SyntheticPipeline, synthetic_index
+from trainer import metrics
+from trainer.mix import Normalize
+from trainer.teachers import resize_pixels
+from trainer.validation import predict
+
+TEACHER = {"teacher.name": "tiny_cnn"}
+VIT = {"student.name": "test_vit"}
+UPDATES = {
+    "labels alone": {},
+    "teacher": TEACHER,
+    "teacher of another size": {**TEACHER, "teacher.image_size": 48},
+    "two teachers": {**VIT, **TEACHER, "teacher.others": "[{name: tiny_cnn, checkpoint: FILE, image_size: 64}]"},
+    "fp16, clipped by norm": {**TEACHER, "run.precision": "fp16", "optim.clip_norm": 1},
+    "fp16": {"run.precision": "fp16"},
+    "fp32, clipped adaptively": {**VIT, "run.precision": "fp32", "optim.clip_agc": 0.01},
+    "contiguous": {"run.channels_last": "false"},
+    "no average": {"ema.decay": 0},
+    "temperature and smoothing": {**TEACHER, "distill.temperature": 2, "distill.label_smoothing": 0.1},
+}
+
+
+class CrossDevice(TorchDispatchMode):
+    """Notes the operations whose tensors lie on several devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        self.operations += 1
+        if len({str(tensor.device) for tensor in tensors}) > 1:
+            self.found.append(f"{function}: {[(list(tensor.shape), str(tensor.device)) for tensor in tensors]}")
+        return result
+
+
+def test_waiting_for_the_device_is_noticed(no_host_sync):
+    """Otherwise the other tests here could not fail."""
+    values = torch.ones(4, device="cuda")
+    for wait in (torch.Tensor.nonzero, lambda values: values.sum().item(), torch.Tensor.cpu):
+        with pytest.raises(RuntimeError, match="synchronizing"), no_host_sync:
+            wait(values)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_does_not_wait_for_the_device(name, tmp_path, no_host_sync):
+    path = teacher_file(tmp_path)
+    settings = {key: str(value).replace("FILE", str(path)) for key, value in UPDATES[name].items()}
+    run = built(tmp_path / "run", {**settings, **({"teacher.checkpoint": path} if "teacher.name" in settings else {})})
+    first, *later = updates(run, 0, 3)
+    run.step(iter(first), 0)  # makes the optimizer's state, compiles the Triton kernels
+    with no_host_sync, CrossDevice() as devices:
+        for number, batches in enumerate(later, start=1):
+            run.step(iter(batches), number)
+    assert devices.operations > 100 and not devices.found
+
+
+def test_the_triton_kernels_are_launched(tmp_path):
+    assert kernel_trouble() == ""
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_augmenting_does_not_wait_for_the_device(kernel, no_host_sync):
+    images, fill = torch.zeros(16, 32, 32, 3, dtype=torch.uint8, device="cuda"), (124, 116, 104)
+    ops = np.resize(np.arange(max(Op) + 1), (16, 2)).astype(np.uint8)
+    args = np.full((16, 2), 0.3, np.float32)
+    boxes = np.tile(np.array([2, 3, 8, 9], np.int32), (16, 1))
+    apply_ops(images, ops, args, fill, kernel=kernel)
+    with no_host_sync, CrossDevice() as devices:
+        assert apply_ops(images, ops, args, fill, kernel=kernel).is_cuda
+        assert erase(images, boxes, fill).is_cuda
+        assert resize_pixels(images, 48).shape == (16, 48, 48, 3)
+    # what comes from the host is copied from pinned memory, and nothing else lies there
+    assert all("copy" in found for found in devices.found), devices.found
+
+
+def test_an_evaluation_waits_at_its_end_alone(monkeypatch, no_host_sync):
+    """The kernels do nothing, so the rows that come back say nothing of which image they are."""
+    index, model = synthetic_index(40, 10), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)).cuda()
+    normalize, seen = Normalize((0.5,) * 3, (0.5,) * 3, torch.bfloat16).cuda(), []
+    model(torch.zeros(16, 3, 32, 32, device="cuda"))
+    monkeypatch.setattr(metrics, "joined", lambda parts, num_samples: seen.append(num_samples))
+
+    def watched(batches):
+        for batch in batches:
+            with no_host_sync:
+                yield batch
+
+    pipeline = SyntheticPipeline(index, device=GPU.device)
+    how = {"batch": 16, "precision": torch.bfloat16, "world": GPU, "shown": watched}
+    predict({"raw": model}, normalize, pipeline, EvalPlan(index, 32, 0.95, "bicubic"), **how)
+    assert seen == [40]
