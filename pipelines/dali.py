@@ -235,6 +235,8 @@ class _Graph:
         self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
         # weakly, or a graph that is dropped would keep itself and its memory until Python looks for cycles
         source = weakref.WeakMethod(self._next_inputs)
+        if options["device_id"] is not None:
+            torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later
         self._pipeline = _dali_graph(
             shape, lambda: source()(), batch_size=shape.batch_size, prefetch_queue_depth=_IN_FLIGHT, **options
         )

@@ -15,7 +15,7 @@ from pipelines.files import read_json_lines
 from pipelines.randaugment import has_triton
 from trainer import compiling
 from trainer import run as trainer
-from trainer.config import parse
+from trainer.config import RunConfig, parse
 from trainer.data import rank_plans
 from trainer.distributed import World
 from trainer.mix import Normalize, mixed_inputs
@@ -67,8 +67,22 @@ def test_a_compiled_run_is_compiled_before_its_first_step_and_trains_alike(argum
 
 
 def test_auto_compiles_nothing_on_a_cpu():
-    assert compiling.choose_compiler("auto", ONE) == (compiling.as_it_is, "")
-    assert compiling.choose_compiler(False, ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler(RunConfig(compile="auto"), ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler(RunConfig(compile=False), ONE) == (compiling.as_it_is, "")
+
+
+def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr(compiling, "why_not", lambda device: "")
+    two_gpus, gpu = (World(0, size, size, torch.device("cuda", 0)) for size in (2, 1))
+    monkeypatch.setattr(World, "gather", lambda self, values: values * self.size)
+    compiler, note = compiling.choose_compiler(RunConfig(batch_norm="sync"), two_gpus)
+    assert compiler is compiling.as_it_is and "run.batch_norm sync makes the host wait" in note
+    for config, world in [
+        (RunConfig(batch_norm="sync"), gpu),  # no layer is replaced on one rank
+        (RunConfig(batch_norm="sync", compile=True), two_gpus),
+        (RunConfig(), two_gpus),
+    ]:
+        assert compiling.choose_compiler(config, world) == (compiling.compiled, "")
 
 
 def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
@@ -77,10 +91,10 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     with pytest.raises(UserError, match=r"run.compile is true.*no C compiler.*C compiler are needed; or use --run"):
-        compiling.choose_compiler(True, ONE)
+        compiling.choose_compiler(RunConfig(compile=True), ONE)
     on_gpu = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(compiling, "why_not", lambda device: "RuntimeError: no C compiler")
-    compiler, note = compiling.choose_compiler("auto", on_gpu)
+    compiler, note = compiling.choose_compiler(RunConfig(compile="auto"), on_gpu)
     assert compiler is compiling.as_it_is and "not compiled" in note and "no C compiler" in note
 
 

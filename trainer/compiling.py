@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from pipelines import randaugment
 from pipelines.errors import UserError
+from trainer.config import RunConfig
 from trainer.distributed import World
 
 COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
@@ -25,18 +26,22 @@ def as_it_is(function: T) -> T:
 compiled = functools.partial(torch.compile, dynamic=False)
 
 
-def choose_compiler(setting: bool | Literal["auto"], world: World) -> tuple[Compiler, str]:
-    """What run.compile comes to on these ranks. Every rank must call it.
+def choose_compiler(config: RunConfig, world: World) -> tuple[Compiler, str]:
+    """What run.compile resolves to on these ranks: auto compiles on GPUs, where it works. Every rank must call it.
 
-    Args:
-      setting: auto compiles on GPUs, where it works.
     Returns:
       the compiler, the same on all ranks, and what is worth saying; "" is nothing.
     Raises:
       UserError: true, and compiling does not work here.
     """
+    setting = config.compile
     if setting is False or (setting == "auto" and world.device.type != "cuda"):
         return as_it_is, ""
+    if setting == "auto" and config.batch_norm == "sync" and world.size > 1:
+        return as_it_is, (
+            "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
+            "the GPU, and would cut the model into pieces that are compiled one by one"
+        )
     reason = next(iter(world.gather([why for why in [why_not(world.device)] if why])), "")
     if not reason:
         torch._dynamo.config.cache_size_limit = _MOST_SHAPES

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,6 +25,7 @@ def choose_micro_batch(
     pipelines: Pipelines,
     world: World,
     make_step: Callable[[World, int], TrainStep],
+    evaluation: Callable[..., object] | None,
 ) -> str:
     """Set `state.micro_batch` where the configuration leaves it open. Returns what was chosen, in words.
 
@@ -32,6 +34,7 @@ def choose_micro_batch(
 
     Args:
       make_step: (world, micro-batch) -> the update, not compiled: that takes no more memory, and long.
+      evaluation: trainer.validation.evaluate with all but its `world` and `interrupted`; None without a validation set.
     """
     share = config.run.global_batch // world.size
     if state.micro_batch and share % state.micro_batch == 0:
@@ -42,7 +45,12 @@ def choose_micro_batch(
     alone = dataclasses.replace(world, rank=0, size=1)  # nothing is sent between the ranks, one may fail alone
 
     def fits(micro_batch: int) -> bool:
-        return rehearsal_fits(config, plan, pipelines, world, make_step(alone, micro_batch), micro_batch)
+        return rehearsal_fits(config, plan, pipelines, world, make_step(alone, micro_batch), micro_batch, first_images)
+
+    def first_images() -> None:
+        if evaluation is not None:
+            asked = itertools.count()
+            evaluation(world=alone, interrupted=lambda: next(asked) > 0)
 
     state.micro_batch = largest_micro_batch(config, world, fits)
     return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {share} images"
@@ -58,24 +66,41 @@ def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool
     """
     group, share = config.augment.mix_group, config.run.global_batch // world.size
     for micro_batch in range(share, 0, -group):
-        if share % micro_batch == 0 and world.sum(torch.tensor(int(not fits(micro_batch)), device=world.device)) == 0:
+        if share % micro_batch:
+            continue
+        failed = torch.tensor(int(not fits(micro_batch)), device=world.device)
+        if world.sum(failed).item() == 0:
             return micro_batch
     raise UserError(
-        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
-        "augment.mix_group, data.image_size or data.prefetch, or use a smaller model"
+        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory beside "
+        "an evaluation. Lower augment.mix_group, run.eval_batch, data.image_size or data.prefetch, or use a smaller "
+        "model"
     )
 
 
 def rehearsal_fits(
-    config: Config, plan: TrainPlan, pipelines: Pipelines, world: World, step: TrainStep, micro_batch: int
+    config: Config,
+    plan: TrainPlan,
+    pipelines: Pipelines,
+    world: World,
+    step: TrainStep,
+    micro_batch: int,
+    evaluate_first: Callable[[], None],
 ) -> bool:
-    """Whether an update fits beside the pipeline and the batches that it has ready, where images are largest."""
+    """Whether an update fits beside the pipelines and the batches that are ready, where images are largest.
+
+    Args:
+      evaluate_first: evaluates a validation batch. DALI allocates outside of PyTorch, and once it has built its graph
+        for the validation images it keeps it: updates must fit beside it.
+    """
     epochs = range(config.schedule.total_epochs)
     start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
     plans = rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch)
     try:
         with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
-            step.rehearse(next(batches))
+            batch = next(batches)
+            evaluate_first()
+            step.rehearse(batch)
             return True
     except (RuntimeError, UserError) as error:
         if not is_out_of_memory(error):
@@ -83,7 +108,8 @@ def rehearsal_fits(
         return False
     finally:
         gc.collect()  # before DALI gives back what is free
-        pipelines.of["train"].forget()
+        for pipeline in pipelines.of.values():
+            pipeline.forget()
         torch.cuda.empty_cache()
 
 

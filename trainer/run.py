@@ -244,7 +244,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     if teacher is not None:
         teacher.to_precision(precision)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
-    compiler, note = choose_compiler(config.run.compile, world)
+    compiler, note = choose_compiler(config.run, world)
     state = build_state(config, plan, student, precision, classes, world)
     notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
     if trouble := kernel_trouble(world):
@@ -254,18 +254,18 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:
         return build_step(config, state, teacher, normalize, precision, micro_batch, world, compiler)
 
-    if config.run.micro_batch == "auto":
-        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step))
-    else:
-        state.micro_batch = micro_batch
-    step, note = rehearsed(make_step, config, plan, state, world, compiler)
-    notes += [note] if note else []
     evaluation = None
     if val_index is not None:
         val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
         weights = {"raw": student, **({"ema": state.ema.module} if state.ema else {})}
-        how = {"batch": config.run.eval_batch, "precision": precision, "world": world}
+        how = {"batch": config.run.eval_batch, "precision": precision}
         evaluation = functools.partial(evaluate, weights, normalize, pipelines.of["val"], val_plan, **how)
+    if config.run.micro_batch == "auto":
+        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluation))
+    else:
+        state.micro_batch = micro_batch
+    step, note = rehearsed(make_step, config, plan, state, world, compiler)
+    notes += [note] if note else []
     return Run(
         config=config,
         world=world,
@@ -273,7 +273,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         pipelines=pipelines,
         state=state,
         step=step,
-        evaluate=evaluation,
+        evaluate=functools.partial(evaluation, world=world) if evaluation else None,
         control=control or Control(world),
         writer=Writer(),
         total_steps=total_steps,

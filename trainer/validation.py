@@ -49,12 +49,14 @@ def evaluate(
       mode is as before.
     """
     training = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
     how = {"batch": batch, "precision": precision, "world": world, "interrupted": interrupted}
-    found = predict(models, normalize, pipeline, plan, **how)
-    for name, model in models.items():
-        model.train(training[name])
+    try:
+        for model in models.values():
+            model.eval()
+        found = predict(models, normalize, pipeline, plan, **how)
+    finally:  # memory may have been too short, and a smaller micro-batch is tried next
+        for name, model in models.items():
+            model.train(training[name])
     return {name: metrics.accuracy(predictions) for name, predictions in found.items()}
 
 

@@ -20,13 +20,13 @@ def pinned_bytes() -> int:
 
 
 class DeviceMemory:
-    """Bytes of the device, until it is collected. Raises MemoryError where there is not as much."""
+    """Bytes of the device, until it is collected. Where there is not as much, a RuntimeError, as DALI's."""
 
     def __init__(self, nbytes: int):
         self._pointer = ctypes.c_void_p()
         if _runtime().cudaMalloc(ctypes.byref(self._pointer), ctypes.c_size_t(nbytes)):
             _runtime().cudaGetLastError()
-            raise MemoryError(f"{nbytes >> 20} MiB of the device: out of memory")
+            raise RuntimeError(f"{nbytes >> 20} MiB of the device: out of memory")
 
     def __del__(self):
         _runtime().cudaFree(self._pointer)
