@@ -1,0 +1,70 @@
+"""trainer/run.py from its first line to its last: on one rank and on two, compiled for an H100, and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import free_port
+
+from gpu_stub.runs import arguments, teacher_file
+from trainer import checkpoint
+
+TRAIN = Path(__file__).resolve().with_name("train.py")
+ON_IMAGES = {"data.pipeline": "torchvision", "run.eval_batch": 32, "run.log_every": 2}
+
+
+def run_ranks(size: int, out: Path, settings: dict) -> str:
+    """What the ranks wrote; each on a machine of its own, for the stand-in is one GPU."""
+    command = [sys.executable, str(TRAIN), *arguments(out, {**ON_IMAGES, **settings})]
+    common = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    if size > 1:
+        common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [
+        subprocess.Popen(command, env={**common, **({"RANK": str(rank)} if size > 1 else {})}, **pipes)
+        for rank in range(size)
+    ]
+    texts = [rank.communicate(timeout=500)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
+    return texts[0]
+
+
+def steps_of(out: Path) -> list[int]:
+    """The steps that have a line in the metrics, in the order of the file."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_is_stopped_resumed_and_ends_with_an_evaluation(size, digits, tmp_path):
+    out, settings = tmp_path / "run", {"data.root": digits, "teacher.name": "tiny_cnn"}
+    settings |= {"teacher.checkpoint": teacher_file(tmp_path), "run.global_batch": 64}
+    run_ranks(size, out, {**settings, "run.stop_after_steps": 6})
+    said = run_ranks(size, out, settings)
+    assert "resuming after step 6" in said and "finished after step 10 of 10" in said
+    assert steps_of(out) == [2, 4, 5, 6, 8, 10]  # 5 is the end of an epoch
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["session"]["start_step"] == 6 and summary["session"]["ranks"] == size
+    assert "H100" in summary["session"]["device"] and summary["evaluation"]["raw"]["images"] == 96
+    last = checkpoint.read(checkpoint.path_of(out / "checkpoints", 10))
+    assert last["step"] == 10 and not any(value.is_cuda for value in last["student"].values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_compiled_for_an_h100_goes_through(size, tmp_path):
+    """inductor's code generator and Triton's compiler are real; what they made is launched and does nothing."""
+    said = run_ranks(size, tmp_path / "run", {"run.compile": "true", "data.pipeline": "synthetic"})
+    assert "compiled in" in said and "finished after step 16 of 16" in said
+
+
+@pytest.mark.long
+def test_two_ranks_with_layers_over_both_go_through_and_say_why_nothing_is_compiled(tmp_path):
+    said = run_ranks(
+        2, tmp_path / "run", {"run.batch_norm": "sync", "run.compile": "auto", "data.pipeline": "synthetic"}
+    )
+    assert "run.batch_norm sync makes the host wait" in said and "finished after step" in said
