@@ -2,8 +2,8 @@
 
 Every operation gives the pixels of its PIL function in `pipelines.cpu`, to the last bit: where PIL computes in
 float32 or float64 and truncates, this computes in the same type and order and truncates; where a rounded quotient can
-be had from integers, it is. The readable version in torch is the reference on every device; on the GPU a Triton
-kernel (`pipelines.randaugment_kernel`) does a whole layer of operations in one launch.
+be had from integers, it is. The readable version in torch is the reference on every device; on the GPU two
+Triton kernels (`pipelines.randaugment_kernel`), one for affine transforms, do a whole layer of operations.
 
 What is done to which row is known on the host, from the plan, so nothing here waits for the device.
 """
@@ -123,24 +123,28 @@ def _torch_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: 
 
 
 def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    """The same in one launch of the Triton kernel, into a new tensor; only blurred rows are left to torch."""
+    """The same by the Triton kernels, in one launch or two, into a new tensor; only blurred rows are left to torch."""
     from pipelines import randaugment_kernel as kernel
 
-    out = torch.empty_like(images)
+    device, out = images.device, torch.empty_like(images)
     kinds = np.array([_kind(Op(op), kernel) for op in ops.tolist()], dtype=np.int32)
-    matrices = np.zeros((len(ops), 6))
-    for op in _MATRICES:
-        matrices[ops == op] = _host_matrices(op, args[ops == op], images.shape[1])
-    device = images.device
     kernel.launch(
         images,
         out,
         kinds=_to_device(kinds, device),
         factors=_to_device(args, device),
-        matrices=_to_device(matrices, device),
         tables=_all_tables(images, ops, args),
-        fill=_colour(fill, device),
     )
+    affine = np.flatnonzero(kinds == kernel.AFFINE.value)
+    if len(affine):
+        matrices = np.concatenate([_host_matrices(Op(ops[row]), args[[row]], images.shape[1]) for row in affine])
+        kernel.launch_affine(
+            images,
+            out,
+            rows=_to_device(affine.astype(np.int32), device),
+            matrices=_to_device(matrices, device),
+            fill=_colour(fill, device),
+        )
     blurred = np.flatnonzero(ops == Op.GAUSSIAN_BLUR)
     if len(blurred):
         rows = _to_device(blurred, device)

@@ -1,7 +1,11 @@
-"""The Triton kernel behind `pipelines.randaugment`: one operation on every image of a batch in one launch.
+"""The Triton kernels behind `pipelines.randaugment`: one operation on every image of a batch in two launches.
 
-Imported only where it runs, so that a machine without Triton needs none. It computes what the torch version computes,
-in the same types and order of operations; the launch forbids the compiler to contract a multiplication and an addition
+Affine transforms have a kernel of their own, because they compute in float64 and need more than twice the registers of
+the other operations. A kernel takes for every image what its hungriest operation needs, and the more registers a thread
+takes, the fewer of them are at work at a time (docs/performance.md).
+
+Imported only where they run, so that a machine without Triton needs none. They compute what the torch version computes,
+in the same types and order of operations; the launches forbid the compiler to contract a multiplication and an addition
 into one (that rounds once instead of twice, and a truncated result may then differ).
 """
 
@@ -20,45 +24,45 @@ _PIXELS_PER_PROGRAM = 256
 
 
 def launch(
-    images: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    kinds: torch.Tensor,
-    factors: torch.Tensor,
-    matrices: torch.Tensor,
-    tables: torch.Tensor,
-    fill: torch.Tensor,
+    images: torch.Tensor, out: torch.Tensor, *, kinds: torch.Tensor, factors: torch.Tensor, tables: torch.Tensor
 ) -> None:
-    """Writes the changed images; nothing waits for the device.
+    """Writes every changed image but those of AFFINE, which `launch_affine` writes; nothing waits for the device.
 
     Args:
       images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
       kinds: int32 [B]: COPY, TABLE, COLOR, SHARPNESS or AFFINE.
       factors: float32 [B], for COLOR and SHARPNESS.
-      matrices: float64 [B, 6], for AFFINE.
       tables: uint8 [B, 3, 256], contiguous, for TABLE.
-      fill: uint8 [3], the colour of what AFFINE takes from outside.
     """
     size = images.shape[1]
     blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
     with torch.cuda.device_of(images):
-        _layer[(len(images) * blocks,)](
-            images,
-            out,
-            kinds,
-            factors,
-            matrices,
-            tables,
-            fill,
-            size,
-            blocks,
-            _PIXELS_PER_PROGRAM,
-            enable_fp_fusion=False,
+        _augment[(len(images) * blocks,)](
+            images, out, kinds, factors, tables, size, blocks, _PIXELS_PER_PROGRAM, enable_fp_fusion=False
+        )
+
+
+def launch_affine(
+    images: torch.Tensor, out: torch.Tensor, *, rows: torch.Tensor, matrices: torch.Tensor, fill: torch.Tensor
+) -> None:
+    """Writes the transformed images of these rows and leaves the others alone; nothing waits for the device.
+
+    Args:
+      images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
+      rows: int32 [n], n > 0: which images.
+      matrices: float64 [n, 6], contiguous: the transform of each of these rows.
+      fill: uint8 [3], the colour of what comes from outside the image.
+    """
+    size = images.shape[1]
+    blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
+    with torch.cuda.device_of(images):
+        _augment_affine[(len(rows) * blocks,)](
+            images, out, rows, matrices, fill, size, blocks, _PIXELS_PER_PROGRAM, enable_fp_fusion=False
         )
 
 
 @triton.jit
-def _layer(images, out, kinds, factors, matrices, tables, fill, size, blocks, BLOCK: tl.constexpr):
+def _augment(images, out, kinds, factors, tables, size, blocks, BLOCK: tl.constexpr):
     """Program i: pixels [(i % blocks) BLOCK, ... + BLOCK) of image i // blocks."""
     image = tl.program_id(0) // blocks
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -74,9 +78,7 @@ def _layer(images, out, kinds, factors, matrices, tables, fill, size, blocks, BL
         _color(source, target, tl.load(factors + image), pixel, mask)
     elif kind == SHARPNESS:
         _sharpness(source, target, tl.load(factors + image), pixel, mask, size)
-    elif kind == AFFINE:
-        _affine(source, target, matrices + image * 6, fill, pixel, mask, size)
-    else:
+    elif kind == COPY:
         for channel in tl.static_range(3):
             tl.store(target + channel, tl.load(source + pixel * 3 + channel, mask=mask), mask=mask)
 
@@ -129,7 +131,15 @@ def _clip(value):
 
 
 @triton.jit
-def _affine(source, target, matrix, fill, pixel, mask, size):
+def _augment_affine(images, out, rows, matrices, fill, size, blocks, BLOCK: tl.constexpr):
+    """Program i: pixels [(i % blocks) BLOCK, ... + BLOCK) of image rows[i // blocks]."""
+    chosen = tl.program_id(0) // blocks
+    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < size * size
+    start = tl.load(rows + chosen).to(tl.int64) * (size * size * 3)
+    source = images + start
+    target = out + start + pixel * 3
+    matrix = matrices + chosen * 6
     x = (pixel % size).to(tl.float64) + 0.5
     y = (pixel // size).to(tl.float64) + 0.5
     source_x = tl.load(matrix) * x + tl.load(matrix + 1) * y + tl.load(matrix + 2)

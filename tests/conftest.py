@@ -28,6 +28,7 @@ from tools.sharding.job import BuildOptions, build
 SLOW = (
     *("test_preemption", "test_backbones", "test_trainer", "test_chaos", "test_export", "test_teachers", "test_oracle"),
     *("test_compiling", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    "test_compiled_kernels",
 )
 
 

@@ -37,4 +37,5 @@ def assert_kernel_equals_torch(device: str, sizes: tuple[int, ...], tolerances: 
         ours, theirs = (mixed_inputs(batch, models, kernel=kernel) for kernel in (True, False))
         for a, b in zip(ours, theirs, strict=True):
             assert a.dtype == b.dtype == dtype and a.shape == b.shape and a.stride() == b.stride()
+            assert a.untyped_storage().nbytes() == a.nbytes  # one that is kept keeps no other
             assert (a.float() - b.float()).abs().max() <= tolerance, (size, mix_group, dtype)

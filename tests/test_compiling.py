@@ -156,27 +156,6 @@ def test_the_interpreted_kernel_equals_torch():
     assert interpreted(script) == "equal\n"
 
 
-@needs_triton
-def test_the_kernel_reads_each_byte_once_and_fuses_no_multiplication(tmp_path, monkeypatch):
-    """No GPU is needed to compile for an H100. One load for the images, one for their partners, one store a model."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from trainer import mix_kernel as kernel
-
-    types = ("*u8", "*bf16", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32", "i64", "constexpr", "constexpr")
-    signature = dict(zip(kernel._mix_normalize.arg_names, types, strict=True))
-    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 6, 9)}
-    constants = {"MODELS": 2, "BLOCK": 1024}
-    source = ASTSource(fn=kernel._mix_normalize, signature=signature, constexprs=constants, attrs=aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
-    assert "mul" in ptx and "fma." not in ptx
-    assert ptx.count("ld.global.v2.b32") == 2  # 8 bytes
-    assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == 2  # 8 bfloat16s
-
-
 @pytest.mark.gpu
 @needs_triton
 def test_the_kernel_equals_torch_on_the_gpu():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from PIL import Image
 from ranks import run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -133,6 +134,20 @@ def test_every_teacher_sees_the_pixels_under_its_own_normalisation_and_in_its_ow
     assert seen["1"].shape[2:] == (40, 40) and seen["0"].shape[2:] == (32, 32)
     assert not any(model.training for name, model in models.items() if name != "student")
     assert not any(parameter.requires_grad for parameter in run.step.teacher.parameters())
+
+
+def test_what_the_teachers_saw_is_gone_before_the_student_sees_its_images(digits, files, tmp_path):
+    """So it takes no memory beside what the student keeps for its backward pass. One teacher has a size of its own."""
+    more = ["--teacher.others", other(files, "resnet18", image_size=40), "--run.micro_batch", 64]
+    run = build(parse(arguments(digits, tmp_path, *first_teacher(files), *more)), ONE)
+    storages, gone = [], []
+    for teacher in run.step.teacher.members:
+        teacher.model.register_forward_pre_hook(
+            lambda _, images: storages.append(StorageWeakRef(images[0].untyped_storage()))
+        )
+    run.state.student.register_forward_pre_hook(lambda *_: gone.extend(each.expired() for each in storages))
+    run.step(iter([first_batch(run)]), 0)
+    assert gone == [True, True]
 
 
 def test_a_run_learns_from_the_mean_of_its_teachers(digits, files, tmp_path):

@@ -43,6 +43,8 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
 def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None = None) -> list[torch.Tensor]:
     """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
 
+    Each model's are memory of their own, so that what the student keeps for its backward pass does not keep the others.
+
     Args:
       kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel
         on CUDA if Triton works there.
@@ -55,17 +57,17 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
     from trainer.mix_kernel import launch
 
     assert batch.images.is_contiguous() and len({model.dtype for model in models}) == 1
-    out = batch.images.new_empty((len(models), *batch.images.shape), dtype=models[0].dtype)
+    outs = [torch.empty_like(batch.images, dtype=model.dtype) for model in models]
     launch(
         batch.images,
-        out,
+        outs,
         lam=batch.lam,
         box=batch.box,
         mix_group=batch.mix_group,
         scale=torch.stack([model.scale for model in models]),
         shift=torch.stack([model.shift for model in models]),
     )
-    return list(out.permute(0, 1, 4, 2, 3))
+    return [out.permute(0, 3, 1, 2) for out in outs]
 
 
 class Normalize(torch.nn.Module):

@@ -5,6 +5,8 @@ in the same types and order of operations; the launch forbids the compiler to co
 into one (that rounds once instead of twice, and a rounded pixel may then differ).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 x 2**23: the sum with a float32 in [0, 
 
 def launch(
     images: torch.Tensor,
-    out: torch.Tensor,
+    outs: Sequence[torch.Tensor],
     *,
     lam: torch.Tensor,
     box: torch.Tensor,
@@ -23,11 +25,11 @@ def launch(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> None:
-    """Writes out[k] = shift[k] + scale[k] x mixed images, for each model k; nothing waits for the device.
+    """Writes outs[k] = shift[k] + scale[k] x mixed images, for each of K models; nothing waits for the device.
 
     Args:
       images: uint8 [B, S, S, 3], contiguous.
-      out: floating [K, B, S, S, 3], contiguous.
+      outs: floating [B, S, S, 3], contiguous, K of one type, each in memory of its own.
       lam, box, mix_group: of the Batch; contiguous.
       scale, shift: float32 [K, 3], contiguous.
     """
@@ -36,7 +38,7 @@ def launch(
     with torch.cuda.device_of(images):
         _mix_normalize[(len(images) * blocks,)](
             images,
-            out,
+            tuple(outs),
             lam,
             box,
             scale,
@@ -44,8 +46,6 @@ def launch(
             size,
             max(mix_group, 1),  # alone in its group, an image is its own partner
             blocks,
-            images.numel(),
-            len(out),
             _VALUES_PER_PROGRAM,
             enable_fp_fusion=False,
         )
@@ -54,7 +54,7 @@ def launch(
 @triton.jit
 def _mix_normalize(
     images,
-    out,
+    outs,
     lam,
     box,
     scale,
@@ -62,8 +62,6 @@ def _mix_normalize(
     size,
     mix_group,
     blocks,
-    batch_values,
-    MODELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program i: values [(i % blocks) BLOCK, ... + BLOCK) of image i // blocks."""
@@ -89,10 +87,9 @@ def _mix_normalize(
     share = tl.load(lam + image)
     mixed = (own * share + other * (1.0 - share) + _ROUND) - _ROUND
     pixels = tl.where(mixup, mixed, tl.where(inside, other, own))
-    for model in tl.static_range(MODELS):
+    for model in tl.static_range(len(outs)):
         normalized = _of_channel(shift + model * 3, channel) + pixels * _of_channel(scale + model * 3, channel)
-        target = out + batch_values.to(tl.int64) * model + start + value
-        tl.store(target, normalized.to(out.dtype.element_ty), mask=mask)
+        tl.store(outs[model] + start + value, normalized.to(outs[model].dtype.element_ty), mask=mask)
 
 
 @triton.jit

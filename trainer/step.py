@@ -190,6 +190,7 @@ class TrainStep:
             inputs, teachers_inputs = self.inputs(batch)
             # before the student, so that their activations are gone when the student's must be kept
             teacher = self.teacher(teachers_inputs) if self.teacher is not None else None
+            del teachers_inputs  # the memory is the student's, too
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             student = self._model(inputs)
         return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
