@@ -1,17 +1,18 @@
-"""`run.micro_batch auto` leaves room for what a run does beside its updates, and gives back what it tried."""
+"""The device's memory: what an update holds, and what `run.micro_batch auto` leaves for the rest of a run."""
 
 import gc
 
 import pytest
 import torch
 
-from gpu_stub.runs import GPU, built, updates
+from gpu_stub.runs import GPU, built, teacher_file, updates
 from gpu_stub.stand_in import DeviceMemory
 from pipelines.dali import DaliPipeline, _Shape
 from pipelines.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
 from trainer import metrics, run
 from trainer.data import Pipelines
+from trainer.step import gray_batch
 
 MIB = 1 << 20
 DEVICE_MIB, GRAPH_MIB = 450, 60
@@ -22,6 +23,21 @@ SETTINGS = {
     "run.micro_batch": "auto",
     "run.eval_batch": 32,
 }
+
+
+def test_what_teachers_see_is_gone_before_the_backward_pass(tmp_path):
+    """A batch of 16 images of 96 pixels is 0.9 MB to each of them. Their logits stay, and what is said of them."""
+    teacher = {"teacher.name": "tiny_cnn", "teacher.checkpoint": teacher_file(tmp_path)}
+    others = f"[{{name: tiny_cnn, checkpoint: {teacher['teacher.checkpoint']}, image_size: 64}}]"
+    batch, held = gray_batch(16, 96, 16, GPU.device), []
+    for number, settings in enumerate(({}, teacher, {**teacher, "teacher.others": others})):
+        run = built(tmp_path / str(number), {**settings, "data.image_size": 96, "data.eval_image_size": 96})
+        run.step._loss(batch)  # cuBLAS takes its workspace
+        before = torch.cuda.memory_allocated()
+        loss = run.step._loss(batch)
+        held.append(torch.cuda.memory_allocated() - before)
+        del loss
+    assert held[0] > 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
 
 
 class LikeDali(SyntheticPipeline):
