@@ -17,10 +17,10 @@ CASES = {
     "teacher of its own size": {**TEACHER, "teacher.image_size": 48},
     "drop path": {"student.name": "test_resnet", "student.kwargs.drop_path_rate": 0.1},
 }
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:]]
 
 
-@pytest.mark.parametrize("name", ["labels alone", *LONG])
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
 def test_a_run_is_compiled_in_whole_graphs_and_again_only_for_a_new_size(name, tmp_path, monkeypatch):
     """Traced as for a GPU, without the code generator. An evaluation between two steps changes nothing."""
     monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend="aot_eager", dynamic=False))

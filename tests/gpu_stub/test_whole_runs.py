@@ -39,19 +39,36 @@ def steps_of(out: Path) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_run_is_stopped_resumed_and_ends_with_an_evaluation(size, digits, tmp_path):
-    out, settings = tmp_path / "run", {"data.root": digits, "teacher.name": "tiny_cnn"}
-    settings |= {"teacher.checkpoint": teacher_file(tmp_path), "run.global_batch": 64}
-    run_ranks(size, out, {**settings, "run.stop_after_steps": 6})
-    said = run_ranks(size, out, settings)
-    assert "resuming after step 6" in said and "finished after step 10 of 10" in said
+def on_digits(folder: Path, digits: Path) -> dict:
+    """Ten steps with a teacher, two evaluations."""
+    teacher = {"teacher.name": "tiny_cnn", "teacher.checkpoint": teacher_file(folder)}
+    return {**teacher, "data.root": digits, "run.global_batch": 64}
+
+
+def assert_complete(out: Path, ranks: int, start_step: int) -> None:
+    """What a run of ten steps leaves behind."""
     assert steps_of(out) == [2, 4, 5, 6, 8, 10]  # 5 is the end of an epoch
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["session"]["start_step"] == 6 and summary["session"]["ranks"] == size
+    assert summary["session"]["start_step"] == start_step and summary["session"]["ranks"] == ranks
     assert "H100" in summary["session"]["device"] and summary["evaluation"]["raw"]["images"] == 96
     last = checkpoint.read(checkpoint.path_of(out / "checkpoints", 10))
     assert last["step"] == 10 and not any(value.is_cuda for value in last["student"].values())
+
+
+def test_a_run_goes_through_and_ends_with_an_evaluation(digits, tmp_path):
+    said = run_ranks(1, tmp_path / "run", on_digits(tmp_path, digits))
+    assert "finished after step 10 of 10" in said
+    assert_complete(tmp_path / "run", ranks=1, start_step=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_is_stopped_and_resumed(size, digits, tmp_path):
+    settings = on_digits(tmp_path, digits)
+    run_ranks(size, tmp_path / "run", {**settings, "run.stop_after_steps": 6})
+    said = run_ranks(size, tmp_path / "run", settings)
+    assert "resuming after step 6" in said and "finished after step 10 of 10" in said
+    assert_complete(tmp_path / "run", ranks=size, start_step=6)
 
 
 @pytest.mark.long
