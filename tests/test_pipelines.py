@@ -426,6 +426,13 @@ def test_the_probe_says_that_nothing_works(photos):
         probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", wrong))
 
 
+def test_the_probe_takes_whole_images_where_the_gpu_lets_in_no_second_process(photos):
+    """In exclusive-process mode, in which the process that trains holds the GPU already."""
+    refused = "import sys; sys.exit('Traceback:\\nRuntimeError: CUDA-capable device(s) is/are busy or unavailable')"
+    decode_path, why = probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", refused))
+    assert decode_path == "full" and why.startswith("untried, since the GPU lets in no second process (RuntimeError")
+
+
 def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
     """An image whose regions are another image's."""
     monkeypatch.setattr(
