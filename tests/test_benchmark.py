@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, pytest_ignore_collect
 from forked_python import executable
 from mixed_batches import mixed_batch
 
@@ -502,9 +504,19 @@ def test_the_source_is_every_file_that_decides_what_the_parts_do(tmp_path, monke
     assert gpus.source_digest() == digests[-1]
 
 
-def test_the_first_ten_minutes_are_less_than_ten():
-    """With half a minute for what this command itself does."""
+@pytest.mark.parametrize(("selected", "opened"), [("gpu", False), ("not long", True)])
+def test_tests_for_a_gpu_open_no_other_files(selected, opened):
+    """A machine with a GPU may lack what others import, and time to import it."""
+    config = types.SimpleNamespace(option=types.SimpleNamespace(markexpr=selected))
+    paths = [REPOSITORY / "tests" / name for name in ("test_rng.py", "test_randaugment.py")]
+    assert [not pytest_ignore_collect(path, config) for path in paths] == [opened, True]
+
+
+def test_the_first_ten_minutes_are_less_than_ten_and_the_docs_say_how_they_are_divided():
+    """With 20 s for what this command itself does."""
     assert sum(part.limit_s + gpus.GRACE_S for part in gpus.PARTS) <= 580
+    table = re.findall(r"^\| `([\w-]+)` \| .* \| (\d+) s \|$", (REPOSITORY / "docs/performance.md").read_text(), re.M)
+    assert table == [(part.name, str(part.limit_s)) for part in gpus.PARTS]
 
 
 @pytest.mark.parametrize("part", [part for part in gpus.PARTS if part.has_result], ids=lambda part: part.name)

@@ -67,16 +67,16 @@ def _benchmark(name: str, options: str, limit_s: float, benchmark: str = "") -> 
     return Part(name, (_SCRIPT, benchmark or name, *options.split()), limit_s)
 
 
-_SHORT = "--models resnet50 --images 2048 --repeats 3 --seconds 1"
+_SHORT = "--models resnet50 --images 1024 --repeats 2 --seconds 1"
 PARTS = (  # 575 s at the most, with those to end them; compiling takes minutes, so it comes late and only once
     # After three failures no more: a GPU on which a kernel has failed fails whatever follows in the same process.
     Part("tests", ("-m", "pytest", "-m", "gpu", "--maxfail", "3", "--tb", "short"), 140, has_result=False),
     _benchmark("decode", "--images 512 --repeats 2", 60),
-    _benchmark("train", f"{_SHORT} --compile no", 80),
-    _benchmark("teacher", "--images 512 --repeats 3 --seconds 0.5", 50),
-    _benchmark("train-compiled", f"{_SHORT} --compile yes", 110, "train"),
-    _benchmark("resume", "--repeats 1 --compile no", 50),
-    _benchmark("step", "--models resnet50 --compile no --repeats 3 --seconds 0.5", 50),
+    _benchmark("train", f"{_SHORT} --compile no", 75),
+    _benchmark("teacher", "--images 512 --repeats 3 --seconds 0.5", 45),
+    _benchmark("train-compiled", f"{_SHORT} --compile yes", 105, "train"),
+    _benchmark("resume", "--repeats 1 --compile no", 70),
+    _benchmark("step", "--models resnet50 --compile no --repeats 3 --seconds 0.5", 45),
 )
 
 
