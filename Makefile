@@ -37,7 +37,7 @@ gpu-first: needed-there
 	$(PYTHON_THERE) tools/benchmark.py gpu --out $(RESULTS)
 
 needed-there:
-	@missing=$$($(PYTHON_THERE) -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' $(NEEDED)) && [ -z "$$missing" ] || { echo "$(PYTHON_THERE) lacks $$missing: call make setup first, or make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
+	@missing=$$($(PYTHON_THERE) -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' $(NEEDED)) || exit 1; [ -z "$$missing" ] || { echo "$(PYTHON_THERE) lacks $$missing: call make setup first, or make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
 
 # Fault injection that takes minutes, into docs/chaos.md; `make test` keeps a short version of each.
 chaos: setup

@@ -27,6 +27,7 @@ from pipelines.files import read_json, write_synced
 from tools.benchmarks.processes import REPOSITORY
 
 SUMMARY = "gpu-first.json"
+WHOLE_S = 580  # of all parts: a machine's limit may be ten minutes a command
 GRACE_S = 5  # from SIGTERM to SIGKILL
 _SCRIPT = "tools/benchmark.py"  # in the repository, where every part starts
 _SOURCE = ("*.py", "*.html", "*.csv", "*.yaml", "*.cfg", "*.toml")
@@ -45,7 +46,7 @@ class Part:
     Attributes:
       name: of the part, and of its result: FOLDER/benchmark-gpu-NAME.json.
       arguments: of python, which starts in the repository's folder.
-      limit_s: seconds after which it is ended.
+      limit_s: seconds after which it is ended; the last part has what the others leave of WHOLE_S besides.
       has_result: whether it is a benchmark, which writes a result.
     """
 
@@ -68,15 +69,15 @@ def _benchmark(name: str, options: str, limit_s: float, benchmark: str = "") -> 
 
 
 _SHORT = "--models resnet50 --images 1024 --repeats 2 --seconds 1"
-PARTS = (  # 575 s at the most, with those to end them; compiling takes minutes, so it comes late and only once
+PARTS = (  # compiling two models takes minutes, so it comes last, and only once
     # After three failures no more: a GPU on which a kernel has failed fails whatever follows in the same process.
     Part("tests", ("-m", "pytest", "-m", "gpu", "--maxfail", "3", "--tb", "short"), 140, has_result=False),
     _benchmark("decode", "--images 512 --repeats 2", 60),
     _benchmark("train", f"{_SHORT} --compile no", 75),
     _benchmark("teacher", "--images 512 --repeats 3 --seconds 0.5", 45),
-    _benchmark("train-compiled", f"{_SHORT} --compile yes", 105, "train"),
     _benchmark("resume", "--repeats 1 --compile no", 70),
     _benchmark("step", "--models resnet50 --compile no --repeats 3 --seconds 0.5", 45),
+    _benchmark("train-compiled", f"{_SHORT} --compile yes", 105, "train"),
 )
 
 
@@ -106,6 +107,7 @@ def run_parts(folder: Path, parts: Sequence[Part], here: dict, again: Iterable[s
     """
     before = read_json(folder / SUMMARY)
     records = before.get("parts", {}) if all(before.get(name) == value for name, value in here.items()) else {}
+    end_s = time.monotonic() + WHOLE_S
     for part in parts:
         if not {part.name, ALL} & set(again) and is_done(part, records.get(part.name), folder, here):
             print(f"== {part.name}: is done, from an earlier call", flush=True)
@@ -113,10 +115,12 @@ def run_parts(folder: Path, parts: Sequence[Part], here: dict, again: Iterable[s
         if part.has_result:
             part.result(folder).unlink(missing_ok=True)  # of another day
         said = " ".join(part.arguments)
-        print(f"== {part.name}, {part.limit_s:g} s at the most: python {said}", flush=True)
+        left_s = int(end_s - time.monotonic() - GRACE_S) if part is parts[-1] else 0
+        limit_s = max(part.limit_s, left_s)
+        print(f"== {part.name}, {limit_s:g} s at the most: python {said}", flush=True)
         records[part.name] = {"outcome": CUT_OFF, "arguments": said}  # what stands there if this process is killed
         _write(folder, here, parts, records)
-        records[part.name] |= outcome_of(part.command(folder), part.limit_s)
+        records[part.name] |= outcome_of(part.command(folder), limit_s)
         _write(folder, here, parts, records)
         print(f"== {part.name}: {_in_words(records[part.name])}", flush=True)
     failed = [
@@ -161,7 +165,9 @@ def _machine() -> dict:
 
 def _write(folder: Path, here: dict, parts: Sequence[Part], records: dict) -> None:
     ordered = {part.name: records[part.name] for part in parts if part.name in records}
-    write_synced(folder / SUMMARY, (json.dumps({**here, "parts": ordered}, indent=1) + "\n").encode())
+    write_synced(
+        folder / SUMMARY, (json.dumps({**here, "parts": ordered}, indent=1, ensure_ascii=False) + "\n").encode()
+    )
 
 
 def _in_words(record: dict) -> str:

@@ -12,6 +12,7 @@ cores: the ratio there is that of the models' time to the whole.
 import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,7 @@ COLUMNS = {
     "ratio": "ratio",
     "of": "of",
     "input_wait": "waiting for input",
+    "built_s": "built in, s",
 }
 SYNTHETIC = "synthetic"
 _LEAD = DataConfig().prefetch + IN_WORK + 1  # updates before those that count: more than the batches that wait
@@ -93,8 +95,10 @@ def train(
             how = resolve(precision, device), is_compiled, index.num_classes
             setting = Setting(model, name, weights, batch, size, *how)
             with tempfile.TemporaryDirectory(dir=folder) as out:
+                start_s = time.perf_counter()
                 run = open_run(setting, Path(out), data)
-                yield from (row | note for row in _rows(setting, run, repeats, seconds))
+                built = {"built_s": round(time.perf_counter() - start_s, 1)}
+                yield from (row | built | note for row in _rows(setting, run, repeats, seconds))
                 del run
             release_memory()
 
