@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu gpu-benchmark gpu-stub chaos lint clean
+.PHONY: setup demo test gpu gpu-first needed-there gpu-stub chaos lint clean
 
 setup: .venv/.complete
 
@@ -22,15 +22,22 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# What needs an NVIDIA GPU; `make test` skips it where there is none.
-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+# These two set nothing up: a machine with an NVIDIA GPU may be one that can download nothing. The tests take that Python's
+# own pytest; DALI is missed by the parts that need it, which say so.
+PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+NEEDED := torch torchvision timm numpy PIL yaml jsonargparse docstring_parser webdataset rich jinja2 sklearn pytest
+RESULTS ?= docs
 
-# Speed on an NVIDIA GPU, into docs/benchmark-gpu-*.json. No set-up: such a machine may be one that can download nothing.
-gpu-benchmark: PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-gpu-benchmark:
-	@$(PYTHON_THERE) -c 'import torch, timm, jsonargparse, docstring_parser, webdataset' || { echo "$(PYTHON_THERE) lacks a package: call make setup first, or make gpu-benchmark PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON_THERE) tools/benchmark.py gpu
+# What needs an NVIDIA GPU; `make test` skips it where there is none.
+gpu: needed-there
+	$(PYTHON_THERE) -m pytest -m gpu
+
+# The first ten minutes on a GPU, tests and then speed, into RESULTS/gpu-first.json; again, it goes on with the rest.
+gpu-first: needed-there
+	$(PYTHON_THERE) tools/benchmark.py gpu --out $(RESULTS)
+
+needed-there:
+	@missing=$$($(PYTHON_THERE) -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' $(NEEDED)) || exit 1; [ -z "$$missing" ] || { echo "$(PYTHON_THERE) lacks $$missing: call make setup first, or make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
 
 # The GPU path on a CUDA without a device, built by gcc; `make test` runs all but the long tests of it.
 gpu-stub: setup

@@ -15,6 +15,7 @@ from pipelines.index import ShardIndex
 
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
+_TAKEN = "busy or unavailable"  # how CUDA refuses a second process on a GPU in exclusive-process mode
 _PROGRAM = (sys.executable, "-m", "pipelines.probe")
 
 
@@ -34,7 +35,7 @@ def probe_decode(
     """The faster decode path that works, and why it was chosen.
 
     Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so it is
-    tried in another one.
+    tried in another one. A GPU in exclusive-process mode lets in no other one: there 'full' is chosen, untried.
 
     Args:
       device: as torch.device understands it.
@@ -48,13 +49,22 @@ def probe_decode(
     """
     trouble = {}
     for path in ("roi", "full"):
-        trouble[path] = _try([*program, device, path, str(hw_decoder_load)], jpeg)
+        trouble[path] = decode_failure(device, jpeg, path, hw_decoder_load, program)
         if not trouble[path]:
             return path, "it works" if path == "roi" else f"decoding regions failed: {trouble['roi']}"
+    if all(_TAKEN in reason for reason in trouble.values()):
+        return "full", f"untried, since the GPU lets in no second process ({trouble['full']})"
     raise UserError(
         f"DALI can decode neither regions ({trouble['roi']}) nor whole images ({trouble['full']}) on {device}: "
         "look at the driver and DALI's version, or use --data.hw_decoder_load 0 or --data.pipeline torchvision"
     )
+
+
+def decode_failure(
+    device: str, jpeg: np.ndarray, path: str, hw_decoder_load: float, program: Sequence[str] = _PROGRAM
+) -> str:
+    """Why a decode path, 'roi' or 'full', does not work, '' if it does. The arguments are those of `probe_decode`."""
+    return _try([*program, device, path, str(hw_decoder_load)], jpeg)
 
 
 def _try(command: Sequence[str], jpeg: np.ndarray) -> str:

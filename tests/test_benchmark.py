@@ -1,13 +1,17 @@
 """The benchmarks run, on few images; nothing is said about how fast."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, pytest_ignore_collect
 from forked_python import executable
+from mixed_batches import mixed_batch
 
 from pipelines.errors import UserError
 from pipelines.files import read_json_lines
@@ -15,13 +19,22 @@ from pipelines.index import read_index
 from tools import benchmark
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
-from tools.benchmarks import planning, processes, resume, scale, stages
+from tools.benchmarks import measure, planning, processes, resume, scale, stages
 from tools.benchmarks import read as reads
 from tools.benchmarks import step as steps
+from tools.benchmarks import teacher as teachers
 from tools.benchmarks.runs import Setting
 from tools.benchmarks.tables import markdown
 from tools.opening import decode_path
+from tools.photos import write_common_photographs
+from tools.sharding.job import BuildOptions, build
+from trainer.classes import order_doubt
 from trainer.config import DataConfig
+from trainer.data import dataset_classes
+from trainer.mix import Normalize
+from trainer.models import create_model, preprocessing
+
+PYTHON = sys.executable
 
 
 @pytest.fixture(autouse=True)
@@ -229,11 +242,76 @@ def test_a_turn_of_the_loop_makes_twice_the_updates_and_times_the_second_half(tm
 
 
 def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(run):
-    rows, printed = run("train", *TINY, "--images", "16")
-    assert [row["what"] for row in rows] == ["synthetic", "real (torchvision)" if on_cpu() else "real (dali)"]
+    rows, printed = run("train", *TINY, "--compile", "no", "--images", "16")
+    pipeline = "torchvision" if on_cpu() else "dali"
+    assert [row["what"] for row in rows] == ["synthetic", f"{pipeline} alone", f"real ({pipeline})"]
     for row in rows:
-        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and 0 <= row["input_wait"] <= 1, row
-        assert row["of"] == "synthetic" and row["what"] in printed
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ratio"] > 0, row
+        assert row["of"] == "synthetic" and row["what"] in printed and row["built_s"] > 0
+    assert 0 <= rows[0]["input_wait"] <= 1 and 0 <= rows[2]["input_wait"] <= 1 and "input_wait" not in rows[1]
+
+
+def test_the_classes_of_photographs_have_one_order_however_many_there_are(tmp_path):
+    """As text and by number: a teacher whose outputs have no names is refused where the two differ."""
+    write_common_photographs(tmp_path / "src", 101, classes=101)
+    build(tmp_path / "src", tmp_path / "data", BuildOptions(), workers=1)
+    names = dataset_classes(DataConfig(root=tmp_path / "data"))
+    assert names == [f"class{number:03d}" for number in range(101)] and not order_doubt(tmp_path / "data")
+
+
+def test_train_takes_torchvision_where_dali_cannot_be_used_and_says_why(run, monkeypatch):
+    def refuse(*_):
+        raise UserError("DALI can decode neither regions nor whole images")
+
+    monkeypatch.setattr("tools.benchmarks.train.decode_path", refuse)
+    rows, printed = run("train", *TINY, "--compile", "no", "--images", "16")
+    assert [row["what"] for row in rows] == ["synthetic", "torchvision alone", "real (torchvision)"]
+    assert {row["note"] for row in rows} == {"without DALI: DALI can decode neither regions nor whole images"}
+    assert "without DALI" in printed
+
+
+def test_decode_measures_the_paths_that_work_and_says_why_one_does_not(monkeypatch, run):
+    """Here without a GPU; what is tried in another process is answered at once."""
+    tried = []
+
+    def failure(device, jpeg, path, load):
+        tried.append((device, path, load))
+        return "it ended by SIGSEGV" if path == "roi" else ""
+
+    monkeypatch.setattr("tools.benchmarks.decode.decode_failure", failure)
+    monkeypatch.setattr("tools.benchmarks.decode.first_device", lambda: torch.device("cpu"))
+    rows, printed = run("decode", "--images", "8", "--batch", "4")
+    assert tried == [("cpu", "full", 0.0), ("cpu", "roi", 0.0)]
+    assert [(row["what"].split(",")[0], row["works"]) for row in rows] == [("full", "yes"), ("roi", "no")]
+    assert 0 < rows[0]["min"] <= rows[0]["images_per_s"] <= rows[0]["max"]
+    assert "images_per_s" not in rows[1] and "roi, hw_decoder_load 0: does not work: it ended by SIGSEGV" in printed
+
+
+def test_a_teacher_is_nearer_to_fp32_in_fp16_than_in_bf16(run):
+    rows, printed = run("teacher", "--teacher", "test_resnet", "--images", "16", "--size", "64", "--seconds", "0.05")
+    exact, bf16, fp16 = rows
+    assert [row["what"] for row in rows] == ["fp32", "bf16", "fp16"] and "KL from fp32" in printed
+    assert (exact["kl"], exact["kl_max"], exact["agreement"]) == (0, 0, 1)
+    assert 0 < fp16["kl"] < bf16["kl"] < 0.1 and fp16["kl"] <= fp16["kl_max"]
+    assert 0.5 < bf16["agreement"] <= fp16["agreement"] <= 1
+    assert all(0 < row["min"] <= row["images_per_s"] <= row["max"] for row in rows)
+
+
+def test_random_weights_give_a_teacher_logits_that_differ_between_images():
+    batch = mixed_batch(64, 8)
+    model = create_model("test_resnet", 1000, 64, {}, teachers.telling_weights("test_resnet", 64, batch), "here")
+    expects = preprocessing(model)
+    with torch.no_grad():
+        logits = model.eval()(Normalize(expects.mean, expects.std)(batch.images))
+    assert logits.std(dim=1).mean().item() == pytest.approx(2.5, rel=0.1)
+    assert len(set(logits.argmax(1).tolist())) > 12  # of 24
+
+
+def test_a_teachers_own_weights_are_measured(tmp_path, run):
+    path = tmp_path / "teacher.pt"
+    torch.save(create_model("test_resnet", 10, 64, {}).state_dict(), path)
+    with pytest.raises(SystemExit):  # of ten classes, where there are a thousand
+        run("teacher", "--teacher", "test_resnet", "--checkpoint", str(path), "--images", "4", "--size", "64")
 
 
 @pytest.mark.parametrize(
@@ -289,38 +367,175 @@ def test_rows_that_were_measured_before_a_benchmark_ends_early_are_in_its_file(t
     assert "Cut off before its end" in markdown(result, benchmark.BENCHMARKS["read"].columns)
 
 
-def test_the_gpus_benchmark_says_where_there_is_no_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+# --- the first ten minutes on a GPU ---
+
+
+def test_without_a_gpu_nothing_is_started(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit):
-        benchmark.main(["gpu"])
+        benchmark.main(["gpu", "--out", str(tmp_path)])
     assert "PyTorch finds no GPU here, so nothing was measured" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path):
+def test_a_folder_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["gpu", "--out", "no/such/folder"])
+    assert "--out no/such/folder: no such folder" in capsys.readouterr().err
+
+
+HERE = {"machine": measure.machine(), "source": "this one"}
+
+
+def script(name: str, code: str, limit_s: float = 60) -> gpus.Part:
+    return gpus.Part(name, ("-c", code), limit_s, has_result=False)
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / gpus.SUMMARY).read_text())
+
+
+def test_a_part_that_fails_or_takes_too_long_costs_the_others_nothing(tmp_path, capfd):
     parts = [
-        gpus.Part("no-such-benchmark", (), 60),
-        gpus.Part("read", (), 0.1),
-        gpus.Part("shard", ("--images", "4", "--repeats", "1"), 120),
+        script("fails", "import sys; print('so far so good', flush=True); sys.exit('out of luck')"),
+        script("crashes", "import os; os.kill(os.getpid(), 11)"),
+        script("hangs", "import time; print('asleep', flush=True); time.sleep(60)", 1),
+        gpus.Part("shard", ("tools/benchmark.py", "shard", "--images", "4", "--repeats", "1"), 120),
     ]
     with pytest.raises(UserError) as refused:
-        gpus.run_parts(tmp_path, parts)
-    assert "2 of 3 benchmarks failed: no-such-benchmark (exit code 2), read (not done after 0.1 s)" in str(
-        refused.value
+        gpus.run_parts(tmp_path, parts, HERE)
+    assert (
+        "3 of 4 parts are not done: fails (exit code 1), crashes (it ended by SIGSEGV), hangs (not done after 1 s)"
+        in str(refused.value)
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["benchmark-gpu-shard.json"]
+    found = summary(tmp_path)
+    assert {name: found[name] for name in HERE} == HERE
+    assert [(name, part["outcome"]) for name, part in found["parts"].items()] == [
+        *(("fails", gpus.FAILED), ("crashes", gpus.FAILED), ("hangs", gpus.TIMED_OUT), ("shard", gpus.DONE)),
+    ]
+    assert found["parts"]["fails"]["end"] == ["so far so good", "out of luck"]
+    assert found["parts"]["hangs"]["end"] == ["asleep"] and found["parts"]["hangs"]["seconds"] >= 1
+    assert "asleep" in capfd.readouterr().out
     assert benchmark.read_result(tmp_path / "benchmark-gpu-shard.json")["complete"]
 
 
-def test_the_parts_share_what_torch_compile_makes(tmp_path, monkeypatch):
-    script = tmp_path / "part.py"
-    script.write_text("import os; open(os.path.join(os.environ['TORCHINDUCTOR_CACHE_DIR'], 'made'), 'x')")
-    monkeypatch.setattr(gpus, "_SCRIPT", script)
-    with pytest.raises(UserError, match=r"1 of 2 benchmarks failed: second \(exit code 1\)"):  # for it is there
-        gpus.run_parts(tmp_path, [gpus.Part("first", (), 60), gpus.Part("second", (), 60)])
+def counting(tmp_path, name: str, code: int = 0) -> gpus.Part:
+    """A part that leaves a line in a file each time."""
+    return script(name, f"import sys; print('x', file=open({str(tmp_path / name)!r}, 'a')); sys.exit({code})")
 
 
-def test_the_gpus_benchmark_takes_less_than_ten_minutes():
-    assert sum(part.limit_s + gpus.GRACE_S for part in gpus.PARTS) < 600
+def times_run(tmp_path, *names: str) -> list[int]:
+    return [(tmp_path / name).read_text().count("x") for name in names]
+
+
+def test_a_later_call_goes_on_with_the_parts_that_are_not_done(tmp_path):
+    parts = [counting(tmp_path, "a"), counting(tmp_path, "b", code=1), counting(tmp_path, "c")]
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 of 3 parts are not done: b"):
+            gpus.run_parts(tmp_path, parts, HERE)
+    assert times_run(tmp_path, "a", "b", "c") == [1, 2, 1]
+    parts[1] = counting(tmp_path, "b")
+    gpus.run_parts(tmp_path, parts, HERE)
+    gpus.run_parts(tmp_path, parts, HERE, again=["a"])
+    assert times_run(tmp_path, "a", "b", "c") == [2, 3, 1]
+    gpus.run_parts(tmp_path, parts, HERE, again=[gpus.ALL])
+    assert times_run(tmp_path, "a", "b", "c") == [3, 4, 2]
+    (tmp_path / gpus.SUMMARY).unlink()
+    gpus.run_parts(tmp_path, parts, HERE)
+    assert times_run(tmp_path, "a", "b", "c") == [4, 5, 3]
+
+
+@pytest.mark.parametrize("other", [{"source": "another one"}, {"machine": {**HERE["machine"], "gpu": "NVIDIA H200"}}])
+def test_on_another_machine_or_with_another_source_nothing_counts_as_done(tmp_path, other):
+    parts = [counting(tmp_path, "a"), counting(tmp_path, "b")]
+    gpus.run_parts(tmp_path, parts, HERE)
+    gpus.run_parts(tmp_path, parts[:1], HERE | other)
+    assert times_run(tmp_path, "a", "b") == [2, 1]
+    assert list(summary(tmp_path)["parts"]) == ["a"], (
+        "what was done elsewhere must not stand beside this machine's name"
+    )
+
+
+def test_the_last_part_has_the_time_that_the_others_leave(tmp_path, monkeypatch):
+    sleeping = [script(name, "import time; time.sleep(1)", 0.1) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"1 of 2 parts are not done: a \(not done after 0.1 s\)"):
+        gpus.run_parts(tmp_path, sleeping, HERE)
+    monkeypatch.setattr(gpus, "WHOLE_S", 0)
+    with pytest.raises(UserError, match=r"a \(not done after 0.1 s\), b \(not done after 0.1 s\)"):
+        gpus.run_parts(tmp_path, sleeping, HERE, again=[gpus.ALL])
+
+
+def test_a_part_with_other_options_or_without_its_whole_result_is_not_done(tmp_path):
+    part = gpus.Part("read", ("tools/benchmark.py", "read", "--images", "4", "--repeats", "1"), 120)
+    record = {"outcome": gpus.DONE, "arguments": " ".join(part.arguments)}
+    result = {"complete": True, "machine": HERE["machine"]}
+    path = part.result(tmp_path)
+    assert not gpus.is_done(part, record, tmp_path, HERE)
+    path.write_text(json.dumps(result))
+    assert gpus.is_done(part, record, tmp_path, HERE)
+    assert not gpus.is_done(part, {**record, "arguments": "-c pass"}, tmp_path, HERE)
+    assert not gpus.is_done(part, {**record, "outcome": gpus.CUT_OFF}, tmp_path, HERE)
+    assert not gpus.is_done(part, None, tmp_path, HERE)
+    for change in ({"complete": False}, {"machine": {**HERE["machine"], "torch": "1.0"}}):
+        path.write_text(json.dumps(result | change))
+        assert not gpus.is_done(part, record, tmp_path, HERE)
+
+
+def test_a_call_that_is_killed_leaves_a_summary_of_what_was_done(tmp_path):
+    """The second part ends the process that started it, as a machine's time limit does."""
+    kill = script("b", "import os; os.kill(os.getppid(), 9)")
+    code = (
+        "from pathlib import Path; from tools.benchmarks import gpu;"
+        f"gpu.run_parts(Path({str(tmp_path)!r}), {[script('a', 'print(1)'), kill]!r}, {HERE!r})"
+    ).replace("Part(", "gpu.Part(")
+    ended = subprocess.run([PYTHON, "-c", code], cwd=REPOSITORY)
+    assert ended.returncode == -9
+    assert {name: part["outcome"] for name, part in summary(tmp_path)["parts"].items()} == {
+        "a": gpus.DONE,
+        "b": gpus.CUT_OFF,
+    }
+
+
+def test_the_source_is_every_file_that_decides_what_the_parts_do(tmp_path, monkeypatch):
+    for folder in ("pipelines", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pipelines" / "a.py").write_text("1")
+    monkeypatch.setattr(gpus, "REPOSITORY", tmp_path)
+    digests = [gpus.source_digest()]
+    (tmp_path / "pipelines" / "a.py").write_text("2")
+    digests.append(gpus.source_digest())
+    (tmp_path / "pipelines" / "a.py").rename(tmp_path / "tests" / "a.py")
+    digests.append(gpus.source_digest())
+    (tmp_path / "setup.cfg").write_text("[metadata]")
+    digests.append(gpus.source_digest())
+    assert len(set(digests)) == 4
+    (tmp_path / "notes.md").write_text("nothing that is run")
+    assert gpus.source_digest() == digests[-1]
+
+
+@pytest.mark.parametrize(("selected", "opened"), [("gpu", False), ("not long", True)])
+def test_tests_for_a_gpu_open_no_other_files(selected, opened):
+    """A machine with a GPU may lack what others import, and time to import it."""
+    config = types.SimpleNamespace(option=types.SimpleNamespace(markexpr=selected))
+    paths = [REPOSITORY / "tests" / name for name in ("test_rng.py", "test_randaugment.py")]
+    assert [not pytest_ignore_collect(path, config) for path in paths] == [opened, True]
+
+
+def test_the_first_ten_minutes_are_less_than_ten_and_the_docs_say_how_they_are_divided():
+    """With 20 s for what this command itself does."""
+    assert sum(part.limit_s + gpus.GRACE_S for part in gpus.PARTS) <= gpus.WHOLE_S <= 580
+    text = (REPOSITORY / "docs" / "performance.md").read_text()
+    table = re.findall(r"^\| `([\w-]+)` \| .* \| (\d+) s( and what the others have left)? \|$", text, re.MULTILINE)
+    assert [(name, limit) for name, limit, _ in table] == [(part.name, str(part.limit_s)) for part in gpus.PARTS]
+    assert [bool(more) for _, _, more in table] == [part is gpus.PARTS[-1] for part in gpus.PARTS]
+
+
+@pytest.mark.parametrize("part", [part for part in gpus.PARTS if part.has_result], ids=lambda part: part.name)
+def test_every_part_of_the_first_ten_minutes_is_a_command_that_is_understood(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "first_device", lambda: torch.device("cuda", 0))
+    options = benchmark._parse([*part.arguments[1:], "--json", str(part.result(tmp_path))])
+    assert options.json.name == f"benchmark-gpu-{part.name}.json"
+    assert getattr(options, "compile", "no") == ("yes" if part.name == "train-compiled" else "no")
 
 
 def on_cpu() -> bool:

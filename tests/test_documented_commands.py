@@ -52,7 +52,14 @@ SBATCH_OPTIONS = ("nodes", "ntasks-per-node", "gpus-per-node", "time")
 STAND_INS = {
     **dict.fromkeys(("N", "R", "B", "S"), "8"),
     **{"PX": "32", "M": "test_resnet", "T": "test_byobnet", "P": "auto", "HOST:29500": "localhost:29500"},
-    **{"--section.key": "--optim.lr", "value": "0.001", "NAME": "read", "--OPTION": "--repeats", "VALUE": "3"},
+    **{
+        "--section.key": "--optim.lr",
+        "value": "0.001",
+        "NAME": "read",
+        "--OPTION": "--repeats",
+        "VALUE": "3",
+        "PART": "tests",
+    },
 }
 SHOWN = commands()
 SPANS = [span for path in DOCUMENTS for span in spans(path)]

@@ -1,7 +1,7 @@
 """Measures what users wait for, side by side in the same run: medians of repeated, interleaved runs.
 
     python tools/benchmark.py NAME [--json FILE] [--OPTION VALUE ...]     NAME --help lists its options
-    python tools/benchmark.py gpu [--out FOLDER]                          what a GPU needs, in less than ten minutes
+    python tools/benchmark.py gpu [--out FOLDER] [--again PART ...]       the first ten minutes on a GPU
     python tools/benchmark.py table FILE ...                              results as tables in Markdown
 
 Every row is measured against the row it is a ratio of, on this machine, now. Nothing is estimated.
@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.machine import num_cores
 from tools.arguments import path_argument
+from tools.benchmarks import decode as decodes
 from tools.benchmarks import loader as loaders
 from tools.benchmarks import prediction as predictions
 from tools.benchmarks import read as reads
@@ -29,8 +30,9 @@ from tools.benchmarks import resume as resumes
 from tools.benchmarks import scale as scales
 from tools.benchmarks import shard as shards
 from tools.benchmarks import step as steps
+from tools.benchmarks import teacher as teachers
 from tools.benchmarks import train as trains
-from tools.benchmarks.gpu import gpu
+from tools.benchmarks.gpu import ALL, PARTS, gpu
 from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_result_file
 from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
 from tools.opening import first_device
@@ -76,6 +78,13 @@ BENCHMARKS = {
         loaders.COLUMNS,
         {"images": 1024, "batch": 128, "repeats": 5},
     ),
+    "decode": Benchmark(
+        "DALI's decode paths: which work here, and how fast each makes the recipe's batches",
+        decodes.decode,
+        decodes.COLUMNS,
+        {"images": 256, "batch": 32, "repeats": 3},
+        {"images": 512, "batch": 128},
+    ),
     "step": Benchmark(
         "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
         steps.step,
@@ -103,10 +112,26 @@ BENCHMARKS = {
             "batch": 32,
             "size": 96,
             "precision": "auto",
+            "compile": "no",
             "repeats": 5,
             "seconds": 2.0,
         },
-        {**ON_GPU, "images": 4096},
+        {**ON_GPU, "images": 4096, "compile": "yes"},
+    ),
+    "teacher": Benchmark(
+        "a teacher in bf16 and fp16 against fp32: speed, and how far its outputs are",
+        teachers.teacher,
+        teachers.COLUMNS,
+        {
+            "teacher": "resnet34",
+            "checkpoint": teachers.RANDOM,
+            "images": 128,
+            "batch": 32,
+            "size": 96,
+            "repeats": 5,
+            "seconds": 1.0,
+        },
+        {"teacher": "tresnet_v2_l", "images": 1024, "batch": 256, "size": 224},
     ),
     "scale": Benchmark(
         "training on more ranks, and the plan over more samples",
@@ -136,7 +161,8 @@ OPTIONS = {
     "batch": "images a batch",
     "models": "students",
     "model": "the student",
-    "teacher": "of all students, with random weights; null: they learn alone",
+    "teacher": "with random weights; of all students, where these are measured: null is none",
+    "checkpoint": "the teacher's weights, a file; random needs none",
     "size": "side of the images, pixels",
     "precision": "bf16, fp32, or auto: bf16 on a GPU, fp32 on a CPU",
     "compile": "no, yes or both",
@@ -152,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
             for result in map(read_result, options["files"]):
                 print(markdown(result, BENCHMARKS[result["benchmark"]].columns))
         elif command == "gpu":
-            gpu(options["out"])
+            gpu(options["out"], options["again"])
         else:
             path = options.pop("json")
             refuse_nothing(options)
@@ -169,10 +195,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             shown = " ".join(default) if isinstance(default, tuple) else default
             command.add_argument(f"--{option}", default=default, help=f"{OPTIONS[option]} ({shown})", **several)
         command.add_argument("--json", type=path_argument, metavar="FILE", help="write the result to this file, too")
-    command = commands.add_parser("gpu", help="the benchmarks that need a GPU, in less than ten minutes")
+    about = "the first ten minutes on a GPU: tests, then speed; a later call goes on with what is not done"
+    command = commands.add_parser("gpu", help=about, description=about)
     command.add_argument(
         "--out", type=path_argument, default=Path("docs"), metavar="FOLDER", help="for the results (docs)"
     )
+    names = [*(part.name for part in PARTS), ALL]
+    about = f"repeat these parts, though they are done: {', '.join(names)}"
+    command.add_argument("--again", nargs="+", choices=names, default=[], metavar="PART", help=about)
     command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
     command.add_argument("files", type=path_argument, nargs="+", metavar="FILE")
     return parser.parse_args(arguments)

@@ -21,8 +21,16 @@ def decode_path(index: ShardIndex, device: torch.device) -> tuple[str, str]:
     return probe_dataset(index, str(device), DataConfig().hw_decoder_load)
 
 
-def opened(name: str, index: ShardIndex, *, device: torch.device, threads: int, decode: str) -> Pipeline:
-    """A pipeline by name; `decode` concerns DALI alone. Raises a UserError if it cannot be had here."""
+def opened(
+    name: str,
+    index: ShardIndex,
+    *,
+    device: torch.device,
+    threads: int,
+    decode: str,
+    hw_decoder_load: float = DataConfig().hw_decoder_load,
+) -> Pipeline:
+    """A pipeline by name; the last two concern DALI alone. Raises a UserError if it cannot be had here."""
     defaults = DataConfig()
     return open_pipeline(
         name,
@@ -31,7 +39,7 @@ def opened(name: str, index: ShardIndex, *, device: torch.device, threads: int, 
         threads=threads,
         prefetch=defaults.prefetch,
         decode=decode,
-        hw_decoder_load=defaults.hw_decoder_load,
+        hw_decoder_load=hw_decoder_load,
         decoder_padding_mib=defaults.decoder_padding_mib,
         on_bad=refuse_damaged(index),
     )

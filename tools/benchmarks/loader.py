@@ -117,7 +117,7 @@ def _rows(group: list[Contender], setting: Setting, repeats: int, lead: int, num
         if reason := missing(each, setting):
             rows[each.what]["note"] = reason
         else:
-            runs[each.what] = functools.partial(_seconds, each.open, lead, num_batches)
+            runs[each.what] = functools.partial(batch_seconds, each.open, lead, num_batches)
     seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
     for what, times in seconds.items():
         rows[what] |= speeds(num_batches * setting.batch, times) | _compared(what, seconds)
@@ -190,7 +190,7 @@ def _compared(what: str, seconds: dict[str, list[float]]) -> dict:
     return {"ratio": ratio(seconds[ours], seconds[what]), "of": ours} if ours else {}
 
 
-def _seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:
+def batch_seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:
     """Seconds for `count` batches after the first `lead`, by when the loader is running evenly."""
     with closing(open_batches()) as batches:
         for _ in range(lead):

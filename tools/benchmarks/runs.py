@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,12 +74,12 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def compiled_or_not(answer: str) -> tuple[bool, ...]:
-    """What --compile asks for.
+    """What --compile asks for; what takes minutes to compile comes last.
 
     Raises:
       UserError: another word.
     """
-    answers = {"no": (False,), "yes": (True,), "both": (True, False)}
+    answers = {"no": (False,), "yes": (True,), "both": (False, True)}
     if answer not in answers:
         raise UserError(f"--compile is '{answer}', not one of {', '.join(answers)}")
     return answers[answer]
@@ -98,18 +98,21 @@ def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
     return path
 
 
-def open_run(setting: Setting, out: Path, root: Path | None = None, decode: str = "auto") -> Run:
-    """A run of the product, built: over the dataset in `root`, or on synthetic images. Nothing has been trained yet."""
+def open_run(setting: Setting, out: Path, data: Sequence[object] = ()) -> Run:
+    """A run of the product, built: over the images that `data`, options of the trainer, name, or over synthetic ones.
+
+    Nothing has been trained yet.
+    """
     world = alone()
-    return build(_config(setting, out, root, decode), world)
+    return build(_config(setting, out, data), world)
 
 
-def _config(setting: Setting, out: Path, root: Path | None, decode: str) -> Config:
+def _config(setting: Setting, out: Path, data: Sequence[object]) -> Config:
     group = _GROUP if setting.batch % _GROUP == 0 else setting.batch
-    data = ["--data.pipeline", "synthetic", "--data.synthetic_classes", setting.classes]
+    synthetic = ["--data.pipeline", "synthetic", "--data.synthetic_classes", setting.classes]
     teacher = ["--teacher.name", setting.teacher or "null"]
     arguments = [
-        *(data if root is None else ["--data.root", root, "--data.decode", decode]),
+        *(data or synthetic),
         *("--data.image_size", setting.size),
         *("--augment.mix_group", group),
         *("--student.name", setting.model),
