@@ -31,19 +31,19 @@ SETTINGS = {
 }
 
 
-def test_what_teachers_see_is_gone_before_the_backward_pass(tmp_path):
-    """A batch of 16 images of 96 pixels is 0.9 MB to each of them. Their logits stay, and what is said of them."""
+def test_what_teachers_see_is_gone_when_the_student_begins(tmp_path):
+    """A batch of 16 images of 96 pixels is 0.9 MB to each of them. Their logits stay."""
     teacher = {"teacher.name": "tiny_cnn", "teacher.checkpoint": teacher_file(tmp_path)}
     others = f"[{{name: tiny_cnn, checkpoint: {teacher['teacher.checkpoint']}, image_size: 64}}]"
     batch, held = gray_batch(16, 96, 16, GPU.device), []
     for number, settings in enumerate(({}, teacher, {**teacher, "teacher.others": others})):
         run = built(tmp_path / str(number), {**settings, "data.image_size": 96, "data.eval_image_size": 96})
         run.step._loss(batch)  # cuBLAS takes its workspace
+        run.state.student.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_allocated()))
         before = torch.cuda.memory_allocated()
-        loss = run.step._loss(batch)
-        held.append(torch.cuda.memory_allocated() - before)
-        del loss
-    assert held[0] > 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
+        run.step._loss(batch)
+        held[-1] -= before
+    assert held[0] >= 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
 
 
 class LikeDali(SyntheticPipeline):
