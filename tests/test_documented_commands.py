@@ -125,6 +125,8 @@ def of_sbatch(words: list[str]) -> Called:
 
 def of_python(words: list[str]) -> Called | None:
     """What Python starts: a script, or a module behind -m."""
+    if words[0] == "tests/gpu_stub":  # pytest's, whose arguments it takes
+        return None
     if words[0] != "-m":
         return Called(words[0], words[1:])
     if words[1] in MODULES_NOT_OURS:
