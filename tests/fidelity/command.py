@@ -7,7 +7,20 @@ from types import ModuleType
 
 from rich.console import Console
 
-from fidelity import draws, ema, evaluation, learning_rate, loss, mixing, operations, sampler, trajectories
+from fidelity import (
+    draws,
+    ema,
+    evaluation,
+    initialisation,
+    learning_rate,
+    loss,
+    mixing,
+    models,
+    operations,
+    sampler,
+    trajectories,
+    weight_decay,
+)
 from fidelity.old_timm import VERSION, authors, check_installed
 from fidelity.rows import Row
 from pipelines.errors import exit_on_user_error
@@ -26,6 +39,9 @@ ORACLES: dict[str, ModuleType] = {
     "operations": operations,
     "trajectories": trajectories,
     "evaluation": evaluation,
+    "weight_decay": weight_decay,
+    "initialisation": initialisation,
+    "models": models,
     "ema": ema,
 }
 COLUMNS = ("oracle", "what", "ours", "theirs", "compared", "largest difference", "tolerance", "ok")

@@ -30,6 +30,7 @@ _DEFAULTS = {
     "hflip": 0.5,
     "aa": "rand-m7-mstd0.5-inc1",
     "aug_repeats": 3,
+    "drop": 0.0,
     "mixup": 0.8,
     "cutmix": 1.0,
     "cutmix_minmax": None,
