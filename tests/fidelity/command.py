@@ -8,6 +8,7 @@ from types import ModuleType
 from rich.console import Console
 
 from fidelity import (
+    defaults,
     draws,
     ema,
     evaluation,
@@ -31,6 +32,7 @@ from tools.parity import write_markdown
 
 # Each has rows(), which compares; its docstring is the promise.
 ORACLES: dict[str, ModuleType] = {
+    "defaults": defaults,
     "learning_rate": learning_rate,
     "loss": loss,
     "mixing": mixing,

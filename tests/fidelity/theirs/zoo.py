@@ -49,6 +49,7 @@ def described(name: str, model: torch.nn.Module) -> dict:
 
 
 def largest_dropout(model: torch.nn.Module) -> float:
-    """The largest rate of a layer, or of the `drop_rate` that a model's forward reads."""
+    """The largest rate of a layer, or of the attribute that a model's forward reads."""
     layers = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
-    return max([0.0, float(getattr(model, "drop_rate", 0.0) or 0.0), *layers])
+    attributes = [getattr(model, name, None) for name in ("drop_rate", "dropout")]
+    return max([0.0, *layers, *(rate for rate in attributes if isinstance(rate, float))])
