@@ -32,11 +32,11 @@ def test_an_oracle_that_falls_ends_the_command_with_its_name(monkeypatch, tmp_pa
     monkeypatch.setattr(command, "check_installed", lambda: None)
     monkeypatch.setattr(learning_rate, "rows", lambda: rows)
     document = tmp_path / "parity.md"
-    document.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nafter\n")
+    document.write_text(f"before\n{command.BEGIN}\nprevious\n{command.END}\nafter\n")
     with pytest.raises(SystemExit, match="learning_rate: other"):
         command.main(["learning_rate", "--markdown", str(document)])
     text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "previous" not in text
     assert "1 of 2 comparisons hold" in text and "| NO |" in text
 
 

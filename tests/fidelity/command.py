@@ -35,6 +35,7 @@ ORACLES: dict[str, ModuleType] = {
     "defaults": defaults,
     "learning_rate": learning_rate,
     "loss": loss,
+    "ema": ema,
     "mixing": mixing,
     "draws": draws,
     "sampler": sampler,
@@ -44,7 +45,6 @@ ORACLES: dict[str, ModuleType] = {
     "weight_decay": weight_decay,
     "initialisation": initialisation,
     "models": models,
-    "ema": ema,
 }
 COLUMNS = ("oracle", "what", "ours", "theirs", "compared", "largest difference", "tolerance", "ok")
 BEGIN, END = "<!-- fidelity: begin -->", "<!-- fidelity: end -->"
@@ -74,7 +74,7 @@ def to_markdown(found: dict[str, list[Row]], elapsed_s: float) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in machine().items() if name in ("torch", "timm", "numpy"))
     side = "the authors' repository and timm" if authors() else "timm"
     lines = [
-        f"`make fidelity`: {versions}, against {side} {VERSION}; {elapsed_s / 60:.0f} minutes on {num_cores()} CPU "
+        f"`make fidelity`: {versions}, against {side} {VERSION}; {elapsed_s / 60:.1f} minutes on {num_cores()} CPU "
         f"cores. {sum(row.ok for row in every)} of {len(every)} comparisons hold.",
         "",
         *(f"- **{name}**: {promise(name)}" for name in found),

@@ -96,4 +96,4 @@ def _evaluated(images: int, ranks: int) -> np.ndarray:
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return "1 to 8" if numbers == list(RANKS) else ", ".join(map(str, numbers))
