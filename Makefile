@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu gpu-first needed-there gpu-stub chaos lint clean
+.PHONY: setup demo test gpu gpu-first needed-there gpu-stub chaos fidelity lint clean
 
 setup: .venv/.complete
 
@@ -48,8 +48,18 @@ chaos: setup
 	$(BIN)/python -m pytest -m long -s
 	$(BIN)/python tests/chaos --markdown docs/chaos.md
 
+# The trainer against the authors' own version of timm, into docs/parity.md. AUTHORS=/path/to/clone runs their files, too.
+fidelity: setup .fidelity/.complete
+	$(BIN)/python tests/fidelity --markdown docs/parity.md
+
+# timm 0.5.4 without its dependencies, beside the one in .venv: both have the same name.
+.fidelity/.complete:
+	rm -rf .fidelity
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .fidelity timm==0.5.4
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .fidelity .pytest_cache .ruff_cache

@@ -277,6 +277,10 @@ class EvalPlan:
     interpolation: str
     crop_mode: str = "center"
 
+    def first(self, count: int) -> "EvalPlan":
+        """The plan of the first `count` images, or of all if there are not as many."""
+        return dataclasses.replace(self, index=dataclasses.replace(self.index, samples=self.index.samples[:count]))
+
     def rows(self, start: int, stop: int) -> BatchPlan:
         """The plan for positions [start, stop). Positions beyond the last image are filled up and not valid."""
         num = stop - start

@@ -24,7 +24,7 @@ import torch
 from processes import REPOSITORY
 
 CAPABILITIES = 80, 90, 100  # A100, H100 and H200, B200
-LARGE = 16384  # images of 224 px have more than 2**31 values
+LARGE = 16384  # images of 224 px have more than 2**31 values: more than any run's batch
 # A case of `launches`, whether multiplications and additions may be fused, and for which GPUs it is compiled. Not all
 # for all, since each takes a second or two.
 _TRIED = (

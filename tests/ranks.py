@@ -14,13 +14,14 @@ class Ranks:
     Args:
       command: arguments of python.
       started: which of the `size` ranks are started; all where nothing is said.
+      python: the interpreter; "" is one that starts in no time.
     """
 
-    def __init__(self, command: list, size: int, *, started: list[int] | None = None, **environment):
+    def __init__(self, command: list, size: int, *, started: list[int] | None = None, python: str = "", **environment):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
         self.processes = [
             subprocess.Popen(
-                [executable(), *map(str, command)],
+                [python or executable(), *map(str, command)],
                 env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
                 | {name: str(value) for name, value in environment.items()},

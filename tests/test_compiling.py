@@ -8,6 +8,7 @@ import torch
 from conftest import run_trainer
 from mixed_batches import assert_kernel_equals_torch, mixed_batch
 from processes import interpreted
+from torch import nn
 from torch._dynamo.utils import counters
 
 from pipelines.errors import UserError
@@ -15,12 +16,14 @@ from pipelines.files import read_json_lines
 from pipelines.randaugment import has_triton
 from trainer import compiling
 from trainer import run as trainer
-from trainer.config import RunConfig, parse
+from trainer.config import parse
 from trainer.data import rank_plans
 from trainer.distributed import World
 from trainer.mix import Normalize, mixed_inputs
+from trainer.models import synchronize_batch_norms
 
 ONE = World(0, 1, 1, torch.device("cpu"))
+MODEL = nn.Linear(1, 1)
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs Triton")
 # everything but the code generator, which is slow
 traced = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
@@ -67,22 +70,20 @@ def test_a_compiled_run_is_compiled_before_its_first_step_and_trains_alike(argum
 
 
 def test_auto_compiles_nothing_on_a_cpu():
-    assert compiling.choose_compiler(RunConfig(compile="auto"), ONE) == (compiling.as_it_is, "")
-    assert compiling.choose_compiler(RunConfig(compile=False), ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler("auto", MODEL, ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler(False, MODEL, ONE) == (compiling.as_it_is, "")
 
 
 def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
-    two_gpus, gpu = (World(0, size, size, torch.device("cuda", 0)) for size in (2, 1))
     monkeypatch.setattr(World, "gather", lambda self, values: values * self.size)
-    compiler, note = compiling.choose_compiler(RunConfig(batch_norm="sync"), two_gpus)
+    two_gpus = World(0, 2, 2, torch.device("cuda", 0))
+    synchronized = synchronize_batch_norms(timm.create_model("test_resnet"), two_gpus)
+    compiler, note = compiling.choose_compiler("auto", synchronized, two_gpus)
     assert compiler is compiling.as_it_is and "run.batch_norm sync makes the host wait" in note
-    for config, world in [
-        (RunConfig(batch_norm="sync"), gpu),  # no layer is replaced on one rank
-        (RunConfig(batch_norm="sync", compile=True), two_gpus),
-        (RunConfig(), two_gpus),
-    ]:
-        assert compiling.choose_compiler(config, world) == (compiling.compiled, "")
+    assert compiling.choose_compiler(True, synchronized, two_gpus) == (compiling.compiled, "")
+    vit = synchronize_batch_norms(timm.create_model("test_vit"), two_gpus)  # has no such layers
+    assert compiling.choose_compiler("auto", vit, two_gpus) == (compiling.compiled, "")
 
 
 def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
@@ -91,10 +92,10 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     with pytest.raises(UserError, match=r"run.compile is true.*no C compiler.*C compiler are needed; or use --run"):
-        compiling.choose_compiler(RunConfig(compile=True), ONE)
+        compiling.choose_compiler(True, MODEL, ONE)
     on_gpu = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(compiling, "why_not", lambda device: "RuntimeError: no C compiler")
-    compiler, note = compiling.choose_compiler(RunConfig(compile="auto"), on_gpu)
+    compiler, note = compiling.choose_compiler("auto", MODEL, on_gpu)
     assert compiler is compiling.as_it_is and "not compiled" in note and "no C compiler" in note
 
 
@@ -106,7 +107,7 @@ def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arg
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
         trainer.build(parse([*arguments, "--run.compile", "true"]), ONE)
-    monkeypatch.setattr(trainer, "choose_compiler", lambda setting, world: (compiling.compiled, ""))  # as on a GPU
+    monkeypatch.setattr(trainer, "choose_compiler", lambda *_: (compiling.compiled, ""))  # as on a GPU
     run = trainer.build(parse([*arguments, "--run.compile", "auto"]), ONE)
     assert "run.compile auto: not compiled" in run.notes[-1] and "without a lowering" in run.notes[-1]
     plans = rank_plans(run.plan, 0, 1, ONE, run.state.micro_batch)

@@ -20,6 +20,7 @@ import yaml
 from chaos import command as chaos
 from conftest import REPOSITORY
 from documented import DOCUMENTS, NOT_OURS, SBATCH, SUBCOMMANDS, Shown, commands, spans, without_variables
+from fidelity import command as fidelity
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from pipelines.errors import UserError
@@ -34,7 +35,7 @@ from trainer.settings import parse_settings
 TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
     for tool in (average, benchmark, compare, demo, doctor, export, parity, predict, report, shard_imagenet)
-} | {"tests/chaos": chaos}
+} | {"tests/chaos": chaos, "tests/fidelity": fidelity}
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
@@ -125,6 +126,8 @@ def of_sbatch(words: list[str]) -> Called:
 
 def of_python(words: list[str]) -> Called | None:
     """What Python starts: a script, or a module behind -m."""
+    if words[0] == "tests/gpu_stub":  # pytest's, whose arguments it takes
+        return None
     if words[0] != "-m":
         return Called(words[0], words[1:])
     if words[1] in MODULES_NOT_OURS:
@@ -192,7 +195,7 @@ def test_commands_are_found_in_each_kind_of_place():
     assert len(SHOWN) > 100
     assert {
         f"tools/{path.name}" for path in (REPOSITORY / "tools").glob("[a-z]*.py") if "_parse(" in path.read_text()
-    } == {*TOOLS} - {"tests/chaos"}
+    } == {*TOOLS} - {"tests/chaos", "tests/fidelity"}
 
 
 SIXTEEN = "torchrun --nnodes 2 --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --run.global_batch 1024"

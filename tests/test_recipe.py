@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from authors_defaults import ABSENT, table
 from conftest import REPOSITORY
 from timm.data.mixup import FastCollateMixup, mixup_target
 from timm.scheduler import CosineLRScheduler
@@ -112,6 +113,41 @@ def test_every_setting_is_audited_unless_the_scheme_leaves_it_open():
         part = dataclasses.replace(getattr(usi, section))
         object.__setattr__(part, name, "changed")
         assert [item["key"] for item in audit(dataclasses.replace(usi, **{section: part}))] == [key]
+
+
+def test_the_settings_beside_the_authors_defaults_are_those_of_usi_yaml(usi):
+    values = to_dict(usi)
+    for row in table():
+        for key, value in row.ours.items():
+            section, name = key.split(".")
+            assert values[section][name] == value, (row.name, key)
+
+
+def test_every_default_of_the_authors_is_listed_once_with_what_stands_for_it_here():
+    names = [row.name for row in table()]
+    assert len(names) == len(set(names)) == 112
+    for row in table():
+        assert row.ours or row.settings in (ABSENT, "an option", "`data.root`"), row
+        assert row.same == "yes" or (row.same == "no" and row.why), row
+    assert sum(row.same == "no" for row in table()) == 18
+
+
+def test_a_default_that_is_a_number_here_is_the_authors_number_unless_the_table_says_why_not():
+    """Where both are numbers: a row that says yes and has another one says why, as color-jitter does."""
+    for row in table():
+        for value in row.ours.values():
+            numbers = all(isinstance(side, (int, float)) and not isinstance(side, bool) for side in (row.value, value))
+            assert not numbers or row.value == value or row.why, row
+
+
+def test_settings_of_the_training_that_have_no_default_of_the_authors_are_the_ones_that_they_lack():
+    """Two-sided: what the recipe fixes stands in the table, or their code has no option for it."""
+    listed = {key for row in table() for key in row.ours}
+    lacking = {
+        *("augment.three_augment", "data.shuffle", "data.eval_image_size", "distill.temperature", "ema.warmup"),
+        *("teacher.image_size", "teacher.others"),
+    }
+    assert set(RECIPE) - listed == lacking
 
 
 @pytest.mark.parametrize("key", RECIPE)
@@ -296,6 +332,26 @@ def test_what_the_authors_timm_decays_and_ours_does_not(name, kind, count):
     groups = build_optimizer(model, OptimConfig()).param_groups
     decays = [group["weight_decay"] for group in groups for each in group["params"] if id(each) in chosen]
     assert decays == [0.0] * count
+
+
+@pytest.mark.parametrize("name", ["ghostnet_100", "rexnet_100", "legacy_seresnet18"])
+def test_models_whose_own_dropout_the_authors_command_line_switches_off(name):
+    with torch.device("meta"):
+        own, theirs = timm.create_model(name), timm.create_model(name, drop_rate=0.0)
+    assert own.drop_rate == 0.2 and theirs.drop_rate == 0.0
+    assert not any(layer.p for layer in theirs.modules() if isinstance(layer, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("name", ["mixer_b16_224", "resmlp_12_224"])
+def test_the_stem_of_these_begins_smaller_than_the_authors_and_docs_recipe_says_how_to_have_theirs(name):
+    """Theirs: 0.0411, a normal distribution that is not cut off."""
+    torch.manual_seed(0)
+    weight = timm.create_model(name).stem.proj.weight
+    assert weight.std().item() == pytest.approx(768**-0.5, rel=0.01)
+    assert weight.abs().max() < 2.3 * weight.std()
+    torch.nn.init.normal_(weight, std=768**-0.5 / 0.87962566103423978)  # as in docs/recipe.md
+    assert weight.std().item() == pytest.approx(0.0411, rel=0.01)
+    assert weight.abs().max() > 4 * weight.std()
 
 
 @pytest.mark.parametrize("model", paper_models(), ids=lambda model: model.name)

@@ -68,11 +68,11 @@ def _markdown_row(texts: tuple[str, ...]) -> list[str]:
     return ["| " + " | ".join(texts) + " |"]
 
 
-def write_markdown(path: Path, text: str) -> None:
-    """Between the two marks of a file that has them; else the text is the file."""
+def write_markdown(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Write a text between two marks of a file that has them; elsewhere the text becomes the whole file."""
     before, after = "", ""
-    if path.exists() and BEGIN in (content := path.read_text()) and END in content:
-        before, after = content.split(BEGIN)[0] + BEGIN + "\n", END + content.split(END)[1]
+    if path.exists() and begin in (content := path.read_text()) and end in content:
+        before, after = content.split(begin)[0] + begin + "\n", end + content.split(end)[1]
     write_synced(path, (before + text + after).encode())
 
 

@@ -36,7 +36,7 @@ from trainer.torch_files import load_plain, memory_for
 
 FORMAT_VERSION = 1
 _CHUNK = 64 << 20  # bytes of pinned memory that are asked for at once
-_ALIGNMENT = 64  # of a tensor in it, bytes
+_ALIGNMENT = 64  # a tensor in it begins at a multiple of so many bytes
 BEST = "best.pt"
 _OWN_NAME = re.compile(r"step-\d{8,}\.pt")
 _OWN_PARTIAL = re.compile(r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial")  # as pipelines.files.replacing names them
@@ -118,56 +118,62 @@ def _origin(state: TrainState) -> dict:
 
 def to_host(content: Any) -> Any:
     """A copy of nested dictionaries, lists and tensors; the device is waited for once, after all copies."""
-    on_device = []
-    _each_leaf(content, lambda leaf: on_device.append(leaf.detach()) if _is_on_gpu(leaf) else None)
-    copies = iter(pinned_like(on_device))
+    on_device: list[torch.Tensor] = []
+    _map_leaves(content, lambda leaf: _append_if_on_gpu(leaf, on_device))
+    copies = pinned_like(on_device)
+    try:
+        for copy, tensor in zip(copies, on_device, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+    finally:  # PyTorch does not know that the device still writes into this memory, and would give it away
+        if on_device:
+            torch.cuda.current_stream(on_device[0].device).synchronize()
+    in_order = iter(copies)
 
     def copied(leaf: Any) -> Any:
         if not torch.is_tensor(leaf):
             return leaf
-        return next(copies).copy_(leaf.detach(), non_blocking=True) if leaf.is_cuda else leaf.detach().clone()
+        return next(in_order) if leaf.is_cuda else leaf.detach().clone()
 
-    copy = _each_leaf(content, copied)
-    if on_device:
-        torch.cuda.current_stream(on_device[0].device).synchronize()
-    return copy
+    return _map_leaves(content, copied)
 
 
-def _is_on_gpu(leaf: Any) -> bool:
-    return torch.is_tensor(leaf) and leaf.is_cuda
+def _append_if_on_gpu(leaf: Any, tensors: list[torch.Tensor]) -> None:
+    if torch.is_tensor(leaf) and leaf.is_cuda:
+        tensors.append(leaf.detach())
 
 
-def _each_leaf(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested dictionaries and lists with what `function` returns in the place of everything else."""
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested dictionaries, lists and tuples again, with what `function` makes of everything that is none of these."""
     if isinstance(value, dict):
-        return {key: _each_leaf(item, function) for key, item in value.items()}
+        return {key: _map_leaves(item, function) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_each_leaf(item, function) for item in value)
+        return type(value)(_map_leaves(item, function) for item in value)
     return function(value)
 
 
 def pinned_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of these shapes, types and strides in a few pieces of pinned host memory, one behind the other.
+    """Tensors of these shapes, types and strides, which share a few pieces of pinned host memory.
 
-    To pin memory takes longer than to fill it, and PyTorch rounds each piece up to a power of two: a piece for each
-    tensor would be thousands. Each tensor has a storage of its own, for torch.save writes whole storages.
+    Pinning a piece takes longer than filling it, and PyTorch rounds its size up to a power of two. One piece for each
+    tensor would be thousands of them. Each tensor still has a storage of its own, because torch.save writes whole
+    storages.
     """
-    chunks, offsets = [0], []  # sizes of the pieces so far; of each tensor its piece, and where it begins there
+    sizes, places = [0], []  # bytes of each piece; for each tensor, its piece and its first byte in it
     for tensor in tensors:
         size = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if chunks[-1] and chunks[-1] + size > _CHUNK:
-            chunks.append(0)
-        offsets.append((len(chunks) - 1, chunks[-1]))
-        chunks[-1] += size
-    memory = [torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() for size in chunks] if tensors else []
+        if sizes[-1] and sizes[-1] + size > _CHUNK:
+            sizes.append(0)
+        places.append((len(sizes) - 1, sizes[-1]))
+        sizes[-1] += size
+    pieces = [torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() for size in sizes] if tensors else []
     return [
-        _placed(memory[chunk][offset : offset + tensor.nbytes], tensor)
-        for tensor, (chunk, offset) in zip(tensors, offsets, strict=True)
+        _tensor_in(pieces[piece][start : start + tensor.nbytes], tensor)
+        for tensor, (piece, start) in zip(tensors, places, strict=True)
     ]
 
 
-def _placed(memory: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """A tensor whose storage is `memory`, bytes as many as `like` needs; strides as torch.empty_like gives them."""
+def _tensor_in(memory: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """A tensor in uint8 `memory` of as many bytes as `like` has; the strides are those of torch.empty_like."""
     strides = torch.empty_like(like, device="meta").stride()
     return torch.from_numpy(memory).view(like.dtype).as_strided(like.shape, strides)
 

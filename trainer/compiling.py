@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from pipelines import randaugment
 from pipelines.errors import UserError
-from trainer.config import RunConfig
 from trainer.distributed import World
 
 COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
@@ -26,18 +26,19 @@ def as_it_is(function: T) -> T:
 compiled = functools.partial(torch.compile, dynamic=False)
 
 
-def choose_compiler(config: RunConfig, world: World) -> tuple[Compiler, str]:
-    """What run.compile resolves to on these ranks: auto compiles on GPUs, where it works. Every rank must call it.
+def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: World) -> tuple[Compiler, str]:
+    """What run.compile resolves to on these ranks. Every rank must call it.
 
+    Args:
+      setting: auto compiles on GPUs, where it works, unless the student has SyncBatchNorm layers.
     Returns:
       the compiler, the same on all ranks, and what is worth saying; "" is nothing.
     Raises:
       UserError: true, and compiling does not work here.
     """
-    setting = config.compile
     if setting is False or (setting == "auto" and world.device.type != "cuda"):
         return as_it_is, ""
-    if setting == "auto" and config.batch_norm == "sync" and world.size > 1:
+    if setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in student.modules()):
         return as_it_is, (
             "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
             "the GPU, and would cut the model into pieces that are compiled one by one"

@@ -318,7 +318,8 @@ class RunConfig(Section):
         ranks together (SyncBatchNorm, GPUs alone). On a rank always the mean over its micro-batches.
       channels_last: memory format of both models.
       compile: whether both models and the loss go through torch.compile; auto does it on GPUs,
-        where it works. It takes a minute or so before the first step, less where torch's cache is warm.
+        where it works, but not with run.batch_norm sync. It takes a minute or so before the first step, less where
+        torch's cache is warm.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
       eval_batch: validation images a forward pass on one rank.
       checkpoint_every: steps between checkpoints.

@@ -1,7 +1,7 @@
 """The largest micro-batch that fits, found by trying."""
 
 import contextlib
-import dataclasses
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def choose_micro_batch(
     pipelines: Pipelines,
     world: World,
     make_step: Callable[[World, int], TrainStep],
-    evaluation: Callable[..., object] | None,
+    evaluate_one_batch: Callable[[], object] | None,
 ) -> str:
     """Set `state.micro_batch` where the configuration leaves it open. Returns what was chosen, in words.
 
@@ -34,7 +34,9 @@ def choose_micro_batch(
 
     Args:
       make_step: (world, micro-batch) -> the update, not compiled: that takes no more memory, and long.
-      evaluation: trainer.validation.evaluate with all but its `world` and `interrupted`; None without a validation set.
+      evaluate_one_batch: evaluates the first validation images on this rank alone; None without a validation set.
+    Raises:
+      UserError: an evaluation does not fit, or not even one group.
     """
     share = config.run.global_batch // world.size
     if state.micro_batch and share % state.micro_batch == 0:
@@ -42,17 +44,19 @@ def choose_micro_batch(
     if world.device.type != "cuda":
         state.micro_batch = config.augment.mix_group
         return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
-    alone = dataclasses.replace(world, rank=0, size=1)  # nothing is sent between the ranks, one may fail alone
+    evaluate = evaluate_one_batch or (lambda: None)
+    if not on_every_rank(memory_suffices(evaluate, pipelines), world):
+        raise UserError(
+            f"run.eval_batch is {config.run.eval_batch}: an evaluation does not fit into the GPU's memory. Lower it, "
+            "data.eval_image_size or data.prefetch"
+        )
 
-    def fits(micro_batch: int) -> bool:
-        return rehearsal_fits(config, plan, pipelines, world, make_step(alone, micro_batch), micro_batch, first_images)
+    def update_fits(micro_batch: int) -> bool:
+        step = make_step(world.by_itself(), micro_batch)  # nothing is sent between the ranks, one may fail alone
+        rehearsal = functools.partial(rehearse_updates, config, plan, pipelines, world, step, micro_batch, evaluate)
+        return memory_suffices(rehearsal, pipelines)
 
-    def first_images() -> None:
-        if evaluation is not None:
-            asked = itertools.count()
-            evaluation(world=alone, interrupted=lambda: next(asked) > 0)
-
-    state.micro_batch = largest_micro_batch(config, world, fits)
+    state.micro_batch = largest_micro_batch(config, world, update_fits)
     return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {share} images"
 
 
@@ -66,42 +70,25 @@ def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool
     """
     group, share = config.augment.mix_group, config.run.global_batch // world.size
     for micro_batch in range(share, 0, -group):
-        if share % micro_batch:
-            continue
-        failed = torch.tensor(int(not fits(micro_batch)), device=world.device)
-        if world.sum(failed).item() == 0:
+        if share % micro_batch == 0 and on_every_rank(fits(micro_batch), world):
             return micro_batch
     raise UserError(
-        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory beside "
-        "an evaluation. Lower augment.mix_group, run.eval_batch, data.image_size or data.prefetch, or use a smaller "
-        "model"
+        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
+        "augment.mix_group, data.image_size or data.prefetch, or use a smaller model; a smaller run.eval_batch leaves "
+        "more room, too"
     )
 
 
-def rehearsal_fits(
-    config: Config,
-    plan: TrainPlan,
-    pipelines: Pipelines,
-    world: World,
-    step: TrainStep,
-    micro_batch: int,
-    evaluate_first: Callable[[], None],
-) -> bool:
-    """Whether an update fits beside the pipelines and the batches that are ready, where images are largest.
+def on_every_rank(fits: bool, world: World) -> bool:
+    """Whether all ranks say yes. Every rank must call it."""
+    return world.sum(torch.tensor(int(not fits), device=world.device)).item() == 0
 
-    Args:
-      evaluate_first: evaluates a validation batch. DALI allocates outside of PyTorch, and once it has built its graph
-        for the validation images it keeps it: updates must fit beside it.
-    """
-    epochs = range(config.schedule.total_epochs)
-    start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
-    plans = rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch)
+
+def memory_suffices(attempt: Callable[[], object], pipelines: Pipelines) -> bool:
+    """Whether `attempt` ends without running out of memory. All that it took is given back."""
     try:
-        with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
-            batch = next(batches)
-            evaluate_first()
-            step.rehearse(batch)
-            return True
+        attempt()
+        return True
     except (RuntimeError, UserError) as error:
         if not is_out_of_memory(error):
             raise
@@ -111,6 +98,29 @@ def rehearsal_fits(
         for pipeline in pipelines.of.values():
             pipeline.forget()
         torch.cuda.empty_cache()
+
+
+def rehearse_updates(
+    config: Config,
+    plan: TrainPlan,
+    pipelines: Pipelines,
+    world: World,
+    step: TrainStep,
+    micro_batch: int,
+    evaluate: Callable[[], object],
+) -> None:
+    """Go through what takes most memory in a run: two updates where images become largest, and an evaluation between.
+
+    DALI allocates beside PyTorch. At that point it holds the graphs of both image sizes, and from the first evaluation
+    on that of the validation images.
+    """
+    epochs = range(config.schedule.total_epochs)
+    start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
+    before = list(rank_plans(plan, max(start - 1, 0), max(start, 1), world, micro_batch))[-1:]
+    plans = itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
+    with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
+        step.rehearse(next(batches), then=evaluate)
+        step.rehearse(next(batches))
 
 
 @contextlib.contextmanager

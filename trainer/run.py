@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost 
 import torch
 from torch import nn
 
-from pipelines import resolve_pipeline
+from pipelines import Pipeline, resolve_pipeline
 from pipelines.errors import UserError, exit_on_user_error
 from pipelines.files import locked, write_synced
 from pipelines.plan import EvalPlan, TrainPlan
@@ -244,7 +244,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     if teacher is not None:
         teacher.to_precision(precision)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
-    compiler, note = choose_compiler(config.run, world)
+    compiler, note = choose_compiler(config.run.compile, student, world)
     state = build_state(config, plan, student, precision, classes, world)
     notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
     if trouble := kernel_trouble(world):
@@ -254,14 +254,15 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:
         return build_step(config, state, teacher, normalize, precision, micro_batch, world, compiler)
 
-    evaluation = None
+    evaluation, evaluate_one_batch = None, None
     if val_index is not None:
-        val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
-        weights = {"raw": student, **({"ema": state.ema.module} if state.ema else {})}
-        how = {"batch": config.run.eval_batch, "precision": precision}
-        evaluation = functools.partial(evaluate, weights, normalize, pipelines.of["val"], val_plan, **how)
+        plan_of_val = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
+        evaluate_plan = evaluator(config.run, state, normalize, pipelines.of["val"], precision)
+        evaluation = functools.partial(evaluate_plan, plan=plan_of_val, world=world)
+        one_batch = plan_of_val.first(config.run.eval_batch)
+        evaluate_one_batch = functools.partial(evaluate_plan, plan=one_batch, world=world.by_itself())
     if config.run.micro_batch == "auto":
-        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluation))
+        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate_one_batch))
     else:
         state.micro_batch = micro_batch
     step, note = rehearsed(make_step, config, plan, state, world, compiler)
@@ -273,7 +274,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         pipelines=pipelines,
         state=state,
         step=step,
-        evaluate=functools.partial(evaluation, world=world) if evaluation else None,
+        evaluate=evaluation,
         control=control or Control(world),
         writer=Writer(),
         total_steps=total_steps,
@@ -328,6 +329,14 @@ def build_state(
         audit=audit(config),
         classes=classes,
     )
+
+
+def evaluator(
+    config: RunConfig, state: TrainState, normalize: Normalize, pipeline: Pipeline, precision: torch.dtype
+) -> Callable[..., dict[str, dict[str, float]]]:
+    """trainer.validation.evaluate of a run's weights and their average; `plan` and `world` are left to be given."""
+    weights = {"raw": state.student, **({"ema": state.ema.module} if state.ema else {})}
+    return functools.partial(evaluate, weights, normalize, pipeline, batch=config.eval_batch, precision=precision)
 
 
 def build_step(

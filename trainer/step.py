@@ -195,9 +195,11 @@ class TrainStep:
             student = self._model(inputs)
         return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
         """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
 
+        Args:
+          then: called while moments and gradients are still held, as between two updates.
         Raises:
           torch.OutOfMemoryError: it does not fit.
         """
@@ -209,6 +211,7 @@ class TrainStep:
             held += [torch.empty_like(p) for p in self._parameters]
         try:
             self._scaler.scale(self._loss(batch)[0]).backward()
+            then()
         finally:
             del held
             self._optimizer.zero_grad(set_to_none=True)

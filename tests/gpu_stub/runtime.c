@@ -29,7 +29,7 @@ typedef struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Block* blocks;
 static size_t num_blocks, capacity, bytes[3], num_allocations[3];
-static cudaError_t last_error = cudaSuccess;
+static __thread cudaError_t last_error = cudaSuccess;
 
 static size_t device_bytes(void) {
   const char* mib = getenv("CUDA_STUB_MIB");
@@ -40,10 +40,13 @@ static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
 static cudaError_t allocate(void** pointer, size_t size, int kind) {
   pthread_mutex_lock(&lock);
+  size_t mapped = size ? size : 1;
   int fits = kind == HOST || bytes[DEVICE] + size <= device_bytes();
   if (fits) {
-    size_t mapped = size ? size : 1;
     *pointer = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    fits = *pointer != MAP_FAILED;
+  }
+  if (fits) {
     if (num_blocks == capacity) blocks = realloc(blocks, (capacity = 2 * capacity + 64) * sizeof *blocks);
     blocks[num_blocks++] = (Block){*pointer, mapped, kind};
     bytes[kind] += mapped;

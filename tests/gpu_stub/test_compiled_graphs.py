@@ -1,4 +1,4 @@
-"""What torch.compile makes of a run: one graph for each shape, made before it is needed, and no part left out."""
+"""What torch.compile makes of a run: whole graphs, those of the first image size while the run is built."""
 
 import functools
 
@@ -22,7 +22,7 @@ CASES = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_compiled_in_whole_graphs_and_again_only_for_a_new_size(name, tmp_path, monkeypatch):
-    """Traced as for a GPU, without the code generator. An evaluation between two steps changes nothing."""
+    """Traced as for a GPU, without the code generator. Another size is compiled in its first update."""
     monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
     torch._dynamo.reset()

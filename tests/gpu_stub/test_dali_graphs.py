@@ -11,7 +11,7 @@ from pipelines.dali import _dali_graph, _Shape  # noqa: E402
 DECODER = {"hw_decoder_load": 1.0, "device_memory_padding": 64 << 20, "host_memory_padding": 64 << 20}
 
 
-@pytest.mark.parametrize("decode, windowed", itertools.product(("roi", "full"), (False, True)))
+@pytest.mark.parametrize("decode, windowed", list(itertools.product(("roi", "full"), (False, True))))
 def test_every_operator_takes_the_arguments_it_is_given(decode, windowed):
     operators = graph(decode, windowed, DECODER)._ops
     for operator in operators:

@@ -1,18 +1,24 @@
 """The device's memory: what an update holds, and what `run.micro_batch auto` leaves for the rest of a run."""
 
+import contextlib
+import dataclasses
 import gc
+import itertools
 
 import pytest
 import torch
 
-from gpu_stub.runs import GPU, built, teacher_file, updates
+from gpu_stub.runs import GPU, arguments, built, teacher_file
 from gpu_stub.stand_in import DeviceMemory
-from pipelines.dali import DaliPipeline, _Shape
+from pipelines.errors import UserError
 from pipelines.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
 from trainer import metrics, run
-from trainer.data import Pipelines
-from trainer.step import gray_batch
+from trainer.config import parse
+from trainer.data import Pipelines, rank_plans
+from trainer.loop import Run
+from trainer.run import build
+from trainer.step import TrainStep, gray_batch
 
 MIB = 1 << 20
 DEVICE_MIB, GRAPH_MIB = 450, 60
@@ -25,36 +31,49 @@ SETTINGS = {
 }
 
 
-def test_what_teachers_see_is_gone_before_the_backward_pass(tmp_path):
-    """A batch of 16 images of 96 pixels is 0.9 MB to each of them. Their logits stay, and what is said of them."""
+def test_what_teachers_see_is_gone_when_the_student_begins(tmp_path):
+    """A batch of 16 images of 96 pixels is 0.9 MB to each of them. Their logits stay."""
     teacher = {"teacher.name": "tiny_cnn", "teacher.checkpoint": teacher_file(tmp_path)}
     others = f"[{{name: tiny_cnn, checkpoint: {teacher['teacher.checkpoint']}, image_size: 64}}]"
     batch, held = gray_batch(16, 96, 16, GPU.device), []
     for number, settings in enumerate(({}, teacher, {**teacher, "teacher.others": others})):
         run = built(tmp_path / str(number), {**settings, "data.image_size": 96, "data.eval_image_size": 96})
         run.step._loss(batch)  # cuBLAS takes its workspace
+        run.state.student.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_allocated()))
         before = torch.cuda.memory_allocated()
-        loss = run.step._loss(batch)
-        held.append(torch.cuda.memory_allocated() - before)
-        del loss
-    assert held[0] > 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
+        run.step._loss(batch)
+        held[-1] -= before
+    assert held[0] >= 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
 
 
 class LikeDali(SyntheticPipeline):
-    """Batches behind a graph that takes memory outside of torch, from the first batch on until it is forgotten."""
+    """Batches behind a graph for each image size that takes memory outside of torch, as DaliPipeline has them.
+
+    The graph of another size is built before the last one is dropped. One that was gone through to the end is kept
+    until it is forgotten, one that was left early is not.
+    """
 
     def __init__(self, index: ShardIndex):
         super().__init__(index, device=GPU.device)
-        self.graph: DeviceMemory | None = None
+        self.graphs: dict[int, DeviceMemory] = {}
 
     def forget(self) -> None:
-        self.graph = None
+        self.graphs.clear()
 
     def batches(self, plans):
-        if self.graph is None:
-            torch.cuda.empty_cache()
-            self.graph = DeviceMemory(GRAPH_MIB * MIB)
-        yield from super().batches(plans)
+        plans = list(plans)
+        try:
+            for size, alike in itertools.groupby(plans, lambda plan: plan.image_size):
+                for each in {plan.image_size for plan in plans} - self.graphs.keys():
+                    torch.cuda.empty_cache()
+                    self.graphs[each] = DeviceMemory(GRAPH_MIB * MIB)
+                yield from super().batches(alike)
+                if size != plans[-1].image_size:
+                    del self.graphs[size]
+                    plans = [plan for plan in plans if plan.image_size != size]
+        except GeneratorExit:
+            self.graphs.clear()
+            raise
 
 
 @pytest.fixture
@@ -80,32 +99,74 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
     return pipelines
 
 
-def test_a_run_whose_micro_batch_was_searched_has_room_for_its_evaluation(like_dali, tmp_path):
-    """The graphs of both splits stay once they are built, so an update has to fit beside them."""
+def test_a_run_whose_micro_batch_was_searched_has_room_for_its_evaluation(like_dali, tmp_path, monkeypatch):
+    """The search goes through what takes most: both sizes' graphs, then those of both splits beside an update."""
+    graphs = []
+    rehearse = TrainStep.rehearse
+
+    def noted(step, batch, **how):
+        rehearse(step, batch, **how)
+        graphs.append([len(pipeline.graphs) for pipeline in like_dali.values()])
+
+    monkeypatch.setattr(TrainStep, "rehearse", noted)
     found = built(tmp_path / "run", SETTINGS)
+    assert graphs[-2:] == [[2, 1], [1, 1]]
     assert 16 < found.state.micro_batch < 256  # the search had something to find
-    assert not any(pipeline.graph for pipeline in like_dali.values())
+    assert not any(pipeline.graphs for pipeline in like_dali.values())
     assert all(module.training for module in found.state.student.modules())
-    for first in (0, found.plan.steps_per_epoch):  # of the smaller and of the larger size
-        (batches,) = updates(found, first, first + 1)
-        found.step(iter(batches), first)
+    go_through(found)
+
+
+def go_through(found: Run) -> None:
+    """The last update of the smaller size, an evaluation, the first update of the larger size, another evaluation."""
+    last = found.plan.steps_per_epoch - 1
+    plans = rank_plans(found.plan, last, last + 2, GPU, found.state.micro_batch)
+    with contextlib.closing(found.pipelines.of["train"].batches(plans)) as batches:
+        found.step(batches, last)
         found.evaluate()
-        found.step(iter(batches), first)
-    assert all(pipeline.graph for pipeline in like_dali.values())
+        found.step(batches, last + 1)
+        found.evaluate()
 
 
 def test_the_search_takes_the_largest_that_fits(like_dali, tmp_path):
     found = built(tmp_path / "run", SETTINGS)
-    settings = {**SETTINGS, "run.micro_batch": 2 * found.state.micro_batch, "data.image_size": 96}
-    too_large = built(tmp_path / "other", settings)
-    like_dali["val"].graph = DeviceMemory(GRAPH_MIB * MIB)
-    (batches,) = updates(too_large, 0, 1)
+    too_large = built(tmp_path / "other", {**SETTINGS, "run.micro_batch": 2 * found.state.micro_batch})
     with pytest.raises(RuntimeError, match="out of memory"):
-        too_large.step(iter(batches), 0)
+        go_through(too_large)
+
+
+def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path, monkeypatch):
+    """They are there between two updates. Before the search it is tried without them, to say what is at fault."""
+    held, evaluate = [], run.evaluate
+
+    def noted(*args, **how):
+        held.append(torch.cuda.memory_allocated())
+        return evaluate(*args, **how)
+
+    monkeypatch.setattr(run, "evaluate", noted)
+    found = built(tmp_path / "run", SETTINGS)
+    alone, *_, beside = held
+    assert beside - alone >= 3 * sum(parameter.nbytes for parameter in found.state.student.parameters())
+
+
+def test_an_evaluation_that_cannot_fit_is_named(like_dali, tmp_path):
+    with pytest.raises(UserError, match="run.eval_batch is 8192: an evaluation does not fit"):
+        built(tmp_path / "run", {**SETTINGS, "run.eval_batch": 8192})
+
+
+def test_the_search_sends_no_heartbeats(like_dali, tmp_path):
+    """Ranks fail to fit at different places, and the watchdog takes the one with fewer heartbeats for a lost one."""
+    beats = []
+    build(
+        parse(arguments(tmp_path / "run", SETTINGS)), dataclasses.replace(GPU, beat=lambda *where: beats.append(where))
+    )
+    assert beats == []
 
 
 def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     """What torch keeps for itself is as much as taken for DALI, which allocates on its own."""
+    from pipelines.dali import DaliPipeline, _Shape
+
     reserved = []
 
     class Built:

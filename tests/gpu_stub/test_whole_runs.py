@@ -1,13 +1,11 @@
 """trainer/run.py from its first line to its last: on one rank and on two, compiled for an H100, and resumed."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import free_port
+from ranks import Ranks
 
 from gpu_stub.runs import arguments, teacher_file
 from trainer import checkpoint
@@ -17,19 +15,13 @@ ON_IMAGES = {"data.pipeline": "torchvision", "run.eval_batch": 32, "run.log_ever
 
 
 def run_ranks(size: int, out: Path, settings: dict) -> str:
-    """What the ranks wrote; each on a machine of its own, for the stand-in is one GPU."""
-    command = [sys.executable, str(TRAIN), *arguments(out, {**ON_IMAGES, **settings})]
-    common = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-    if size > 1:
-        common |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        common |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
-        subprocess.Popen(command, env={**common, **({"RANK": str(rank)} if size > 1 else {})}, **pipes)
-        for rank in range(size)
-    ]
-    texts = [rank.communicate(timeout=500)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(texts)
+    """What rank 0 wrote. Each rank is on a machine of its own, for the stand-in is one GPU."""
+    command = [TRAIN, *arguments(out, {**ON_IMAGES, **settings})]
+    places = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "PYTORCH_NO_CUDA_MEMORY_CACHING": 1}
+    with Ranks(command, size, python=sys.executable, **places) as ranks:
+        ends = ranks.end(timeout=500)
+    texts = [out + error for _, out, error in ends]
+    assert [code for code, *_ in ends] == [0] * size, "\n".join(texts)
     return texts[0]
 
 

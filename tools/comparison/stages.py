@@ -14,18 +14,20 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torchvision.transforms import functional as F
 
+from pipelines import augment, rng
 from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
-from pipelines.cpu import apply_op, decode
+from pipelines.cpu import apply_op, decode, resized_crop
 from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.randaugment import apply_ops
 from pipelines.reader import ShardReader
+from pipelines.rng import Stream
 from tools.comparison import timm_reference
 from tools.comparison.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.opening import decode_path, first_device, opened
-from tools.photos import write_photographs
+from tools.photos import photographs, write_photographs
 from tools.sharding.job import BuildOptions, build
 from trainer.mix import Normalize, mix_pixels
 from trainer.models import preprocessing
@@ -40,9 +42,13 @@ TINY = "tiny"  # the photograph of 9 x 7 pixels
 # blown up.
 RESIZE, RESIZE_TINY = Tolerance(max=16, mean=0.25), Tolerance(max=16, mean=1.0)
 RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # the filter's weights have 16 bits there, 22 in PIL
+# Where the sides stand in a simple ratio, many values lie exactly between two levels, and those bits decide.
+RESIZE_TIES = Tolerance(max=2, mean=0.06)
+TIE_SIZES = ((640, 480), (480, 480), (512, 512), (288, 480))  # width and height; to 384: 3/5, 4/5, 3/4, 4/3
 # A level's difference before an operation may become many by it (posterize, solarize, equalize, auto-contrast).
 TRAINING, TRAINING_TORCH = Tolerance(max=None, mean=1.5), Tolerance(max=None, mean=0.1)
 ROUNDED_ARGUMENTS = Tolerance(max=1)
+ROUNDED_LAMBDA = Tolerance(max=1)
 GPU_DECODER_MEAN = 2.0  # what nvJPEG's chroma upsampling and inverse DCT may add
 
 
@@ -124,6 +130,8 @@ def report(photos: Photos, size: int = 224) -> Iterator[Row]:
     for name in INTERPOLATIONS:
         for way in ways[:2]:
             yield from _attempt(f"evaluation, {name}", evaluation, photos, way, name)
+            yield from _attempt(f"evaluation, squash, {name}", squashed, photos, way, name)
+        yield from ties(f"evaluation, squash, {name}", name)
     for way in ways[:2]:
         yield from _attempt("top-1 of a ResNet-18", top1, photos, way)
 
@@ -292,14 +300,77 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
     for name, chosen in (("mixup", ~cutmix), ("CutMix", cutmix)):
         pairs = zip(ours[chosen], np.concatenate(theirs)[chosen], strict=True)
         yield compare(name, "trainer.mix", "timm", pairs, EXACT)
+    yield _unrounded_lambda(plan)
+
+
+def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
+    """Mixup of every pair of levels by timm with its own lambda, which a plan rounds to float32."""
+    uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, augment.MIX_DRAWS)
+    lam, box = augment.mixes(uniforms, plan.image_size, plan.augment)
+    blended = np.flatnonzero(~box.any(axis=1))
+    exact = augment.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
+    # [2, 256, 256, 1]: two images in which each of the 65,536 pairs of levels meets
+    levels = np.stack(np.meshgrid(np.arange(256), np.arange(256)))[..., None].astype(np.uint8)
+    pairs = [
+        (_blended(levels, lam[group]), timm_reference.mixed(levels, float(exact[group]), (0, 0, 0, 0)))
+        for group in blended
+    ]
+    row = compare("mixup: float32 lambda", "trainer.mix", "timm, unrounded", pairs, ROUNDED_LAMBDA)
+    num_off = sum(int((one != other).sum()) for one, other in pairs)
+    num_lambdas = sum(bool((one != other).any()) for one, other in pairs)
+    num_values = len(pairs) * levels.size
+    note = f"{num_off} of {num_values:,} values are a level off, under {num_lambdas} of {len(pairs):,} lambdas"
+    return dataclasses.replace(row, note=note)
+
+
+def _blended(images: np.ndarray, lam: np.float32) -> np.ndarray:
+    """A group of two images under mixup, by us: uint8 as `images`."""
+    batch = Batch(
+        images=torch.from_numpy(images),
+        labels=torch.zeros(len(images), dtype=torch.int64),
+        lam=torch.full((len(images),), float(lam)),
+        box=torch.zeros(len(images), 4, dtype=torch.int32),
+        valid=torch.ones(len(images), dtype=torch.bool),
+        position=0,
+        mix_group=len(images),
+    )
+    return mix_pixels(batch).numpy()
 
 
 def evaluation(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
     """Resize and centre crop of validation."""
     ours = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, interpolation).rows(0, len(photos)))
     timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False)
+    yield from _evaluated(stage, photos, way, ours, timms)
+
+
+def squashed(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
+    """Both sides resized to 384 px, as the models with crop_mode squash have it."""
+    ours = way.pixels(photos, EvalPlan(photos.index, 384, 1.0, interpolation, "squash").rows(0, len(photos)))
+    how = {"interpolation": interpolation, "crop_pct": 1.0, "crop_mode": "squash", "normalize": False}
+    yield from _evaluated(stage, photos, way, ours, create_transform(384, is_training=False, **how))
+
+
+def _evaluated(
+    stage: str, photos: Photos, way: Executor, ours: np.ndarray, timms: Callable[[Image.Image], torch.Tensor]
+) -> Iterator[Row]:
     pairs = [(one, timms(image).permute(1, 2, 0).numpy()) for one, image in zip(ours, photos.timms, strict=True)]
     yield from _by_size(stage, photos, way, np.arange(len(photos)), pairs)
+
+
+def ties(stage: str, interpolation: str) -> Iterator[Row]:
+    """A photograph of each of TIE_SIZES resized to a square of 384 px, for which its sides stand in simple ratios.
+
+    The weights of the filter are then simple fractions, and many sums lie exactly between two levels. Which of the two
+    they are rounded to depends on the last bits of the weights, of which torch has 16 and PIL 22.
+    """
+    resample = Image.Resampling[interpolation.upper()]
+    (whole,) = (image for name, image, _ in photographs() if name == "progressive")
+    for size in TIE_SIZES:
+        image = whole.resize(size, Image.Resampling.LANCZOS)
+        ours = resized_crop(np.asarray(image), (0, 0, image.height, image.width), (384, 384), interpolation)
+        pairs = [(ours, np.asarray(image.resize((384, 384), resample)))]
+        yield compare(f"{stage}, {size[0]} x {size[1]} px", "torchvision", "timm (PIL)", pairs, RESIZE_TIES)
 
 
 @torch.no_grad()
