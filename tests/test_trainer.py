@@ -543,7 +543,8 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp
     command += ["--data.root", str(digits), "--run.out", str(tmp_path)]
     command += ["--schedule.epochs", "300"]  # on a busy machine 4 end before the signal
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").exists() or not read_json_lines(tmp_path / "metrics.jsonl"):
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists() or "train" not in {line["kind"] for line in read_json_lines(metrics)}:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

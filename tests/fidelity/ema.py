@@ -1,7 +1,7 @@
-"""The average of weights and BatchNorm statistics follows timm's ModelEmaV2, and the exact average more closely.
+"""The EMA of weights and BatchNorm statistics follows timm's ModelEmaV2, and the exact EMA more closely.
 
 Each update of timm's multiplies by the decay and by its complement, both rounded to float32, whose sum is 1 + 5e-9: its
-average grows by that much with every update. Ours moves by a fraction of the difference, which has no such error.
+EMA grows by that much with every update. Ours moves by a fraction of the difference, which has no such error.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ def rows() -> Iterator[Row]:
     for name, current in (("weights", weights), ("statistics", statistics)):
         exact = _exact(current)
         off = np.abs(expected[name] - exact).max() / np.abs(exact).max()
-        note = f"timm's is {off:.2g} of the largest away from the exact average"
+        note = f"timm's is {off:.2g} of the largest away from the exact EMA"
         yield within(f"{name}, {UPDATES:,} updates", names, found[name], expected[name], TOLERANCE, relative=True)
         with_exact = "ModelEma", "in float64"
         yield within(f"{name}, exactly", with_exact, found[name], exact, EXACT_TOLERANCE, relative=True, note=note)
     apart = f"{counter} and {int(expected['counter'])}"
-    note = "theirs stays at 0, since it averages the counter and cuts that to a whole number; nothing reads it"
+    note = "theirs stays at 0: it averages the counter, too, and cuts the result to a whole number. Nothing reads it"
     yield Row("counters of BatchNorm", *names, 1, apart, "ours counts", counter == UPDATES, note)
 
 

@@ -21,10 +21,10 @@ KNOWN = {
 def rows() -> Iterator[Row]:
     """Standard deviation and mean of each parameter."""
     count, found = differing(begins_otherwise)
-    told = [f"{model} ({_shown(model, names)})" for model, names in found.items()]
+    shown = [f"{model} ({_shown(model, names)})" for model, names in found.items()]
     yield as_known(
         f"mean and spread of the parameters, {models_of()}",
-        *(("timm.create_model", "create_model"), count, found.keys(), KNOWN, ", ".join(told)),
+        *(("timm.create_model", "create_model"), count, found.keys(), KNOWN, ", ".join(shown)),
     )
 
 

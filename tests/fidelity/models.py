@@ -27,8 +27,8 @@ def rows() -> Iterator[Row]:
     """Numbers of parameters, and dropout; then one update of each model."""
     ours, theirs = ({model: sum(each.size for each in of) for model, of in side.items()} for side in both())
     found = {model for model, count in theirs.items() if count != ours[model]}
-    told = [f"{model} ({ours[model]:,}, theirs {theirs[model]:,})" for model in sorted(found)]
-    note = ", ".join([*told, *(f"{model} is not there" for model in MODELS if model not in theirs)])
+    shown = [f"{model} ({ours[model]:,}, theirs {theirs[model]:,})" for model in sorted(found)]
+    note = ", ".join([*shown, *(f"{model} is not there" for model in MODELS if model not in theirs)])
     names = "timm.create_model", "create_model"
     yield as_known(f"numbers of parameters, {models_of()}", names, len(theirs), found, KNOWN, note)
     ours, theirs = dropouts()

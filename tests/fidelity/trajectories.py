@@ -1,6 +1,6 @@
-"""50 updates end with the authors' weights and averages, within float32's rounding, given the same images.
+"""50 updates end with the authors' weights and EMA, within float32's rounding, given the same images.
 
-The other side is their step with timm 0.5.4's own model, mixing, optimizer, schedule and average, and where AUTHORS is
+The other side is their step with timm 0.5.4's own model, mixing, optimizer, schedule and EMA, and where AUTHORS is
 given their own train_one_epoch. tests/test_oracle.py says for which models two correct loops can agree at all: rounding
 grows where an activation has a kink, or where Adam divides a gradient that is little but rounding.
 """
@@ -67,16 +67,19 @@ def rows() -> Iterator[Row]:
 def _compared(case: Case, folder: Path) -> Iterator[Row]:
     config = parse(_arguments(case, folder))
     run = build(config, ONE)
-    found = theirs("trajectories", **_given(case, config, run, folder))
+    given = _given(case, config, run, folder)
+    found = theirs("trajectories", **given)
     train(config, ONE)
     saved = torch.load(folder / case.name / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
     names = "TrainStep", "train_one_epoch" if authors() else "its steps"
     weights = {name for name, _ in run.state.student.named_parameters()}
-    for part, what in (("student", "weights"), ("ema", "averages")):
+    for part, what in (("student", "weights"), ("ema", "EMA")):
         ours = {f"{part} {name}": value.numpy() for name, value in saved[part].items() if "num_batches" not in name}
         chosen = [key for key in ours if key.removeprefix(f"{part} ") in weights]
         pair = [np.concatenate([side[key].ravel() for key in chosen]) for side in (ours, found)]
-        yield within(f"{case.name}: {what} after {STEPS} updates", names, *pair, TOLERANCE)
+        begun = np.concatenate([given[key.replace("ema ", "student ")].ravel() for key in chosen])
+        note = f"they have moved by up to {np.abs(pair[0] - begun).max():.2g}"
+        yield within(f"{case.name}: {what} after {STEPS} updates", names, *pair, TOLERANCE, note=note)
         if others := [key for key in ours if key not in chosen]:
             pair = [np.concatenate([side[key].ravel() for key in others]) for side in (ours, found)]
             yield within(f"{case.name}: statistics, {what}", names, *pair, TOLERANCE, relative=True)
@@ -122,7 +125,7 @@ def _given(case: Case, config: Config, run: Run, folder: Path) -> dict[str, np.n
         "box": np.stack([group.box[0].numpy() for group in groups]),
         "mean": np.array([each.mean for each in expected]),
         "std": np.array([each.std for each in expected]),
-        **{f"student {key}": value.numpy() for key, value in run.state.student.state_dict().items()},
+        **{f"student {key}": value.numpy().copy() for key, value in run.state.student.state_dict().items()},
         **{f"teacher {key}": value.numpy() for key, value in teacher.state_dict().items()},
         "args opt_eps": np.array(case.eps),
         "args model_ema_decay": np.array(DECAY),

@@ -19,10 +19,10 @@ KNOWN = {"timm 0.5.4": _OF_BOTH | _OF_TIMM, "the authors' models": _OF_BOTH}
 def rows() -> Iterator[Row]:
     """All parameters of a hundred models."""
     count, found = differing(lambda ours, theirs: ours.decays != theirs.decays)
-    told = [f"{model} ({_kinds(names)})" for model, names in found.items()]
+    shown = [f"{model} ({_kinds(names)})" for model, names in found.items()]
     yield as_known(
         f"groups of the parameters, {models_of()}",
-        *(("build_optimizer", "create_optimizer_v2"), count, found.keys(), KNOWN, ", ".join(told)),
+        *(("build_optimizer", "create_optimizer_v2"), count, found.keys(), KNOWN, ", ".join(shown)),
     )
 
 

@@ -169,8 +169,14 @@ def as_known(
     """
     expected = known[models_of()]
     new, gone = sorted(found - expected), sorted(expected - found)
-    told = [f"{word} {', '.join(models)}" for word, models in (("also", new), ("no longer", gone)) if models]
+    changes = [f"{word} {', '.join(models)}" for word, models in (("also", new), ("no longer", gone)) if models]
     difference = f"in {len(found)} of the models"
     return Row(
-        what, *names, count, difference, f"the {len(expected)} known", not told, "; ".join([note, *told]).strip("; ")
+        what,
+        *names,
+        count,
+        difference,
+        f"the {len(expected)} known",
+        not changes,
+        "; ".join([note, *changes]).strip("; "),
     )

@@ -1,4 +1,4 @@
-"""timm 0.5.4's average of a model's state."""
+"""timm 0.5.4's EMA of a model's state."""
 
 import arguments
 import numpy as np
@@ -17,7 +17,7 @@ class State(torch.nn.Module):
 
 
 def run(given: dict) -> dict:
-    """Return the averages after each update, float32 [updates, n], and the counter at the end.
+    """Return the EMA after each update, float32 [updates, n], and the counter at the end.
 
     Args:
       given: weights and statistics, float32 [1 + updates, n]: at the start and after each update.
