@@ -8,7 +8,8 @@ from pathlib import Path
 from conftest import REPOSITORY
 
 SBATCH = "tools/slurm/train.sbatch"
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+_PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "tests" / "README.md"]
+DOCUMENTS = [*_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), *sorted((REPOSITORY / "trainer").glob("*.py"))]
 SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_imagenet.py, which docs name without it
 # Commands of others: nothing of theirs is checked.
