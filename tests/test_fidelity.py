@@ -31,13 +31,23 @@ def test_an_oracle_that_falls_ends_the_command_with_its_name(monkeypatch, tmp_pa
     rows = [within("one", NAMES, values, values), within("other", NAMES, values, values + 1)]
     monkeypatch.setattr(command, "check_installed", lambda: None)
     monkeypatch.setattr(learning_rate, "rows", lambda: rows)
+    monkeypatch.setattr(command, "ORACLES", {"learning_rate": learning_rate})
     document = tmp_path / "parity.md"
     document.write_text(f"before\n{command.BEGIN}\nprevious\n{command.END}\nafter\n")
     with pytest.raises(SystemExit, match="learning_rate: other"):
-        command.main(["learning_rate", "--markdown", str(document)])
+        command.main(["--markdown", str(document)])
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "previous" not in text
     assert "1 of 2 comparisons hold" in text and "| NO |" in text
+
+
+def test_a_part_of_the_oracles_does_not_replace_the_report_of_all(tmp_path, capsys):
+    document = tmp_path / "parity.md"
+    document.write_text("the report")
+    with pytest.raises(SystemExit):
+        command.main(["learning_rate", "--markdown", str(document)])
+    assert "--markdown takes the report of all oracles" in capsys.readouterr().err
+    assert document.read_text() == "the report"
 
 
 def test_without_timm_0_5_4_the_command_says_how_to_install_it(monkeypatch, tmp_path, capsys):

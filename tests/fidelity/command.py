@@ -24,7 +24,7 @@ from fidelity import (
 )
 from fidelity.old_timm import VERSION, authors, check_installed
 from fidelity.rows import Row
-from pipelines.errors import exit_on_user_error
+from pipelines.errors import UserError, exit_on_user_error
 from pipelines.machine import num_cores
 from tools.arguments import path_argument
 from tools.benchmarks.measure import machine
@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     found, begin, console = {}, time.monotonic(), Console(stderr=True)
     with exit_on_user_error():
+        if options.markdown and options.oracles:
+            raise UserError("--markdown takes the report of all oracles: name none, or leave it out")
         check_installed()
         for name in options.oracles or ORACLES:
             with console.status(name):
@@ -116,5 +118,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("oracles", nargs="*", type=_oracle, metavar="ORACLE", help="any of those below (default: all)")
-    parser.add_argument("--markdown", type=path_argument, help="write the report to this file, between its marks")
+    parser.add_argument(
+        "--markdown",
+        type=path_argument,
+        help="write the report of all oracles to this file, between its marks; a file without marks is replaced",
+    )
     return parser.parse_args(arguments)
