@@ -15,12 +15,12 @@ class Default:
     """A row of the table.
 
     Attributes:
-      name: of the authors' option, without the dashes.
+      name: the authors' option, without the dashes in front.
       value: its default; ... where there is none.
       ours: our settings, "section.key" -> value.
-      settings: the cell as it stands there.
+      settings: the cell's text.
       same: "yes" or "no".
-      why: what there is to say.
+      why: the reason why it is the same or not.
     """
 
     name: str

@@ -47,11 +47,11 @@ class CompiledKernel:
 
     Attributes:
       capability: the GPU's compute capability, 80 is 8.0.
-      case: what is launched, as in `launches`.
+      case: the name of a launch in `launches`.
       name: the kernel's.
       fused: whether the compiler was allowed to fuse multiplications and additions.
       grid: the number of programs in each of three directions.
-      warps: of 32 threads, in a program.
+      warps: how many warps of 32 threads a program has.
       registers, stack, local: what a thread takes; the last two are memory, in bytes.
       opcodes: how often each occurs in the machine code, with its modifiers: {"LDG.E.64": 2, ...}.
     """
@@ -100,7 +100,7 @@ def nvidia_tools() -> Path | None:
 
 
 def launches() -> dict[str, Callable[[], None]]:
-    """What is launched, by its name. The tensors have no memory; their addresses begin at 0."""
+    """Return the launches by their names. Their tensors have no memory; addresses begin at 0."""
     from pipelines.randaugment_kernel import launch_nothing
 
     def randaugment(batch: int, size: int) -> Callable[[], None]:
@@ -154,10 +154,10 @@ def launch_mixing(pixels: torch.Tensor, models: int, dtype: torch.dtype, mix_gro
 
 
 class RecordingDriver:
-    """What Triton asks a CUDA driver for, without a device: launches are recorded.
+    """Answers what Triton asks a CUDA driver, without a device, and records the launches.
 
     Attributes:
-      launches: of each the kernel's metadata, the grid and the cubin.
+      launches: the metadata of each launched kernel, its grid and its cubin.
     """
 
     def __init__(self, capability: int):
@@ -230,7 +230,7 @@ def record() -> list[dict]:
 
 
 def disassemble(cubin: bytes) -> dict:
-    """The fields of a CompiledKernel that its machine code tells."""
+    """Return the fields of a CompiledKernel that can be read in its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

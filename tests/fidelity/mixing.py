@@ -54,7 +54,7 @@ def every_pair() -> np.ndarray:
 
 
 def _draws(num_groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a plan's groups: lambda as it has it (float32), lambda before it is rounded (float64), boxes."""
+    """Return for each group of a plan: its lambda (float32), the lambda before rounding (float64), and its box."""
     config = AugmentConfig()
     uniforms = rng.uniforms(SEED, Stream.MIX, 0, num_groups, augment.MIX_DRAWS)
     lam, box = augment.mixes(uniforms, SIZE, config)

@@ -43,21 +43,14 @@ from pipelines.index import ShardIndex, read_index
 from pipelines.machine import num_cores, use_short_socket_names
 from pipelines.plan import BatchPlan, TrainPlan
 from tools.benchmarks import stages
-from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize
+from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
 from trainer.config import DataConfig
 
 SIZE_PX = 224
-COLUMNS = {
-    "what": "what",
-    "images_per_s": "images/s",
-    "min": "min",
-    "max": "max",
-    "ratio": "ratio",
-    "of": "of",
-}
+COLUMNS = SPEED_COLUMNS
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
 _RANDAUGMENT = {BARE: {"randaugment_ops": 0}, RECIPE: {}, EVERY_OP: {"randaugment_prob": 1.0}}
 _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mstd0.5-inc1"}

@@ -68,6 +68,17 @@ def refuse_result_file(path: Path | None) -> None:
         refuse_place(path, f"--json {path}")
 
 
+# Columns of every table of speeds; others may follow.
+SPEED_COLUMNS = {
+    "what": "what",
+    "images_per_s": "images/s",
+    "min": "min",
+    "max": "max",
+    "ratio": "ratio",
+    "of": "of",
+}
+
+
 def synchronize() -> None:
     """Until the GPU has finished, if there is one."""
     import torch

@@ -23,7 +23,7 @@ from pipelines.batch import Batch
 from pipelines.index import read_index
 from pipelines.machine import expanded, num_cores
 from pipelines.plan import TrainPlan
-from tools.benchmarks.measure import interleaved, ratio, speeds, timed_on_device
+from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, timed_on_device
 from tools.benchmarks.runs import CLASSES, updates_of_a_turn
 from tools.opening import first_device, opened
 from tools.photos import write_common_photographs
@@ -34,13 +34,7 @@ from trainer.models import create_model, preprocessing
 from trainer.precision import PRECISIONS, allow_tf32
 from trainer.teachers import Teachers, build_teachers, model_inputs
 
-COLUMNS = {
-    "what": "what",
-    "images_per_s": "images/s",
-    "min": "min",
-    "max": "max",
-    "ratio": "ratio",
-    "of": "of",
+COLUMNS = SPEED_COLUMNS | {
     "kl": "KL from fp32, nats",
     "kl_max": "its largest",
     "agreement": "same best class",

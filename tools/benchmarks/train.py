@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.index import ShardIndex, read_index
 from pipelines.machine import num_cores
 from pipelines.synthetic import SyntheticPipeline
-from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize, timed_on_device
+from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (
     CLASSES,
     LAST,
@@ -45,13 +45,7 @@ from trainer.data import rank_plans
 from trainer.loop import Run
 from trainer.telemetry import InputWait
 
-COLUMNS = {
-    "what": "what",
-    "images_per_s": "images/s",
-    "min": "min",
-    "max": "max",
-    "ratio": "ratio",
-    "of": "of",
+COLUMNS = SPEED_COLUMNS | {
     "input_wait": "waiting for input",
     "built_s": "built in, s",
 }
