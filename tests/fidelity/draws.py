@@ -25,14 +25,11 @@ def rows() -> Iterator[Row]:
     assert drawn["names"].tolist() == list(NAMES.values())
     yield from _crops(drawn["crops"])
     uniforms = rng.uniforms(SEED, Stream.CROP, 0, COUNT, augment.CROP_DRAWS)
+    flips = augment.flips(uniforms, CONFIG)
     names = "augment.flips", "RandomHorizontalFlip"
-    yield as_often("flips", names, *(np.bincount(each, minlength=2) for each in (_flips(uniforms), drawn["flips"])))
+    yield as_often("flips", names, *(np.bincount(each, minlength=2) for each in (flips, drawn["flips"])))
     yield from _operations(drawn["ops"], drawn["args"])
     yield from _mixes(drawn["cutmix"], drawn["lam"], drawn["box"])
-
-
-def _flips(uniforms: np.ndarray) -> np.ndarray:
-    return augment.flips(uniforms, CONFIG)
 
 
 def _crops(drawn: np.ndarray) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from fidelity.old_timm import models_of
 from fidelity.rows import Row
 from fidelity.zoo import Parameter, as_known, both, differing
 
-# The logarithms of two standard deviations may differ by this much, and by so many standard errors besides.
+# Two standard deviations may differ by SPREAD in their logarithms, plus ERRORS standard errors.
 SPREAD, ERRORS = 0.05, 5.0
 _MIXERS = {"gmixer_12_224", "gmlp_ti16_224", "mixer_b16_224", "mixer_s16_224", "resmlp_12_224"}
 _TOKENS = {"deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "vit_small_patch16_224", "vit_tiny_patch16_224"}

@@ -18,9 +18,9 @@ class Row:
       ours, theirs: the functions or classes that were called.
       compared: how many values.
       difference: the largest one, or the p value of a test, as text.
-      tolerance: what is allowed, as text.
+      tolerance: the allowed difference, as text.
       ok: whether it was kept.
-      note: what else there is to say.
+      note: a remark for the end of the report.
     """
 
     what: str
@@ -46,9 +46,9 @@ def within(
     """Compare numbers one by one.
 
     Args:
-      names: of our and their side.
+      names: the names of our side and of theirs.
       ours, theirs: of the same shape.
-      tolerance: of the largest absolute difference; 0 asks for equality.
+      tolerance: the largest absolute difference that is allowed; 0 asks for equality.
       relative: the difference is divided by the largest absolute value of theirs.
     """
     ours, theirs = np.asarray(ours), np.asarray(theirs)

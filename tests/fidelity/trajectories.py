@@ -38,8 +38,8 @@ class Case:
     """A student.
 
     Attributes:
-      kwargs: of the installed timm's model.
-      eps: of AdamW; the recipe's is 1e-8.
+      kwargs: the arguments of the installed timm's model.
+      eps: AdamW's epsilon; the recipe's is 1e-8.
     """
 
     name: str

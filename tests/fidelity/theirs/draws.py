@@ -1,4 +1,4 @@
-"""What timm 0.5.4 draws for an image and for a batch, with Python's, numpy's and torch's generators seeded."""
+"""Draws by timm 0.5.4 for images and batches; Python's, numpy's and torch's generators are seeded."""
 
 import random
 
@@ -36,7 +36,7 @@ def run(given: dict) -> dict:
 
 
 def _operations(count: int, policy: str) -> dict:
-    """What RandAugment applies, noted where it would call the function of an operation."""
+    """Record the operations that RandAugment applies: their functions are replaced by one that takes notes."""
     transform, applied = rand_augment_transform(policy, {"img_mean": (124, 116, 104)}), []
     for number, op in enumerate(transform.ops, start=1):
         op.aug_fn = lambda image, *args, number=number, **_: applied.append((number, *args[:1])) or image

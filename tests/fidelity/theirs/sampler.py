@@ -17,7 +17,7 @@ def run(given: dict) -> dict:
       given: cases str [n], "KIND IMAGES RANKS" with a kind of SAMPLERS; for each number of images that occurs there
         `order IMAGES`, int64 [images], which stands in for the epoch's random permutation; counts int64 [n].
     Returns:
-      lengths: how many samples RepeatAugSampler gives to one of 1 to 8 ranks, for so many images.
+      lengths: the number of samples that RepeatAugSampler gives to one of 1 to 8 ranks, for each count of images.
     """
     found = {case: _samples(*case.split(), given) for case in given["cases"].tolist()}
     for_ranks = [[len(RepeatAugSampler(range(n), ranks, 0)) for n in given["counts"]] for ranks in range(1, 9)]
