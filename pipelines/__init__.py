@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 if TYPE_CHECKING:  # planning and sharding need no torch, and start faster without it
     import torch
 
     from pipelines.batch import Batch
-    from pipelines.index import ShardIndex
-    from pipelines.plan import BatchPlan
+    from pipelines.plan.plan import BatchPlan
+    from pipelines.shards.index import ShardIndex
 
 # OpenMP's threads spin while they wait for each other, by default for so long that a training step beside other work
 # is slowed down several times (docs/performance.md). libgomp reads this when torch is imported. Your own choice wins.

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from pipelines.index import ShardIndex
-from pipelines.plan import BatchPlan
+from pipelines.plan.plan import BatchPlan
+from pipelines.shards.index import ShardIndex
 
 
 @dataclasses.dataclass(frozen=True)

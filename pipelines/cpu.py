@@ -13,12 +13,12 @@ from PIL import Image, ImageFilter
 from timm.data import auto_augment as timm_ops
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.augment import Op
 from pipelines.batch import Batch, BatchMaker
-from pipelines.checked import CheckedReader, decode_with_pil
-from pipelines.index import ShardIndex
-from pipelines.plan import BatchPlan
-from pipelines.reader import PLANS_AHEAD, look_ahead, read_ahead
+from pipelines.plan.draws import Op
+from pipelines.plan.plan import BatchPlan
+from pipelines.shards.damage import CheckedReader, decode_with_pil
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.reader import PLANS_AHEAD, look_ahead, read_ahead
 
 _BATCHES_IN_FLIGHT = 2  # the pool works on the next batch while the last images of this one are finished
 _KEPT_BYTES = 512 << 20  # decoded images at a time: a global batch of ImageNet has 192 MB of different ones

@@ -14,13 +14,13 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from pipelines.batch import Batch, BatchMaker
-from pipelines.checked import CheckedReader, lossless
+from pipelines.common.errors import UserError
 from pipelines.cpu import augmented, decode_checked
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
-from pipelines.plan import BatchPlan
-from pipelines.randaugment import apply_ops, erase
-from pipelines.reader import PLANS_AHEAD, look_ahead, read_ahead
+from pipelines.ops.torch_ops import apply_ops, erase
+from pipelines.plan.plan import BatchPlan
+from pipelines.shards.damage import CheckedReader, lossless
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.reader import PLANS_AHEAD, look_ahead, read_ahead
 
 TensorList = TensorListCPU | TensorListGPU
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines import rng
 from pipelines.batch import Batch, BatchMaker
-from pipelines.index import ShardIndex, sample_dtype
-from pipelines.plan import BatchPlan
+from pipelines.plan import rng
+from pipelines.plan.plan import BatchPlan
+from pipelines.shards.index import ShardIndex, sample_dtype
 
 
 def synthetic_index(num_samples: int, num_classes: int, height: int = 375, width: int = 500) -> ShardIndex:

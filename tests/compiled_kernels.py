@@ -101,7 +101,7 @@ def nvidia_tools() -> Path | None:
 
 def launches() -> dict[str, Callable[[], None]]:
     """Return the launches by their names. Their tensors have no memory; addresses begin at 0."""
-    from pipelines.randaugment_kernel import launch_nothing
+    from pipelines.ops.triton_ops import launch_nothing
 
     def randaugment(batch: int, size: int) -> Callable[[], None]:
         return functools.partial(launch_randaugment, images(batch, size))
@@ -129,7 +129,7 @@ def images(number: int, size: int) -> torch.Tensor:
 
 
 def launch_randaugment(pixels: torch.Tensor) -> None:
-    from pipelines.randaugment_kernel import launch, launch_affine
+    from pipelines.ops.triton_ops import launch, launch_affine
 
     empty, rows, out = functools.partial(torch.empty, device="meta"), len(pixels), torch.empty_like(pixels)
     tables = empty(rows, 3, 256, dtype=torch.uint8)

@@ -19,7 +19,7 @@ import torch
 from forked_python import executable
 from processes import REPOSITORY, without_workers
 
-from pipelines.index import ShardIndex, read_index
+from pipelines.shards.index import ShardIndex, read_index
 from tools.demo import write_digits
 from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build

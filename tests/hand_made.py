@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.index import read_index
-from pipelines.reader import ShardReader
+from pipelines.common.errors import UserError
+from pipelines.shards.index import read_index
+from pipelines.shards.reader import ShardReader
 from tools.sharding.tars import tar_files
 
 

@@ -14,10 +14,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter
 
-from pipelines import augment, rng
-from pipelines.augment import AugmentConfig, Op
-from pipelines.errors import UserError
-from pipelines.rng import Stream
+from pipelines.common.errors import UserError
+from pipelines.plan import draws, rng
+from pipelines.plan.draws import AugmentConfig, Op
+from pipelines.plan.rng import Stream
 
 USI = AugmentConfig()
 DRAWS = 20_000
@@ -29,8 +29,8 @@ def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224), (100, 900), (640, 90)])
 def test_crops_are_distributed_as_timms(height, width):
-    u = rng.uniforms(1, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
-    ours = augment.resized_crops(u, np.full(DRAWS, height), np.full(DRAWS, width), USI)
+    u = rng.uniforms(1, Stream.CROP, 0, DRAWS, draws.CROP_DRAWS)
+    ours = draws.resized_crops(u, np.full(DRAWS, height), np.full(DRAWS, width), USI)
     random.seed(1)
     image = Image.new("RGB", (width, height))
     timms = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(DRAWS)]
@@ -44,23 +44,23 @@ def test_crops_lie_inside_images_of_any_size():
     heights, widths = generator.integers(1, 3000, (2, DRAWS))
     heights[:100], widths[:100] = 1, 1
     heights[100:200], widths[200:300] = 1, 2
-    u = rng.uniforms(2, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
-    top, left, height, width = augment.resized_crops(u, heights, widths, USI).T
+    u = rng.uniforms(2, Stream.CROP, 0, DRAWS, draws.CROP_DRAWS)
+    top, left, height, width = draws.resized_crops(u, heights, widths, USI).T
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
     assert (top + height <= heights).all() and (left + width <= widths).all()
 
 
 def test_the_fallback_crop_is_timms():
     # no try fits: every aspect drawn is far from the image's
-    u = np.full((1, augment.CROP_DRAWS), 0.999)
+    u = np.full((1, draws.CROP_DRAWS), 0.999)
     for height, width, expected in [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))]:
-        crop = augment.resized_crops(u, np.array([height]), np.array([width]), USI)
+        crop = draws.resized_crops(u, np.array([height]), np.array([width]), USI)
         assert tuple(crop[0]) == expected
 
 
 def test_half_of_the_images_are_flipped():
-    u = rng.uniforms(3, Stream.CROP, 0, DRAWS, augment.CROP_DRAWS)
-    assert stats.binomtest(int(augment.flips(u, USI).sum()), DRAWS, 0.5).pvalue > 1e-3
+    u = rng.uniforms(3, Stream.CROP, 0, DRAWS, draws.CROP_DRAWS)
+    assert stats.binomtest(int(draws.flips(u, USI).sum()), DRAWS, 0.5).pvalue > 1e-3
 
 
 # timm's name of each of our operations, in its increasing series
@@ -104,8 +104,8 @@ def test_randaugment_draws_as_timms_does(magnitude, std):
     np.random.seed(4)
     timms = timm_draws(f"rand-m{magnitude}-mstd{std}-inc1", 40_000)
     config = AugmentConfig(randaugment_magnitude=magnitude, randaugment_std=std)
-    u = rng.uniforms(4, Stream.RANDAUGMENT, 0, 40_000, augment.randaugment_draws(config))
-    ops, args = augment.randaugment(u, config)
+    u = rng.uniforms(4, Stream.RANDAUGMENT, 0, 40_000, draws.randaugment_draws(config))
+    ops, args = draws.randaugment(u, config)
     # how many are applied to an image
     counts = [np.bincount(c, minlength=3) for c in ((ops > 0).sum(1), [len(applied) for applied in timms])]
     assert stats.chi2_contingency(counts).pvalue > 1e-3
@@ -121,8 +121,8 @@ def test_randaugment_draws_as_timms_does(magnitude, std):
 
 
 def test_two_operations_of_an_image_are_drawn_independently():
-    u = rng.uniforms(5, Stream.RANDAUGMENT, 0, DRAWS, augment.randaugment_draws(USI))
-    ops, _ = augment.randaugment(u, USI)
+    u = rng.uniforms(5, Stream.RANDAUGMENT, 0, DRAWS, draws.randaugment_draws(USI))
+    ops, _ = draws.randaugment(u, USI)
     table = np.zeros((16, 16))
     np.add.at(table, (ops[:, 0], ops[:, 1]), 1)
     assert stats.chi2_contingency(table).pvalue > 1e-3
@@ -131,7 +131,7 @@ def test_two_operations_of_an_image_are_drawn_independently():
 @pytest.mark.parametrize("strength", [0.3, 0.4, 1.5])
 def test_colour_jitter_draws_as_torchvisions(strength):
     config = AugmentConfig(color_jitter=strength)
-    ops, args = augment.color_jitters(rng.uniforms(9, Stream.COLOR_JITTER, 0, DRAWS, 4), config)
+    ops, args = draws.color_jitters(rng.uniforms(9, Stream.COLOR_JITTER, 0, DRAWS, 4), config)
     torch.manual_seed(9)
     theirs = ColorJitter(strength, strength, strength)
     ranges = (theirs.brightness, theirs.contrast, theirs.saturation)
@@ -150,7 +150,7 @@ def test_colour_jitter_draws_as_torchvisions(strength):
 
 
 def test_three_augment_chooses_one_of_three_evenly_and_blurs_by_a_uniform_radius():
-    ops, args = augment.three_augments(rng.uniforms(10, Stream.THREE_AUGMENT, 0, DRAWS, 4), USI)
+    ops, args = draws.three_augments(rng.uniforms(10, Stream.THREE_AUGMENT, 0, DRAWS, 4), USI)
     found, counts = np.unique(ops, return_counts=True)
     assert sorted(found) == sorted([Op.COLOR, Op.SOLARIZE, Op.GAUSSIAN_BLUR])
     assert stats.chisquare(counts).pvalue > 1e-3
@@ -170,8 +170,8 @@ class Erased:
 
 @pytest.mark.parametrize(("size", "probability"), [(224, 0.25), (32, 1.0), (5, 1.0)])
 def test_boxes_are_erased_as_timm_does(size, probability):
-    u = rng.uniforms(11, Stream.ERASE, 0, DRAWS, augment.ERASE_DRAWS)
-    ours = augment.erasures(u, size, AugmentConfig(erase_prob=probability))
+    u = rng.uniforms(11, Stream.ERASE, 0, DRAWS, draws.ERASE_DRAWS)
+    ours = draws.erasures(u, size, AugmentConfig(erase_prob=probability))
     random.seed(11)
     erasing = RandomErasing(probability, device="cpu")
     theirs = []
@@ -191,8 +191,8 @@ def test_boxes_are_erased_as_timm_does(size, probability):
 
 
 def test_an_image_too_small_for_a_box_keeps_its_pixels():
-    u = rng.uniforms(12, Stream.ERASE, 0, 100, augment.ERASE_DRAWS)
-    assert not augment.erasures(u, 1, AugmentConfig(erase_prob=1.0)).any()
+    u = rng.uniforms(12, Stream.ERASE, 0, 100, draws.ERASE_DRAWS)
+    assert not draws.erasures(u, 1, AugmentConfig(erase_prob=1.0)).any()
 
 
 def test_operations_are_randaugments_then_three_augments_then_colour_jitters():
@@ -200,22 +200,22 @@ def test_operations_are_randaugments_then_three_augments_then_colour_jitters():
     drawn = {}
     for name, value in settings.items():
         off = {"randaugment_ops": 0, "three_augment": False, "color_jitter": 0.0}
-        drawn[name] = augment.operations(13, 40, 140, AugmentConfig(**{**off, name: value}))
+        drawn[name] = draws.operations(13, 40, 140, AugmentConfig(**{**off, name: value}))
     assert [ops.shape[1] for ops, _ in drawn.values()] == [2, 1, 3]
-    ops, args = augment.operations(13, 40, 140, AugmentConfig(**settings))
+    ops, args = draws.operations(13, 40, 140, AugmentConfig(**settings))
     assert np.array_equal(ops, np.concatenate([ops for ops, _ in drawn.values()], axis=1))
     assert np.array_equal(args, np.concatenate([args for _, args in drawn.values()], axis=1))
     assert ops.dtype == np.uint8 and args.dtype == np.float32
-    parts = [augment.operations(13, start, start + 20, AugmentConfig(**settings))[1] for start in range(40, 140, 20)]
+    parts = [draws.operations(13, start, start + 20, AugmentConfig(**settings))[1] for start in range(40, 140, 20)]
     assert np.array_equal(args, np.concatenate(parts))
-    none = augment.operations(13, 40, 140, AugmentConfig(randaugment_ops=0))
+    none = draws.operations(13, 40, 140, AugmentConfig(randaugment_ops=0))
     assert [part.shape for part in none] == [(100, 0), (100, 0)]
 
 
 def test_mixes_are_distributed_as_timms():
     size = 224
-    u = rng.uniforms(6, Stream.MIX, 0, DRAWS, augment.MIX_DRAWS)
-    lam, box = augment.mixes(u, size, USI)
+    u = rng.uniforms(6, Stream.MIX, 0, DRAWS, draws.MIX_DRAWS)
+    lam, box = draws.mixes(u, size, USI)
     np.random.seed(6)
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)
     timm_mixup, timm_cutmix = [], []
@@ -238,8 +238,8 @@ def test_mixes_are_distributed_as_timms():
 
 
 def test_cutmix_lambda_is_the_boxes_true_area():
-    u = rng.uniforms(7, Stream.MIX, 0, 1000, augment.MIX_DRAWS)
-    lam, box = augment.mixes(u, 96, AugmentConfig(mixup_alpha=0))
+    u = rng.uniforms(7, Stream.MIX, 0, 1000, draws.MIX_DRAWS)
+    lam, box = draws.mixes(u, 96, AugmentConfig(mixup_alpha=0))
     assert np.allclose(lam, 1 - box[:, 2] * box[:, 3] / 96**2, atol=1e-7)
     assert (box[:, :2] >= 0).all() and (box[:, :2] + box[:, 2:] <= 96).all()
 
@@ -248,14 +248,14 @@ def test_cutmix_lambda_is_the_boxes_true_area():
     "off", [{"mix_prob": 0.0}, {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}], ids=["probability", "alphas"]
 )
 def test_mixing_can_be_switched_off(off):
-    lam, box = augment.mixes(rng.uniforms(8, Stream.MIX, 0, 100, augment.MIX_DRAWS), 32, AugmentConfig(**off))
+    lam, box = draws.mixes(rng.uniforms(8, Stream.MIX, 0, 100, draws.MIX_DRAWS), 32, AugmentConfig(**off))
     assert (lam == 1).all() and not box.any()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 2.0, 8.0])
 def test_beta_quantiles_are_exact(alpha):
     u = np.concatenate([np.linspace(0, 1, 10_001)[:-1], [1e-12, 1 - 1e-12]])
-    assert abs(augment.beta_quantile(u, alpha) - stats.beta.ppf(u, alpha, alpha)).max() < 1e-6
+    assert abs(draws.beta_quantile(u, alpha) - stats.beta.ppf(u, alpha, alpha)).max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import timm
 import torch
 from conftest import TINY
 
-from pipelines.index import read_index
+from pipelines.shards.index import read_index
 from tools import export
 from tools.average import ema_shares, main
 from trainer import checkpoint, inference

@@ -9,8 +9,8 @@ from conftest import REPOSITORY, run_trainer
 from processes import without_workers
 from timm.models import mlp_mixer
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset

@@ -13,9 +13,9 @@ from conftest import REPOSITORY, pytest_ignore_collect
 from forked_python import executable
 from mixed_batches import mixed_batch
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.index import read_index
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_index
 from tools import benchmark
 from tools.benchmarks import gpu as gpus
 from tools.benchmarks import loader as loaders
@@ -142,7 +142,7 @@ def test_a_package_of_a_package_is_looked_for():
 def test_tools_try_the_card_as_a_run_does(photos, monkeypatch):
     """On a machine without a GPU: what is tried there is only noted."""
     commands = []
-    monkeypatch.setattr("pipelines.probe._try", lambda command, jpeg: commands.append(command) or "")
+    monkeypatch.setattr("pipelines.dali_probe._try", lambda command, jpeg: commands.append(command) or "")
     assert decode_path(photos, torch.device("cuda", 0)) == ("roi", "it works")
     assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
 

@@ -18,9 +18,9 @@ from hand_made import jpeg, keys, listed, put, refused, samples, tar_of
 from PIL import Image
 from test_sources import add
 
-from pipelines.checked import CheckedReader, decode_with_pil
-from pipelines.files import locked
-from pipelines.index import read_index
+from pipelines.common.files import locked
+from pipelines.shards.damage import CheckedReader, decode_with_pil
+from pipelines.shards.index import read_index
 from tools.demo import write_digits
 from tools.image_files import items_of, look_at, pixels_of
 from tools.sharding import job
@@ -166,7 +166,7 @@ def test_a_sample_of_absurdly_many_scans_in_an_older_dataset_becomes_gray(many_s
     for split in ("train", "val"):
         put(tmp_path / split / "a.tar", tar_of({"0.jpg": many_scans(200), "0.cls": b"0"}))
     with monkeypatch.context() as older:
-        older.setattr("pipelines.jpeg.MAX_SCANS", 1000)
+        older.setattr("pipelines.shards.jpeg.MAX_SCANS", 1000)
         index_webdataset(tmp_path, audit=audit)
     told = []
     CheckedReader(read_index(tmp_path, "train"), lambda _, why: told.append(why)).read(np.arange(1))

@@ -11,8 +11,8 @@ from chaos.runs import equal
 from conftest import TINY
 from test_torch_files import state as least
 
-from pipelines.errors import UserError
-from pipelines.plan import BEFORE
+from pipelines.common.errors import UserError
+from pipelines.plan.plan import BEFORE
 from trainer import checkpoint, inference
 from trainer.checkpoint import TrainState, read, read_state
 from trainer.checkpoint_fields import FIELDS, FieldError, check_fields, not_finite, wrong_setting

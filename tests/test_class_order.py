@@ -13,8 +13,8 @@ from conftest import train_here
 from PIL import Image
 from processes import without_workers
 
-from pipelines.errors import UserError
-from pipelines.index import manifest_bytes, read_manifest, sorted_classes
+from pipelines.common.errors import UserError
+from pipelines.shards.index import manifest_bytes, read_manifest, sorted_classes
 from tools import predict
 from tools.average import Scorer
 from tools.sharding.job import BuildOptions, build

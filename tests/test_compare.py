@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from test_export import tiny_hiera
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools import compare
 from tools.comparing import backends, charts, contenders, measuring, ranking, results
 from tools.comparing.contenders import Contender

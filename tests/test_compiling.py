@@ -11,9 +11,9 @@ from processes import interpreted
 from torch import nn
 from torch._dynamo.utils import counters
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.randaugment import has_triton
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.ops.torch_ops import has_triton
 from trainer import compiling
 from trainer import run as trainer
 from trainer.config import parse

@@ -7,7 +7,7 @@ import yaml
 from chaos.settings import VALUES
 from conftest import REPOSITORY
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.config import Config, OptimConfig, parse, to_dict, to_yaml
 from trainer.evaluate import EvalConfig
 from trainer.settings import read_yaml

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.index import sorted_classes
+from pipelines.shards.index import sorted_classes
 from trainer.confusion import num_looked_at, order_warning, taken_for
 
 

@@ -12,9 +12,9 @@ import torch
 from conftest import REPOSITORY, TINY, train_here
 from forked_python import executable
 
-from pipelines.checked import decode_with_pil, refuse_damaged
 from pipelines.cpu import TorchvisionPipeline
-from pipelines.reader import ShardReader
+from pipelines.shards.damage import decode_with_pil, refuse_damaged
+from pipelines.shards.reader import ShardReader
 from tools import doctor
 from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Remaining, diagnose, remaining, seconds_left

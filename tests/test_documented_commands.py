@@ -23,7 +23,7 @@ from documented import DOCUMENTS, NOT_OURS, SBATCH, SUBCOMMANDS, Shown, commands
 from fidelity import command as fidelity
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools import average, benchmark, compare, demo, doctor, export, parity, predict, report, shard_imagenet
 from trainer import evaluate, run
 from trainer.config import Config, parse, to_yaml

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error, reason_of, shortened, system_error_text
+from pipelines.common.errors import UserError, exit_on_user_error, reason_of, shortened, system_error_text
 from tools import shard_imagenet
 from trainer import evaluate
 
@@ -117,7 +117,7 @@ def test_a_system_error_says_where_it_happened_in_any_bytes():
 
 PRINTS = """
 import sys
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 with exit_on_user_error():
     for number in range(int(sys.argv[1])):
         print("a line", number)

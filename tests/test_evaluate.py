@@ -17,8 +17,8 @@ from forked_python import executable
 from PIL import Image
 from processes import without_workers
 
-from pipelines.errors import UserError
-from pipelines.reader import ShardReader
+from pipelines.common.errors import UserError
+from pipelines.shards.reader import ShardReader
 from tools.sharding.job import BuildOptions, build
 from trainer import evaluate, inference, metrics
 from trainer.checkpoint import digest_of

@@ -18,8 +18,8 @@ from forked_python import executable
 from processes import without_workers
 
 from pipelines.batch import Batch
-from pipelines.index import read_index
-from pipelines.plan import BatchPlan, EvalPlan
+from pipelines.plan.plan import BatchPlan, EvalPlan
+from pipelines.shards.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer.config import parse

@@ -20,8 +20,8 @@ from test_folding import with_statistics
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from pipelines.errors import UserError
-from pipelines.files import is_empty, making
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_empty, making
 from tools import compare, export
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.card import card

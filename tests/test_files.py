@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import UserError
-from pipelines.files import locked, move_entries, read_json, replacing, write_synced
+from pipelines.common.errors import UserError
+from pipelines.common.files import locked, move_entries, read_json, replacing, write_synced
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import train_here
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from trainer.checkpoint import read
 from trainer.run_files import full_disk_is_told
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from conftest import REPOSITORY, TINY, run_trainer, train_here
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.files import read_json_lines
+from pipelines.common.files import read_json_lines
 from tools.benchmarks import gpu as gpus
 from trainer import ready
 from trainer.config import parse

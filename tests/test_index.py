@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from pipelines.errors import UserError
-from pipelines.files import sha256_of
-from pipelines.index import manifest_bytes, read_index, read_manifest
-from pipelines.reader import ShardReader, read_ahead
+from pipelines.common.errors import UserError
+from pipelines.common.files import sha256_of
+from pipelines.shards.index import manifest_bytes, read_index, read_manifest
+from pipelines.shards.reader import ShardReader, read_ahead
 from tools.sharding.verify import summarize, verify
 
 

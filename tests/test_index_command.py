@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hand_made import images_of, jpeg, keys, put, refused, run, samples, tar_of
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.image_files import items_of
 from tools.shard_imagenet import main
 from tools.sharding.job import BuildOptions, build

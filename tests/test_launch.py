@@ -196,7 +196,7 @@ def test_a_watchdog_reads_no_state_that_is_none(one_machine):
 
 JOIN = """
 import json, os, sys
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.common.errors import UserError, exit_on_user_error
 from trainer.distributed import join_world
 
 def facts(_device):
@@ -393,7 +393,7 @@ def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_beats():
 LOOP = """
 import os, signal, sys, time
 import torch
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 from trainer.distributed import join_world
 from trainer.watchdog import Beating, watched
 
@@ -559,7 +559,7 @@ RANK = """
 import os, signal, sys, time
 signalled = []
 signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 from trainer.distributed import join_world
 with exit_on_user_error(), join_world("cpu") as world:
     open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.launcher import Launch, launched
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.launcher import Launch, launched
 from tools.shard_imagenet import main
 from trainer.distributed import join_world
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from pipelines.errors import UserError
-from pipelines.machine import expanded, num_cores
+from pipelines.common.errors import UserError
+from pipelines.common.machine import expanded, num_cores
 from tools.arguments import model_argument, path_argument
 from trainer.config import DataConfig, parse
 from trainer.data import rank_threads
@@ -83,7 +83,7 @@ def test_an_affinity_below_the_quota_counts(cores, monkeypatch):
 
 
 def test_every_command_asks_for_cores_in_one_place(monkeypatch):
-    """No file but pipelines/machine.py asks the system; the workers of a conversion and a rank's threads follow it."""
+    """No file but common/machine.py asks the system; the workers of a conversion and a rank's threads follow it."""
     asking = ("cpu_count", "sched_getaffinity")
     files = [path for folder in ("pipelines", "trainer", "tools") for path in (REPOSITORY / folder).rglob("*.py")]
     assert [path.name for path in files if any(word in path.read_text() for word in asking)] == ["machine.py"]
@@ -170,13 +170,13 @@ def test_a_name_that_begins_with_a_tilde_is_written_as_the_message_advises(home)
 WORKER = """
 import tempfile
 from tools.sharding.workers import forkserver_context
-context = forkserver_context("pipelines.machine")
-worker = context.Process(target=exec, args=("import pipelines.machine as m; print(m.__file__, flush=True)",))
+context = forkserver_context("pipelines.common.machine")
+worker = context.Process(target=exec, args=("import pipelines.common.machine as m; print(m.__file__, flush=True)",))
 worker.start()
 worker.join()
 print(tempfile.gettempdir())
 """
-MODULE = REPOSITORY / "pipelines" / "machine.py"
+MODULE = REPOSITORY / "pipelines" / "common" / "machine.py"
 
 
 def run_worker(script: str = WORKER, cwd: Path = REPOSITORY, **environment) -> subprocess.CompletedProcess:
@@ -204,7 +204,7 @@ def test_workers_start_where_tmpdir_is_missing_or_a_file(tmp_path):
 
 def test_without_a_folder_for_sockets_the_error_names_tmpdir_and_its_advice_helps(tmp_path, monkeypatch):
     """Where /tmp cannot be written either."""
-    from pipelines import machine
+    from pipelines.common import machine
 
     long = tmp_path / ("x" * 100)
     long.mkdir()

@@ -12,7 +12,7 @@ import torch
 from conftest import train_here
 from safetensors.torch import save_file
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.comparing.contenders import _identified
 from tools.comparing.contenders import build as built_contender
 from trainer import inference, model_folders

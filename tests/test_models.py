@@ -9,7 +9,7 @@ import timm
 import torch
 from conftest import train_here
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer import inference
 from trainer.config import StudentConfig, TeacherConfig, parse
 from trainer.data import share_of_batch

@@ -15,7 +15,7 @@ from forked_python import executable
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.config import EmaConfig, OptimConfig, parse
 from trainer.data import rank_plans
 from trainer.distributed import World

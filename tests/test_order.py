@@ -8,11 +8,11 @@ import pytest
 from conftest import fake_index
 from scipy import stats
 
-from pipelines import order, rng
-from pipelines.augment import AugmentConfig
-from pipelines.index import ShardIndex, read_index
-from pipelines.plan import TrainPlan
-from pipelines.rng import Stream
+from pipelines.plan import order, rng
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import TrainPlan
+from pipelines.plan.rng import Stream
+from pipelines.shards.index import ShardIndex, read_index
 
 SIZES = [70, 1, 130, 0, 64, 64, 200, 33, 99, 128, 57]  # of the shards: unequal, one of them empty
 WINDOW = 4  # so the last of three windows has three shards

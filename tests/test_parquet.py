@@ -9,8 +9,8 @@ import pyarrow.parquet as parquet
 import pytest
 from hand_made import images_of, jpeg, put, refused, run
 
-from pipelines.errors import UserError
-from pipelines.index import class_order_doubt
+from pipelines.common.errors import UserError
+from pipelines.shards.index import class_order_doubt
 from tools.sharding import parquet as parquet_source
 from tools.sharding.entries import SourceOptions
 from tools.sharding.job import BuildOptions, build

@@ -28,15 +28,16 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, Grayscale
 from torchvision.transforms import functional as F
 
-from pipelines import Pipeline, open_pipeline, probe, reader, resolve_pipeline
-from pipelines.augment import AugmentConfig, Op
-from pipelines.checked import decode_with_pil
+from pipelines import Pipeline, dali_probe, open_pipeline, resolve_pipeline
+from pipelines.common.errors import UserError
 from pipelines.cpu import _RepeatedImages, apply_op, augmented, decode, transform
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex, read_index
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
-from pipelines.probe import probe_decode
-from pipelines.reader import ShardReader
+from pipelines.dali_probe import probe_decode
+from pipelines.plan.draws import AugmentConfig, Op
+from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.shards import reader
+from pipelines.shards.damage import decode_with_pil
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.reader import ShardReader
 from tools.photos import photographs
 from tools.sharding.job import BuildOptions, build
 
@@ -442,7 +443,7 @@ def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jpeg_of(photos).tobytes())))
     with pytest.raises(SystemExit, match="its pixels differ by"):
-        probe._main("cpu", "roi", "1.0")
+        dali_probe._main("cpu", "roi", "1.0")
 
 
 # --- on a GPU ---
@@ -616,7 +617,7 @@ def test_an_image_that_gets_to_dali_and_that_nothing_can_decode_becomes_gray(dig
     """As if the check in front of DALI had missed it: its batch fails in the decoder, and is made once more."""
     nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
     index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes))
-    monkeypatch.setattr("pipelines.checked.CheckedReader._damage", lambda *_: "")
+    monkeypatch.setattr("pipelines.shards.damage.CheckedReader._damage", lambda *_: "")
     told = []
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
     ours = carry_out("dali", index, plans, on_bad=recording(told))
@@ -701,7 +702,7 @@ def test_an_image_that_the_storage_cannot_give_becomes_gray(digits, monkeypatch,
 
     told = []
     monkeypatch.setattr(os, "preadv", failing)
-    monkeypatch.setattr("pipelines.checked._PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("pipelines.shards.damage._PAUSES_S", (0.0, 0.0))
     images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=recording(told))
     assert (images[BAD] == 128).all()
     assert told == [(BAD, "cannot be read (Input/output error)")]
@@ -736,8 +737,8 @@ def test_a_shard_that_shrank_is_named(digits, tmp_path, name):
 def test_readers_raise_the_limit_of_open_files_together(digits):
     """Two splits of many shards, in a process whose limit is low."""
     script = (
-        "import dataclasses, resource, sys; from pathlib import Path; from pipelines.index import read_index;"
-        "from pipelines.reader import ShardReader;"
+        "import dataclasses, resource, sys; from pathlib import Path; from pipelines.shards.index import read_index;"
+        "from pipelines.shards.reader import ShardReader;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 5000));"
         "index = read_index(Path(sys.argv[1]), 'train');"
         "many = dataclasses.replace(index, paths=index.paths * 200);"
@@ -756,8 +757,8 @@ import dataclasses, os, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from pipelines.index import read_index
-from pipelines.reader import ShardReader
+from pipelines.shards.index import read_index
+from pipelines.shards.reader import ShardReader
 
 resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
 index = read_index(Path(sys.argv[1]), "train")
@@ -796,8 +797,8 @@ def test_the_limit_of_open_files_is_named_where_not_even_one_more_can_be_opened(
     """In a process that has everything open that it may; with the limit that the message names it reads."""
     script = (
         "import os, resource, sys; from pathlib import Path; import numpy as np;"
-        "from pipelines.index import read_index;"
-        "from pipelines.reader import ShardReader; reader = ShardReader(read_index(Path(sys.argv[1]), 'train'));"
+        "from pipelines.shards.index import read_index;"
+        "from pipelines.shards.reader import ShardReader; reader = ShardReader(read_index(Path(sys.argv[1]), 'train'));"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 8192));"
         "others = [os.open('/dev/null', os.O_RDONLY) for _ in range(64 - len(os.listdir('/proc/self/fd')) + 1)];"
         "print(len(reader.read(np.arange(3))))"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import fake_index
 
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.plan import LONGEST, PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
+from pipelines.common.errors import UserError
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import LONGEST, PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
 from trainer.data import rank_plans
 from trainer.distributed import World
 
@@ -89,7 +89,7 @@ def test_copies_of_an_image_fall_into_different_groups():
 def test_repeated_augmentation_deals_as_the_authors_sampler():
     """timm's RepeatAugSampler on 8 ranks, given our order instead of its own."""
     plan = TrainPlan(fake_index(5000), AugmentConfig(), seed=1, global_batch=1024, image_size=224, fill=(0, 0, 0))
-    from pipelines import rng
+    from pipelines.plan import rng
 
     order = rng.permute(1, rng.Stream.ORDER, 0, 5000, np.arange(5000))
     repeated = np.repeat(order, 3)

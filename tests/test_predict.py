@@ -23,7 +23,7 @@ from forked_python import executable
 from hand_made import put
 from PIL import Image
 
-from pipelines.index import read_index
+from pipelines.shards.index import read_index
 from tools.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
 from tools.predict import main
 from trainer import inference

@@ -22,9 +22,9 @@ from chaos.runs import equal
 from conftest import REPOSITORY, TINY, train_here
 from forked_python import executable
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.index import read_index
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_index
 from tools import doctor
 from trainer import checkpoint
 from trainer.checkpoint import Writer, checkpoints, read

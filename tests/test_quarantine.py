@@ -11,9 +11,9 @@ from PIL import Image
 from ranks import run_ranks
 from sklearn.datasets import load_sample_images
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.index import read_index
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_index
 from tools.sharding.job import BuildOptions, build
 from trainer.quarantine import QUARANTINE
 from trainer.run import main

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from processes import REPOSITORY, interpreted
 
-from pipelines.augment import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
-from pipelines.randaugment import apply_ops, erase, kernel_trouble
+from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
+from pipelines.plan.draws import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
 from tools.photos import photographs
 
 FILL = (124, 116, 104)
@@ -202,7 +202,7 @@ def test_what_keeps_the_kernel_from_running_is_known_without_running_it():
 def test_without_a_c_compiler_torch_takes_the_kernels_place(tmp_path):
     script = """
 import numpy as np, torch
-from pipelines.randaugment import apply_ops, kernel_trouble
+from pipelines.ops.torch_ops import apply_ops, kernel_trouble
 assert kernel_trouble(), "the kernel runs"
 images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device="cuda").view(2, 8, 8, 3)
 operations = np.full((2, 1), 3, np.uint8), np.zeros((2, 1), np.float32), (1, 2, 3)

@@ -18,8 +18,8 @@ from PIL import Image
 
 import trainer.report
 from pipelines.batch import Batch
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from tools.report import main
 from trainer.charts import moving_average
 from trainer.config import parse, to_yaml

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines import rng
-from pipelines.rng import Stream
+from pipelines.plan import rng
+from pipelines.plan.rng import Stream
 
 
 def test_any_split_of_a_range_gives_the_same_rows():

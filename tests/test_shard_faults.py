@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 from test_shard_imagenet import TOOL, convert, tree
 
-from pipelines.errors import UserError
-from pipelines.index import read_index
+from pipelines.common.errors import UserError
+from pipelines.shards.index import read_index
 from tools.photos import photographs
 from tools.shard_imagenet import main
 from tools.sharding.job import merge

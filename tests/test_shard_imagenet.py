@@ -16,9 +16,9 @@ import webdataset
 from conftest import REPOSITORY
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.index import read_index, read_manifest
-from pipelines.reader import ShardReader
+from pipelines.common.errors import UserError
+from pipelines.shards.index import read_index, read_manifest
+from pipelines.shards.reader import ShardReader
 from tools.photos import photographs
 from tools.shard_imagenet import main
 from tools.sharding import assembly, job

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_kaggle
 
-from pipelines import files
-from pipelines.errors import UserError
-from pipelines.index import class_order_doubt, manifest_bytes, read_index, read_manifest
+from pipelines.common import files
+from pipelines.common.errors import UserError
+from pipelines.shards.index import class_order_doubt, manifest_bytes, read_index, read_manifest
 from tools.shard_imagenet import main
 from tools.sharding import job
 from tools.sharding.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden

@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from hand_made import keys, listed, put, refused, run, samples, tar_of
 
-from pipelines.index import read_index
+from pipelines.shards.index import read_index
 from tools.image_files import items_of
 from tools.sharding.ilsvrc import _Part
 from tools.sharding.reindex import index_webdataset

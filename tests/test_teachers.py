@@ -16,9 +16,9 @@ from PIL import Image
 from ranks import run_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.index import read_manifest
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_manifest
 from trainer.classes import class_order, read_classes
 from trainer.config import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
 from trainer.data import dataset_classes, rank_plans

@@ -13,8 +13,8 @@ import torch
 from chaos.attempts import isolated
 from conftest import TINY, train_here
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from trainer.config import parse
 from trainer.distributed import World
 from trainer.loggers import WANDB_ID, scalars

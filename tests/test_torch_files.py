@@ -22,7 +22,7 @@ from chaos.runs import equal
 from conftest import REPOSITORY
 from forked_python import executable
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer import checkpoint
 from trainer.torch_files import ClaimError, check_content, load_plain
 from trainer.weights import read_file, read_weights
@@ -228,7 +228,7 @@ def folder_of_two(folder: Path) -> list[Path]:
 SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tests.chaos.attempts import mapped_bytes
 from trainer import checkpoint
 limit = mapped_bytes() + (40 << 20)

@@ -19,10 +19,10 @@ from conftest import REPOSITORY, TINY, run_trainer, train_here
 from forked_python import executable
 from ranks import run_ranks
 
-from pipelines.errors import UserError
-from pipelines.files import locked, read_json_lines
-from pipelines.index import read_index
-from pipelines.plan import BEFORE, EvalPlan
+from pipelines.common.errors import UserError
+from pipelines.common.files import locked, read_json_lines
+from pipelines.plan.plan import BEFORE, EvalPlan
+from pipelines.shards.index import read_index
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
 from trainer.checkpoint_settings import refuse_other_plan

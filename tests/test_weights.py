@@ -14,7 +14,7 @@ import timm
 import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.config import TeacherConfig
 from trainer.teachers import build_teacher
 from trainer.weights import PlainData, read_file, read_weights, select_weights, unwrapped

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.machine import expanded
+from pipelines.common.errors import UserError
+from pipelines.common.machine import expanded
 
 
 def path_argument(text: str) -> Path:

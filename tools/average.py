@@ -26,9 +26,9 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from pipelines.errors import ROOM, UserError, advice_against, exit_on_user_error
-from pipelines.files import refuse_place, sha256_of
-from pipelines.index import read_index, read_manifest
+from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
+from pipelines.common.files import refuse_place, sha256_of
+from pipelines.shards.index import read_index, read_manifest
 from tools.arguments import path_argument
 from trainer import checkpoint, inference, metrics
 from trainer.checkpoint_fields import not_finite

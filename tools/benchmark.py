@@ -19,8 +19,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.machine import num_cores
 from tools.arguments import path_argument
 from tools.benchmarks import decode as decodes
 from tools.benchmarks import loader as loaders

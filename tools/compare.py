@@ -23,9 +23,9 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.errors import UserError, clipped, exit_on_user_error
-from pipelines.files import write_synced
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError, clipped, exit_on_user_error
+from pipelines.common.files import write_synced
+from pipelines.common.machine import num_cores
 from tools.arguments import model_argument, path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparing import charts, results

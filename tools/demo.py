@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.common.errors import UserError, exit_on_user_error
 from tools.arguments import path_argument
 from trainer.checkpoint import checkpoints
 from trainer.report import write_report

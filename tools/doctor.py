@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import resolve_pipeline
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.machine import num_cores
 from tools.arguments import path_argument
 from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left

@@ -21,8 +21,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, advice_against, clipped, exit_on_user_error, named
-from pipelines.files import is_empty, making
+from pipelines.common.errors import UserError, advice_against, clipped, exit_on_user_error, named
+from pipelines.common.files import is_empty, making
 from tools.arguments import model_argument, path_argument
 from tools.exporting.attention import PLAIN_ATTENTION, fused_or_plain
 from tools.exporting.card import CARD, ONNX, PROGRAM, card, read_evaluation

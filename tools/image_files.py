@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_hidden
+from pipelines.common.machine import num_cores
 from pipelines.cpu import crop_resize, decode
-from pipelines.errors import UserError
-from pipelines.files import is_hidden
-from pipelines.jpeg import check_scans
-from pipelines.machine import num_cores
-from pipelines.reader import look_ahead
+from pipelines.shards.jpeg import check_scans
+from pipelines.shards.reader import look_ahead
 from pipelines.synthetic import synthetic_index
 from tools.sharding.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.sharding.images import (

@@ -3,9 +3,9 @@
 import torch
 
 from pipelines import Pipeline, open_pipeline
-from pipelines.checked import refuse_damaged
-from pipelines.index import ShardIndex
-from pipelines.probe import probe_dataset
+from pipelines.dali_probe import probe_dataset
+from pipelines.shards.damage import refuse_damaged
+from pipelines.shards.index import ShardIndex
 from trainer.config import DataConfig
 
 

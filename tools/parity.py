@@ -19,8 +19,8 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 from rich import box
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import refuse_place, write_synced
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.files import refuse_place, write_synced
 from tools.arguments import path_argument
 from tools.benchmarks.measure import console, machine
 from tools.comparison.rows import Row

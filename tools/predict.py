@@ -29,10 +29,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from pipelines.errors import UserError, advice_against, exit_on_user_error, named
-from pipelines.files import refuse_place, replacing
-from pipelines.index import MANIFEST, read_manifest
-from pipelines.reader import read_ahead
+from pipelines.common.errors import UserError, advice_against, exit_on_user_error, named
+from pipelines.common.files import refuse_place, replacing
+from pipelines.shards.index import MANIFEST, read_manifest
+from pipelines.shards.reader import read_ahead
 from tools.arguments import path_argument
 from tools.image_files import Item, items_of, look_at_batches, survey
 from tools.opening import first_device

@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 from tools.arguments import path_argument
 from trainer.report import PAGE, write_report
 

@@ -25,10 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from pipelines.errors import UserError, exit_on_user_error, named, write_error_line
-from pipelines.index import CLASS_ORDERS
-from pipelines.launcher import launched
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
+from pipelines.common.launcher import launched
+from pipelines.common.machine import num_cores
+from pipelines.shards.index import CLASS_ORDERS
 from tools.arguments import path_argument
 from tools.sharding import job, reindex
 from tools.sharding.assembly import TOOL

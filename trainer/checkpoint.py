@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.errors import ROOM, UserError, advice_against, clipped
-from pipelines.files import replacing
-from pipelines.plan import BEFORE
+from pipelines.common.errors import ROOM, UserError, advice_against, clipped
+from pipelines.common.files import replacing
+from pipelines.plan.plan import BEFORE
 from trainer.checkpoint_fields import (
     FieldError,
     check_fields,
@@ -39,7 +39,9 @@ _CHUNK = 64 << 20  # bytes of pinned memory that are asked for at once
 _ALIGNMENT = 64  # a tensor in it begins at a multiple of so many bytes
 BEST = "best.pt"
 _OWN_NAME = re.compile(r"step-\d{8,}\.pt")
-_OWN_PARTIAL = re.compile(r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial")  # as pipelines.files.replacing names them
+_OWN_PARTIAL = re.compile(
+    r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial"
+)  # as pipelines.common.files.replacing names them
 
 
 @dataclasses.dataclass

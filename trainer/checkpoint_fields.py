@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from pipelines.errors import clipped
-from pipelines.ranges import misfit
+from pipelines.common.errors import clipped
+from pipelines.common.settings import misfit
 from trainer.audit import are_audit_rows
 from trainer.config import Config
 from trainer.optim import running_statistics

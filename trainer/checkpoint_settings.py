@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines import PIXELS_VERSION
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
+from pipelines.common.versions import package_versions
 from trainer.checkpoint_fields import wrong_setting
 from trainer.config import Config, to_dict
-from trainer.versions import package_versions
 
 
 def changes(saved: dict, current: dict) -> list[str]:

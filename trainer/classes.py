@@ -4,8 +4,8 @@ import collections
 import re
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.index import class_order_doubt, read_manifest
+from pipelines.common.errors import UserError
+from pipelines.shards.index import class_order_doubt, read_manifest
 
 
 def class_order(names: list[str], listed: list[str], source: Path | str, key: str) -> list[int]:

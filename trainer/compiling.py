@@ -7,8 +7,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
-from pipelines import randaugment
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
+from pipelines.ops import torch_ops
 from trainer.distributed import World
 
 COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
@@ -57,7 +57,7 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
 
 def kernel_trouble(world: World) -> str:
     """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
-    mine = randaugment.kernel_trouble() if world.device.type == "cuda" else ""
+    mine = torch_ops.kernel_trouble() if world.device.type == "cuda" else ""
     return next(filter(None, world.gather([mine])), "")
 
 

@@ -10,10 +10,10 @@ from typing import Literal
 import yaml
 
 from pipelines import PIPELINES
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.plan import LARGEST_SIDE, size_schedule
-from pipelines.ranges import Section, check, setting
+from pipelines.common.errors import UserError
+from pipelines.common.settings import Section, check, setting
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import LARGEST_SIDE, size_schedule
 from trainer.model_arguments import Kwargs, check_kwargs
 from trainer.settings import parse_settings
 

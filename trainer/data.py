@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipelines import Pipeline, open_pipeline, resolve_pipeline
-from pipelines.errors import UserError
-from pipelines.files import read_json
-from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.machine import num_cores
-from pipelines.plan import BatchPlan, TrainPlan, size_schedule
-from pipelines.probe import probe_dataset
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json
+from pipelines.common.machine import num_cores
+from pipelines.dali_probe import probe_dataset
+from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
+from pipelines.shards.index import ShardIndex, read_index, read_manifest
 from pipelines.synthetic import synthetic_index
 from trainer.config import Config, DataConfig, ImagesConfig
 from trainer.distributed import World

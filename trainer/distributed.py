@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError, write_error_line
-from pipelines.launcher import Launch, launched
+from pipelines.common.errors import UserError, write_error_line
+from pipelines.common.launcher import Launch, launched
 from trainer import ready
 from trainer.memory import keep_freed_memory
 

@@ -26,11 +26,12 @@ from timm.data import ImageNetInfo
 
 from pipelines import resolve_pipeline
 from pipelines.batch import Batch
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import refuse_place, write_synced
-from pipelines.index import ShardIndex, read_index, read_manifest
-from pipelines.plan import LARGEST_SIDE
-from pipelines.ranges import Section, setting
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.files import refuse_place, write_synced
+from pipelines.common.settings import Section, setting
+from pipelines.common.versions import package_versions
+from pipelines.plan.plan import LARGEST_SIDE
+from pipelines.shards.index import ShardIndex, read_index, read_manifest
 from trainer import inference, metrics
 from trainer.classes import check_order_stated, class_order, order_doubt
 from trainer.config import ImagesConfig
@@ -45,7 +46,6 @@ from trainer.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.ready import code_version
 from trainer.settings import parse_settings
 from trainer.validation import Classifier, num_eval_batches, predict
-from trainer.versions import package_versions
 
 _WORST = 10  # classes that are shown
 _TIMM_REAL = "imagenet"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pipelines.errors import UserError
-from pipelines.plan import TrainPlan
+from pipelines.common.errors import UserError
+from pipelines.plan.plan import TrainPlan
 from trainer.checkpoint import TrainState
 from trainer.config import Config
 from trainer.data import Pipelines, rank_plans

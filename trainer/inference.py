@@ -14,10 +14,10 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from pipelines.errors import UserError, clipped
-from pipelines.index import MANIFEST, ShardIndex
-from pipelines.machine import expanded
-from pipelines.plan import EvalPlan
+from pipelines.common.errors import UserError, clipped
+from pipelines.common.machine import expanded
+from pipelines.plan.plan import EvalPlan
+from pipelines.shards.index import MANIFEST, ShardIndex
 from trainer import checkpoint
 from trainer.checkpoint_settings import check_settings, with_defaults
 from trainer.classes import read_classes

@@ -4,8 +4,8 @@ import secrets
 from collections.abc import Iterator
 from typing import Protocol
 
-from pipelines.errors import UserError
-from pipelines.files import write_synced
+from pipelines.common.errors import UserError
+from pipelines.common.files import write_synced
 from trainer.config import Config, to_dict
 
 WANDB_ID = "wandb-id.txt"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.errors import UserError
-from pipelines.plan import TrainPlan
+from pipelines.common.errors import UserError
+from pipelines.plan.plan import TrainPlan
 from trainer import checkpoint
 from trainer.checkpoint import TrainState
 from trainer.compiling import COMPILE_PATIENCE_S

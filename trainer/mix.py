@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from pipelines.batch import Batch
-from pipelines.randaugment import kernel_trouble
+from pipelines.ops.torch_ops import kernel_trouble
 
 
 def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:

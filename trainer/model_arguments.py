@@ -1,6 +1,6 @@
 """Arguments of timm.create_model that people and files may give for a model."""
 
-from pipelines.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped
 
 Kwargs = dict[str, bool | int | float | str | list | None]
 _LARGEST_ARGUMENT = 16_384  # wide enough for timm's widest models

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pipelines.errors import UserError, reason_of
+from pipelines.common.errors import UserError, reason_of
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.model_folders import layer_names

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped
-from pipelines.plan import LARGEST_SIDE
+from pipelines.common.errors import UserError, clipped
+from pipelines.plan.plan import LARGEST_SIDE
 from trainer.model_arguments import Kwargs, check_sizes, without_reserved
 
 CONFIG = "config.json"

@@ -12,7 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from pipelines.errors import UserError, clipped, reason_of
+from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.checkpoint_fields import not_finite
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import StudentConfig

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.files import split_json_lines
-from pipelines.index import ShardIndex
+from pipelines.common.errors import UserError
+from pipelines.common.files import split_json_lines
+from pipelines.shards.index import ShardIndex
 from trainer.distributed import World
 from trainer.run_files import is_quarantine_line, naming
 

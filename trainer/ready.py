@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError, write_error_line
-from pipelines.files import parsed_json, sha256_of
-from pipelines.index import read_manifest
-from pipelines.launcher import launched
+from pipelines.common.errors import UserError, write_error_line
+from pipelines.common.files import parsed_json, sha256_of
+from pipelines.common.launcher import launched
+from pipelines.common.versions import package_versions
+from pipelines.shards.index import read_manifest
 from trainer.config import Config, to_dict
 from trainer.model_folders import CONFIG, named_folder
-from trainer.versions import package_versions
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.

@@ -18,8 +18,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipelines.errors import UserError, clipped, with_escaped_bytes, write_error_line
-from pipelines.files import split_json_lines, write_synced
+from pipelines.common.errors import UserError, clipped, with_escaped_bytes, write_error_line
+from pipelines.common.files import split_json_lines, write_synced
 from trainer.audit import audit
 from trainer.charts import Chart, Curve, draw
 from trainer.config import parse

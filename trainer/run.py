@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from pipelines import Pipeline, resolve_pipeline
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.files import locked, write_synced
-from pipelines.plan import EvalPlan, TrainPlan
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.files import locked, write_synced
+from pipelines.plan.plan import EvalPlan, TrainPlan
 from trainer import checkpoint
 from trainer.audit import audit, audit_table
 from trainer.checkpoint import TrainState, Writer

@@ -9,8 +9,8 @@ import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipelines.errors import ROOM, UserError, advice_against
-from pipelines.files import parsed_json, split_json_lines
+from pipelines.common.errors import ROOM, UserError, advice_against
+from pipelines.common.files import parsed_json, split_json_lines
 from trainer.audit import are_audit_rows
 
 METRICS = "metrics.jsonl"

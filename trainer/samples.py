@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipelines.batch import Batch
-from pipelines.files import write_synced
+from pipelines.common.files import write_synced
 from trainer.mix import mix_pixels
 
 SAMPLES = "samples.png"

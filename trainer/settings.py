@@ -17,8 +17,8 @@ from typing import TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pipelines.errors import UserError, clipped, with_escaped_bytes
-from pipelines.machine import expanded
+from pipelines.common.errors import UserError, clipped, with_escaped_bytes
+from pipelines.common.machine import expanded
 
 T = TypeVar("T")
 _LISTS = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}]"

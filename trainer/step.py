@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import rng
 from pipelines.batch import Batch
+from pipelines.plan import rng
 from trainer.compiling import Compiler, as_it_is
 from trainer.config import DistillConfig
 from trainer.distributed import World

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipelines.batch import Batch
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.classes import check_order_stated, class_order, listed_outputs
 from trainer.config import Config, OtherTeacher, TeacherConfig
 from trainer.confusion import order_warning

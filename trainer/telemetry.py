@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from pipelines.errors import UserError
-from pipelines.files import split_json_lines, write_synced
+from pipelines.common.errors import UserError
+from pipelines.common.files import split_json_lines, write_synced
 from trainer.distributed import World
 from trainer.loggers import Sink
 from trainer.run_files import METRICS, UNUSABLE, is_metrics_line, naming

@@ -22,7 +22,7 @@ from typing import BinaryIO, ClassVar
 
 import torch
 
-from pipelines.errors import UserError, clipped, reason_of
+from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.memory import is_out_of_memory
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before version 1.6. Source: torch.serialization

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines import Pipeline
 from pipelines.batch import Batch
-from pipelines.plan import BatchPlan, EvalPlan
+from pipelines.plan.plan import BatchPlan, EvalPlan
 from trainer import metrics
 from trainer.distributed import World
 from trainer.metrics import Predictions

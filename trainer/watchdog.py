@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from pipelines.errors import UserError, write_error_line
+from pipelines.common.errors import UserError, write_error_line
 from trainer.distributed import World
 from trainer.ready import host_of_main, json_object, ranks_text, serve_store
 

@@ -9,8 +9,8 @@ import numpy as np
 import timm
 import torch
 
-from pipelines.errors import UserError, clipped, named
-from pipelines.files import instead_of_content
+from pipelines.common.errors import UserError, clipped, named
+from pipelines.common.files import instead_of_content
 from trainer.checkpoint import DamagedError, checked, is_of_trainer
 from trainer.torch_files import ClaimError, load_plain, memory_for, require_regular
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
-from pipelines.errors import UserError, exit_on_user_error
+from pipelines.common.errors import UserError, exit_on_user_error
 from tools import average, export, predict
 from tools.comparing import contenders
 from tools.sharding.job import BuildOptions, build

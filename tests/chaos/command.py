@@ -17,9 +17,9 @@ from rich.progress import track
 
 from chaos import checkpoints, parquet, reports, runs, settings, system_calls, tars
 from chaos.attempts import Attempt
-from pipelines.errors import exit_on_user_error
-from pipelines.files import write_synced
-from pipelines.machine import num_cores
+from pipelines.common.errors import exit_on_user_error
+from pipelines.common.files import write_synced
+from pipelines.common.machine import num_cores
 from tools.arguments import path_argument
 
 # Each has PROMISE, what must hold, and attempts(folder, seed), which never ends; with how many are tried by default.

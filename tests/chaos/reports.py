@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chaos.attempts import Attempt, isolated
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 from tools.report import main
 from trainer.config import Config, to_yaml
 from trainer.quarantine import QUARANTINE

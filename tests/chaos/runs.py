@@ -19,9 +19,9 @@ import torch
 from processes import exit_with, free_port, without_workers
 
 from chaos.attempts import Attempt
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
-from pipelines.index import read_index
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer

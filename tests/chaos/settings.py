@@ -13,7 +13,7 @@ from typing import TypeVar
 import yaml
 
 from chaos.attempts import Attempt, isolated
-from pipelines.errors import exit_on_user_error
+from pipelines.common.errors import exit_on_user_error
 from trainer import run as trainer
 from trainer.config import Config, parse
 from trainer.evaluate import EvalConfig

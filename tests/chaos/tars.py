@@ -16,7 +16,7 @@ from scipy.io import savemat
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.conversions import jpeg, shard, tree
-from pipelines.index import read_index
+from pipelines.shards.index import read_index
 from tools.image_files import items_of
 
 PROMISE = (

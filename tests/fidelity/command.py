@@ -24,8 +24,8 @@ from fidelity import (
 )
 from fidelity.old_timm import VERSION, authors, check_installed
 from fidelity.rows import Row
-from pipelines.errors import UserError, exit_on_user_error
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.machine import num_cores
 from tools.arguments import path_argument
 from tools.benchmarks.measure import machine
 from tools.parity import write_markdown

@@ -9,9 +9,9 @@ import numpy as np
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, alike, as_often
-from pipelines import augment, rng
-from pipelines.augment import AugmentConfig
-from pipelines.rng import Stream
+from pipelines.plan import draws, rng
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.rng import Stream
 from tools.comparison.timm_reference import NAMES
 
 SEED, COUNT, SIDE = 3, 100_000, 224
@@ -24,8 +24,8 @@ def rows() -> Iterator[Row]:
     drawn = theirs("draws", count=np.array(COUNT), seed=np.array(SEED), sizes=np.array(SIZES), side=np.array(SIDE))
     assert drawn["names"].tolist() == list(NAMES.values())
     yield from _crops(drawn["crops"])
-    uniforms = rng.uniforms(SEED, Stream.CROP, 0, COUNT, augment.CROP_DRAWS)
-    flips = augment.flips(uniforms, CONFIG)
+    uniforms = rng.uniforms(SEED, Stream.CROP, 0, COUNT, draws.CROP_DRAWS)
+    flips = draws.flips(uniforms, CONFIG)
     names = "augment.flips", "RandomHorizontalFlip"
     yield as_often("flips", names, *(np.bincount(each, minlength=2) for each in (flips, drawn["flips"])))
     yield from _operations(drawn["ops"], drawn["args"])
@@ -35,8 +35,8 @@ def rows() -> Iterator[Row]:
 def _crops(drawn: np.ndarray) -> Iterator[Row]:
     """Area, aspect and corner of the crops of images of each size."""
     for number, ((height, width), timms) in enumerate(zip(SIZES, drawn, strict=True)):
-        uniforms = rng.uniforms(SEED, Stream.CROP, number * COUNT, (number + 1) * COUNT, augment.CROP_DRAWS)
-        ours = augment.resized_crops(uniforms, np.full(COUNT, height), np.full(COUNT, width), CONFIG)
+        uniforms = rng.uniforms(SEED, Stream.CROP, number * COUNT, (number + 1) * COUNT, draws.CROP_DRAWS)
+        ours = draws.resized_crops(uniforms, np.full(COUNT, height), np.full(COUNT, width), CONFIG)
         names = "augment.resized_crops", "RandomResizedCrop…"
         for what, of in {
             "area": lambda box: box[:, 2] * box[:, 3],
@@ -49,8 +49,8 @@ def _crops(drawn: np.ndarray) -> Iterator[Row]:
 
 def _operations(timm_ops: np.ndarray, timm_args: np.ndarray) -> Iterator[Row]:
     """How many operations are applied, which, in which order, and with which arguments."""
-    uniforms = rng.uniforms(SEED, Stream.RANDAUGMENT, 0, COUNT, augment.randaugment_draws(CONFIG))
-    ops, args = augment.randaugment(uniforms, CONFIG)
+    uniforms = rng.uniforms(SEED, Stream.RANDAUGMENT, 0, COUNT, draws.randaugment_draws(CONFIG))
+    ops, args = draws.randaugment(uniforms, CONFIG)
     names = "augment.randaugment", "RandAugment"
     counts = [np.bincount((each > 0).sum(axis=1), minlength=3) for each in (ops, timm_ops)]
     yield as_often("operations an image", names, *counts)
@@ -72,8 +72,8 @@ def _pairs(ops: np.ndarray) -> np.ndarray:
 
 def _mixes(timm_cutmix: np.ndarray, timm_lam: np.ndarray, timm_box: np.ndarray) -> Iterator[Row]:
     """CutMix or mixup, and its lambda or box. A plan calls CutMix with an empty box mixup with lambda 1."""
-    uniforms = rng.uniforms(SEED, Stream.MIX, 0, COUNT, augment.MIX_DRAWS)
-    lam, box = augment.mixes(uniforms, SIDE, CONFIG)
+    uniforms = rng.uniforms(SEED, Stream.MIX, 0, COUNT, draws.MIX_DRAWS)
+    lam, box = draws.mixes(uniforms, SIDE, CONFIG)
     timm_box = np.where((timm_cutmix & (timm_box[:, 2:].prod(axis=1) > 0))[:, None], timm_box, 0)
     ours, timms = box[:, 2] > 0, timm_box[:, 2] > 0
     names = "augment.mixes", "FastCollateMixup"

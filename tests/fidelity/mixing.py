@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
-from pipelines import augment, rng
-from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
-from pipelines.rng import Stream
+from pipelines.plan import draws, rng
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.rng import Stream
 from trainer.mix import mix_pixels, partners
 
 SEED, SIZE, CLASSES = 2, 96, 1000
@@ -56,9 +56,9 @@ def every_pair() -> np.ndarray:
 def _draws(num_groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each group of a plan: its lambda (float32), the lambda before rounding (float64), and its box."""
     config = AugmentConfig()
-    uniforms = rng.uniforms(SEED, Stream.MIX, 0, num_groups, augment.MIX_DRAWS)
-    lam, box = augment.mixes(uniforms, SIZE, config)
-    exact = np.where(box.any(axis=1), lam, augment.beta_quantile(uniforms[:, 2], config.mixup_alpha))
+    uniforms = rng.uniforms(SEED, Stream.MIX, 0, num_groups, draws.MIX_DRAWS)
+    lam, box = draws.mixes(uniforms, SIZE, config)
+    exact = np.where(box.any(axis=1), lam, draws.beta_quantile(uniforms[:, 2], config.mixup_alpha))
     return lam, exact, box.astype(np.int64)
 
 

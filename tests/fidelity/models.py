@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fidelity.old_timm import models_of
 from fidelity.rows import Row
 from fidelity.zoo import MODELS, as_known, both, dropouts
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.config import OptimConfig
 from trainer.models import create_model
 from trainer.optim import build_optimizer

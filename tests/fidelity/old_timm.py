@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from processes import REPOSITORY
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 VERSION = "0.5.4"
 FOLDER = REPOSITORY / ".fidelity"  # where `make fidelity` installs it

@@ -11,9 +11,9 @@ import torch
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
-from pipelines import order
-from pipelines.augment import AugmentConfig
-from pipelines.plan import EvalPlan, TrainPlan
+from pipelines.plan import order
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.synthetic import synthetic_index
 from trainer.distributed import World
 from trainer.validation import eval_plans

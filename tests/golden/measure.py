@@ -15,10 +15,10 @@ from forked_python import executable
 from processes import REPOSITORY, without_workers
 
 from pipelines import Pipeline, open_pipeline
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex, read_index
-from pipelines.plan import TrainPlan
+from pipelines.common.errors import UserError
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import TrainPlan
+from pipelines.shards.index import ShardIndex, read_index
 from tools.benchmarks.measure import machine
 from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build

@@ -10,8 +10,8 @@ import torch
 
 from gpu_stub.runs import GPU, arguments, built, teacher_file
 from gpu_stub.stand_in import DeviceMemory
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
+from pipelines.common.errors import UserError
+from pipelines.shards.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
 from trainer import metrics, run
 from trainer.config import parse

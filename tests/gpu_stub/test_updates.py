@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_stub.runs import GPU, built, teacher_file, updates
 from gpu_stub.stand_in import triton_launches
-from pipelines.augment import Op
-from pipelines.plan import EvalPlan
-from pipelines.randaugment import apply_ops, erase, kernel_trouble
+from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
+from pipelines.plan.draws import Op
+from pipelines.plan.plan import EvalPlan
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
 from trainer import metrics
 from trainer.mix import Normalize

@@ -1,7 +1,7 @@
 """DALI's decode paths: which of them work on this machine, and how many training batches a second each makes.
 
-A path is tried in a process of its own first, as a run tries it (pipelines/probe.py), since decoding regions has been
-seen to end the process. Then the recipe's batches are made with it: read, decoded, cropped, resized and augmented. What
+A path is tried in a process of its own first, as a run tries it (pipelines/dali_probe.py), since decoding regions has
+been seen to end the process. Then the recipe's batches are made with it: read, decoded, cropped, resized and augmented. What
 is known to be safe comes first, so that a path which fails on whole batches only costs no other row.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.augment import AugmentConfig
-from pipelines.index import ShardIndex, read_index
-from pipelines.machine import num_cores
-from pipelines.plan import TrainPlan
-from pipelines.probe import decode_failure
-from pipelines.reader import ShardReader
+from pipelines.common.machine import num_cores
+from pipelines.dali_probe import decode_failure
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import TrainPlan
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.reader import ShardReader
 from tools.benchmarks.loader import SIZE_PX, batch_seconds
 from tools.benchmarks.measure import speeds
 from tools.opening import first_device, opened

@@ -22,8 +22,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.files import read_json, write_synced
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json, write_synced
 from tools.benchmarks.processes import REPOSITORY
 
 SUMMARY = "gpu-first.json"

@@ -37,11 +37,11 @@ from pathlib import Path
 import torch
 
 from pipelines import Pipeline
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex, read_index
-from pipelines.machine import num_cores, use_short_socket_names
-from pipelines.plan import BatchPlan, TrainPlan
+from pipelines.common.errors import UserError
+from pipelines.common.machine import num_cores, use_short_socket_names
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import BatchPlan, TrainPlan
+from pipelines.shards.index import ShardIndex, read_index
 from tools.benchmarks import stages
 from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize
 from tools.opening import decode_path, first_device, opened

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipelines.errors import UserError
-from pipelines.files import refuse_place
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError
+from pipelines.common.files import refuse_place
+from pipelines.common.machine import num_cores
 
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
 _NOT_INSTALLED = "not installed"

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.augment import AugmentConfig
-from pipelines.files import sha256_of, write_synced
-from pipelines.index import (
+from pipelines.common.files import sha256_of, write_synced
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import TrainPlan
+from pipelines.shards.index import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
@@ -30,7 +31,6 @@ from pipelines.index import (
     sample_dtype,
     split_digest,
 )
-from pipelines.plan import TrainPlan
 
 SAMPLES = (10_000, 100_000, 1_281_167, 14_000_000)
 _REPOSITORY = Path(__file__).resolve().parents[2]

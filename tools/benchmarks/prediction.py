@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.benchmarks.processes import REPOSITORY, run_training
 from tools.benchmarks.runs import random_weights
 from tools.demo import write_digits

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from trainer.run_files import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]

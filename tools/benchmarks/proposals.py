@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
-from pipelines.machine import num_cores
-from pipelines.reader import ShardReader
+from pipelines.common.errors import UserError
+from pipelines.common.machine import num_cores
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.reader import ShardReader
 from tools.benchmarks.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_of, plans_of_size, rates, rounds
 from tools.sharding.images import CheckedImage, ImageOptions, check_image
 from trainer.config import Config

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines import rng
-from pipelines.index import ShardIndex, read_index
-from pipelines.reader import PLANS_AHEAD, ShardReader, look_ahead, places
+from pipelines.plan import rng
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.reader import PLANS_AHEAD, ShardReader, look_ahead, places
 from tools.benchmarks.measure import interleaved, ratio, timed
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.benchmarks.processes import run_training
 from tools.benchmarks.runs import compiled_or_not, random_weights, teacher_or_none
 from trainer import checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.benchmarks.measure import timed_on_device
 from trainer.config import Config, parse
 from trainer.distributed import alone

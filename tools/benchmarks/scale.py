@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError
+from pipelines.common.machine import num_cores
+from pipelines.plan.draws import AugmentConfig
 from tools.benchmarks.measure import interleaved, ratio, speeds
 from tools.benchmarks.planning import SAMPLES, plan_rows
 from tools.benchmarks.processes import run_training

@@ -27,10 +27,10 @@ import torch.distributed as dist
 
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.batch import Batch, BatchMaker
-from pipelines.checked import CheckedReader
-from pipelines.index import ShardIndex
-from pipelines.plan import BatchPlan
-from pipelines.reader import PLANS_AHEAD, look_ahead, places
+from pipelines.plan.plan import BatchPlan
+from pipelines.shards.damage import CheckedReader
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.reader import PLANS_AHEAD, look_ahead, places
 from pipelines.synthetic import SyntheticPipeline
 from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize, timed_on_device
 from trainer.config import TeacherConfig

@@ -34,8 +34,8 @@ import torch
 from torch import nn
 
 from pipelines.batch import Batch
-from pipelines.errors import UserError
-from pipelines.files import read_json_lines
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json_lines
 from tools.benchmarks.measure import interleaved, ratio, speeds, timed_on_device
 from tools.benchmarks.runs import (
     CLASSES,

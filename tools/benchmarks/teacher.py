@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
-from pipelines.index import read_index
-from pipelines.machine import expanded, num_cores
-from pipelines.plan import TrainPlan
+from pipelines.common.machine import expanded, num_cores
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import TrainPlan
+from pipelines.shards.index import read_index
 from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, timed_on_device
 from tools.benchmarks.runs import CLASSES, updates_of_a_turn
 from tools.opening import first_device, opened

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from pipelines import Pipeline, resolve_pipeline
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex, read_index
-from pipelines.machine import num_cores
+from pipelines.common.errors import UserError
+from pipelines.common.machine import num_cores
+from pipelines.shards.index import ShardIndex, read_index
 from pipelines.synthetic import SyntheticPipeline
 from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize, timed_on_device
 from tools.benchmarks.runs import (

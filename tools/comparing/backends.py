@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.comparing.contenders import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Contender, build
 from tools.exporting.onnx_file import IMAGES, LOGITS
 from trainer.compiling import compiled

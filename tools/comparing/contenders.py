@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer import inference

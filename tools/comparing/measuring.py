@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from tools.comparing.backends import BACKENDS, BATCH, Backend, Opening, Session
 from tools.comparing.contenders import REFERENCE, Contender, Facts, prepare
 from tools.sharding.workers import end_with_parent, forkserver_context

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.errors import named, with_escaped_bytes
+from pipelines.common.errors import named, with_escaped_bytes
 from tools.comparing import ranking
 from tools.comparing.contenders import Accuracy, Facts
 from tools.comparing.measuring import Measured, Prepared

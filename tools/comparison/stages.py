@@ -14,16 +14,16 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from torchvision.transforms import functional as F
 
-from pipelines import augment, rng
-from pipelines.augment import AugmentConfig
 from pipelines.batch import Batch
+from pipelines.common.errors import UserError
 from pipelines.cpu import apply_op, decode, resized_crop
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex, read_index
-from pipelines.plan import BatchPlan, EvalPlan, TrainPlan
-from pipelines.randaugment import apply_ops
-from pipelines.reader import ShardReader
-from pipelines.rng import Stream
+from pipelines.ops.torch_ops import apply_ops
+from pipelines.plan import draws, rng
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
+from pipelines.plan.rng import Stream
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.reader import ShardReader
 from tools.comparison import timm_reference
 from tools.comparison.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.opening import decode_path, first_device, opened
@@ -305,10 +305,10 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
 
 def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
     """Mixup of every pair of levels by timm with its own lambda, which a plan rounds to float32."""
-    uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, augment.MIX_DRAWS)
-    lam, box = augment.mixes(uniforms, plan.image_size, plan.augment)
+    uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, draws.MIX_DRAWS)
+    lam, box = draws.mixes(uniforms, plan.image_size, plan.augment)
     blended = np.flatnonzero(~box.any(axis=1))
-    exact = augment.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
+    exact = draws.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
     # [2, 256, 256, 1]: two images in which each of the 65,536 pairs of levels meets
     levels = np.stack(np.meshgrid(np.arange(256), np.arange(256)))[..., None].astype(np.uint8)
     pairs = [

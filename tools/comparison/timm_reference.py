@@ -17,11 +17,12 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.mixup import FastCollateMixup
 
-from pipelines import augment, rng
-from pipelines.augment import AugmentConfig, Op
 from pipelines.cpu import resized_crop
-from pipelines.plan import TrainPlan
-from pipelines.rng import Stream
+from pipelines.plan import draws as augment
+from pipelines.plan import rng
+from pipelines.plan.draws import AugmentConfig, Op
+from pipelines.plan.plan import TrainPlan
+from pipelines.plan.rng import Stream
 
 RANDAUGMENT = "rand-m7-mstd0.5-inc1"
 # Our operation -> timm's name of it.

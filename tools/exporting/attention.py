@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 T = TypeVar("T")
 PLAIN_ATTENTION = "with timm's plain attention, because the fused one cannot be exported"

@@ -8,12 +8,12 @@ from pathlib import Path, PurePath
 import jinja2
 from timm.data import ImageNetInfo
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
+from pipelines.common.versions import package_versions
 from tools.exporting.onnx_file import OPSET, PACKAGES
 from trainer.checkpoint_settings import check_settings
 from trainer.inference import Trained
 from trainer.models import preprocessing
-from trainer.versions import package_versions
 
 CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
 _TEMPLATE = Path(__file__).with_name("card.md")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from pipelines.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped
 
 OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
 TOLERANCE = 1e-4  # of Difference.relative

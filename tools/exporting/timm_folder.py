@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.layers import to_2tuple
 from torch import nn
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 from trainer.checkpoint_fields import not_finite
 from trainer.config import DataConfig
 from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions

@@ -8,9 +8,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.errors import UserError
-from pipelines.files import replacing, sha256_of
-from pipelines.index import AUDIT, INDEX, sample_dtype, split_digest
+from pipelines.common.errors import UserError
+from pipelines.common.files import replacing, sha256_of
+from pipelines.shards.index import AUDIT, INDEX, sample_dtype, split_digest
 from tools.sharding.entries import HIDDEN, Unused
 from tools.sharding.shards import HASH_BYTES, read_record
 

@@ -2,8 +2,8 @@
 
 import collections
 
-from pipelines.errors import clipped, named
-from pipelines.index import class_order_doubt
+from pipelines.common.errors import clipped, named
+from pipelines.shards.index import class_order_doubt
 
 
 def class_notes(manifest: dict) -> list[str]:

@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.errors import UserError
-from pipelines.files import is_hidden
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_hidden
 from tools.sharding.images import MAX_BYTES, RejectedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -50,8 +50,8 @@ class Unused:
     """Something in a source that does not become a sample.
 
     Attributes:
-      kind: HIDDEN: passed over by the rule of pipelines.files.is_hidden, and counted; EXPECTED: belongs to the layout
-        and is for something else, such as test images without labels; MISPLACED: visible and not understood, which ends
+      kind: HIDDEN: passed over by the rule of pipelines.common.files.is_hidden, and counted; EXPECTED: belongs to the
+        layout and is for something else, such as test images without labels; MISPLACED: visible and not understood, which ends
         the command unless the person decides to leave it out.
       source: how messages name it.
       reason: what it is, and what helps.
@@ -75,7 +75,7 @@ class Source:
       read: location -> the file's bytes.
       files: what identifies the source besides its kind: relative path and bytes of each container file.
       copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
-      class_order: who decided the order of the classes, as pipelines.index.class_order returns it.
+      class_order: who decided the order of the classes, as pipelines.shards.index.class_order returns it.
       columns: names of a table's columns that were read, where they are not the usual ones.
     """
 

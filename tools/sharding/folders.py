@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped, named
-from pipelines.index import sorted_classes
+from pipelines.common.errors import UserError, clipped, named
+from pipelines.shards.index import sorted_classes
 from tools.sharding.entries import (
     MISPLACED,
     SPLITS,
@@ -94,7 +94,7 @@ def open_folder(root: Path, options: SourceOptions, scratch: Path) -> Source:
 
 
 def class_folders(folder: Path, order: str = "") -> list[str]:
-    """The classes in the given order, one of pipelines.index.CLASS_ORDERS; "" is text.
+    """The classes in the given order, one of pipelines.shards.index.CLASS_ORDERS; "" is text.
 
     Raises:
       UserError: two of them would have samples of the same names, or look alike; all such are named.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, named
-from pipelines.files import is_hidden
+from pipelines.common.errors import UserError, clipped, named
+from pipelines.common.files import is_hidden
 from tools.sharding.entries import (
     HIDDEN,
     MISPLACED,

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.checked import open_with_pil
-from pipelines.errors import UserError
-from pipelines.files import instead_of_content
-from pipelines.jpeg import MAX_PIXELS, JpegHeader, check_scans, is_plain, read_jpeg_header
+from pipelines.common.errors import UserError
+from pipelines.common.files import instead_of_content
+from pipelines.shards.damage import open_with_pil
+from pipelines.shards.jpeg import MAX_PIXELS, JpegHeader, check_scans, is_plain, read_jpeg_header
 
 TINY_PX = 32  # a shorter side below this is reported
 MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into memory

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines import rng
-from pipelines.errors import UserError, clipped, named, system_error_text
-from pipelines.files import locked, move_entries, read_json, sync_folder, write_synced
-from pipelines.index import (
+from pipelines.common.errors import UserError, clipped, named, system_error_text
+from pipelines.common.files import locked, move_entries, read_json, sync_folder, write_synced
+from pipelines.plan import rng
+from pipelines.shards.index import (
     FORMAT_VERSION,
     MANIFEST,
     class_order,

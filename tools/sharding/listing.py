@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, grouped, named
-from pipelines.files import replacing, write_synced
+from pipelines.common.errors import UserError, grouped, named
+from pipelines.common.files import replacing, write_synced
 from tools.sharding.entries import MISPLACED, Entry, Source, Unused
 
 _START_BYTES = 8  # of a line's place in a listing

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import BinaryIO
 
-from pipelines.errors import clipped, named
+from pipelines.common.errors import clipped, named
 from tools.sharding.entries import EXTENSIONS, is_image
 from tools.sharding.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.shards import LABEL_PARTS

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped, named
-from pipelines.files import instead_of_content, replacing, write_synced
-from pipelines.index import sorted_classes
+from pipelines.common.errors import UserError, clipped, named
+from pipelines.common.files import instead_of_content, replacing, write_synced
+from pipelines.shards.index import sorted_classes
 from tools.sharding.entries import (
     EXPECTED,
     MISPLACED,

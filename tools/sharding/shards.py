@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from pipelines.errors import UserError
-from pipelines.files import replacing, write_synced
+from pipelines.common.errors import UserError
+from pipelines.common.files import replacing, write_synced
 from tools.sharding.entries import Entry
 from tools.sharding.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.sharding.tars import BLOCK
@@ -29,7 +29,7 @@ class ShardRecord:
 
     Attributes:
       entry: its entry in the manifest: name, bytes, samples, sha256, idx_sha256.
-      rows: [samples] with the fields of pipelines.index.sample_dtype but the shard, in the order of the tar.
+      rows: [samples] with the fields of pipelines.shards.index.sample_dtype but the shard, in the order of the tar.
       notes: repaired and rejected, each a list of samples with reasons; tiny, a list of keys; resized, a number.
     """
 

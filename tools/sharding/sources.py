@@ -7,7 +7,7 @@ that the listing holds. Listing never holds more than one class (or one file) in
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.errors import UserError, named
+from pipelines.common.errors import UserError, named
 from tools.sharding.entries import VAL_NAMES, Source, SourceOptions, contents_of, is_image
 from tools.sharding.folders import KAGGLE_DATA, open_folder, open_kaggle
 from tools.sharding.ilsvrc import DEVKIT, TRAIN_TAR, VAL_TAR, open_ilsvrc

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError, clipped, grouped, named
-from pipelines.files import instead_of_content, is_hidden
+from pipelines.common.errors import UserError, clipped, grouped, named
+from pipelines.common.files import instead_of_content, is_hidden
 from tools.sharding.entries import printable
 
 BLOCK = 512

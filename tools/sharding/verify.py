@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.errors import named
-from pipelines.files import sha256_of
-from pipelines.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
+from pipelines.common.errors import named
+from pipelines.common.files import sha256_of
+from pipelines.shards.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
 from tools.sharding.class_notes import class_notes
 from tools.sharding.entries import is_hidden
 from tools.sharding.images import ImageOptions, RejectedImageError, check_image

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
 from pathlib import Path
 
-from pipelines.errors import UserError
-from pipelines.machine import use_short_socket_names
+from pipelines.common.errors import UserError
+from pipelines.common.machine import use_short_socket_names
 
 _PATIENCE_S = 0.2  # between two calls of `on_wait`
 _starting = threading.Lock()  # of the server: the environment is changed for it

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
-from pipelines.jpeg import check_scans, read_jpeg_header
-from pipelines.reader import ShardReader
+from pipelines.common.errors import UserError
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.jpeg import check_scans, read_jpeg_header
+from pipelines.shards.reader import ShardReader
 
 MID_GRAY = 128
 _PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipelines import augment, order, rng
-from pipelines.augment import AugmentConfig
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
-from pipelines.rng import Stream
+from pipelines.common.errors import UserError
+from pipelines.plan import draws, order, rng
+from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.rng import Stream
+from pipelines.shards.index import ShardIndex
 
 PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
 # Evaluation looks at the middle of longer images: at the usual 235 px a JPEG of 65,500 x 1 would become one of 11 GB.
@@ -187,10 +187,10 @@ class TrainPlan:
         image_size = self._size_of(start, stop)
         sample = self._samples(np.arange(start, stop))
         rows = self.index.samples[sample]
-        u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, augment.CROP_DRAWS)
-        ops, args = augment.operations(self.seed, start, stop, self.augment)
-        u_mix = rng.uniforms(self.seed, Stream.MIX, start // group, stop // group, augment.MIX_DRAWS)
-        lam, box = augment.mixes(u_mix, image_size, self.augment)
+        u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, draws.CROP_DRAWS)
+        ops, args = draws.operations(self.seed, start, stop, self.augment)
+        u_mix = rng.uniforms(self.seed, Stream.MIX, start // group, stop // group, draws.MIX_DRAWS)
+        lam, box = draws.mixes(u_mix, image_size, self.augment)
         num = len(sample)
         return BatchPlan(
             position=start,
@@ -199,10 +199,10 @@ class TrainPlan:
             fill=self.fill,
             mix_group=group,
             sample=sample,
-            crop=augment.resized_crops(u_crop, rows["height"], rows["width"], self.augment),
+            crop=draws.resized_crops(u_crop, rows["height"], rows["width"], self.augment),
             resize=np.full((num, 2), image_size, dtype=np.int32),
             window=np.zeros((num, 2), dtype=np.int32),
-            flip=augment.flips(u_crop, self.augment),
+            flip=draws.flips(u_crop, self.augment),
             ops=ops,
             args=args,
             erase=self._erasures(start, stop, image_size),
@@ -215,8 +215,8 @@ class TrainPlan:
     def _erasures(self, start: int, stop: int, image_size: int) -> np.ndarray:
         if not self.augment.erase_prob:
             return np.zeros((stop - start, 4), dtype=np.int32)
-        u = rng.uniforms(self.seed, Stream.ERASE, start, stop, augment.ERASE_DRAWS)
-        return augment.erasures(u, image_size, self.augment)
+        u = rng.uniforms(self.seed, Stream.ERASE, start, stop, draws.ERASE_DRAWS)
+        return draws.erasures(u, image_size, self.augment)
 
     def _size_of(self, start: int, stop: int) -> int:
         """The one image size of positions [start, stop)."""

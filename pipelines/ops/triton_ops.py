@@ -1,4 +1,4 @@
-"""The Triton kernels behind `pipelines.randaugment`: one operation on every image of a batch in one launch or two.
+"""The Triton kernels behind `pipelines.ops.torch_ops`: one operation on every image of a batch in one launch or two.
 
 Affine transforms have a kernel of their own, because they compute in float64 and need more than twice the registers of
 the other operations. A kernel takes for every image what its hungriest operation needs, and the more registers a thread

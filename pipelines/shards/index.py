@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.errors import UserError, clipped
-from pipelines.jpeg import MAX_PIXELS
+from pipelines.common.errors import UserError, clipped
+from pipelines.shards.jpeg import MAX_PIXELS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import ClassVar
 
-from pipelines.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped
 
 _MOST_WHOLE = 2**31 - 1  # whole numbers end up in NumPy's and C's types
 _MOST = 1e9  # more is a slip of the keyboard; seconds, weights and rates beyond it overflow somewhere

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.errors import UserError
+from pipelines.common.errors import UserError
 
 # Operating systems and file servers leave these behind, beside names that begin with a dot (as AppleDouble's ._NAME).
 _SYSTEM_NAMES = {

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.checked import CheckedReader, decode_with_pil
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
+from pipelines.common.errors import UserError
+from pipelines.shards.damage import CheckedReader, decode_with_pil
+from pipelines.shards.index import ShardIndex
 
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
 _TAKEN = "busy or unavailable"  # how CUDA refuses a second process on a GPU in exclusive-process mode
-_PROGRAM = (sys.executable, "-m", "pipelines.probe")
+_PROGRAM = (sys.executable, "-m", "pipelines.dali_probe")
 
 
 def probe_dataset(index: ShardIndex, device: str, hw_decoder_load: float) -> tuple[str, str]:

@@ -9,9 +9,9 @@ import functools
 
 import numpy as np
 
-from pipelines import rng
-from pipelines.index import ShardIndex
-from pipelines.rng import Stream
+from pipelines.plan import rng
+from pipelines.plan.rng import Stream
+from pipelines.shards.index import ShardIndex
 
 
 def global_order(seed: int, epoch: int, num_samples: int, entry: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped
 
 # A Unix socket's name has at most 107 bytes (sockaddr_un has 108 with the zero at the end); multiprocessing adds this.
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pipelines.launcher import launched
+from pipelines.common.launcher import launched
 
 _PERMISSIONS = "Change its permissions, or name another place"
 ROOM = "Make room there, and run the same command again"

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines import rng
-from pipelines.errors import UserError
-from pipelines.ranges import Section, setting
-from pipelines.rng import Stream
+from pipelines.common.errors import UserError
+from pipelines.common.settings import Section, setting
+from pipelines.plan import rng
+from pipelines.plan.rng import Stream
 
 CROP_TRIES = 10
 CROP_DRAWS = 24  # uniforms a position: (area, aspect) for each try, top, left, flip, one spare

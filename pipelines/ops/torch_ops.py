@@ -3,7 +3,7 @@
 Every operation gives the pixels of its PIL function in `pipelines.cpu`, to the last bit: where PIL computes in
 float32 or float64 and truncates, this computes in the same type and order and truncates; where a rounded quotient can
 be had from integers, it is. The readable version in torch is the reference on every device; on the GPU two
-Triton kernels (`pipelines.randaugment_kernel`), one for affine transforms, do a whole layer of operations.
+Triton kernels (`pipelines.ops.triton_ops`), one for affine transforms, do a whole layer of operations.
 
 What is done to which row is known on the host, from the plan, so nothing here waits for the device.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pipelines.augment import Op
+from pipelines.plan.draws import Op
 
 Fill = tuple[int, int, int]
 _Matrix = tuple[float, float, float, float, float, float]
@@ -94,7 +94,7 @@ def kernel_trouble() -> str:
     if not has_triton():
         return "Triton is not installed"
     try:
-        from pipelines.randaugment_kernel import launch_nothing
+        from pipelines.ops.triton_ops import launch_nothing
 
         launch_nothing()
     except Exception as error:  # whatever a missing driver, C compiler or Python.h leads to
@@ -124,7 +124,7 @@ def _torch_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: 
 
 def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
     """The same by the Triton kernels, in one launch or two, into a new tensor; only blurred rows are left to torch."""
-    from pipelines import randaugment_kernel as kernel
+    from pipelines.ops import triton_ops as kernel
 
     device, out = images.device, torch.empty_like(images)
     kinds = np.array([_kind(Op(op), kernel) for op in ops.tolist()], dtype=np.int32)

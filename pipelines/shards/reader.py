@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.errors import UserError
-from pipelines.index import ShardIndex
+from pipelines.common.errors import UserError
+from pipelines.shards.index import ShardIndex
 
 PLANS_AHEAD = 8  # micro-batches whose bytes are asked for: the recipe's step on one rank
 _OTHER_FILES = 512  # that the rest of the process may open; half of the limit, where that is less
