@@ -139,7 +139,7 @@ def launch_randaugment(pixels: torch.Tensor) -> None:
 
 
 def launch_mixing(pixels: torch.Tensor, models: int, dtype: torch.dtype, mix_group: int) -> None:
-    from trainer.mix_kernel import launch
+    from trainer.update.mixing_triton import launch
 
     empty, rows = functools.partial(torch.empty, device="meta"), len(pixels)
     launch(

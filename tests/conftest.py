@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def undrawn(request, monkeypatch):
     """The report at a run's end gets empty pictures: to draw them takes as long as a short run. test_report.py does."""
-    report = sys.modules.get("trainer.report")
+    report = sys.modules.get("trainer.monitor.report.page")
     if report is not None and request.path.stem != "test_report":
         monkeypatch.setattr(report, "draw", lambda chart: b"")
 
@@ -129,8 +129,8 @@ def tiny_run(digits, tmp_path_factory) -> Path:
 
 def train_here(root: Path, out: Path, *arguments) -> dict:
     """A run with the settings in TINY in this process, of one rank. Returns its summary; mistakes are UserErrors."""
-    from trainer.config import parse
-    from trainer.distributed import World
+    from trainer.cluster.world import World
+    from trainer.config.sections import parse
     from trainer.run import train
 
     settings = [*TINY, "--data.root", root, "--run.out", out, *arguments]

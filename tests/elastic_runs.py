@@ -15,8 +15,8 @@ sys.path[:1] = [str(_TESTS), str(_TESTS.parent)]
 
 from chaos import runs  # noqa: E402
 
-from trainer.checkpoint import path_of  # noqa: E402
-from trainer.step import TrainStep  # noqa: E402
+from trainer.state.checkpoint import path_of  # noqa: E402
+from trainer.update.step import TrainStep  # noqa: E402
 
 LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 

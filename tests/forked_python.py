@@ -24,7 +24,7 @@ from pathlib import Path
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 _PRELOADED = (
-    *("tiny_model", "trainer.run", "trainer.evaluate"),
+    *("tiny_model", "trainer.run", "tools.evaluate"),
     *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
 )
 _NETWORK = "/proc/self/ns/net"
@@ -88,7 +88,7 @@ def _serve(address: str, program: str) -> None:
     sys.path[:1] = [str(_TESTS.parent), str(_TESTS)]
     for module in ("processes", *_PRELOADED):
         importlib.import_module(module)
-    sys.modules["trainer.config"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
+    sys.modules["trainer.config.sections"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
     gc.freeze()  # a collection in a fork would copy every page with objects of this process
     forks: dict[socket.socket, int] = {}
     with socket.socket(socket.AF_UNIX) as listener:

@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from pipelines.batch import Batch
-from trainer.mix import Normalize, mixed_inputs
+from trainer.update.mixing import Normalize, mixed_inputs
 
 
 def mixed_batch(size: int, mix_group: int, device: str = "cpu") -> Batch:

@@ -12,14 +12,15 @@ from conftest import TINY
 from pipelines.shards.index import read_index
 from tools import export
 from tools.average import ema_shares, main
-from trainer import checkpoint, inference
-from trainer.config import StudentConfig, parse
-from trainer.data import dataset_classes
-from trainer.distributed import World
-from trainer.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
-from trainer.models import build_student
-from trainer.optim import ModelEma
+from tools.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
+from trainer.cluster.world import World
+from trainer.config.sections import StudentConfig, parse
+from trainer.evaluation import trained as inference
+from trainer.feed import dataset_classes
+from trainer.models.factory import build_student
 from trainer.run import build_models
+from trainer.state import checkpoint
+from trainer.update.optimizer import ModelEma
 
 CPU = World(0, 1, 1, torch.device("cpu"))
 
@@ -128,7 +129,7 @@ def test_from_checkpoints_of_every_step_it_is_the_trainers_own_average(steps, tm
 
 
 def evaluated(path: Path, digits: Path) -> float:
-    """Top-1 of a checkpoint as `python -m trainer.evaluate` finds it."""
+    """Top-1 of a checkpoint as `python tools/evaluate.py` finds it."""
     config = EvalConfig(data=EvalDataConfig(root=digits), student=EvalStudentConfig(checkpoint=path))
     return evaluate_dataset(config, CPU)["top1"]
 

@@ -14,9 +14,9 @@ from pipelines.common.files import read_json_lines
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
-from trainer.audit import audit
-from trainer.config import parse
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.recipe import audit
+from trainer.config.sections import parse
 from trainer.run import build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))

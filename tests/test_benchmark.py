@@ -28,11 +28,11 @@ from tools.benchmarks.tables import markdown
 from tools.opening import decode_path
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.classes import order_doubt
-from trainer.config import DataConfig
-from trainer.data import dataset_classes
-from trainer.mix import Normalize
-from trainer.models import create_model, preprocessing
+from trainer.config.sections import DataConfig
+from trainer.feed import dataset_classes
+from trainer.models.class_names import order_doubt
+from trainer.models.factory import create_model, preprocessing
+from trainer.update.mixing import Normalize
 
 PYTHON = sys.executable
 

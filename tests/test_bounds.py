@@ -29,7 +29,7 @@ from tools.sharding.job import BuildOptions, build, merge
 from tools.sharding.reindex import index_webdataset
 from tools.sharding.tars import BLOCK
 from tools.sharding.verify import verify
-from trainer.inference import View
+from trainer.evaluation.trained import View
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 VIEW = View(32, 1.0, "center", "bicubic")

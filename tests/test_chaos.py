@@ -14,8 +14,8 @@ from chaos.runs import compare
 from conftest import REPOSITORY, TINY
 from forked_python import executable
 
-from trainer.config import parse
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import parse
 from trainer.run import train
 
 

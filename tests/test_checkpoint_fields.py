@@ -13,11 +13,12 @@ from test_torch_files import state as least
 
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
-from trainer import checkpoint, inference
-from trainer.checkpoint import TrainState, read, read_state
-from trainer.checkpoint_fields import FIELDS, FieldError, check_fields, not_finite, wrong_setting
-from trainer.config import Config, parse, to_dict
-from trainer.optim import ModelEma, build_optimizer
+from trainer.config.sections import Config, parse, to_dict
+from trainer.evaluation import trained
+from trainer.models.checkpoint_format import FIELDS, FieldError, check_fields, not_finite, wrong_setting
+from trainer.state import checkpoint
+from trainer.state.checkpoint import TrainState, read, read_state
+from trainer.update.optimizer import ModelEma, build_optimizer
 
 WRONG = {
     "step": (None, True, "3", 3.0, -1, 10**13, torch.tensor(3), [3]),
@@ -109,11 +110,11 @@ def test_a_setting_that_had_another_type_before_keeps_nobody_from_weights_that_d
     config = content["config"]
     config["run"]["watchdog_s"], config["optim"]["lr"] = math.inf, [0.1, 0.2]
     checkpoint.write(tmp_path / "old.pt", content)
-    assert inference.load(None, tmp_path / "old.pt").classes == content["classes"]
+    assert trained.load(None, tmp_path / "old.pt").classes == content["classes"]
     config["student"]["kwargs"] = None
     checkpoint.write(tmp_path / "old.pt", content)
     with pytest.raises(UserError, match="old.pt: written by another version: it holds student.kwargs = NoneType None"):
-        inference.load(None, tmp_path / "old.pt")
+        trained.load(None, tmp_path / "old.pt")
     state, earlier = made(), saved()
     earlier["config"]["optim"]["lr"], earlier["config"]["run"]["ready_s"] = [0.1, 0.2], math.inf
     found = read_state(written(tmp_path, earlier, digest=True))

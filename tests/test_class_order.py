@@ -15,16 +15,16 @@ from processes import without_workers
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import manifest_bytes, read_manifest, sorted_classes
-from tools import predict
+from tools import evaluate, predict
 from tools.average import Scorer
 from tools.sharding.job import BuildOptions, build
-from trainer import evaluate, inference
-from trainer.classes import order_doubt
-from trainer.config import StudentConfig, TeacherConfig, parse
-from trainer.distributed import World
-from trainer.models import build_student
-from trainer.settings import parse_settings
-from trainer.teachers import build_teacher, build_teachers
+from trainer.cluster.world import World
+from trainer.config.cli import parse_settings
+from trainer.config.sections import StudentConfig, TeacherConfig, parse
+from trainer.evaluation import trained as inference
+from trainer.models.class_names import order_doubt
+from trainer.models.factory import build_student
+from trainer.models.teacher import build_teacher, build_teachers
 
 NAME, SIZE = "test_resnet", 32
 NUMERIC = [str(label) for label in range(12)]
@@ -251,7 +251,7 @@ def test_weights_of_as_many_other_classes_get_a_new_classifier(weights, tmp_path
 
 
 def test_a_classifier_that_cannot_be_moved_is_refused(weights, listed, monkeypatch):
-    monkeypatch.setattr("trainer.models._classifiers", lambda model: ("conv1",))
+    monkeypatch.setattr("trainer.models.factory._classifiers", lambda model: ("conv1",))
     with refused("numeric.txt: names the classes in another order .* cannot be put into the dataset's. Build the"):
         build_student(StudentConfig(NAME, weights, classes=listed), 12, SIZE, TEXT)
 

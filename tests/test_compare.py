@@ -216,8 +216,8 @@ def test_two_accuracies_of_a_model_are_refused(tmp_path):
         ("a.csv", "model,top1\nresnet50,80\nlevit_384,good\n", "a.csv: line 3: top1 is 'good', not a percentage"),
         ("a.csv", "model,top1\nresnet50\n", "a.csv: line 2: top1 is 'None', not a percentage"),
         ("a.csv", "model,top1,image_size\nresnet50,80,big\n", "a.csv: line 2: image_size is 'big'"),
-        ("a.json", "[]", "a.json: not what python -m trainer.evaluate --run.json writes"),
-        ("a.json", "{", "a.json: not what python -m trainer.evaluate --run.json writes"),
+        ("a.json", "[]", "a.json: not what python tools/evaluate.py --run.json writes"),
+        ("a.json", "{", "a.json: not what python tools/evaluate.py --run.json writes"),
     ],
 )
 def test_a_file_of_accuracies_that_is_none_is_refused(tmp_path, name, text, message):

@@ -14,13 +14,13 @@ from torch._dynamo.utils import counters
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.ops.torch_ops import has_triton
-from trainer import compiling
 from trainer import run as trainer
-from trainer.config import parse
-from trainer.data import rank_plans
-from trainer.distributed import World
-from trainer.mix import Normalize, mixed_inputs
-from trainer.models import synchronize_batch_norms
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
+from trainer.models.factory import synchronize_batch_norms
+from trainer.update import compiler as compiling
+from trainer.update.mixing import Normalize, mixed_inputs
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 MODEL = nn.Linear(1, 1)

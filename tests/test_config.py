@@ -8,9 +8,9 @@ from chaos.settings import VALUES
 from conftest import REPOSITORY
 
 from pipelines.common.errors import UserError
-from trainer.config import Config, OptimConfig, parse, to_dict, to_yaml
-from trainer.evaluate import EvalConfig
-from trainer.settings import read_yaml
+from tools.evaluate import EvalConfig
+from trainer.config.cli import read_yaml
+from trainer.config.sections import Config, OptimConfig, parse, to_dict, to_yaml
 
 
 def write(folder: Path, text: str) -> str:

@@ -20,8 +20,8 @@ from tools.benchmarks import proposals, stages
 from tools.benchmarks.diagnosis import Remaining, diagnose, remaining, seconds_left
 from tools.benchmarks.proposals import Trial
 from tools.benchmarks.stages import Rate
-from trainer.config import Config, parse
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import Config, parse
 from trainer.run import build
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))

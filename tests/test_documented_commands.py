@@ -6,7 +6,6 @@ Each is parsed by the program that it calls, and those that cost nothing are run
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import io
 import re
 import shlex
@@ -24,13 +23,13 @@ from fidelity import command as fidelity
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from pipelines.common.errors import UserError
-from tools import average, benchmark, compare, demo, doctor, export, parity, predict, report, shard_imagenet
-from trainer import evaluate, run
-from trainer.config import Config, parse, to_yaml
-from trainer.data import refuse_unreached_sizes, share_of_batch
-from trainer.distributed import World
-from trainer.evaluate import EvalConfig
-from trainer.settings import parse_settings
+from tools import average, benchmark, compare, demo, doctor, evaluate, export, parity, predict, report, shard_imagenet
+from tools.evaluate import EvalConfig
+from trainer import run
+from trainer.cluster.world import World
+from trainer.config.cli import parse_settings
+from trainer.config.sections import Config, parse, to_yaml
+from trainer.feed import refuse_unreached_sizes, share_of_batch
 
 TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
@@ -130,11 +129,9 @@ def of_python(words: list[str]) -> Called | None:
         return None
     if words[0] != "-m":
         return Called(words[0], words[1:])
-    if words[1] in MODULES_NOT_OURS:
-        assert all(Path(word).exists() for word in words[2:] if word.startswith("tests/"))
-        return None
-    assert importlib.util.find_spec(words[1]), f"no module {words[1]}"
-    return Called(words[1], words[2:]) if words[1] == "trainer.evaluate" else None
+    assert words[1] in MODULES_NOT_OURS, f"what is the module {words[1]}?"
+    assert all(Path(word).exists() for word in words[2:] if word.startswith("tests/"))
+    return None
 
 
 def parsed(call: Called) -> object:
@@ -143,7 +140,7 @@ def parsed(call: Called) -> object:
     Raises:
       UserError, SystemExit: they are refused.
     """
-    if call.program == "trainer.evaluate":
+    if call.program == "tools/evaluate.py":
         return parse_settings(EvalConfig, call.arguments, prog=None, description="")
     if call.program == "trainer/run.py":
         config = parse(call.arguments)
@@ -212,7 +209,7 @@ SIXTEEN = "torchrun --nnodes 2 --nproc-per-node 8 trainer/run.py --config config
         (".venv/bin/python tools/shard_imagenet.py build SRC", SystemExit),
         ("python tools/report.py RUN [--output FOLDER]", SystemExit),
         ("python tools/average.py ema OUT.pt RUN --weights ema|none", SystemExit),
-        ("python -m trainer.evaluate --data.split", UserError),
+        ("python tools/evaluate.py --data.split", UserError),
         ("make tests", AssertionError),
         ("python tools/none.py", AssertionError),
         ("sudo reboot", AssertionError),
@@ -310,7 +307,7 @@ RUNS = {  # a documented command, and what it makes
     "python tools/shard_imagenet.py verify OUT": None,
     "python tools/shard_imagenet.py index ROOT": "ROOT/manifest.json",
     ".venv/bin/python tools/shard_imagenet.py build my_images my_dataset": "my_dataset/manifest.json",
-    ".venv/bin/python -m trainer.evaluate --data.root OUT --student.checkpoint RUN": None,
+    ".venv/bin/python tools/evaluate.py --data.root OUT --student.checkpoint RUN": None,
     ".venv/bin/python tools/predict.py --checkpoint RUN photos/ --out predictions.csv": "predictions.csv",
     ".venv/bin/python tools/average.py uniform soup.pt RUN1 RUN2": "soup.pt",
     ".venv/bin/python tools/average.py ema slower.pt RUN --decay 0.9999": "slower.pt",
@@ -321,7 +318,7 @@ RUNS = {  # a documented command, and what it makes
 
 def run_documented(text: str) -> None:
     call = called(variants(text)[-1])
-    mains = {"trainer.evaluate": evaluate.main, "trainer/run.py": run.main}
+    mains = {"tools/evaluate.py": evaluate.main, "trainer/run.py": run.main}
     with help_is_no_error():
         mains.get(call.program, getattr(TOOLS.get(call.program), "main", None))(call.arguments)
 
@@ -350,7 +347,7 @@ def test_an_evaluation_goes_into_the_card_by_the_two_commands_that_the_docs_show
     (inputs / "DATASET").symlink_to((inputs / "OUT").resolve())
     (inputs / "OUT").unlink()
     for text in (
-        ".venv/bin/python -m trainer.evaluate --data.root DATASET --student.checkpoint RUN --run.json evaluation.json",
+        ".venv/bin/python tools/evaluate.py --data.root DATASET --student.checkpoint RUN --run.json evaluation.json",
         ".venv/bin/python tools/export.py RUN OUT --evaluation evaluation.json",
     ):
         assert text in {shown.text for shown in SHOWN}

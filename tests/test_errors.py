@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error, reason_of, shortened, system_error_text
-from tools import shard_imagenet
-from trainer import evaluate
+from tools import evaluate, shard_imagenet
 
 COMMANDS = [path.stem for path in sorted((REPOSITORY / "tools").glob("*.py")) if "def main(" in path.read_text()]
 

@@ -1,4 +1,4 @@
-"""python -m trainer.evaluate: what a trained model is worth, and what cannot be evaluated."""
+"""python tools/evaluate.py: what a trained model is worth, and what cannot be evaluated."""
 
 import io
 import json
@@ -19,15 +19,17 @@ from processes import without_workers
 
 from pipelines.common.errors import UserError
 from pipelines.shards.reader import ShardReader
+from tools import evaluate
 from tools.sharding.job import BuildOptions, build
-from trainer import evaluate, inference, metrics
-from trainer.checkpoint import digest_of
-from trainer.classes import read_classes
-from trainer.data import open_configured_pipeline
-from trainer.distributed import World
-from trainer.metrics import Predictions
-from trainer.settings import parse_settings
-from trainer.validation import eval_plans
+from trainer.cluster.world import World
+from trainer.config.cli import parse_settings
+from trainer.evaluation import metrics
+from trainer.evaluation import trained as inference
+from trainer.evaluation.metrics import Predictions
+from trainer.evaluation.predict import eval_plans
+from trainer.feed import open_configured_pipeline
+from trainer.models.class_names import read_classes
+from trainer.state.checkpoint import digest_of
 
 HERE = World(0, 1, 1, torch.device("cpu"))
 
@@ -122,7 +124,13 @@ def test_an_evaluation_finds_what_the_run_had_found(run, last, digits):
 
 
 def test_two_ranks_find_what_one_finds_and_write_it(last, digits, tmp_path):
-    arguments = ["-m", "trainer.evaluate", "--data.root", str(digits), "--student.checkpoint", str(last)]
+    arguments = [
+        str(REPOSITORY / "tools" / "evaluate.py"),
+        "--data.root",
+        str(digits),
+        "--student.checkpoint",
+        str(last),
+    ]
     arguments += ["--run.device", "cpu", "--run.batch", "7", "--run.json"]  # 96 images: 7 a rank do not come out even
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

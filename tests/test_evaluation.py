@@ -22,11 +22,11 @@ from pipelines.plan.plan import BatchPlan, EvalPlan
 from pipelines.shards.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
-from trainer.config import parse
-from trainer.data import open_configured_pipeline
-from trainer.distributed import World
-from trainer.mix import Normalize
-from trainer.validation import evaluate
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.evaluation.predict import evaluate
+from trainer.feed import open_configured_pipeline
+from trainer.update.mixing import Normalize
 
 IMAGES = 1003  # 17 x 59: neither ranks nor batches divide it
 SIZES = (1, 2, 3, 4)

@@ -22,18 +22,19 @@ from torch import nn
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import is_empty, making
-from tools import compare, export
+from tools import compare, evaluate, export
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.card import card
 from tools.exporting.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
 from tools.exporting.timm_folder import timm_model
 from tools.exporting.torch_file import export_program, torch_program
-from trainer import checkpoint, evaluate, inference
-from trainer.audit import audit
-from trainer.checkpoint import TrainState, Writer, best_content_of
-from trainer.config import parse, to_dict
-from trainer.folding import fold_batch_norms
-from trainer.models import preprocessing
+from trainer.config.recipe import audit
+from trainer.config.sections import parse, to_dict
+from trainer.evaluation import trained as inference
+from trainer.models.factory import preprocessing
+from trainer.models.fold_batch_norm import fold_batch_norms
+from trainer.state import checkpoint
+from trainer.state.checkpoint import TrainState, Writer, best_content_of
 
 pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 PICTURE = np.random.default_rng(0).integers(0, 256, (150, 211, 3), np.uint8)

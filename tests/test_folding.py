@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from trainer.folding import fold_batch_norms
+from trainer.models.fold_batch_norm import fold_batch_norms
 
 
 def with_statistics(model: nn.Module, size: int) -> nn.Module:

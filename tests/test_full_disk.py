@@ -10,8 +10,8 @@ from conftest import train_here
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from trainer.checkpoint import read
-from trainer.run_files import full_disk_is_told
+from trainer.monitor.run_files import full_disk_is_told
+from trainer.state.checkpoint import read
 
 SHORT = ["--schedule.epochs", 1, "--schedule.warmup_epochs", 0, "--run.checkpoint_every", 2, "--run.log_every", 1]
 

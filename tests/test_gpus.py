@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.common.files import read_json_lines
 from tools.benchmarks import gpu as gpus
-from trainer import ready
-from trainer.config import parse
-from trainer.data import rank_plans
-from trainer.distributed import World
+from trainer.cluster import rendezvous
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
 from trainer.run import build
-from trainer.step import TrainStep
+from trainer.update.step import TrainStep
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 GPUS = pytest.param(
@@ -37,7 +37,7 @@ PLAIN = ["--data.pipeline", "torchvision", "--run.compile", "false", "--run.prec
 def group_of_one(device: torch.device):
     """The default process group, of this process alone, over NCCL on a GPU and Gloo on a CPU."""
     try:
-        ready.connect(dist.HashStore(), 0, 1, device, 60)
+        rendezvous.connect(dist.HashStore(), 0, 1, device, 60)
         yield
     finally:
         if dist.is_initialized():

@@ -21,12 +21,12 @@ from forked_python import executable
 from processes import free_port
 from ranks import Ranks, run_ranks
 
-from trainer import ready
-from trainer.config import parse
-from trainer.distributed import World
-from trainer.ready import _problem, facts, host_of_main, ranks_text, serve_store
+from trainer.cluster import rendezvous as ready
+from trainer.cluster.rendezvous import _problem, facts, host_of_main, ranks_text, serve_store
+from trainer.cluster.watchdog import Beating, Seen, State, Watchdog, judge, lost
+from trainer.cluster.world import World
+from trainer.config.sections import parse
 from trainer.run import what_must_agree
-from trainer.watchdog import Beating, Seen, State, Watchdog, judge, lost
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -55,7 +55,7 @@ def test_the_facts_hold_the_data_the_code_the_versions_and_the_weights(digits, t
     weights.write_bytes(b"1")
     arguments = [*TINY, "--data.root", str(digits), "--student.checkpoint", str(weights)]
     found = facts(parse(arguments))
-    assert found["version of torch"] and found["source file trainer/ready.py"]
+    assert found["version of torch"] and found["source file trainer/cluster/rendezvous.py"]
     assert len(found["dataset digest of 'train'"]) == len(found["dataset digest of 'val'"]) == 12
     weights.write_bytes(b"2")
     now = facts(parse(arguments))
@@ -197,7 +197,7 @@ def test_a_watchdog_reads_no_state_that_is_none(one_machine):
 JOIN = """
 import json, os, sys
 from pipelines.common.errors import UserError, exit_on_user_error
-from trainer.distributed import join_world
+from trainer.cluster.world import join_world
 
 def facts(_device):
     found = json.loads(os.environ["FACTS"])
@@ -284,7 +284,7 @@ def test_a_folder_that_machines_do_not_share_is_told_before_the_run_begins_anew(
 
 RESTARTED = """
 import os, sys
-from trainer.distributed import join_world
+from trainer.cluster.world import join_world
 with join_world("cpu", lambda _: {}, 30) as world:
     world.barrier()
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -394,8 +394,8 @@ LOOP = """
 import os, signal, sys, time
 import torch
 from pipelines.common.errors import exit_on_user_error
-from trainer.distributed import join_world
-from trainer.watchdog import Beating, watched
+from trainer.cluster.world import join_world
+from trainer.cluster.watchdog import Beating, watched
 
 seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -560,7 +560,7 @@ import os, signal, sys, time
 signalled = []
 signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
 from pipelines.common.errors import exit_on_user_error
-from trainer.distributed import join_world
+from trainer.cluster.world import join_world
 with exit_on_user_error(), join_world("cpu") as world:
     open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")
     open(f"ready-{world.rank}", "w").close()

@@ -7,7 +7,7 @@ import pytest
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.launcher import Launch, launched
 from tools.shard_imagenet import main
-from trainer.distributed import join_world
+from trainer.cluster.world import join_world
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 TORCHRUN = {

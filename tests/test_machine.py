@@ -13,12 +13,12 @@ from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from pipelines.common.machine import expanded, num_cores
 from tools.arguments import model_argument, path_argument
-from trainer.config import DataConfig, parse
-from trainer.data import rank_threads
-from trainer.distributed import World
-from trainer.evaluate import EvalConfig
-from trainer.inference import load_named
-from trainer.settings import parse_settings
+from tools.evaluate import EvalConfig
+from trainer.cluster.world import World
+from trainer.config.cli import parse_settings
+from trainer.config.sections import DataConfig, parse
+from trainer.evaluation.trained import load_named
+from trainer.feed import rank_threads
 
 AFFINITY = 64
 
@@ -88,7 +88,7 @@ def test_every_command_asks_for_cores_in_one_place(monkeypatch):
     files = [path for folder in ("pipelines", "trainer", "tools") for path in (REPOSITORY / folder).rglob("*.py")]
     assert [path.name for path in files if any(word in path.read_text() for word in asking)] == ["machine.py"]
     monkeypatch.setattr("tools.shard_imagenet.num_cores", lambda: 3)
-    monkeypatch.setattr("trainer.data.num_cores", lambda: 9)
+    monkeypatch.setattr("trainer.feed.num_cores", lambda: 9)
     from tools.shard_imagenet import _parse
 
     for command in (["build", "a", "b"], ["index", "a"], ["verify", "a"]):

@@ -19,8 +19,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-_JOIN = "from trainer.distributed import join_world; join_world('cpu').__enter__()"
-_ALONE = "from trainer.distributed import alone; alone()"
+_JOIN = "from trainer.cluster.world import join_world; join_world('cpu').__enter__()"
+_ALONE = "from trainer.cluster.world import alone; alone()"
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ,

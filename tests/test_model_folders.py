@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from pipelines.common.errors import UserError
 from tools.comparing.contenders import _identified
 from tools.comparing.contenders import build as built_contender
-from trainer import inference, model_folders
-from trainer.config import StudentConfig, TeacherConfig, parse, to_dict
-from trainer.evaluate import EvalStudentConfig
-from trainer.model_folders import _any_hub_file, named_folder, source_name
-from trainer.models import build_student
-from trainer.ready import facts
-from trainer.teachers import build_teacher
+from tools.evaluate import EvalStudentConfig
+from trainer.cluster.rendezvous import facts
+from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
+from trainer.evaluation import trained
+from trainer.models import model_folders
+from trainer.models.factory import build_student
+from trainer.models.model_folders import _any_hub_file, named_folder, source_name
+from trainer.models.teacher import build_teacher
 
 NAME = "test_vit"
 CLASSES = list("abcdefg")
@@ -79,8 +80,8 @@ def test_a_name_with_a_source_is_taken_however_it_is_spelled(named, model):
     expected = logits(model)
     teacher = build_teacher(TeacherConfig(named), 7, 160, names=CLASSES)
     student = build_student(StudentConfig(named, pretrained=True), 7, 160, CLASSES)
-    loaded = inference.load(named, None)
-    by_word = inference.load_named(named)
+    loaded = trained.load(named, None)
+    by_word = trained.load_named(named)
     contender, _ = _identified(named)
     for found in (teacher.model, student, loaded.model, by_word.model):
         assert torch.equal(logits(found), expected)
@@ -97,7 +98,7 @@ def test_a_run_learns_from_a_folder_and_is_evaluated_by_its_own_name(digits, tmp
     name = f"local-dir:{write_folder(tmp_path / 'teacher', teacher, **own)}"
     settings = ["--teacher.name", name, "--student.name", name, "--run.stop_after_steps", 1]
     train_here(digits, tmp_path / "run", *settings)
-    assert inference.load(None, tmp_path / "run" / "checkpoints" / "step-00000001.pt").name == NAME
+    assert trained.load(None, tmp_path / "run" / "checkpoints" / "step-00000001.pt").name == NAME
 
 
 def test_a_new_classifier_replaces_that_of_a_folder_of_other_classes(folder, model):
@@ -127,7 +128,7 @@ RESERVED = {
 def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(model, tmp_path):
     folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args={'depth': 2, **RESERVED})}")
     assert folder.kwargs == {"depth": 2}
-    assert torch.equal(logits(inference.load(f"local-dir:{folder.path}", None).model), logits(model))
+    assert torch.equal(logits(trained.load(f"local-dir:{folder.path}", None).model), logits(model))
 
 
 def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
@@ -136,10 +137,10 @@ def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
     config["student"]["kwargs"] = {"depth": 2, **RESERVED, "in_chans": 1}
     saved = {"format_version": 1, "step": 1, "config": config, "student": model.state_dict(), "classes": CLASSES}
     torch.save(saved, tmp_path / "own.pt")
-    found = inference.load(None, tmp_path / "own.pt")
+    found = trained.load(None, tmp_path / "own.pt")
     assert found.kwargs["depth"] == 2 and not {*RESERVED, "in_chans"} & {*found.kwargs}
     assert torch.equal(logits(found.model), logits(model))
-    inference.check_fits(tmp_path / "own.pt", saved)
+    trained.check_fits(tmp_path / "own.pt", saved)
     assert _identified(str(tmp_path / "own.pt"))[0].name == NAME
     assert build_teacher(TeacherConfig(NAME, tmp_path / "own.pt", {"depth": 2}), 7, 160).num_outputs == 7
 
@@ -157,14 +158,14 @@ def test_weights_that_are_not_all_there_are_refused_whatever_the_files_say(model
     for opened in (
         lambda: build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160),
         lambda: build_student(StudentConfig(f"local-dir:{folder}", pretrained=True), 7, 160),
-        lambda: inference.load(f"local-dir:{folder}", None),
-        lambda: inference.load(None, folder),
-        lambda: inference.load(None, tmp_path / "own.pt"),
+        lambda: trained.load(f"local-dir:{folder}", None),
+        lambda: trained.load(None, folder),
+        lambda: trained.load(None, tmp_path / "own.pt"),
     ):
         with pytest.raises(UserError, match=f"does not fit model '{NAME}' .*Missing key.* \"{missing}\""):
             opened()
     torch.save({**saved, "student": model.state_dict()}, tmp_path / "own.pt")
-    assert "pretrained_strict" not in inference.load(None, tmp_path / "own.pt").kwargs
+    assert "pretrained_strict" not in trained.load(None, tmp_path / "own.pt").kwargs
 
 
 @pytest.mark.parametrize("name", ["dla34", "convnextv2_atto.fcmae"])
@@ -176,7 +177,7 @@ def test_weights_are_required_also_of_models_for_which_timm_does_not(name, tmp_p
     for opened in (
         lambda: build_teacher(TeacherConfig(name, tmp_path / "w.pth"), 7, 64),
         lambda: build_student(StudentConfig(name, tmp_path / "w.pth"), 7, 64),
-        lambda: inference.load(name, tmp_path / "w.pth"),
+        lambda: trained.load(name, tmp_path / "w.pth"),
     ):
         with pytest.raises(UserError, match=f"w.pth: does not fit model '{name}' .*Missing key.* \"{missing}\""):
             opened()
@@ -205,9 +206,9 @@ def test_weights_that_are_not_finite_are_named_whoever_reads_them(model, tmp_pat
         lambda: build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160),
         lambda: build_teacher(TeacherConfig(NAME, tmp_path / "plain.pth", two), 7, 160),
         lambda: build_student(StudentConfig(NAME, tmp_path / "own.pt", kwargs=two), 7, 160, CLASSES),
-        lambda: inference.load(None, folder),
-        lambda: inference.load(None, tmp_path / "own.pt"),
-        lambda: inference.load(NAME, tmp_path / "plain.pth", kwargs=two),
+        lambda: trained.load(None, folder),
+        lambda: trained.load(None, tmp_path / "own.pt"),
+        lambda: trained.load(NAME, tmp_path / "plain.pth", kwargs=two),
         lambda: _identified(str(folder)),
     ):
         with pytest.raises(
@@ -235,7 +236,7 @@ def test_a_description_with_more_outputs_than_its_weights_have_makes_no_classifi
     own = {"num_classes": num_classes, "label_names": None}
     folder = write_folder(tmp_path / "there", model, **own)
     with pytest.raises(UserError, match=f"model.safetensors: its weights have 7 outputs, not the {num_classes:,} that"):
-        inference.load(None, folder)
+        trained.load(None, folder)
     assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160).num_outputs == 7  # it asks the weights alone
 
 
@@ -248,12 +249,12 @@ def test_arguments_with_numbers_that_no_model_has_are_named(model, tmp_path, arg
     with pytest.raises(
         UserError, match=f"config.json: the model's argument {name} is .* numbers up to 16,384. Correct"
     ):
-        inference.load(None, folder)
+        trained.load(None, folder)
     config = to_dict(parse(["--student.name", NAME]))
     config["student"]["kwargs"] = arguments
     torch.save({"format_version": 1, "step": 1, "config": config, "student": model.state_dict()}, tmp_path / "own.pt")
     with pytest.raises(UserError, match="own.pt: the model's argument .* up to 16,384. Correct"):
-        inference.load(None, tmp_path / "own.pt")
+        trained.load(None, tmp_path / "own.pt")
 
 
 @pytest.mark.parametrize("value", [16_385, -1e5, [1, 10**6]])
@@ -268,7 +269,7 @@ def test_an_argument_that_could_not_be_taken_from_a_checkpoint_is_refused_before
 def test_names_that_are_not_one_for_each_output_are_refused(model, tmp_path, names):
     folder = write_folder(tmp_path / "there", model, label_names=names)
     with pytest.raises(UserError, match="config.json: label_names is .*, not a name for each of the 7 outputs"):
-        inference.load(None, folder)
+        trained.load(None, folder)
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -288,8 +289,8 @@ def test_a_repository_that_cannot_be_had_is_one_line(hub, name):
     for opened in (
         lambda: build_teacher(TeacherConfig(name), 7, 160),
         lambda: build_student(StudentConfig(name), 7, 160),
-        lambda: inference.load(name, None),
-        lambda: inference.load_named(name),
+        lambda: trained.load(name, None),
+        lambda: trained.load_named(name),
     ):
         with pytest.raises(
             UserError, match=r"config.json cannot be had from Hugging Face's hub \(.*local-dir:FOLDER"
@@ -300,7 +301,7 @@ def test_a_repository_that_cannot_be_had_is_one_line(hub, name):
 
 def test_the_advice_about_a_repository_helps(hub, tmp_path):
     shutil.copytree(tmp_path / "hub" / "models--someone--small" / "snapshots" / ("a" * 40), tmp_path / "copied")
-    assert inference.load(f"local-dir:{tmp_path / 'copied'}", None).num_outputs == 7
+    assert trained.load(f"local-dir:{tmp_path / 'copied'}", None).num_outputs == 7
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_the_advice_about_a_repository_helps(hub, tmp_path):
 )
 def test_a_folder_that_is_not_as_timm_writes_it_is_one_line(model, tmp_path, change, message):
     name = f"local-dir:{write_folder(tmp_path / 'there', model, **change)}"
-    for opened in (lambda: build_teacher(TeacherConfig(name), 7, 160), lambda: inference.load(name, None)):
+    for opened in (lambda: build_teacher(TeacherConfig(name), 7, 160), lambda: trained.load(name, None)):
         with pytest.raises(UserError, match=message):
             opened()
 
@@ -356,7 +357,7 @@ def test_a_value_in_a_description_that_cannot_be_used_is_named(model, tmp_path, 
 )
 def test_a_description_that_is_none_is_one_line(folder, text):
     (folder / "config.json").write_text(text, encoding="latin-1")
-    for opened in (lambda: inference.load(f"local-dir:{folder}", None), lambda: inference.load(None, folder)):
+    for opened in (lambda: trained.load(f"local-dir:{folder}", None), lambda: trained.load(None, folder)):
         with pytest.raises(UserError, match="config.json: (not what timm writes|num_classes is None)") as error:
             opened()
         assert len(str(error.value)) - 2 * len(str(folder)) < 300
@@ -369,7 +370,7 @@ def test_null_in_a_description_is_as_if_the_key_were_not_there(model, tmp_path):
         "absent": write_folder(tmp_path / "absent", model, pretrained_cfg=own),
         "null": write_folder(tmp_path / "null", model, pretrained_cfg={**own, **null}, model_args={"depth": 2}),
     }
-    found = {name: inference.load(None, folder) for name, folder in folders.items()}
+    found = {name: trained.load(None, folder) for name, folder in folders.items()}
     assert found["null"].view == found["absent"].view and found["null"].num_outputs == 7
     for name, folder in folders.items():
         assert torch.equal(logits(found[name].model), logits(model))
@@ -402,8 +403,8 @@ def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp
         lambda: build_teacher(TeacherConfig(name), 7, 160, names=CLASSES).model,
         lambda: build_student(StudentConfig(name, pretrained=True), 7, 160, CLASSES),
         lambda: build_student(StudentConfig(name, tmp_path / "own.pt"), 7, 160, CLASSES),
-        lambda: inference.load(name, None).model,
-        lambda: inference.load(None, tmp_path / "own.pt").model,
+        lambda: trained.load(name, None).model,
+        lambda: trained.load(None, tmp_path / "own.pt").model,
     ):
         (folder / "config.json").write_text(text)
         assert torch.equal(logits(opened()), logits(model))

@@ -10,14 +10,14 @@ import torch
 from conftest import train_here
 
 from pipelines.common.errors import UserError
-from trainer import inference
-from trainer.config import StudentConfig, TeacherConfig, parse
-from trainer.data import share_of_batch
-from trainer.distributed import World
-from trainer.model_checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
-from trainer.models import all_weights_required, build_student, preprocessing
-from trainer.teachers import build_teacher, build_teachers
-from trainer.weights import read_checkpoint, read_weights
+from trainer.cluster.world import World
+from trainer.config.sections import StudentConfig, TeacherConfig, parse
+from trainer.evaluation import trained as inference
+from trainer.feed import share_of_batch
+from trainer.models.checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
+from trainer.models.factory import all_weights_required, build_student, preprocessing
+from trainer.models.teacher import build_teacher, build_teachers
+from trainer.models.weights import read_checkpoint, read_weights
 
 NAME = "test_resnet"
 

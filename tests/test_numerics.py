@@ -16,15 +16,15 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 from pipelines.common.errors import UserError
-from trainer.config import EmaConfig, OptimConfig, parse
-from trainer.data import rank_plans
-from trainer.distributed import World
-from trainer.mix import Normalize, mix_pixels
-from trainer.models import synchronize_batch_norms
-from trainer.optim import clip_adaptively, gradient_clipping, running_statistics
-from trainer.precision import allow_tf32
+from trainer.cluster.world import World
+from trainer.config.sections import EmaConfig, OptimConfig, parse
+from trainer.feed import rank_plans
+from trainer.models.factory import synchronize_batch_norms
 from trainer.run import Run, build, train
-from trainer.schedule import ema_decay
+from trainer.update.mixing import Normalize, mix_pixels
+from trainer.update.optimizer import clip_adaptively, gradient_clipping, running_statistics
+from trainer.update.precision import allow_tf32
+from trainer.update.schedule import ema_decay
 
 CPU = torch.device("cpu")
 ONE = World(0, 1, 1, CPU)
@@ -198,10 +198,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import parse
-from trainer.data import rank_plans
-from trainer.distributed import join_world
-from trainer.optim import running_statistics
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
+from trainer.cluster.world import join_world
+from trainer.update.optimizer import running_statistics
 from trainer.run import build
 
 

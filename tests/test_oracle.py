@@ -21,9 +21,9 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
 from pipelines.batch import Batch
-from trainer.config import parse
-from trainer.data import rank_plans
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
 from trainer.run import build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))

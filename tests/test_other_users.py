@@ -14,7 +14,7 @@ from hand_made import put, samples, tar_of
 from tools import predict
 from tools.demo import write_digits
 from tools.image_files import items_of, look_at, survey
-from trainer.inference import View
+from trainer.evaluation.trained import View
 
 NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

@@ -25,7 +25,7 @@ def test_every_stage_is_within_its_tolerance(rows):
     for stage in ("decode", "crop + bicubic resize", "flip", "evaluation, bicubic", "top-1 of a ResNet-18"):
         assert {(stage, "torchvision")} < {pair for pair in compared if pair[0] == stage}, stage
     assert len([stage for stage, ours in compared if "RandAugment: " in stage and ours == "torchvision"]) == 15
-    assert {("mixup", "trainer.mix"), ("CutMix", "trainer.mix")} <= compared
+    assert {("mixup", "trainer.update.mixing"), ("CutMix", "trainer.update.mixing")} <= compared
 
 
 def test_the_cpu_pipeline_equals_timms_whole_training_transform_but_for_the_resize(rows):

@@ -7,8 +7,8 @@ from conftest import fake_index
 from pipelines.common.errors import UserError
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LONGEST, PLAN_VERSION, BatchPlan, EvalPlan, TrainPlan
-from trainer.data import rank_plans
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.feed import rank_plans
 
 SMALL = AugmentConfig(mix_group=16)
 

@@ -24,12 +24,12 @@ from hand_made import put
 from PIL import Image
 
 from pipelines.shards.index import read_index
+from tools.evaluate import EvalConfig, EvalDataConfig, predict_split
 from tools.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
 from tools.predict import main
-from trainer import inference
-from trainer.distributed import World
-from trainer.evaluate import EvalConfig, EvalDataConfig, predict_split
-from trainer.inference import View
+from trainer.cluster.world import World
+from trainer.evaluation import trained as inference
+from trainer.evaluation.trained import View
 
 VIEW = View(32, 0.95, "center", "bicubic")
 

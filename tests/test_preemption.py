@@ -26,16 +26,16 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from tools import doctor
-from trainer import checkpoint
-from trainer.checkpoint import Writer, checkpoints, read
-from trainer.config import parse
-from trainer.control import REQUEUE
-from trainer.data import rank_plans
-from trainer.distributed import World
-from trainer.fitting import largest_micro_batch
-from trainer.memory import is_out_of_memory
+from trainer.cluster.memory import is_out_of_memory
+from trainer.cluster.preemption import REQUEUE
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
+from trainer.micro_batch import largest_micro_batch
 from trainer.run import build, main
-from trainer.step import TrainStep, gray_batch
+from trainer.state import checkpoint
+from trainer.state.checkpoint import Writer, checkpoints, read
+from trainer.update.step import TrainStep, gray_batch
 
 CONFIG = REPOSITORY / "configs" / "usi.yaml"
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -166,7 +166,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(
 def test_an_evaluation_that_a_signal_stopped_is_made_up_for(digits, undisturbed, tmp_path, monkeypatch, step):
     """Also the last one: the run is not finished without it."""
     with monkeypatch.context() as patch:
-        at_step(patch, step - 1, lambda: patch.setattr("trainer.validation._columns", signalling))
+        at_step(patch, step - 1, lambda: patch.setattr("trainer.evaluation.predict._columns", signalling))
         with pytest.raises(SystemExit) as end:
             main(arguments_for(digits, tmp_path, "--run.eval_batch", 8))
     assert end.value.code == REQUEUE
@@ -310,7 +310,7 @@ def test_no_space_for_the_log_is_told_in_one_line(digits, tmp_path, monkeypatch,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("trainer.telemetry.Telemetry._write", full)
+    monkeypatch.setattr("trainer.monitor.telemetry.Telemetry._write", full)
     with pytest.raises(SystemExit) as end:
         main(arguments_for(digits, tmp_path))
     assert end.value.code == 1
@@ -426,7 +426,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_sample(digits, tmp
     index = read_index(digits, "train")
     with pytest.raises(UserError, match=r"step 8: .* is not finite for 1 of 64 images: train.*: sample ") as error:
         train_here(digits, tmp_path, "--run.checkpoint_every", 3)
-    from trainer.data import train_plan
+    from trainer.feed import train_plan
 
     plan = train_plan(parse(arguments_for(digits, tmp_path)), index, (128, 128, 128))
     assert index.name(int(plan.rows(7 * 64, 8 * 64).sample[1])) in str(error.value)
@@ -527,7 +527,7 @@ def test_memory_that_is_too_small_is_told_from_other_errors(error):
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize("where", ["trainer.step.TrainStep.__call__", "trainer.step.TrainStep.rehearse"])
+@pytest.mark.parametrize("where", ["trainer.update.step.TrainStep.__call__", "trainer.update.step.TrainStep.rehearse"])
 @pytest.mark.parametrize("command", [main, lambda arguments: doctor.main([str(CONFIG), *arguments])])
 def test_a_gpu_without_memory_left_is_one_line(digits, tmp_path, monkeypatch, capsys, where, command):
     def full(*_):

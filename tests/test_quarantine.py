@@ -15,7 +15,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from tools.sharding.job import BuildOptions, build
-from trainer.quarantine import QUARANTINE
+from trainer.monitor.quarantine import QUARANTINE
 from trainer.run import main
 
 

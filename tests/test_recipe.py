@@ -13,14 +13,14 @@ from timm.data.mixup import FastCollateMixup, mixup_target
 from timm.scheduler import CosineLRScheduler
 
 from pipelines.batch import Batch
-from trainer.audit import _OPEN, audit, audit_table
-from trainer.config import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, to_dict
-from trainer.losses import usi_loss
-from trainer.mix import Normalize, mix_pixels, partners
-from trainer.models import preprocessing
-from trainer.optim import ModelEma, build_optimizer
-from trainer.paper import paper_models
-from trainer.schedule import learning_rate
+from trainer.config.paper import paper_models
+from trainer.config.recipe import _OPEN, audit, audit_table
+from trainer.config.sections import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, to_dict
+from trainer.models.factory import preprocessing
+from trainer.update.loss import usi_loss
+from trainer.update.mixing import Normalize, mix_pixels, partners
+from trainer.update.optimizer import ModelEma, build_optimizer
+from trainer.update.schedule import learning_rate
 
 # Transcribed from the published recipe, not from the code.
 RECIPE = {

@@ -16,20 +16,20 @@ import torch
 from conftest import REPOSITORY, TINY
 from PIL import Image
 
-import trainer.report
+import trainer.monitor.report.page
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from tools.report import main
-from trainer.charts import moving_average
-from trainer.config import parse, to_yaml
-from trainer.data import rank_plans
-from trainer.distributed import World
-from trainer.mix import mix_pixels
-from trainer.report import charts, differing_settings, numbers, read_run, report_or_reason, write_report
+from trainer.cluster.world import World
+from trainer.config.sections import parse, to_yaml
+from trainer.feed import rank_plans
+from trainer.monitor.report.charts import moving_average
+from trainer.monitor.report.page import charts, differing_settings, numbers, read_run, report_or_reason, write_report
+from trainer.monitor.sample_grid import keep_samples, strip_png
+from trainer.monitor.telemetry import Telemetry
 from trainer.run import build, train
-from trainer.samples import keep_samples, strip_png
-from trainer.telemetry import Telemetry
+from trainer.update.mixing import mix_pixels
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 EVERY = ["--run.log_every", "1"]
@@ -51,7 +51,7 @@ def finished(digits, tmp_path_factory) -> Path:
 @pytest.fixture
 def without_drawings(monkeypatch):
     """Reports have a few bytes in place of each chart, which takes a quarter of a second to draw."""
-    monkeypatch.setattr(trainer.report, "draw", lambda chart: b"undrawn")
+    monkeypatch.setattr(trainer.monitor.report.page, "draw", lambda chart: b"undrawn")
 
 
 def logged(out: Path, steps: int, *arguments, evaluated: bool = True, teacher: bool = False) -> Path:
@@ -253,7 +253,7 @@ def test_a_report_that_fails_does_not_make_the_run_fail(tmp_path, monkeypatch):
     def broken(chart):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(trainer.report, "draw", broken)
+    monkeypatch.setattr(trainer.monitor.report.page, "draw", broken)
     said = report_or_reason(logged(tmp_path / "run", 1))
     assert said.startswith("no report was drawn (RuntimeError: no fonts); tools/report.py ") and "\n" not in said
 

@@ -19,15 +19,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_manifest
-from trainer.classes import class_order, read_classes
-from trainer.config import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
-from trainer.data import dataset_classes, rank_plans
-from trainer.distributed import World
-from trainer.losses import usi_loss
-from trainer.mix import mix_pixels, partners
-from trainer.models import preprocessing
-from trainer.run import build, train
-from trainer.teachers import (
+from trainer.cluster.world import World
+from trainer.config.sections import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
+from trainer.feed import dataset_classes, rank_plans
+from trainer.models.class_names import class_order, read_classes
+from trainer.models.factory import preprocessing
+from trainer.models.teacher import (
     agreement,
     build_teacher,
     build_teachers,
@@ -36,6 +33,9 @@ from trainer.teachers import (
     resize_pixels,
     teacher_warning,
 )
+from trainer.run import build, train
+from trainer.update.loss import usi_loss
+from trainer.update.mixing import mix_pixels, partners
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 VIT = {"depth": 1}  # of vit_tiny_patch16_224, which takes one size of image

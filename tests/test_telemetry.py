@@ -15,11 +15,11 @@ from conftest import TINY, train_here
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from trainer.config import parse
-from trainer.distributed import World
-from trainer.loggers import WANDB_ID, scalars
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.monitor.sinks import WANDB_ID, scalars
+from trainer.monitor.telemetry import InputWait, Pace, Telemetry
 from trainer.run import main as trainer_main
-from trainer.telemetry import InputWait, Pace, Telemetry
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_s": 1234.5, "input_wait": 0.25}
@@ -263,7 +263,7 @@ def test_tensorboard_shows_the_curves_of_metrics_jsonl_after_a_restart_too(digit
 
 def test_tensorboard_drops_what_a_run_that_went_back_had_written(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from trainer.loggers import open_sinks
+    from trainer.monitor.sinks import open_sinks
 
     sinks = open_sinks(parse([*TINY, "--run.out", str(tmp_path), "--run.loggers", "[tensorboard]"]))
     assert not list(tmp_path.iterdir())
@@ -280,7 +280,7 @@ def test_wandb_goes_on_with_one_run_over_all_sessions(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    from trainer.loggers import open_sinks
+    from trainer.monitor.sinks import open_sinks
 
     opened, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: opened.append(init(**options)) or opened[-1])
@@ -332,7 +332,9 @@ def test_loggers_are_read_back_from_a_runs_own_configuration(digits, tmp_path):
 def test_waiting_for_input_is_the_time_in_next_and_nothing_else(monkeypatch):
     """Where host and device are one. Each look at the clock is told what to see."""
     times = iter([10.0, 10.25, 20.0, 20.5, 30.0, 30.0])
-    monkeypatch.setattr("trainer.telemetry._HostMark.record", lambda mark: setattr(mark, "_time_s", next(times)))
+    monkeypatch.setattr(
+        "trainer.monitor.telemetry._HostMark.record", lambda mark: setattr(mark, "_time_s", next(times))
+    )
     batches = InputWait(iter("abc"), torch.device("cpu"))
     assert [next(batches), next(batches)] == ["a", "b"]
     assert batches.take_s() == pytest.approx(0.75) and batches.take_s() == 0

@@ -23,9 +23,9 @@ from conftest import REPOSITORY
 from forked_python import executable
 
 from pipelines.common.errors import UserError
-from trainer import checkpoint
-from trainer.torch_files import ClaimError, check_content, load_plain
-from trainer.weights import read_file, read_weights
+from trainer.models.torch_files import ClaimError, check_content, load_plain
+from trainer.models.weights import read_file, read_weights
+from trainer.state import checkpoint
 
 TIED = torch.arange(12.0).reshape(3, 4)
 HONEST = {

@@ -25,13 +25,13 @@ from pipelines.plan.plan import BEFORE, EvalPlan
 from pipelines.shards.index import read_index
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
-from trainer.checkpoint_settings import refuse_other_plan
-from trainer.config import parse
-from trainer.data import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
-from trainer.distributed import World
-from trainer.mix import Normalize
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.evaluation.predict import eval_plans, evaluate
+from trainer.feed import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
 from trainer.run import build, main, train
-from trainer.validation import eval_plans, evaluate
+from trainer.state.checkpoint_settings import refuse_other_plan
+from trainer.update.mixing import Normalize
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -585,7 +585,7 @@ def test_the_card_is_tried_once_and_the_answer_remembered(digits, tmp_path, monk
     index, tried = read_index(digits, "train"), []
     world = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    monkeypatch.setattr("trainer.data.probe_dataset", lambda *a: tried.append(a) or ("full", "regions crashed"))
+    monkeypatch.setattr("trainer.feed.probe_dataset", lambda *a: tried.append(a) or ("full", "regions crashed"))
     config = parse([*TINY, "--run.out", str(tmp_path)])
     chosen = choose_decode(config, index, world)
     assert chosen["decode"] == "full" and chosen["why"] == "regions crashed" and len(tried) == 1

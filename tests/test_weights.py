@@ -15,9 +15,9 @@ import torch
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pipelines.common.errors import UserError
-from trainer.config import TeacherConfig
-from trainer.teachers import build_teacher
-from trainer.weights import PlainData, read_file, read_weights, select_weights, unwrapped
+from trainer.config.sections import TeacherConfig
+from trainer.models.teacher import build_teacher
+from trainer.models.weights import PlainData, read_file, read_weights, select_weights, unwrapped
 
 NAME = "test_resnet"
 

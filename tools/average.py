@@ -30,14 +30,16 @@ from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_use
 from pipelines.common.files import refuse_place, sha256_of
 from pipelines.shards.index import read_index, read_manifest
 from tools.arguments import path_argument
-from trainer import checkpoint, inference, metrics
-from trainer.checkpoint_fields import not_finite
-from trainer.checkpoint_settings import with_defaults
-from trainer.classes import order_doubt
-from trainer.distributed import alone
-from trainer.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
-from trainer.inference import KINDS, Trained, checkpoints_folder
-from trainer.weights import read_file, select_weights
+from tools.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
+from trainer.cluster.world import alone
+from trainer.evaluation import metrics
+from trainer.evaluation import trained as inference
+from trainer.evaluation.trained import KINDS, Trained, checkpoints_folder
+from trainer.models.checkpoint_format import not_finite
+from trainer.models.class_names import order_doubt
+from trainer.models.weights import read_file, select_weights
+from trainer.state import checkpoint
+from trainer.state.checkpoint_settings import with_defaults
 
 Weights = dict[str, torch.Tensor]
 # What OUT.pt takes over from one of the checkpoints: what they say of their run.
@@ -373,7 +375,7 @@ def greedy(paths: list[Path], which: str, data: Path) -> Average:
 
 
 class Scorer:
-    """Top-1 on a dataset's validation split, as `python -m trainer.evaluate` finds it.
+    """Top-1 on a dataset's validation split, as `python tools/evaluate.py` finds it.
 
     Attributes:
       digest: of the split.

@@ -4,7 +4,7 @@
 
 MODEL is timm's name (speed does not depend on weights, which are random then), a checkpoint, a run's folder, or an
 exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python -m
-trainer.evaluate --run.json FILE`) or a CSV with columns model and top1; for timm's names otherwise from the paper, and
+tools.evaluate --run.json FILE`) or a CSV with columns model and top1; for timm's names otherwise from the paper, and
 are marked so. Models take turns on each backend, so that a machine whose speed drifts is unfair to none.
 """
 

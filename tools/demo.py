@@ -27,9 +27,9 @@ from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from tools.arguments import path_argument
-from trainer.checkpoint import checkpoints
-from trainer.report import write_report
-from trainer.run_files import SUMMARY
+from trainer.monitor.report.page import write_report
+from trainer.monitor.run_files import SUMMARY
+from trainer.state.checkpoint import checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"

@@ -36,11 +36,11 @@ from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_re
 from tools.benchmarks.proposals import Trial
 from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
 from tools.sharding.verify import human_seconds
-from trainer.config import Config, parse
-from trainer.data import open_indices, rank_threads
-from trainer.distributed import World, join_world
-from trainer.fitting import full_memory_is_told
+from trainer.cluster.world import World, join_world
+from trainer.config.sections import Config, parse
+from trainer.feed import open_indices, rank_threads
 from trainer.loop import Run
+from trainer.micro_batch import full_memory_is_told
 from trainer.run import build, what_must_agree
 
 _BAR = 24  # characters
@@ -112,7 +112,7 @@ def configuration(target: Path, overrides: list[str]) -> Config:
     Of a run, where an earlier session was to stop early does not count.
 
     Raises:
-      UserError: there is no such run or file, or as trainer.config.parse.
+      UserError: there is no such run or file, or as trainer.config.sections.parse.
     """
     if not target.exists():
         raise UserError(f"{target}: not found. Give a run's folder or a YAML file, such as configs/usi.yaml")

@@ -38,8 +38,8 @@ from tools.exporting.onnx_file import (
 )
 from tools.exporting.timm_folder import noise, write_folder
 from tools.exporting.torch_file import export_program, torch_program
-from trainer.folding import fold_batch_norms
-from trainer.inference import CONFIG, KINDS, WEIGHTS, Trained, load_named
+from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, Trained, load_named
+from trainer.models.fold_batch_norm import fold_batch_norms
 
 _CHECKED = 3  # images at once, beside one alone
 
@@ -94,7 +94,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
     parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
     parser.add_argument(
-        "--evaluation", type=path_argument, metavar="FILE", help="of trainer.evaluate's --run.json, for the card"
+        "--evaluation", type=path_argument, metavar="FILE", help="of tools.evaluate's --run.json, for the card"
     )
     return parser.parse_args(arguments)
 

@@ -31,7 +31,7 @@ from tools.sharding.images import (
 )
 from tools.sharding.tars import tar_files
 from tools.sharding.walk import walk
-from trainer.inference import View
+from trainer.evaluation.trained import View
 
 _IMAGE, _SHARD, _OTHER = "image", "shard", "other"
 

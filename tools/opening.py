@@ -6,7 +6,7 @@ from pipelines import Pipeline, open_pipeline
 from pipelines.dali_probe import probe_dataset
 from pipelines.shards.damage import refuse_damaged
 from pipelines.shards.index import ShardIndex
-from trainer.config import DataConfig
+from trainer.config.sections import DataConfig
 
 
 def first_device() -> torch.device:

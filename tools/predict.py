@@ -36,10 +36,10 @@ from pipelines.shards.reader import read_ahead
 from tools.arguments import path_argument
 from tools.image_files import Item, items_of, look_at_batches, survey
 from tools.opening import first_device
-from trainer.classes import check_order_stated, order_doubt
-from trainer.inference import Trained, descriptions, load
-from trainer.model_checks import check_logits
-from trainer.precision import allow_tf32, resolve_precision
+from trainer.evaluation.trained import Trained, descriptions, load
+from trainer.models.checks import check_logits
+from trainer.models.class_names import check_order_stated, order_doubt
+from trainer.update.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
 _ROW_GROUP = 8192  # rows that a parquet file is written by

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 
 from pipelines.common.errors import exit_on_user_error
 from tools.arguments import path_argument
-from trainer.report import PAGE, write_report
+from trainer.monitor.report.page import PAGE, write_report
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,21 +12,21 @@ import torch
 
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import TrainPlan
-from trainer import checkpoint
-from trainer.checkpoint import TrainState
-from trainer.compiling import COMPILE_PATIENCE_S
-from trainer.config import Config, RunConfig
-from trainer.confusion import num_looked_at
-from trainer.control import Control
-from trainer.data import Pipelines, rank_plans
-from trainer.distributed import World
-from trainer.optim import set_learning_rate
-from trainer.samples import SAMPLES, keep_samples
-from trainer.schedule import learning_rate
-from trainer.step import StepMetrics, TrainStep
-from trainer.teachers import teacher_warning
-from trainer.telemetry import InputWait, Telemetry
-from trainer.watchdog import Beating
+from trainer.cluster.preemption import Control
+from trainer.cluster.watchdog import Beating
+from trainer.cluster.world import World
+from trainer.config.sections import Config, RunConfig
+from trainer.feed import Pipelines, rank_plans
+from trainer.models.class_order import num_looked_at
+from trainer.models.teacher import teacher_warning
+from trainer.monitor.sample_grid import SAMPLES, keep_samples
+from trainer.monitor.telemetry import InputWait, Telemetry
+from trainer.state import checkpoint
+from trainer.state.checkpoint import TrainState
+from trainer.update.compiler import COMPILE_PATIENCE_S
+from trainer.update.optimizer import set_learning_rate
+from trainer.update.schedule import learning_rate
+from trainer.update.step import StepMetrics, TrainStep
 
 DISK_PATIENCE_S = 3600  # a slow disk is no hang
 

@@ -32,14 +32,14 @@ from pipelines import Pipeline, resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import locked, write_synced
 from pipelines.plan.plan import EvalPlan, TrainPlan
-from trainer import checkpoint
-from trainer.audit import audit, audit_table
-from trainer.checkpoint import TrainState, Writer
-from trainer.classes import order_doubt
-from trainer.compiling import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler, kernel_trouble
-from trainer.config import Config, RunConfig, parse, to_dict, to_yaml
-from trainer.control import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
-from trainer.data import (
+from trainer.cluster.preemption import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
+from trainer.cluster.rendezvous import facts
+from trainer.cluster.watchdog import watched
+from trainer.cluster.world import World, join_world
+from trainer.config.recipe import audit, audit_table
+from trainer.config.sections import Config, RunConfig, parse, to_dict, to_yaml
+from trainer.evaluation.predict import evaluate
+from trainer.feed import (
     DECODE,
     dataset_classes,
     open_indices,
@@ -48,24 +48,24 @@ from trainer.data import (
     share_of_batch,
     train_plan,
 )
-from trainer.distributed import World, join_world
-from trainer.fitting import choose_micro_batch, full_memory_is_told
-from trainer.loggers import open_sinks
 from trainer.loop import Run, loop, restore_statistics, resume
-from trainer.mix import Normalize
-from trainer.model_checks import check_student, one_value_is_reported
-from trainer.models import build_student, preprocessing, synchronize_batch_norms
-from trainer.optim import ModelEma, build_optimizer, gradient_clipping
-from trainer.precision import allow_tf32, resolve_precision
-from trainer.ready import facts
-from trainer.report import PAGE, report_or_reason
-from trainer.run_files import METRICS, SUMMARY, full_disk_is_told, last_validation, naming, read_summary
-from trainer.schedule import ema_decay, initial_fraction
-from trainer.step import TrainStep, gray_batch
-from trainer.teachers import Teachers, build_teachers
-from trainer.telemetry import Telemetry
-from trainer.validation import evaluate
-from trainer.watchdog import watched
+from trainer.micro_batch import choose_micro_batch, full_memory_is_told
+from trainer.models.checks import check_student, one_value_is_reported
+from trainer.models.class_names import order_doubt
+from trainer.models.factory import build_student, preprocessing, synchronize_batch_norms
+from trainer.models.teacher import Teachers, build_teachers
+from trainer.monitor.report.page import PAGE, report_or_reason
+from trainer.monitor.run_files import METRICS, SUMMARY, full_disk_is_told, last_validation, naming, read_summary
+from trainer.monitor.sinks import open_sinks
+from trainer.monitor.telemetry import Telemetry
+from trainer.state import checkpoint
+from trainer.state.checkpoint import TrainState, Writer
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler, kernel_trouble
+from trainer.update.mixing import Normalize
+from trainer.update.optimizer import ModelEma, build_optimizer, gradient_clipping
+from trainer.update.precision import allow_tf32, resolve_precision
+from trainer.update.schedule import ema_decay, initial_fraction
+from trainer.update.step import TrainStep, gray_batch
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -334,7 +334,8 @@ def build_state(
 def evaluator(
     config: RunConfig, state: TrainState, normalize: Normalize, pipeline: Pipeline, precision: torch.dtype
 ) -> Callable[..., dict[str, dict[str, float]]]:
-    """trainer.validation.evaluate of a run's weights and their average; `plan` and `world` are left to be given."""
+    """trainer.evaluation.predict.evaluate of a run's weights and their average; `plan` and `world` are left to be
+    given."""
     weights = {"raw": state.student, **({"ema": state.ema.module} if state.ema else {})}
     return functools.partial(evaluate, weights, normalize, pipeline, batch=config.eval_batch, precision=precision)
 

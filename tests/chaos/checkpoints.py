@@ -20,15 +20,14 @@ from safetensors.torch import load_file
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
 from pipelines.common.errors import UserError, exit_on_user_error
-from tools import average, export, predict
+from tools import average, evaluate, export, predict
 from tools.comparing import contenders
 from tools.sharding.job import BuildOptions, build
-from trainer import evaluate
 from trainer import run as trainer
-from trainer.checkpoint import digest_of, to_host
-from trainer.config import StudentConfig, TeacherConfig
-from trainer.models import build_student
-from trainer.teachers import build_teacher
+from trainer.config.sections import StudentConfig, TeacherConfig
+from trainer.models.factory import build_student
+from trainer.models.teacher import build_teacher
+from trainer.state.checkpoint import digest_of, to_host
 
 PROMISE = (
     "Checkpoints, best.pt, exported folders and plain files of weights in which a field is absent, of another type, of "

@@ -12,10 +12,10 @@ from pathlib import Path
 from chaos.attempts import Attempt, isolated
 from pipelines.common.errors import exit_on_user_error
 from tools.report import main
-from trainer.config import Config, to_yaml
-from trainer.quarantine import QUARANTINE
-from trainer.report import charts, differing_settings, numbers, page, read_run
-from trainer.run_files import METRICS, SUMMARY
+from trainer.config.sections import Config, to_yaml
+from trainer.monitor.quarantine import QUARANTINE
+from trainer.monitor.report.page import charts, differing_settings, numbers, page, read_run
+from trainer.monitor.run_files import METRICS, SUMMARY
 
 PROMISE = (
     "Whatever became of the files of a run, tools/report.py writes a page from what can be used and says what cannot, "

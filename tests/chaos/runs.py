@@ -25,10 +25,10 @@ from pipelines.shards.index import read_index
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions, build
 from trainer import run as trainer
-from trainer.checkpoint import BEST, checkpoints, read
-from trainer.control import REQUEUE
-from trainer.quarantine import QUARANTINE
-from trainer.run_files import METRICS, SUMMARY
+from trainer.cluster.preemption import REQUEUE
+from trainer.monitor.quarantine import QUARANTINE
+from trainer.monitor.run_files import METRICS, SUMMARY
+from trainer.state.checkpoint import BEST, checkpoints, read
 
 PROMISE = (
     "Runs of 20 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "

@@ -14,10 +14,10 @@ import yaml
 
 from chaos.attempts import Attempt, isolated
 from pipelines.common.errors import exit_on_user_error
+from tools.evaluate import EvalConfig
 from trainer import run as trainer
-from trainer.config import Config, parse
-from trainer.evaluate import EvalConfig
-from trainer.settings import parse_settings
+from trainer.config.cli import parse_settings
+from trainer.config.sections import Config, parse
 
 T = TypeVar("T")
 PROMISE = (

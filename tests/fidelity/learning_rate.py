@@ -6,8 +6,8 @@ import numpy as np
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
-from trainer.config import Config
-from trainer.schedule import learning_rate
+from trainer.config.sections import Config
+from trainer.update.schedule import learning_rate
 
 
 def rows() -> Iterator[Row]:

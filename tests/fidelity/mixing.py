@@ -17,7 +17,7 @@ from pipelines.batch import Batch
 from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.rng import Stream
-from trainer.mix import mix_pixels, partners
+from trainer.update.mixing import mix_pixels, partners
 
 SEED, SIZE, CLASSES = 2, 96, 1000
 NUM_MIXUP = 1000

@@ -9,9 +9,9 @@ from fidelity.old_timm import models_of
 from fidelity.rows import Row
 from fidelity.zoo import MODELS, as_known, both, dropouts
 from pipelines.common.errors import UserError
-from trainer.config import OptimConfig
-from trainer.models import create_model
-from trainer.optim import build_optimizer
+from trainer.config.sections import OptimConfig
+from trainer.models.factory import create_model
+from trainer.update.optimizer import build_optimizer
 
 SIZES = {"bat_resnext26ts": 256, "halonet26t": 256, "crossvit_9_240": 240}  # px; all others take the recipe's 224
 KNOWN = {

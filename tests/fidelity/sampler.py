@@ -15,8 +15,8 @@ from pipelines.plan import order
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.synthetic import synthetic_index
-from trainer.distributed import World
-from trainer.validation import eval_plans
+from trainer.cluster.world import World
+from trainer.evaluation.predict import eval_plans
 
 GROUP, RANKS, EPOCH = 128, range(1, 9), 1
 REPEATS = {"repeated": (3, "RepeatAugSampler"), "plain": (1, "DistributedSampler")}  # of a kind: how often, and theirs

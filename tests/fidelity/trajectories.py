@@ -22,10 +22,10 @@ from fidelity.rows import Row, within
 from tools.demo import write_digits
 from tools.sharding.job import BuildOptions
 from tools.sharding.job import build as build_dataset
-from trainer.config import Config, parse
-from trainer.data import rank_plans
-from trainer.distributed import World
-from trainer.models import preprocessing
+from trainer.cluster.world import World
+from trainer.config.sections import Config, parse
+from trainer.feed import rank_plans
+from trainer.models.factory import preprocessing
 from trainer.run import Run, build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))

@@ -13,8 +13,8 @@ import torch
 
 from fidelity.old_timm import models_of, theirs
 from fidelity.rows import Row
-from trainer.config import OptimConfig
-from trainer.optim import build_optimizer
+from trainer.config.sections import OptimConfig
+from trainer.update.optimizer import build_optimizer
 
 # The paper's own. EdgeNeXt is in neither timm 0.5.4 nor the authors' repository.
 PAPER = (

@@ -22,10 +22,10 @@ from pipelines.shards.index import ShardIndex, read_index
 from tools.benchmarks.measure import machine
 from tools.photos import write_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer import checkpoint
-from trainer.config import parse, to_yaml
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import parse, to_yaml
 from trainer.run import train
+from trainer.state import checkpoint
 
 FOLDER = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -116,7 +116,6 @@ def options() -> dict[str, list[str]]:
     """command -> the options that its --help names, its subcommands' among them."""
     commands = [
         REPOSITORY / "trainer/run.py",
-        REPOSITORY / "trainer/evaluate.py",
         *sorted((REPOSITORY / "tools").glob("*.py")),
     ]
     found = {}

@@ -7,9 +7,9 @@ import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
 
 from pipelines.batch import Batch
-from trainer.config import parse
-from trainer.data import rank_plans
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.feed import rank_plans
 from trainer.loop import Run
 from trainer.run import build
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_stub.runs import built, updates
 from gpu_stub.stand_in import pinned_allocations, pinned_bytes
-from trainer import checkpoint
+from trainer.state import checkpoint
 
 MIB = 1 << 20
 

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from gpu_stub.runs import GPU, built, teacher_file
-from trainer import compiling
-from trainer.step import gray_batch
+from trainer.update import compiler
+from trainer.update.step import gray_batch
 
 TEACHER = {"teacher.name": "tiny_cnn", "teacher.checkpoint": "FILE"}
 CASES = {
@@ -23,8 +23,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_compiled_in_whole_graphs_and_again_only_for_a_new_size(name, tmp_path, monkeypatch):
     """Traced as for a GPU, without the code generator. Another size is compiled in its first update."""
-    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
-    monkeypatch.setattr(compiling, "why_not", lambda device: "")
+    monkeypatch.setattr(compiler, "compiled", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
+    monkeypatch.setattr(compiler, "why_not", lambda device: "")
     torch._dynamo.reset()
     counters.clear()
     path = teacher_file(tmp_path)

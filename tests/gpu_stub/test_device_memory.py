@@ -13,12 +13,13 @@ from gpu_stub.stand_in import DeviceMemory
 from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
-from trainer import metrics, run
-from trainer.config import parse
-from trainer.data import Pipelines, rank_plans
+from trainer import run
+from trainer.config.sections import parse
+from trainer.evaluation import metrics
+from trainer.feed import Pipelines, rank_plans
 from trainer.loop import Run
 from trainer.run import build
-from trainer.step import TrainStep, gray_batch
+from trainer.update.step import TrainStep, gray_batch
 
 MIB = 1 << 20
 DEVICE_MIB, GRAPH_MIB = 450, 60

@@ -12,10 +12,10 @@ from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
 from pipelines.plan.draws import Op
 from pipelines.plan.plan import EvalPlan
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
-from trainer import metrics
-from trainer.mix import Normalize
-from trainer.teachers import resize_pixels
-from trainer.validation import predict
+from trainer.evaluation import metrics
+from trainer.evaluation.predict import predict
+from trainer.models.teacher import resize_pixels
+from trainer.update.mixing import Normalize
 
 TEACHER = {"teacher.name": "tiny_cnn"}
 VIT = {"student.name": "test_vit"}

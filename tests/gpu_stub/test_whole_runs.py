@@ -8,7 +8,7 @@ import pytest
 from ranks import Ranks
 
 from gpu_stub.runs import arguments, teacher_file
-from trainer import checkpoint
+from trainer.state import checkpoint
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 ON_IMAGES = {"data.pipeline": "torchvision", "run.eval_batch": 32, "run.log_every": 2}

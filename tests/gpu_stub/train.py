@@ -19,11 +19,14 @@ import tiny_model  # noqa: E402, F401  (registers the student)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from trainer import distributed, metrics, ready, run  # noqa: E402
+from trainer import run  # noqa: E402
+from trainer.cluster import rendezvous  # noqa: E402
+from trainer.cluster import world as distributed  # noqa: E402
+from trainer.evaluation import metrics  # noqa: E402
 
 
 def connect_by_gloo(store, rank: int, size: int, device, seconds: float) -> None:
-    how = {"timeout": ready.COLLECTIVE_TIMEOUT, "device_id": device}
+    how = {"timeout": rendezvous.COLLECTIVE_TIMEOUT, "device_id": device}
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, **how)
 
 
@@ -42,6 +45,6 @@ def joined_by_place(parts: list[metrics.Predictions], num_samples: int) -> metri
 
 
 distributed.World.choice_of_main = choice_of_main
-ready.connect = connect_by_gloo
+rendezvous.connect = connect_by_gloo
 metrics.joined = joined_by_place
 run.main()

@@ -1,8 +1,8 @@
 """DALI's decode paths: which of them work on this machine, and how many training batches a second each makes.
 
 A path is tried in a process of its own first, as a run tries it (pipelines/dali_probe.py), since decoding regions has
-been seen to end the process. Then the recipe's batches are made with it: read, decoded, cropped, resized and augmented. What
-is known to be safe comes first, so that a path which fails on whole batches only costs no other row.
+been seen to end the process. Then the recipe's batches are made with it: read, decoded, cropped, resized and augmented.
+What is known to be safe comes first, so that a path which fails on whole batches only costs no other row.
 """
 
 import functools

@@ -47,7 +47,7 @@ from tools.benchmarks.measure import SPEED_COLUMNS, interleaved, ratio, speeds, 
 from tools.opening import decode_path, first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.config import DataConfig
+from trainer.config.sections import DataConfig
 
 SIZE_PX = 224
 COLUMNS = SPEED_COLUMNS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from trainer.run_files import METRICS
+from trainer.monitor.run_files import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

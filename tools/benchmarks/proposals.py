@@ -18,10 +18,10 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import ShardReader
 from tools.benchmarks.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_of, plans_of_size, rates, rounds
 from tools.sharding.images import CheckedImage, ImageOptions, check_image
-from trainer.config import Config
-from trainer.data import open_pipelines
+from trainer.cluster.memory import is_out_of_memory
+from trainer.config.sections import Config
+from trainer.feed import open_pipelines
 from trainer.loop import Run
-from trainer.memory import is_out_of_memory
 from trainer.run import build
 
 AS_IT_IS = "as it is"

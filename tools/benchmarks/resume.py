@@ -19,10 +19,10 @@ from pathlib import Path
 from pipelines.common.errors import UserError
 from tools.benchmarks.processes import run_training
 from tools.benchmarks.runs import compiled_or_not, random_weights, teacher_or_none
-from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.config.sections import RunConfig
 from trainer.loop import checkpoint_folder
-from trainer.run_files import METRICS
+from trainer.monitor.run_files import METRICS
+from trainer.state import checkpoint
 
 COLUMNS = {
     "what": "what",

@@ -9,10 +9,10 @@ import torch
 
 from pipelines.common.errors import UserError
 from tools.benchmarks.measure import timed_on_device
-from trainer.config import Config, parse
-from trainer.distributed import alone
+from trainer.cluster.world import alone
+from trainer.config.sections import Config, parse
 from trainer.loop import Run
-from trainer.models import create_model
+from trainer.models.factory import create_model
 from trainer.run import build
 
 CLASSES = 1000

@@ -33,13 +33,13 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import PLANS_AHEAD, look_ahead, places
 from pipelines.synthetic import SyntheticPipeline
 from tools.benchmarks.measure import interleaved, ratio, speeds, synchronize, timed_on_device
-from trainer.config import TeacherConfig
-from trainer.data import rank_plans, rank_threads
-from trainer.distributed import World
+from trainer.cluster.world import World
+from trainer.config.sections import TeacherConfig
+from trainer.evaluation.predict import num_eval_batches
+from trainer.feed import rank_plans, rank_threads
 from trainer.loop import Run, set_rate
+from trainer.monitor.telemetry import InputWait
 from trainer.run import build
-from trainer.telemetry import InputWait
-from trainer.validation import num_eval_batches
 
 READING_COLD, READING = "reading, cold", "reading"
 DECODING, RESIZING, PIPELINE = "+ decoding", "+ crop, resize, flip", "+ RandAugment: the pipeline"

@@ -50,15 +50,15 @@ from tools.benchmarks.runs import (
     updates_of_a_turn,
 )
 from tools.opening import first_device
-from trainer.compiling import as_it_is, compiled
-from trainer.data import rank_plans
+from trainer.feed import rank_plans
 from trainer.loop import Run, loop
-from trainer.losses import usi_loss
-from trainer.mix import partners
-from trainer.models import create_model
-from trainer.run_files import METRICS
-from trainer.telemetry import Telemetry
-from trainer.weights import read_weights
+from trainer.models.factory import create_model
+from trainer.models.weights import read_weights
+from trainer.monitor.run_files import METRICS
+from trainer.monitor.telemetry import Telemetry
+from trainer.update.compiler import as_it_is, compiled
+from trainer.update.loss import usi_loss
+from trainer.update.mixing import partners
 
 COLUMNS = {
     "what": "what",

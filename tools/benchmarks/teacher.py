@@ -28,11 +28,11 @@ from tools.benchmarks.runs import CLASSES, updates_of_a_turn
 from tools.opening import first_device, opened
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.config import Config, parse
-from trainer.mix import Normalize
-from trainer.models import create_model, preprocessing
-from trainer.precision import PRECISIONS, allow_tf32
-from trainer.teachers import Teachers, build_teachers, model_inputs
+from trainer.config.sections import Config, parse
+from trainer.models.factory import create_model, preprocessing
+from trainer.models.teacher import Teachers, build_teachers, model_inputs
+from trainer.update.mixing import Normalize
+from trainer.update.precision import PRECISIONS, allow_tf32
 
 COLUMNS = SPEED_COLUMNS | {
     "kl": "KL from fp32, nats",

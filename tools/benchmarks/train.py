@@ -40,10 +40,10 @@ from tools.benchmarks.stages import IN_WORK
 from tools.opening import decode_path, first_device
 from tools.photos import write_common_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.config import DataConfig
-from trainer.data import rank_plans
+from trainer.config.sections import DataConfig
+from trainer.feed import rank_plans
 from trainer.loop import Run
-from trainer.telemetry import InputWait
+from trainer.monitor.telemetry import InputWait
 
 COLUMNS = SPEED_COLUMNS | {
     "input_wait": "waiting for input",

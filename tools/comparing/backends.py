@@ -17,8 +17,8 @@ import torch
 from pipelines.common.errors import UserError
 from tools.comparing.contenders import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Contender, build
 from tools.exporting.onnx_file import IMAGES, LOGITS
-from trainer.compiling import compiled
-from trainer.precision import resolve_precision
+from trainer.update.compiler import compiled
+from trainer.update.precision import resolve_precision
 
 
 @dataclasses.dataclass(frozen=True)

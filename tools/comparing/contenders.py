@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.common.errors import UserError, clipped
 from tools.exporting.attention import fused_or_plain, has_fused_attention
 from tools.exporting.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
-from trainer import inference
-from trainer.folding import fold_batch_norms
-from trainer.models import create_model, known_name
-from trainer.paper import paper_models
+from trainer.config.paper import paper_models
+from trainer.evaluation import trained as inference
+from trainer.models.factory import create_model, known_name
+from trainer.models.fold_batch_norm import fold_batch_norms
 
 ONNX, HALF_ONNX, OPENVINO = "model.onnx", "model-fp16.onnx", "model.xml"
 REFERENCE = "reference.pt"
@@ -138,7 +138,7 @@ def published() -> list[Accuracy]:
 
 
 def read_accuracies(path: Path) -> list[Accuracy]:
-    """What a file says: an evaluation (`python -m trainer.evaluate --run.json FILE`), or a CSV of several models.
+    """What a file says: an evaluation (`python tools/evaluate.py --run.json FILE`), or a CSV of several models.
 
     The CSV has columns model (timm's name or a path), top1 (percent) and, if there is one, image_size (pixels).
 
@@ -174,7 +174,7 @@ def _of_evaluation(path: Path, text: str) -> Accuracy:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path}: not what python -m trainer.evaluate --run.json writes ({error!r}). Evaluate the model again"
+            f"{path}: not what python tools/evaluate.py --run.json writes ({error!r}). Evaluate the model again"
         ) from error
 
 

@@ -29,8 +29,8 @@ from tools.comparison.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.opening import decode_path, first_device, opened
 from tools.photos import photographs, write_photographs
 from tools.sharding.job import BuildOptions, build
-from trainer.mix import Normalize, mix_pixels
-from trainer.models import preprocessing
+from trainer.models.factory import preprocessing
+from trainer.update.mixing import Normalize, mix_pixels
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_PCT = 0.95
@@ -299,7 +299,7 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
     cutmix = rows.box.any(axis=1)
     for name, chosen in (("mixup", ~cutmix), ("CutMix", cutmix)):
         pairs = zip(ours[chosen], np.concatenate(theirs)[chosen], strict=True)
-        yield compare(name, "trainer.mix", "timm", pairs, EXACT)
+        yield compare(name, "trainer.update.mixing", "timm", pairs, EXACT)
     yield _unrounded_lambda(plan)
 
 
@@ -315,7 +315,7 @@ def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
         (_blended(levels, lam[group]), timm_reference.mixed(levels, float(exact[group]), (0, 0, 0, 0)))
         for group in blended
     ]
-    row = compare("mixup: float32 lambda", "trainer.mix", "timm, unrounded", pairs, ROUNDED_LAMBDA)
+    row = compare("mixup: float32 lambda", "trainer.update.mixing", "timm, unrounded", pairs, ROUNDED_LAMBDA)
     num_off = sum(int((one != other).sum()) for one, other in pairs)
     num_lambdas = sum(bool((one != other).any()) for one, other in pairs)
     num_values = len(pairs) * levels.size

@@ -11,9 +11,9 @@ from timm.data import ImageNetInfo
 from pipelines.common.errors import UserError
 from pipelines.common.versions import package_versions
 from tools.exporting.onnx_file import OPSET, PACKAGES
-from trainer.checkpoint_settings import check_settings
-from trainer.inference import Trained
-from trainer.models import preprocessing
+from trainer.evaluation.trained import Trained
+from trainer.models.factory import preprocessing
+from trainer.state.checkpoint_settings import check_settings
 
 CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -54,12 +54,12 @@ def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> st
 
 
 def read_evaluation(path: Path, trained: Trained) -> dict:
-    """What `python -m trainer.evaluate --run.json FILE` wrote about this model.
+    """What `python tools/evaluate.py --run.json FILE` wrote about this model.
 
     Raises:
       UserError: the file cannot be read, is something else, or is about other weights.
     """
-    again = "Write it with python -m trainer.evaluate --run.json FILE"
+    again = "Write it with python tools/evaluate.py --run.json FILE"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         model, digest = report["model"], report["weights_digest"]

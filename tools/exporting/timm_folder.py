@@ -10,10 +10,10 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from pipelines.common.errors import UserError
-from trainer.checkpoint_fields import not_finite
-from trainer.config import DataConfig
-from trainer.inference import CONFIG, WEIGHTS, Trained, descriptions
-from trainer.models import preprocessing
+from trainer.config.sections import DataConfig
+from trainer.evaluation.trained import CONFIG, WEIGHTS, Trained, descriptions
+from trainer.models.checkpoint_format import not_finite
+from trainer.models.factory import preprocessing
 
 # What of timm's own configuration of a model is about the architecture, not about the weights that timm has for it.
 _OF_ARCHITECTURE = ("first_conv", "classifier", "min_input_size")

@@ -51,8 +51,8 @@ class Unused:
 
     Attributes:
       kind: HIDDEN: passed over by the rule of pipelines.common.files.is_hidden, and counted; EXPECTED: belongs to the
-        layout and is for something else, such as test images without labels; MISPLACED: visible and not understood, which ends
-        the command unless the person decides to leave it out.
+        layout and is for something else, such as test images without labels; MISPLACED: visible and not understood,
+        which ends the command unless the person decides to leave it out.
       source: how messages name it.
       reason: what it is, and what helps.
     """

@@ -46,8 +46,8 @@ from tools.sharding.workers import run_jobs
 _MAX_IDX_LINE = 1 << 16  # of a sample in an .idx file
 _VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
 _RECORDS, _LOCK = ".index.partial", ".index.lock"
-# pipelines.common.files.replacing makes these names, and leaves the file when its process is killed. The pattern repeats
-# the spelling, so that no file of a person is taken for such a leftover.
+# pipelines.common.files.replacing makes these names, and leaves the file when its process is killed. The pattern
+# repeats the spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
 _DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS", "_info.json")
 

@@ -1,0 +1,111 @@
+"""Stopping together: signals and failures of any rank reach all of them at the same step."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from trainer.cluster.rendezvous import COLLECTIVE_TIMEOUT
+from trainer.cluster.world import World
+
+REQUEUE = 75  # EX_TEMPFAIL: run the same command again
+INTERRUPTED = 130  # as a shell reports SIGINT
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
+
+
+def exit_code(signal_number: int) -> int:
+    """What a run that a signal stopped ends with: 130 for Ctrl-C, 75 for all others, which want it to go on later."""
+    return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
+
+
+@contextlib.contextmanager
+def requeued_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once: for as long as there is nothing to save."""
+
+    def end(_number: int, _frame) -> None:
+        sys.exit(REQUEUE)
+
+    with handling({signal.SIGTERM: end, signal.SIGUSR1: end}):
+        yield
+
+
+@contextlib.contextmanager
+def handling(handlers: dict[int, Callable]) -> Iterator[None]:
+    """Inside, signals have these handlers. Only the main thread may say so; in another nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """What some rank has met.
+
+    Attributes:
+      signal: the number of the signal that came, 0 for none.
+      failed: a checkpoint could not be written.
+    """
+
+    signal: int
+    failed: bool
+
+
+class Control:
+    """Asks all ranks, again and again, whether to go on.
+
+    The answer is the one to the question before, which has long arrived: nobody waits, and no GPU is asked. All ranks
+    get the same answers in the same order, so all stop at the same step. Every rank must make one; the questions go
+    over Gloo whatever the gradients go over.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
+        self._signal = 0
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    @contextlib.contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once.
+
+        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+        """
+        noted = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        with handling(dict.fromkeys(noted, self._note)):
+            yield
+
+    def _note(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
+        self._signal = self._signal or number
+
+    def ask(self, failed: bool) -> Agreement:
+        """Tell what this rank has met, and get what all had met at the time of the question before.
+
+        Every rank must call it as often as the others.
+        """
+        if self._group is None:
+            return Agreement(self._signal, failed)
+        # a signal's number: any will do if they differ
+        word = torch.tensor([self._signal, int(failed)])
+        work = dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        asked, self._asked = self._asked, (work, word)
+        if asked is None:
+            return Agreement(0, False)
+        asked[0].wait()
+        number, any_failed = asked[1].tolist()
+        return Agreement(number, bool(any_failed))

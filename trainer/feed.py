@@ -1,0 +1,185 @@
+"""The images of a run: which rank sees what, the splits, and the pipelines over them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+
+from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines.common.errors import UserError
+from pipelines.common.files import read_json
+from pipelines.common.machine import num_cores
+from pipelines.dali_probe import probe_dataset
+from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
+from pipelines.shards.index import ShardIndex, read_index, read_manifest
+from pipelines.synthetic import synthetic_index
+from trainer.cluster.world import World
+from trainer.config.sections import Config, DataConfig, ImagesConfig
+from trainer.monitor.quarantine import QUARANTINE, Quarantine
+
+DECODE = "decode.json"
+_PLANNED_ROWS = 1024
+
+
+def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
+    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time.
+
+    A single rank's share of several steps is without gaps: small batches of an epoch are planned together, since numpy
+    takes as long for a few rows as for a thousand.
+    """
+    share = plan.global_batch // world.size
+    together = max(1, _PLANNED_ROWS // plan.global_batch) if world.size == 1 else 1
+    while step < stop:
+        end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+        num_steps = min(together, end_of_epoch - step, stop - step)
+        first = step * plan.global_batch + world.rank * share
+        yield from plan.rows(first, first + num_steps * share).split(micro_batch)
+        step += num_steps
+
+
+def share_of_batch(config: Config, world: World) -> int:
+    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
+
+    One group where the configuration leaves it open; fitting.py may then find a larger one.
+    """
+    group, total = config.augment.mix_group, config.run.global_batch
+    if total % group:
+        raise UserError(
+            f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}: change one of them"
+        )
+    if total % (group * world.size):
+        raise UserError(
+            f"run.global_batch is {total}: {world.size} ranks cannot share its {total // group} groups of {group} "
+            "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
+        )
+    if config.run.micro_batch == "auto":
+        return group
+    micro_batch = config.run.micro_batch or group
+    if micro_batch % group or (total // world.size) % micro_batch:
+        raise UserError(
+            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
+            f"rank's share of the global batch, {total // world.size}"
+        )
+    return micro_batch
+
+
+def refuse_unreached_sizes(config: Config) -> None:
+    """Raise a UserError if the run ends before the last image size begins."""
+    epoch, size = size_schedule(config.data.image_size)[-1]
+    if epoch >= config.schedule.total_epochs:
+        raise UserError(
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
+        )
+
+
+def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """The training set and, if there is one, the validation set."""
+    if config.root is None:
+        if config.pipeline != "synthetic":
+            raise UserError(
+                "--data.root is missing: give the dataset folder that tools/shard_imagenet.py made, "
+                "or use --data.pipeline synthetic"
+            )
+        return synthetic_index(config.synthetic_samples, config.synthetic_classes), None
+    index = read_index(config.root, "train")
+    val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
+    return index, val
+
+
+def dataset_classes(config: DataConfig) -> list[str] | None:
+    """The ids of the dataset's classes in the order of their labels; None for the synthetic one, which has none."""
+    return None if config.root is None else list(read_manifest(config.root)["classes"])
+
+
+def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
+    """The plan of the configuration; `fill` as for TrainPlan."""
+    return TrainPlan(
+        index=index,
+        augment=config.augment,
+        seed=config.run.seed,
+        global_batch=config.run.global_batch,
+        image_size=config.data.image_size,
+        fill=fill,
+        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipelines:
+    """A run's pipelines and what they share.
+
+    Attributes:
+      of: the pipeline of each split.
+      quarantine: collects the damaged samples that they meet.
+      decode: DALI's decode path, and how it was chosen.
+    """
+
+    of: dict[str, Pipeline]
+    quarantine: Quarantine
+    decode: dict[str, str]
+
+
+def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World) -> Pipelines:
+    """The configured pipeline over each split."""
+    quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
+    decode = choose_decode(config, indices["train"], world)
+    of = {
+        split: open_configured_pipeline(
+            config.data, index, world=world, decode=decode["decode"], on_bad=quarantine.collector(split)
+        )
+        for split, index in indices.items()
+    }
+    return Pipelines(of, quarantine, decode)
+
+
+def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
+    """DALI's decode path as `tried_decode`; the run's folder remembers what was tried."""
+    return tried_decode(config.data, index, world, read_json(config.run.out / DECODE) if world.is_main else {})
+
+
+def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
+    """DALI's decode path: the configured one, or the one that works on this card, which is tried once.
+
+    Args:
+      remembered: what an earlier call returned; it holds for as long as card, DALI and the decoder's setting stay the
+        same.
+    Returns:
+      {"decode": roi or full}, and if the card was tried what it was tried with, and "why".
+    """
+    if config.decode != "auto":
+        return {"decode": config.decode}
+    if world.device.type != "cuda" or resolve_pipeline(config.pipeline, world.device) != "dali":
+        return {"decode": "roi"}
+    try:
+        import nvidia.dali as dali
+    except ImportError:  # opening the pipeline says what to do about it
+        return {"decode": "roi"}
+    load = config.hw_decoder_load
+    place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
+    if world.is_main and not place.items() <= remembered.items():
+        decode, why = probe_dataset(index, str(world.device), load)
+        remembered = {"decode": decode, "why": why, **place}
+    return world.choice_of_main(remembered)
+
+
+def rank_threads(config: ImagesConfig, world: World) -> int:
+    """The host threads that decode for this rank."""
+    return config.threads or max(1, num_cores() // world.local_size)
+
+
+def open_configured_pipeline(
+    config: ImagesConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
+) -> Pipeline:
+    """The configured pipeline over one split."""
+    return open_pipeline(
+        config.pipeline,
+        index,
+        device=world.device,
+        threads=rank_threads(config, world),
+        prefetch=config.prefetch,
+        decode=decode,
+        hw_decoder_load=config.hw_decoder_load,
+        decoder_padding_mib=config.decoder_padding_mib,
+        on_bad=on_bad,
+    )

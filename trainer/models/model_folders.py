@@ -1,0 +1,223 @@
+"""Models in folders, and in repositories of Hugging Face's hub, as timm writes them: config.json beside weights."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipelines.common.errors import UserError, clipped
+from pipelines.plan.plan import LARGEST_SIDE
+from trainer.config.model_arguments import Kwargs, check_sizes, without_reserved
+
+CONFIG = "config.json"
+# Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A model as a folder describes it.
+
+    Attributes:
+      path: the folder; name: the name that it was given by, for messages.
+      architecture: timm's name of the model.
+      config: timm's configuration of the weights: normalisation, image size, classifier.
+      kwargs: further arguments of timm.create_model.
+      num_classes: outputs of the weights; classes: their names in order, None where the folder has none.
+      kind: ema or raw, "" where it does not say.
+    """
+
+    path: Path
+    name: str
+    architecture: str
+    config: dict
+    kwargs: Kwargs
+    num_classes: int
+    classes: list[str] | None
+    kind: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_on_hub(self) -> bool:
+        """True for a repository of Hugging Face's hub; `path` is then named by its revision."""
+        return self.name.startswith(_HUB)
+
+    def weights_file(self) -> Path:
+        """The file of its weights.
+
+        Raises:
+          UserError: there is none.
+        """
+        for file in WEIGHTS:
+            if (self.path / file).is_file():
+                return self.path / file
+        if self.is_on_hub:
+            return _any_hub_file(f"{self.name.partition('@')[0]}@{self.path.name}", WEIGHTS)  # of the same revision
+        raise UserError(f"{self.path}: has no weights ({', '.join(WEIGHTS)}). Put one of these beside {CONFIG}")
+
+
+def source_name(name: str) -> str:
+    """A model's name with its source spelled as timm does today: hf_hub:NAME is hf-hub:NAME."""
+    source, colon, rest = name.partition(":")
+    return f"{source.lower().replace('_', '-')}:{rest}" if colon else name
+
+
+def named_folder(name: str | ModelFolder) -> ModelFolder | None:
+    """The folder of a model that is named by one, local-dir:FOLDER or hf-hub:ORGANISATION/REPOSITORY[@REVISION].
+
+    Args:
+      name: or what this function has returned for it, which stays unchanged. So a model is built from one reading of
+        its description, even if the file changes meanwhile.
+    Returns:
+      None for a name of timm's own.
+    Raises:
+      UserError: there is no such folder or repository, or its config.json is no description of a model.
+    """
+    if isinstance(name, ModelFolder):
+        return name
+    name = source_name(name)
+    if name.startswith(_FOLDER):
+        folder = Path(name.removeprefix(_FOLDER)).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{name}: there is no {CONFIG}. Give a folder that timm or tools/export.py wrote")
+        return read_folder(folder, name)
+    if name.startswith(_HUB):
+        return read_folder(_any_hub_file(name, (CONFIG,)).parent, name)
+    return None
+
+
+@functools.cache
+def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
+    """The first of some files that a repository of the hub has, on this machine."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, _, revision = name.removeprefix(_HUB).partition("@")
+    try:
+        for file in files:
+            try:
+                return Path(hf_hub_download(repository, file, revision=revision or None))
+            except EntryNotFoundError as error:
+                missing = error
+        raise missing
+    except Exception as error:  # the hub's library, its network's and the file system's all have their own
+        raise UserError(
+            f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
+            "network, or give a folder on this machine as local-dir:FOLDER"
+        ) from error
+
+
+def layer_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The layers that timm's configuration names under classifier or first_conv: one, several, or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def read_folder(path: Path, name: str) -> ModelFolder:
+    """Read and check a folder's config.json.
+
+    Raises:
+      UserError: it is not what timm writes; the key is named where one of them is wrong.
+    """
+    try:
+        said = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
+        if "pretrained_cfg" not in said:  # timm before 0.9 wrote all of it in one
+            said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
+        config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
+        config["num_classes"] = said.get("num_classes", config.get("num_classes"))
+        arguments, architecture = {**(said.get("model_args") or {})}, str(said["architecture"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path / CONFIG}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
+        ) from error
+    config.pop("architecture", None)
+    _check_values(path / CONFIG, config)
+    kwargs = kwargs_of_file(path / CONFIG, arguments)
+    channels = [config.get("input_size", [3])[0], arguments.get("in_chans") or 3]
+    if other := [clipped(each) for each in channels if each != 3]:
+        raise UserError(
+            f"{path / CONFIG}: a model of images with {other[0]} channels, and images have 3 here (gray ones, too). "
+            "Use a model of RGB images"
+        )
+    outputs, kind = config["num_classes"], said.get("weights", "")
+    classes = _names_of_outputs(path / CONFIG, said.get("label_names"), outputs)
+    kind = kind if isinstance(kind, str) else ""
+    return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
+
+
+def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:
+    """The arguments of timm.create_model that a file says, without those that are decided elsewhere.
+
+    Raises:
+      UserError: one is no plain value, or a number so large that the model could not be built.
+    """
+    kwargs = without_reserved(arguments)  # first: timm writes num_classes among them, and it may be larger
+    check_sizes(f"{path}: the model's argument ", kwargs, "Correct it, or export the model again")
+    return kwargs
+
+
+def _names_of_outputs(path: Path, names: object, outputs: int) -> list[str] | None:
+    """The names that a description gives for a model's outputs; None where it gives none.
+
+    Raises:
+      UserError: they are not as many as the outputs, or no names.
+    """
+    if names is None or isinstance(names, dict):  # timm's words for classes may be one
+        return None
+    if not isinstance(names, list) or len(names) != outputs or not all(isinstance(each, (str, int)) for each in names):
+        found = f"{len(names):,} names" if isinstance(names, list) else clipped(names)
+        raise UserError(
+            f"{path}: label_names is {found}, not a name for each of the {outputs:,} outputs. Correct it, or leave it "
+            "out"
+        )
+    return [str(each) for each in names]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6  # NaN is not less
+
+
+def _are_three(values: object, fits: Callable[[float], bool]) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(_is_number(each) and fits(each) for each in values)
+
+
+def _is_size(value: float) -> bool:
+    return isinstance(value, int) and 1 <= value <= LARGEST_SIDE
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+_SIZES = (lambda value: _are_three(value, _is_size), f"three whole numbers from 1 to {LARGEST_SIDE}")
+_PERCENTAGE = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_TEXT = (lambda value: isinstance(value, str), "a word")
+_NAMES = (_are_names, "a layer's name or a list of names")
+# Each key of a configuration that is used here: what its value must be, as a function and in words.
+_VALUES = {
+    "mean": (lambda value: _are_three(value, lambda each: 0 <= each <= 1), "three numbers from 0 to 1"),
+    "std": (lambda value: _are_three(value, lambda each: each > 0), "three numbers above 0"),
+    "input_size": _SIZES,
+    "test_input_size": _SIZES,
+    "min_input_size": _SIZES,
+    "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
+    "crop_pct": _PERCENTAGE,
+    "test_crop_pct": _PERCENTAGE,
+    "interpolation": _TEXT,
+    "crop_mode": _TEXT,
+    "classifier": _NAMES,
+    "first_conv": _NAMES,
+    "num_classes": (lambda value: isinstance(value, int) and _is_number(value) and value >= 0, "a whole number"),
+}
+
+
+def _check_values(path: Path, config: dict) -> None:
+    """Raise a UserError that names the first key of timm's configuration whose value cannot be used."""
+    for key, (fits, words) in _VALUES.items():
+        if key in config and not fits(config[key]):
+            raise UserError(
+                f"{path}: {key} is {clipped(config[key])}, not {words}. Correct it, or export the model again"
+            )

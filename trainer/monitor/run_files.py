@@ -1,0 +1,122 @@
+"""What a run has written to its folder, as far as it can be used: files may be cut off, damaged or edited since.
+
+metrics.jsonl has a line for each interval of training ("train"), evaluation ("eval"), session and rollback;
+summary.json says how the latest session ended. Whoever reads them gets only lines and values of the expected types.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipelines.common.errors import ROOM, UserError, advice_against
+from pipelines.common.files import parsed_json, split_json_lines
+from trainer.config.recipe import are_audit_rows
+
+METRICS = "metrics.jsonl"
+UNUSABLE = "metrics.jsonl.unusable"  # lines of it that are none, as they stood there
+SUMMARY = "summary.json"
+
+_MOST_COUNT = 2**53  # larger whole numbers are no counts, and no float holds them
+_MOST_TIME_S = 2.5e11  # the year 9892; later ones are no dates for Python
+_NUMBER = (int, float)
+# What a line must have besides "kind" and "step", and the types of what any line may have.
+_NEEDED = {
+    "session": (),
+    "rollback": ("from_step",),
+    "train": ("epoch", "loss", "lr", "images_per_s", "input_wait"),
+    "eval": ("epoch",),
+}
+_TYPES = {
+    **{name: int for name in ("step", "from_step", "epoch", "total_steps", "steps_per_epoch", "ranks")},
+    **{name: _NUMBER for name in ("loss", "lr", "images_per_s", "input_wait")},
+    **{name: (*_NUMBER, type(None)) for name in ("teacher_top1", "agreement")},
+    **{name: str for name in ("kind", "host", "device", "validation")},
+    **{name: dict for name in ("raw", "ema")},
+    "time": _NUMBER,
+}
+_SUMMARY_TYPES = {"finished": bool, "step": int, "total_steps": int, "deviations": list, "session": dict}
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system that are raised inside name the file, as those of opening do and those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def full_disk_is_told() -> Iterator[None]:
+    """Inside, no space for a file is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error, ROOM)}. The "
+            "same command then goes on from the newest checkpoint, if there is one"
+        ) from error
+
+
+def is_metrics_line(line: object) -> bool:
+    """Whether it is a line of metrics.jsonl, of a kind that may be unknown here."""
+    return isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_count(line.get("step"))
+
+
+def is_reportable(line: object) -> bool:
+    """Whether it is a line of metrics.jsonl with everything that its kind has, of the right types."""
+    if not is_metrics_line(line) or not _have_types(line, _TYPES):
+        return False
+    numbers = [line[name].get("top1") for name in ("raw", "ema") if name in line]
+    return (
+        all(name in line for name in _NEEDED.get(line["kind"], ()))
+        and all(isinstance(number, _NUMBER) and abs(number) < _MOST_COUNT for number in numbers)
+        and all(_is_count(line[name]) for name, kind in _TYPES.items() if kind is int and name in line)
+        and all(abs(value) < _MOST_COUNT for value in line.values() if isinstance(value, int))
+        and line.get("steps_per_epoch") != 0
+        and 0 <= line.get("time", 0) <= _MOST_TIME_S
+    )
+
+
+def last_validation(path: Path) -> str:
+    """The digest of the validation images in the latest session of a metrics.jsonl that has one; "" without one."""
+    lines, _ = split_json_lines(path, is_reportable)
+    return next((line["validation"] for line in reversed(lines) if "validation" in line), "")
+
+
+def is_quarantine_line(line: object) -> bool:
+    """Whether it is a line of quarantine.jsonl."""
+    return (
+        isinstance(line, dict)
+        and all(isinstance(line.get(name), str) for name in ("split", "shard"))
+        and _is_count(line.get("offset"))
+    )
+
+
+def read_summary(path: Path) -> dict | None:
+    """The summary of a session, {} if there is none, None if what is there is no summary."""
+    if not path.exists():
+        return {}
+    summary = parsed_json(path.read_bytes()) if path.is_file() else None
+    if not isinstance(summary, dict) or not _SUMMARY_TYPES.keys() <= summary.keys():
+        return None
+    fits = _have_types(summary, _SUMMARY_TYPES) and _is_count(summary["step"]) and _is_count(summary["total_steps"])
+    return summary if fits and are_audit_rows(summary["deviations"]) else None
+
+
+def _have_types(values: Mapping, types: Mapping) -> bool:
+    """Whether the values whose types are given are of them; true and false are no numbers."""
+    return all(
+        isinstance(value, types[name]) and (types[name] is bool or not isinstance(value, bool))
+        for name, value in values.items()
+        if name in types
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT

@@ -1,0 +1,118 @@
+"""TensorBoard and Weights & Biases, through their own libraries: they get what metrics.jsonl gets."""
+
+import secrets
+from collections.abc import Iterator
+from typing import Protocol
+
+from pipelines.common.errors import UserError
+from pipelines.common.files import write_synced
+from trainer.config.sections import Config, to_dict
+
+WANDB_ID = "wandb-id.txt"
+
+
+class Sink(Protocol):
+    """Where records go besides metrics.jsonl. The first one of a session is of the kind "session"."""
+
+    def __call__(self, record: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: Config) -> list[Sink]:
+    """The loggers in run.loggers. They write nothing before they get a record.
+
+    Raises:
+      UserError: a library is not installed.
+    """
+    return [_SINKS[name](config) for name in config.run.loggers]
+
+
+def scalars(record: dict) -> Iterator[tuple[str, float]]:
+    """The numbers of a train or eval record: train/loss, eval/raw/top1 and so on."""
+    if record["kind"] not in ("train", "eval"):
+        return
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{record['kind']}/{name}/{part}", number) for part, number in value.items())
+        elif name not in ("kind", "step", "time") and isinstance(value, (int, float)):
+            yield f"{record['kind']}/{name}", value
+
+
+class TensorBoard:
+    """Writes event files to RUN/tensorboard. Where a run goes back, TensorBoard drops the steps after that one."""
+
+    def __init__(self, config: Config):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(_missing("tensorboard", error)) from error
+        self._new_writer = SummaryWriter
+        self._folder = config.run.out / "tensorboard"
+        self._writer = None
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] in ("session", "rollback"):
+            self.close()
+            self._writer = self._new_writer(str(self._folder), purge_step=record["step"] + 1)
+        for name, value in scalars(record):
+            self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """Sends to wandb.ai, or writes to RUN/wandb where WANDB_MODE is offline; one run there for all sessions.
+
+    Its step only counts records, so that nothing is refused after the run went back; the axis of all curves is `step`.
+    """
+
+    def __init__(self, config: Config):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(_missing("wandb", error)) from error
+        self._library = wandb
+        self._config = config
+        self._run = None
+
+    def __call__(self, record: dict) -> None:
+        if record["kind"] == "session":
+            self._open()
+        if values := dict(scalars(record)):
+            self._run.log({"step": record["step"], **values})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+    def _open(self) -> None:
+        folder = self._config.run.out
+        id_file = folder / WANDB_ID
+        if not id_file.exists():
+            write_synced(id_file, secrets.token_hex(8).encode())
+        try:
+            self._run = self._library.init(
+                dir=folder,
+                id=id_file.read_text(),
+                resume="allow",
+                name=folder.name,
+                config=to_dict(self._config),
+                settings=self._library.Settings(console="off"),  # the progress line is no log
+            )
+        except self._library.errors.Error as error:
+            raise UserError(
+                f"run.loggers: wandb does not start ({error}). Call 'wandb login' once, set WANDB_MODE=offline, or "
+                "leave wandb out"
+            ) from error
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+
+def _missing(package: str, error: ImportError) -> str:
+    return f"run.loggers: {package} cannot be imported ({error}). Install it: pip install {package}; or leave it out"
+
+
+_SINKS = {"tensorboard": TensorBoard, "wandb": WandB}

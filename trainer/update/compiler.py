@@ -1,0 +1,74 @@
+"""Whether the models are compiled, and by what."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from pipelines.common.errors import UserError
+from pipelines.ops import torch_ops
+from trainer.cluster.world import World
+
+COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
+_MOST_SHAPES = 64  # PyTorch's 8 would leave the sizes of a long schedule uncompiled, in silence
+T = TypeVar("T", bound=Callable)
+Compiler = Callable[[T], T]
+
+
+def as_it_is(function: T) -> T:
+    """The compiler that leaves everything as it is."""
+    return function
+
+
+# Of one shape each: the training has few of them, and what is made for a single one is faster.
+compiled = functools.partial(torch.compile, dynamic=False)
+
+
+def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: World) -> tuple[Compiler, str]:
+    """What run.compile resolves to on these ranks. Every rank must call it.
+
+    Args:
+      setting: auto compiles on GPUs, where it works, unless the student has SyncBatchNorm layers.
+    Returns:
+      the compiler, the same on all ranks, and what is worth saying; "" is nothing.
+    Raises:
+      UserError: true, and compiling does not work here.
+    """
+    if setting is False or (setting == "auto" and world.device.type != "cuda"):
+        return as_it_is, ""
+    if setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in student.modules()):
+        return as_it_is, (
+            "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
+            "the GPU, and would cut the model into pieces that are compiled one by one"
+        )
+    reason = next(iter(world.gather([why for why in [why_not(world.device)] if why])), "")
+    if not reason:
+        torch._dynamo.config.cache_size_limit = _MOST_SHAPES
+        return compiled, ""
+    if setting == "auto":
+        return as_it_is, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
+    raise UserError(
+        f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
+        "C compiler are needed; or use --run.compile false"
+    )
+
+
+def kernel_trouble(world: World) -> str:
+    """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
+    mine = torch_ops.kernel_trouble() if world.device.type == "cuda" else ""
+    return next(filter(None, world.gather([mine])), "")
+
+
+def why_not(device: torch.device) -> str:
+    """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
+    try:
+        torch.compile(_squared)(torch.ones(2, 16, 16, device=device))
+    except Exception as error:  # whatever a missing compiler or driver leads to
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def _squared(matrices: torch.Tensor) -> torch.Tensor:
+    return (2 * matrices).bmm(matrices)
