@@ -21,8 +21,8 @@ from processes import REPOSITORY, without_workers
 
 from pipelines.shards.index import ShardIndex, read_index
 from tools.demo import write_digits
-from tools.photos import write_photographs
-from tools.sharding.job import BuildOptions, build
+from tools.lib.common.photos import write_photographs
+from tools.lib.shards.job import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (

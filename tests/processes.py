@@ -67,7 +67,7 @@ def without_workers() -> Iterator[None]:
 
 
 def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
-    """`tools.sharding.workers.run_jobs` without workers."""
+    """`tools.lib.common.process_pool.run_jobs` without workers."""
     if start is not None:
         start(0)
     for number, each in enumerate(jobs):

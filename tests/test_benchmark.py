@@ -17,17 +17,19 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from tools import benchmark
-from tools.benchmarks import gpu as gpus
-from tools.benchmarks import loader as loaders
-from tools.benchmarks import measure, planning, processes, resume, scale, stages
-from tools.benchmarks import read as reads
-from tools.benchmarks import step as steps
-from tools.benchmarks import teacher as teachers
-from tools.benchmarks.runs import Setting
-from tools.benchmarks.tables import markdown
-from tools.opening import decode_path
-from tools.photos import write_common_photographs
-from tools.sharding.job import BuildOptions, build
+from tools.lib.benchmark import gpu as gpus
+from tools.lib.benchmark import loader as loaders
+from tools.lib.benchmark import planning, processes, resume, scale
+from tools.lib.benchmark import read as reads
+from tools.lib.benchmark import step as steps
+from tools.lib.benchmark import teacher as teachers
+from tools.lib.benchmark.runs import Setting
+from tools.lib.common import timing
+from tools.lib.common.opening import decode_path
+from tools.lib.common.photos import write_common_photographs
+from tools.lib.common.tables import markdown
+from tools.lib.doctor import stages
+from tools.lib.shards.job import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt
@@ -263,7 +265,7 @@ def test_train_takes_torchvision_where_dali_cannot_be_used_and_says_why(run, mon
     def refuse(*_):
         raise UserError("DALI can decode neither regions nor whole images")
 
-    monkeypatch.setattr("tools.benchmarks.train.decode_path", refuse)
+    monkeypatch.setattr("tools.lib.benchmark.train.decode_path", refuse)
     rows, printed = run("train", *TINY, "--compile", "no", "--images", "16")
     assert [row["what"] for row in rows] == ["synthetic", "torchvision alone", "real (torchvision)"]
     assert {row["note"] for row in rows} == {"without DALI: DALI can decode neither regions nor whole images"}
@@ -278,8 +280,8 @@ def test_decode_measures_the_paths_that_work_and_says_why_one_does_not(monkeypat
         tried.append((device, path, load))
         return "it ended by SIGSEGV" if path == "roi" else ""
 
-    monkeypatch.setattr("tools.benchmarks.decode.decode_failure", failure)
-    monkeypatch.setattr("tools.benchmarks.decode.first_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("tools.lib.benchmark.decode.decode_failure", failure)
+    monkeypatch.setattr("tools.lib.benchmark.decode.first_device", lambda: torch.device("cpu"))
     rows, printed = run("decode", "--images", "8", "--batch", "4")
     assert tried == [("cpu", "full", 0.0), ("cpu", "roi", 0.0)]
     assert [(row["what"].split(",")[0], row["works"]) for row in rows] == [("full", "yes"), ("roi", "no")]
@@ -384,7 +386,7 @@ def test_a_folder_that_is_not_there_is_named(capsys):
     assert "--out no/such/folder: no such folder" in capsys.readouterr().err
 
 
-HERE = {"machine": measure.machine(), "source": "this one"}
+HERE = {"machine": timing.machine(), "source": "this one"}
 
 
 def script(name: str, code: str, limit_s: float = 60) -> gpus.Part:

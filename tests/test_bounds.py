@@ -22,13 +22,13 @@ from pipelines.common.files import locked
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
 from tools.demo import write_digits
-from tools.image_files import items_of, look_at, pixels_of
-from tools.sharding import job
-from tools.sharding.images import MAX_BYTES, ImageOptions, RejectedImageError, check_image
-from tools.sharding.job import BuildOptions, build, merge
-from tools.sharding.reindex import index_webdataset
-from tools.sharding.tars import BLOCK
-from tools.sharding.verify import verify
+from tools.lib.predict.image_files import items_of, look_at, pixels_of
+from tools.lib.shards import job
+from tools.lib.shards.images import MAX_BYTES, ImageOptions, RejectedImageError, check_image
+from tools.lib.shards.job import BuildOptions, build, merge
+from tools.lib.shards.reindex import index_webdataset
+from tools.lib.shards.tars import BLOCK
+from tools.lib.shards.verify import verify
 from trainer.evaluation.trained import View
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")

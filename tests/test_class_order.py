@@ -17,7 +17,7 @@ from pipelines.common.errors import UserError
 from pipelines.shards.index import manifest_bytes, read_manifest, sorted_classes
 from tools import evaluate, predict
 from tools.average import Scorer
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards.job import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import StudentConfig, TeacherConfig, parse

@@ -24,10 +24,10 @@ from test_export import tiny_hiera
 
 from pipelines.common.errors import UserError
 from tools import compare
-from tools.comparing import backends, charts, contenders, measuring, ranking, results
-from tools.comparing.contenders import Contender
-from tools.comparing.measuring import FailedError, Process
-from tools.exporting.timm_folder import write_folder
+from tools.lib.compare import backends, charts, contenders, measuring, ranking, results
+from tools.lib.compare.contenders import Contender
+from tools.lib.compare.measuring import FailedError, Process
+from tools.lib.export.timm_folder import write_folder
 
 pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 

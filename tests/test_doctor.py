@@ -16,10 +16,10 @@ from pipelines.cpu import TorchvisionPipeline
 from pipelines.shards.damage import decode_with_pil, refuse_damaged
 from pipelines.shards.reader import ShardReader
 from tools import doctor
-from tools.benchmarks import proposals, stages
-from tools.benchmarks.diagnosis import Remaining, diagnose, remaining, seconds_left
-from tools.benchmarks.proposals import Trial
-from tools.benchmarks.stages import Rate
+from tools.lib.doctor import proposals, stages
+from tools.lib.doctor.diagnosis import Remaining, diagnose, remaining, seconds_left
+from tools.lib.doctor.proposals import Trial
+from tools.lib.doctor.stages import Rate
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
 from trainer.run import build

@@ -20,7 +20,7 @@ from processes import without_workers
 from pipelines.common.errors import UserError
 from pipelines.shards.reader import ShardReader
 from tools import evaluate
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards.job import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.evaluation import metrics

@@ -21,7 +21,7 @@ from pipelines.batch import Batch
 from pipelines.plan.plan import BatchPlan, EvalPlan
 from pipelines.shards.index import read_index
 from tools.demo import write_digits
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards.job import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import evaluate

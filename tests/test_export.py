@@ -23,11 +23,11 @@ from torch import nn
 from pipelines.common.errors import UserError
 from pipelines.common.files import is_empty, making
 from tools import compare, evaluate, export
-from tools.exporting.attention import fused_or_plain, has_fused_attention
-from tools.exporting.card import card
-from tools.exporting.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
-from tools.exporting.timm_folder import timm_model
-from tools.exporting.torch_file import export_program, torch_program
+from tools.lib.common.attention import fused_or_plain, has_fused_attention
+from tools.lib.common.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
+from tools.lib.export.card import card
+from tools.lib.export.timm_folder import timm_model
+from tools.lib.export.torch_file import export_program, torch_program
 from trainer.config.recipe import audit
 from trainer.config.sections import parse, to_dict
 from trainer.evaluation import trained as inference

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, TINY, run_trainer, train_here
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.common.files import read_json_lines
-from tools.benchmarks import gpu as gpus
+from tools.lib.benchmark import gpu as gpus
 from trainer.cluster import rendezvous
 from trainer.cluster.world import World
 from trainer.config.sections import parse

@@ -10,12 +10,12 @@ import pytest
 from hand_made import images_of, jpeg, keys, put, refused, run, samples, tar_of
 
 from pipelines.common.errors import UserError
-from tools.image_files import items_of
+from tools.lib.predict.image_files import items_of
+from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.reindex import index_webdataset
+from tools.lib.shards.tars import tar_members
+from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
-from tools.sharding.job import BuildOptions, build
-from tools.sharding.reindex import index_webdataset
-from tools.sharding.tars import tar_members
-from tools.sharding.verify import verify
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 
@@ -330,7 +330,7 @@ def test_an_error_of_the_disk_is_one_line_with_a_file_or_the_folder(tmp_path, mo
     def failing(path, content):
         raise OSError(number, os.strerror(number), *([str(path)] if named else []))
 
-    monkeypatch.setattr("tools.sharding.reindex.write_synced", failing)
+    monkeypatch.setattr("tools.lib.shards.reindex.write_synced", failing)
     message = refused(index_webdataset, tmp_path)
     assert message.startswith(str(tmp_path)) and os.strerror(number) in message and helps in message
 

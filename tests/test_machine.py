@@ -12,8 +12,8 @@ from conftest import REPOSITORY
 
 from pipelines.common.errors import UserError
 from pipelines.common.machine import expanded, num_cores
-from tools.arguments import model_argument, path_argument
 from tools.evaluate import EvalConfig
+from tools.lib.common.arguments import model_argument, path_argument
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import DataConfig, parse
@@ -169,7 +169,7 @@ def test_a_name_that_begins_with_a_tilde_is_written_as_the_message_advises(home)
 # It needs a worker's process, and imports little.
 WORKER = """
 import tempfile
-from tools.sharding.workers import forkserver_context
+from tools.lib.common.process_pool import forkserver_context
 context = forkserver_context("pipelines.common.machine")
 worker = context.Process(target=exec, args=("import pipelines.common.machine as m; print(m.__file__, flush=True)",))
 worker.start()

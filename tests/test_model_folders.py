@@ -13,9 +13,9 @@ from conftest import train_here
 from safetensors.torch import save_file
 
 from pipelines.common.errors import UserError
-from tools.comparing.contenders import _identified
-from tools.comparing.contenders import build as built_contender
 from tools.evaluate import EvalStudentConfig
+from tools.lib.compare.contenders import _identified
+from tools.lib.compare.contenders import build as built_contender
 from trainer.cluster.rendezvous import facts
 from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained

@@ -13,7 +13,7 @@ from hand_made import put, samples, tar_of
 
 from tools import predict
 from tools.demo import write_digits
-from tools.image_files import items_of, look_at, survey
+from tools.lib.predict.image_files import items_of, look_at, survey
 from trainer.evaluation.trained import View
 
 NOBODY = 65534

@@ -7,9 +7,9 @@ import pytest
 from processes import without_workers
 
 from tools import parity
-from tools.comparison import rows as comparison
-from tools.comparison import stages, timm_reference
-from tools.comparison.rows import EXACT, Tolerance, compare
+from tools.lib.parity import rows as comparison
+from tools.lib.parity import stages, timm_reference
+from tools.lib.parity.rows import EXACT, Tolerance, compare
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from hand_made import images_of, jpeg, put, refused, run
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import class_order_doubt
-from tools.sharding import parquet as parquet_source
-from tools.sharding.entries import SourceOptions
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards import parquet as parquet_source
+from tools.lib.shards.entries import SourceOptions
+from tools.lib.shards.job import BuildOptions, build
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipelines.shards.index import read_index
 from tools.evaluate import EvalConfig, EvalDataConfig, predict_split
-from tools.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
+from tools.lib.predict.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
 from tools.predict import main
 from trainer.cluster.world import World
 from trainer.evaluation import trained as inference

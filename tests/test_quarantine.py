@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards.job import BuildOptions, build
 from trainer.monitor.quarantine import QUARANTINE
 from trainer.run import main
 

@@ -13,7 +13,7 @@ from processes import REPOSITORY, interpreted
 
 from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
 from pipelines.plan.draws import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
-from tools.photos import photographs
+from tools.lib.common.photos import photographs
 
 FILL = (124, 116, 104)
 FACTORS = (0.0, 0.1, 0.37, 1.0, 1.63, 1.9, 3.0)

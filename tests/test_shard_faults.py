@@ -15,11 +15,11 @@ from test_shard_imagenet import TOOL, convert, tree
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
-from tools.photos import photographs
+from tools.lib.common.photos import photographs
+from tools.lib.common.process_pool import LostWorkerError, run_jobs
+from tools.lib.shards.job import merge
+from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
-from tools.sharding.job import merge
-from tools.sharding.verify import verify
-from tools.sharding.workers import LostWorkerError, run_jobs
 
 
 class Many(NamedTuple):

@@ -19,14 +19,14 @@ from PIL import Image
 from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index, read_manifest
 from pipelines.shards.reader import ShardReader
-from tools.photos import photographs
+from tools.lib.common.photos import photographs
+from tools.lib.shards import assembly, job
+from tools.lib.shards.entries import RECOGNISE, Source, SourceOptions
+from tools.lib.shards.images import ImageOptions
+from tools.lib.shards.job import BuildOptions, build, merge
+from tools.lib.shards.reindex import index_webdataset
+from tools.lib.shards.sources import open_source
 from tools.shard_imagenet import main
-from tools.sharding import assembly, job
-from tools.sharding.entries import RECOGNISE, Source, SourceOptions
-from tools.sharding.images import ImageOptions
-from tools.sharding.job import BuildOptions, build, merge
-from tools.sharding.reindex import index_webdataset
-from tools.sharding.sources import open_source
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "shard_imagenet.py")]
 

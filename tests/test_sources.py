@@ -17,11 +17,11 @@ from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_k
 from pipelines.common import files
 from pipelines.common.errors import UserError
 from pipelines.shards.index import class_order_doubt, manifest_bytes, read_index, read_manifest
+from tools.lib.shards import job
+from tools.lib.shards.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
+from tools.lib.shards.job import BuildOptions
+from tools.lib.shards.sources import open_source
 from tools.shard_imagenet import main
-from tools.sharding import job
-from tools.sharding.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
-from tools.sharding.job import BuildOptions
-from tools.sharding.sources import open_source
 
 CLASSES = ("ant", "bee", "cat")
 

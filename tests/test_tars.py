@@ -10,10 +10,10 @@ import pytest
 from hand_made import keys, listed, put, refused, run, samples, tar_of
 
 from pipelines.shards.index import read_index
-from tools.image_files import items_of
-from tools.sharding.ilsvrc import _Part
-from tools.sharding.reindex import index_webdataset
-from tools.sharding.tars import tar_files, tar_members
+from tools.lib.predict.image_files import items_of
+from tools.lib.shards.ilsvrc import _Part
+from tools.lib.shards.reindex import index_webdataset
+from tools.lib.shards.tars import tar_files, tar_members
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 

@@ -23,8 +23,8 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import locked, read_json_lines
 from pipelines.plan.plan import BEFORE, EvalPlan
 from pipelines.shards.index import read_index
-from tools.sharding.job import BuildOptions
-from tools.sharding.job import build as build_dataset
+from tools.lib.shards.job import BuildOptions
+from tools.lib.shards.job import build as build_dataset
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import eval_plans, evaluate

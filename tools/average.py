@@ -29,8 +29,8 @@ from rich.table import Table
 from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
 from pipelines.common.files import refuse_place, sha256_of
 from pipelines.shards.index import read_index, read_manifest
-from tools.arguments import path_argument
 from tools.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
+from tools.lib.common.arguments import path_argument
 from trainer.cluster.world import alone
 from trainer.evaluation import metrics
 from trainer.evaluation import trained as inference

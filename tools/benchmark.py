@@ -21,21 +21,21 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.machine import num_cores
-from tools.arguments import path_argument
-from tools.benchmarks import decode as decodes
-from tools.benchmarks import loader as loaders
-from tools.benchmarks import prediction as predictions
-from tools.benchmarks import read as reads
-from tools.benchmarks import resume as resumes
-from tools.benchmarks import scale as scales
-from tools.benchmarks import shard as shards
-from tools.benchmarks import step as steps
-from tools.benchmarks import teacher as teachers
-from tools.benchmarks import train as trains
-from tools.benchmarks.gpu import ALL, PARTS, gpu
-from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_result_file
-from tools.benchmarks.tables import command_line, for_terminal, markdown, notes
-from tools.opening import first_device
+from tools.lib.benchmark import decode as decodes
+from tools.lib.benchmark import loader as loaders
+from tools.lib.benchmark import prediction as predictions
+from tools.lib.benchmark import read as reads
+from tools.lib.benchmark import resume as resumes
+from tools.lib.benchmark import scale as scales
+from tools.lib.benchmark import shard as shards
+from tools.lib.benchmark import step as steps
+from tools.lib.benchmark import teacher as teachers
+from tools.lib.benchmark import train as trains
+from tools.lib.benchmark.gpu import ALL, PARTS, gpu
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.opening import first_device
+from tools.lib.common.tables import command_line, for_terminal, markdown, notes
+from tools.lib.common.timing import console, machine, refuse_nothing, refuse_result_file
 
 
 @dataclasses.dataclass(frozen=True)

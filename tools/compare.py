@@ -26,13 +26,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
-from tools.arguments import model_argument, path_argument
-from tools.benchmarks.measure import console, machine
-from tools.comparing import charts, results
-from tools.comparing.backends import BACKENDS, EXTRA, Backend, choose_backends
-from tools.comparing.contenders import Contender, choose
-from tools.comparing.measuring import Measured, Plan, Prepared, measure, pieces
-from tools.opening import first_device
+from tools.lib.common.arguments import model_argument, path_argument
+from tools.lib.common.opening import first_device
+from tools.lib.common.timing import console, machine
+from tools.lib.compare import charts, results
+from tools.lib.compare.backends import BACKENDS, EXTRA, Backend, choose_backends
+from tools.lib.compare.contenders import Contender, choose
+from tools.lib.compare.measuring import Measured, Plan, Prepared, measure, pieces
 
 REPEATS = 15
 _NAME = "comparison"

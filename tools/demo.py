@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
-from tools.arguments import path_argument
+from tools.lib.common.arguments import path_argument
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints

@@ -29,13 +29,13 @@ from rich.table import Table
 from pipelines import resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.machine import num_cores
-from tools.arguments import path_argument
-from tools.benchmarks import proposals, stages
-from tools.benchmarks.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
-from tools.benchmarks.measure import console, machine, refuse_nothing, refuse_result_file
-from tools.benchmarks.proposals import Trial
-from tools.benchmarks.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
-from tools.sharding.verify import human_seconds
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.timing import console, machine, refuse_nothing, refuse_result_file
+from tools.lib.doctor import proposals, stages
+from tools.lib.doctor.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
+from tools.lib.doctor.proposals import Trial
+from tools.lib.doctor.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
+from tools.lib.shards.verify import human_seconds
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.feed import open_indices, rank_threads
@@ -55,7 +55,7 @@ class Measured:
 
     Attributes:
       size: of the images that the stages were measured with, pixels.
-      rates: of the stages by name (tools/benchmarks/stages.py).
+      rates: of the stages by name (tools/lib/doctor/stages.py).
       whole: of the whole at each image size that is to come, images/s.
       input_wait: share of the time in which the whole waited for its next batch.
       evaluation_s: of one evaluation; 0 without a validation set.

@@ -23,10 +23,9 @@ from torch import nn
 
 from pipelines.common.errors import UserError, advice_against, clipped, exit_on_user_error, named
 from pipelines.common.files import is_empty, making
-from tools.arguments import model_argument, path_argument
-from tools.exporting.attention import PLAIN_ATTENTION, fused_or_plain
-from tools.exporting.card import CARD, ONNX, PROGRAM, card, read_evaluation
-from tools.exporting.onnx_file import (
+from tools.lib.common.arguments import model_argument, path_argument
+from tools.lib.common.attention import PLAIN_ATTENTION, fused_or_plain
+from tools.lib.common.onnx_file import (
     OPSET,
     TOLERANCE,
     Difference,
@@ -36,8 +35,9 @@ from tools.exporting.onnx_file import (
     onnx_runtime,
     require_onnx,
 )
-from tools.exporting.timm_folder import noise, write_folder
-from tools.exporting.torch_file import export_program, torch_program
+from tools.lib.export.card import CARD, ONNX, PROGRAM, card, read_evaluation
+from tools.lib.export.timm_folder import noise, write_folder
+from tools.lib.export.torch_file import export_program, torch_program
 from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, Trained, load_named
 from trainer.models.fold_batch_norm import fold_batch_norms
 

@@ -21,10 +21,10 @@ from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import refuse_place, write_synced
-from tools.arguments import path_argument
-from tools.benchmarks.measure import console, machine
-from tools.comparison.rows import Row
-from tools.comparison.stages import open_photos, report
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.timing import console, machine
+from tools.lib.parity.rows import Row
+from tools.lib.parity.stages import open_photos, report
 
 COLUMNS = ("stage", "ours", "against", "images", "max", "mean", "off by > 1", "tolerance", "ok")
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"

@@ -33,9 +33,9 @@ from pipelines.common.errors import UserError, advice_against, exit_on_user_erro
 from pipelines.common.files import refuse_place, replacing
 from pipelines.shards.index import MANIFEST, read_manifest
 from pipelines.shards.reader import read_ahead
-from tools.arguments import path_argument
-from tools.image_files import Item, items_of, look_at_batches, survey
-from tools.opening import first_device
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.opening import first_device
+from tools.lib.predict.image_files import Item, items_of, look_at_batches, survey
 from trainer.evaluation.trained import Trained, descriptions, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt

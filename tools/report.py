@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
     import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from pipelines.common.errors import exit_on_user_error
-from tools.arguments import path_argument
+from tools.lib.common.arguments import path_argument
 from trainer.monitor.report.page import PAGE, write_report
 
 

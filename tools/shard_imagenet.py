@@ -29,13 +29,13 @@ from pipelines.common.errors import UserError, exit_on_user_error, named, write_
 from pipelines.common.launcher import launched
 from pipelines.common.machine import num_cores
 from pipelines.shards.index import CLASS_ORDERS
-from tools.arguments import path_argument
-from tools.sharding import job, reindex
-from tools.sharding.assembly import TOOL
-from tools.sharding.entries import SourceOptions
-from tools.sharding.images import ImageOptions
-from tools.sharding.sources import KINDS
-from tools.sharding.verify import human_bytes, human_seconds, summarize, verify
+from tools.lib.common.arguments import path_argument
+from tools.lib.shards import job, reindex
+from tools.lib.shards.assembly import TOOL
+from tools.lib.shards.entries import SourceOptions
+from tools.lib.shards.images import ImageOptions
+from tools.lib.shards.sources import KINDS
+from tools.lib.shards.verify import human_bytes, human_seconds, summarize, verify
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,8 +21,8 @@ from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
 from pipelines.common.errors import UserError, exit_on_user_error
 from tools import average, evaluate, export, predict
-from tools.comparing import contenders
-from tools.sharding.job import BuildOptions, build
+from tools.lib.compare import contenders
+from tools.lib.shards.job import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
 from trainer.models.factory import build_student

@@ -20,7 +20,7 @@ from chaos.attempts import Attempt
 from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
-from tools.arguments import path_argument
+from tools.lib.common.arguments import path_argument
 
 # Each has PROMISE, what must hold, and attempts(folder, seed), which never ends; with how many are tried by default.
 FAULTS: dict[str, tuple[ModuleType, int]] = {

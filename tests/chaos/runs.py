@@ -23,7 +23,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from tools.demo import write_digits
-from tools.sharding.job import BuildOptions, build
+from tools.lib.shards.job import BuildOptions, build
 from trainer import run as trainer
 from trainer.cluster.preemption import REQUEUE
 from trainer.monitor.quarantine import QUARANTINE

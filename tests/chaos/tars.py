@@ -17,7 +17,7 @@ from scipy.io import savemat
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.conversions import jpeg, shard, tree
 from pipelines.shards.index import read_index
-from tools.image_files import items_of
+from tools.lib.predict.image_files import items_of
 
 PROMISE = (
     "Tars with damaged, forged, lost and added headers, cut off or with holes, given to `index`, `verify`, `build` "

@@ -26,8 +26,8 @@ from fidelity.old_timm import VERSION, authors, check_installed
 from fidelity.rows import Row
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.machine import num_cores
-from tools.arguments import path_argument
-from tools.benchmarks.measure import machine
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.timing import machine
 from tools.parity import write_markdown
 
 # Each has rows(), which compares; its docstring is the promise.

@@ -12,7 +12,7 @@ from fidelity.rows import Row, alike, as_often
 from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.rng import Stream
-from tools.comparison.timm_reference import NAMES
+from tools.lib.parity.timm_reference import NAMES
 
 SEED, COUNT, SIDE = 3, 100_000, 224
 SIZES = ((375, 500), (500, 333), (100, 900))  # height, width: ImageNet's common ones, and one that needs the fallback

@@ -10,7 +10,7 @@ from processes import without_workers
 from fidelity.old_timm import theirs
 from fidelity.rows import Row
 from pipelines.plan.plan import EvalPlan
-from tools.comparison.stages import CROP_PCT, INTERPOLATIONS, RESIZE_TORCH, executors, open_photos
+from tools.lib.parity.stages import CROP_PCT, INTERPOLATIONS, RESIZE_TORCH, executors, open_photos
 
 SIZES = (224, 299)  # the recipe's, and the size of inception_v3, which the authors' code takes from the model
 

@@ -11,8 +11,8 @@ from PIL import Image
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
 from pipelines.cpu import apply_op
-from tools.comparison.timm_reference import NAMES, planned_argument
-from tools.photos import photographs
+from tools.lib.common.photos import photographs
+from tools.lib.parity.timm_reference import NAMES, planned_argument
 
 SIZE, FILL = 224, (124, 116, 104)
 MAGNITUDES, SIGNS = (3.0, 7.0, 10.0), (-1, 1)

@@ -19,9 +19,9 @@ from pipelines.common.errors import UserError
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
-from tools.benchmarks.measure import machine
-from tools.photos import write_photographs
-from tools.sharding.job import BuildOptions, build
+from tools.lib.common.photos import write_photographs
+from tools.lib.common.timing import machine
+from tools.lib.shards.job import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
 from trainer.run import train

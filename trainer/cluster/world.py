@@ -133,7 +133,7 @@ def _check_launch(this: Launch) -> None:
 def alone() -> World:
     """This process and no other, whatever torchrun's variables say, on the GPU if there is one.
 
-    It sets the process up as join_world does; tools.opening.first_device only looks for the device.
+    It sets the process up as join_world does; tools.lib.common.opening.first_device only looks for the device.
     """
     return World(0, 1, 1, _prepared_device("auto", 0))
 

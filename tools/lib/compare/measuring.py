@@ -1,0 +1,333 @@
+"""Models measured in turns, each in a process of its own: speed, latency, memory, and whether it computes the same."""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.common.errors import UserError
+from tools.lib.common.process_pool import end_with_parent, forkserver_context
+from tools.lib.compare.backends import BACKENDS, BATCH, Backend, Opening, Session
+from tools.lib.compare.contenders import REFERENCE, Contender, Facts, prepare
+
+_TURN_S = 0.5  # of throughput; a call that takes longer is a turn
+_LATENCY_S = 0.2
+_FEWEST_SINGLE = 3  # images a turn
+_TRIES = 10  # calls, to find out how many a turn has
+_PATIENCE_S = 10  # for a process to end by itself
+MOST_DIFFERENT = 0.2  # of the logits' length: half precision of a random network is far below, another function above
+
+
+class FailedError(Exception):
+    """What a process could not do; the message says why, in a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a session says of itself.
+
+    Attributes:
+      batch, at_once: images a call, calls beside each other.
+      precision: in which it computes.
+      calls: of a turn.
+      memory: bytes at its fullest while it infers, above what the process held before the model was opened.
+      difference: length of the logits' difference from PyTorch's in float32, as a share of their length.
+    """
+
+    batch: int
+    at_once: int
+    precision: str
+    calls: int
+    memory: int
+    difference: float
+
+
+@dataclasses.dataclass
+class Measured:
+    """A model on a backend.
+
+    Attributes:
+      speeds: images/s of each turn; latencies: median seconds for an image, of each turn.
+      failed: why there are none.
+    """
+
+    model: Contender
+    backend: Backend
+    opened: Opened | None = None
+    speeds: list[float] = dataclasses.field(default_factory=list)
+    latencies: list[float] = dataclasses.field(default_factory=list)
+    failed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How it is measured.
+
+    Attributes:
+      device: cpu or cuda.
+      batch: images a call where the backend takes several; None is the device's usual.
+      repeats: rounds, in each of which every model has a turn.
+      threads: cores.
+    """
+
+    device: str
+    batch: int | None
+    repeats: int
+    threads: int
+
+
+Prepared = dict[Contender, Facts | str]  # or why there are none
+Progress = Callable[[str], None]  # called with what was done, after each piece of `pieces`
+
+
+def pieces(models: int, backends: int, repeats: int) -> int:
+    """How often `measure` reports progress."""
+    return models * (1 + backends * (repeats + 2))
+
+
+def measure(
+    models: Sequence[Contender], backends: Sequence[Backend], plan: Plan, progress: Progress
+) -> tuple[Prepared, list[Measured]]:
+    """All models on all backends, one backend after the other.
+
+    Whatever fails is said in its place and disturbs nothing else.
+    """
+    with tempfile.TemporaryDirectory(prefix="usi-compare-") as scratch:
+        folders = {model: Path(scratch) / str(number) for number, model in enumerate(models)}
+        prepared = _prepared(folders, sorted({backend.file for backend in backends} - {""}), plan.threads, progress)
+        found = []
+        for backend in backends:
+            found += _measured(backend, prepared, folders, plan, progress)
+    return prepared, found
+
+
+def _prepared(folders: dict[Contender, Path], files: list[str], workers: int, progress: Progress) -> Prepared:
+    """The models' files, made by a process for each, as many at a time as there are cores."""
+
+    def one(model: Contender) -> Facts | str:
+        folders[model].mkdir()
+        try:
+            with Process(_serve_preparation, model, folders[model], files) as process:
+                return process.answer()
+        except FailedError as error:
+            return str(error)
+        finally:
+            progress(f"prepared {model.label}")
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return dict(zip(folders, pool.map(one, folders), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C those that have not begun
+
+
+def _measured(
+    backend: Backend, prepared: Prepared, folders: dict[Contender, Path], plan: Plan, progress: Progress
+) -> list[Measured]:
+    """All models on a backend, in turns; the second round goes the other way, so that drift cancels out."""
+    found = [Measured(model, backend) for model in prepared]
+    with contextlib.ExitStack() as stack:
+        processes: dict[int, Process] = {}
+        for i, row in enumerate(found):
+            with _noting_failure(row):
+                if isinstance(why := prepared[row.model], str):
+                    raise FailedError(why)
+                opening = Opening(
+                    row.model, folders[row.model], plan.device, plan.batch or BATCH[plan.device], plan.threads
+                )
+                processes[i] = stack.enter_context(Process(_serve_session, backend.name, opening))
+                row.opened = processes[i].answer()
+            progress(f"{backend.name}: opened {row.model.label}")
+        for turn in range(plan.repeats + 1):
+            for i in sorted(range(len(found)), reverse=turn % 2 == 1):
+                if not found[i].failed:
+                    with _noting_failure(found[i]):
+                        _take_turn(found[i], processes[i], warm_up=turn == 0)
+                progress(f"{backend.name}: round {turn} of {plan.repeats}")
+    return found
+
+
+@contextlib.contextmanager
+def _noting_failure(row: Measured) -> Iterator[None]:
+    try:
+        yield
+    except FailedError as error:
+        row.failed = str(error)
+
+
+def _take_turn(row: Measured, process: "Process", *, warm_up: bool) -> None:
+    process.ask()
+    speed, latency = process.answer()
+    if not warm_up:
+        row.speeds.append(speed)
+        row.latencies.append(latency)
+
+
+class Process:
+    """A process that serves this one, forked from a server that has imported this module; its end ends it.
+
+    Args:
+      serve: importable; called in the process with a connection and the arguments. What it raises is its answer.
+    """
+
+    def __init__(self, serve: Callable, *arguments):
+        context = forkserver_context(__name__)
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_served, args=(theirs, serve, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._connection.close()
+        self._process.join(_PATIENCE_S)
+        self._process.kill()
+        self._process.join()
+
+    def ask(self) -> None:
+        """Ask for the next answer."""
+        try:
+            self._connection.send(None)
+        except OSError as error:
+            raise self._lost() from error
+
+    def answer(self):
+        """The next answer.
+
+        Raises:
+          FailedError: it is an error, or the process is gone.
+        """
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        if isinstance(answer, FailedError):
+            raise answer
+        return answer
+
+    def _lost(self) -> FailedError:
+        self._process.join(_PATIENCE_S)
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            how = "was killed by SIGKILL, perhaps for want of memory; compare fewer models at a time"
+        elif code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}; leave this model or backend out"
+        else:
+            how = f"ended with code {code} and no answer; leave this model or backend out"
+        return FailedError(f"its process {how}")
+
+
+def _served(connection: Connection, serve: Callable, *arguments) -> None:
+    end_with_parent()
+    try:
+        serve(connection, *arguments)
+    except Exception as error:  # runtimes raise errors of many kinds, OSError too; each is a row of the table
+        with contextlib.suppress(OSError):  # nobody waits for an answer any more: the usual end, in `recv`
+            connection.send(FailedError(in_a_line(error)))
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's message, its type before it unless it was written for users."""
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of the GPU's memory; use a smaller --batch"
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+
+
+def _serve_preparation(connection: Connection, model: Contender, folder: Path, files: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    connection.send(prepare(model, folder, files))
+
+
+def _serve_session(connection: Connection, backend: str, opening: Opening) -> None:
+    """Open a session, say so, and take a turn whenever asked."""
+    for module in BACKENDS[backend].preload:
+        importlib.import_module(module)
+    before = _resident("VmRSS")
+    session = BACKENDS[backend].open(opening)
+    gc.collect()
+    _forget_peak()
+    calls = _calls_of_a_turn(session)
+    _run(session, calls)
+    memory = session.peak_memory()
+    memory = max(0, _resident("VmHWM") - before) if memory is None else memory
+    difference = _difference(session, opening.folder)
+    session.run_single()
+    connection.send(Opened(session.batch, session.calls_at_once, session.precision, calls, memory, difference))
+    while True:
+        session.rest()
+        connection.recv()
+        connection.send(_turn(session, calls))
+
+
+def _calls_of_a_turn(session: Session) -> int:
+    """So many that they take _TURN_S, at the speed of the fastest of a few warm calls."""
+    session.run(session.calls_at_once)
+    taken_s = [_run(session, session.calls_at_once)]
+    while len(taken_s) < _TRIES and sum(taken_s) < _TURN_S:
+        taken_s.append(_run(session, session.calls_at_once))
+    return session.calls_at_once * max(1, round(_TURN_S / min(taken_s)))
+
+
+def _run(session: Session, calls: int) -> float:
+    start_s = time.perf_counter()
+    session.run(calls)
+    return time.perf_counter() - start_s
+
+
+def _turn(session: Session, calls: int) -> tuple[float, float]:
+    """Images/s, and the median time in seconds of one image alone; each after a call that does not count."""
+    session.run(session.calls_at_once)
+    speed = calls * session.batch / _run(session, calls)
+    session.run_single()
+    taken, deadline_s = [], time.perf_counter() + _LATENCY_S
+    while len(taken) < _FEWEST_SINGLE or time.perf_counter() < deadline_s:
+        start_s = time.perf_counter()
+        session.run_single()
+        taken.append(time.perf_counter() - start_s)
+    return speed, statistics.median(taken)
+
+
+def _difference(session: Session, folder: Path) -> float:
+    """As Opened.difference.
+
+    Raises:
+      UserError: the backend computes something else.
+    """
+    reference = torch.load(folder / REFERENCE, weights_only=True)
+    found = session.logits(reference["images"])
+    expected = reference["logits"].numpy()[: len(found)]
+    difference = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    if not difference <= MOST_DIFFERENT:
+        raise UserError(f"its logits are {difference:.0%} away from PyTorch's: the backend computes something else")
+    return difference
+
+
+def _resident(kind: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {kind}")
+
+
+def _forget_peak() -> None:
+    """Give what is free back to the system, and let VmHWM begin at what is held now."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # not in every C library
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not in every container
+        file.write("5")

@@ -1,0 +1,241 @@
+"""The card of an exported model: README.md as people and Hugging Face's hub read it."""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+
+import jinja2
+from timm.data import ImageNetInfo
+
+from pipelines.common.errors import UserError
+from pipelines.common.versions import package_versions
+from tools.lib.common.onnx_file import OPSET, PACKAGES
+from trainer.evaluation.trained import Trained
+from trainer.models.factory import preprocessing
+from trainer.state.checkpoint_settings import check_settings
+
+CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
+_TEMPLATE = Path(__file__).with_name("card.md")
+_KINDS = {"ema": "running average of the weights", "raw": "weights as trained, not averaged"}
+_COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "ece": "ECE %"}
+
+
+def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> str:
+    """The card's text, Markdown.
+
+    Args:
+      files: what each of the folder's files is.
+      evaluation: as `read_evaluation` gives it; without it the accuracy is the one that best.pt was kept for.
+    """
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    measured, metrics = _accuracy(trained, evaluation)
+    return template.render(
+        name=trained.name,
+        parameters=f"{sum(p.numel() for p in trained.model.parameters()) / 1e6:.2f}",
+        outputs=trained.num_outputs,
+        outputs_named=_outputs_named(trained),
+        dataset_id="imagenet-1k" if _is_imagenet(trained) else None,
+        files=files,
+        recipe=_recipe(trained),
+        audit=_audit(trained),
+        differ=[_code(key) for key in sorted(_differ(trained) - {"run.out", "plan.dataset"})],
+        source=_cell(PurePath(trained.source).name),
+        measured=measured,
+        metrics=metrics,
+        **_pixels(trained),
+        opset=OPSET,
+        onnx_file=ONNX,
+        program_file=PROGRAM,
+        trained_with=_listed(trained.origin.get("software") or {}),
+        exported_with=_listed({**package_versions(), **dict(_versions(PACKAGES if ONNX in files else ()))}),
+    )
+
+
+def read_evaluation(path: Path, trained: Trained) -> dict:
+    """What `python tools/evaluate.py --run.json FILE` wrote about this model.
+
+    Raises:
+      UserError: the file cannot be read, is something else, or is about other weights.
+    """
+    again = "Write it with python tools/evaluate.py --run.json FILE"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        model, digest = report["model"], report["weights_digest"]
+        _metrics(report), _shown(report)
+    except OSError as error:
+        raise UserError(f"--evaluation {path}: cannot be read ({error.strerror}). {again}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else type(error).__name__
+        raise UserError(f"--evaluation {path}: not an evaluation ({reason}). {again}") from error
+    if digest != trained.digest():
+        kind = f", {report['weights']} weights" if report.get("weights") else ""
+        raise UserError(
+            f"--evaluation {path}: is of other weights ({model} from {report.get('source')}{kind}) than "
+            f"{trained.source}. Evaluate this model"
+        )
+    return report
+
+
+def _accuracy(trained: Trained, evaluation: dict | None) -> tuple[str, dict[str, str]]:
+    """A sentence that says on what it was measured, and the numbers by name; {} without any."""
+    if evaluation is not None:
+        return _shown(evaluation), _metrics(evaluation)
+    metrics = trained.origin.get("metrics")
+    if not metrics:
+        return "", {}
+    return f"On the {metrics['images']:,} validation images of the run, in training, when it was best:", _metrics(
+        metrics
+    )
+
+
+def _shown(report: dict) -> str:
+    view, classes = report["view"], len(report["classes"])
+    among = (
+        "" if classes == report["outputs"] else f"told apart among {classes:,} of its {report['outputs']:,} classes, "
+    )
+    return (
+        f"On the {report['images']:,} images of split {_code(report['split'])} of "
+        f"{_cell(PurePath(report['dataset']).name)} (digest of that split {_code(report['digest'][:12])}), {among}"
+        f"{_cell(view['image_size'])} px, {_cell(view['crop_mode'])} crop {view['crop_pct']:g}, "
+        f"{_cell(view['interpolation'])}, in {_cell(report['precision'])} on {_cell(report['device'])}, "
+        "each image once:"
+    )
+
+
+def _metrics(numbers: dict) -> dict[str, str]:
+    found = {title: numbers[key] for key, title in _COLUMNS.items() if key in numbers}
+    if real := numbers.get("real"):
+        found["ReaL top-1 %"] = real["top1"]
+    return {title: f"{value:.4f}" if title == "loss" else f"{value:.2f}" for title, value in found.items()}
+
+
+# The facts about a run that one asks first, and the settings that each is made of.
+_FACTS = {
+    "student": ("student.name",),
+    "teacher": ("teacher.name", "teacher.others"),
+    "epochs + cool-down": ("schedule.epochs", "schedule.cooldown_epochs"),
+    "image size": ("data.image_size",),
+    "global batch": ("run.global_batch",),
+    "seed": ("run.seed", "run.out"),
+    "dataset's digest": ("plan.dataset",),
+}
+
+
+def _recipe(trained: Trained) -> dict[str, str]:
+    """What of the facts holds for all that the weights come from; {} for weights that are not of a run."""
+    if not trained.origin:
+        return {}
+    check_settings(trained.source, trained.origin["config"], ("teacher.name", "teacher.others"))
+    config, plan, differ = trained.origin["config"], trained.origin.get("plan", {}), _differ(trained)
+    names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others") or ())]
+    facts = {
+        "student": _code(config["student"]["name"]),
+        "teacher": " and ".join(_code(name) for name in names if name) or "none: labels alone",
+        "epochs + cool-down": f"{_cell(config['schedule']['epochs'])} + {_cell(config['schedule']['cooldown_epochs'])}",
+        "image size": _cell(config["data"]["image_size"]),
+        "global batch": _cell(config["run"]["global_batch"]),
+        "seed": _cell(config["run"]["seed"]),
+        "dataset's digest": _code(str(plan.get("dataset", "not known"))[:12]),
+    }
+    same = {name: value for name, value in facts.items() if not differ.intersection(_FACTS[name])}
+    return {**same, "weights": _weights(trained)}
+
+
+def _differ(trained: Trained) -> set[str]:
+    """Settings that the averaged files do not share, run.out for files of several runs; empty where all are shared."""
+    average = trained.origin.get("average")
+    if not average:
+        return set()
+    return set(average.get("differ", ("run.out",)))  # earlier files do not say it
+
+
+def _weights(trained: Trained) -> str:
+    """Which weights they are, and of what they are the average."""
+    average, kind = trained.origin.get("average"), _KINDS.get(trained.weights, "as they were found")
+    if not average:
+        return f"{kind}, after step {trained.origin['step']:,}"
+    rows = [row for row in average["of"] if row.get("kept", True)]
+    how = {
+        "uniform": f"mean of the weights of {len(rows)} checkpoints",
+        "ema": f"moving average with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
+        "greedy": f"greedy soup of {len(rows)} of {len(average['of'])} checkpoints",
+    }.get(average["how"], f"average of {len(rows)} checkpoints")
+    each = f", of each the {kind}" if average["how"] != "ema" and trained.weights in _KINDS else ""
+    if "run.out" in _differ(trained):
+        return f"{how}{' of several runs' if 'differ' in average else ''}{each}"
+    steps = sorted({row["step"] for row in rows})
+    return f"{how}{each}, of step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
+
+
+def _audit(trained: Trained) -> list[dict[str, str]]:
+    """The settings that are not the recipe's, but for those in which averaged files differ."""
+    rows, differ = trained.origin.get("audit") or [], _differ(trained)
+    return [
+        {"key": _code(row["key"]), **{name: _cell(row[name]) for name in ("usi", "here", "meaning")}}
+        for row in rows
+        if row["key"] not in differ
+    ]
+
+
+def _pixels(trained: Trained) -> dict:
+    view, expects = trained.view, preprocessing(trained.model)
+    resize = int(view.image_size / view.crop_pct)
+    side = "Both sides are" if view.crop_mode == "squash" else "The short side is"
+    return {
+        "view": view,
+        "size": view.image_size,
+        "resize": resize,
+        "resized": f"{side} resized to {resize} pixels",
+        "mean": list(expects.mean),
+        "std": list(expects.std),
+    }
+
+
+def _outputs_named(trained: Trained) -> str:
+    if trained.classes is None:
+        return "Nothing names its outputs."
+    if trained.classes_guessed:
+        return "Nothing names its outputs; there are as many as ImageNet has classes, and timm takes them to be these."
+    return "`label_names` in `config.json` names them in their order."
+
+
+def _is_imagenet(trained: Trained) -> bool:
+    known = trained.classes is not None and not trained.classes_guessed
+    return known and set(trained.classes) == set(ImageNetInfo().label_names())
+
+
+# What Markdown, or the HTML in it, would take for more than text.
+_MARKS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]\\"})
+
+
+def _cell(value: object) -> str:
+    """A value as text for a cell of a table, on one line; whatever is in it stays text."""
+    return " ".join(str(_without_folders(value)).split()).translate(_MARKS)
+
+
+def _code(value: object) -> str:
+    """A value between backticks for a cell of a table, on one line."""
+    return "`" + " ".join(str(_without_folders(value)).replace("`", "'").replace("|", "\\|").split()) + "`"
+
+
+def _without_folders(value: object) -> object:
+    """The same without the folders of paths in it: where a machine keeps its files is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(each) for each in value]
+    return PurePath(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+
+
+def _versions(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:  # installed under another name, as onnxruntime-gpu
+            continue
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{_cell(name)} {_cell(number)}" for name, number in versions.items())

@@ -1,0 +1,219 @@
+"""Images that are in no dataset: files, folders and shards, and what evaluation shows a model of them."""
+
+import collections
+import dataclasses
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_hidden
+from pipelines.common.machine import num_cores
+from pipelines.cpu import crop_resize, decode
+from pipelines.shards.jpeg import check_scans
+from pipelines.shards.reader import look_ahead
+from pipelines.synthetic import synthetic_index
+from tools.lib.shards.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
+from tools.lib.shards.images import (
+    MAX_BYTES,
+    RejectedImageError,
+    is_plain,
+    opened,
+    plain_image,
+    read_jpeg_header,
+    refuse_absurd,
+    rejecting,
+)
+from tools.lib.shards.tars import tar_files
+from tools.lib.shards.walk import walk
+from trainer.evaluation.trained import View
+
+_IMAGE, _SHARD, _OTHER = "image", "shard", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Where an encoded image lies.
+
+    Attributes:
+      name: how its row calls it.
+      path: file in which `nbytes` from `offset` on are the image, all of them where nbytes is None.
+      error: why there is none, "" if there is one.
+    """
+
+    name: str
+    path: str
+    offset: int = 0
+    nbytes: int | None = None
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """The result of looking through paths.
+
+    Attributes:
+      num_images: how many images; None if shards are among them, which would have to be read.
+      no_images: files in folders that are neither images nor shards by their names.
+    """
+
+    num_images: int | None
+    no_images: list[str]
+
+
+def survey(paths: list[Path]) -> Survey:
+    """Look through all folders.
+
+    Raises:
+      UserError: a path is not there, or has no images.
+    """
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: not found. Give images, shards (.tar), or folders with some")
+        if next(items_of(path), None) is None:
+            raise UserError(f"{path}: no images in it ({', '.join(EXTENSIONS)}). Give images, shards, or their folder")
+    kinds, no_images = collections.Counter(), []
+    for path in paths:
+        for file in _files_of(path):
+            kinds[file.kind] += 1
+            if file.kind == _OTHER:
+                no_images.append(printable(file.path))
+    return Survey(None if kinds[_SHARD] else kinds[_IMAGE], no_images)
+
+
+def items_of(path: Path) -> Iterator[Item]:
+    """The images that a path stands for, one after the other; of a damaged shard those before the damage.
+
+    Images and shards of a folder, at any depth, are sorted by the parts of their paths. Links that lead nowhere or in a
+    circle, and everything else that is neither file nor folder, are items with an error.
+    """
+    for file in _files_of(path):
+        if file.kind == _SHARD:
+            yield from _members(file.path)
+        elif file.kind == _IMAGE:
+            yield Item(printable(file.path), file.path, error=file.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A visible file that a path stands for.
+
+    Attributes:
+      kind: _IMAGE, _SHARD or _OTHER, by its name.
+      error: why it cannot be read, "" if nothing is known.
+    """
+
+    path: str
+    kind: str
+    error: str = ""
+
+
+def _files_of(path: Path) -> Iterator[_File]:
+    if not path.is_dir():
+        yield _File(str(path), _SHARD if _is_shard(path.name) else _IMAGE)
+        return
+    for name in walk(path):
+        if not isinstance(name, Unused):
+            kind = _SHARD if _is_shard(name) else _IMAGE if is_image(name) else _OTHER
+            yield _File(os.path.join(path, name), kind)
+        elif name.kind != HIDDEN:
+            yield _File(os.path.join(path, name.source), _IMAGE, name.reason)
+
+
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _members(path: str) -> Iterator[Item]:
+    """The images in a shard. Their names are shown and nothing else."""
+    if not os.path.isfile(path):  # reading from a pipe would wait for ever
+        yield Item(printable(path), path, error="not a regular file")
+        return
+    try:
+        with open(path, "rb") as file:
+            for member in tar_files(Path(path), file):
+                if is_image(member.name) and not is_hidden(member.name):
+                    name = f"{path}/{os.path.splitext(member.name)[0]}"
+                    yield Item(printable(name), path, member.offset_data, member.size)
+    except (UserError, OSError) as error:  # the other files do not suffer from it
+        yield Item(printable(path), path, error=f"something in the shard cannot be read ({error})")
+
+
+# --- their pixels ---
+
+
+def look_at_batches(items: Iterator[Item], view: View, size: int) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
+    """The result of `look_at` for each image, in order, `size` at a time; a pool of threads works so far ahead."""
+    with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
+        try:
+            futures = (pool.submit(look_at, item, view) for item in items)
+            looked = (future.result() for future in look_ahead(futures, size, lambda _: None))
+            while batch := list(itertools.islice(looked, size)):
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def look_at(item: Item, view: View) -> tuple[str, np.ndarray | None, str]:
+    """An image's name, its pixels, uint8 [S, S, 3], and why there are none, "" if there are some. Raises nothing."""
+    try:
+        if item.error:
+            raise RejectedImageError(item.error)
+        return item.name, shown(pixels_of(read(item)), view), ""
+    except RejectedImageError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+    except Exception as error:  # such as memory that is not there
+        reason = f"cannot be decoded ({type(error).__name__}: {error})"
+    return item.name, None, " ".join(reason.split())
+
+
+def read(item: Item) -> bytes:
+    """An image as it is stored.
+
+    Raises:
+      RejectedImageError: it is none by its kind or size, or cut off.
+      OSError: the system cannot read it.
+    """
+    status = os.stat(item.path)
+    if not stat.S_ISREG(status.st_mode):  # reading from a pipe would wait for ever
+        raise RejectedImageError("not a regular file")
+    nbytes = status.st_size if item.nbytes is None else item.nbytes
+    if nbytes > MAX_BYTES:
+        raise RejectedImageError(f"{nbytes:,} bytes; no image has more than {MAX_BYTES:,}")
+    with open(item.path, "rb") as file:
+        file.seek(item.offset)
+        content = file.read(nbytes)
+    if len(content) < nbytes:
+        raise RejectedImageError(f"cut off: {len(content):,} of {nbytes:,} bytes are there")
+    return content
+
+
+def pixels_of(content: bytes) -> np.ndarray:
+    """RGB as tools/shard_imagenet.py and the pipelines see it: uint8 [height, width, 3], EXIF orientation not applied.
+
+    Raises:
+      RejectedImageError: it cannot be decoded, or would be absurdly large.
+    """
+    if not content:
+        raise RejectedImageError("empty file")
+    header = read_jpeg_header(content)
+    with rejecting():
+        if is_plain(header):
+            refuse_absurd(header.width, header.height)
+            check_scans(content)
+            return decode(np.frombuffer(content, dtype=np.uint8))
+        return np.asarray(plain_image(opened(content)).convert("RGB"))
+
+
+def shown(pixels: np.ndarray, view: View) -> np.ndarray:
+    """The pixels that evaluation shows the model: uint8 [S, S, 3]."""
+    height, width = pixels.shape[:2]
+    plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
+    return crop_resize(pixels, plan, 0)

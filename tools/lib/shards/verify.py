@@ -1,0 +1,302 @@
+"""Is a dataset still what was written, and what is in it."""
+
+import dataclasses
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipelines.common.errors import named
+from pipelines.common.files import sha256_of
+from pipelines.shards.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
+from tools.lib.common.process_pool import run_jobs
+from tools.lib.shards.class_notes import class_notes
+from tools.lib.shards.entries import is_hidden
+from tools.lib.shards.images import ImageOptions, RejectedImageError, check_image
+from tools.lib.shards.shards import LABEL_PARTS, dali_index, read_dali_index
+from tools.lib.shards.tars import BLOCK, first_not_zero, tar_header, tar_members
+
+_NAMED = 20  # faults of one shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was written.
+
+    Attributes:
+      file: relative to the dataset folder.
+      where: sample and bytes, as closely as they can be told.
+      what: what was found.
+    """
+
+    file: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.where + ': ' if self.where else ''}{self.what}"
+
+
+def verify(
+    root: Path, *, decode: bool = False, workers: int = 1, on_shard: Callable[[int, int], None] = lambda i, n: None
+) -> list[Fault]:
+    """Re-read everything and compare it with the manifest.
+
+    Args:
+      decode: also decode every image.
+      on_shard: told how many shards are done, of how many.
+    Returns:
+      The faults, [] if there are none.
+    Raises:
+      UserError: there is no manifest, or it is damaged, so there is nothing to compare with.
+    """
+    manifest = read_manifest(root)
+    faults, jobs = [], []
+    known = {MANIFEST, AUDIT}
+    faults += _verify_file(root, AUDIT, manifest["audit"]["sha256"])
+    for split, entry in manifest["splits"].items():
+        index_faults = _verify_file(root, f"{split}/{INDEX}", entry["index_sha256"])
+        faults += index_faults
+        known.add(f"{split}/{INDEX}")
+        start, names = 0, {shard["sha256"]: shard["name"] for shard in entry["shards"]}
+        for shard in entry["shards"]:
+            known |= {f"{split}/{shard['name']}", f"{split}/{Path(shard['name']).with_suffix('.idx')}"}
+            rows = None if index_faults else (start, start + shard["samples"])
+            start += shard["samples"]
+            jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset", names))
+    faults += _strangers(root, manifest, known)
+    found = {}
+    for number, of_shard in run_jobs(_verify_shard, jobs, workers):
+        found[number] = of_shard
+        on_shard(len(found), len(jobs))
+    return faults + [fault for number in sorted(found) for fault in found[number]]
+
+
+def _strangers(root: Path, manifest: dict, known: set[str]) -> Iterator[Fault]:
+    """Files that the manifest does not know; what lay beside indexed tars of another writer is fine."""
+    is_foreign = manifest["source"]["kind"] == "webdataset"
+    listed = {item["source"] for item in manifest["audit"].get("left_out", ())} if is_foreign else set()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        fine = str(name) in known or (is_foreign and is_hidden(str(name)))
+        if path.is_file() and not fine and listed.isdisjoint(map(str, (name, *name.parents))):
+            yield Fault(str(name), "", "is not in the manifest; move it away, or verify the folder it came from")
+
+
+def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
+    """The fault of a file that is not the one of the manifest."""
+    path = root / name
+    try:
+        if not path.is_file():
+            return [Fault(name, "", "missing")]
+        if sha256_of(path) == sha256:
+            return []
+        return [Fault(name, "", f"{path.stat().st_size} bytes that are not those of the manifest: damaged or stale")]
+    except OSError as error:
+        return [Fault(name, "", f"cannot be read ({error.strerror})")]
+
+
+def _verify_shard(
+    root: Path,
+    split: str,
+    shard: dict,
+    span: tuple[int, int] | None,
+    decode: bool,
+    ours: bool,
+    names: dict[str, str],
+) -> list[Fault]:
+    """The faults of a shard and its .idx.
+
+    Args:
+      span: which rows of the index are its own, if the index can be used.
+      ours: whether `write_shard` made it.
+      names: hash -> name of all shards of the split, to tell which one was put in its place.
+    """
+    path, name = root / split / shard["name"], f"{split}/{shard['name']}"
+    try:
+        rows = None if span is None else read_rows(root / split / INDEX, *span)
+        faults = _verify_tar(path, name, shard, rows, ours, names)
+        if decode and rows is not None and not faults:
+            faults = _decode(path, name, rows)
+    except OSError as error:
+        faults = [Fault(name, "", f"cannot be read ({error.strerror})")]
+    return faults + _verify_idx(root, split, shard, intact=not faults)
+
+
+def _verify_tar(
+    path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool, names: dict[str, str]
+) -> list[Fault]:
+    if not path.is_file():
+        return [Fault(name, "", "missing")]
+    faults = []
+    if path.stat().st_size != shard["bytes"]:
+        faults.append(Fault(name, "", f"{path.stat().st_size} bytes, the manifest says {shard['bytes']}"))
+    sha256 = sha256_of(path)
+    if sha256 == shard["sha256"]:
+        return faults
+    if sha256 in names:
+        return [Fault(name, "", f"holds the content of {names[sha256]}: swapped")]
+    if rows is None:
+        return [
+            *faults,
+            Fault(name, "", "damaged or swapped; without the index the place cannot be told"),
+        ]
+    found = list(_locate(path, name, rows) if ours else _locate_images(path, name, rows))
+    unknown = Fault(name, "", "not the file of the manifest: damaged outside its samples, or rewritten")
+    if len(found) > _NAMED:
+        found = [*found[:_NAMED], Fault(name, "", f"and {len(found) - _NAMED} more faults")]
+    return faults + found or [unknown]
+
+
+def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault]:
+    name = f"{split}/{Path(shard['name']).with_suffix('.idx')}"
+    faults = _verify_file(root, name, shard["idx_sha256"])
+    if not faults or not intact or not (root / name).is_file():
+        return faults
+    found, expected = (root / name).read_bytes(), dali_index(tar_members(root / split / shard["name"]).samples)
+    if hashlib.sha256(expected).hexdigest() != shard["idx_sha256"]:  # another program wrote it: its offset is not known
+        return faults
+    shorter = min(len(found), len(expected))
+    first = next((i for i in range(shorter) if found[i] != expected[i]), shorter)
+    line = expected[:first].count(b"\n") + 1
+    return [Fault(name, f"line {line}, byte {first}", "does not describe its shard: damaged or stale")]
+
+
+def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
+    """Where in a damaged shard the damage is: the samples, headers and padding that are not as they were."""
+    with open(path, "rb") as file:
+        nbytes, position = os.fstat(file.fileno()).st_size, 0
+        for row in rows:
+            key, label = row["key"].decode(), str(int(row["label"])).encode()
+            for member, size, intact in (
+                (f"{key}.cls", len(label), lambda data, label=label: data == label),
+                (f"{key}.jpg", int(row["nbytes"]), lambda data, crc32=row["crc32"]: zlib.crc32(data) == crc32),
+            ):
+                header = tar_header(member, size)
+                start = position + len(header)
+                stop = start + size
+                position = stop + -size % BLOCK
+                if nbytes < position:
+                    yield Fault(name, f"sample {key}, byte {nbytes}", "the shard ends here")
+                    return
+                if _slice(file, start - len(header), start) != header:
+                    where = f"sample {key}, bytes {start - len(header)} to {start}"
+                    yield Fault(name, where, f"the tar header of {member} is damaged")
+                if not intact(_slice(file, start, stop)):
+                    yield Fault(name, f"sample {key}, bytes {start} to {stop}", f"the content of {member} is damaged")
+                yield from _check_zeros(file, name, f"the padding after {member}", stop, position)
+        if (begin := first_not_zero(file, position)) is not None:
+            yield Fault(name, f"byte {begin}", "the end of the tar is damaged")
+
+
+def _slice(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Bytes of a file; those that are no longer there are left out, where a memory map would end the process."""
+    file.seek(start)
+    return file.read(stop - start)
+
+
+def _check_zeros(file: BinaryIO, name: str, what: str, start: int, stop: int) -> Iterator[Fault]:
+    rest = _slice(file, start, stop)
+    if rest.strip(b"\0"):
+        yield Fault(name, f"byte {start + len(rest) - len(rest.lstrip(bytes(1)))}", f"{what} is damaged")
+
+
+def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
+    """As `_locate` for tars of another writer: images by their checksums, labels where the .idx says they are."""
+    labels = _labels(path.with_suffix(".idx"))
+    with open(path, "rb") as file:
+        for row in rows:
+            key, start, nbytes = row["key"].decode(), int(row["offset"]), int(row["nbytes"])
+            file.seek(start)
+            if zlib.crc32(file.read(nbytes)) != row["crc32"]:
+                yield Fault(name, f"sample {key}, bytes {start} to {start + nbytes}", "its image is damaged")
+            start, nbytes = labels.get(start, (0, 0))
+            file.seek(start)
+            if nbytes and file.read(nbytes).strip() != str(int(row["label"])).encode():
+                yield Fault(name, f"sample {key}, bytes {start} to {start + nbytes}", "its label is damaged")
+
+
+def _labels(idx: Path) -> dict[int, tuple[int, int]]:
+    """Where the labels lie, from an .idx file: offset of each part of a sample -> (offset, bytes) of its label."""
+    labels = {}
+    for parts in read_dali_index(idx.read_bytes()) if idx.is_file() else []:
+        spans = {extension: (offset, size) for extension, offset, size in parts}
+        label = next((spans[name] for name in LABEL_PARTS if name in spans), None)
+        if label is not None:
+            labels |= {offset: label for offset, _ in spans.values()}
+    return labels
+
+
+def _decode(path: Path, name: str, rows: np.ndarray) -> list[Fault]:
+    faults = []
+    with open(path, "rb") as file:
+        for row in rows:
+            start, stop = int(row["offset"]), int(row["offset"]) + int(row["nbytes"])
+            where = f"sample {row['key'].decode()}, bytes {start} to {stop}"
+            try:
+                image = check_image(_slice(file, start, stop), ImageOptions())
+            except RejectedImageError as error:
+                faults.append(Fault(name, where, str(error)))
+                continue
+            if (image.height, image.width) != (row["height"], row["width"]):
+                size = f"{row['height']} x {row['width']}"
+                faults.append(Fault(name, where, f"is {image.height} x {image.width}, the index says {size}"))
+    return faults
+
+
+def summarize(root: Path) -> dict[str, str]:
+    """What a dataset folder holds, for people: label -> text, in the order to be shown."""
+    manifest = read_manifest(root)
+    audit = manifest["audit"]
+    lines = {
+        "dataset": str(root),
+        "source": f"{manifest['source']['kind']}: {manifest['source']['name']}",
+        "options": ", ".join(f"{key} {value}" for key, value in manifest["options"].items()),
+        "classes": f"{len(manifest['classes']):,}, order {class_order(manifest)}",
+    }
+    lines |= {f"note {number}": note for number, note in enumerate(class_notes(manifest), 1)}
+    for split, entry in manifest["splits"].items():
+        counts = np.array(entry["class_counts"])
+        lines[split] = (
+            f"{entry['samples']:,} images in {len(entry['shards']):,} shards, {human_bytes(entry['bytes'])}; "
+            f"{counts.min():,} to {counts.max():,} a class"
+        )
+        if empty := [manifest["classes"][i] for i in np.flatnonzero(counts == 0)]:
+            lines[f"{split}: empty classes"] = named(empty)
+        lines[f"{split}: digest"] = entry["digest"][:16]
+    counts = audit["counts"]
+    leaks = sum(len({key.partition("/")[0] for key in group}) > 1 for group in audit["duplicates"])
+    for kind in ("repaired", "rejected"):
+        first = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
+        lines[kind] = f"{counts[kind]:,}" + (f": {first}" if first else "") + (" ..." if counts[kind] > 3 else "")
+    among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
+    lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
+    if counts.get("left_out"):
+        items = [f"{item['source']} ({item['reason']})" for item in audit.get("left_out", [])[:3]]
+        lines["left out"] = f"{counts['left_out']:,}: {'; '.join(items)}{' ...' if counts['left_out'] > 3 else ''}"
+    lines["hidden, passed over"] = f"{counts.get('hidden', 0):,}"
+    lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
+    return lines
+
+
+def human_bytes(num: float) -> str:
+    """1234567 -> '1.23 MB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.3g} {unit}" if unit != "bytes" else f"{num:.0f} bytes"
+        num /= 1000
+    return f"{num:,.3g} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """4000 -> '1 h 07 min'."""
+    if 0 < seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
