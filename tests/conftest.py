@@ -14,20 +14,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 
 import numpy as np
 import pytest
-import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
-from forked_python import executable
-from processes import REPOSITORY, without_workers
 
+import support.tiny_model  # noqa: F401  (registers the student of most runs here)
 from pipelines.shards.index import ShardIndex, read_index
+from support.forked_python import executable
+from support.processes import REPOSITORY, without_workers
 from tools.demo import write_digits
 from tools.lib.common.photos import write_photographs
 from tools.lib.shards.job import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
-    *("test_preemption", "test_backbones", "test_trainer", "test_chaos", "test_export", "test_teachers", "test_oracle"),
-    *("test_compiling", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    *("test_preemption", "test_backbones", "test_run", "test_chaos", "test_export", "test_teacher", "test_oracle"),
+    *("test_compiler", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
     "test_compiled_kernels",
 )
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from processes import exit_with
+from support.processes import exit_with
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from processes import without_workers
 from safetensors.torch import load_file
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.changed_weights import byte_changed, change_file, words
 from pipelines.common.errors import UserError, exit_on_user_error
+from support.processes import without_workers
 from tools import average, evaluate, export, predict
 from tools.lib.compare import contenders
 from tools.lib.shards.job import BuildOptions, build

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from processes import without_workers
 
+from support.processes import without_workers
 from tools import shard_imagenet
 
 

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tiny_model  # noqa: F401  (registers the student)
 import torch
-from processes import exit_with, free_port, without_workers
 
+import support.tiny_model  # noqa: F401  (registers the student)
 from chaos.attempts import Attempt
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
+from support.processes import exit_with, free_port, without_workers
 from tools.demo import write_digits
 from tools.lib.shards.job import BuildOptions, build
 from trainer import run as trainer

@@ -3,10 +3,9 @@
 import ast
 from collections.abc import Iterator
 
-from authors_defaults import table
-
 from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row
+from support.authors_defaults import table
 
 _NOT_PARSED = {"config", "data_dir"}  # a parser of its own, and the one argument without a default
 

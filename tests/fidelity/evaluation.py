@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from processes import without_workers
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row
 from pipelines.plan.plan import EvalPlan
+from support.processes import without_workers
 from tools.lib.parity.stages import CROP_PCT, INTERPOLATIONS, RESIZE_TORCH, executors, open_photos
 
 SIZES = (224, 299)  # the recipe's, and the size of inception_v3, which the authors' code takes from the model

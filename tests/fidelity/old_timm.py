@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from processes import REPOSITORY
 
 from pipelines.common.errors import UserError
+from support.processes import REPOSITORY
 
 VERSION = "0.5.4"
 FOLDER = REPOSITORY / ".fidelity"  # where `make fidelity` installs it

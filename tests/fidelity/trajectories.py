@@ -1,8 +1,8 @@
 """50 updates end with the authors' weights and EMA, within float32's rounding, given the same images.
 
 The other side is their step with timm 0.5.4's own model, mixing, optimizer, schedule and EMA, and where AUTHORS is
-given their own train_one_epoch. tests/test_oracle.py says for which models two correct loops can agree at all: rounding
-grows where an activation has a kink, or where Adam divides a gradient that is little but rounding.
+given their own train_one_epoch. tests/trainer/update/test_oracle.py says for which models two correct loops can agree
+at all: rounding grows where an activation has a kink, or where Adam divides a gradient that is little but rounding.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import timm
-import tiny_model  # noqa: F401  (registers tiny_cnn)
 import torch
-from processes import without_workers
 
+import support.tiny_model  # noqa: F401  (registers tiny_cnn)
 from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
+from support.processes import without_workers
 from tools.demo import write_digits
 from tools.lib.shards.job import BuildOptions
 from tools.lib.shards.job import build as build_dataset

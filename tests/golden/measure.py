@@ -9,16 +9,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import tiny_model  # noqa: F401  (registers the student of the checkpoint)
 import torch
-from forked_python import executable
-from processes import REPOSITORY, without_workers
 
+import support.tiny_model  # noqa: F401  (registers the student of the checkpoint)
 from pipelines import Pipeline, open_pipeline
 from pipelines.common.errors import UserError
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
+from support.forked_python import executable
+from support.processes import REPOSITORY, without_workers
 from tools.lib.common.photos import write_photographs
 from tools.lib.common.timing import machine
 from tools.lib.shards.job import BuildOptions, build

@@ -5,7 +5,7 @@ kernels do nothing. torch's allocator, streams and synchronization debug mode, T
 generation are real. So a trainer starts, compiles, searches for its micro-batch until memory runs out, updates,
 evaluates, saves and ends, and only the numbers mean nothing.
 
-The tests here run in a process that was started on the stand-in: `tests/test_gpu_stub.py` starts one in `make test`,
-`make gpu-stub` runs the long ones, too. What only a device can tell is left to the tests marked `gpu`: DALI itself,
-whose static runtime refuses the stand-in, pixels, NCCL, speed, and cuDNN with its memory.
+The tests here run in a process that was started on the stand-in: `tests/end_to_end/test_gpu_stub.py` starts one in
+`make test`, `make gpu-stub` runs the long ones, too. What only a device can tell is left to the tests marked `gpu`:
+DALI itself, whose static runtime refuses the stand-in, pixels, NCCL, speed, and cuDNN with its memory.
 """

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import timm
-import tiny_model  # noqa: F401  (registers the student of most runs here)
 import torch
 
+import support.tiny_model  # noqa: F401  (registers the student of most runs here)
 from pipelines.batch import Batch
 from trainer.cluster.world import World
 from trainer.config.sections import parse

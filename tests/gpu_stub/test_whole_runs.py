@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import Ranks
 
 from gpu_stub.runs import arguments, teacher_file
+from support.ranks import Ranks
 from trainer.state import checkpoint
 
 TRAIN = Path(__file__).resolve().with_name("train.py")

@@ -15,10 +15,10 @@ from gpu_stub.build import leave_out_cudnn  # noqa: E402
 leave_out_cudnn()
 
 import numpy as np  # noqa: E402
-import tiny_model  # noqa: E402, F401  (registers the student)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+import support.tiny_model  # noqa: E402, F401  (registers the student)
 from trainer import run  # noqa: E402
 from trainer.cluster import rendezvous  # noqa: E402
 from trainer.cluster import world as distributed  # noqa: E402

@@ -21,7 +21,7 @@ def vit() -> torch.nn.Module:
 
 
 def cnn(act_layer: str = "silu") -> torch.nn.Module:
-    """tiny_cnn of tests/tiny_model.py."""
+    """tiny_cnn of tests/support/tiny_model.py."""
     blocks = tuple(ByoBlockCfg("edge", d=1, c=channels, s=2, gs=0, br=1.0) for channels in (16, 32))
     layers = {"downsample": "conv1x1", "act_layer": act_layer, "zero_init_last": False}
     config = ByoModelCfg(blocks=blocks, stem_chs=16, stem_type="3x3", stem_pool="", **layers)

@@ -1,0 +1,51 @@
+"""A version of the code gives the bits of the one before it, keeps its settings, and goes on with its checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from golden import measure
+
+BITS = json.loads((measure.FOLDER / "bits.json").read_text())
+same_machine = pytest.mark.skipif(measure.where() != BITS["where"], reason="measured with other software or processor")
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The run that the golden checkpoint is of, gone on with by today's code: its folder and its summary."""
+    out = tmp_path_factory.mktemp("golden") / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copy(measure.FOLDER / "step-00000006.pt", out / "checkpoints")
+    return out, measure.run_to(out, measure.STEPS)
+
+
+def test_an_older_checkpoint_is_gone_on_with(resumed):
+    _, summary = resumed
+    assert summary["session"]["start_step"] == measure.STOPPED and summary["step"] == measure.STEPS
+
+
+@same_machine
+def test_it_ends_with_the_weights_of_a_run_that_was_not_stopped(resumed):
+    assert measure.weights_in(resumed[0]) == BITS["sha256"]["weights"]
+
+
+@same_machine
+def test_weights_and_pixels_have_the_bits_they_had():
+    assert measure.bits() == BITS["sha256"]
+
+
+def test_every_setting_is_there_with_its_default():
+    golden, now = (
+        yaml.safe_load(text) for text in ((measure.FOLDER / "settings.yaml").read_text(), measure.settings())
+    )
+    for section, values in golden.items():
+        assert {key: now[section].get(key) for key in values} == values, section
+
+
+def test_every_command_has_the_options_it_had():
+    """More may have come."""
+    golden, now = json.loads((measure.FOLDER / "options.json").read_text()), measure.options()
+    gone = {command: set(listed) - set(now.get(command, ())) for command, listed in golden.items()}
+    assert not {command: options for command, options in gone.items() if options}

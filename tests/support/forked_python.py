@@ -1,0 +1,200 @@
+"""A stand-in for `python` that starts programs in no time: forks of one process that has imported everything.
+
+A process that imports torch and timm takes ten seconds of a core before it does anything, and the tests start many.
+`executable()` gives the path of a program that takes `-m MODULE`, `-c CODE` or `SCRIPT` with arguments, as python
+does, and that can be given to subprocess, torchrun or a shell script: it has standard streams, environment, working
+folder, network namespace, signals and exit code of its own. Tests must start python itself for what is settled before
+or while torch is imported (variables of OpenMP, limits of the system, signals that are ignored from the start).
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+_PRELOADED = (
+    *("support.tiny_model", "trainer.run", "tools.evaluate"),
+    *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
+)
+_NETWORK = "/proc/self/ns/net"
+_TESTS = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def executable() -> str:
+    """The program's path; the process that is forked ends with this one."""
+    folder = tempfile.TemporaryDirectory(prefix="forked-")
+    address, program = Path(folder.name) / "socket", Path(folder.name) / "python"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", __file__, str(address)])} "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
+    command = [sys.executable, __file__, str(address), "--serve", str(program)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
+    return str(program)
+
+
+# --- the program: hands itself over, and stands for its fork ---
+
+
+def _client(address: str, arguments: list[str]) -> None:
+    received, fork = [], [0]
+
+    def forward(number: int, _frame) -> None:
+        received.append(number)
+        if fork[0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(fork[0], received.pop())
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        wanted = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}) + "\n"
+        network = os.open(_NETWORK, os.O_RDONLY)
+        socket.send_fds(connection, [b" "], [0, 1, 2, network])
+        connection.sendall(wanted.encode())
+        with connection.makefile("r") as answers:
+            fork[0] = int(answers.readline())
+            while received:
+                forward(received.pop(), None)
+            code = int(answers.readline())
+    if code < 0:
+        if -code in _FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+# --- the process that is forked ---
+
+
+def _serve(address: str, program: str) -> None:
+    import importlib
+    import select
+
+    sys.path[:1] = [str(_TESTS.parent), str(_TESTS)]
+    for module in ("support.processes", *_PRELOADED):
+        importlib.import_module(module)
+    sys.modules["trainer.config.sections"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
+    gc.freeze()  # a collection in a fork would copy every page with objects of this process
+    forks: dict[socket.socket, int] = {}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        os.write(1, b"ready\n")
+        while True:
+            ready, _, _ = select.select([0, listener, *forks], [], [], 0.005 if forks else None)
+            if 0 in ready:  # whoever started this process has ended
+                break
+            for connection in ready:
+                if connection is listener:
+                    connection = listener.accept()[0]
+                    forks[connection] = _forked(connection, program, [listener, *forks])
+                else:  # its program was killed
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(forks[connection], signal.SIGKILL)
+            for connection, pid in list(forks.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    connection.close()
+                    del forks[connection]
+    for pid in forks.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _forked(connection: socket.socket, program: str, others: list[socket.socket]) -> int:
+    _, (*streams, network), _, _ = socket.recv_fds(connection, 1, 4)
+    with connection.makefile("r") as lines:
+        wanted = json.loads(lines.readline())
+    pid = os.fork()
+    if pid:
+        for stream in (*streams, network):
+            os.close(stream)
+        connection.sendall(f"{pid}\n".encode())
+        return pid
+    for other in (connection, *others):
+        other.close()
+    _enter_network(network)
+    _become(wanted, streams, program)
+
+
+def _enter_network(network: int) -> None:
+    """Move this process into a network namespace, where it is in another one."""
+    if os.stat(network).st_ino != os.stat(_NETWORK).st_ino:
+        import ctypes
+
+        assert ctypes.CDLL(None).setns(network, 0x40000000) == 0  # CLONE_NEWNET
+    os.close(network)
+
+
+def _become(wanted: dict, streams: list[int], program: str) -> None:
+    """Be what python would be with these arguments. Never returns."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    os.chdir(wanted["folder"])
+    sys.stdin = os.fdopen(0, closefd=False)
+    at_once = "-u" in wanted["arguments"][:1] or bool(os.environ.get("PYTHONUNBUFFERED"))
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stdout.reconfigure(write_through=at_once)
+    sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.executable = program
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os._exit(_ended(wanted["arguments"]))
+
+
+def _ended(arguments: list[str]) -> int:
+    """Do what the arguments say. Returns the exit code."""
+    from support.processes import exit_code_of, flush_streams
+
+    code = exit_code_of(lambda: _run(arguments[1:] if arguments[0] == "-u" else arguments))
+    with contextlib.suppress(BaseException):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    flush_streams()
+    return code
+
+
+def _run(arguments: list[str]) -> None:
+    import runpy
+
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:2] = [path for path in paths if path]
+    if arguments[0] == "-m":
+        sys.argv, sys.path[:0] = arguments[1:], [os.getcwd()]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv, sys.path[:0] = ["-c", *arguments[2:]], [""]
+        module = type(sys)("__main__")
+        sys.modules["__main__"] = module
+        exec(compile(arguments[1], "<string>", "exec"), module.__dict__)
+    else:
+        sys.argv, sys.path[:0] = arguments, [str(Path(arguments[0]).resolve().parent)]
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[2:3] == ["--serve"]:
+        _serve(sys.argv[1], sys.argv[3])
+    else:
+        _client(sys.argv[1], sys.argv[2:])

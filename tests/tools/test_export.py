@@ -1,0 +1,622 @@
+"""tools/export.py: what is exported is the model, for timm alone, for onnxruntime and for torch.export."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from conftest import TINY
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_empty, making
+from support.models import with_statistics
+from tools import compare, evaluate, export
+from tools.lib.common.attention import fused_or_plain, has_fused_attention
+from tools.lib.common.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
+from tools.lib.export.card import card
+from tools.lib.export.timm_folder import timm_model
+from tools.lib.export.torch_file import export_program, torch_program
+from trainer.config.recipe import audit
+from trainer.config.sections import parse, to_dict
+from trainer.evaluation import trained as inference
+from trainer.models.factory import preprocessing
+from trainer.models.fold_batch_norm import fold_batch_norms
+from trainer.state import checkpoint
+from trainer.state.checkpoint import TrainState, Writer, best_content_of
+
+pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
+PICTURE = np.random.default_rng(0).integers(0, 256, (150, 211, 3), np.uint8)
+DIGITS = [str(digit) for digit in range(10)]
+CASES = {  # models of each way to be built: of any size, of one size that is not timm's, of any size by an argument
+    "cnn": ("test_resnet", ["--data.image_size", "64", "--data.eval_image_size", "96", "--data.eval_crop_pct", "0.9"]),
+    "sized": ("test_vit", ["--data.image_size", "96", "--student.kwargs.drop_path_rate", "0.1"]),
+    "dynamic": (
+        "test_vit",
+        ["--data.image_size", "160", "--data.eval_image_size", "192", "--student.kwargs.dynamic_img_size", "true"],
+    ),
+}
+
+
+def write_checkpoint(path: Path, name: str, settings: list[str], seed: int = 0) -> Path:
+    """A best.pt of a model with random weights and statistics that tells digits."""
+    config = parse([*TINY, "--student.name", name, "--data.root", str(path.parent), *settings])
+    torch.manual_seed(seed)
+    size = {} if name != "test_vit" else {"img_size": config.data.train_sizes[-1]}
+    model = with_statistics(timm.create_model(name, num_classes=10, **size, **config.student.kwargs), 0)
+    state = TrainState(
+        student=model,
+        ema=None,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        scaler=torch.amp.GradScaler("cpu"),
+        plan={"dataset": "a" * 64},
+        config=to_dict(config),
+        audit=audit(config),
+        classes=DIGITS,
+        best={"step": 1234, "weights": "raw", "top1": 61.25},
+    )
+    writer = Writer()
+    writer.submit(path, best_content_of(state, {"top1": 61.25, "top5": 95.0, "loss": 1.5, "images": 80}))
+    writer.wait()
+    assert not writer.failure
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """For each case a checkpoint, and the folder that the tool makes of it; of the CNN with all there is."""
+    folder, made = tmp_path_factory.mktemp("export"), {}
+    for case, (name, settings) in CASES.items():
+        path = write_checkpoint(folder / f"{case}.pt", name, settings)
+        made[case] = (path, folder / case)
+        export.main([str(path), str(folder / case), *(["--onnx", "--torch-export", "--fold"] if case == "cnn" else [])])
+    return made
+
+
+@pytest.fixture(scope="module")
+def cnn(exported) -> tuple[Path, Path]:
+    return exported["cnn"]
+
+
+ALONE = """
+import re, sys, timm, torch
+from timm.data import resolve_model_data_config
+
+found = {}
+for folder in sys.argv[2:]:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = resolve_model_data_config(model, use_test_size=True)
+    images = torch.randn(2, *config["input_size"], generator=torch.Generator().manual_seed(1))
+    found[folder] = {"logits": model(images).detach(), "config": config, "own": model.pretrained_cfg}
+for section in re.split("^With ", open("README.md").read(), flags=re.MULTILINE)[1:]:
+    library, code = re.match(r"(\\w+).*?```python\\n(.*?)```", section, re.DOTALL).groups()
+    names = {}
+    exec(code, names)
+    found[library] = torch.as_tensor(names["logits"])
+torch.save(found, sys.argv[1])
+assert not {"trainer", "tools", "pipelines"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(exported, tmp_path_factory) -> dict:
+    """What a process that cannot find this repository makes of the folders with timm, and of a card's snippets.
+
+    Returns:
+      by case what timm makes of it, by the name of a library the logits that its snippet gets for a picture.
+    """
+    folders = {case: folder for case, (_, folder) in exported.items()}
+    place = shutil.copytree(folders["cnn"], tmp_path_factory.mktemp("alone") / "cnn")
+    Image.fromarray(PICTURE).save(place / "image.png")
+    (place / "image.png").rename(place / "image.jpg")  # Pillow goes by the content; these pixels stay what they are
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE, str(place.parent / "found.pt"), *map(str, folders.values())]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(place.parent / "found.pt", weights_only=True)
+    return {**found, **{case: found[str(folder)] for case, folder in folders.items()}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_timm_alone_in_a_fresh_process_gives_the_same_logits_and_view(exported, alone, case):
+    trained, found = inference.load(None, exported[case][0]), alone[case]
+    size = trained.view.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found["logits"], trained.model(images))
+    config = {**found["config"], "image_size": found["config"]["input_size"][-1]}
+    assert {key: config[key] for key in dataclasses.asdict(trained.view)} == dataclasses.asdict(trained.view)
+    assert tuple(config["mean"]) == trained.model.pretrained_cfg["mean"]
+    assert found["own"]["label_names"] == DIGITS and found["own"]["num_classes"] == 10
+
+
+def test_the_size_to_train_on_is_kept_beside_the_size_to_look_at(alone):
+    own = alone["cnn"]["own"]
+    assert (own["input_size"], own["test_input_size"]) == ([3, 64, 64], [3, 96, 96])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_exported_folder_opens_as_its_checkpoint_does(exported, case):
+    before, after = (inference.load(None, path) for path in exported[case])
+    assert (after.view, after.classes, after.weights) == (before.view, DIGITS, "raw")
+    assert after.digest() == before.digest()
+    images = torch.randn(1, 3, before.view.image_size, before.view.image_size)
+    assert torch.equal(after.model(images), before.model(images))
+
+
+def test_an_exported_folder_is_exported_again_as_it_is(exported, tmp_path):
+    for case in CASES:
+        export.main([str(exported[case][1]), str(tmp_path / case)])
+        first, second = exported[case][1], tmp_path / case
+        assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+        assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("file", "read"), [("model.onnx", onnx_runtime), ("model.pt2", torch_program)])
+def test_the_computation_in_a_file_is_the_models_for_any_batch(cnn, file, read):
+    reference, other = inference.load(None, cnn[0]).model, read(cnn[1] / file)
+    for batch in (1, 2, 3, 7):
+        images = torch.randn(batch, 3, 96, 96)
+        expected = reference(images)
+        assert (other(images) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_folding_leaves_no_batch_norm_in_the_program_and_all_of_it_in_the_weights(cnn):
+    program = torch.export.load(cnn[1] / "model.pt2")
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+    norms = inference.load(None, cnn[1]).model.modules()
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in norms) == 15
+    assert "15 BatchNorms folded" in (cnn[1] / "README.md").read_text()
+
+
+def test_the_cards_snippets_work_as_they_stand_and_agree(cnn, alone):
+    trained = inference.load(None, cnn[0])
+    transform = create_transform(**resolve_model_data_config(timm_model(cnn[1]), use_test_size=True))
+    expected = trained.model(transform(Image.fromarray(PICTURE))[None])
+    for library in ("timm", "onnxruntime", "PyTorch"):
+        assert (alone[library] - expected).abs().max() <= 1e-4 * expected.abs().max(), library
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("shape", [(211, 150), (150, 211), (90, 90), (301, 97)])
+def test_the_cards_pixels_without_torch_are_timms(cnn, tmp_path, monkeypatch, mode, shape):
+    trained = inference.load(None, cnn[0], crop_mode=mode, crop_pct=0.875, interpolation="bilinear")
+    text = card(trained, {"model.onnx": ""}, None)
+    code = re.search(r"```python\n(import numpy.*?)session = ", text, re.DOTALL)[1].replace("import onnxruntime\n", "")
+    picture = Image.fromarray(PICTURE).resize(shape)
+    picture.save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    view = dataclasses.asdict(trained.view)
+    expects = preprocessing(trained.model)
+    transform = create_transform(view.pop("image_size"), **view, mean=expects.mean, std=expects.std)
+    expected = transform(Image.open(tmp_path / "image.jpg"))[None]
+    assert np.array_equal(names["images"], expected.numpy())
+
+
+def test_the_card_says_how_it_was_trained_and_measured_and_not_where(cnn):
+    text = (cnn[1] / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: timm\n")
+    assert "| teacher | none: labels alone |" in text
+    assert "| `run.global_batch` | 1024 | 64 | images an update" in text
+    assert "weights as trained, not averaged, after step 1,234" in text
+    assert "On the 80 validation images of the run" in text and "| 61.25 | 95.00 | 1.5000 |" in text
+    assert "opset 18" in text and str(cnn[0].parent) not in text
+
+
+def test_an_evaluation_stands_in_the_card_and_one_of_other_weights_is_refused(digits, tmp_path, capsys):
+    settings = ["--data.image_size", "32"]
+    path = write_checkpoint(tmp_path / "best.pt", "test_resnet", settings)
+    other = write_checkpoint(tmp_path / "other.pt", "test_resnet", settings, seed=1)
+    arguments = ["--data.root", str(digits), "--student.checkpoint", str(path), "--run.device", "cpu"]
+    evaluate.main([*arguments, "--run.json", str(tmp_path / "evaluation.json")])
+    export.main([str(path), str(tmp_path / "out"), "--evaluation", str(tmp_path / "evaluation.json")])
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    text = (tmp_path / "out" / "README.md").read_text()
+    shown = f"On the 96 images of split `val` of digits (digest of that split `{report['digest'][:12]}`), 32 px, center"
+    assert shown in text
+    assert f"| {report['top1']:.2f} | {report['top5']:.2f} | {report['loss']:.4f} | {report['ece']:.2f} |" in text
+    message = failed([other, tmp_path / "second", "--evaluation", tmp_path / "evaluation.json"], capsys)
+    assert re.search(r"is of other weights \(test_resnet from .*best.pt, raw weights\) than .*other.pt", message)
+    assert not (tmp_path / "second").exists()
+
+
+def failed(arguments: list, capsys, tool=export) -> str:
+    """What the tool says when it ends with an error: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tool.main([*map(str, arguments)])
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.startswith("error: ") and message.count("\n") == 1, message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "OUT", "--fold"], "--fold changes model.onnx and model.pt2 alone. Add --onnx or --torch-export"),
+        (["MODEL", "TMP"], "is there already and holds list.json, raw.pth, three.txt. Name a new or an empty folder"),
+        (["MODEL", "TMP/none/out"], "none is not a folder. Make it, or name another"),
+        (["MODEL", "OUT", "--name", "resnet18"], "is of model 'test_resnet', not of 'resnet18'. Leave --name out"),
+        (["MODEL", "OUT", "--weights", "ema"], "holds no ema weights, only raw ones"),
+        (["MODEL", "OUT", "--classes", "TMP/three.txt"], "three.txt: names 3 classes, .* has 10 outputs. Name every"),
+        (["MODEL", "OUT", "--evaluation", "TMP/no.json"], "no.json: cannot be read .* --run.json FILE"),
+        (["MODEL", "OUT", "--evaluation", "TMP/list.json"], "list.json: not an evaluation .* --run.json FILE"),
+        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it with --name"),
+        (["TMP/raw.pth", "OUT", "--name", "test_byobnet"], "does not fit model 'test_byobnet' .* it was saved from"),
+        (["TMP/nothing.pt", "OUT"], "not found. Give a checkpoint, a run's folder, an exported folder, or timm's"),
+        (["resnet8", "OUT"], "unknown model 'resnet8'; did you mean resnet18"),
+        (["TMP", "OUT"], "neither a run's folder with checkpoints nor an exported one"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do_and_writes_nothing(cnn, tmp_path, capsys, arguments, message):
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    (tmp_path / "list.json").write_text("[]")
+    torch.save(inference.load(None, cnn[0]).model.state_dict(), tmp_path / "raw.pth")
+    before = sorted(tmp_path.iterdir())
+    places = {"MODEL": str(cnn[0]), "OUT": str(tmp_path / "out"), "TMP": str(tmp_path)}
+    words = [re.sub(r"^(MODEL|OUT|TMP)", lambda found: places[found[0]], word) for word in arguments]
+    assert re.search(message, failed(words, capsys))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+@pytest.mark.parametrize("tool", [export, compare])
+def test_a_dataset_in_place_of_a_model_is_called_one(digits, tmp_path, capsys, monkeypatch, tool, place):
+    monkeypatch.chdir(tmp_path)
+    arguments = [tmp_path / "out"] if tool is export else ["--device", "cpu", "--out", tmp_path / "out"]
+    message = failed([digits / place, *arguments], capsys, tool)
+    assert "a dataset, neither a run's folder with checkpoints nor an exported one" in message
+    assert "Give what --run.out was, a checkpoint in it" in message and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", [export, compare])
+def test_what_is_too_long_to_be_a_path_is_a_short_line(cnn, tmp_path, capsys, tool):
+    out = ["out"] if tool is export else []
+    assert len(message := failed(["n" * 300, *out], capsys, tool)) < 300 and "not found. Give" in message
+    arguments = [cnn[0], "o" * 300] if tool is export else ["test_resnet", "--out", "o" * 300]
+    assert len(message := failed(arguments, capsys, tool)) < 300 and "File name too long" in message
+
+
+def altered(source: Path, path: Path, **changes) -> Path:
+    """A checkpoint as the source, but for some entries; None leaves one out."""
+    content = {**torch.load(source, weights_only=True), **changes}
+    content.pop("digest")
+    checkpoint.write(path, {key: value for key, value in content.items() if value is not None})
+    return path
+
+
+def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
+    content = torch.load(cnn[0], weights_only=True)
+    data = {key: value for key, value in content["config"]["data"].items() if key != "eval_image_size"}
+    config = {"data": data, "student": content["config"]["student"]}
+    young = altered(cnn[0], tmp_path / "young.pt", config=config, plan={}, audit=None, software=None)
+    assert inference.load(None, young).view.image_size == 64
+    export.main([str(young), str(tmp_path / "out")])
+    assert "| epochs + cool-down | 300 + 10 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_foreign_file_with_a_format_version_needs_a_name_as_any_other(cnn, tmp_path, capsys):
+    foreign = altered(cnn[0], tmp_path / "foreign.pt", config=None)
+    assert "does not say which model it is of. Name it with --name" in failed([foreign, tmp_path / "out"], capsys)
+    assert inference.load("test_resnet", foreign).origin == {}
+
+
+def test_a_checkpoint_of_another_format_is_refused(cnn, tmp_path, capsys):
+    newer = altered(cnn[0], tmp_path / "newer.pt", format_version=2)
+    message = failed([newer, tmp_path / "out"], capsys)
+    assert "newer.pt: format version 2, this program reads 1. Use the version of the program that wrote it" in message
+
+
+def test_an_exported_folder_with_an_odd_configuration_or_other_weights_is_refused(cnn, tmp_path, capsys):
+    folder = shutil.copytree(cnn[1], tmp_path / "folder")
+    message = failed([folder, tmp_path / "out", "--weights", "ema"], capsys)
+    assert "holds no ema weights, only raw ones. Leave --weights out" in message
+    assert inference.load(None, folder, weights="raw").weights == "raw"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": []}))
+    assert "config.json: not what timm writes for a model" in failed([folder, tmp_path / "out"], capsys)
+
+
+def test_timms_name_has_one_kind_of_weights(tmp_path, capsys):
+    message = failed(["resnet18", tmp_path / "out", "--weights", "raw"], capsys)
+    assert "--weights is 'raw', but timm has one kind of weights for 'resnet18'. Leave it out" in message
+
+
+def test_a_name_with_the_tag_of_pretrained_weights_is_the_same_model(cnn):
+    assert inference.load("test_resnet.r160_in1k", cnn[0]).name == "test_resnet"
+
+
+def test_what_a_checkpoint_says_is_text_in_the_card(cnn, tmp_path):
+    content = torch.load(cnn[0], weights_only=True)
+    bad = "</td>\n\n# Hi <img src=x> | `a` ![b](c)"
+    config = {**content["config"], "teacher": {**content["config"]["teacher"], "name": bad}}
+    audit = [{"key": bad, "usi": "/home/me/a.pth", "here": "on/off", "meaning": bad}]
+    changes = {"config": config, "audit": audit, "software": {bad: bad}}
+    trained = inference.load(None, altered(cnn[0], tmp_path / "a.pt", **changes))
+    text = card(trained, {}, None)
+    outside = re.sub("`[^`\n]*`", "", text.split("## Use")[0] + text.split("## Software")[1])
+    assert "<" not in outside and "![" not in outside and "\n# Hi" not in outside
+    assert "| a.pth | on/off | &#60;/td&#62; # Hi &#60;img src=x&#62; &#124; &#96;a&#96; !&#91;b&#93;(c) |" in text
+    assert "| teacher | `</td> # Hi <img src=x> \\| 'a' ![b](c)` |" in text
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_whether_a_model_takes_one_size_alone_is_not_what_a_description_says(cnn, tmp_path, said):
+    folder = shutil.copytree(cnn[1], tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"].update(fixed_input_size=said, input_size=[3, 96, 96])
+    (folder / "config.json").write_text(json.dumps(config))
+    export.main([str(folder), str(tmp_path / "out")])
+    again = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert again["pretrained_cfg"]["fixed_input_size"] is False and again["model_args"] == config["model_args"]
+
+
+def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
+    weights = torch.load(cnn[0], weights_only=True)["state_dict"]
+    weights["fc.bias"][3] = torch.nan
+    bad = altered(cnn[0], tmp_path / "nan.pt", state_dict=weights)
+    assert "nan.pt: 'fc.bias' is not finite: it holds NaN" in failed([bad, tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_a_file_without_a_name_and_classes_are_exported(cnn, tmp_path):
+    model = inference.load(None, cnn[0]).model
+    torch.save(model.state_dict(), tmp_path / "raw.pth")
+    export.main([str(tmp_path / "raw.pth"), str(tmp_path / "out"), "--name", "test_resnet"])
+    assert "label_names" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Nothing names its outputs." in text and "raw.pth, which does not say how it was trained" in text
+    assert "Not measured." in text and str(tmp_path) not in text
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(cnn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    message = failed([cnn[0], tmp_path / "out", "--onnx"], capsys)
+    assert "ONNX needs onnxruntime, not installed here. Run: pip install -e '.[export]'" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_the_model_is_refused_and_nothing_is_left(cnn, tmp_path, capsys, monkeypatch):
+    def write_other(model, images, path):
+        export_program(nn.Sequential(model, nn.Softmax(1)), images, path)
+
+    monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("another one", write_other, torch_program))
+    message = failed([cnn[0], tmp_path / "out", "--torch-export"], capsys)
+    assert re.search("model.pt2: its logits are off by up to .* more than 0.0001 of it. Leave this file out", message)
+    assert not list(tmp_path.iterdir())
+
+
+class Undecided(nn.Module):
+    """A model whose code asks for the value of a pixel, which no exporter can know."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+@pytest.mark.parametrize("write", [export_onnx, export_program])
+def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
+    with pytest.raises(UserError, match="^the model cannot be exported .*: .*Leave this file out, or use") as error:
+        write(Undecided().eval(), torch.randn(2, 3, 8, 8), tmp_path / "file")
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+
+
+# This one has a single stage, which attends within windows, so its tensors have five dimensions. Nothing is pooled.
+HIERA = {
+    **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
+    **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},
+}
+
+
+def tiny_hiera() -> inference.Trained:
+    """A Hiera that tells ten classes, with random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("hiera_tiny_224", num_classes=10, **HIERA).eval().requires_grad_(False)
+    nn.init.normal_(model.head.fc.weight)
+    return inference.Trained(
+        model, "hiera_tiny_224", HIERA, inference.View(32, 0.9, "center", "bicubic"), None, "hiera.pt"
+    )
+
+
+def test_a_model_whose_fused_attention_is_not_exported_gets_plain_attention_and_output_and_card_say_so(tmp_path):
+    trained = tiny_hiera()
+    files = export.export(trained, tmp_path / "out", ["model.onnx", "model.pt2"])
+    said = "with timm's plain attention, because the fused one cannot be exported; its logits are off by up to "
+    assert said in files["model.onnx"] and "attention" not in files["model.pt2"]
+    assert (tmp_path / "out" / "README.md").read_text().count(said) == 1
+    images = torch.randn(5, 3, 32, 32)
+    assert largest_difference(trained.model, onnx_runtime(tmp_path / "out" / "model.onnx"), images).is_small
+    assert has_fused_attention(trained.model) and has_fused_attention(timm_model(tmp_path / "out"))
+
+
+class Windows(nn.Module):
+    """Attention within windows, as timm's layers have it, whose tensors have five dimensions."""
+
+    def __init__(self, mixes: bool = False):
+        super().__init__()
+        self.fused_attn, self.mixes = True, mixes
+
+    def forward(self, images):
+        x = images.unflatten(2, (2, -1)).transpose(1, 2)[:, None]  # [B, 1, windows, 3, H / 2, W] -> five below
+        x = x.flatten(-2)
+        mixed = nn.functional.scaled_dot_product_attention(x, x, x) if self.fused_attn else self._plain(x)
+        return mixed.mean((1, 2, 3)) if not self.mixes or images.sum() > 0 else mixed.amax((1, 2, 3))
+
+    @staticmethod
+    def _plain(x):
+        return (x * x.shape[-1] ** -0.5 @ x.transpose(-2, -1)).softmax(-1) @ x
+
+
+class Reshaped(nn.Module):
+    """A step between layers that a function of the tensor takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def nest_layer() -> nn.Module:
+    """NesT's own attention, on rows of pixels in two blocks: its tensors have five dimensions."""
+    blocks = Reshaped(lambda images: images.unflatten(2, (2, -1)).transpose(1, 2).flatten(2, 3))
+    return nn.Sequential(blocks, nn.Linear(8, 8), timm.models.nest.Attention(dim=8, num_heads=2), nn.Flatten(1))
+
+
+def sam_layer() -> nn.Module:
+    """SAM's own attention, on pixels: its tensors have three dimensions."""
+    layer = timm.models.vision_transformer_sam.Attention(dim=8, num_heads=2)
+    return nn.Sequential(Reshaped(lambda images: images.permute(0, 2, 3, 1)), nn.Linear(3, 8), layer, nn.Flatten(1))
+
+
+@pytest.mark.parametrize("build", [Windows, nest_layer, sam_layer])
+def test_fused_attention_in_other_than_four_dimensions_falls_back_to_plain_attention_for_onnx(build, tmp_path):
+    model, images, path = build().eval(), torch.randn(3, 3, 8, 8), tmp_path / "model.onnx"
+    _, plain = fused_or_plain(model, lambda candidate: export_onnx(candidate, images, path))
+    assert plain and has_fused_attention(model)
+    assert largest_difference(model, onnx_runtime(path), images).is_small
+
+
+def test_attention_that_is_exported_stays_fused(tmp_path):
+    model = timm.create_model("test_vit", num_classes=10).eval()
+    _, plain = fused_or_plain(
+        model, lambda candidate: export_program(candidate, torch.randn(2, 3, 160, 160), tmp_path / "f")
+    )
+    assert has_fused_attention(model) and not plain
+
+
+@pytest.mark.parametrize("fails", ["load", "run", "differ"])
+def test_a_runtime_that_does_not_load_or_run_fused_attention_or_computes_something_else_gets_plain_attention(
+    fails, tmp_path, monkeypatch
+):
+    model = Windows().eval()
+
+    def read(path: Path):
+        """A runtime that has no fused attention."""
+        program = torch.export.load(path)
+        if not any("scaled_dot_product" in str(node.target) for node in program.graph.nodes):
+            return program.module()
+        if fails == "load":
+            raise RuntimeError("no kernel for this graph")
+        return lambda images: program.module()(images[:, :2] if fails == "run" else -images)
+
+    monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("a program", export_program, read))
+    trained = dataclasses.replace(tiny_hiera(), model=model)
+    files = export.computations(trained, tmp_path, ["model.pt2"], fold=False)
+    assert "with timm's plain attention" in files["model.pt2"] and has_fused_attention(model)
+
+
+@pytest.mark.parametrize("model", [Windows(mixes=True), Undecided()])
+def test_a_model_that_fails_with_both_kinds_of_attention_keeps_its_one_line(model, tmp_path):
+    trained = dataclasses.replace(tiny_hiera(), model=model.eval())
+    with pytest.raises(
+        UserError, match="^the model cannot be exported with torch.export: .*Leave this file out"
+    ) as error:
+        export.computations(trained, tmp_path, ["model.pt2"], fold=False)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+
+
+def test_a_runtime_that_fails_without_any_attention_is_one_line(cnn, tmp_path, capsys, monkeypatch):
+    def read(path: Path):
+        raise RuntimeError(
+            "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED\nCould not find an implementation " + "for X " * 99
+        )
+
+    monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("a program", export_program, read))
+    message = failed([cnn[0], tmp_path / "out", "--torch-export"], capsys)
+    assert message.startswith("error: the model cannot be run from model.pt2: RuntimeError: [ONNXRuntimeError] : 9")
+    assert len(message) <= 310 and not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_of_the_largest_logit_and_nan_is_never_small():
+    images = torch.ones(2, 3, 1, 1)
+    found = largest_difference(lambda x: -10 * x, lambda x: -10 * x - 0.002 * (len(x) > 1), images)
+    assert found.absolute == pytest.approx(0.002, rel=1e-3) and found.relative == pytest.approx(2e-4, rel=1e-3)
+    assert not found.is_small and Difference(9e-4, 10).is_small
+    assert not largest_difference(lambda x: x, lambda x: x * torch.nan, images).is_small
+
+
+def test_a_folder_is_made_in_full_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), making(tmp_path / "out") as folder:
+        (folder / "half").write_text("")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with making(tmp_path / "out") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_an_existing_folder_that_is_empty_but_for_hidden_entries_stays_the_same_folder(cnn, tmp_path, monkeypatch):
+    """So a mount point can be filled, and `.` does not pull the folder from under the shell."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lost+found").mkdir()
+    (tmp_path / "out" / ".git").write_text("hidden")
+    inode = (tmp_path / "out").stat().st_ino
+    monkeypatch.chdir(tmp_path / "out")
+    export.main([str(cnn[0]), "."])
+    assert sorted(os.listdir()) == [".git", "README.md", "config.json", "lost+found", "model.safetensors"]
+    assert (tmp_path / "out").stat().st_ino == inode and os.listdir(tmp_path) == ["out"]
+    assert inference.load(None, Path()).digest() == inference.load(None, cnn[0]).digest()
+
+
+def test_nothing_half_is_seen_in_an_existing_folder_and_a_failure_leaves_it_as_empty_as_before(tmp_path):
+    with pytest.raises(ZeroDivisionError), making(tmp_path) as folder:
+        (folder / "half").write_text("")
+        assert is_empty(tmp_path) and folder.parent == tmp_path
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileExistsError), making(tmp_path) as folder:
+        for name in "abc":
+            (folder / name).write_text("mine")
+        (tmp_path / "b").write_text("another process's")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b", "another process's")]
+
+
+def test_what_a_killed_export_leaves_in_an_existing_folder_does_not_stop_the_next(cnn, tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        with making(tmp_path) as folder:
+            (folder / "half").write_text("")
+            os._exit(9)
+    os.waitpid(pid, 0)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    export.main([str(cnn[0]), str(tmp_path)])
+    assert (tmp_path / "config.json").is_file()
+
+
+FAMILIES = (
+    *("resnet18", "resnet50", "tresnet_m", "regnety_002", "repvgg_a0", "densenet121", "mobilenetv3_small_100"),
+    *("efficientnet_b0", "tf_efficientnet_b0", "convnext_atto", "edgenext_xx_small", "mobilevit_xxs"),
+    *("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s", "mixer_s32_224", "coatnet_nano_rw_224"),
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_models_are_exported_folded_within_the_tolerance(name, tmp_path):
+    """Prints a row of the table in docs/after-training.md (pytest -m long -s)."""
+    model = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"][-1]
+    model = with_statistics(model, size)
+    for layer in model.modules():  # classifiers that start at zero would agree in any file
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.02)
+    images = torch.randn(3, 3, size, size)
+    folded = copy.deepcopy(model)
+    count, row = fold_batch_norms(folded, images), [f"{size} px"]
+    for file, write, read in (("a.onnx", export_onnx, onnx_runtime), ("a.pt2", export_program, torch_program)):
+        write(folded, images, tmp_path / file)
+        found = largest_difference(model, read(tmp_path / file), images)
+        row += [f"{found.absolute:.1e}", f"{found.relative:.1e}"]
+        assert found.is_small and found.largest > 0
+    print(f"\n| `{name}` | {' | '.join([row[0], str(count), *row[1:]])} |")

@@ -1,0 +1,497 @@
+import contextlib
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from conftest import train_here
+from pipelines.common.errors import UserError
+from trainer.cluster.world import World
+from trainer.config.sections import StudentConfig, TeacherConfig, parse
+from trainer.evaluation import trained as inference
+from trainer.feed import share_of_batch
+from trainer.models.checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
+from trainer.models.factory import all_weights_required, build_student, preprocessing
+from trainer.models.teacher import build_teacher, build_teachers
+from trainer.models.weights import read_checkpoint, read_weights
+
+NAME = "test_resnet"
+
+
+class WithPart(torch.nn.Linear):
+    """A layer that loads a part of itself while it is loaded, without some of the part's weights."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.part = torch.nn.BatchNorm1d(2)
+
+    def _load_from_state_dict(self, state_dict, *args):
+        super()._load_from_state_dict(state_dict, *args)
+        self.part.load_state_dict({"weight": state_dict["part.weight"]}, strict=False)
+
+
+def test_weights_are_required_of_the_whole_model_and_not_of_each_part_that_loads_itself():
+    model = WithPart()
+    weights = model.state_dict()
+    load = torch.nn.Module.load_state_dict
+    with all_weights_required():
+        model.load_state_dict(weights)
+        weights.pop("part.bias")
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "part.bias"'):
+            model.load_state_dict(weights, strict=False)
+    assert torch.nn.Module.load_state_dict is load
+
+
+def logits(model) -> torch.Tensor:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+@pytest.fixture
+def source():
+    """A model with weights and statistics of its own."""
+    torch.manual_seed(1)
+    model = timm.create_model(NAME, num_classes=7)
+    with torch.no_grad():
+        model(torch.rand(8, 3, 64, 64))
+    return model.eval()
+
+
+def teacher(path, num_classes=7, name=NAME):
+    return build_teacher(TeacherConfig(name=name, checkpoint=path), num_classes, image_size=64).model
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "student", "ema", "state_dict_ema"])
+def test_a_teacher_loads_however_its_weights_are_nested(source, tmp_path, nest):
+    weights = source.state_dict()
+    torch.save(weights if nest is None else {"epoch": 3, nest: weights}, tmp_path / "teacher.pth")
+    loaded = teacher(tmp_path / "teacher.pth")
+    assert torch.equal(logits(loaded), logits(source))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_teacher_loads_from_safetensors_and_from_ddp(source, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), tmp_path / "teacher.safetensors")
+    torch.save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "ddp.pth")
+    for name in ("teacher.safetensors", "ddp.pth"):
+        assert torch.equal(logits(teacher(tmp_path / name)), logits(source))
+
+
+def test_the_average_is_preferred_as_in_timm(source, tmp_path):
+    other = timm.create_model(NAME, num_classes=7)
+    torch.save({"student": other.state_dict(), "ema": source.state_dict()}, tmp_path / "run.pt")
+    assert torch.equal(logits(teacher(tmp_path / "run.pt")), logits(source))
+
+
+def authors_format(weights: dict) -> dict:
+    """timm's TResNet v2 weights under the names, and with the InplaceABN scales, of the authors' file."""
+    renamed = {}
+    for name, value in weights.items():
+        if name.endswith("bn.weight"):
+            value = value - 1e-5  # InplaceABN uses |weight| + eps
+        name = re.sub(r"downsample\.(\d+)\.conv", r"downsample.\1.0", name)
+        name = re.sub(r"downsample\.(\d+)\.bn", r"downsample.\1.1", name)
+        name = re.sub(r"conv(\d+)\.conv", r"conv\1.0", name)
+        name = re.sub(r"conv(\d+)\.bn", r"conv\1.1", name)
+        renamed[name] = value
+    return renamed
+
+
+def test_the_authors_tresnet_file_gives_the_same_logits(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("tresnet_v2_l", num_classes=5).eval()
+    for module in source.modules():  # scales away from zero, where |weight| is not the same
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    authors = authors_format(source.state_dict())
+    assert not set(authors) & {"body.conv1.conv.weight"} and "body.conv1.0.weight" in authors
+    torch.save({"state_dict": authors}, tmp_path / "tresnet_l_v2_83_9.pth")
+    loaded = teacher(tmp_path / "tresnet_l_v2_83_9.pth", num_classes=5, name="tresnet_l_v2")
+    assert torch.allclose(logits(loaded), logits(source), rtol=1e-4, atol=1e-5)
+    expects = preprocessing(loaded)
+    assert expects.mean == (0.0, 0.0, 0.0) and expects.std == (1.0, 1.0, 1.0) and expects.fill == (0, 0, 0)
+
+
+def test_another_number_of_classes_is_refused_with_both_numbers(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="teacher.pth: its weights have 7 classes, the dataset has 10"):
+        teacher(tmp_path / "teacher.pth", num_classes=10)
+
+
+def test_another_models_weights_are_refused(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match="teacher.pth: does not fit model 'test_vit'"):
+        teacher(tmp_path / "teacher.pth", name="test_vit")
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None], ids=["empty", "text", "pickle"])
+def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_path, capsys, content):
+    path = tmp_path / "teacher.pth"
+    if content is None:
+        torch.save({"model": Payload()}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(
+        UserError, match="teacher.pth: (damaged, or no file of weights|an empty file|holds 'print', which is no plain)"
+    ):
+        read_weights(path)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_a_missing_file_and_a_file_without_tensors(tmp_path):
+    with pytest.raises(UserError, match="none.pth: cannot be read"):
+        read_weights(tmp_path / "none.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="empty.pth: holds no weights"):
+        read_weights(tmp_path / "empty.pth")
+
+
+def test_a_checkpoint_of_this_trainer_tells_the_names_of_its_classes(source, tmp_path):
+    content = {"student": source.state_dict(), "ema": None, "classes": list("abcdefg")}
+    torch.save(content, tmp_path / "run.pt")
+    assert read_checkpoint(tmp_path / "run.pt").classes == list("abcdefg")
+    for classes in (None, 7, {"a": 0}, [0, 1]):  # of a synthetic dataset, and in files of others
+        torch.save({**content, "classes": classes}, tmp_path / "other.pt")
+        assert read_checkpoint(tmp_path / "other.pt").classes is None
+    torch.save(source.state_dict(), tmp_path / "plain.pt")
+    assert read_checkpoint(tmp_path / "plain.pt").classes is None
+
+
+def test_an_unknown_model_names_its_neighbours():
+    with pytest.raises(UserError, match=r"unknown model 'resnet5O'; did you mean .*resnet50"):
+        build_student(StudentConfig(name="resnet5O"), 10, 224)
+
+
+def test_a_models_own_arguments_are_passed_on_and_wrong_ones_refused():
+    model = build_student(StudentConfig(name="test_vit", kwargs={"depth": 2}), 10, 64)
+    assert len(model.blocks) == 2
+    with pytest.raises(UserError, match=r"model 'test_resnet' does not take these arguments .*no_such"):
+        build_student(StudentConfig(name=NAME, kwargs={"no_such": 1}), 10, 64)
+
+
+def test_models_of_fixed_size_are_built_for_the_image_size():
+    model = build_student(StudentConfig(name="test_vit"), 10, image_size=96)
+    assert model(torch.rand(1, 3, 96, 96)).shape == (1, 10)
+
+
+def test_a_student_may_start_from_a_checkpoint(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    student = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), 7, 64)
+    assert student.training
+    assert torch.equal(logits(student), logits(source))
+
+
+# one classifier, two of a distillation head, two of branches, a convolution
+CLASSIFIERS = {
+    "test_resnet": ["fc"],
+    "levit_128s": ["head.linear", "head_dist.linear"],
+    "levit_conv_128s": ["head.linear", "head_dist.linear"],
+    "resnetv2_50": ["head.fc"],
+    "crossvit_9_240": ["head.0", "head.1"],
+    "mobilenetv3_small_050": ["classifier"],
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_fine_tuning_on_other_classes_takes_all_weights_but_the_classifiers(tmp_path, name):
+    torch.manual_seed(1)
+    torch.save(timm.create_model(name, num_classes=7).state_dict(), tmp_path / "start.pth")
+    start = torch.load(tmp_path / "start.pth")
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    student = build_student(StudentConfig(name=name, checkpoint=tmp_path / "start.pth"), 10, size)
+    weights = student.state_dict()
+    anew = {f"{layer}.{part}" for layer in CLASSIFIERS[name] for part in ("weight", "bias")}
+    assert {key for key in start if start[key].shape != weights[key].shape} == anew
+    assert all(torch.equal(start[key], weights[key]) for key in start.keys() - anew)
+    assert all(len(weights[key]) == 10 and weights[key].isfinite().all() for key in anew)
+    layers = re.escape(", ".join(CLASSIFIERS[name]))
+    assert re.fullmatch(
+        rf"they are of 7 classes, the dataset has 10: the classifier \({layers}\) starts from scratch",
+        student.start_note,
+    )
+
+
+def test_fine_tuning_starts_from_safetensors_and_from_the_average_of_a_run(source, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), tmp_path / "start.safetensors")
+    other = timm.create_model(NAME, num_classes=7)
+    torch.save({"student": other.state_dict(), "ema": source.state_dict()}, tmp_path / "run.pt")
+    for file in ("start.safetensors", "run.pt"):
+        student = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / file), 10, 64)
+        assert torch.equal(student.conv1[0].weight, source.conv1[0].weight), file
+        assert student.fc.out_features == student.num_classes == 10
+
+
+def test_the_new_classifier_is_as_random_as_one_that_is_trained_from_scratch(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    tuned = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), 1000, 64).fc.weight
+    scratch = build_student(StudentConfig(name=NAME), 1000, 64).fc.weight
+    assert tuned.std().item() == pytest.approx(scratch.std().item(), rel=0.05)
+    assert not torch.equal(tuned[:7], source.fc.weight)
+
+
+def test_weights_of_as_many_classes_keep_their_classifier_and_nothing_is_told(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "start.pth")
+    student = build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), 7, 64)
+    assert student.start_note == ""
+
+
+@pytest.mark.parametrize("classes", [7, 10])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("conv1.0.weight"), r"Missing key\(s\) in state_dict: \"conv1.0.weight\""),
+        (lambda weights: weights.update(more=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: \"more\""),
+        (lambda weights: weights.update({"bn1.weight": torch.ones(3)}), "size mismatch for bn1.weight"),
+        (lambda weights: weights.pop("fc.bias"), r"Missing key\(s\) in state_dict: \"fc.bias\""),
+    ],
+    ids=["missing", "unexpected", "shape", "half a classifier"],
+)
+def test_other_differences_are_refused_with_the_keys_name_whatever_the_classes(
+    source, tmp_path, classes, change, message
+):
+    weights = source.state_dict()
+    change(weights)
+    torch.save(weights, tmp_path / "start.pth")
+    with pytest.raises(UserError, match=rf"start.pth: does not fit model '{NAME}' .*{message}"):
+        build_student(StudentConfig(name=NAME, checkpoint=tmp_path / "start.pth"), classes, 64)
+
+
+def test_a_student_starts_from_timms_weights(source, monkeypatch):
+    """The download is replaced; what timm does with the weights is not."""
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *a, **k: dict(downloaded))
+    downloaded = timm.create_model("resnet18", num_classes=1000).state_dict()
+    student = build_student(StudentConfig(name="resnet18", pretrained=True), 10, 64)
+    assert torch.equal(student.layer4[1].conv2.weight, downloaded["layer4.1.conv2.weight"])
+    assert student.fc.out_features == 10 and student.training
+    assert student.start_note.startswith("they are of 1000 classes, the dataset has 10")
+    assert build_student(StudentConfig(name="resnet18", pretrained=True), 1000, 64).start_note == ""
+
+
+def test_timms_weights_that_cannot_be_had_are_one_line(monkeypatch):
+    def offline(*arguments, **kwargs):
+        raise OSError("no route to host\nTraceback ...")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    message = (
+        r"student 'resnet18': its weights cannot be downloaded \(no route to host\). Give its weights with student"
+    )
+    with pytest.raises(UserError, match=message):
+        build_student(StudentConfig(name="resnet18", pretrained=True), 10, 64)
+    without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
+    with pytest.raises(UserError, match=f"student '{without}': timm has no pretrained weights for it"):
+        build_student(StudentConfig(name=without, pretrained=True), 10, 64)
+
+
+def test_a_student_starts_from_one_place():
+    with pytest.raises(UserError, match="student.pretrained is true and student.checkpoint is a.pt: start from one"):
+        StudentConfig(checkpoint=Path("a.pt"), pretrained=True)
+
+
+def test_a_teacher_without_weights_to_download_is_refused():
+    without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
+    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with teacher.checkpoint"):
+        build_teacher(TeacherConfig(name=without), 1000, 224)
+
+
+def test_downloaded_weights_of_other_classes_are_refused_before_the_download():
+    with pytest.raises(UserError, match="timm's weights have 1000 classes, the dataset has 10"):
+        build_teacher(TeacherConfig(name="tresnet_v2_l"), 10, 64)
+
+
+def test_the_fill_colour_is_the_students_mean():
+    assert preprocessing(timm.create_model("resnet18")).fill == (124, 116, 104)
+
+
+# --- arguments and images that a model cannot take ---
+
+REFUSED = {  # by every model
+    "in_chans": [1, 4, 0, "abc"],
+    "device": ["nope"],
+    "features_only": [True],
+    "pretrained_cfg": ["x"],
+    "pretrained_strict": [False],
+    "global_pool": ["nope"],
+    "drop_rate": [5, "abc"],
+    "block_fn": ["x"],
+    "no_such": [1, "x"],
+}
+OWN = {  # some models have such an argument, which they may take
+    "depth": ["abc", -1, 1.5],
+    "num_heads": [0, -1],
+    "embed_dim": [7, -3, "x"],
+    "global_pool": [""],
+    "act_layer": ["nope"],
+    "norm_layer": ["nope"],
+    "img_size": [-1, "abc", [1, 2, 3]],
+    "patch_size": [1000, 0],
+}
+TAKEN = {
+    "test_resnet": {"drop_rate": [0.5], "global_pool": ["max"], "no_such": [None]},
+    "test_vit": {"drop_rate": [0.5], "depth": [1, 2], "num_heads": [1], "patch_size": [32]},
+    "levit_128s": {"drop_rate": [0.0], "no_such": [None]},
+}
+
+
+def made(name: str, key: str, value) -> str:
+    """The message about an argument of a student; "" if it is taken."""
+    try:
+        student = build_student(StudentConfig(name, kwargs={key: value}), 10, 64)
+        check_size(student, name, 64)
+        check_outputs(student, name, 10, 64)
+    except UserError as error:
+        assert len(str(error)) < 320, str(error)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_arguments_that_a_model_cannot_take_are_one_line(name):
+    """Whatever a person writes in student.kwargs: the model is made, or a short line says why not."""
+    for key, values in OWN.items():
+        for value in values:
+            made(name, key, value)
+    for key, values in REFUSED.items():
+        assert all(made(name, key, value) for value in values), key
+    for key, values in TAKEN[name].items():
+        assert not any(made(name, key, value) for value in values), key
+
+
+@pytest.mark.parametrize("section", ["student", "teacher"])
+def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
+    with pytest.raises(
+        UserError, match=rf"{section}.kwargs.in_chans is 1, and images have 3 channels here, .* Leave it"
+    ):
+        parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
+    parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
+    with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
+        check_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_weights_of_images_of_one_channel_say_so_and_the_advice_helps(tmp_path, name):
+    source = timm.create_model(name, in_chans=1, num_classes=7).eval()
+    weights, first = source.state_dict(), f"{source.pretrained_cfg['first_conv']}.weight"
+    torch.save(weights, tmp_path / "gray.pth")
+    config = TeacherConfig(name, tmp_path / "gray.pth")
+    with pytest.raises(
+        UserError, match=rf"gray.pth: was trained on images of one channel.*'{first}', w, by w.repeat\(1"
+    ):
+        build_teacher(config, 7, 160)
+    weights[first] = weights[first].repeat(1, 3, 1, 1) / 3
+    torch.save(weights, tmp_path / "gray.pth")
+    images = torch.rand(2, 1, 160, 160)
+    with torch.no_grad():
+        found = build_teacher(config, 7, 160).model(images.expand(-1, 3, -1, -1))
+        assert torch.allclose(found, source(images), rtol=1e-3, atol=1e-4)
+
+
+ONE_VALUE = "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)"
+SMALL = ["--run.global_batch", 4, "--augment.mix_group", 1, "--augment.repeats", 1, "--data.image_size", 32]
+
+
+@pytest.mark.parametrize("more", [["--run.micro_batch", 2], ["--data.image_size", 96]], ids=["images", "pixels"])
+def test_batch_norm_over_one_value_is_refused_before_anything_is_written_and_the_advice_helps(digits, tmp_path, more):
+    settings = [*SMALL, "--student.name", NAME, "--run.stop_after_steps", 1]
+    with pytest.raises(UserError, match=re.escape(ONE_VALUE)) as error:
+        train_here(digits, tmp_path / "run", *settings)
+    assert not (tmp_path / "run").exists() and len(str(error.value)) < 300
+    train_here(digits, tmp_path / "run", *settings, *more)
+
+
+@pytest.mark.parametrize("name", [NAME, "test_byobnet", "resnet18", "test_vit"])
+@pytest.mark.parametrize("micro", [1, 0, "auto"])
+def test_a_micro_batch_of_one_image_is_found_however_it_was_chosen(name, micro):
+    """By its number, as one group, or by trying, of which a GPU tries the largest first."""
+    config = parse([str(text) for text in [*SMALL, "--student.name", name, "--run.micro_batch", micro]])
+    student = build_student(config.student, 10, 32)
+    cpu, gpu = (World(0, 1, 1, torch.device(name)) for name in ("cpu", "cuda"))
+    has_none = name == "test_vit"
+    with contextlib.nullcontext() if has_none else pytest.raises(UserError, match=re.escape(ONE_VALUE)):
+        check_student(student, config, 10, share_of_batch(config, cpu), cpu)
+    check_student(student, config, 10, 2, cpu)
+    if micro == "auto":
+        check_student(student, config, 10, share_of_batch(config, gpu), gpu)
+
+
+def test_the_smallest_size_of_a_growing_image_is_tried():
+    student = build_student(StudentConfig("resnet18"), 10, 96)
+    check_batch_norm(student, 2, [32, 96])
+    check_batch_norm(student, 1, [96])
+    with pytest.raises(UserError, match="images of 32 px"):
+        check_batch_norm(student, 1, [96, 32])
+    before = copy.deepcopy(student.state_dict())
+    check_batch_norm(student, 1, [96])
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    message = r"BatchNorm would see a single value of a channel \(images, run.micro_batch"
+    with pytest.raises(UserError, match=message), one_value_is_reported():
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+
+
+def test_a_teacher_that_gives_features_is_refused(tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=10, global_pool="").state_dict(), tmp_path / "w.pth")
+    teacher = ["--teacher.name", "test_vit", "--teacher.checkpoint", str(tmp_path / "w.pth")]
+    config = parse([*teacher, "--teacher.kwargs.global_pool", "", "--data.image_size", "64"])
+    with pytest.raises(
+        UserError, match=r"model 'test_vit' gives \[1, 17, 10\] for an image, not \[1, 10\]: it is no classifier"
+    ):
+        build_teachers(config, 10, None)
+
+
+def test_a_file_that_names_its_model_and_its_classes_is_opened_by_both(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    names = ["owl", "dog", "cat"]
+    torch.save({"arch": "test_resnet", "state_dict": model.state_dict(), "classes": names}, tmp_path / "named.pth")
+    trained = inference.load(None, tmp_path / "named.pth")
+    assert (trained.name, trained.classes, trained.classes_guessed) == ("test_resnet", names, False)
+    torch.save({"state_dict": model.state_dict(), "classes": names[:2]}, tmp_path / "short.pth")
+    with pytest.raises(UserError, match="names 2 classes, and its weights have 3 outputs"):
+        inference.load("test_resnet", tmp_path / "short.pth")
+
+
+OTHER_FILES = {
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html>", "a web page"),
+    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG image, not a file of weights"),
+    "nothing": (b"", "an empty file"),
+    "safetensors": (safetensors.torch.save({"a": torch.zeros(1)}), "Rename it so that it ends in .safetensors"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_of_another_kind_in_place_of_weights_is_called_what_it_is(tmp_path, content, message):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_folder_of_another_training_script_names_the_files_in_it(tmp_path):
+    for name in ("last.pth.tar", "model_best.pth.tar", "args.yaml"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"Give one of the files in it: last.pth.tar, model_best.pth.tar$"):
+        read_weights(tmp_path)
+
+
+def test_weights_of_a_part_of_a_larger_model_fit_once_saved_as_the_message_says(tmp_path):
+    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+    inner = {f"net.backbone.{name}": value for name, value in weights.items()}
+    torch.save(inner, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="all its names begin with 'backbone.'") as caught:
+        inference.load("test_resnet", tmp_path / "w.pth")
+    saved = eval(re.search(r"\{k.partition.*\}", str(caught.value))[0], {"weights": inner})
+    torch.save(saved, tmp_path / "w.pth")
+    assert inference.load("test_resnet", tmp_path / "w.pth").num_outputs == 3
