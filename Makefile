@@ -58,8 +58,11 @@ fidelity: setup .fidelity/.complete
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .fidelity timm==0.5.4
 	@touch $@
 
+# Style, docstrings, names and complexity, and types.
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 clean:
 	rm -rf .venv .fidelity .pytest_cache .ruff_cache

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
-from pipelines.common.files import refuse_place, sha256_of
+from pipelines.common.files import check_parent_folder, sha256_of
 from pipelines.shards.index import read_index, read_manifest
 from tools.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from tools.lib.common.arguments import path_argument
@@ -122,7 +122,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def average(options: argparse.Namespace) -> None:
     """Check, read, average, write, and print what was done."""
     paths = files_of(options.checkpoints)
-    refuse_out(options.out, paths)
+    check_output(options.out, paths)
     if options.mode == "uniform":
         found = uniform(paths, options.weights)
     elif options.mode == "ema":
@@ -158,7 +158,7 @@ def files_of(paths: list[Path]) -> list[Path]:
     return files
 
 
-def refuse_out(out: Path, inputs: list[Path]) -> None:
+def check_output(out: Path, inputs: list[Path]) -> None:
     """Raise a UserError, before anything is read, if OUT.pt cannot or must not be written."""
     if any(out.resolve() == path.resolve() for path in inputs):
         raise UserError(f"{out}: is one of the checkpoints to average. Name another file")
@@ -166,7 +166,7 @@ def refuse_out(out: Path, inputs: list[Path]) -> None:
         raise UserError(f"{out}: a name that runs give to their own checkpoints. Name another file")
     if out.suffix not in _SUFFIXES:
         raise UserError(f"{out}: a checkpoint's name ends in {' or '.join(_SUFFIXES)}. Name it so")
-    refuse_place(out, str(out))
+    check_parent_folder(out, str(out))
 
 
 def content_of(mode: str, found: Average) -> dict:
@@ -204,7 +204,7 @@ def read_alike(paths: list[Path], which: str) -> Iterator[Ingredient]:
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         each = read(path, which)
         first = first or each
-        refuse_other_model(each, first)
+        check_same_model(each, first)
         if each.kind != first.kind:
             raise UserError(
                 f"{each.path}: gives {each.kind} weights, {first.path} {first.kind} ones. Choose with --weights ema or "
@@ -213,22 +213,22 @@ def read_alike(paths: list[Path], which: str) -> Iterator[Ingredient]:
         yield each
 
 
-def refuse_other_model(other: Ingredient, first: Ingredient) -> None:
+def check_same_model(other: Ingredient, first: Ingredient) -> None:
     """Raise a UserError that names the first thing in which two checkpoints' models differ."""
     names = [f"{each.path}" for each in (other, first)]
     for key in ("name", "kwargs"):
         ours, theirs = (each.origin["config"]["student"].get(key) for each in (other, first))
-        _refuse_difference(f"student.{key}", ours, theirs, *names)
+        _check_equal(f"student.{key}", ours, theirs, *names)
     ours, theirs = (each.origin.get("classes") or [] for each in (other, first))
-    _refuse_difference("the number of classes", len(ours), len(theirs), *names)
+    _check_equal("the number of classes", len(ours), len(theirs), *names)
     for output, pair in enumerate(zip(ours, theirs, strict=True)):
-        _refuse_difference(f"the class of output {output}", *pair, *names)
+        _check_equal(f"the class of output {output}", *pair, *names)
     ours, theirs = ({name: list(value.shape) for name, value in each.weights.items()} for each in (other, first))
     for name in [*theirs, *ours]:
-        _refuse_difference(f"the shape of '{name}'", ours.get(name), theirs.get(name), *names)
+        _check_equal(f"the shape of '{name}'", ours.get(name), theirs.get(name), *names)
 
 
-def _refuse_difference(what: str, ours: object, theirs: object, path: str, other: str) -> None:
+def _check_equal(what: str, ours: object, theirs: object, path: str, other: str) -> None:
     if ours != theirs:
         raise UserError(
             f"{path}: of another model than {other}: {what} is {ours}, there it is {theirs}. Average checkpoints of "
@@ -258,7 +258,7 @@ def _settings(each: Ingredient) -> dict[str, object]:
 
 
 def plus(sums: Weights, weights: Weights, share: float) -> Weights:
-    """sums + share x weights in float64; tensors that are not floating are those of the weights.
+    """Sums + share x weights in float64; tensors that are not floating are those of the weights.
 
     BatchNorm's statistics are floating, and averaged like weights, as in the trainer's own moving average.
     """
@@ -292,7 +292,7 @@ def uniform(paths: list[Path], which: str) -> Average:
 
 
 def ema(paths: list[Path], decay: float) -> Average:
-    """A run's raw weights, as `ema_shares` weights them.
+    """A run's raw weights, as `ema_weights` weights them.
 
     Raises:
       UserError: the decay is none, or the files are not all of one run.
@@ -306,7 +306,7 @@ def ema(paths: list[Path], decay: float) -> Average:
             )
     paths = sorted(paths, key=checkpoint.step_of)
     steps = [checkpoint.step_of(path) for path in paths]
-    shares = ema_shares(steps, decay)
+    shares = ema_weights(steps, decay)
     if len(steps) > 1 and shares[0] > 0.5:
         print(
             f"warning: {paths[0]}: gets {shares[0]:.0%}, as it stands for all steps before it, which --decay {decay} "
@@ -320,7 +320,7 @@ def ema(paths: list[Path], decay: float) -> Average:
     return dataclasses.replace(found, kind="ema", found={"decay": decay, **found.found})
 
 
-def ema_shares(steps: list[int], decay: float) -> list[float]:
+def ema_weights(steps: list[int], decay: float) -> list[float]:
     """How much each checkpoint of a run counts in place of all the weights that an average with this decay saw.
 
     The average after step T holds the weights of step t with the share (1 - d) d^(T - t), and d^T of the initial ones.
@@ -349,7 +349,7 @@ def greedy(paths: list[Path], which: str, data: Path) -> Average:
     scorer = Scorer(data)
     rows, seen = [], {}
     for each in read_alike(paths, which):
-        scorer.refuse_other_classes(each)
+        scorer.check_classes_are_known(each)
         alone = scorer.top1(inference.load(None, each.path, weights=which))
         rows.append({**_row(each), "alone": alone})
         seen[str(each.path)] = dataclasses.replace(each, weights={})
@@ -386,7 +386,7 @@ class Scorer:
         self._doubt = order_doubt(data)
         self.digest = self._index.digest
 
-    def refuse_other_classes(self, each: Ingredient) -> None:
+    def check_classes_are_known(self, each: Ingredient) -> None:
         """Raise a UserError if the dataset has a class that a checkpoint does not know."""
         unknown = sorted(set(self._names) - set(each.origin.get("classes") or self._names))
         if unknown:

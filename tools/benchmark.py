@@ -35,7 +35,7 @@ from tools.lib.benchmark.gpu import ALL, PARTS, gpu
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.opening import first_device
 from tools.lib.common.tables import command_line, for_terminal, markdown, notes
-from tools.lib.common.timing import console, machine, refuse_nothing, refuse_result_file
+from tools.lib.common.timing import check_positive, check_result_file, console, machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
             gpu(options["out"], options["again"])
         else:
             path = options.pop("json")
-            refuse_nothing(options)
+            check_positive(options)
             show(command, measure(command, path, options))
 
 
@@ -210,7 +210,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(name: str, path: Path | None, options: dict) -> dict:
     """Run a benchmark; its result so far is in the file, if one is given, after each row."""
-    refuse_result_file(path)
+    check_result_file(path)
     day = datetime.date.today().isoformat()
     result = {"benchmark": name, "options": options, "date": day, "machine": machine(), "complete": False, "rows": []}
 

@@ -31,7 +31,7 @@ from tools.lib.common.opening import first_device
 from tools.lib.common.timing import console, machine
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import BACKENDS, EXTRA, Backend, choose_backends
-from tools.lib.compare.contenders import Contender, choose
+from tools.lib.compare.candidates import Candidate, choose
 from tools.lib.compare.measuring import Measured, Plan, Prepared, measure, pieces
 
 REPEATS = 15
@@ -86,7 +86,7 @@ def compare(options: argparse.Namespace) -> None:
     if not _has_plotly():
         remarks.append(f"{_NAME}.html is left out: plotly is not installed. Run: {EXTRA}")
     models = choose(options.models, options.accuracy)
-    _refuse_unwritable(options.out)
+    _check_writable(options.out)
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(device, options.batch, options.repeats, num_cores())
 
 
-def _refuse_unwritable(out: Path) -> None:
+def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,7 +137,7 @@ def _refuse_unwritable(out: Path) -> None:
         ) from error
 
 
-def _with_progress(models: list[Contender], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:
+def _with_progress(models: list[Candidate], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:
     """`measure` with a line that tells what it does, on a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     shown = Console(stderr=True)

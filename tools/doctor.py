@@ -30,18 +30,18 @@ from pipelines import resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.timing import console, machine, refuse_nothing, refuse_result_file
+from tools.lib.common.timing import check_positive, check_result_file, console, machine
 from tools.lib.doctor import proposals, stages
 from tools.lib.doctor.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
 from tools.lib.doctor.proposals import Trial
-from tools.lib.doctor.stages import Rate, Turn, WholeTurn, feed_of, plans_of_size, rates
+from tools.lib.doctor.stages import Rate, Turn, WholeRun, feed_of, plans_of_size, rates
 from tools.lib.shards.verify import human_seconds
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.feed import open_indices, rank_threads
 from trainer.loop import Run
-from trainer.micro_batch import full_memory_is_told
-from trainer.run import build, what_must_agree
+from trainer.micro_batch import reporting_out_of_memory
+from trainer.run import build, facts_to_compare
 
 _BAR = 24  # characters
 _NEGLIGIBLE = 0.1  # share of the work: on that side little could be gained
@@ -74,10 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options, overrides = _parse(arguments)
     try:
-        with exit_on_user_error(), full_memory_is_told():
-            refuse_options(options, overrides)
+        with exit_on_user_error(), reporting_out_of_memory():
+            check_options(options, overrides)
             config = configuration(options.target, overrides)
-            agree = functools.partial(what_must_agree, config)
+            agree = functools.partial(facts_to_compare, config)
             with join_world(config.run.device, agree, config.run.ready_s) as world:
                 examine(config, world, options.seconds, options.json, trials=options.trials)
     except KeyboardInterrupt:
@@ -98,10 +98,10 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
-def refuse_options(options: argparse.Namespace, overrides: list[str]) -> None:
+def check_options(options: argparse.Namespace, overrides: list[str]) -> None:
     """Raise a UserError about what could only fail after minutes of measuring."""
-    refuse_nothing({"seconds": options.seconds})
-    refuse_result_file(options.json)
+    check_positive({"seconds": options.seconds})
+    check_result_file(options.json)
     if "--config" in overrides:
         raise UserError("--config: the doctor takes the file, or a run's folder, first and without --config")
 
@@ -164,7 +164,7 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
       seconds: of measuring for each stage.
     """
     size = max(work.updates, key=work.updates.get)
-    cached = run.world.choice_of_main(run.config.data.root is None or _dataset_bytes(run) < _available_bytes())
+    cached = run.world.broadcast_object(run.config.data.root is None or _dataset_bytes(run) < _available_bytes())
     whole = {each: _whole(run, each, cached) for each in work.updates}
     turns = {**_input_turns(run, size), **_step_turns(run, size), stages.WHOLE: whole[size]}
     turns |= {f"{stages.WHOLE}, {each} px": turn for each, turn in whole.items() if each != size}
@@ -181,8 +181,8 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
     )
 
 
-def _whole(run: Run, size: int, cached: bool) -> WholeTurn:
-    return WholeTurn(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
+def _whole(run: Run, size: int, cached: bool) -> WholeRun:
+    return WholeRun(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
 
 
 def _input_turns(run: Run, size: int) -> dict[str, Turn]:

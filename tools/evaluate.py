@@ -31,7 +31,7 @@ from timm.data import ImageNetInfo
 from pipelines import resolve_pipeline
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.files import refuse_place, write_synced
+from pipelines.common.files import check_parent_folder, write_synced
 from pipelines.common.settings import Section, setting
 from pipelines.common.versions import package_versions
 from pipelines.plan.plan import LARGEST_SIDE
@@ -73,14 +73,14 @@ class EvalDataConfig(ImagesConfig):
     pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    crop_pct: float = setting(0.0, at_least=0)  # the upper bound is View's, which says why
+    crop_pct: float = setting(0.0, at_least=0)  # the upper bound is EvalTransform's, which says why
     crop_mode: str = setting("", may_be_empty=True, among=inference.CROP_MODES)
     interpolation: str = setting("", may_be_empty=True, among=inference.INTERPOLATIONS)
     real_labels: Path | None = None
 
     @property
     def view(self) -> dict[str, object]:
-        """The fields of inference.View that are not to be the model's own."""
+        """The fields of inference.EvalTransform that are not to be the model's own."""
         fields = ("image_size", "crop_pct", "crop_mode", "interpolation")
         return {name: getattr(self, name) for name in fields if getattr(self, name)}
 
@@ -137,7 +137,7 @@ class EvalRunConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.json is not None:
-            refuse_place(self.json, f"run.json is {self.json}")
+            check_parent_folder(self.json, f"run.json is {self.json}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +194,10 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, advice)
     order = outputs_of(names, trained, order_doubt(data.root))
     weights_digest = trained.digest()
-    refuse_other_ranks(world, trained, weights_digest, index, order, config)
+    check_ranks_agree(world, trained, weights_digest, index, order, config)
     damaged: dict[int, str] = {}
     predictions = predict_split(trained, index, order, config, world, damaged)
-    refuse_not_finite(predictions, index)
+    check_finite(predictions, index)
     found = {**metrics.summary(predictions), "classes": class_rows(predictions, names)}
     pairs = predictions.label, predictions.top[:, 0]
     found["order_warning"] = order_warning(*pairs, len(names), names, "the model", "--student.classes")
@@ -210,7 +210,7 @@ def evaluate_dataset(config: EvalConfig, world: World) -> dict:
     }
 
 
-def refuse_other_ranks(
+def check_ranks_agree(
     world: World, trained: Trained, weights_digest: str, index: ShardIndex, order: list[int] | None, config: EvalConfig
 ) -> None:
     """Raise a UserError, on every rank, if ranks are about to evaluate different things. Every rank must call it."""
@@ -222,7 +222,7 @@ def refuse_other_ranks(
         "run.batch": config.run.batch,
         "the precision": str(resolve_precision(config.run.precision, world.device)),
     }
-    for rank, theirs in enumerate(found := world.gather([mine])):
+    for rank, theirs in enumerate(found := world.all_gather([mine])):
         for name, value in theirs.items():
             if value != found[0][name]:
                 raise UserError(
@@ -231,7 +231,7 @@ def refuse_other_ranks(
                 )
 
 
-def refuse_not_finite(predictions: Predictions, index: ShardIndex) -> None:
+def check_finite(predictions: Predictions, index: ShardIndex) -> None:
     """Raise a UserError about a model whose outputs are infinite or no numbers."""
     bad = np.flatnonzero(~np.isfinite(predictions.loss))
     if len(bad):
@@ -317,7 +317,7 @@ def predict_split(
         world=world,
         shown=functools.partial(_shown, total=num_eval_batches(len(index), config.run.batch, world), world=world),
     )
-    damaged.update(world.gather(sorted(mine.items())))
+    damaged.update(world.all_gather(sorted(mine.items())))
     return found[""]
 
 

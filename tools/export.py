@@ -35,7 +35,7 @@ from tools.lib.common.onnx_file import (
     onnx_runtime,
     require_onnx,
 )
-from tools.lib.export.card import CARD, ONNX, PROGRAM, card, read_evaluation
+from tools.lib.export.card import MODEL_CARD, ONNX, PROGRAM, card, read_evaluation
 from tools.lib.export.timm_folder import noise, write_folder
 from tools.lib.export.torch_file import export_program, torch_program
 from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, Trained, load_named
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         with exit_on_user_error():
-            refuse_options(options)
+            check_options(options)
             wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
             trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
             files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
@@ -99,7 +99,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def refuse_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise a UserError about what could only fail after the model is loaded."""
     try:
         check_new_folder(options.out)
@@ -145,11 +145,11 @@ def export(
                 CONFIG: "architecture, names of the outputs, what the model sees of an image",
                 **computations(trained, folder, wanted, fold=fold),
             }
-            (folder / CARD).write_text(card(trained, files, report), encoding="utf-8")
+            (folder / MODEL_CARD).write_text(card(trained, files, report), encoding="utf-8")
     except OSError as error:
         helps = advice_against(error, "Name another folder")
         raise UserError(f"{out}: cannot be written ({error.strerror or error}). {helps}") from error
-    return {**files, CARD: "the model card"}
+    return {**files, MODEL_CARD: "the model card"}
 
 
 def computations(trained: Trained, folder: Path, wanted: list[str], *, fold: bool) -> dict[str, str]:

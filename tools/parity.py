@@ -20,7 +20,7 @@ from rich import box
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.files import refuse_place, write_synced
+from pipelines.common.files import check_parent_folder, write_synced
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.timing import console, machine
 from tools.lib.parity.rows import Row
@@ -90,7 +90,7 @@ def compare(options: argparse.Namespace) -> list[Row]:
     """Compare all stages, show the rows, write them where the options say so, and return them."""
     for name, path in (("--json", options.json), ("--markdown", options.markdown)):
         if path is not None:  # now, rather than after the comparison
-            refuse_place(path, f"{name} {path}")
+            check_parent_folder(path, f"{name} {path}")
     if options.size < 1:
         raise UserError(f"--size is {options.size}; it must be at least 1")
     with tempfile.TemporaryDirectory() as scratch:

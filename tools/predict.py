@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipelines.common.errors import UserError, advice_against, exit_on_user_error, named
-from pipelines.common.files import refuse_place, replacing
+from pipelines.common.files import check_parent_folder, replacing
 from pipelines.shards.index import MANIFEST, read_manifest
 from pipelines.shards.reader import read_ahead
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.opening import first_device
-from tools.lib.predict.image_files import Item, items_of, look_at_batches, survey
+from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.evaluation.trained import Trained, descriptions, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt
@@ -89,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def predict(options: argparse.Namespace) -> None:
     """Check, load, look at every image, write."""
-    refuse_options(options)
+    check_options(options)
     found = survey(options.paths)
     trained = load(options.name, options.checkpoint, classes=options.classes, key="")
     if not trained.num_outputs:
@@ -113,7 +113,7 @@ def predict(options: argparse.Namespace) -> None:
         print(f"{said}: {named(found.no_images)}", file=sys.stderr)
 
 
-def refuse_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise a UserError about what could only fail after the model has been loaded, or all images looked at."""
     for name, value in (("--top-k", options.top_k), ("--batch", options.batch)):
         if value < 1:
@@ -123,7 +123,7 @@ def refuse_options(options: argparse.Namespace) -> None:
         return
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: ends in none of {', '.join(WRITERS)}. Name a file that does")
-    refuse_place(out, f"--out {out}")
+    check_parent_folder(out, f"--out {out}")
     if out.suffix == ".parquet":
         _pyarrow()
 
@@ -175,7 +175,7 @@ def predictions(trained: Trained, items: Iterator[Item], top_k: int, batch: int,
         top = logits.float().softmax(1).topk(top_k, dim=1)
         return (list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
-    for looked in read_ahead(look_at_batches(items, trained.view, batch), _BATCHES_AHEAD):
+    for looked in read_ahead(decoded_batches(items, trained.view, batch), _BATCHES_AHEAD):
         usable = [pixels for _, pixels, _ in looked if pixels is not None]
         try:
             found = best(np.stack(usable)) if usable else iter(())

@@ -37,7 +37,7 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
         step += num_steps
 
 
-def share_of_batch(config: Config, world: World) -> int:
+def resolve_micro_batch(config: Config, world: World) -> int:
     """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
 
     One group where the configuration leaves it open; fitting.py may then find a larger one.
@@ -63,7 +63,7 @@ def share_of_batch(config: Config, world: World) -> int:
     return micro_batch
 
 
-def refuse_unreached_sizes(config: Config) -> None:
+def check_sizes_are_reached(config: Config) -> None:
     """Raise a UserError if the run ends before the last image size begins."""
     epoch, size = size_schedule(config.data.image_size)[-1]
     if epoch >= config.schedule.total_epochs:
@@ -160,7 +160,7 @@ def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remember
     if world.is_main and not place.items() <= remembered.items():
         decode, why = probe_dataset(index, str(world.device), load)
         remembered = {"decode": decode, "why": why, **place}
-    return world.choice_of_main(remembered)
+    return world.broadcast_object(remembered)
 
 
 def rank_threads(config: ImagesConfig, world: World) -> int:

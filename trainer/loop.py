@@ -13,11 +13,11 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.preemption import Control
-from trainer.cluster.watchdog import Beating
+from trainer.cluster.watchdog import HeartbeatIterator
 from trainer.cluster.world import World
 from trainer.config.sections import Config, RunConfig
 from trainer.feed import Pipelines, rank_plans
-from trainer.models.class_order import num_looked_at
+from trainer.models.class_order import num_images_needed
 from trainer.models.teacher import teacher_warning
 from trainer.monitor.sample_grid import SAMPLES, keep_samples
 from trainer.monitor.telemetry import InputWait, Telemetry
@@ -122,9 +122,9 @@ def loop(run: Run, telemetry: Telemetry) -> Outcome:
         if not outcome.evaluation and not outcome.signal and run.evaluate and run.state.step == run.total_steps:
             outcome = dataclasses.replace(outcome, evaluation=run.evaluate())  # of a run killed after its last step
         settle(run, telemetry)
-        run.world.beat("writing the last checkpoint", DISK_PATIENCE_S)
+        run.world.heartbeat("writing the last checkpoint", DISK_PATIENCE_S)
         run.writer.wait()
-        refuse_failure(run)
+        check_writer(run)
         return outcome
 
 
@@ -134,11 +134,11 @@ def go_on(run: Run, telemetry: Telemetry) -> Outcome:
     plans = rank_plans(run.plan, run.state.step, run.stop, run.world, run.state.micro_batch)
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:
         shown = keep_samples(batches, run.config.run.out / SAMPLES) if run.world.is_main else batches
-        beating = Beating(shown, run.world.beat, lambda: place_of(run))
+        beating = HeartbeatIterator(shown, run.world.heartbeat, lambda: step_name(run))
         return update(run, telemetry, InputWait(beating, run.world.device))
 
 
-def place_of(run: Run) -> tuple[str, float]:
+def step_name(run: Run) -> tuple[str, float]:
     """Where the run is, for the watchdog: a compiled model is compiled anew when another image size comes."""
     epoch, within = divmod(run.state.step, run.plan.steps_per_epoch)
     new = within == 0 and epoch > 0 and run.plan.image_size_at(epoch) != run.plan.image_size_at(epoch - 1)
@@ -154,7 +154,7 @@ def update(run: Run, telemetry: Telemetry, batches: InputWait) -> Outcome:
     while True:
         agreed = run.control.ask(bool(run.writer.failure))
         if agreed.failed:
-            refuse_failure(run)
+            check_writer(run)
         ends = bool(agreed.signal) or state.step == run.stop
         checkpoint_due = ends or state.step % config.run.checkpoint_every == 0
         if state.step % config.run.log_every == 0 or run.evaluation_pending or checkpoint_due:
@@ -207,9 +207,9 @@ def evaluate_weights(run: Run, telemetry: Telemetry) -> dict[str, dict[str, floa
 def save(run: Run, telemetry: Telemetry) -> None:
     """Copy the state to the host; it is written while the training goes on. Every rank must call it."""
     telemetry.sync()  # a checkpoint must not outlive the lines up to it
-    run.world.beat(f"checkpoint of step {run.state.step}", DISK_PATIENCE_S)
+    run.world.heartbeat(f"checkpoint of step {run.state.step}", DISK_PATIENCE_S)
     local = run.step.local_statistics()
-    run.state.rank_statistics = [] if local is None else run.world.gather([checkpoint.to_host(local)])
+    run.state.rank_statistics = [] if local is None else run.world.all_gather([checkpoint.to_host(local)])
     if run.world.is_main:
         config = run.config.run
         keep = (run.folder, config.keep_checkpoints, config.keep_every * config.checkpoint_every)
@@ -217,9 +217,9 @@ def save(run: Run, telemetry: Telemetry) -> None:
         run.writer.submit(path, checkpoint.content_of(run.state), lambda: checkpoint.prune(*keep))
 
 
-def refuse_failure(run: Run) -> None:
+def check_writer(run: Run) -> None:
     """End the run on all ranks if a checkpoint could not be written. Every rank must call it."""
-    if failure := run.world.choice_of_main(run.writer.failure):
+    if failure := run.world.broadcast_object(run.writer.failure):
         raise UserError(failure)
 
 
@@ -237,13 +237,13 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
     Raises:
       UserError: another rank has a later one in its folder, or as checkpoint.load.
     """
-    refuse_other_folders(checkpoint_folder(config), world)
+    check_shared_folder(checkpoint_folder(config), world)
     path, content, damaged = None, {}, []
     if world.is_main:
-        path, content, damaged = checkpoint.newest_whole(checkpoint_folder(config))
-    path, damaged = world.choice_of_main((path, damaged))
+        path, content, damaged = checkpoint.newest_complete(checkpoint_folder(config))
+    path, damaged = world.broadcast_object((path, damaged))
     if path is None:
-        return begin_anew(config, damaged)
+        return start_over(config, damaged)
     notes = [f"{line}; going on from an earlier one, {path.name}" for line in damaged]
     changes = checkpoint.load(path, content or checkpoint.read_state(path), state)
     notes += [f"changed since the checkpoint: {change}" for change in changes]
@@ -255,11 +255,12 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
     return notes
 
 
-def refuse_other_folders(folder: Path, world: World) -> None:
+def check_shared_folder(folder: Path, world: World) -> None:
     """Raise a UserError, on every rank, if one of them sees a later checkpoint than rank 0: of another folder, most
-    likely, which rank 0 had before a restart."""
+    likely, which rank 0 had before a restart.
+    """
     mine = max(map(checkpoint.step_of, checkpoint.checkpoints(folder)), default=0)
-    steps = world.gather([(mine, f"rank {world.rank} on {socket.gethostname()}")])
+    steps = world.all_gather([(mine, f"rank {world.rank} on {socket.gethostname()}")])
     latest, where = max(steps)
     if latest > steps[0][0]:
         raise UserError(
@@ -268,7 +269,7 @@ def refuse_other_folders(folder: Path, world: World) -> None:
         )
 
 
-def begin_anew(config: RunConfig, damaged: list[str]) -> list[str]:
+def start_over(config: RunConfig, damaged: list[str]) -> list[str]:
     """What to say where no checkpoint is whole: nothing where there is none, and where the first alone was damaged.
 
     Raises:
@@ -291,7 +292,7 @@ def restore_statistics(step: TrainStep, state: TrainState, world: World) -> None
 def roll_back(run: Run, telemetry: Telemetry) -> None:
     """Go back to the newest checkpoint."""
     run.writer.wait()
-    refuse_failure(run)
+    check_writer(run)
     step, micro_batch = run.state.step, run.state.micro_batch
     for note in resume(run.config.run, run.state, run.total_steps, run.world):
         telemetry.say(note)
@@ -311,7 +312,7 @@ class StepLog:
         self._telemetry = telemetry
         self._batches = batches
         teaches = run.config.teacher.name is not None
-        self._pairs_wanted = num_looked_at(run.plan.index.num_classes) if teaches else 0  # over all ranks; then 0
+        self._pairs_wanted = num_images_needed(run.plan.index.num_classes) if teaches else 0  # over all ranks; then 0
         self._pairs: list[torch.Tensor] = []  # of the first steps: StepMetrics.teacher_pairs
         self.restart()
 
@@ -339,7 +340,7 @@ class StepLog:
         if not steps:
             return
         bad = torch.stack([rows.any() for rows in self._bad] + self._bad_gradients).any()
-        *sums, num_bad = self._run.world.sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
+        *sums, num_bad = self._run.world.all_reduce_sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
         loss, teacher_top1, agreement = (total / self._run.world.size / steps for total in sums)
         if num_bad or not math.isfinite(loss):
             raise self._error(loss)
@@ -362,7 +363,7 @@ class StepLog:
         """Look once, after enough images, whether the teacher knows the dataset's classes. Every rank must call it."""
         if not self._pairs_wanted or len(self._pairs) * self._run.config.run.global_batch < self._pairs_wanted:
             return
-        pairs = self._run.world.gather([torch.cat(self._pairs, 1).cpu().numpy()])
+        pairs = self._run.world.all_gather([torch.cat(self._pairs, 1).cpu().numpy()])
         self._pairs, self._pairs_wanted = [], 0
         classes, unnamed = self._run.state.classes, self._run.step.teacher.unnamed
         if warning := teacher_warning(pairs, self._run.plan.index.num_classes, classes, unnamed):
@@ -379,7 +380,7 @@ class StepLog:
             )
             if len(rows := bad.nonzero().flatten().tolist()) or gradients
         ][:1]
-        found = run.world.gather(mine)
+        found = run.world.all_gather(mine)
         if not found:
             return NonFiniteError(
                 f"the loss is {loss} in one of the {len(self._bad)} steps up to {last}. {advice}", last

@@ -53,7 +53,7 @@ def choose_micro_batch(
 
     def update_fits(micro_batch: int) -> bool:
         step = make_step(world.by_itself(), micro_batch)  # nothing is sent between the ranks, one may fail alone
-        rehearsal = functools.partial(rehearse_updates, config, plan, pipelines, world, step, micro_batch, evaluate)
+        rehearsal = functools.partial(warm_up_updates, config, plan, pipelines, world, step, micro_batch, evaluate)
         return memory_suffices(rehearsal, pipelines)
 
     state.micro_batch = largest_micro_batch(config, world, update_fits)
@@ -81,7 +81,7 @@ def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool
 
 def on_every_rank(fits: bool, world: World) -> bool:
     """Whether all ranks say yes. Every rank must call it."""
-    return world.sum(torch.tensor(int(not fits), device=world.device)).item() == 0
+    return world.all_reduce_sum(torch.tensor(int(not fits), device=world.device)).item() == 0
 
 
 def memory_suffices(attempt: Callable[[], object], pipelines: Pipelines) -> bool:
@@ -100,7 +100,7 @@ def memory_suffices(attempt: Callable[[], object], pipelines: Pipelines) -> bool
         torch.cuda.empty_cache()
 
 
-def rehearse_updates(
+def warm_up_updates(
     config: Config,
     plan: TrainPlan,
     pipelines: Pipelines,
@@ -119,12 +119,12 @@ def rehearse_updates(
     before = list(rank_plans(plan, max(start - 1, 0), max(start, 1), world, micro_batch))[-1:]
     plans = itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
     with contextlib.closing(pipelines.of["train"].batches(plans)) as batches:
-        step.rehearse(next(batches), then=evaluate)
-        step.rehearse(next(batches))
+        step.warm_up(next(batches), then=evaluate)
+        step.warm_up(next(batches))
 
 
 @contextlib.contextmanager
-def full_memory_is_told() -> Iterator[None]:
+def reporting_out_of_memory() -> Iterator[None]:
     """Inside, too little memory, on a GPU above all, is a UserError."""
     try:
         yield

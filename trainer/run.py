@@ -32,7 +32,7 @@ from pipelines import Pipeline, resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import locked, write_synced
 from pipelines.plan.plan import EvalPlan, TrainPlan
-from trainer.cluster.preemption import INTERRUPTED, Control, exit_code, handling, requeued_by_signals
+from trainer.cluster.preemption import INTERRUPTED, Control, exit_code, handling, requeueing_on_signals
 from trainer.cluster.rendezvous import facts
 from trainer.cluster.watchdog import watched
 from trainer.cluster.world import World, join_world
@@ -41,26 +41,26 @@ from trainer.config.sections import Config, RunConfig, parse, to_dict, to_yaml
 from trainer.evaluation.predict import evaluate
 from trainer.feed import (
     DECODE,
+    check_sizes_are_reached,
     dataset_classes,
     open_indices,
     open_pipelines,
-    refuse_unreached_sizes,
-    share_of_batch,
+    resolve_micro_batch,
     train_plan,
 )
 from trainer.loop import Run, loop, restore_statistics, resume
-from trainer.micro_batch import choose_micro_batch, full_memory_is_told
+from trainer.micro_batch import choose_micro_batch, reporting_out_of_memory
 from trainer.models.checks import check_student, one_value_is_reported
 from trainer.models.class_names import order_doubt
 from trainer.models.factory import build_student, preprocessing, synchronize_batch_norms
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.monitor.report.page import PAGE, report_or_reason
-from trainer.monitor.run_files import METRICS, SUMMARY, full_disk_is_told, last_validation, naming, read_summary
+from trainer.monitor.run_files import METRICS, SUMMARY, last_validation, naming, read_summary, reporting_full_disk
 from trainer.monitor.sinks import open_sinks
 from trainer.monitor.telemetry import Telemetry
 from trainer.state import checkpoint
 from trainer.state.checkpoint import TrainState, Writer
-from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, as_it_is, choose_compiler, kernel_trouble
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
 from trainer.update.mixing import Normalize
 from trainer.update.optimizer import ModelEma, build_optimizer, gradient_clipping
 from trainer.update.precision import allow_tf32, resolve_precision
@@ -77,16 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
 def command(arguments: list[str] | None) -> None:
     """What the command line says; ends the process where that is not done."""
     try:
-        with exit_on_user_error(), full_memory_is_told(), one_value_is_reported():
+        with exit_on_user_error(), reporting_out_of_memory(), one_value_is_reported():
             arguments = sys.argv[1:] if arguments is None else arguments
             config = parse(arguments, prog="trainer/run.py")
             if "--audit" in arguments:
                 print(audit_table(config))
                 return
-            agree = functools.partial(what_must_agree, config)
+            agree = functools.partial(facts_to_compare, config)
             with (
-                full_disk_is_told(),
-                requeued_by_signals(),
+                reporting_full_disk(),
+                requeueing_on_signals(),
                 join_world(config.run.device, agree, config.run.ready_s) as joined,
                 watched(joined, config.run.watchdog_s) as world,
             ):
@@ -99,7 +99,7 @@ def command(arguments: list[str] | None) -> None:
         sys.exit(exit_code(signal.Signals[stopped_by]))
 
 
-def what_must_agree(config: Config, device: torch.device) -> dict:
+def facts_to_compare(config: Config, device: torch.device) -> dict:
     """Of all ranks: besides the configuration, what `auto` comes to on their devices."""
     return {**facts(config), "the precision": str(resolve_precision(config.run.precision, device))}
 
@@ -112,7 +112,7 @@ def train(config: Config, world: World) -> dict:
     Raises:
       UserError: what the user asked for cannot be done; nothing has been written then.
     """
-    refuse_unwritable(config.run.out)
+    check_writable(config.run.out)
     sinks = open_sinks(config) if world.is_main else []
     control = Control(world)
     with control.catching_signals(), contextlib.ExitStack() as stack:
@@ -136,7 +136,7 @@ def conduct(run: Run, telemetry: Telemetry) -> dict:
     summary_path = config.run.out / SUMMARY
     start_step, start_s = run.state.step, time.perf_counter()
     describe(run, telemetry)
-    summary = world.choice_of_main(ended_summary(summary_path, start_step) if world.is_main else {})
+    summary = world.broadcast_object(ended_summary(summary_path, start_step) if world.is_main else {})
     if summary and start_step >= run.stop and not run.evaluation_pending:
         telemetry.say(f"nothing to do: the run has done {start_step} of {run.total_steps} steps")
         if world.is_main and summary["finished"] and not (config.run.out / "report" / PAGE).exists():
@@ -204,7 +204,7 @@ def ending(run: Run, signal_number: int) -> str:
     return f"{state} {where}: {run.config.run.out / SUMMARY}"
 
 
-def refuse_unwritable(out: Path) -> None:
+def check_writable(out: Path) -> None:
     """Raise a UserError, before anything is built, if the run folder cannot be made."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -227,8 +227,8 @@ def claimed(out: Path, world: World) -> Iterator[None]:
 
 def build(config: Config, world: World, control: Control | None = None) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing."""
-    micro_batch = share_of_batch(config, world)
-    refuse_unreached_sizes(config)
+    micro_batch = resolve_micro_batch(config, world)
+    check_sizes_are_reached(config)
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
     student, teacher = build_models(config, index.num_classes, classes, micro_batch, world)
@@ -247,11 +247,11 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     compiler, note = choose_compiler(config.run.compile, student, world)
     state = build_state(config, plan, student, precision, classes, world)
     notes = [*(teacher.notes if teacher else []), *([note] if note else [])]
-    if trouble := kernel_trouble(world):
+    if trouble := kernel_error(world):
         notes.append(f"without Triton, which does not work here ({trouble}), mixing and DALI's RandAugment are slower")
     notes += resume(config.run, state, total_steps, world)
 
-    def make_step(world: World, micro_batch: int, compiler: Compiler = as_it_is) -> TrainStep:
+    def make_step(world: World, micro_batch: int, compiler: Compiler = uncompiled) -> TrainStep:
         return build_step(config, state, teacher, normalize, precision, micro_batch, world, compiler)
 
     evaluation, evaluate_one_batch = None, None
@@ -265,7 +265,7 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
         notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate_one_batch))
     else:
         state.micro_batch = micro_batch
-    step, note = rehearsed(make_step, config, plan, state, world, compiler)
+    step, note = warmed_up(make_step, config, plan, state, world, compiler)
     notes += [note] if note else []
     return Run(
         config=config,
@@ -335,7 +335,8 @@ def evaluator(
     config: RunConfig, state: TrainState, normalize: Normalize, pipeline: Pipeline, precision: torch.dtype
 ) -> Callable[..., dict[str, dict[str, float]]]:
     """trainer.evaluation.predict.evaluate of a run's weights and their average; `plan` and `world` are left to be
-    given."""
+    given.
+    """
     weights = {"raw": state.student, **({"ema": state.ema.module} if state.ema else {})}
     return functools.partial(evaluate, weights, normalize, pipeline, batch=config.eval_batch, precision=precision)
 
@@ -372,7 +373,7 @@ def build_step(
     return step
 
 
-def rehearsed(
+def warmed_up(
     make_step: Callable[..., TrainStep],
     config: Config,
     plan: TrainPlan,
@@ -395,14 +396,14 @@ def rehearsed(
     """
     step = make_step(world, state.micro_batch, compiler)
     size = plan.image_size_at(state.step // plan.steps_per_epoch)
-    if compiler is as_it_is:
+    if compiler is uncompiled:
         if world.size > 1:
-            step.rehearse(gray_batch(2, size, 2, world.device))
+            step.warm_up(gray_batch(2, size, 2, world.device))
         return step, ""
-    world.beat("compiling", COMPILE_PATIENCE_S)
+    world.heartbeat("compiling", COMPILE_PATIENCE_S)
     try:
         start_s = time.perf_counter()
-        step.rehearse(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+        step.warm_up(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
         return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
@@ -410,7 +411,7 @@ def rehearsed(
             raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
     # behind the handler: the error's traceback would keep the step and its memory alive, DDP's buckets with it
     del step
-    step, _ = rehearsed(make_step, config, plan, state, world, as_it_is)
+    step, _ = warmed_up(make_step, config, plan, state, world, uncompiled)
     return step, f"run.compile auto: not compiled, {reason}"
 
 

@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def refuse_place(path: Path, named: str) -> None:
+def check_parent_folder(path: Path, named: str) -> None:
     """Raise a UserError, in which the path is called `named`, if no file can be at `path`."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{named}: not a file in a folder that is there. Make the folder, or name another")

@@ -43,7 +43,7 @@ def apply_ops(
     """
     _check(images, ops, args)
     if kernel is None:
-        kernel = images.is_cuda and not kernel_trouble()
+        kernel = images.is_cuda and not kernel_error()
     if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
     args = args.astype(np.float32)
@@ -89,7 +89,7 @@ def has_triton() -> bool:
 
 
 @functools.cache
-def kernel_trouble() -> str:
+def kernel_error() -> str:
     """Why Triton's kernels cannot be run on the current GPU, "" if they can: one is."""
     if not has_triton():
         return "Triton is not installed"

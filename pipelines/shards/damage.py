@@ -19,7 +19,7 @@ MID_GRAY = 128
 _PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again
 
 
-def refuse_damaged(index: ShardIndex) -> Callable[[int, str], None]:
+def raise_on_damage(index: ShardIndex) -> Callable[[int, str], None]:
     """For pipelines whose user wants no gray images: an `on_bad` that raises a UserError which names the sample."""
 
     def refuse(sample: int, error: str) -> None:
@@ -94,7 +94,8 @@ class CheckedReader:
 
     def reject(self, sample: int, error: str, pixels: np.ndarray | None = None) -> None:
         """From now on `read` gives `pixels`, uint8 [height, width, 3], for the sample; mid-gray if there are none.
-        A sample that was replaced before stays as it is."""
+        A sample that was replaced before stays as it is.
+        """
         if pixels is None:
             row = self._index.samples[sample]
             pixels = np.full((row["height"], row["width"], 3), MID_GRAY, dtype=np.uint8)

@@ -21,7 +21,7 @@ from chaos.changed_weights import byte_changed, change_file, words
 from pipelines.common.errors import UserError, exit_on_user_error
 from support.processes import without_workers
 from tools import average, evaluate, export, predict
-from tools.lib.compare import contenders
+from tools.lib.compare import candidates
 from tools.lib.shards.job import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
@@ -142,7 +142,7 @@ def export_again(place: Place, file: Path) -> None:
 def compare(_place: Place, file: Path) -> None:
     """Take part in a comparison."""
     with exit_on_user_error():
-        contenders.choose([str(file)], [])
+        candidates.choose([str(file)], [])
 
 
 def start_student(_place: Place, file: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_greedy_soup_refuses_outputs_without_names(doubtful, stated, weights):
 
 def test_guessed_names_count_only_where_they_are_the_datasets(doubtful):
     model = timm.create_model(NAME, num_classes=1000)
-    view = inference.View(SIZE, 1.0, "center", "bicubic")
+    view = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
     trained = inference.Trained(model, NAME, {}, view, [f"n{i}" for i in range(1000)], "w.pth", classes_guessed=True)
     names = [f"n{i}" for i in reversed(range(1000))]
     assert evaluate.outputs_of(names, trained, "DOUBT")[:2] == [999, 998]
@@ -306,7 +306,7 @@ def test_classes_of_one_name_are_matched_by_place_where_both_lists_are_equal(tmp
     assert teacher.order is None
     student = build_student(StudentConfig(NAME, tmp_path / "own.pt"), 4, SIZE, CRANES)
     assert torch.equal(student.fc.weight, model.fc.weight) and student.start_note == ""
-    view = inference.View(SIZE, 1.0, "center", "bicubic")
+    view = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
     assert evaluate.outputs_of(CRANES, inference.Trained(model, NAME, {}, view, CRANES, "own.pt"), "") is None
 
 

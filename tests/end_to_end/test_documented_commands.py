@@ -29,7 +29,7 @@ from trainer import run
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import Config, parse, to_yaml
-from trainer.feed import refuse_unreached_sizes, share_of_batch
+from trainer.feed import check_sizes_are_reached, resolve_micro_batch
 
 TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
@@ -144,8 +144,8 @@ def parsed(call: Called) -> object:
         return parse_settings(EvalConfig, call.arguments, prog=None, description="")
     if call.program == "trainer/run.py":
         config = parse(call.arguments)
-        share_of_batch(config, World(0, call.ranks, call.ranks, torch.device("cpu")))
-        refuse_unreached_sizes(config)
+        resolve_micro_batch(config, World(0, call.ranks, call.ranks, torch.device("cpu")))
+        check_sizes_are_reached(config)
         return config
     assert call.program in TOOLS, f"{call.program}: what is this? Add it to TOOLS, or to NOT_OURS"
     options = TOOLS[call.program]._parse(call.arguments)

@@ -10,7 +10,7 @@ import torch
 from conftest import train_here
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from trainer.monitor.run_files import full_disk_is_told
+from trainer.monitor.run_files import reporting_full_disk
 from trainer.state.checkpoint import read
 
 SHORT = ["--schedule.epochs", 1, "--schedule.warmup_epochs", 0, "--run.checkpoint_every", 2, "--run.log_every", 1]
@@ -50,7 +50,7 @@ def test_a_run_whose_disk_is_full_names_the_file_and_ends_after_the_same_command
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", full)
         told = pytest.raises(UserError, match=rf"{name}.*cannot be written .*No space left.* Make room")
-        with told, full_disk_is_told():
+        with told, reporting_full_disk():
             train_here(digits, out, *SHORT)
     assert not list(out.rglob("*.partial"))
     summary = train_here(digits, out, *SHORT)
@@ -62,7 +62,7 @@ def test_a_run_whose_disk_is_full_names_the_file_and_ends_after_the_same_command
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
 def test_a_device_without_room_is_named_by_its_file(digits, tmp_path, name):
     (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(UserError, match=f"{name}: cannot be written .No space left on device."), full_disk_is_told():
+    with pytest.raises(UserError, match=f"{name}: cannot be written .No space left on device."), reporting_full_disk():
         train_here(digits, tmp_path, *SHORT)
 
 

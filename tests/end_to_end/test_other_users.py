@@ -13,8 +13,8 @@ from chaos.conversions import shard
 from support.hand_made import put, samples, tar_of
 from tools import predict
 from tools.demo import write_digits
-from tools.lib.predict.image_files import items_of, look_at, survey
-from trainer.evaluation.trained import View
+from tools.lib.predict.image_files import decoded, items_of, survey
+from trainer.evaluation.trained import EvalTransform
 
 NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
@@ -110,8 +110,8 @@ def test_an_image_of_another_user_is_a_row_of_predict_that_says_so(place):
 
     def rows() -> None:
         survey([place / "images"])
-        view = View(32, 1.0, "center", "bicubic")
-        print([look_at(item, view)[2] for item in items_of(place / "images" / "train" / "0")])
+        view = EvalTransform(32, 1.0, "center", "bicubic")
+        print([decoded(item, view)[2] for item in items_of(place / "images" / "train" / "0")])
 
     ended = by_nobody(rows)
     assert ended.code == 0 and ended.text.count("cannot be read (Permission denied)") == 1, ended.text

@@ -103,13 +103,13 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
 def test_a_run_whose_micro_batch_was_searched_has_room_for_its_evaluation(like_dali, tmp_path, monkeypatch):
     """The search goes through what takes most: both sizes' graphs, then those of both splits beside an update."""
     graphs = []
-    rehearse = TrainStep.rehearse
+    warm_up = TrainStep.warm_up
 
     def noted(step, batch, **how):
-        rehearse(step, batch, **how)
+        warm_up(step, batch, **how)
         graphs.append([len(pipeline.graphs) for pipeline in like_dali.values()])
 
-    monkeypatch.setattr(TrainStep, "rehearse", noted)
+    monkeypatch.setattr(TrainStep, "warm_up", noted)
     found = built(tmp_path / "run", SETTINGS)
     assert graphs[-2:] == [[2, 1], [1, 1]]
     assert 16 < found.state.micro_batch < 256  # the search had something to find
@@ -157,11 +157,12 @@ def test_an_evaluation_that_cannot_fit_is_named(like_dali, tmp_path):
 
 def test_the_search_sends_no_heartbeats(like_dali, tmp_path):
     """Ranks fail to fit at different places, and the watchdog takes the one with fewer heartbeats for a lost one."""
-    beats = []
+    heartbeats = []
     build(
-        parse(arguments(tmp_path / "run", SETTINGS)), dataclasses.replace(GPU, beat=lambda *where: beats.append(where))
+        parse(arguments(tmp_path / "run", SETTINGS)),
+        dataclasses.replace(GPU, heartbeat=lambda *where: heartbeats.append(where)),
     )
-    assert beats == []
+    assert heartbeats == []
 
 
 def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_stub.runs import GPU, built, teacher_file, updates
 from gpu_stub.stand_in import triton_launches
-from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
+from pipelines.ops.torch_ops import apply_ops, erase, kernel_error
 from pipelines.plan.draws import Op
 from pipelines.plan.plan import EvalPlan
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
@@ -74,7 +74,7 @@ def test_an_update_does_not_wait_for_the_device(name, tmp_path, no_host_sync):
 
 def test_augmenting_and_mixing_launch_our_kernels(tmp_path):
     """One launch for a layer of light operations and one of affine ones; mixing and normalising are one."""
-    assert kernel_trouble() == ""
+    assert kernel_error() == ""
     images, fill = torch.zeros(16, 32, 32, 3, dtype=torch.uint8, device="cuda"), (124, 116, 104)
     ops = np.array([[Op.COLOR], [Op.ROTATE]] * 8, dtype=np.uint8)
     before = triton_launches()

@@ -30,7 +30,7 @@ def connect_by_gloo(store, rank: int, size: int, device, seconds: float) -> None
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, **how)
 
 
-def choice_of_main(world: distributed.World, value):
+def broadcast_object(world: distributed.World, value):
     """By way of the host: torch cuts an object out of its bytes with kernels."""
     chosen = [value]
     if world.size > 1:
@@ -44,7 +44,7 @@ def joined_by_place(parts: list[metrics.Predictions], num_samples: int) -> metri
     return metrics.Predictions(zeros, zeros, zeros[:, None], zeros.astype(np.float32), zeros.astype(np.float32))
 
 
-distributed.World.choice_of_main = choice_of_main
+distributed.World.broadcast_object = broadcast_object
 rendezvous.connect = connect_by_gloo
 metrics.joined = joined_by_place
 run.main()

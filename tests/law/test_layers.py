@@ -1,13 +1,39 @@
-"""Imports go one way: tools -> trainer -> pipelines; and within a folder never in a circle."""
+"""Imports go one way: tools -> trainer -> pipelines; and between the folders of each in the order below."""
 
 import ast
 import graphlib
 import re
+import sys
 
 import pytest
 
 from conftest import REPOSITORY
 
+# A room is a folder or a file. It imports from rooms of earlier lines, and no other room of its own line.
+ORDER = {
+    "pipelines": (
+        ("common",),
+        ("shards",),
+        ("plan",),
+        ("ops",),
+        ("batch", "prefetch"),
+        ("cpu", "synthetic"),
+        ("dali",),
+        ("dali_probe",),
+    ),
+    "trainer": (
+        ("config",),
+        ("cluster",),
+        ("models",),
+        ("update", "state"),
+        ("evaluation", "monitor"),
+        ("feed",),
+        ("micro_batch",),
+        ("build",),
+        ("loop",),
+        ("run",),
+    ),
+}
 MAY_IMPORT = {"pipelines": set(), "trainer": {"pipelines"}, "tools": {"pipelines", "trainer"}}
 FILES = [path for folder in MAY_IMPORT for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 
@@ -23,10 +49,41 @@ def imported(path) -> set[str]:
     return {name for name in names if name.split(".")[0] in MAY_IMPORT}
 
 
+def rooms(path) -> tuple[str, str]:
+    """The package and the room of a file; "" for a package's own __init__.py."""
+    package, *parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return package, "" if parts == ["__init__"] else parts[0]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_a_file_imports_only_its_own_folder_and_lower_ones(path):
-    folder = path.relative_to(REPOSITORY).parts[0]
-    assert {name.split(".")[0] for name in imported(path)} <= MAY_IMPORT[folder] | {folder}
+def test_a_file_imports_only_its_own_package_and_lower_ones(path):
+    package = path.relative_to(REPOSITORY).parts[0]
+    assert {name.split(".")[0] for name in imported(path)} <= MAY_IMPORT[package] | {package}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if rooms(path)[0] in ORDER and rooms(path)[1]], ids=str)
+def test_a_room_imports_only_lower_rooms(path):
+    package, room = rooms(path)
+    line = {each: number for number, line in enumerate(ORDER[package]) for each in line}
+    assert room in line, f"{package}/{room} has no place in ORDER"
+    others = {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")} - {room}
+    assert not [other for other in others if other in line and line[other] >= line[room]]
+
+
+def test_no_command_imports_another_command_or_its_parts():
+    """tools/NAME.py has its parts in tools/lib/NAME; what two of them need is in tools/lib/common or lib/shards.
+
+    lib/shards makes datasets, also those that benchmarks and comparisons make for themselves.
+    """
+    for path in (REPOSITORY / "tools").rglob("*.py"):
+        parts = path.relative_to(REPOSITORY / "tools").with_suffix("").parts
+        own = {"shard_imagenet": "shards"}.get(parts[0], parts[0]) if parts[0] != "lib" else (*parts, "")[1]
+        allowed = {"common"} if own == "common" else {"common", "shards", own}
+        for name in imported(path):
+            if name.startswith("tools.lib."):
+                assert name.split(".")[2] in allowed, (path, name)
+            elif name.startswith("tools.") and name != "tools.lib":
+                raise AssertionError(f"{path} imports the command {name}")
 
 
 def test_no_imports_in_a_circle():
@@ -45,8 +102,6 @@ def test_planning_needs_no_torch():
 
 
 def test_no_file_is_named_like_a_standard_library_module():
-    import sys
-
     assert not {path.stem for path in FILES} & set(sys.stdlib_module_names) - {"__init__"}
 
 
@@ -55,3 +110,15 @@ def test_no_file_is_mapped_into_memory_but_where_that_is_measured():
     for path in FILES:
         if "benchmark" not in path.parts:
             assert not {"mmap", "memmap", "mmap_mode"} & set(re.findall(r"\w+", path.read_text())), path
+
+
+def test_folders_files_and_functions_stay_small():
+    """At most 12 files in a folder, 450 lines in a file and 59 in a function."""
+    for folder in {path.parent for path in FILES}:
+        assert len([path for path in folder.glob("*.py") if path.stem != "__init__"]) <= 12, folder
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno + 1 < 60, (path, node.name)

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from pipelines.shards.index import read_index
 from tools import export
-from tools.average import ema_shares, main
+from tools.average import ema_weights, main
 from tools.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, parse
@@ -101,16 +101,16 @@ def test_the_shares_of_an_average_are_those_of_the_steps_that_each_checkpoint_st
         sum((1 - decay) * decay ** (6 - t) for t in range(low, high)) for low, high in ((-99, 3), (3, 4), (4, 7))
     ]
     assert by_hand == pytest.approx([1 / 16, 1 / 16, 7 / 8])
-    assert ema_shares(steps, decay) == pytest.approx(by_hand)
+    assert ema_weights(steps, decay) == pytest.approx(by_hand)
 
 
 def test_the_shares_of_an_average_at_the_limits():
     steps = [10, 20, 30]
-    assert ema_shares(steps, 0.0) == [0, 0, 1]
-    assert ema_shares(steps, 1e-9) == pytest.approx([0, 0, 1])
-    assert ema_shares(steps, 1 - 1e-9) == pytest.approx([1, 0, 0], abs=1e-7)  # it never leaves where it began
-    assert ema_shares([7], 0.9) == [1]
-    assert sum(ema_shares(list(range(1, 2000, 7)), 0.999)) == pytest.approx(1)
+    assert ema_weights(steps, 0.0) == [0, 0, 1]
+    assert ema_weights(steps, 1e-9) == pytest.approx([0, 0, 1])
+    assert ema_weights(steps, 1 - 1e-9) == pytest.approx([1, 0, 0], abs=1e-7)  # it never leaves where it began
+    assert ema_weights([7], 0.9) == [1]
+    assert sum(ema_weights(list(range(1, 2000, 7)), 0.999)) == pytest.approx(1)
 
 
 def test_from_checkpoints_of_every_step_it_is_the_trainers_own_average(steps, tmp_path):

@@ -118,7 +118,7 @@ def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monke
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
     setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
-    rows = [row for row in loaders.contenders(setting) if what in row.what]
+    rows = [row for row in loaders.candidates(setting) if what in row.what]
     assert rows
     for row in rows:
         reason = loaders.missing(row, setting)
@@ -131,7 +131,7 @@ def test_a_loader_that_fails_is_a_row_that_says_so(photos, tmp_path):
         yield
 
     setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
-    reason = loaders.missing(loaders.Contender("theirs", loaders.BARE, fails), setting)
+    reason = loaders.missing(loaders.Candidate("theirs", loaders.BARE, fails), setting)
     assert reason == "failed, RuntimeError: no such decoder"
 
 
@@ -301,7 +301,7 @@ def test_a_teacher_is_nearer_to_fp32_in_fp16_than_in_bf16(run):
 
 def test_random_weights_give_a_teacher_logits_that_differ_between_images():
     batch = mixed_batch(64, 8)
-    model = create_model("test_resnet", 1000, 64, {}, teachers.telling_weights("test_resnet", 64, batch), "here")
+    model = create_model("test_resnet", 1000, 64, {}, teachers.weights_that_differ("test_resnet", 64, batch), "here")
     expects = preprocessing(model)
     with torch.no_grad():
         logits = model.eval()(Normalize(expects.mean, expects.std)(batch.images))

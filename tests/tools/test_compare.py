@@ -24,8 +24,8 @@ from test_export import tiny_hiera
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from tools import compare
-from tools.lib.compare import backends, charts, contenders, measuring, ranking, results
-from tools.lib.compare.contenders import Contender
+from tools.lib.compare import backends, candidates, charts, measuring, ranking, results
+from tools.lib.compare.candidates import Candidate
 from tools.lib.compare.measuring import FailedError, Process
 from tools.lib.export.timm_folder import write_folder
 
@@ -141,7 +141,7 @@ def weights(tmp_path_factory):
 
 
 def test_without_models_the_papers_are_taken_and_marked():
-    found = contenders.choose([], [])
+    found = candidates.choose([], [])
     assert {model.name: model.accuracy.top1 for model in found}["convnext_small"] == 84.0
     assert len(found) == 14
     assert all(timm.is_model(model.name) and model.accuracy.published and model.image_size == 224 for model in found)
@@ -149,16 +149,16 @@ def test_without_models_the_papers_are_taken_and_marked():
 
 def test_the_papers_accuracy_stands_beside_the_papers_model(tmp_path):
     """timm's levit_384 has a second classifier since."""
-    (papers,) = contenders.choose(["levit_384"], [])
-    assert sum(parameter.numel() for parameter in contenders._built(papers).parameters()) == 38_358_300
+    (papers,) = candidates.choose(["levit_384"], [])
+    assert sum(parameter.numel() for parameter in candidates._built(papers).parameters()) == 38_358_300
     (tmp_path / "mine.csv").write_text("model,top1\nlevit_384,80\n")
-    (mine,) = contenders.choose(["levit_384"], [tmp_path / "mine.csv"])
-    assert sum(parameter.numel() for parameter in contenders._built(mine).parameters()) == 39_128_836
+    (mine,) = candidates.choose(["levit_384"], [tmp_path / "mine.csv"])
+    assert sum(parameter.numel() for parameter in candidates._built(mine).parameters()) == 39_128_836
 
 
 def test_an_evaluation_belongs_to_the_file_that_was_evaluated_and_sets_the_size(weights, tmp_path):
     path = evaluation(tmp_path / "eval.json", source=str(weights))
-    mine, other = contenders.choose([str(weights), "test_vit"], [path])
+    mine, other = candidates.choose([str(weights), "test_vit"], [path])
     assert (mine.accuracy.top1, mine.image_size, mine.accuracy.published) == (71.5, 96, False)
     assert other.accuracy is None
 
@@ -166,17 +166,17 @@ def test_an_evaluation_belongs_to_the_file_that_was_evaluated_and_sets_the_size(
 def test_an_evaluation_of_other_weights_is_refused(weights, tmp_path):
     path = evaluation(tmp_path / "eval.json")
     with pytest.raises(UserError, match="eval.json: is of somewhere/best.pt, none of the models here"):
-        contenders.choose([str(weights)], [path])
+        candidates.choose([str(weights)], [path])
 
 
 def test_an_evaluation_of_a_checkpoint_is_not_the_accuracy_of_timms_model_of_that_name(weights, tmp_path):
     path = evaluation(tmp_path / "eval.json", source=str(weights))
-    mine, bare = contenders.choose([str(weights), "test_resnet"], [path])
+    mine, bare = candidates.choose([str(weights), "test_resnet"], [path])
     assert (mine.accuracy.top1, bare.accuracy) == (71.5, None)
     with pytest.raises(UserError, match=r"eval.json: is of .*, none of the models here"):
-        contenders.choose(["test_resnet"], [path])
+        candidates.choose(["test_resnet"], [path])
     timms = evaluation(tmp_path / "timms.json", source="timm's test_resnet", top1=70)
-    mine, bare = contenders.choose([str(weights), "test_resnet"], [path, timms])
+    mine, bare = candidates.choose([str(weights), "test_resnet"], [path, timms])
     assert (mine.accuracy.top1, bare.accuracy.top1) == (71.5, 70)
 
 
@@ -190,14 +190,14 @@ def test_evaluations_on_different_images_are_refused(changes, tmp_path):
         "test_vit.json: was evaluated on split .* with digest .*, .*test_resnet.json on split 'val' with digest 0123"
     )
     with pytest.raises(UserError, match=message):
-        contenders.choose(["test_resnet", "test_vit"], files)
+        candidates.choose(["test_resnet", "test_vit"], files)
     evaluation(files[1], model="test_vit", source="timm's test_vit")
-    assert len(contenders.choose(["test_resnet", "test_vit"], files)) == 2
+    assert len(candidates.choose(["test_resnet", "test_vit"], files)) == 2
 
 
 def test_a_users_accuracy_comes_before_the_papers(tmp_path):
     (tmp_path / "mine.csv").write_text("model,top1,image_size\nresnet50,79.25,288\n")
-    mine, papers = contenders.choose(["resnet50", "levit_384"], [tmp_path / "mine.csv"])
+    mine, papers = candidates.choose(["resnet50", "levit_384"], [tmp_path / "mine.csv"])
     assert (mine.accuracy.top1, mine.image_size, mine.accuracy.published) == (79.25, 288, False)
     assert (papers.accuracy.top1, papers.accuracy.published) == (82.7, True)
 
@@ -206,7 +206,7 @@ def test_two_accuracies_of_a_model_are_refused(tmp_path):
     timms = "timm's test_resnet"
     files = [evaluation(tmp_path / f"{name}.json", source=timms, top1=top1) for name, top1 in (("a", 70), ("b", 71))]
     with pytest.raises(UserError, match=r"test_resnet: .*a.json says 70 %, .*b.json 71 %. Leave one out"):
-        contenders.choose(["test_resnet"], files)
+        candidates.choose(["test_resnet"], files)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_two_accuracies_of_a_model_are_refused(tmp_path):
 def test_a_file_of_accuracies_that_is_none_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        contenders.choose(["resnet50"], [tmp_path / name])
+        candidates.choose(["resnet50"], [tmp_path / name])
 
 
 @pytest.mark.parametrize(
@@ -276,12 +276,12 @@ def test_a_backend_of_another_device_is_refused():
     ],
 )
 def test_multiply_adds_are_the_published_ones(name, least, most):
-    assert least < contenders.gmacs(timm.create_model(name).eval(), 224) < most
+    assert least < candidates.gmacs(timm.create_model(name).eval(), 224) < most
 
 
 def test_random_weights_are_the_same_every_time_and_hold_nothing_to_leave_out():
-    model = Contender("test_resnet", "test_resnet", None, 64)
-    one, other = contenders._built(model).state_dict(), contenders._built(model).state_dict()
+    model = Candidate("test_resnet", "test_resnet", None, 64)
+    one, other = candidates._built(model).state_dict(), candidates._built(model).state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert all(len(value.unique()) > 1 for value in one.values() if value.numel() > 1)
 
@@ -325,7 +325,7 @@ def test_a_runtimes_own_error_of_reading_is_told_as_any_other(error):
 
 def test_want_of_the_gpus_memory_is_said_with_what_to_do():
     assert (
-        measuring.in_a_line(torch.cuda.OutOfMemoryError("CUDA ...")) == "out of the GPU's memory; use a smaller --batch"
+        measuring.one_line(torch.cuda.OutOfMemoryError("CUDA ...")) == "out of the GPU's memory; use a smaller --batch"
     )
 
 
@@ -336,13 +336,13 @@ def test_an_error_in_a_process_is_told_in_a_line():
 
 def test_a_backend_that_computes_something_else_is_refused(tmp_path):
     pytest.importorskip("onnxruntime")
-    model = Contender("test_resnet", "test_resnet", None, 64)
-    facts = contenders.prepare(model, tmp_path, [contenders.ONNX])
+    model = Candidate("test_resnet", "test_resnet", None, 64)
+    facts = candidates.prepare(model, tmp_path, [candidates.ONNX])
     assert (facts.parameters, facts.folded) == (469_688, 15)
     session = backends.OnnxRuntimeSession(backends.Opening(model, tmp_path, "cpu", batch=2, threads=1))
     assert measuring._difference(session, tmp_path) < 1e-4
-    reference = torch.load(tmp_path / contenders.REFERENCE, weights_only=True)
-    torch.save({**reference, "logits": -reference["logits"]}, tmp_path / contenders.REFERENCE)
+    reference = torch.load(tmp_path / candidates.REFERENCE, weights_only=True)
+    torch.save({**reference, "logits": -reference["logits"]}, tmp_path / candidates.REFERENCE)
     with pytest.raises(UserError, match="its logits are 200% away from PyTorch's"):
         measuring._difference(session, tmp_path)
 
@@ -354,8 +354,8 @@ def test_a_model_whose_fused_attention_is_not_exported_runs_with_plain_attention
         pytest.importorskip(package)
     (tmp_path / "hiera").mkdir()
     write_folder(tiny_hiera(), tmp_path / "hiera")
-    model = Contender("mine", "hiera_tiny_224", tmp_path / "hiera", 32)
-    facts = contenders.prepare(model, tmp_path, files := [contenders.ONNX, contenders.HALF_ONNX, contenders.OPENVINO])
+    model = Candidate("mine", "hiera_tiny_224", tmp_path / "hiera", 32)
+    facts = candidates.prepare(model, tmp_path, files := [candidates.ONNX, candidates.HALF_ONNX, candidates.OPENVINO])
     assert facts.plain_attention == {*files}
     session = backends.OnnxRuntimeSession(backends.Opening(model, tmp_path, "cpu", batch=2, threads=1))
     assert measuring._difference(session, tmp_path) < 1e-4
@@ -542,7 +542,7 @@ def test_a_dollar_in_a_path_is_no_formula():
 
 
 def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
-    model = Contender(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
+    model = Candidate(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
     failed = measuring.Measured(model, backends.BACKENDS["eager"], failed="no weights")
     rows = results.rows_of({model: "no weights"}, [failed])
     assert rows[0]["model"] == rows[0]["weights"] == "caf\\udce9"

@@ -312,16 +312,16 @@ def test_ranks_that_are_about_to_evaluate_different_things_are_told(last, digits
     class Rank(World):
         """One of two ranks that are asked one after the other."""
 
-        def gather(self, values):
+        def all_gather(self, values):
             said.extend(values)
             return [said[0], *values]
 
     config = config_of()
-    evaluate.refuse_other_ranks(Rank(0, 2, 2, torch.device("cpu")), trained, trained.digest(), index, None, config)
+    evaluate.check_ranks_agree(Rank(0, 2, 2, torch.device("cpu")), trained, trained.digest(), index, None, config)
     second = Rank(1, 2, 2, torch.device("cpu"))
-    evaluate.refuse_other_ranks(second, trained, trained.digest(), index, None, config)
+    evaluate.check_ranks_agree(second, trained, trained.digest(), index, None, config)
     with pytest.raises(UserError, match="the dataset's digest is not the same on all ranks: .* on rank 1"):
-        evaluate.refuse_other_ranks(second, trained, trained.digest(), other, None, config)
+        evaluate.check_ranks_agree(second, trained, trained.digest(), other, None, config)
 
 
 def test_a_report_that_cannot_be_written_is_shown_and_told(last, digits, tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_a_file_of_classes_from_windows_and_an_empty_one(tmp_path):
 
 def test_a_crop_that_is_larger_than_the_resized_image_is_refused():
     with pytest.raises(UserError, match=r"crop_pct is 1.15; it lies in \(0, 1\]: above 1 .* pads it with black"):
-        inference.View(448, 1.15, "center", "bicubic")
+        inference.EvalTransform(448, 1.15, "center", "bicubic")
 
 
 # --- the arithmetic ---

@@ -425,7 +425,7 @@ def tiny_hiera() -> inference.Trained:
     model = timm.create_model("hiera_tiny_224", num_classes=10, **HIERA).eval().requires_grad_(False)
     nn.init.normal_(model.head.fc.weight)
     return inference.Trained(
-        model, "hiera_tiny_224", HIERA, inference.View(32, 0.9, "center", "bicubic"), None, "hiera.pt"
+        model, "hiera_tiny_224", HIERA, inference.EvalTransform(32, 0.9, "center", "bicubic"), None, "hiera.pt"
     )
 
 

@@ -25,13 +25,13 @@ from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.hand_made import put
 from tools.evaluate import EvalConfig, EvalDataConfig, predict_split
-from tools.lib.predict.image_files import Item, items_of, look_at_batches, pixels_of, shown, survey
+from tools.lib.predict.image_files import Item, decoded_batches, items_of, pixels_of, shown, survey
 from tools.predict import main
 from trainer.cluster.world import World
 from trainer.evaluation import trained as inference
-from trainer.evaluation.trained import View
+from trainer.evaluation.trained import EvalTransform
 
-VIEW = View(32, 0.95, "center", "bicubic")
+VIEW = EvalTransform(32, 0.95, "center", "bicubic")
 
 
 def predicted(run: Path, *arguments) -> list[dict]:
@@ -248,7 +248,7 @@ def test_decoding_does_not_run_ahead_of_the_model_by_more_than_two_batches(tmp_p
     (tmp_path / "a.jpg").write_bytes(jpeg())
     begun = itertools.count()
     endless = (Item(f"{next(begun)}", str(tmp_path / "a.jpg")) for _ in itertools.repeat(None))
-    batches = look_at_batches(endless, VIEW, 8)
+    batches = decoded_batches(endless, VIEW, 8)
     for _ in range(3):
         assert len(next(batches)) == 8
     batches.close()
@@ -286,7 +286,7 @@ def test_exif_orientation_is_not_applied():
 def test_an_image_is_cropped_as_the_view_says(mode, sees):
     pixels = np.full((64, 256, 3), 255, dtype=np.uint8)
     pixels[:, :64] = pixels[:, -64:] = 0  # beside the centre
-    found = shown(pixels, View(32, 1.0, mode, "bilinear"))
+    found = shown(pixels, EvalTransform(32, 1.0, mode, "bilinear"))
     assert found.shape == (32, 32, 3) and found[16, 0, 0] == sees
 
 

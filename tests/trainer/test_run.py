@@ -28,9 +28,9 @@ from tools.lib.shards.job import build as build_dataset
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import eval_plans, evaluate
-from trainer.feed import choose_decode, open_configured_pipeline, rank_plans, share_of_batch
+from trainer.feed import choose_decode, open_configured_pipeline, rank_plans, resolve_micro_batch
 from trainer.run import build, main, train
-from trainer.state.checkpoint_settings import refuse_other_plan
+from trainer.state.checkpoint_settings import check_same_plan
 from trainer.update.mixing import Normalize
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -224,13 +224,13 @@ def test_micro_batches_change_only_what_batch_normalisation_sees(digits, tmp_pat
 @pytest.mark.parametrize(("ranks", "message"), [(3, "3 ranks cannot share its 2 groups of 32"), (8, "8 ranks cannot")])
 def test_a_global_batch_the_ranks_cannot_share(ranks, message):
     with pytest.raises(UserError, match=message):
-        share_of_batch(parse(TINY), World(0, ranks, ranks, torch.device("cpu")))
+        resolve_micro_batch(parse(TINY), World(0, ranks, ranks, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("micro", [8, 48])
 def test_a_micro_batch_that_does_not_fit(micro):
     with pytest.raises(UserError, match=f"run.micro_batch is {micro}"):
-        share_of_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
+        resolve_micro_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
 
 
 # --- models and precision ---
@@ -556,7 +556,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp
 
 def test_a_plan_with_a_field_less_differs():
     with pytest.raises(UserError, match="old was 1, now it is None"):
-        refuse_other_plan(Path("x.pt"), {"seed": 0, "old": 1}, {"seed": 0})
+        check_same_plan(Path("x.pt"), {"seed": 0, "old": 1}, {"seed": 0})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])

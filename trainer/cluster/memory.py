@@ -30,7 +30,8 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory: Python and PyTorch have types for it, PyTorch on CPUs, cuBLAS, cuDNN and
-    DALI only have words."""
+    DALI only have words.
+    """
     words = ("out of memory", "memoryallocation", "alloc_failed", "bad_alloc", "can't allocate", "allocation failed")
     types = (MemoryError, torch.cuda.OutOfMemoryError)
     return isinstance(error, types) or any(word in str(error).lower() for word in words)

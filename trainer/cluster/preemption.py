@@ -24,7 +24,7 @@ def exit_code(signal_number: int) -> int:
 
 
 @contextlib.contextmanager
-def requeued_by_signals() -> Iterator[None]:
+def requeueing_on_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once: for as long as there is nothing to save."""
 
     def end(_number: int, _frame) -> None:

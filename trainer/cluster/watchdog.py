@@ -1,8 +1,8 @@
 """Names the rank that stopped, and ends the run so that its launcher can start it again.
 
-The loop says where it is (`beat`), which sets a variable. On every rank a thread publishes that every few seconds to a
-store that rank 0 serves; rank 0's thread compares the ranks and publishes what it found; the others read it. Nobody's
-clock is compared with another's: a rank is silent, or stands still, for as long as rank 0 has seen no change.
+The loop says where it is (`heartbeat`), which sets a variable. On every rank a thread publishes that every few seconds
+to a store that rank 0 serves; rank 0's thread compares the ranks and publishes what it found; the others read it.
+Nobody's clock is compared with another's: a rank is silent, or stands still, for as long as rank 0 has seen no change.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from trainer.cluster.world import World
 
 T = TypeVar("T")
 
-SETUP_PATIENCE_S = 3600  # before the first beat: weights are downloaded, the decoder is tried
+SETUP_PATIENCE_S = 3600  # before the first heartbeat: weights are downloaded, the decoder is tried
 _PERIOD_S = 2.0
 _SILENT_PERIODS = 4  # after which a rank counts as lost where an error says that one is
 _LINGER_S = 30.0  # how long ranks may take to notice by themselves that another ended with an error
@@ -41,7 +41,7 @@ class State:
 
     Attributes:
       number: of the publication; it grows as long as the rank's thread lives.
-      beats: how often the loop has said where it is; equal on ranks that are equally far.
+      heartbeats: how often the loop has said where it is; equal on ranks that are equally far.
       where: the last place.
       patience_s: how long that place may take, where it may take longer than others.
       host: of the rank.
@@ -49,7 +49,7 @@ class State:
     """
 
     number: int
-    beats: int
+    heartbeats: int
     where: str
     patience_s: float
     host: str
@@ -73,7 +73,7 @@ class Seen:
         """Take note of what the rank has published."""
         if state.number != self.state.number:
             self.heard_s = now_s
-        if (state.beats, state.ended) != (self.state.beats, self.state.ended):
+        if (state.heartbeats, state.ended) != (self.state.heartbeats, self.state.ended):
             self.moved_s = now_s
         self.state = state
 
@@ -94,7 +94,9 @@ def judge(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict | None
     if verdict := judge_life(seen, now_s, seconds):
         return verdict
     running = {r: rank for r, rank in seen.items() if rank.state.ended is None}
-    behind = [r for r in running if running[r].state.beats == min(rank.state.beats for rank in running.values())]
+    behind = [
+        r for r in running if running[r].state.heartbeats == min(rank.state.heartbeats for rank in running.values())
+    ]
     if behind and all(now_s - seen[r].moved_s > max(seconds, seen[r].state.patience_s) for r in behind):
         return Verdict(behind, _stuck_line(behind, seen, now_s))
     return None
@@ -113,7 +115,7 @@ def judge_life(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict |
 
 def _leaves_others(state: State) -> bool:
     """Whether a rank has ended with an error, or while it was set up, so that others wait for it in vain."""
-    return bool(state.ended) or (state.ended == "" and not state.beats)
+    return bool(state.ended) or (state.ended == "" and not state.heartbeats)
 
 
 def lost(seen: dict[int, Seen], now_s: float, period_s: float) -> str:
@@ -171,7 +173,7 @@ class Watchdog:
         self._world = world
         self._seconds = seconds
         self._period_s = min(_PERIOD_S, seconds / 10)
-        self._beat = (0, "setting up", float(SETUP_PATIENCE_S))
+        self._heartbeat = (0, "setting up", float(SETUP_PATIENCE_S))
         self._ended: str | None = None
         self._blames_another = False  # an end that is the consequence of another's
         self._number = 0
@@ -184,13 +186,13 @@ class Watchdog:
         self._store: dist.Store | None = None
         self._found: dict | None = None  # what rank 0 has published last
 
-    def beat(self, where: str, patience_s: float = 0) -> None:
+    def heartbeat(self, where: str, patience_s: float = 0) -> None:
         """Say where this rank is. It costs nothing; all ranks must call it at the same places.
 
         Args:
           patience_s: how long the place may take at least, where that is more than the watchdog's own seconds.
         """
-        self._beat = (self._beat[0] + 1, where, patience_s)
+        self._heartbeat = (self._heartbeat[0] + 1, where, patience_s)
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -243,15 +245,15 @@ class Watchdog:
         over = False
         while not over:
             # Should this thread itself be kept from running (by code that holds Python's lock), that ends the process.
-            limit_s = max(self._seconds, self._beat[2]) + _LINGER_S
+            limit_s = max(self._seconds, self._heartbeat[2]) + _LINGER_S
             faulthandler.dump_traceback_later(limit_s, exit=True, file=_STDERR)
             over = look()
             self._pause()
 
     def _state(self) -> State:
-        beats, where, patience_s = self._beat
+        heartbeats, where, patience_s = self._heartbeat
         self._number += 1
-        return State(self._number, beats, where, patience_s, socket.gethostname(), self._ended)
+        return State(self._number, heartbeats, where, patience_s, socket.gethostname(), self._ended)
 
     def _note(self, rank: int, state: State) -> None:
         now_s = time.monotonic()
@@ -323,7 +325,7 @@ class Watchdog:
         """End this process, after saying what is to be said here."""
         rank = self._world.rank
         if rank in verdict.ranks:
-            where = self._beat[1]
+            where = self._heartbeat[1]
             write_error_line(f"[rank {rank}] watchdog: stacks of this process, in '{where}':")
             faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         if tell:
@@ -348,7 +350,7 @@ class Watchdog:
             self._store = dist.PrefixStore(token, served)
             self._note(0, self._state())
             self._publish(None)
-        port, token = world.choice_of_main((served.port, token) if world.is_main else None)
+        port, token = world.broadcast_object((served.port, token) if world.is_main else None)
         if not world.is_main:
             self._store = dist.PrefixStore(token, self._reach((host_of_main(), port), timeout))
             found = self._exchange(self._state())
@@ -387,27 +389,29 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def watched(world: World, seconds: float) -> Iterator[World]:
-    """The world whose `beat` a watchdog hears, for the block; a lost rank is named inside."""
+    """The world whose `heartbeat` a watchdog hears, for the block; a lost rank is named inside."""
     with Watchdog(world, seconds) as watchdog, watchdog.naming_lost_ranks():
-        yield dataclasses.replace(world, beat=watchdog.beat)
+        yield dataclasses.replace(world, heartbeat=watchdog.heartbeat)
 
 
-class Beating(Iterator[T]):
+class HeartbeatIterator(Iterator[T]):
     """An iterator that says when its user waits for the next item and when the user has it.
 
     Args:
-      beat: of the world.
+      heartbeat: of the world.
       where: gives the place, "step 12", and how many seconds its update may take if that is longer than others.
     """
 
-    def __init__(self, items: Iterator[T], beat: Callable[[str, float], None], where: Callable[[], tuple[str, float]]):
+    def __init__(
+        self, items: Iterator[T], heartbeat: Callable[[str, float], None], where: Callable[[], tuple[str, float]]
+    ):
         self._items = iter(items)
-        self._beat = beat
+        self._heartbeat = heartbeat
         self._where = where
 
     def __next__(self) -> T:
         where, patience_s = self._where()
-        self._beat(f"{where}: input", 0)
+        self._heartbeat(f"{where}: input", 0)
         item = next(self._items)
-        self._beat(f"{where}: update", patience_s)
+        self._heartbeat(f"{where}: update", patience_s)
         return item

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def _ignore(where: str, patience_s: float = 0) -> None:
-    """A beat where nobody listens."""
+    """A heartbeat where nobody listens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +28,15 @@ class World:
       rank, size: among all processes.
       local_size: processes on this machine.
       device: of this process.
-      beat: called with where this rank is, "step 12: input"; the watchdog listens (trainer/cluster/watchdog.py). All
-        ranks call it alike; a place where rank 0 may take long on its own is told with beat(where, seconds).
+      heartbeat: called with where this rank is, "step 12: input"; the watchdog listens (trainer/cluster/watchdog.py).
+        All ranks call it alike; a place where rank 0 may take long on its own is told with heartbeat(where, seconds).
     """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
-    beat: Callable[..., None] = _ignore
+    heartbeat: Callable[..., None] = _ignore
 
     @property
     def is_main(self) -> bool:
@@ -47,26 +47,26 @@ class World:
         """The card's name, or cpu."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; every rank must call it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def tensor_of_main(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values on every rank, in place; every rank must call it with the same shape and type."""
         if self.size > 1:
             dist.broadcast(values, 0)
         return values
 
-    def choice_of_main(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """What rank 0 calls it with, on every rank."""
         chosen = [value]
         if self.size > 1:
             dist.broadcast_object_list(chosen, device=self.device)
         return chosen[0]
 
-    def gather(self, values: list[T]) -> list[T]:
+    def all_gather(self, values: list[T]) -> list[T]:
         """The lists of all ranks, one after the other; every rank must call it."""
         lists = [values] * self.size
         if self.size > 1:
@@ -75,7 +75,7 @@ class World:
 
     def by_itself(self) -> "World":
         """This process as the only one: nothing is sent to other ranks, and its heartbeats are heard by nobody."""
-        return dataclasses.replace(self, rank=0, size=1, local_size=1, beat=_ignore)
+        return dataclasses.replace(self, rank=0, size=1, local_size=1, heartbeat=_ignore)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -95,7 +95,7 @@ def _with_home_folders(value: object) -> object:
 
 
 def _reason(message: str, item_fields: list[str]) -> str:
-    """jsonargparse's message as one line, in words that need no Python."""
+    """Jsonargparse's message as one line, in words that need no Python."""
     reason = re.sub(r'(?:Parser key|Group) "([\w.]+)":', r"--\1:", " ".join(message.split()))
     reason = re.sub(r"Problem with given class_path '[\w.]+': ", "", reason)
     reason = re.sub(r"Option '(\w+)' is not accepted", lambda match: _unknown_in_item(match[1], item_fields), reason)

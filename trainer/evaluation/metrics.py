@@ -31,7 +31,7 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [N], whether the best class is the label."""
+        """Bool [N], whether the best class is the label."""
         return self.top[:, 0] == self.label
 
 

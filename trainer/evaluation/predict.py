@@ -91,7 +91,7 @@ def predict(
         for images in shown(batches):
             if interrupted():
                 return {}
-            world.beat("evaluation")
+            world.heartbeat("evaluation")
             pixels = normalize(images.images)
             for name, model in models.items():
                 with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
@@ -102,7 +102,7 @@ def predict(
     found = {}
     for name, parts in rows.items():
         mine = Predictions(*(torch.cat(column).cpu().numpy()[valid] for column in zip(*parts, strict=True)))
-        found[name] = metrics.joined(world.gather([mine]), len(plan.index))
+        found[name] = metrics.joined(world.all_gather([mine]), len(plan.index))
     return found
 
 

@@ -58,7 +58,7 @@ class NamelessError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class EvalTransform:
     """What a model sees of an image outside of training.
 
     Attributes:
@@ -106,7 +106,7 @@ class Trained:
     model: nn.Module
     name: str
     kwargs: Kwargs
-    view: View
+    view: EvalTransform
     classes: list[str] | None
     source: str
     weights: str = ""
@@ -151,7 +151,7 @@ def load(
       kwargs: for timm.create_model, instead of those that the file says.
       classes: text file that names the outputs, one on a line.
       key: how errors call the model's settings: student.name; "" is for programs that have --name.
-      view: fields of View that are not to be the model's own.
+      view: fields of EvalTransform that are not to be the model's own.
     Raises:
       UserError: whatever is missing, damaged, or does not fit.
     """
@@ -277,7 +277,7 @@ def _of_checkpoint(
     kwargs = with_size(name, size, kwargs)
     model = create_model(named, outputs, size, kwargs, tensors, path)
     origin = {key: value for key, value in origin.items() if key not in ("student", "ema", "optimizer", "state_dict")}
-    found = Trained(model, name, kwargs, View(**data), classes, str(path), kind, origin)
+    found = Trained(model, name, kwargs, EvalTransform(**data), classes, str(path), kind, origin)
     return found if origin or classes else _with_guessed_classes(found)
 
 
@@ -303,7 +303,7 @@ def _check_same_model(given: str | None, own: str | ModelFolder, path: Path | st
 
 
 def _architecture(name: str | ModelFolder) -> str:
-    """timm's name without the tag of its pretrained weights, which a file has others than."""
+    """Timm's name without the tag of its pretrained weights, which a file has others than."""
     return architecture(name).partition(".")[0]
 
 
@@ -339,7 +339,7 @@ def _exported(
     tensors, _ = select_weights(file, read_file(file))
     model = create_model(name, folder.num_classes, data["image_size"], kwargs, tensors, file)
     model.pretrained_cfg.update(folder.config)
-    found = Trained(model, name, kwargs, View(**data), folder.classes, folder.name, folder.kind)
+    found = Trained(model, name, kwargs, EvalTransform(**data), folder.classes, folder.name, folder.kind)
     return found if folder.classes else _with_guessed_classes(found)
 
 
@@ -348,7 +348,7 @@ def _pretrained(name: str, kwargs: Kwargs, key: str, view: dict) -> Trained:
     data = _own_view(_own_config(name)) | view
     kwargs = with_size(architecture(name), data["image_size"], kwargs)
     model = download(name, outputs, data["image_size"], kwargs, key)
-    found = Trained(model, architecture(name), kwargs, View(**data), None, f"timm's {name}")
+    found = Trained(model, architecture(name), kwargs, EvalTransform(**data), None, f"timm's {name}")
     return _with_guessed_classes(found)
 
 
@@ -363,7 +363,7 @@ def _with_guessed_classes(trained: Trained) -> Trained:
 
 
 def _own_config(name: str | ModelFolder) -> dict:
-    """timm's configuration of a model; what the folder says that it may be named by comes first."""
+    """Timm's configuration of a model; what the folder says that it may be named by comes first."""
     config, folder = timm.get_pretrained_cfg(architecture(name)), named_folder(name)
     config = config.to_dict() if config is not None else {"num_classes": 1000}
     return config | (folder.config if folder else {})

@@ -10,7 +10,7 @@ _LEAST = 2  # images of a class that are taken for the same other one
 _SIGMA = 3
 
 
-def num_looked_at(num_classes: int) -> int:
+def num_images_needed(num_classes: int) -> int:
     """The number of images that `taken_for` should see."""
     return max(_FEWEST, _PER_CLASS * num_classes)
 

@@ -392,13 +392,13 @@ def starting_weights(name: str | ModelFolder, checkpoint: Path | None) -> Checkp
 
 
 def architecture(name: str | ModelFolder) -> str:
-    """timm's name of a model that is named in any way: by timm's name, a folder, or a repository of the hub."""
+    """Timm's name of a model that is named in any way: by timm's name, a folder, or a repository of the hub."""
     folder = named_folder(name)
     return known_name(folder.architecture if folder else name)
 
 
 def known_name(name: str) -> str:
-    """timm's name of a model; a UserError if it has none."""
+    """Timm's name of a model; a UserError if it has none."""
     name = _ALIASES.get(name, name)
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)

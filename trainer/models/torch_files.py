@@ -198,7 +198,7 @@ class _Bounded:
         return self._file.read(count)
 
 
-def _refuse_bytearray(_unpickler: pickle._Unpickler) -> None:
+def _reject_bytearray(_unpickler: pickle._Unpickler) -> None:
     raise ClaimError("asks for memory instead of holding values")  # Python makes it before it reads
 
 
@@ -209,7 +209,7 @@ class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what
       storages: claimed bytes by key.
     """
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _refuse_bytearray}
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _reject_bytearray}
 
     def __init__(self, file: BinaryIO, size: int):
         super().__init__(_Bounded(file, size), encoding="latin1")

@@ -60,7 +60,7 @@ def named_outputs(content: object) -> list[str] | None:
 
 
 def named_model(content: object) -> str | None:
-    """timm's name of the model that a file is of, which timm's training script writes as `arch`; None elsewhere."""
+    """Timm's name of the model that a file is of, which timm's training script writes as `arch`; None elsewhere."""
     name = content.get("arch") if isinstance(content, dict) else None
     return name if isinstance(name, str) and timm.is_model(name) else None
 

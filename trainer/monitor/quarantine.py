@@ -38,7 +38,7 @@ class Quarantine:
         self._lock = threading.Lock()
         self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
         lines, _ = split_json_lines(path, is_quarantine_line) if world.is_main else ([], [])
-        named = world.choice_of_main([_place(line) for line in lines])
+        named = world.broadcast_object([_place(line) for line in lines])
         self._named: set[_Place] = set(named)
 
     def __len__(self) -> int:
@@ -64,21 +64,21 @@ class Quarantine:
         with self._lock:
             mine, self._found = self._found, []
         new = {}
-        for split, sample, error in sorted(self._world.gather(mine)):
+        for split, sample, error in sorted(self._world.all_gather(mine)):
             line = _line(split, self._indices[split], sample, error)
             if _place(line) not in self._named:
                 new.setdefault(_place(line), line)
         self._named |= set(new)
         if new and self._world.is_main:
             _append(self._path, list(new.values()))
-        self._refuse_too_many()
+        self._check_fraction()
         if not new:
             return ""
         places = [f"{line['split']}: sample {line['key']} in {line['shard']}" for line in new.values()]
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         return f"damaged and replaced: {places[0]}{more}; {len(self)} in all, named in {self._path}"
 
-    def _refuse_too_many(self) -> None:
+    def _check_fraction(self) -> None:
         for split, index in self._indices.items():
             bad = sum(place[0] == split for place in self._named)
             if bad > self._max_bad_fraction * len(index) and (bad > 1 or not self._max_bad_fraction):

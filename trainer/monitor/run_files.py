@@ -50,7 +50,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_disk_is_told() -> Iterator[None]:
+def reporting_full_disk() -> Iterator[None]:
     """Inside, no space for a file is a UserError."""
     try:
         yield

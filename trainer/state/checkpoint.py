@@ -31,7 +31,7 @@ from trainer.models.checkpoint_format import (
     lacks_moments,
 )
 from trainer.models.torch_files import load_plain, memory_for
-from trainer.state.checkpoint_settings import changes, newer_software, refuse_other_plan, software
+from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
 from trainer.update.optimizer import ModelEma
 
 FORMAT_VERSION = 1
@@ -301,7 +301,7 @@ class DamagedError(UserError):
     """A checkpoint that is not as it was written."""
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, dict, list[str]]:
+def newest_complete(folder: Path) -> tuple[Path | None, dict, list[str]]:
     """The newest checkpoint that is as it was written.
 
     Returns:
@@ -398,7 +398,7 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     Raises:
       UserError: the file belongs to another plan; the first field that differs is named.
     """
-    refuse_other_plan(path, {**BEFORE, **content["plan"]}, state.plan)
+    check_same_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     average = content["ema"] or content["student"]  # one that was switched on later starts where the student stands
     try:
         check_weights(content["student"], state.student)

@@ -72,7 +72,7 @@ _KEYS = {
 }
 
 
-def refuse_other_plan(path: Path, saved: dict, current: dict) -> None:
+def check_same_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:
         if saved.get(name) != current.get(name):

@@ -17,7 +17,7 @@ T = TypeVar("T", bound=Callable)
 Compiler = Callable[[T], T]
 
 
-def as_it_is(function: T) -> T:
+def uncompiled(function: T) -> T:
     """The compiler that leaves everything as it is."""
     return function
 
@@ -37,28 +37,28 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
       UserError: true, and compiling does not work here.
     """
     if setting is False or (setting == "auto" and world.device.type != "cuda"):
-        return as_it_is, ""
+        return uncompiled, ""
     if setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in student.modules()):
-        return as_it_is, (
+        return uncompiled, (
             "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
             "the GPU, and would cut the model into pieces that are compiled one by one"
         )
-    reason = next(iter(world.gather([why for why in [why_not(world.device)] if why])), "")
+    reason = next(iter(world.all_gather([why for why in [why_not(world.device)] if why])), "")
     if not reason:
         torch._dynamo.config.cache_size_limit = _MOST_SHAPES
         return compiled, ""
     if setting == "auto":
-        return as_it_is, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
+        return uncompiled, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
     raise UserError(
         f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
         "C compiler are needed; or use --run.compile false"
     )
 
 
-def kernel_trouble(world: World) -> str:
+def kernel_error(world: World) -> str:
     """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
-    mine = torch_ops.kernel_trouble() if world.device.type == "cuda" else ""
-    return next(filter(None, world.gather([mine])), "")
+    mine = torch_ops.kernel_error() if world.device.type == "cuda" else ""
+    return next(filter(None, world.all_gather([mine])), "")
 
 
 def why_not(device: torch.device) -> str:

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from pipelines.batch import Batch
-from pipelines.ops.torch_ops import kernel_trouble
+from pipelines.ops.torch_ops import kernel_error
 
 
 def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
         on CUDA if Triton works there.
     """
     if kernel is None:
-        kernel = batch.images.is_cuda and not kernel_trouble()
+        kernel = batch.images.is_cuda and not kernel_error()
     if not kernel:
         pixels = mix_pixels(batch)
         return [normalize(pixels) for normalize in models]

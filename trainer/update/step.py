@@ -15,7 +15,7 @@ from pipelines.plan import rng
 from trainer.cluster.world import World
 from trainer.config.sections import DistillConfig
 from trainer.models.teacher import Teachers, agreement, model_inputs
-from trainer.update.compiler import Compiler, as_it_is
+from trainer.update.compiler import Compiler, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import Normalize, partners
 from trainer.update.optimizer import ModelEma, batch_norms, running_statistics
@@ -85,7 +85,7 @@ class TrainStep:
         micro_batches: int,
         batch_norm: str,
         world: World,
-        compiler: Compiler = as_it_is,
+        compiler: Compiler = uncompiled,
     ):
         self._student = student
         self._parameters = list(student.parameters())
@@ -195,7 +195,7 @@ class TrainStep:
             student = self._model(inputs)
         return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
 
-    def rehearse(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
+    def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
         """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
 
         Args:
@@ -244,7 +244,7 @@ def loss_and_agreement(
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:
-    """Images without content, to rehearse with: uint8 [num_images, size, size, 3], in groups as a real batch is."""
+    """Images without content, to warm up with: uint8 [num_images, size, size, 3], in groups as a real batch is."""
     return Batch(
         images=torch.full((num_images, size, size, 3), 128, dtype=torch.uint8, device=device),
         labels=torch.zeros(num_images, dtype=torch.int64, device=device),
@@ -312,6 +312,8 @@ class StatisticsAverage:
         if self._shared:
             flat = torch.cat(self._statistics)
             flat = (
-                self._world.sum(flat) / self._world.size if self._mode == "reduce" else self._world.tensor_of_main(flat)
+                self._world.all_reduce_sum(flat) / self._world.size
+                if self._mode == "reduce"
+                else self._world.broadcast(flat)
             )
             torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))

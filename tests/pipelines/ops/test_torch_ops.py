@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.ops.torch_ops import apply_ops, erase, kernel_trouble
+from pipelines.ops.torch_ops import apply_ops, erase, kernel_error
 from pipelines.plan.draws import NUM_OPS, AugmentConfig, Op, randaugment, randaugment_draws
 from support.processes import REPOSITORY, interpreted
 from tools.lib.common.photos import photographs
@@ -195,7 +195,7 @@ def test_the_interpreted_kernel_equals_torch():
 @needs_triton
 def test_what_keeps_the_kernel_from_running_is_known_without_running_it():
     """Without a GPU it is the driver that is missing; nothing is raised, so torch can take its place."""
-    assert (kernel_trouble() == "") == torch.cuda.is_available(), kernel_trouble()
+    assert (kernel_error() == "") == torch.cuda.is_available(), kernel_error()
 
 
 @pytest.mark.gpu
@@ -203,8 +203,8 @@ def test_what_keeps_the_kernel_from_running_is_known_without_running_it():
 def test_without_a_c_compiler_torch_takes_the_kernels_place(tmp_path):
     script = """
 import numpy as np, torch
-from pipelines.ops.torch_ops import apply_ops, kernel_trouble
-assert kernel_trouble(), "the kernel runs"
+from pipelines.ops.torch_ops import apply_ops, kernel_error
+assert kernel_error(), "the kernel runs"
 images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device="cuda").view(2, 8, 8, 3)
 operations = np.full((2, 1), 3, np.uint8), np.zeros((2, 1), np.float32), (1, 2, 3)
 assert torch.equal(apply_ops(images, *operations), apply_ops(images, *operations, kernel=False))

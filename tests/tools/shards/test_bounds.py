@@ -22,17 +22,17 @@ from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
 from support.hand_made import jpeg, keys, listed, put, refused, samples, tar_of
 from tools.demo import write_digits
-from tools.lib.predict.image_files import items_of, look_at, pixels_of
+from tools.lib.predict.image_files import decoded, items_of, pixels_of
 from tools.lib.shards import job
 from tools.lib.shards.images import MAX_BYTES, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.job import BuildOptions, build, merge
 from tools.lib.shards.reindex import index_webdataset
 from tools.lib.shards.tars import BLOCK
 from tools.lib.shards.verify import verify
-from trainer.evaluation.trained import View
+from trainer.evaluation.trained import EvalTransform
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
-VIEW = View(32, 1.0, "center", "bicubic")
+VIEW = EvalTransform(32, 1.0, "center", "bicubic")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_members_larger_than_any_image_or_label_are_named_and_never_read(tmp_pat
     path = with_hole(tmp_path / "train" / "a.tar", tar_of(samples(3)), name)
     message = refused(index_webdataset, tmp_path)
     assert "1 sample cannot be used: train/a.tar: 0001" in message and reason in message
-    rows = [look_at(item, VIEW) for item in items_of(path)]
+    rows = [decoded(item, VIEW) for item in items_of(path)]
     assert [bool(error) for _, _, error in rows] == [False, name == "0001.jpg", False]
 
 

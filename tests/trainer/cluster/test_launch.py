@@ -23,10 +23,10 @@ from support.processes import free_port
 from support.ranks import Ranks, run_ranks
 from trainer.cluster import rendezvous as ready
 from trainer.cluster.rendezvous import _problem, facts, host_of_main, ranks_text, serve_store
-from trainer.cluster.watchdog import Beating, Seen, State, Watchdog, judge, lost
+from trainer.cluster.watchdog import HeartbeatIterator, Seen, State, Watchdog, judge, lost
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.run import what_must_agree
+from trainer.run import facts_to_compare
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -185,13 +185,13 @@ def test_what_a_stranger_wrote_under_our_keys_is_not_taken_for_an_answer(monkeyp
 def test_a_watchdog_reads_no_state_that_is_none(one_machine):
     watchdog = Watchdog(World(0, 2, 2, torch.device("cpu")), 60)
     watchdog._store = serve_store(0, SECONDS)
-    for content in ("[]", "{", '{"number": "x"}', json.dumps({**asdict(State(1, 1, "", 0, "host")), "beats": []})):
+    for content in ("[]", "{", '{"number": "x"}', json.dumps({**asdict(State(1, 1, "", 0, "host")), "heartbeats": []})):
         watchdog._store.set("rank/1", content)
         watchdog._lead()
         assert 1 not in watchdog._seen
     watchdog._store.set("rank/1", json.dumps(asdict(State(1, 7, "step 3: input", 0, "host"))))
     watchdog._lead()
-    assert watchdog._seen[1].state.beats == 7
+    assert watchdog._seen[1].state.heartbeats == 7
 
 
 JOIN = """
@@ -311,10 +311,12 @@ def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
 
 
 def seen(*ranks: tuple, now_s: float = 0) -> dict[int, Seen]:
-    """Ranks as (beats, where, seconds silent, seconds without progress[, patience[, ended]])."""
+    """Ranks as (heartbeats, where, seconds silent, seconds without progress[, patience[, ended]])."""
     return {
-        r: Seen(State(1, beats, where, more[0] if more else 0.0, f"host{r}", *more[1:]), now_s - silent, now_s - still)
-        for r, (beats, where, silent, still, *more) in enumerate(ranks)
+        r: Seen(
+            State(1, heartbeats, where, more[0] if more else 0.0, f"host{r}", *more[1:]), now_s - silent, now_s - still
+        )
+        for r, (heartbeats, where, silent, still, *more) in enumerate(ranks)
     }
 
 
@@ -365,24 +367,24 @@ def test_a_rank_that_ended_while_all_were_set_up_is_named_and_one_that_had_done_
 
 def test_ranks_whose_devices_would_compute_otherwise_do_not_agree():
     config = parse([])
-    assert what_must_agree(config, ONE.device)["the precision"] == "torch.float32"
-    assert what_must_agree(parse(["--run.precision", "bf16"]), ONE.device)["the precision"] == "torch.bfloat16"
+    assert facts_to_compare(config, ONE.device)["the precision"] == "torch.float32"
+    assert facts_to_compare(parse(["--run.precision", "bf16"]), ONE.device)["the precision"] == "torch.bfloat16"
 
 
 def test_beats_say_who_waits_for_input_and_who_works():
-    beats = []
-    for item in Beating(iter([1, 2]), lambda where, _: beats.append(where), lambda: ("step 1", 0)):
-        beats.append(item)
-    assert beats == ["step 1: input", "step 1: update", 1, "step 1: input", "step 1: update", 2, "step 1: input"]
+    heartbeats = []
+    for item in HeartbeatIterator(iter([1, 2]), lambda where, _: heartbeats.append(where), lambda: ("step 1", 0)):
+        heartbeats.append(item)
+    assert heartbeats == ["step 1: input", "step 1: update", 1, "step 1: input", "step 1: update", 2, "step 1: input"]
 
 
 def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_beats():
     before = threading.active_count()
     with Watchdog(ONE, 0) as watchdog:
-        watchdog.beat("step 1")
+        watchdog.heartbeat("step 1")
         assert threading.active_count() == before
     with Watchdog(ONE, 60) as watchdog:
-        watchdog.beat("step 1")
+        watchdog.heartbeat("step 1")
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
 
@@ -395,7 +397,7 @@ import os, signal, sys, time
 import torch
 from pipelines.common.errors import exit_on_user_error
 from trainer.cluster.world import join_world
-from trainer.cluster.watchdog import Beating, watched
+from trainer.cluster.watchdog import HeartbeatIterator, watched
 
 seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -413,14 +415,14 @@ def inputs(world):
         yield step
 
 def checkpoint(world):
-    world.beat("checkpoint", 4 * seconds)
+    world.heartbeat("checkpoint", 4 * seconds)
     if world.is_main:
         time.sleep(3 * seconds)
     world.barrier()
 
 with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
-    for step in Beating(inputs(world), world.beat, lambda: ("step", 0)):
-        world.sum(torch.ones(1))
+    for step in HeartbeatIterator(inputs(world), world.heartbeat, lambda: ("step", 0)):
+        world.all_reduce_sum(torch.ones(1))
         if what == "exit" and step == 20:
             sys.exit(75)
         if what == "slow" and step == 20:

@@ -221,7 +221,7 @@ def test_what_no_run_can_go_on_from_is_damage_and_the_checkpoint_before_is_taken
     change, message = DAMAGED[what]
     change(content)
     path = written(tmp_path, content, digest="lost" not in what)
-    found, _, damaged = checkpoint.newest_whole(tmp_path)
+    found, _, damaged = checkpoint.newest_complete(tmp_path)
     assert found.name == "step-00000001.pt" and damaged[0].startswith(f"{path}: damaged (")
     assert message in damaged[0]
 

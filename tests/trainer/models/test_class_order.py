@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from pipelines.shards.index import sorted_classes
-from trainer.models.class_order import num_looked_at, order_warning, taken_for
+from trainer.models.class_order import num_images_needed, order_warning, taken_for
 
 
 def looked_at(num_classes: int, accuracy: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Labels, and the guesses of a model that knows each image with some probability and else guesses any class."""
     generator = np.random.default_rng(seed)
-    labels, any_class = generator.integers(0, num_classes, (2, num_looked_at(num_classes)))
+    labels, any_class = generator.integers(0, num_classes, (2, num_images_needed(num_classes)))
     return labels, np.where(generator.random(len(labels)) < accuracy, labels, any_class)
 
 

@@ -13,7 +13,7 @@ from pipelines.common.errors import UserError
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, TeacherConfig, parse
 from trainer.evaluation import trained as inference
-from trainer.feed import share_of_batch
+from trainer.feed import resolve_micro_batch
 from trainer.models.checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
 from trainer.models.factory import all_weights_required, build_student, preprocessing
 from trainer.models.teacher import build_teacher, build_teachers
@@ -422,10 +422,10 @@ def test_a_micro_batch_of_one_image_is_found_however_it_was_chosen(name, micro):
     cpu, gpu = (World(0, 1, 1, torch.device(name)) for name in ("cpu", "cuda"))
     has_none = name == "test_vit"
     with contextlib.nullcontext() if has_none else pytest.raises(UserError, match=re.escape(ONE_VALUE)):
-        check_student(student, config, 10, share_of_batch(config, cpu), cpu)
+        check_student(student, config, 10, resolve_micro_batch(config, cpu), cpu)
     check_student(student, config, 10, 2, cpu)
     if micro == "auto":
-        check_student(student, config, 10, share_of_batch(config, gpu), gpu)
+        check_student(student, config, 10, resolve_micro_batch(config, gpu), gpu)
 
 
 def test_the_smallest_size_of_a_growing_image_is_tried():

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from conftest import train_here
 from pipelines.common.errors import UserError
 from tools.evaluate import EvalStudentConfig
-from tools.lib.compare.contenders import _identified
-from tools.lib.compare.contenders import build as built_contender
+from tools.lib.compare.candidates import _identified
+from tools.lib.compare.candidates import build as built_candidate
 from trainer.cluster.rendezvous import facts
 from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
@@ -82,10 +82,10 @@ def test_a_name_with_a_source_is_taken_however_it_is_spelled(named, model):
     student = build_student(StudentConfig(named, pretrained=True), 7, 160, CLASSES)
     loaded = trained.load(named, None)
     by_word = trained.load_named(named)
-    contender, _ = _identified(named)
+    candidate, _ = _identified(named)
     for found in (teacher.model, student, loaded.model, by_word.model):
         assert torch.equal(logits(found), expected)
-    assert torch.allclose(logits(built_contender(contender)[0]), expected, atol=1e-4)
+    assert torch.allclose(logits(built_candidate(candidate)[0]), expected, atol=1e-4)
     assert (loaded.name, loaded.classes, loaded.kwargs["depth"]) == (NAME, CLASSES, 2)
     random = build_student(StudentConfig(named), 5, 160)
     assert len(random.blocks) == 2 and random.num_classes == 5

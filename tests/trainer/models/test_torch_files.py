@@ -183,7 +183,7 @@ def test_a_file_without_a_checksum_is_loaded_as_torch_loads_it(tmp_path):
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "step-00000010.pt"])
 def test_a_pipe_is_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
-    read = checkpoint.newest_whole if name.startswith("step") else lambda folder: read_weights(folder / name)
+    read = checkpoint.newest_complete if name.startswith("step") else lambda folder: read_weights(folder / name)
 
     def command() -> None:
         with pytest.raises(UserError, match=f"{name}: cannot be read .a pipe, socket or device, not a file.. "):
@@ -240,7 +240,7 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("read", ["newest_whole(Path(sys.argv[1]))", "prepare(Path(sys.argv[1]), 1)"])
+@pytest.mark.parametrize("read", ["newest_complete(Path(sys.argv[1]))", "prepare(Path(sys.argv[1]), 1)"])
 def test_a_checkpoint_that_memory_is_too_short_for_is_not_damaged(tmp_path, read):
     paths = folder_of_two(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in paths}
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_memory_is_too_short_for_is_not_damaged(tmp_path, read
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert re.match("UserError .*step-00000002.pt: memory is too short to read it .* the file stays", done.stdout), done
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
-    assert checkpoint.newest_whole(tmp_path / "checkpoints")[0] == paths[1]
+    assert checkpoint.newest_complete(tmp_path / "checkpoints")[0] == paths[1]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,6 @@ def test_too_little_memory_is_named_with_the_file_by_whoever_reads_weights(error
 def test_a_folder_of_checkpoints_is_read_as_before_whatever_else_lies_there(tmp_path):
     paths = folder_of_two(tmp_path / "checkpoints")
     shutil.copy(paths[0], tmp_path / "checkpoints" / "step-00000003.pt")  # a name that its content contradicts
-    path, content, damaged = checkpoint.newest_whole(tmp_path / "checkpoints")
+    path, content, damaged = checkpoint.newest_complete(tmp_path / "checkpoints")
     assert (path, content["step"]) == (paths[1], 2)
     assert damaged == [f"{tmp_path}/checkpoints/step-00000003.pt: damaged ('step' is 1, and its name says 3)"]

@@ -527,7 +527,7 @@ def test_memory_that_is_too_small_is_told_from_other_errors(error):
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize("where", ["trainer.update.step.TrainStep.__call__", "trainer.update.step.TrainStep.rehearse"])
+@pytest.mark.parametrize("where", ["trainer.update.step.TrainStep.__call__", "trainer.update.step.TrainStep.warm_up"])
 @pytest.mark.parametrize("command", [main, lambda arguments: doctor.main([str(CONFIG), *arguments])])
 def test_a_gpu_without_memory_left_is_one_line(digits, tmp_path, monkeypatch, capsys, where, command):
     def full(*_):
@@ -565,7 +565,7 @@ def test_a_rehearsal_takes_the_memory_of_an_update(digits, tmp_path):
         action()
         peaks.append(torch.cuda.max_memory_allocated())
 
-    measured(lambda: run.step.rehearse(gray_batch(16, 32, 16, world.device)))
+    measured(lambda: run.step.warm_up(gray_batch(16, 32, 16, world.device)))
     for number in range(2):
         plans = rank_plans(run.plan, number, number + 1, world, 16)
         measured(lambda number=number, plans=plans: run.step(run.pipelines.of["train"].batches(plans), number))
@@ -575,6 +575,6 @@ def test_a_rehearsal_takes_the_memory_of_an_update(digits, tmp_path):
 def test_a_rehearsal_leaves_no_trace(digits, tmp_path):
     run = build(parse(arguments_for(digits, tmp_path, "--student.kwargs.drop_rate", "0.5")), ONE)
     before = checkpoint.content_of(run.state)
-    run.step.rehearse(gray_batch(32, 32, 32, ONE.device))
+    run.step.warm_up(gray_batch(32, 32, 32, ONE.device))
     assert equal(before, checkpoint.content_of(run.state))
     assert all(parameter.grad is None for parameter in run.state.student.parameters())

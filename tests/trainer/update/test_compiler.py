@@ -70,8 +70,8 @@ def test_a_compiled_run_is_compiled_before_its_first_step_and_trains_alike(argum
 
 
 def test_auto_compiles_nothing_on_a_cpu():
-    assert compiling.choose_compiler("auto", MODEL, ONE) == (compiling.as_it_is, "")
-    assert compiling.choose_compiler(False, MODEL, ONE) == (compiling.as_it_is, "")
+    assert compiling.choose_compiler("auto", MODEL, ONE) == (compiling.uncompiled, "")
+    assert compiling.choose_compiler(False, MODEL, ONE) == (compiling.uncompiled, "")
 
 
 def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
@@ -80,7 +80,7 @@ def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
     two_gpus = World(0, 2, 2, torch.device("cuda", 0))
     synchronized = synchronize_batch_norms(timm.create_model("test_resnet"), two_gpus)
     compiler, note = compiling.choose_compiler("auto", synchronized, two_gpus)
-    assert compiler is compiling.as_it_is and "run.batch_norm sync makes the host wait" in note
+    assert compiler is compiling.uncompiled and "run.batch_norm sync makes the host wait" in note
     assert compiling.choose_compiler(True, synchronized, two_gpus) == (compiling.compiled, "")
     vit = synchronize_batch_norms(timm.create_model("test_vit"), two_gpus)  # has no such layers
     assert compiling.choose_compiler("auto", vit, two_gpus) == (compiling.compiled, "")
@@ -96,7 +96,7 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
     on_gpu = World(0, 1, 1, torch.device("cuda", 0))
     monkeypatch.setattr(compiling, "why_not", lambda device: "RuntimeError: no C compiler")
     compiler, note = compiling.choose_compiler("auto", MODEL, on_gpu)
-    assert compiler is compiling.as_it_is and "not compiled" in note and "no C compiler" in note
+    assert compiler is compiling.uncompiled and "not compiled" in note and "no C compiler" in note
 
 
 def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arguments, monkeypatch):

@@ -228,7 +228,7 @@ with join_world("cpu") as world:
         found[mode] = [{name: [t.clone() for t in ts] if ts else ts for name, ts in state(run).items()}]
         # what a checkpoint holds: the states of rank 0, and every rank's statistics
         parts = {"student": run.state.student, "ema": run.state.ema.module, "optimizer": run.state.optimizer}
-        saved = copy.deepcopy(world.choice_of_main({name: part.state_dict() for name, part in parts.items()}))
+        saved = copy.deepcopy(world.broadcast_object({name: part.state_dict() for name, part in parts.items()}))
         updates(run, 1, 3)
         resumed = build(parse([*arguments, "--run.batch_norm", mode]), world)
         resumed.state.student.load_state_dict(saved["student"])

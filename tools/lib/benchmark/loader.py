@@ -64,7 +64,8 @@ _CLEAN_PROCESSES = "forkserver"  # workers forked from a process with DALI's and
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What all rows share: the pictures as a folder and as shards, images a batch, threads or processes, device; and
-    our decode path."""
+    our decode path.
+    """
 
     folder: Path
     index: ShardIndex
@@ -75,7 +76,7 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One row: who, with which augmentation, and how to open its endless batches of images."""
 
     what: str
@@ -97,12 +98,12 @@ def loader(images: int, repeats: int, batch: int) -> Iterator[dict]:
         index, device = read_index(out, "train"), first_device()
         decode, _ = decode_path(index, device)
         setting = Setting(folder / "train", index, batch, workers, device, decode)
-        for _, group in itertools.groupby(contenders(setting), lambda contender: contender.augmentation):
+        for _, group in itertools.groupby(candidates(setting), lambda candidate: candidate.augmentation):
             yield from _rows(list(group), setting, repeats, lead, num_batches)
         yield from stages.input_rows(_feeds(setting), images, repeats)
 
 
-def _rows(group: list[Contender], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[dict]:
+def _rows(group: list[Candidate], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[dict]:
     """A table: all that have the same augmentation, in turn."""
     rows = {each.what: {"what": each.what, "augmentation": each.augmentation} for each in group}
     runs = {}
@@ -137,7 +138,7 @@ def _feeds(setting: Setting) -> dict[str, stages.Feed]:
     return feeds
 
 
-def contenders(setting: Setting) -> list[Contender]:
+def candidates(setting: Setting) -> list[Candidate]:
     """Every loader with every augmentation it has."""
     found = []
     for augmentation in _RANDAUGMENT:
@@ -154,13 +155,13 @@ def contenders(setting: Setting) -> list[Contender]:
         found.append(("timm", augmentation, functools.partial(_timm, setting, augmentation)))
         if augmentation == BARE:
             found.append(("FFCV", augmentation, functools.partial(_ffcv, setting)))
-    return [Contender(*fields) for fields in found]
+    return [Candidate(*fields) for fields in found]
 
 
-def missing(contender: Contender, setting: Setting) -> str | None:
-    """Why a contender cannot run here, or None. Takes one batch and looks at its shape."""
+def missing(candidate: Candidate, setting: Setting) -> str | None:
+    """Why a candidate cannot run here, or None. Takes one batch and looks at its shape."""
     try:
-        with closing(contender.open()) as batches:
+        with closing(candidate.open()) as batches:
             shape = tuple(next(batches).shape)
     except ImportError as error:
         return f"not installed ({error.name})"
@@ -169,7 +170,7 @@ def missing(contender: Contender, setting: Setting) -> str | None:
     except Exception as error:  # whatever others raise where they do not work; the rows of the rest are wanted
         return " ".join(f"failed, {type(error).__name__}: {error}".split())[:300]
     channels_last = (setting.batch, SIZE_PX, SIZE_PX, 3)
-    assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (contender, shape)
+    assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (candidate, shape)
     return None
 
 
@@ -307,7 +308,8 @@ def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
 
 class _TensorTransform:
     """JPEG bytes -> uint8 [3, SIZE_PX, SIZE_PX] through torchvision's decoder and v2 transforms. RandAugment runs on
-    PIL images, where it is faster."""
+    PIL images, where it is faster.
+    """
 
     def __init__(self, randaugment: bool):
         from torchvision.transforms import InterpolationMode, v2

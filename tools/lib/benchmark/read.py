@@ -42,8 +42,8 @@ def read(images: int, repeats: int) -> list[dict]:
         rows = [{"what": name, "augmentation": "warm", "note": "not installed"} for name in _WAYS if name not in ways]
         for temperature in ("warm", "cold"):
             drop = (lambda: _drop(index)) if temperature == "cold" else (lambda: None)
-            contenders = {name: _after(drop, _total(function, index, batches)) for name, function in ways.items()}
-            seconds = interleaved(contenders, repeats)
+            candidates = {name: _after(drop, _total(function, index, batches)) for name, function in ways.items()}
+            seconds = interleaved(candidates, repeats)
             rows += [
                 {
                     "what": name,
@@ -75,7 +75,7 @@ def _drop(index: ShardIndex) -> None:
 
 
 def _after(prepare: Callable[[], None], run: Callable[[], None]) -> Callable[[], float]:
-    """`run` as a contender; `prepare` comes before it and does not count."""
+    """`run` as a candidate; `prepare` comes before it and does not count."""
     measure = timed(run)
 
     def seconds() -> float:

@@ -39,7 +39,8 @@ _NUM_CLASSES = 1000
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What all measurements share: settings of the trainer, and a folder that holds a run which stands at DEEP_STEP
-    (`deep`), a cache of torch.compile's (`cache`), and the run that is measured (`out`)."""
+    (`deep`), a cache of torch.compile's (`cache`), and the run that is measured (`out`).
+    """
 
     settings: dict[str, object]
     folder: Path

@@ -128,7 +128,7 @@ def _config(setting: Setting, out: Path, data: Sequence[object]) -> Config:
 
 
 def updates_of_a_turn(update: Callable[[], object], seconds: float) -> int:
-    """How many updates a contender makes in a turn: so many seconds of what `update` makes one of, within bounds."""
+    """How many updates a candidate makes in a turn: so many seconds of what `update` makes one of, within bounds."""
     return max(_FEWEST, min(_MOST, round(seconds / timed_on_device(update)())))
 
 

@@ -51,13 +51,13 @@ def shard(images: int, repeats: int) -> list[dict]:
             for path in paths:
                 Image.open(io.BytesIO(path.read_bytes())).load()
 
-        contenders = {
+        candidates = {
             "tar cf, then fsync": timed(tar),
             "ours, audit off": timed(lambda: ours(False)),
             "decoding alone (PIL)": timed(decode),
             "ours, audit on": timed(lambda: ours(True)),
         }
-        seconds = interleaved(contenders, repeats)
+        seconds = interleaved(candidates, repeats)
         num_bytes = sum(path.stat().st_size for path in paths)
         shutil.rmtree(folder / "src")
     against = {"ours, audit off": "tar cf, then fsync", "ours, audit on": "decoding alone (PIL)"}

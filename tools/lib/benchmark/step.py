@@ -56,7 +56,7 @@ from trainer.models.factory import create_model
 from trainer.models.weights import read_weights
 from trainer.monitor.run_files import METRICS
 from trainer.monitor.telemetry import Telemetry
-from trainer.update.compiler import as_it_is, compiled
+from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
 
@@ -117,7 +117,7 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dic
     rows = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
     rows[OURS] |= {"peak_mib": ours_mib}
     alone, _ = _warm(lambda: ModelsAlone(setting, ours.run, batch))
-    contenders = {
+    candidates = {
         OURS: functools.partial(_seconds, ours.update, updates),
         LOOP: functools.partial(ours.loop_seconds, updates),
         ALONE: functools.partial(_seconds, alone.update, updates),
@@ -128,8 +128,8 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dic
         rows[TIMM]["note"] = " ".join(f"not measured, {type(error).__name__}: {error}".split())[:300]
     else:
         rows[TIMM] |= {"peak_mib": timm_mib}
-        contenders[TIMM] = functools.partial(_seconds, timm_style.update, updates)
-    turns = interleaved(contenders, repeats, warm_up=False)
+        candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
+    turns = interleaved(candidates, repeats, warm_up=False)
     for who, times in turns.items():
         rows[who] |= _measured(updates, setting.batch, times) | _compared(who, turns)
     return list(rows.values())
@@ -173,7 +173,7 @@ def _seconds(update: Callable[[], object], updates: int) -> float:
     return timed_on_device(lambda: [update() for _ in range(updates)])()
 
 
-# --- the contenders: each makes one update when asked ---
+# --- the candidates: each makes one update when asked ---
 
 
 class Ours:
@@ -229,7 +229,7 @@ class ModelsAlone:
     """The models' own part of a run's update."""
 
     def __init__(self, setting: Setting, run: Run, batch: Batch):
-        compiler = compiled if setting.compiled else as_it_is
+        compiler = compiled if setting.compiled else uncompiled
         self._student, self._loss = compiler(run.state.student), compiler(usi_loss)
         self._teacher = run.step.teacher  # the very one, folded and compiled as the update has it
         self._optimizer = run.state.optimizer
@@ -291,7 +291,7 @@ class TimmStyle:
 
 
 def _timm_task(setting: Setting, student: nn.Module, run: Run) -> nn.Module:
-    """timm's own loss for the student, with the teacher if there is one."""
+    """Timm's own loss for the student, with the teacher if there is one."""
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import ClassificationTask, LogitDistillationTask
 

@@ -62,14 +62,14 @@ def teacher(
         batches = _photographs(Path(scratch), images, min(batch, images), size, device)
         weights = Path(scratch) / "weights.pt" if checkpoint == RANDOM else expanded(checkpoint)
         if checkpoint == RANDOM:
-            torch.save(telling_weights(teacher, size, batches[0]), weights)
+            torch.save(weights_that_differ(teacher, size, batches[0]), weights)
         settings = {"teacher.name": teacher, "teacher.checkpoint": weights, "data.image_size": size}
         config = parse([f"--{key}={value}" for key, value in settings.items()])
         passes = {name: _forward_pass(config, name, batches) for name in (_EXACT, "bf16", "fp16")}
     outputs = {name: torch.cat([each() for each in run]).float() for name, run in passes.items()}
     count = updates_of_a_turn(next(iter(passes.values()))[0], seconds)
-    contenders = {name: timed_on_device(functools.partial(_repeat, run, count)) for name, run in passes.items()}
-    turns = interleaved(contenders, repeats)
+    candidates = {name: timed_on_device(functools.partial(_repeat, run, count)) for name, run in passes.items()}
+    turns = interleaved(candidates, repeats)
     return [
         {
             "what": name,
@@ -95,7 +95,7 @@ def _photographs(folder: Path, images: int, batch: int, size: int, device: torch
 
 
 @torch.no_grad()
-def telling_weights(name: str, size: int, batch: Batch) -> dict[str, torch.Tensor]:
+def weights_that_differ(name: str, size: int, batch: Batch) -> dict[str, torch.Tensor]:
     """Random weights of a model whose outputs differ from image to image."""
     torch.manual_seed(0)
     model = create_model(name, CLASSES, size, {}).to(batch.images.device)

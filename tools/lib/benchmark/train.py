@@ -113,12 +113,12 @@ def _rows(setting: Setting, run: Run, repeats: int, seconds: float) -> list[dict
     try:
         feeds[SYNTHETIC].updates(_LEAD)
         updates = max(3 * _LEAD, updates_of_a_turn(lambda: feeds[SYNTHETIC].updates(1), seconds))
-        contenders = {
+        candidates = {
             SYNTHETIC: lambda: feeds[SYNTHETIC].seconds(updates),
             alone: lambda: feeds[real].seconds_alone(updates),
             real: lambda: feeds[real].seconds(updates),
         }
-        turns = interleaved(contenders, repeats)
+        turns = interleaved(candidates, repeats)
     finally:
         for feed in feeds.values():
             feed.close()

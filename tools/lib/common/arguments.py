@@ -16,5 +16,5 @@ def path_argument(text: str) -> Path:
 
 
 def model_argument(text: str) -> str:
-    """timm's name of a model, or a path, as text."""
+    """Timm's name of a model, or a path, as text."""
     return str(path_argument(text)) if text.startswith("~") else text

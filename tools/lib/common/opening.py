@@ -4,7 +4,7 @@ import torch
 
 from pipelines import Pipeline, open_pipeline
 from pipelines.dali_probe import probe_dataset
-from pipelines.shards.damage import refuse_damaged
+from pipelines.shards.damage import raise_on_damage
 from pipelines.shards.index import ShardIndex
 from trainer.config.sections import DataConfig
 
@@ -41,5 +41,5 @@ def opened(
         decode=decode,
         hw_decoder_load=hw_decoder_load,
         decoder_padding_mib=defaults.decoder_padding_mib,
-        on_bad=refuse_damaged(index),
+        on_bad=raise_on_damage(index),
     )

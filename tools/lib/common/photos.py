@@ -7,7 +7,8 @@ from PIL import Image
 
 def photographs() -> list[tuple[str, Image.Image, dict]]:
     """Name, picture and JPEG options: ImageNet-like sizes, tall, wide, tiny, grayscale, progressive, without chroma
-    subsampling."""
+    subsampling.
+    """
     china, flower = _pictures()
     return [
         ("usual", china.crop((60, 20, 560, 395)), {}),

@@ -52,7 +52,7 @@ def run_jobs(
     pending = iter(enumerate(jobs))
     processes, idle, busy = [], [], set()
     try:
-        with _telling_lost_workers():
+        with _reporting_lost_workers():
             context = forkserver_context("tools.lib.shards.job", *preload)
             for number in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
@@ -62,14 +62,14 @@ def run_jobs(
                 theirs.close()
         while True:
             for connection, job in zip(list(idle), pending, strict=False):
-                with _telling_lost_workers():
+                with _reporting_lost_workers():
                     connection.send(job)
                 idle.remove(connection)
                 busy.add(connection)
             if not busy:
                 return
             for connection in wait_for_handles(busy, timeout=_PATIENCE_S):
-                with _telling_lost_workers():
+                with _reporting_lost_workers():
                     index, result, error, where = connection.recv()
                 if error is not None:
                     raise error from RuntimeError(f"in a worker:\n{where}")
@@ -86,7 +86,7 @@ def run_jobs(
 
 
 @contextlib.contextmanager
-def _telling_lost_workers() -> Iterator[None]:
+def _reporting_lost_workers() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import refuse_place
+from pipelines.common.files import check_parent_folder
 from pipelines.common.machine import num_cores
 
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
@@ -21,12 +21,12 @@ _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one is enough
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], float]], repeats: int, *, warm_up: bool = True
+    candidates: dict[str, Callable[[], float]], repeats: int, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """What each contender returns, its seconds, `repeats` times in turn, after a round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    """What each candidate returns, its seconds, `repeats` times in turn, after a round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + warm_up):
-        for name, run in contenders.items():
+        for name, run in candidates.items():
             elapsed_s = run()
             if turn >= warm_up:
                 seconds[name].append(elapsed_s)
@@ -34,7 +34,7 @@ def interleaved(
 
 
 def timed(run: Callable[[], None]) -> Callable[[], float]:
-    """`run` as a contender: all of it counts."""
+    """`run` as a candidate: all of it counts."""
 
     def seconds() -> float:
         start_s = time.perf_counter()
@@ -45,7 +45,7 @@ def timed(run: Callable[[], None]) -> Callable[[], float]:
 
 
 def timed_on_device(run: Callable[[], None]) -> Callable[[], float]:
-    """`run` as a contender, from when the GPU has nothing left to do until it has finished; as `timed` on a CPU."""
+    """`run` as a candidate, from when the GPU has nothing left to do until it has finished; as `timed` on a CPU."""
     measure = timed(lambda: (run(), synchronize()))
 
     def seconds() -> float:
@@ -55,17 +55,17 @@ def timed_on_device(run: Callable[[], None]) -> Callable[[], float]:
     return seconds
 
 
-def refuse_nothing(options: dict) -> None:
+def check_positive(options: dict) -> None:
     """Raise a UserError if so much as one number of the command line asks for nothing, or for no end."""
     for name, value in options.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise UserError(f"--{name} is {value:g}; it must be positive and finite")
 
 
-def refuse_result_file(path: Path | None) -> None:
+def check_result_file(path: Path | None) -> None:
     """Raise a UserError if --json names what cannot be written."""
     if path is not None:
-        refuse_place(path, f"--json {path}")
+        check_parent_folder(path, f"--json {path}")
 
 
 # Columns of every table of speeds; others may follow.

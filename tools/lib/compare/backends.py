@@ -17,7 +17,7 @@ import torch
 
 from pipelines.common.errors import UserError
 from tools.lib.common.onnx_file import IMAGES, LOGITS
-from tools.lib.compare.contenders import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Contender, build
+from tools.lib.compare.candidates import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Candidate, build
 from trainer.update.compiler import compiled
 from trainer.update.precision import resolve_precision
 
@@ -33,7 +33,7 @@ class Opening:
       threads: cores of the CPU that a session may use.
     """
 
-    model: Contender
+    model: Candidate
     folder: Path
     device: str
     batch: int

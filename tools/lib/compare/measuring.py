@@ -20,9 +20,9 @@ import torch
 from pipelines.common.errors import UserError
 from tools.lib.common.process_pool import end_with_parent, forkserver_context
 from tools.lib.compare.backends import BACKENDS, BATCH, Backend, Opening, Session
-from tools.lib.compare.contenders import REFERENCE, Contender, Facts, prepare
+from tools.lib.compare.candidates import REFERENCE, Candidate, Facts, prepare
 
-_TURN_S = 0.5  # of throughput; a call that takes longer is a turn
+_RUN_S = 0.5  # of throughput; a call that takes longer is a turn
 _LATENCY_S = 0.2
 _FEWEST_SINGLE = 3  # images a turn
 _TRIES = 10  # calls, to find out how many a turn has
@@ -63,7 +63,7 @@ class Measured:
       failed: why there are none.
     """
 
-    model: Contender
+    model: Candidate
     backend: Backend
     opened: Opened | None = None
     speeds: list[float] = dataclasses.field(default_factory=list)
@@ -88,7 +88,7 @@ class Plan:
     threads: int
 
 
-Prepared = dict[Contender, Facts | str]  # or why there are none
+Prepared = dict[Candidate, Facts | str]  # or why there are none
 Progress = Callable[[str], None]  # called with what was done, after each piece of `pieces`
 
 
@@ -98,7 +98,7 @@ def pieces(models: int, backends: int, repeats: int) -> int:
 
 
 def measure(
-    models: Sequence[Contender], backends: Sequence[Backend], plan: Plan, progress: Progress
+    models: Sequence[Candidate], backends: Sequence[Backend], plan: Plan, progress: Progress
 ) -> tuple[Prepared, list[Measured]]:
     """All models on all backends, one backend after the other.
 
@@ -113,10 +113,10 @@ def measure(
     return prepared, found
 
 
-def _prepared(folders: dict[Contender, Path], files: list[str], workers: int, progress: Progress) -> Prepared:
+def _prepared(folders: dict[Candidate, Path], files: list[str], workers: int, progress: Progress) -> Prepared:
     """The models' files, made by a process for each, as many at a time as there are cores."""
 
-    def one(model: Contender) -> Facts | str:
+    def one(model: Candidate) -> Facts | str:
         folders[model].mkdir()
         try:
             with Process(_serve_preparation, model, folders[model], files) as process:
@@ -134,7 +134,7 @@ def _prepared(folders: dict[Contender, Path], files: list[str], workers: int, pr
 
 
 def _measured(
-    backend: Backend, prepared: Prepared, folders: dict[Contender, Path], plan: Plan, progress: Progress
+    backend: Backend, prepared: Prepared, folders: dict[Candidate, Path], plan: Plan, progress: Progress
 ) -> list[Measured]:
     """All models on a backend, in turns; the second round goes the other way, so that drift cancels out."""
     found = [Measured(model, backend) for model in prepared]
@@ -237,10 +237,10 @@ def _served(connection: Connection, serve: Callable, *arguments) -> None:
         serve(connection, *arguments)
     except Exception as error:  # runtimes raise errors of many kinds, OSError too; each is a row of the table
         with contextlib.suppress(OSError):  # nobody waits for an answer any more: the usual end, in `recv`
-            connection.send(FailedError(in_a_line(error)))
+            connection.send(FailedError(one_line(error)))
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error's message, its type before it unless it was written for users."""
     message = " ".join(str(error).split())[:300]
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -248,7 +248,7 @@ def in_a_line(error: Exception) -> str:
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 
 
-def _serve_preparation(connection: Connection, model: Contender, folder: Path, files: Sequence[str]) -> None:
+def _serve_preparation(connection: Connection, model: Candidate, folder: Path, files: Sequence[str]) -> None:
     torch.set_num_threads(1)
     connection.send(prepare(model, folder, files))
 
@@ -275,12 +275,12 @@ def _serve_session(connection: Connection, backend: str, opening: Opening) -> No
 
 
 def _calls_of_a_turn(session: Session) -> int:
-    """So many that they take _TURN_S, at the speed of the fastest of a few warm calls."""
+    """So many that they take _RUN_S, at the speed of the fastest of a few warm calls."""
     session.run(session.calls_at_once)
     taken_s = [_run(session, session.calls_at_once)]
-    while len(taken_s) < _TRIES and sum(taken_s) < _TURN_S:
+    while len(taken_s) < _TRIES and sum(taken_s) < _RUN_S:
         taken_s.append(_run(session, session.calls_at_once))
-    return session.calls_at_once * max(1, round(_TURN_S / min(taken_s)))
+    return session.calls_at_once * max(1, round(_RUN_S / min(taken_s)))
 
 
 def _run(session: Session, calls: int) -> float:

@@ -12,7 +12,7 @@ from rich.text import Text
 from pipelines.common.errors import named, with_escaped_bytes
 from tools.lib.common.attention import PLAIN_ATTENTION
 from tools.lib.compare import ranking
-from tools.lib.compare.contenders import Accuracy, Facts
+from tools.lib.compare.candidates import Accuracy, Facts
 from tools.lib.compare.measuring import Measured, Prepared
 
 _MIB = 1 << 20

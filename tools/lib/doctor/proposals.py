@@ -16,7 +16,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.machine import num_cores
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import ShardReader
-from tools.lib.doctor.stages import NOTHING, Feed, Rate, Turn, WholeTurn, feed_of, plans_of_size, rates, rounds
+from tools.lib.doctor.stages import NOTHING, Feed, Rate, Turn, WholeRun, feed_of, plans_of_size, rates, rounds
 from tools.lib.shards.images import CheckedImage, ImageOptions, check_image
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.sections import Config
@@ -151,7 +151,7 @@ def trial(name: str, rate: Rate, now: Rate) -> Trial:
 
 
 def _whole_turn(run: Run, size: int) -> Turn:
-    whole = WholeTurn(run, feed_of(run, plans_of_size(run, size)))
+    whole = WholeRun(run, feed_of(run, plans_of_size(run, size)))
 
     def turn(count: int) -> float:
         try:

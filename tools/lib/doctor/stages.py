@@ -104,7 +104,7 @@ def rates(turns: dict[str, Turn], images: int, seconds: float, world: World, rep
 
     def together(turn: Turn, count: int) -> float:
         world.barrier()
-        return max(world.gather([turn(count)]))  # the ranks wait for each other in every update
+        return max(world.all_gather([turn(count)]))  # the ranks wait for each other in every update
 
     counts = {}
     for name, turn in turns.items():
@@ -124,7 +124,7 @@ def input_stages(feed: Feed) -> dict[str, Turn]:
     """From reading to the finished batch; what comes with RandAugment is the pipeline as it is."""
     decoding = _dali_decoding(feed) if feed.name == "dali" else _through_pipeline(feed, _only_decoded)
     stages = {READING_COLD: _reading(feed, cold=True), READING: _reading(feed, cold=False), DECODING: decoding}
-    return {**stages, RESIZING: _through_pipeline(feed, _not_operated), PIPELINE: _through_pipeline(feed, _as_it_is)}
+    return {**stages, RESIZING: _through_pipeline(feed, _not_operated), PIPELINE: _through_pipeline(feed, _unchanged)}
 
 
 def input_rows(feeds: dict[str, Feed], images: int, repeats: int) -> list[dict]:
@@ -163,7 +163,7 @@ def drop_from_cache(index: ShardIndex, samples: np.ndarray) -> None:
             os.close(file)
 
 
-def _as_it_is(plan: BatchPlan) -> BatchPlan:
+def _unchanged(plan: BatchPlan) -> BatchPlan:
     return plan
 
 
@@ -362,7 +362,7 @@ def all_reduce_turn(run: Run) -> Turn:
     return lambda count: _timed(update, count)
 
 
-class WholeTurn:
+class WholeRun:
     """The whole as a stage: the updates of a run, fed by its pipeline. Nothing is written; the weights change.
 
     Attributes:
@@ -444,7 +444,7 @@ def evaluation_seconds(run: Run, images: int, seconds: float) -> float:
     """
     batches = num_eval_batches(images, run.config.run.eval_batch, run.world)
     _, elapsed_s, done = _evaluated(run, 2)  # warm-up
-    most = run.world.choice_of_main(max(2, round(seconds / elapsed_s * done)))
+    most = run.world.broadcast_object(max(2, round(seconds / elapsed_s * done)))
     starting_s, elapsed_s, done = _evaluated(run, most)
     return starting_s + elapsed_s / done * batches
 

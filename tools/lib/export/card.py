@@ -15,7 +15,7 @@ from trainer.evaluation.trained import Trained
 from trainer.models.factory import preprocessing
 from trainer.state.checkpoint_settings import check_settings
 
-CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
+MODEL_CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _KINDS = {"ema": "running average of the weights", "raw": "weights as trained, not averaged"}
 _COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "ece": "ECE %"}

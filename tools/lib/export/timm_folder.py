@@ -31,7 +31,7 @@ def write_folder(trained: Trained, folder: Path) -> None:
     tensors = {name: value.detach().clone().contiguous() for name, value in trained.model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(hub_config(trained), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _refuse_other(trained, folder)
+    _check_same_logits(trained, folder)
 
 
 def hub_config(trained: Trained) -> dict:
@@ -98,7 +98,7 @@ def timm_model(folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _refuse_other(trained: Trained, folder: Path) -> None:
+def _check_same_logits(trained: Trained, folder: Path) -> None:
     images = noise(trained, 2)
     if not torch.equal(timm_model(folder)(images), trained.model(images)):
         raise UserError(f"{trained.source}: timm makes a model with other logits of the exported files. Report this")

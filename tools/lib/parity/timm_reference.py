@@ -87,7 +87,8 @@ class TimmTraining:
 
 class _PlannedRandom:
     """Stands in for Python's `random` and numpy's `choice` in timm while one image is transformed. The layout of the
-    uniforms is that of `augment.resized_crops` and `augment.randaugment`."""
+    uniforms is that of `augment.resized_crops` and `augment.randaugment`.
+    """
 
     def __init__(self, crop: Sequence[float], operations: Sequence[float]):
         self._tries = iter(crop[: 2 * augment.CROP_TRIES])
@@ -131,7 +132,7 @@ class _PlannedRandom:
 
 
 def _in_float32(level_fn: Callable | None) -> Callable | None:
-    """timm's function from a level to arguments, its floats rounded as the plan stores them."""
+    """Timm's function from a level to arguments, its floats rounded as the plan stores them."""
     if level_fn is None:
         return None
 

@@ -22,16 +22,16 @@ from tools.lib.shards.entries import EXTENSIONS, HIDDEN, Unused, is_image, print
 from tools.lib.shards.images import (
     MAX_BYTES,
     RejectedImageError,
+    check_dimensions,
     is_plain,
     opened,
     plain_image,
     read_jpeg_header,
-    refuse_absurd,
     rejecting,
 )
 from tools.lib.shards.tars import tar_files
 from tools.lib.shards.walk import walk
-from trainer.evaluation.trained import View
+from trainer.evaluation.trained import EvalTransform
 
 _IMAGE, _SHARD, _OTHER = "image", "shard", "other"
 
@@ -147,11 +147,13 @@ def _members(path: str) -> Iterator[Item]:
 # --- their pixels ---
 
 
-def look_at_batches(items: Iterator[Item], view: View, size: int) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
-    """The result of `look_at` for each image, in order, `size` at a time; a pool of threads works so far ahead."""
+def decoded_batches(
+    items: Iterator[Item], view: EvalTransform, size: int
+) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
+    """The result of `decoded` for each image, in order, `size` at a time; a pool of threads works so far ahead."""
     with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
         try:
-            futures = (pool.submit(look_at, item, view) for item in items)
+            futures = (pool.submit(decoded, item, view) for item in items)
             looked = (future.result() for future in look_ahead(futures, size, lambda _: None))
             while batch := list(itertools.islice(looked, size)):
                 yield batch
@@ -159,7 +161,7 @@ def look_at_batches(items: Iterator[Item], view: View, size: int) -> Iterator[li
             pool.shutdown(cancel_futures=True)
 
 
-def look_at(item: Item, view: View) -> tuple[str, np.ndarray | None, str]:
+def decoded(item: Item, view: EvalTransform) -> tuple[str, np.ndarray | None, str]:
     """An image's name, its pixels, uint8 [S, S, 3], and why there are none, "" if there are some. Raises nothing."""
     try:
         if item.error:
@@ -206,13 +208,13 @@ def pixels_of(content: bytes) -> np.ndarray:
     header = read_jpeg_header(content)
     with rejecting():
         if is_plain(header):
-            refuse_absurd(header.width, header.height)
+            check_dimensions(header.width, header.height)
             check_scans(content)
             return decode(np.frombuffer(content, dtype=np.uint8))
         return np.asarray(plain_image(opened(content)).convert("RGB"))
 
 
-def shown(pixels: np.ndarray, view: View) -> np.ndarray:
+def shown(pixels: np.ndarray, view: EvalTransform) -> np.ndarray:
     """The pixels that evaluation shows the model: uint8 [S, S, 3]."""
     height, width = pixels.shape[:2]
     plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)

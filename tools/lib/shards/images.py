@@ -81,7 +81,7 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
     with warnings.catch_warnings(), rejecting():
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
         if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
-            refuse_absurd(header.width, header.height)
+            check_dimensions(header.width, header.height)
             check_scans(content)
             orientation = _orientation(open_with_pil(content)) if header.has_exif else 1
             return CheckedImage(content, header.height, header.width, None, False, orientation)
@@ -106,7 +106,7 @@ def rejecting() -> Iterator[None]:
 def opened(content: bytes) -> Image.Image:
     """An image file's content in PIL, which has read the header alone. Raises RejectedImageError if it is absurd."""
     image = open_with_pil(content)
-    refuse_absurd(*image.size)
+    check_dimensions(*image.size)
     return image
 
 
@@ -128,7 +128,7 @@ def _decode(content: bytes, header: JpegHeader | None, plain: bool, options: Ima
     return CheckedImage(buffer.getvalue(), pixels.height, pixels.width, repaired, shrink, orientation)
 
 
-def refuse_absurd(width: int, height: int) -> None:
+def check_dimensions(width: int, height: int) -> None:
     """Raise a RejectedImageError for more pixels than any photograph has, and for none."""
     if not 0 < width * height <= MAX_PIXELS:
         raise RejectedImageError(f"absurd dimensions: {width} x {height}")

@@ -145,14 +145,14 @@ class Listing:
 
     def __getitem__(self, i: int) -> Entry:
         start = os.pread(self._starts.fileno(), _START_BYTES, i * _START_BYTES)
-        self._check_whole(self._starts, len(start) == _START_BYTES)
+        self._check_complete(self._starts, len(start) == _START_BYTES)
         self._lines.seek(int.from_bytes(start, "little"))
         line = self._lines.readline()
-        self._check_whole(self._lines, line.endswith(b"\n"))
+        self._check_complete(self._lines, line.endswith(b"\n"))
         return Entry(*json.loads(line))
 
-    def _check_whole(self, file: BinaryIO, is_whole: bool) -> None:
-        if not is_whole:
+    def _check_complete(self, file: BinaryIO, is_complete: bool) -> None:
+        if not is_complete:
             raise UserError(f"{file.name}: is cut off. Remove {self._partial} to begin the conversion again")
 
 

@@ -57,7 +57,7 @@ class Accuracy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A model to compare.
 
     Attributes:
@@ -91,7 +91,7 @@ class Facts:
     plain_attention: frozenset[str] = frozenset()
 
 
-def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
+def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Candidate]:
     """The models that a user names, or the paper's, each with its accuracy if there is one.
 
     Args:
@@ -113,11 +113,11 @@ def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Contender]:
             of = group[0].source or group[0].model
             others = f" and {len(group) - 1} more" if len(group) > 1 else ""
             raise UserError(f"{path}: is of {of}{others}, none of the models here. Name its model, or leave it out")
-    _refuse_different_images([model.accuracy for model in found if model.accuracy is not None])
+    _check_same_images([model.accuracy for model in found if model.accuracy is not None])
     return found
 
 
-def _refuse_different_images(accuracies: Iterable[Accuracy]) -> None:
+def _check_same_images(accuracies: Iterable[Accuracy]) -> None:
     """Evaluations go on one front only if they were on the same images; of other accuracies that is not known."""
     evaluated = [accuracy for accuracy in accuracies if accuracy.digest]
     for other in evaluated[1:]:
@@ -195,7 +195,7 @@ def _percent(where: str, value: object) -> float:
     return top1
 
 
-def _identified(word: str) -> tuple[Contender, str]:
+def _identified(word: str) -> tuple[Candidate, str]:
     """A model without its accuracy, and the file that its weights come from, "" for random ones."""
     name = None
     if not os.path.exists(word):  # also for what is too long to be a path
@@ -209,12 +209,12 @@ def _identified(word: str) -> tuple[Contender, str]:
                 f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
                 "--name NAME, and give DIR"
             ) from error
-        return Contender(word, trained.name, Path(word), trained.view.image_size), trained.source
+        return Candidate(word, trained.name, Path(word), trained.view.image_size), trained.source
     config = timm.get_pretrained_cfg(name)
-    return Contender(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
+    return Candidate(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
 
 
-def _with_accuracy(model: Contender, source: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -> Contender:
+def _with_accuracy(model: Candidate, source: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -> Candidate:
     found = [accuracy for accuracy in said if _is_of(accuracy, model, source)]
     if len(found) > 1:
         raise UserError(
@@ -227,7 +227,7 @@ def _with_accuracy(model: Contender, source: str, said: Iterable[Accuracy], pape
     return dataclasses.replace(model, accuracy=found[0], image_size=found[0].image_size or model.image_size)
 
 
-def _is_of(accuracy: Accuracy, model: Contender, source: str) -> bool:
+def _is_of(accuracy: Accuracy, model: Candidate, source: str) -> bool:
     """Trained models go by their file; timm's names by name, but not for what was trained to something else."""
     if not source:
         return not accuracy.source and accuracy.model in (model.name, model.label)
@@ -235,7 +235,7 @@ def _is_of(accuracy: Accuracy, model: Contender, source: str) -> bool:
     return bool(paths & {Path(source).resolve(), Path(model.label).resolve()})
 
 
-def build(model: Contender) -> tuple[nn.Module, int]:
+def build(model: Candidate) -> tuple[nn.Module, int]:
     """The network in evaluation mode with its BatchNorms folded, as every backend runs it, and how many were folded.
 
     It is the same in every process.
@@ -246,7 +246,7 @@ def build(model: Contender) -> tuple[nn.Module, int]:
         return network, fold_batch_norms(network, torch.randn(1, 3, model.image_size, model.image_size))
 
 
-def _built(model: Contender) -> nn.Module:
+def _built(model: Candidate) -> nn.Module:
     if model.path is not None:
         return inference.load_named(str(model.path), image_size=model.image_size).model
     with torch.random.fork_rng(devices=[]):
@@ -277,7 +277,7 @@ def gmacs(network: nn.Module, image_size: int) -> float:
 
 
 @torch.no_grad()
-def prepare(model: Contender, folder: Path, files: Sequence[str]) -> Facts:
+def prepare(model: Candidate, folder: Path, files: Sequence[str]) -> Facts:
     """Write what the backends read: the files asked for, of ONNX, HALF_ONNX and OPENVINO, and the reference.
 
     The reference holds images, float32 [2, 3, S, S], and the logits that PyTorch gives in float32.
