@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 
 from chaos.attempts import Attempt, isolated
 from chaos.conversions import jpeg, shard
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
 from tools.lib.shards.folders import KAGGLE_DATA, KAGGLE_SOLUTION
 
 PROMISE = (

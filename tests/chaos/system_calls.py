@@ -22,7 +22,7 @@ import pyarrow.parquet as parquet
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.conversions import jpeg, shard, tree
-from pipelines.shards.index import MANIFEST
+from pipelines.shards.manifest import MANIFEST
 
 PROMISE = (
     "During `build`, `index` and `merge`, at a system call that changes a file, the process is killed, or the disk is "

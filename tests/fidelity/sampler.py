@@ -14,7 +14,7 @@ from fidelity.rows import Row, within
 from pipelines.plan import order
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import EvalPlan, TrainPlan
-from pipelines.synthetic import synthetic_index
+from pipelines.shards.index import synthetic_index
 from trainer.cluster.world import World
 from trainer.evaluation.predict import eval_plans
 

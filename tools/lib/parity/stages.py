@@ -16,7 +16,7 @@ from torchvision.transforms import functional as F
 
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
-from pipelines.cpu import apply_op, decode, resized_crop
+from pipelines.ops.pil_ops import apply_op, decode, resized_crop
 from pipelines.ops.torch_ops import apply_ops
 from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
