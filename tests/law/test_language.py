@@ -51,8 +51,8 @@ NAMES = {
     "settle": "a verb with its object",
     "conduct": "a verb with its object",
 }
-# In these files, `card` is a model card and `view` is NumPy's or torch's.
-METHODS = {"view", "memoryview"}
+# After a dot, `view` is NumPy's or torch's and `tell` is a file's.
+METHODS = {"view", "memoryview", "tell"}
 SOURCES = [
     path for folder in ("pipelines", "trainer", "tools", "tests") for path in (REPOSITORY / folder).rglob("*.py")
 ]
