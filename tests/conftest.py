@@ -27,7 +27,15 @@ from tools.lib.shards.job import BuildOptions, build
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
     *("test_preemption", "test_backbones", "test_run", "test_chaos", "test_export", "test_teacher", "test_oracle"),
-    *("test_compiler", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    *(
+        "test_compiler",
+        "test_doctor",
+        "test_compare",
+        "test_report",
+        "test_shard_faults",
+        "test_dali",
+        "test_torch_ops",
+    ),
     "test_compiled_kernels",
 )
 

@@ -22,7 +22,7 @@ PHRASES = {
     r"\bcomes? to\b|\bcame to\b": "resolves to, reaches",
     r"\bcontenders?\b": "candidate",
     r"\btroubles?\b": "error",
-    r"\b(is|are|was|were|be|been|being) told\b|\btells?\b(?! apart)|\btelling\b": "logs, reports, raises",
+    r"\b(is|are|was|were|be|been|being) told\b|(?<!\.)\btells?\b(?! apart)|\btelling\b": "logs, reports, raises",
     r"\bas (it|they) (is|are)\b(?! \w)": "unchanged",
     r"\bbeats\b(?! per)|\bBeating\b": "heartbeat",
     r"\b(GPU|graphics|this|the|each|a|one|other|another|same) cards?\b(?=.*\b(GPU|memory|device|driver)\b)": "GPU",
