@@ -495,7 +495,9 @@ def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
         return micro_batch <= max(limit, 1024 if limit == 1000 else 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values))
+        patch.setattr(
+            World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values)
+        )
         assert largest_micro_batch(config, world, fits) == expected
         assert tried == sorted(tried, reverse=True) and all(1024 // ranks % size == 0 for size in tried)
         with pytest.raises(UserError, match="not even one group of 128 images fits"):
