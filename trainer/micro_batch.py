@@ -14,7 +14,7 @@ from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.world import World
 from trainer.config.sections import Config
 from trainer.feed import Pipelines, rank_plans
-from trainer.state.checkpoint import TrainState
+from trainer.state.train_state import TrainState
 from trainer.update.step import TrainStep
 
 

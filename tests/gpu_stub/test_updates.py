@@ -14,8 +14,8 @@ from pipelines.plan.plan import EvalPlan
 from pipelines.synthetic import SyntheticPipeline, synthetic_index
 from trainer.evaluation import metrics
 from trainer.evaluation.predict import predict
+from trainer.models.normalize import Normalize
 from trainer.models.teacher import resize_pixels
-from trainer.update.mixing import Normalize
 
 TEACHER = {"teacher.name": "tiny_cnn"}
 VIT = {"student.name": "test_vit"}

@@ -8,7 +8,6 @@ restarts, and the restart counts of two agents may differ.
 
 import contextlib
 import datetime
-import hashlib
 import itertools
 import json
 import os
@@ -17,18 +16,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from pipelines.common.errors import UserError, write_error_line
-from pipelines.common.files import parsed_json, sha256_of
+from pipelines.common.files import parsed_json
 from pipelines.common.launcher import launched
-from pipelines.common.versions import package_versions
 from pipelines.shards.index import read_manifest
+from trainer.cluster.code_version import code_version
 from trainer.config.sections import Config, to_dict
-from trainer.models.model_folders import CONFIG, named_folder
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.
@@ -39,7 +36,6 @@ MAY_DIFFER = {
     *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decoder_padding_mib"),
     *("student.checkpoint", "student.classes", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
 }
-_FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
 _GRACE_S = 5.0  # the others wait a little longer than rank 0, to hear what it has to say
 _SHOWN = 3  # differences named in one message
@@ -52,11 +48,10 @@ _LIBUV_TAKES_SOCKETS = (2, 14)
 def facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: {name: value}, values as JSON has them.
 
-    The configuration without MAY_DIFFER, the digests of the dataset, the contents of the files that the student and
-    every teacher come from, a hash of every source file, and versions.
+    The configuration without MAY_DIFFER, the digests of the dataset, a hash of every source file, and versions.
 
     Raises:
-      UserError: there is no dataset here, it is damaged, or a folder that names a model cannot be read.
+      UserError: there is no dataset here, or it is damaged.
     """
     settings = {f"{section}.{name}": value for section, keys in to_dict(config).items() for name, value in keys.items()}
     found = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
@@ -65,40 +60,7 @@ def facts(config: Config) -> dict[str, object]:
     if config.data.root is not None:
         splits = read_manifest(config.data.root)["splits"]
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
-    return {**found, **model_contents(config), **code_version()}
-
-
-def model_contents(config: Config) -> dict[str, str | None]:
-    """Short hashes of the files that the student and every teacher come from: {"content of KEY": hash, or None}.
-
-    Weights on Hugging Face's hub are not read: they may have to be downloaded first, which takes longer than ranks wait
-    for each other. The revision of their repository stands for them.
-    """
-    found = {}
-    for key, model in [("student", config.student), *config.teacher.members]:
-        files = {f"{key}.checkpoint": model.checkpoint, f"{key}.classes": model.classes}
-        if folder := named_folder(model.name):
-            files[f"{key}.name ({CONFIG})"] = folder.path / CONFIG
-            is_random = key == "student" and not config.student.pretrained
-            if folder.is_on_hub:
-                found[f"revision of {key}.name"] = folder.path.name
-            elif model.checkpoint is None and not is_random:
-                files[f"{key}.name (weights)"] = folder.weights_file()
-        for name, path in files.items():
-            found[f"content of {name}"] = sha256_of(path)[:12] if path and path.is_file() else None
-    return found
-
-
-def code_version() -> dict[str, str | None]:
-    """The hash of every source file that a run uses, and the versions of the packages that give its numbers."""
-    repository = Path(__file__).resolve().parents[2]
-    sources = sorted(path for folder in _FOLDERS for path in (repository / folder).rglob("*.py"))
-    files = {f"source file {path.relative_to(repository)}": _short_hash(path.read_bytes()) for path in sources}
-    return {**files, **{f"version of {package}": version for package, version in package_versions().items()}}
-
-
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+    return {**found, **code_version()}
 
 
 # --- meeting ---

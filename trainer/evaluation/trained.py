@@ -20,6 +20,7 @@ from pipelines.plan.plan import EvalPlan
 from pipelines.shards.index import MANIFEST, ShardIndex
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
+from trainer.models.checkpoint_format import is_of_trainer
 from trainer.models.checks import check_size
 from trainer.models.class_names import read_classes
 from trainer.models.factory import (
@@ -40,10 +41,11 @@ from trainer.models.model_folders import (
     read_folder,
     source_name,
 )
+from trainer.models.normalize import Normalize
 from trainer.models.weights import named_model, named_outputs, read_file, select_weights
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import check_settings, with_defaults
-from trainer.update.mixing import Normalize
 
 WEIGHTS = "model.safetensors"  # of an exported folder, as timm names it
 KINDS = ("auto", "ema", "raw")
@@ -232,11 +234,6 @@ def _file_of(path: Path, weights: str) -> Path:
     return steps[-1]
 
 
-def checkpoints_folder(run: Path) -> Path:
-    """Where a run's folder has its checkpoints; it may be named itself."""
-    return run if run.name == "checkpoints" else run / "checkpoints"
-
-
 # What is used of the settings in a checkpoint; those of `data` are checked where a DataConfig is made of them.
 _USED = ("student.name", "student.kwargs")
 
@@ -255,7 +252,7 @@ def _of_checkpoint(
     path: Path, content: object, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict
 ) -> Trained:
     origin = {}
-    if checkpoint.is_of_trainer(content):
+    if is_of_trainer(content):
         check_settings(path, content["config"], _USED)
         origin = content = {**content, "config": with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)

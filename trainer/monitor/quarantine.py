@@ -20,7 +20,7 @@ _Place = tuple[str, str, int]  # split, shard and offset of a sample
 
 
 class Quarantine:
-    """Collects what the pipelines find, on every rank, and settles it from time to time.
+    """Collects what the pipelines find, on every rank, and records it from time to time.
 
     What an earlier session of the run has named counts, too: it is read when the run is built.
 
@@ -53,7 +53,7 @@ class Quarantine:
         with self._lock:
             self._found.append((split, sample, error))
 
-    def settle(self) -> str:
+    def record_new(self) -> str:
         """Write down what any rank has found since the last time. Every rank must call it.
 
         Returns:

@@ -1,14 +1,11 @@
-"""AdamW with the recipe's parameter groups, clipping of gradients, and the moving average of the weights."""
+"""AdamW with the recipe's parameter groups, and clipping of gradients."""
 
-import copy
 import functools
-import itertools
 from collections.abc import Callable
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.config.sections import OptimConfig
 
@@ -76,41 +73,3 @@ def _unit_norms(values: torch.Tensor) -> torch.Tensor:
     if values.ndim <= 1:
         return torch.linalg.vector_norm(values)
     return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)
-
-
-def batch_norms(model: nn.Module) -> list[_NormBase]:
-    """The layers of a model that keep running statistics."""
-    return [module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
-
-
-def running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """The running means and variances of a model; no other buffers."""
-    return [buffer for norm in batch_norms(model) for buffer in (norm.running_mean, norm.running_var)]
-
-
-class ModelEma:
-    """Exponential moving average of a model's parameters and BatchNorm statistics; other buffers are copied.
-
-    Args:
-      model: the unwrapped model; the average starts from its present weights.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        # the same tensors for the whole life of the models; a shared one occurs once
-        self._averages, self._currents = _averaged(self.module), _averaged(model)
-        averaged = {id(tensor) for tensor in running_statistics(model)}
-        others = [id(tensor) not in averaged for tensor in model.buffers()]
-        self._copies = list(itertools.compress(self.module.buffers(), others))
-        self._originals = list(itertools.compress(model.buffers(), others))
-
-    @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """Become decay x average + (1 - decay) x the model's present weights."""
-        torch._foreach_lerp_(self._averages, self._currents, 1.0 - decay)
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._originals)
-
-
-def _averaged(model: nn.Module) -> list[torch.Tensor]:
-    return [*(parameter.data for parameter in model.parameters()), *running_statistics(model)]

@@ -21,14 +21,15 @@ from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from tools.report import main
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.monitor.report.charts import moving_average
 from trainer.monitor.report.page import charts, differing_settings, numbers, read_run, report_or_reason, write_report
 from trainer.monitor.sample_grid import keep_samples, strip_png
 from trainer.monitor.telemetry import Telemetry
-from trainer.run import build, train
 from trainer.update.mixing import mix_pixels
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -36,7 +37,9 @@ EVERY = ["--run.log_every", "1"]
 
 
 def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    return train(
+        build(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -26,15 +26,17 @@ from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.forked_python import executable
 from tools import doctor
+from trainer.builder import build
 from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.preemption import REQUEUE
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
 from trainer.micro_batch import largest_micro_batch
-from trainer.run import build, main
+from trainer.run import main
 from trainer.state import checkpoint
-from trainer.state.checkpoint import Writer, checkpoints, read
+from trainer.state.checkpoint import checkpoints, read
+from trainer.state.writer import Writer
 from trainer.update.step import TrainStep, gray_batch
 
 CONFIG = REPOSITORY / "configs" / "usi.yaml"
@@ -153,7 +155,9 @@ def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsy
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.run.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built"))
+    monkeypatch.setattr(
+        "trainer.builder.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built")
+    )
     with pytest.raises(SystemExit, match="built"):  # it is only noted here
         main(arguments_for(digits, tmp_path))
     monkeypatch.setattr("trainer.run.join_world", lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -534,7 +538,7 @@ def test_a_gpu_without_memory_left_is_one_line(digits, tmp_path, monkeypatch, ca
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(where, full)
-    monkeypatch.setattr("trainer.run.choose_compiler", lambda *_: (lambda function: function, ""))  # it rehearses
+    monkeypatch.setattr("trainer.builder.choose_compiler", lambda *_: (lambda function: function, ""))  # it rehearses
     with pytest.raises(SystemExit):
         command(arguments_for(digits, tmp_path))
     said = capsys.readouterr().err.splitlines()[-1]
