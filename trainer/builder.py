@@ -39,7 +39,6 @@ from trainer.models.factory import build_student, preprocessing
 from trainer.models.normalize import Normalize
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.monitor.run_files import Evaluation
-from trainer.monitor.sample_grid import SAMPLES
 from trainer.monitor.sinks import Sink, open_sinks
 from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
@@ -98,8 +97,12 @@ class Run:
             return False
         return state.step // epoch_steps % self.config.run.eval_every == 0 or state.step == self.total_steps
 
-    def feed(self, start: int) -> Feed:
-        """This rank's batches from update `start` on, as the loop takes them; close it to stop early."""
+    def feed(self, start: int, preview: Path | None = None) -> Feed:
+        """This rank's batches from update `start` on; close it to stop early.
+
+        Args:
+          preview: as for Feed.
+        """
         return Feed(
             self.plan,
             self.pipelines.of["train"],
@@ -107,7 +110,7 @@ class Run:
             micro_batch=self.state.micro_batch,
             start=start,
             stop=self.stop,
-            preview=self.config.run.out / SAMPLES if self.world.is_main else None,
+            preview=preview,
         )
 
     def set_learning_rate(self, step: int) -> None:

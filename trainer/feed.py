@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
         step += num_steps
 
 
+def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batch, None, None]:
+    """The batch of each plan, in order; closing the generator stops the pipeline."""
+    yield from pipeline.batches(plans)
+
+
 def sample_names(plan: TrainPlan, world: World, step: int, rows: list[int]) -> list[str]:
     """The names of the samples in some of this rank's rows of an update."""
     (batch,) = rank_plans(plan, step, step + 1, world, plan.global_batch // world.size)
@@ -80,7 +85,7 @@ class Feed(Iterator[Batch]):
         self._num_given = 0
         self._closing = contextlib.ExitStack()
         plans = rank_plans(plan, start, stop, world, micro_batch)
-        batches = self._closing.enter_context(contextlib.closing(pipeline.batches(plans)))
+        batches = self._closing.enter_context(contextlib.closing(batches_of(pipeline, plans)))
         shown = keep_samples(batches, preview) if preview is not None else batches
         self.wait = InputWait(HeartbeatIterator(shown, world.heartbeat, self._update), world.device)
 

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from typing import cast
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_synced
@@ -19,6 +20,7 @@ from trainer.monitor.monitor import Monitor
 from trainer.monitor.nonfinite import NonFiniteError
 from trainer.monitor.report.page import PAGE, report_or_reason
 from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, naming, read_summary, write_summary
+from trainer.monitor.sample_grid import SAMPLES
 from trainer.monitor.telemetry import Telemetry
 from trainer.state.resume import prepare, roll_back
 
@@ -99,7 +101,8 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
     is_saved, evaluation = True, Evaluation()
     # Restore the last update's learning rate: a checkpoint may be saved before the next update sets it.
     run.set_learning_rate(max(state.step - 1, 0))
-    with contextlib.closing(run.feed(state.step)) as batches:
+    preview = config.out / SAMPLES if run.world.is_main else None
+    with contextlib.closing(run.feed(state.step, preview)) as batches:
         monitor.watch(batches.wait)
         while True:
             agreed = run.preemption.agree(bool(run.checkpoints.writer.failure))
@@ -197,11 +200,12 @@ def describe(run: Run, monitor: Monitor) -> None:
 
 def ended_summary(run: Run, monitor: Monitor) -> Summary | None:
     """The summary of an earlier session if it has done all that this one is to do, else None."""
-    out, summary = run.config.run.out, None
+    out = run.config.run.out
+    summary: Summary | None = None
     if run.world.is_main:
         found = read_summary(out / SUMMARY)
         if found and found["step"] == run.state.step and "stopped_by" not in found["session"]:
-            summary = found
+            summary = cast(Summary, found)  # read_summary has checked its fields.
     summary = run.world.broadcast_object(summary)
     if summary is None or run.state.step < run.stop or run.evaluation_due:
         return None

@@ -539,7 +539,7 @@ def test_two_runs_in_one_folder(digits, tmp_path):
 
 def test_an_average_too_slow_for_the_run_is_told(digits, tmp_path, capsys):
     train_here(digits, tmp_path, "--ema.decay", "0.99996", "--run.stop_after_steps", 1)
-    assert "ema.decay 0.99996 is slow for 20 steps: at the end the average still holds 100%" in capsys.readouterr().out
+    assert "ema.decay 0.99996 is slow for 20 steps: at the end the EMA still holds 100%" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp_path):
@@ -577,7 +577,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
         torch.save(content, path)
     train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
     said = " ".join(capsys.readouterr().out.split())
-    assert "step-00000020.pt: damaged" in said and "going on from an earlier one, step-00000018.pt" in said
+    assert "step-00000020.pt: damaged" in said and "resuming from an earlier one, step-00000018.pt" in said
     assert "resuming after step 18" in said
     for part in ("student", "ema", "optimizer", "best"):
         assert_equal_states(newest(undisturbed)[part], newest(run)[part], part)

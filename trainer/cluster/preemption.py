@@ -19,7 +19,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIG
 
 
 def exit_code(signal_number: int) -> int:
-    """The exit code of a run that a signal stopped: 130 for Ctrl-C, 75 for all others, which want it to resume later."""
+    """The exit code of a run that a signal stopped: 130 for Ctrl-C, 75 for all others, which ask it to resume."""
     return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
 
 
@@ -71,7 +71,11 @@ class Preemption:
 
     def __init__(self, world: World):
         self._world = world
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup)  # It would be an int on ranks outside the group.
+            self._group = group
         self._signal = 0
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 

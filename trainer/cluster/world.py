@@ -11,7 +11,6 @@ import torch.distributed as dist
 from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.launcher import Launch, launched
 from trainer.cluster import rendezvous
-from trainer.cluster.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -121,7 +120,7 @@ def join_world(
 
 
 def _check_launch(this: Launch) -> None:
-    """Print which of a launcher's variables are ignored. Raises a UserError about copies that srun alone has started."""
+    """Print which of a launcher's variables are ignored. Raises a UserError if srun alone has started copies."""
     if this.by == "srun" and this.size > 1:
         raise UserError(
             f"srun has started {this.size} copies of this program, which do not know of each other. Start ranks with "
@@ -143,7 +142,6 @@ def _prepared_device(device: str, local_rank: int) -> torch.device:
     """The device of this rank; a GPU is made the current one."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
-        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or fix the driver")

@@ -217,6 +217,15 @@ def load_named(text: str, name: str | None = None, **settings) -> Trained:
     return load(text, None, **settings)
 
 
+def load_model(source: Path | str, **settings) -> Trained:
+    """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
+
+    Args:
+      settings: as for `load`.
+    """
+    return load_named(str(source), **settings)
+
+
 def _file_of(path: Path, weights: str) -> Path:
     """The checkpoint that a run's folder stands for; a file stands for itself."""
     if not path.is_dir():

@@ -9,7 +9,7 @@ import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from pipelines.common.errors import ROOM, UserError, advice_against
 from pipelines.common.files import parsed_json, split_json_lines, write_synced
@@ -23,19 +23,20 @@ SUMMARY = "summary.json"
 Evaluation = dict[str, dict[str, float]]  # For the raw and the EMA weights: top1, top5, loss, images.
 
 
-class TrainRecord(TypedDict, total=False):
-    """A line about the updates since the last one. The teacher's fields are in percent, and absent without a teacher."""
-
-    kind: Literal["train"]
+class _TrainNumbers(TypedDict):
     step: int
     epoch: int
     loss: float
     lr: float
     images_per_s: float
     input_wait: float
+
+
+class TrainRecord(_TrainNumbers, total=False):
+    """A line about the updates since the last one; the teacher's fields, absent without a teacher, are in percent."""
+
     teacher_top1: float
     agreement: float
-    time: float
 
 
 class SessionSummary(TypedDict, total=False):

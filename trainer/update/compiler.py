@@ -1,7 +1,7 @@
 """Whether the models are compiled, and by what."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def uncompiled(function: T) -> T:
 
 def compiled(function: T) -> T:
     """torch.compile with dynamic=False: training uses few input shapes, and shape-specialised kernels are faster."""
-    return torch.compile(function, dynamic=False)
+    return cast(T, torch.compile(function, dynamic=False))
 
 
 def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: World) -> tuple[Compiler, str]:
@@ -32,7 +32,7 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
     Args:
       setting: auto compiles on GPUs, where it works, unless the student has SyncBatchNorm layers.
     Returns:
-      the compiler, the same on all ranks, and what is worth saying; "" is nothing.
+      the compiler, the same on all ranks, and a note for the user, which may be "".
     Raises:
       UserError: true, and compiling does not work here.
     """
@@ -56,7 +56,7 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
 
 
 def kernel_error(world: World) -> str:
-    """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
+    """Why some rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
     mine = torch_ops.kernel_error() if world.device.type == "cuda" else ""
     return next(filter(None, world.all_gather([mine])), "")
 

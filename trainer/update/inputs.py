@@ -45,7 +45,7 @@ class Inputs:
             student, *teachers = mixed_inputs(batch, wanted)
             return ModelInputs(student, teachers)
         student, *normalised, raw = mixed_inputs(batch, [*wanted, self._teachers.raw])
-        pixels = raw.permute(0, 2, 3, 1)  # They are whole numbers up to 255, which every type holds exactly.
+        pixels = raw.permute(0, 2, 3, 1)  # These are integers up to 255, which every type holds exactly.
         in_order = iter(normalised)
         return ModelInputs(
             student, [next(in_order) if teacher in same_size else teacher.inputs(pixels) for teacher in members]

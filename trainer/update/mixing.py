@@ -13,7 +13,7 @@ def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
     """Each row's partner: the rows of every group of `mix_group` reversed. Same shape and type as `values`."""
     if mix_group == 0:
         return values
-    # [groups, mix_group, ...]
+    # unflatten: [groups, mix_group, ...]
     return values.unflatten(0, (-1, mix_group)).flip(1).flatten(0, 1)
 
 
@@ -30,8 +30,10 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
         return own
     other, mixed = partners(own, batch.mix_group), own.clone()
     start = 0
-    for (top, left, height, width), alike in itertools.groupby(batch.box.tolist()):  # a group has one box
-        rows = slice(start, start := start + len(list(alike)))
+    for (top, left, height, width), same in itertools.groupby(batch.box.tolist()):  # A group has one box.
+        stop = start + len(list(same))
+        rows = slice(start, stop)
+        start = stop
         if height * width:
             inside = rows, slice(top, top + height), slice(left, left + width)
             mixed[inside] = other[inside]
@@ -44,7 +46,8 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
 def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None = None) -> list[torch.Tensor]:
     """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
 
-    Each model's are memory of their own, so that what the student keeps for its backward pass does not keep the others.
+    Each model's images have memory of their own, so that the student's, which are kept for its backward pass, keep no
+    others.
 
     Args:
       kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel

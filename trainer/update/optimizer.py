@@ -12,19 +12,20 @@ from trainer.config.sections import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on 1-D parameters, biases and what `model.no_weight_decay()` names."""
-    excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    excluded = no_weight_decay() if no_weight_decay is not None else ()
     groups = param_groups_weight_decay(model, weight_decay=config.weight_decay, no_weight_decay_list=excluded)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One rate for all groups."""
+    """Set one rate for all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def gradient_clipping(model: nn.Module, config: OptimConfig) -> Callable[[], object] | None:
-    """What clips a model's gradients in place, without waiting for the device; None where nothing is to be clipped.
+    """A function that clips a model's gradients in place, without waiting for the device; None for no clipping.
 
     Adaptive clipping leaves out the classifier that the model names (timm's `get_classifier`), as in the paper.
     """
@@ -39,8 +40,9 @@ def gradient_clipping(model: nn.Module, config: OptimConfig) -> Callable[[], obj
 
 
 def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those of the last layer; of all of them where a model has several, of none where it names none."""
-    layers = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    """The parameters of the classifier; of all classifiers where a model has several, of none where it names none."""
+    get_classifier = getattr(model, "get_classifier", None)
+    layers = get_classifier() if get_classifier is not None else ()
     layers = layers if isinstance(layers, (tuple, list)) else [layers]
     return [parameter for layer in layers for parameter in layer.parameters()]
 
@@ -49,21 +51,22 @@ def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
 def clip_adaptively(parameters: list[nn.Parameter], factor: float, eps: float = 1e-3) -> None:
     """Cut each unit's gradient to `factor` x the norm of its weights, in place.
 
-    A unit is what makes one output: a row of a matrix, a filter of a convolution; a vector is one unit.
+    A unit makes one output: a row of a matrix, a filter of a convolution; a vector is one unit.
 
     Args:
-      parameters: those without a gradient are passed over.
-      eps: least norm of weights that counts, so that weights that are zero can leave it.
+      parameters: those without a gradient are ignored.
+      eps: smaller norms of weights count as this, so that weights that are zero can grow.
     Source: arXiv 2102.06171, equation 3 and its eps.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if not parameters:
+    pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not pairs:
         return
-    gradients = [parameter.grad for parameter in parameters]
-    scales = [_unit_norms(parameter) for parameter in parameters]
+    gradients = [gradient for _, gradient in pairs]
+    scales = [_unit_norms(parameter) for parameter, _ in pairs]
     torch._foreach_clamp_min_(scales, eps)
     torch._foreach_mul_(scales, factor)
-    torch._foreach_div_(scales, [_unit_norms(gradient) for gradient in gradients])  # no gradient: infinity
+    # A gradient of zero makes its scale infinite, which the next line cuts to 1.
+    torch._foreach_div_(scales, [_unit_norms(gradient) for gradient in gradients])
     torch._foreach_clamp_max_(scales, 1.0)
     torch._foreach_mul_(gradients, scales)
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -220,8 +220,8 @@ def _data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
     # StatisticsAverage averages the buffers, so DDP must not broadcast them. Newer PyTorch has another name for that.
     parameters = inspect.signature(DistributedDataParallel).parameters
     no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    wrap = functools.partial(DistributedDataParallel, gradient_as_bucket_view=True)
-    return wrap(model, **{no_broadcast: False})
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, no_broadcast: False}
+    return DistributedDataParallel(model, **options)
 
 
 def seed_dropout(seed: int, position: int, device: torch.device) -> None:

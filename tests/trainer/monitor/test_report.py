@@ -113,7 +113,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
         f"top-1, averaged weights (EMA) {summary['evaluation']['ema']['top1']:.2f} %",
         f"top-1, raw weights {summary['evaluation']['raw']['top1']:.2f} %",
         "restarts 2",
-        "damaged images met 0",
+        "damaged images 0",
         f"settings other than the recipe's {len(summary['deviations'])}",
         "ema.decay 0.99996 0.9 of the average, at every update",
         "teacher.name tresnet_v2_l null",
@@ -284,7 +284,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path, capsys):
     said = "5 lines of metrics.jsonl, 1 line of quarantine.jsonl, summary.json, config.yaml"
     assert f"left out: {said}" in page.text
     assert f"{run}: cannot be used and is left out: {said}\n" in capsys.readouterr().err
-    assert "steps done 4 of 20" in page.text and "damaged images met 0" in page.text
+    assert "steps done 4 of 20" in page.text and "damaged images 0" in page.text
 
 
 def test_a_clock_that_was_set_back_is_said(tmp_path):

@@ -104,7 +104,7 @@ def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
         with pytest.raises(SystemExit) as end:
             main(arguments_for(digits, tmp_path))
     assert end.value.code == (130 if number == signal.SIGINT else REQUEUE)
-    told = f"{number.name}: stopped after step 7 of 20. Run the same command again: it goes on from there"
+    told = f"{number.name}: stopped after step 7 of 20. Run the same command again to resume there"
     assert told in capsys.readouterr().out
     assert newest(tmp_path)["step"] == 7
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -345,7 +345,7 @@ def test_a_checkpoint_that_another_run_has_written_meanwhile_is_left_alone(digit
         shutil.copy(later, tmp_path / "checkpoints")
         return run
 
-    monkeypatch.setattr("trainer.run.build", build_and_be_late)
+    monkeypatch.setattr("trainer.builder.build", build_and_be_late)
     with pytest.raises(UserError, match="step-00000020.pt: another run has written it meanwhile. Start again"):
         train_here(digits, tmp_path)
     assert (tmp_path / "checkpoints" / later.name).read_bytes() == later.read_bytes()
@@ -397,10 +397,10 @@ def test_a_damaged_first_checkpoint_begins_a_run_anew_and_later_ones_are_refused
     for path in checkpoints(run / "checkpoints"):
         path.write_bytes(b"")
     train_here(digits, run)
-    assert "it was the first: the run begins anew" in capsys.readouterr().out
+    assert "it was the first: the run starts from scratch" in capsys.readouterr().out
     assert_same_end(undisturbed, run)
     assert [path.name for path in (run / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
-    with pytest.raises(UserError, match="step-00000020.pt: damaged .* no other checkpoint is whole. Restore one, or"):
+    with pytest.raises(UserError, match="step-00000020.pt: damaged .* no other checkpoint is intact. Restore one, or"):
         for path in checkpoints(run / "checkpoints"):
             path.write_bytes(b"")
         train_here(digits, run, "--run.checkpoint_every", 10)
