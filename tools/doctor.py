@@ -36,12 +36,12 @@ from tools.lib.doctor.diagnosis import Diagnosis, Remaining, diagnose, remaining
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate, Turn, WholeRun, feed_of, plans_of_size, rates
 from tools.lib.shards.verify import human_seconds
+from trainer.builder import Run, build
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.feed import open_indices, rank_threads
-from trainer.loop import Run
 from trainer.micro_batch import reporting_out_of_memory
-from trainer.run import build, facts_to_compare
+from trainer.run import facts_to_compare
 
 _BAR = 24  # characters
 _NEGLIGIBLE = 0.1  # share of the work: on that side little could be gained

@@ -9,11 +9,10 @@ import torch
 
 from pipelines.common.errors import UserError
 from tools.lib.common.timing import timed_on_device
+from trainer.builder import Run, build
 from trainer.cluster.world import alone
 from trainer.config.sections import Config, parse
-from trainer.loop import Run
 from trainer.models.factory import create_model
-from trainer.run import build
 
 CLASSES = 1000
 _FEWEST, _MOST = 3, 100  # updates of a turn

@@ -50,12 +50,13 @@ from tools.lib.benchmark.runs import (
 )
 from tools.lib.common.opening import first_device
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
+from trainer.builder import Run
 from trainer.feed import rank_plans
-from trainer.loop import Run, loop
+from trainer.loop import make_monitor
 from trainer.models.factory import create_model
 from trainer.models.weights import read_weights
 from trainer.monitor.run_files import METRICS
-from trainer.monitor.telemetry import Telemetry
+from trainer.state.writer import Writer
 from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
@@ -202,21 +203,18 @@ class Ours:
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
         run.state.step = 0
-        run.writer = Discarding()
-        counts = {"step": 0, "total_steps": run.total_steps, "steps_per_epoch": run.plan.steps_per_epoch}
+        run.checkpoints.writer = Discarding()
         with contextlib.redirect_stdout(io.StringIO()):
-            telemetry = Telemetry(run.config.run.out, run.world, **counts)
-            with telemetry.live():
-                loop(run, telemetry)
+            monitor = make_monitor(run)
+            with monitor.session():
+                updates(run, monitor)
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]
         assert lines[-1]["step"] == 2 * updates, lines
         return updates * run.config.run.global_batch / lines[-1]["images_per_s"]
 
 
-class Discarding:
+class Discarding(Writer):
     """Stands for a run's writer of checkpoints: a turn of the loop ends with one, which nobody measures or reads."""
-
-    failure = ""
 
     def submit(self, *_) -> None:
         """Write nothing."""

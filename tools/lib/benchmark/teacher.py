@@ -30,8 +30,9 @@ from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, t
 from tools.lib.shards.job import BuildOptions, build
 from trainer.config.sections import Config, parse
 from trainer.models.factory import create_model, preprocessing
-from trainer.models.teacher import Teachers, build_teachers, model_inputs
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
+from trainer.models.teacher import Teachers, build_teachers
+from trainer.update.inputs import Inputs
 from trainer.update.precision import PRECISIONS, allow_tf32
 
 COLUMNS = SPEED_COLUMNS | {
@@ -117,7 +118,7 @@ def _forward_pass(config: Config, precision: str, batches: list[Batch]) -> list[
     teachers = build_teachers(config, CLASSES, None)
     teachers = teachers.to(device, memory_format=torch.channels_last).to_precision(dtype)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3, dtype).to(device)  # a student's, which is not used
-    return [functools.partial(_logits, teachers, model_inputs(batch, normalize, teachers)[1]) for batch in batches]
+    return [functools.partial(_logits, teachers, Inputs(normalize, teachers)(batch).teachers) for batch in batches]
 
 
 @torch.no_grad()

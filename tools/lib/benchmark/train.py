@@ -40,10 +40,10 @@ from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize, timed_on_device
 from tools.lib.doctor.stages import IN_WORK
 from tools.lib.shards.job import BuildOptions, build
+from trainer.builder import Run
 from trainer.config.sections import DataConfig
 from trainer.feed import rank_plans
-from trainer.loop import Run
-from trainer.monitor.telemetry import InputWait
+from trainer.monitor.clock import InputWait
 
 COLUMNS = SPEED_COLUMNS | {
     "input_wait": "waiting for input",

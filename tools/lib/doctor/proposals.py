@@ -18,11 +18,10 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import ShardReader
 from tools.lib.doctor.stages import NOTHING, Feed, Rate, Turn, WholeRun, feed_of, plans_of_size, rates, rounds
 from tools.lib.shards.images import CheckedImage, ImageOptions, check_image
+from trainer.builder import Run, build
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.sections import Config
 from trainer.feed import open_pipelines
-from trainer.loop import Run
-from trainer.run import build
 
 AS_IT_IS = "as it is"
 REPEATS = 5  # a gain must show in every one of them

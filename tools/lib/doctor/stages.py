@@ -34,13 +34,12 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import places
 from pipelines.synthetic import SyntheticPipeline
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize, timed_on_device
+from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import TeacherConfig
 from trainer.evaluation.predict import num_eval_batches
 from trainer.feed import rank_plans, rank_threads
-from trainer.loop import Run, set_rate
-from trainer.monitor.telemetry import InputWait
-from trainer.run import build
+from trainer.monitor.clock import InputWait
 
 READING_COLD, READING = "reading, cold", "reading"
 DECODING, RESIZING, PIPELINE = "+ decoding", "+ crop, resize, flip", "+ RandAugment: the pipeline"
@@ -341,11 +340,11 @@ def teacher_turn(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Turn:
     """The teacher's forward passes of an update; its inputs are there already."""
     batch, step = next(synthetic_batches(run, plans)), run.step
     with torch.no_grad():
-        _, inputs = step.inputs(batch)
+        inputs = step.inputs(batch).teachers
 
     @torch.no_grad()
     def update() -> None:
-        for _ in range(step.micro_batches):
+        for _ in range(step.num_micro_batches):
             step.teacher(inputs)
 
     return lambda count: _timed(update, count)
@@ -379,7 +378,7 @@ class WholeRun:
         updates = 1 + feed.ahead + count + feed.ahead
         if self._cold:
             drop_from_cache(feed.index, np.concatenate([plan.sample for plan in feed.plans(updates)]))
-        set_rate(run, run.state.step)
+        run.set_learning_rate(run.state.step)
         with closing(feed.pipeline.batches(feed.plans(updates))) as batches:
             watched = InputWait(batches, run.world.device)
             for _ in range(1 + feed.ahead):
@@ -406,7 +405,7 @@ def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int],
     first = min(max(run.state.step, epoch * per_epoch), stop - 1)
     stop = next((other for other in range(epoch, epochs[-1] + 2) if other not in epochs), epochs[-1] + 1) * per_epoch
     if again:
-        enough = max(-(-2 * PLANS_AHEAD // run.step.micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
+        enough = max(-(-2 * PLANS_AHEAD // run.step.num_micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
         stop = min(stop, first + enough)
 
     def plans(count: int) -> Iterator[BatchPlan]:
@@ -427,7 +426,7 @@ def feed_of(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Feed:
         pipeline=run.pipelines.of["train"],
         device=world.device,
         plans=plans,
-        per_update=run.step.micro_batches,
+        per_update=run.step.num_micro_batches,
         prefetch=data.prefetch,
         threads=rank_threads(data, world),
         decode=run.pipelines.decode["decode"],
