@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
+if not __package__:  # A script finds the packages of its own repository, and not the files of its own folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank would bury the line that names it
 

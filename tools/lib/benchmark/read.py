@@ -1,10 +1,13 @@
-"""Reading JPEGs out of shards in the order of a plan: our reader against memory maps and plain reads, and against the
-readers of DALI and webdataset, which go through the shards from front to back; one reading thread each.
+"""Reading JPEGs out of shards in the order of a plan, with one reading thread.
 
-Warm means from the page cache. Cold means after the shards' pages were dropped from it (`posix_fadvise`, which other
-readers of the same files and some file systems may prevent: a cold row that is as fast as a warm one says so).
+Our reader is compared with memory maps and plain reads, and with the readers of DALI and webdataset, which read the
+shards from front to back.
+
+Warm reads come from the page cache. Cold ones come after the shards' pages were dropped from it with `posix_fadvise`,
+which other readers of the same files and some file systems may prevent; a cold row is then as fast as a warm one.
 """
 
+import functools
 import importlib.util
 import mmap
 import os
@@ -17,88 +20,80 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.plan import rng
-from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import PLANS_AHEAD, ShardReader, look_ahead, places
-from tools.lib.common.photos import write_common_photographs
+from tools.lib.benchmark.photographs import photograph_index
+from tools.lib.benchmark.results import Row
 from tools.lib.common.timing import interleaved, ratio, timed
-from tools.lib.shards.job import BuildOptions, build
 
 COLUMNS = {"what": "what", "mb_per_s": "MB/s", "min": "min", "max": "max", "ratio": "ratio", "of": "of"}
 OURS = "ours (pread, fadvise)"
 _BATCH = 128
 
 
-def read(images: int, repeats: int) -> list[dict]:
+def read(images: int, repeats: int) -> list[Row]:
     """The rows of the benchmark, over `images` photographs; "augmentation" is warm or cold."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder, out = Path(scratch) / "src", Path(scratch) / "out"
-        write_common_photographs(folder, images)
-        build(folder, out, BuildOptions(samples_per_shard=max(1, images // 8)), workers=2)
-        index = read_index(out, "train")
+        index = photograph_index(Path(scratch), images, samples_per_shard=max(1, images // 8))
         order = rng.permute(0, rng.Stream.ORDER, 0, len(index), np.arange(len(index)))
         batches = np.array_split(order, max(1, len(order) // _BATCH))
-        nbytes = int(index.samples["nbytes"].sum(dtype=np.int64))
+        megabytes = int(index.samples["nbytes"].sum(dtype=np.int64)) / 1e6
         ways = {name: way for name, way in _WAYS.items() if _is_installed(_NEEDS.get(name, "numpy"))}
-        rows = [{"what": name, "augmentation": "warm", "note": "not installed"} for name in _WAYS if name not in ways]
+        rows: list[Row] = [
+            {"what": name, "augmentation": "warm", "note": "not installed"} for name in _WAYS if name not in ways
+        ]
         for temperature in ("warm", "cold"):
-            drop = (lambda: _drop(index)) if temperature == "cold" else (lambda: None)
-            candidates = {name: _after(drop, _total(function, index, batches)) for name, function in ways.items()}
+            candidates = {}
+            for name, way in ways.items():
+                read_all = timed(functools.partial(_read_all, way, index, batches))
+                candidates[name] = functools.partial(_cold, index, read_all) if temperature == "cold" else read_all
             seconds = interleaved(candidates, repeats)
-            rows += [
-                {
-                    "what": name,
-                    "augmentation": temperature,
-                    "mb_per_s": round(nbytes / statistics.median(times) / 1e6),
-                    "min": round(nbytes / max(times) / 1e6),
-                    "max": round(nbytes / min(times) / 1e6),
-                    "ratio": ratio(seconds[OURS], times),
-                    "of": OURS,
-                }
-                for name, times in seconds.items()
-            ]
+            for name, times in seconds.items():
+                rows.append(
+                    {
+                        "what": name,
+                        "augmentation": temperature,
+                        "mb_per_s": round(megabytes / statistics.median(times)),
+                        "min": round(megabytes / max(times)),
+                        "max": round(megabytes / min(times)),
+                        "ratio": ratio(seconds[OURS], times),
+                        "of": OURS,
+                    }
+                )
     return rows
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # nor is the package that it would lie in
+    except ModuleNotFoundError:  # Its parent package is missing, too.
         return False
 
 
 def _drop(index: ShardIndex) -> None:
-    """Have the system forget the shards' pages."""
+    """Drop the shards' pages from the page cache."""
     for path in index.paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _after(prepare: Callable[[], None], run: Callable[[], None]) -> Callable[[], float]:
-    """`run` as a candidate; `prepare` comes before it and does not count."""
-    measure = timed(run)
-
-    def seconds() -> float:
-        prepare()
-        return measure()
-
-    return seconds
+def _cold(index: ShardIndex, read_all: Callable[[], float]) -> float:
+    """The seconds of `read_all` after the pages were dropped; dropping them does not count."""
+    _drop(index)
+    return read_all()
 
 
-def _total(function: Callable, index: ShardIndex, batches: list[np.ndarray]) -> Callable[[], None]:
-    """Goes through every image; each byte is looked at, since a memory map reads nothing before."""
-
-    def run() -> None:
-        count = 0
-        for content in function(index, batches):
-            np.add.reduce(np.frombuffer(content, dtype=np.uint8))
-            count += 1
-        assert count == len(index), (function, count)
-
-    return run
+def _read_all(way: Callable[..., Iterator], index: ShardIndex, batches: list[np.ndarray]) -> None:
+    """Read every image. Each byte is looked at, because a memory map reads nothing before."""
+    count = 0
+    for content in way(index, batches):
+        np.add.reduce(np.frombuffer(content, dtype=np.uint8))
+        count += 1
+    assert count == len(index), (way, count)
 
 
-# --- the ways: all images of an index, some in the order of the batches ---
+# --- the ways: each yields all images of an index; our own follow the order of the batches ---
 
 
 def _ours(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
@@ -128,14 +123,6 @@ def _mapped(index: ShardIndex, batches: list[np.ndarray], *, advise: bool) -> It
     for batch in look_ahead(batches, PLANS_AHEAD, announce):
         for shard, offset, nbytes in places(index, batch):
             yield memoryview(maps[shard])[offset : offset + nbytes]
-
-
-def _mapped_advised(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
-    return _mapped(index, batches, advise=True)
-
-
-def _mapped_plain(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
-    return _mapped(index, batches, advise=False)
 
 
 def _dali(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
@@ -168,8 +155,8 @@ def _webdataset(index: ShardIndex, batches: list[np.ndarray]) -> Iterator:
 _WAYS = {
     OURS: _ours,
     "pread": _pread,
-    "memory map, madvise": _mapped_advised,
-    "memory map": _mapped_plain,
+    "memory map, madvise": functools.partial(_mapped, advise=True),
+    "memory map": functools.partial(_mapped, advise=False),
     "DALI's reader": _dali,
     "webdataset": _webdataset,
 }

@@ -2,20 +2,21 @@
 
 What makes the rows of a table comparable:
 
-- They are runs of the same number of updates in turn, each until the device has finished, after updates that do not
-  count: kernels are chosen and models compiled by then.
+- They make the same number of updates in turn, each until the device has finished, after updates that do not count:
+  kernels are chosen and models compiled by then.
 - All see the same uint8 images, which lie on the device already, and train the same models with the same weights of the
-  teacher, loss, optimizer and decay of the average.
-- "ours" is the update of a run that was built as any other, mixing, average and all, fed by the plan through the
+  teacher, loss, optimizer and decay of the EMA.
+- "ours" is the update of a run that was built like any other, with its mixing and its EMA, fed by the plan through the
   synthetic pipeline. "ours, whole loop" is the same run's loop with its log, progress and questions to the ranks,
   between two checkpoints: the rate is its own log's.
 - "timm-style" is what timm's training script does with its own parts: PrefetchLoader normalises on the device, a task
   gives the loss (LogitDistillationTask, or ClassificationTask without a teacher), create_optimizer_v2 the optimizer,
-  ModelEmaV3 the average, task.compile() compiles. With --channels-last, cuDNN's search on and automatic mixed
+  ModelEmaV3 the EMA, task.compile() compiles. With --channels-last, cuDNN's search on and automatic mixed
   precision. What favours it: its batches are mixed already, since FastCollateMixup does that in the loader's workers,
   the teacher is channels-last, too, and the loss is never read.
 - "models alone" is the forward pass of the student (and the teacher), loss, backward pass and the optimizer's step, of
-  the same modules as ours, on pixels that are normalised already. "overhead" is the share of a row's time beyond that.
+  the same modules as ours, on pixels that are normalised already. "overhead" is the fraction of a row's time beyond
+  that.
 - Memory is the peak of what a row allocates besides the others' models, after its updates are under way; the GPU's
   alone is measured.
 """
@@ -29,6 +30,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +38,7 @@ from torch import nn
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
+from tools.lib.benchmark.results import Measured, Row
 from tools.lib.benchmark.runs import (
     CLASSES,
     LAST,
@@ -46,9 +49,10 @@ from tools.lib.benchmark.runs import (
     release_memory,
     resolve,
     teacher_or_none,
-    updates_of_a_turn,
+    updates_per_timed_run,
 )
 from tools.lib.common.opening import first_device
+from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.feed import rank_plans
 from trainer.loop import Run, loop
@@ -72,7 +76,7 @@ COLUMNS = {
     "overhead": "overhead",
 }
 OURS, LOOP, TIMM, ALONE = "ours", "ours, whole loop", "timm-style", "models alone"
-_WARM_UP = 3  # updates until nothing is compiled or chosen any more
+_WARM_UP = 3  # Nothing is compiled or chosen any more after this many updates.
 
 
 def step(
@@ -84,14 +88,14 @@ def step(
     compile: str,
     repeats: int,
     seconds: float,
-) -> Iterator[dict]:
+) -> Iterator[Row]:
     """The rows: each model from the teacher and alone, compiled and then not, as far as `compile` asks for it.
 
     Args:
-      teacher: of all models; null measures them alone only.
+      teacher: of all models; null measures the models only alone.
       precision: auto, bf16 or fp32.
       compile: no, yes or both.
-      seconds: about how long a turn takes.
+      seconds: about how long a timed run takes.
     Raises:
       UserError: unknown words, or models that cannot be built.
     """
@@ -109,13 +113,13 @@ def step(
             release_memory()
 
 
-def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dict]:
-    """A table: everyone's updates in turn."""
+def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[Row]:
+    """A table: the updates of all candidates in turn."""
     ours, ours_mib = _warm(lambda: Ours(setting, out))
     batch = ours.first_batch()
-    updates = updates_of_a_turn(ours.update, seconds)
-    rows = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
-    rows[OURS] |= {"peak_mib": ours_mib}
+    updates = updates_per_timed_run(ours.update, seconds)
+    rows: dict[str, Row] = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
+    rows[OURS]["peak_mib"] = ours_mib
     alone, _ = _warm(lambda: ModelsAlone(setting, ours.run, batch))
     candidates = {
         OURS: functools.partial(_seconds, ours.update, updates),
@@ -124,18 +128,19 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dic
     }
     try:
         timm_style, timm_mib = _warm(lambda: TimmStyle(setting, ours.run, batch))
-    except Exception as error:  # a timm with other tasks or none, no memory, a model that it cannot compile
-        rows[TIMM]["note"] = " ".join(f"not measured, {type(error).__name__}: {error}".split())[:300]
+    except Exception as error:  # This timm has other tasks or none, lacks memory, or cannot compile the model.
+        rows[TIMM]["note"] = f"not measured, {type(error).__name__}: {one_line(error)}"
     else:
-        rows[TIMM] |= {"peak_mib": timm_mib}
+        rows[TIMM]["peak_mib"] = timm_mib
         candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
-    turns = interleaved(candidates, repeats, warm_up=False)
-    for who, times in turns.items():
-        rows[who] |= _measured(updates, setting.batch, times) | _compared(who, turns)
+    seconds_of = interleaved(candidates, repeats, warm_up=False)
+    for who, times in seconds_of.items():
+        rows[who].update(_measured(updates, setting.batch, times))
+        rows[who].update(_compared(who, seconds_of))
     return list(rows.values())
 
 
-def _measured(updates: int, batch: int, times: list[float]) -> dict:
+def _measured(updates: int, batch: int, times: list[float]) -> Measured:
     return {
         **speeds(updates * batch, times, 1),
         "ms": round(1000 * statistics.median(times) / updates, 2),
@@ -143,19 +148,32 @@ def _measured(updates: int, batch: int, times: list[float]) -> dict:
     }
 
 
-def _compared(who: str, turns: dict[str, list[float]]) -> dict:
-    """The speed over the timm-style update's, and the share of the time that is not the models'."""
-    found = {"ratio": ratio(turns[TIMM], turns[who]), "of": TIMM} if TIMM in turns else {}
+def _compared(who: str, seconds_of: dict[str, list[float]]) -> Measured:
+    """The speed over the timm-style update's, and the fraction of the time that is not the models'."""
+    found: Measured = {}
+    if TIMM in seconds_of:
+        found.update({"ratio": ratio(seconds_of[TIMM], seconds_of[who]), "of": TIMM})
     if who != ALONE:
-        shares = [1 - alone / own for alone, own in zip(turns[ALONE], turns[who], strict=True)]
-        found["overhead"] = round(statistics.median(shares), 3)
+        neighbours = zip(seconds_of[ALONE], seconds_of[who], strict=True)
+        found["overhead"] = round(statistics.median(1 - alone / own for alone, own in neighbours), 3)
     return found
 
 
-def _warm(make: Callable):
-    """What `make` gives, once its updates run as they will be measured, and its peak of memory in MiB, None on CPUs.
+class Updating(Protocol):
+    """A candidate: it makes one update when asked."""
 
-    What it holds counts from before it is made; the others that lie in memory meanwhile do not.
+    def update(self) -> None:
+        """Make one update."""
+        ...
+
+
+Candidate = TypeVar("Candidate", bound=Updating)
+
+
+def _warm(make: Callable[[], Candidate]) -> tuple[Candidate, int | None]:
+    """Make a candidate and warm it up. Returns it and its peak memory in MiB, None on a CPU.
+
+    Memory counts from before the candidate is made, so that of the others does not.
     """
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -169,15 +187,20 @@ def _warm(make: Callable):
 
 
 def _seconds(update: Callable[[], object], updates: int) -> float:
-    """Seconds until the device has finished so many."""
-    return timed_on_device(lambda: [update() for _ in range(updates)])()
+    """Seconds until the device has finished this many updates."""
+
+    def run() -> None:
+        for _ in range(updates):
+            update()
+
+    return timed_on_device(run)()
 
 
-# --- the candidates: each makes one update when asked ---
+# --- the candidates ---
 
 
 class Ours:
-    """The product's update, and its loop, of a run in `out`."""
+    """The update and the loop of a run in `out`."""
 
     def __init__(self, setting: Setting, out: Path):
         self.run = open_run(setting, out)
@@ -189,15 +212,16 @@ class Ours:
         return run.pipelines.of["train"].batches(rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch))
 
     def first_batch(self) -> Batch:
-        """What the first update sees."""
+        """The batch of the first update."""
         with contextlib.closing(self._plans_from(0)) as batches:
             return next(batches)
 
     def update(self) -> None:
+        """Make one update of the run."""
         self.run.step(self._batches, next(self._numbers))
 
     def loop_seconds(self, updates: int) -> float:
-        """Seconds for so many updates of the loop, by the second line of its log; the first ones start it up."""
+        """Seconds for `updates` of the loop, by the second line of its log; the first line covers its start."""
         run = self.run
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
@@ -214,7 +238,7 @@ class Ours:
 
 
 class Discarding:
-    """Stands for a run's writer of checkpoints: a turn of the loop ends with one, which nobody measures or reads."""
+    """Stands for a run's writer of checkpoints: a timed loop ends with one, which nobody measures or reads."""
 
     failure = ""
 
@@ -231,7 +255,7 @@ class ModelsAlone:
     def __init__(self, setting: Setting, run: Run, batch: Batch):
         compiler = compiled if setting.compiled else uncompiled
         self._student, self._loss = compiler(run.state.student), compiler(usi_loss)
-        self._teacher = run.step.teacher  # the very one, folded and compiled as the update has it
+        self._teacher = run.step.teacher  # It is the run's own, folded and compiled.
         self._optimizer = run.state.optimizer
         self._autocast = _autocast(setting, run.world.device)
         centred = (batch.images.float() / 255 - 0.5) / 0.25
@@ -239,6 +263,7 @@ class ModelsAlone:
         self._targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam, run.config.distill
 
     def update(self) -> None:
+        """Make one update of the student."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             teacher = self._teacher([self._pixels]) if self._teacher is not None else None
@@ -249,7 +274,7 @@ class ModelsAlone:
 
 
 class TimmStyle:
-    """An update as timm's training script makes it, of timm's own parts, with the settings of a run of ours."""
+    """An update as timm's training script makes it from timm's own parts, with the settings of one of our runs."""
 
     def __init__(self, setting: Setting, run: Run, batch: Batch):
         from timm.data import FastCollateMixup
@@ -280,6 +305,7 @@ class TimmStyle:
         self._numbers = itertools.count(1)
 
     def update(self) -> None:
+        """Make one update in timm's order of calls."""
         pixels, targets = next(self._batches)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with self._autocast():

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
-from torchvision.transforms import functional as F
+from torchvision.transforms import functional
 
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
@@ -230,7 +230,7 @@ def flip(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
     plan = _train_plan(photos, size, flip=0.0, randaugment_ops=0).rows(0, len(photos))
     bare = way.pixels(photos, plan)
     flipped = way.pixels(photos, dataclasses.replace(plan, flip=np.ones(len(plan), dtype=bool)))
-    expected = [np.asarray(F.hflip(Image.fromarray(image))) for image in bare]
+    expected = [np.asarray(functional.hflip(Image.fromarray(image))) for image in bare]
     yield compare(stage, way.name, "timm (torchvision)", zip(flipped, expected, strict=True), EXACT)
 
 
@@ -402,7 +402,7 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         images=len(photos),
         max=off.max().item(),
         mean=off.mean(1).max().item(),
-        share=1.0 - same,
+        off_by_more=1.0 - same,
         tolerance="same class",
         ok=same == 1.0,
         unit="logits",
