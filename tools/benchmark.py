@@ -20,7 +20,6 @@ from pipelines.common.errors import exit_on_user_error
 from pipelines.common.machine import num_cores
 from tools.lib.benchmark import decode as decodes
 from tools.lib.benchmark import loader as loaders
-from tools.lib.benchmark import read as reads
 from tools.lib.benchmark import resume as resumes
 from tools.lib.benchmark import step as steps
 from tools.lib.benchmark import teacher as teachers
@@ -73,12 +72,6 @@ class Benchmark:
 STUDENTS = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224")
 ON_GPU = {"models": STUDENTS, "teacher": "tresnet_v2_l", "batch": 256, "size": 224}
 BENCHMARKS = {
-    "read": Benchmark(
-        "bytes from shards, on one core, from the page cache and from the disk",
-        reads.read,
-        reads.COLUMNS,
-        {"images": 4096, "repeats": 7},
-    ),
     "loader": Benchmark(
         f"training batches of {loaders.SIZE_PX} px, against DALI's own reader, timm and webdataset, on all cores",
         loaders.loader,

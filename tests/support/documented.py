@@ -11,11 +11,11 @@ SBATCH = "tools/slurm/train.sbatch"
 _PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "tests" / "README.md"]
 DOCUMENTS = [*_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), REPOSITORY / "trainer" / "run.py"]
-SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_imagenet.py, which docs name without it
+SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # Docs name these of tools/shard_imagenet.py alone.
 # Commands of others: nothing of theirs is checked.
 NOT_OURS = ("pip", "apt-get", "nc", "mkdir", "getent")
 _OURS = ("python", "torchrun", "sbatch", "make")
-_OPTION = re.compile(r"^(?!--).*\s--\w")  # behind another word
+_OPTION = re.compile(r"^(?!--).*\s--\w")  # The option follows another word.
 _WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py) +\S")
 
 

@@ -24,7 +24,6 @@ class Measured(TypedDict, total=False):
     setting: str
     note: str
     images_per_s: float
-    mb_per_s: float
     seconds: float
     min: float
     max: float

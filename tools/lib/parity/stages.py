@@ -37,19 +37,24 @@ CROP_PCT = 0.95
 MAGNITUDES = (3.0, 7.0, 10.0)
 KERNEL = "Triton kernel"
 CPU = torch.device("cpu")
-TINY = "tiny"  # the photograph of 9 x 7 pixels
-# PIL rounds between the two passes of a resize, DALI does not. It shows at sharp edges, and where 9 x 7 pixels are
-# blown up.
+TINY = "tiny"  # This photograph has 9 x 7 pixels.
+# PIL rounds between the two passes of a resize, DALI does not. The difference shows at sharp edges, and where 9 x 7
+# pixels are enlarged.
 RESIZE, RESIZE_TINY = Tolerance(max=16, mean=0.25), Tolerance(max=16, mean=1.0)
-RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # the filter's weights have 16 bits there, 22 in PIL
+RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # The filter's weights have 16 bits in torch and 22 in PIL.
 # Where the sides stand in a simple ratio, many values lie exactly between two levels, and those bits decide.
 RESIZE_TIES = Tolerance(max=2, mean=0.06)
-TIE_SIZES = ((640, 480), (480, 480), (512, 512), (288, 480))  # width and height; to 384: 3/5, 4/5, 3/4, 4/3
+TIE_SIZES = (
+    (640, 480),
+    (480, 480),
+    (512, 512),
+    (288, 480),
+)  # Width and height stand to 384 like 5/3, 5/4, 4/3 and 3/4.
 # A level's difference before an operation may become many by it (posterize, solarize, equalize, auto-contrast).
 TRAINING, TRAINING_TORCH = Tolerance(max=None, mean=1.5), Tolerance(max=None, mean=0.1)
 ROUNDED_ARGUMENTS = Tolerance(max=1)
 ROUNDED_LAMBDA = Tolerance(max=1)
-GPU_DECODER_MEAN = 2.0  # what nvJPEG's chroma upsampling and inverse DCT may add
+GPU_DECODER_MEAN = 2.0  # nvJPEG's chroma upsampling and inverse DCT may add this much.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Photos:
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """One of our ways to carry a plan out."""
+    """One of our ways to carry out a plan."""
 
     name: str
     pipeline: str
@@ -80,7 +85,7 @@ class Executor:
         return batch.images.cpu().numpy()
 
     def allows(self, dali: Tolerance, ours: Tolerance) -> Tolerance:
-        """DALI may be as far off as `dali` says, and on a GPU by its decoder besides; the CPU pipeline by `ours`."""
+        """The tolerance: `dali` for DALI, on a GPU with what its decoder adds; `ours` for the CPU pipeline."""
         if self.pipeline == "torchvision":
             return ours
         if self.device.type == "cuda":
@@ -139,7 +144,7 @@ def report(photos: Photos, size: int = 224) -> Iterator[Row]:
 def _attempt(name: str, stage: Callable[..., Iterator[Row]], photos: Photos, way: Executor, *arguments) -> list[Row]:
     try:
         return list(stage(name, photos, way, *arguments))
-    except UserError as error:  # DALI is not installed, or cannot do it
+    except UserError as error:  # DALI is not installed, or cannot do this.
         return [not_compared(name, way.name, "timm", str(error))]
 
 
@@ -190,7 +195,7 @@ def _usual_fill() -> tuple[int, int, int]:
 
 
 def _by_size(stage: str, photos: Photos, way: Executor, sample: np.ndarray, pairs: list) -> Iterator[Row]:
-    """Two rows: the ordinary photographs, and the one that is blown up from 9 x 7 pixels."""
+    """Two rows: the ordinary photographs, and the one that is enlarged from 9 x 7 pixels."""
     tiny = [photos.names[row] == TINY for row in sample]
     for name, is_tiny, tolerance in ((stage, False, RESIZE), (f"{stage}, 9 x 7 px", True, RESIZE_TINY)):
         chosen = [i for i in range(len(pairs)) if tiny[i] is is_tiny]
@@ -207,7 +212,7 @@ def crop_resize(stage: str, photos: Photos, way: Executor, size: int, interpolat
 
 
 def training(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
-    """The whole training transform, from the uniforms on: crop, resize, flip, RandAugment."""
+    """The complete training transform, from the uniforms on: crop, resize, flip, RandAugment."""
     plan = _train_plan(photos, size)
     if way.pipeline == "torchvision":
         sample, pairs = _trained(photos, way, plan, steps=16, our_resize=True)
@@ -388,7 +393,7 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
     expected = torch.stack([timms(image) for image in photos.timms])
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # statistics are those of the one batch
+            module.momentum = None  # The statistics are then those of this batch.
     model.train()(expected)
     model.eval()
     pixels = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, config.interpolation).rows(0, len(photos)))
@@ -406,5 +411,5 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         tolerance="same class",
         ok=same == 1.0,
         unit="logits",
-        note=f"logits, whose standard deviation is {theirs.std(1).mean():.2g}; share: of images of another class",
+        note=f"logits, whose standard deviation is {theirs.std(1).mean():.2g}; off by > 1: images with another class",
     )
