@@ -18,7 +18,18 @@ from tools.lib.benchmark.results import read_result
 from tools.lib.common.hardware import machine
 
 PYTHON = sys.executable
-TEACHER = ("tools/benchmark.py", "teacher", *["--teacher", "test_resnet", "--images", "4", "--size", "32", "--repeats", "1"])
+TEACHER = (
+    "tools/benchmark.py",
+    "teacher",
+    "--teacher",
+    "test_resnet",
+    "--images",
+    "4",
+    "--size",
+    "32",
+    "--repeats",
+    "1",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,10 @@ import torch
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.batch import BatchMaker
 from pipelines.plan.plan import BatchPlan
+from pipelines.prefetch import PLANS_AHEAD, look_ahead
 from pipelines.shards.damage import CheckedReader
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.reader import PLANS_AHEAD, look_ahead, places
+from pipelines.shards.reader import places
 from tools.lib.common.timing import BATCHES_IN_WORK
 from tools.lib.doctor.stages import DECODING, PIPELINE, READING, READING_COLD, RESIZING, Stage, take, timed_updates
 from trainer.feed import rank_plans, rank_threads
