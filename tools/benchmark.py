@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=benchmark.about, description=benchmark.about)

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=str(__doc__).split("\n\n")[0],
         usage="%(prog)s RUN-OR-CONFIG [--seconds S] [--no-trials] [--json FILE] [--section.key value ...]",
         epilog="trainer/run.py --help lists the sections' keys. Start it with torchrun to measure several ranks.",
         allow_abbrev=False,

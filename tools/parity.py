@@ -83,7 +83,7 @@ def compare(options: argparse.Namespace) -> list[Row]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--size", type=int, default=224, help="side of the training images, pixels")
     parser.add_argument("--json", type=path_argument, help="write the rows to this file, too")
     parser.add_argument(

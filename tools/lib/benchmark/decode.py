@@ -18,7 +18,7 @@ from pipelines.common.machine import num_cores
 from pipelines.dali_probe import decode_failure
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import ShardReader
-from tools.lib.benchmark.loader import SIZE_PX, batch_seconds
+from tools.lib.benchmark.loader import SIZE_PX, Images, batch_seconds
 from tools.lib.benchmark.photographs import endless, photograph_index, recipe_plan
 from tools.lib.benchmark.results import Row
 from tools.lib.common.opening import first_device, opened
@@ -45,7 +45,7 @@ def decode(images: int, batch: int, repeats: int) -> Iterator[Row]:
                 yield {**row, "works": "yes", **speeds(_COUNTED * min(batch, images), times)}
 
 
-def _batches(index: ShardIndex, batch: int, device: torch.device, path: str, load: float) -> Iterator[torch.Tensor]:
+def _batches(index: ShardIndex, batch: int, device: torch.device, path: str, load: float) -> Images:
     """Endless batches of the recipe without repeats; with repeats DALI would decode as many images."""
     plans = endless(recipe_plan(index, batch, SIZE_PX), batch)
     pipeline = opened("dali", index, device=device, threads=num_cores(), decode=path, hw_decoder_load=load)

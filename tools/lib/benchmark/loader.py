@@ -21,15 +21,17 @@ What makes the rows comparable:
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +47,7 @@ from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize
 
 SIZE_PX = 224
+Images = Generator[torch.Tensor, None, None]  # Closing it ends the loader's threads and processes.
 COLUMNS = SPEED_COLUMNS
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
 _RANDAUGMENT = {
@@ -87,7 +90,7 @@ class Candidate:
 
     what: str
     augmentation: str
-    open: Callable[[], Iterator[torch.Tensor]]
+    open: Callable[[], Images]
 
 
 def loader(images: int, repeats: int, batch: int) -> Iterator[Row]:
@@ -122,8 +125,7 @@ def _rows(group: list[Candidate], setting: Setting, repeats: int, lead: int, num
             runs[each.what] = functools.partial(batch_seconds, each.open, lead, num_batches)
     seconds = interleaved(runs, repeats, warm_up=False)  # Each run has a warm-up of its own.
     for what, times in seconds.items():
-        rows[what].update(speeds(num_batches * setting.batch, times))
-        rows[what].update(_compared(what, seconds))
+        rows[what] = {**rows[what], **speeds(num_batches * setting.batch, times), **_compared(what, seconds)}
     return list(rows.values())
 
 
@@ -131,7 +133,7 @@ def candidates(setting: Setting) -> list[Candidate]:
     """Every loader with every augmentation it has."""
     found = []
 
-    def add(what: str, augmentation: str, open_batches: Callable[..., Iterator[torch.Tensor]], *arguments) -> None:
+    def add(what: str, augmentation: str, open_batches: Callable[..., Images], *arguments) -> None:
         found.append(Candidate(what, augmentation, functools.partial(open_batches, setting, *arguments)))
 
     for augmentation in _RANDAUGMENT:
@@ -170,7 +172,7 @@ def _compared(what: str, seconds: dict[str, list[float]]) -> Measured:
     return {"ratio": ratio(seconds[ours], seconds[what]), "of": ours} if ours else {}
 
 
-def batch_seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:
+def batch_seconds(open_batches: Callable[[], Images], lead: int, count: int) -> float:
     """Seconds for `count` batches after the first `lead`; the loader runs evenly by then."""
     with closing(open_batches()) as batches:
         for _ in range(lead):
@@ -194,7 +196,7 @@ def _start_clean_process() -> None:
 # --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---
 
 
-def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
+def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Images:
     augment = dataclasses.replace(_RANDAUGMENT[augmentation], mix_group=setting.batch, repeats=repeats)
     size = _GROUPS * setting.batch
     plan: TrainPlan = recipe_plan(setting.index, setting.batch, SIZE_PX, augment=augment, global_batch=size)
@@ -204,16 +206,19 @@ def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Itera
             yield batch.images
 
 
-def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
-    from nvidia.dali import fn, pipeline_def, types
+def _dali(setting: Setting, randaugment: bool) -> Images:
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import types as dali_types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     on_gpu = setting.device.type == "cuda"
+    types: Any = dali_types  # DALI adds most names when it is imported, so its type stubs lack them.
+    operations: Any = fn
 
     @pipeline_def(enable_conditionals=True)
     def graph():
-        jpeg, _ = fn.readers.webdataset(
+        jpeg, _ = operations.readers.webdataset(
             paths=[str(path) for path in setting.index.paths],
             index_paths=[str(path.with_suffix(".idx")) for path in setting.index.paths],
             ext=["jpg", "cls"],
@@ -228,9 +233,9 @@ def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
             num_attempts=10,
         )
         images = fn.resize(images, size=[SIZE_PX, SIZE_PX], interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.flip(images, horizontal=fn.random.coin_flip())
+        images = operations.flip(images, horizontal=fn.random.coin_flip())
         if randaugment:
-            images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=[SIZE_PX, SIZE_PX])
+            images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=(SIZE_PX, SIZE_PX))
         return images
 
     # DALI's RandAugment uses what DALI calls deprecated, and warns past any filter.
@@ -241,11 +246,12 @@ def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
         yield outputs[0]["images"]
 
 
-def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
-    from timm.data import create_dataset, create_loader
+def _timm(setting: Setting, augmentation: str) -> Images:
+    from timm import data
 
-    batches = create_loader(
-        create_dataset("", str(setting.folder)),
+    timm_data: Any = data  # Its annotations leave out what it accepts and returns here.
+    batches = timm_data.create_loader(
+        timm_data.create_dataset("", str(setting.folder)),
         input_size=(3, SIZE_PX, SIZE_PX),
         batch_size=setting.batch,
         is_training=True,
@@ -264,8 +270,8 @@ def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
             yield images
 
 
-def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
-    import webdataset
+def _webdataset(setting: Setting, randaugment: bool) -> Images:
+    webdataset: Any = importlib.import_module("webdataset")  # It adds its names at run time.
 
     shards = [str(path) for path in setting.index.paths]
     dataset = (
@@ -310,12 +316,12 @@ class _TensorTransform:
         return self._transform(decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB))
 
 
-def _ffcv(setting: Setting) -> Iterator[torch.Tensor]:
+def _ffcv(setting: Setting) -> Images:
     threads = torch.get_num_threads()  # FFCV changes torch's threads in this process, even by being imported.
     try:
         batches = _open_ffcv(_beton(setting), setting.batch, setting.workers, setting.device)
         while True:
-            epoch = iter(batches)
+            epoch: Any = iter(batches)  # FFCV has no types.
             try:
                 for (images,) in epoch:
                     yield images

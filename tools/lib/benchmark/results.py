@@ -4,7 +4,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 from rich.table import Table
 
@@ -102,12 +102,12 @@ def read_result(path: Path) -> Result:
       UserError: the file cannot be read, or holds something else.
     """
     try:
-        result = json.loads(path.read_text())
+        result: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Give a file that --json wrote") from error
     if not isinstance(result, dict) or "benchmark" not in result:
         raise UserError(f"{path}: not a result of tools/benchmark.py. Give a file that --json wrote")
-    return result
+    return cast(Result, result)  # This program wrote it.
 
 
 def progress_line(row: Row, columns: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -56,13 +56,16 @@ from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.feed import rank_plans
 from trainer.loop import Run, loop
-from trainer.models.factory import create_model
+from trainer.models.factory import create_model, preprocessing
 from trainer.models.weights import read_weights
 from trainer.monitor.run_files import METRICS
 from trainer.monitor.telemetry import Telemetry
 from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
+
+if TYPE_CHECKING:  # A timm without tasks is a row that says so.
+    from timm.task import TrainingTask
 
 COLUMNS = {
     "what": "what",
@@ -105,9 +108,10 @@ def step(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         name = teacher_or_none(teacher)
-        weights = {name: random_weights(name, CLASSES, size, folder)} if name else {}
-        for is_compiled, model, taught in itertools.product(compiled_or_not(compile), models, [*weights, None]):
-            setting = Setting(model, taught, weights.get(taught), batch, size, precision, is_compiled)
+        weights = random_weights(name, CLASSES, size, folder) if name else None
+        taught = [(name, weights), (None, None)] if name else [(None, None)]
+        for is_compiled, model, (teacher_name, file) in itertools.product(compiled_or_not(compile), models, taught):
+            setting = Setting(model, teacher_name, file, batch, size, precision, is_compiled)
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 yield from _rows(setting, Path(out), repeats, seconds)
             release_memory()
@@ -135,8 +139,7 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[Row
         candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
     seconds_of = interleaved(candidates, repeats, warm_up=False)
     for who, times in seconds_of.items():
-        rows[who].update(_measured(updates, setting.batch, times))
-        rows[who].update(_compared(who, seconds_of))
+        rows[who] = {**rows[who], **_measured(updates, setting.batch, times), **_compared(who, seconds_of)}
     return list(rows.values())
 
 
@@ -152,7 +155,7 @@ def _compared(who: str, seconds_of: dict[str, list[float]]) -> Measured:
     """The speed over the timm-style update's, and the fraction of the time that is not the models'."""
     found: Measured = {}
     if TIMM in seconds_of:
-        found.update({"ratio": ratio(seconds_of[TIMM], seconds_of[who]), "of": TIMM})
+        found = {"ratio": ratio(seconds_of[TIMM], seconds_of[who]), "of": TIMM}
     if who != ALONE:
         neighbours = zip(seconds_of[ALONE], seconds_of[who], strict=True)
         found["overhead"] = round(statistics.median(1 - alone / own for alone, own in neighbours), 3)
@@ -226,7 +229,7 @@ class Ours:
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
         run.state.step = 0
-        run.writer = Discarding()
+        run.writer = Discarding()  # pyright: ignore[reportAttributeAccessIssue]  (It has what the loop calls.)
         counts = {"step": 0, "total_steps": run.total_steps, "steps_per_epoch": run.plan.steps_per_epoch}
         with contextlib.redirect_stdout(io.StringIO()):
             telemetry = Telemetry(run.config.run.out, run.world, **counts)
@@ -283,8 +286,9 @@ class TimmStyle:
 
         config, device = run.config, run.world.device
         student = _placed(create_model(setting.model, setting.classes, setting.size, {}), device).train()
-        optim = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
-        self._optimizer = create_optimizer_v2(student, opt="adamw", **optim)
+        self._optimizer = create_optimizer_v2(
+            student, opt="adamw", lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        )
         self._task = _timm_task(setting, student, run).train()
         self._task.setup_ema(decay=config.ema.decay)
         if setting.compiled:
@@ -299,8 +303,9 @@ class TimmStyle:
         )
         images = batch.images.permute(0, 3, 1, 2).cpu().numpy()
         loaded = [tensor.to(device) for tensor in collate(list(zip(images, batch.labels.tolist(), strict=True)))]
-        normalization = {name: student.pretrained_cfg[name] for name in ("mean", "std")}
-        self._batches = iter(PrefetchLoader(itertools.repeat(loaded), **normalization, device=device))
+        expects = preprocessing(student)
+        endless: Any = itertools.repeat(loaded)  # Of a DataLoader the prefetcher uses only the iteration.
+        self._batches = iter(PrefetchLoader(endless, mean=expects.mean, std=expects.std, device=device))
         self._autocast = _autocast(setting, device)
         self._numbers = itertools.count(1)
 
@@ -316,23 +321,31 @@ class TimmStyle:
         self._task.update_ema(step=next(self._numbers))
 
 
-def _timm_task(setting: Setting, student: nn.Module, run: Run) -> nn.Module:
+def _timm_task(setting: Setting, student: nn.Module, run: Run) -> "TrainingTask":
     """Timm's own loss for the student, with the teacher if there is one."""
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import ClassificationTask, LogitDistillationTask
 
     device, distill = run.world.device, run.config.distill
-    common = {"criterion": SoftTargetCrossEntropy(), "device": device, "verbose": False}
-    if setting.teacher is None:
-        return ClassificationTask(student, **common)
+    criterion = SoftTargetCrossEntropy()
+    if setting.teacher is None or setting.weights is None:
+        return ClassificationTask(student, criterion, device=device, verbose=False)
     weights = read_weights(setting.weights)
     teacher = create_model(setting.teacher, setting.classes, setting.size, {}, weights, setting.weights)
-    losses = {"task_loss_weight": distill.label_weight, "distill_loss_weight": distill.weight}
-    return LogitDistillationTask(student, _placed(teacher, device), **losses, temperature=distill.temperature, **common)
+    return LogitDistillationTask(
+        student,
+        _placed(teacher, device),
+        criterion,
+        task_loss_weight=distill.label_weight,
+        distill_loss_weight=distill.weight,
+        temperature=distill.temperature,
+        device=device,
+        verbose=False,
+    )
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch.nn.Module.to takes both.)
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:

@@ -13,6 +13,7 @@ import itertools
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def _photographs(folder: Path, images: int, batch: int, size: int, device: torch
 def weights_that_differ(name: str, size: int, batch: Batch) -> dict[str, torch.Tensor]:
     """Random weights of a model whose outputs differ from image to image."""
     torch.manual_seed(0)
-    model = create_model(name, CLASSES, size, {}).to(batch.images.device)
+    model: Any = create_model(name, CLASSES, size, {}).to(batch.images.device)  # timm's methods have no types.
     expects = preprocessing(model)
     pixels = Normalize(expects.mean, expects.std).to(batch.images.device)(batch.images)
     for module in model.modules():
@@ -110,7 +111,8 @@ def _forward_pass(config: Config, precision: str, batches: list[Batch]) -> list[
     """Functions that each give the teacher's logits of a batch."""
     device, dtype = batches[0].images.device, PRECISIONS[precision]
     teachers = build_teachers(config, CLASSES, None)
-    teachers = teachers.to(device, memory_format=torch.channels_last).to_precision(dtype)
+    assert teachers is not None  # The configuration names one.
+    teachers = teachers.to(device).to(memory_format=torch.channels_last).to_precision(dtype)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3, dtype).to(device)  # It stands for a student's, which is not used.
     return [functools.partial(_logits, teachers, model_inputs(batch, normalize, teachers)[1]) for batch in batches]
 

@@ -10,6 +10,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ class TorchSession(Session):
         self.precision = str(self._dtype).removeprefix("torch.")
         self.batch = opening.batch
         model, _ = build(opening.model)
-        self._model = compiler(model.to(self._device, self._dtype, memory_format=torch.channels_last))
+        model = model.to(self._device, self._dtype).to(memory_format=torch.channels_last)
+        self._model = compiler(model)
         self._images = self._placed(opening.images(self.batch))
 
     def _placed(self, images: torch.Tensor) -> torch.Tensor:
@@ -165,7 +167,7 @@ class OnnxRuntimeSession(Session):
 
     @override
     def logits(self, images: torch.Tensor) -> np.ndarray:
-        return self._session.run([LOGITS], {IMAGES: images.numpy()})[0]
+        return np.asarray(self._session.run([LOGITS], {IMAGES: images.numpy()})[0])
 
 
 _NO_COPY = {"share_inputs": True}  # OpenVINO reads the images in place.
@@ -241,7 +243,7 @@ class TensorRtSession(Session):
         self._stream = torch.cuda.Stream()
         self._many, self._logits = self._engine(self._reference)
 
-    def _engine(self, images: torch.Tensor) -> tuple[object, torch.Tensor]:
+    def _engine(self, images: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """A context that reads these images, and the tensor that it writes their logits to."""
         import tensorrt
 
@@ -278,7 +280,7 @@ class TensorRtSession(Session):
         self._stream.synchronize()
 
     @functools.cached_property
-    def _single(self) -> tuple[object, torch.Tensor]:
+    def _single(self) -> tuple[Any, torch.Tensor]:
         return self._engine(self._reference[:1])
 
     @override

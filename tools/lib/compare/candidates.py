@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -167,8 +168,8 @@ def _of_evaluation(path: Path, text: str) -> Accuracy:
         source = "" if report["source"].startswith(_TIMMS) else report["source"]
         size = int(report["view"]["image_size"])
         top1 = _percent(str(path), report["top1"])
-        on = {key: str(report[key]) for key in ("split", "digest")}
-        return Accuracy(report["model"], top1, size, str(path), source, **on)
+        split, digest = str(report["split"]), str(report["digest"])
+        return Accuracy(report["model"], top1, size, str(path), source, split=split, digest=digest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -184,7 +185,7 @@ def _of_row(where: str, row: dict, path: Path) -> Accuracy:
     return Accuracy((row["model"] or "").strip(), _percent(where, row["top1"]), int(size) if size else None, str(path))
 
 
-def _percent(where: str, value: object) -> float:
+def _percent(where: str, value: Any) -> float:
     try:
         top1 = float(value)
     except (ValueError, TypeError):
@@ -250,7 +251,7 @@ def _built(model: Candidate) -> nn.Module:
         return inference.load_named(str(model.path), image_size=model.image_size).model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        arguments = {} if model.accuracy is None else dict(model.accuracy.arguments)
+        arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)
         network = create_model(model.name, _NUM_CLASSES, model.image_size, arguments).eval().requires_grad_(False)
         _disturb(network)
     return network

@@ -68,7 +68,7 @@ def _draw(axes, backend: str, rows: Sequence[Row]) -> None:
         axes.annotate(short(row.model), (row.images_per_s, row.top1), **place, **label)
     axes.set_xscale("log")
     axes.set_xlim(*_speeds_shown(rows))
-    accuracies = [row.top1 for row in rows]
+    accuracies = [row.top1 for row in rows if row.top1 is not None]
     margin = max(0.5, 0.12 * (max(accuracies) - min(accuracies)))
     axes.set_ylim(min(accuracies) - margin, max(accuracies) + margin)
     axes.set_xlabel(_SPEED)
@@ -102,8 +102,9 @@ def _add_legend(figure, rows: Sequence[Row]) -> None:
 
     handles = [Line2D([], [], color=_FRONT, linewidth=1.4, label=_FRONT_LEGEND)]
     for published in sorted({row.top1_is_the_papers for row in rows}):
-        look = {"marker": "D" if published else "o", "markerfacecolor": "white" if published else _OTHER}
-        handles.append(Line2D([], [], color=_OTHER, linestyle="", **look, label=_LEGEND[published]))
+        marker, fill = ("D", "white") if published else ("o", _OTHER)
+        label = _LEGEND[published]
+        handles.append(Line2D([], [], color=_OTHER, linestyle="", marker=marker, markerfacecolor=fill, label=label))
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=8)
 
 

@@ -167,7 +167,8 @@ def _printable(row: EntryType) -> EntryType:
 def _identity(prepared: Prepared, row: Measured) -> dict[str, Any]:
     """The fields of Entry but for its rank, which do not depend on the measurement."""
     model, accuracy = row.model, row.model.accuracy
-    facts = prepared[model] if isinstance(prepared[model], Facts) else None
+    found = prepared[model]
+    facts = found if isinstance(found, Facts) else None
     return {
         "backend": row.backend.name,
         "model": model.label,

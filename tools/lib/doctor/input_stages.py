@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,8 @@ def drop_from_cache(index: ShardIndex, samples: np.ndarray) -> None:
     for shard, spans in by_shard.items():
         file = os.open(index.paths[shard], os.O_RDONLY)
         try:
-            for span in spans:
-                os.posix_fadvise(file, *span, os.POSIX_FADV_DONTNEED)
+            for offset, nbytes in spans:
+                os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(file)
 
@@ -209,10 +210,12 @@ def _once(plans: list[BatchPlan], per_update: int) -> Iterator[np.ndarray]:
 
 def _dali_decoding(feed: Feed) -> Stage:
     """Decoding alone as DaliPipeline's graph does it, because no plan can leave out that graph's resize."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia import dali
 
-    from pipelines.dali import _decode
+    from pipelines import dali as ours
 
+    untyped: Any = dali  # DALI adds most names when it is imported, so its type stubs lack them.
+    fn, types = untyped.fn, untyped.types
     reader = CheckedReader(feed.index, lambda sample, error: None)
     plans: Iterator[BatchPlan] = iter(())
     alive: collections.deque[tuple] = collections.deque(maxlen=BATCHES_IN_WORK)  # DALI reads the bytes in place.
@@ -223,11 +226,13 @@ def _dali_decoding(feed: Feed) -> Stage:
         alive.append((reader.read(plan.sample), corner, extent))
         return alive[-1]
 
-    @pipeline_def
+    @untyped.pipeline_def
     def graph():
         kinds = {"dtype": [types.UINT8, types.INT32, types.INT32], "ndim": [1, 1, 1]}
-        nodes = fn.external_source(inputs, num_outputs=3, no_copy=True, **kinds)
-        return _decode(*nodes, feed.decode, {"hw_decoder_load": feed.hw_decoder_load} if on_gpu else {})
+        jpeg, corner, extent = fn.external_source(inputs, num_outputs=3, no_copy=True, **kinds)
+        return ours._decode(
+            jpeg, corner, extent, feed.decode, {"hw_decoder_load": feed.hw_decoder_load} if on_gpu else {}
+        )
 
     on_gpu = feed.device.type == "cuda"
     first = next(feed.plans(1))

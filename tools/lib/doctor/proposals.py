@@ -54,14 +54,16 @@ class Trial:
 def input_candidates(config: Config, feed: Feed, cores: int) -> list[Changes]:
     """Other settings of the pipeline; `cores` are those of this rank."""
     on_gpu = feed.device.type == "cuda"
-    found: list[Changes] = [
-        {"data.threads": threads} for threads in sorted({max(1, cores // 2), cores, 2 * cores} - {feed.threads})
-    ]
+    found: list[Changes] = []
+    for threads in sorted({max(1, cores // 2), cores, 2 * cores} - {feed.threads}):
+        found.append({"data.threads": threads})
     found.append({"data.prefetch": 2 * config.data.prefetch})
     found.append({"data.pipeline": "torchvision" if feed.name == "dali" else "dali"})
     if on_gpu and feed.name == "dali":
         found.append({"data.decode": "full" if feed.decode == "roi" else "roi"})
-        found += [{"data.hw_decoder_load": load} for load in _LOADS if load != feed.hw_decoder_load]
+        for load in _LOADS:
+            if load != feed.hw_decoder_load:
+                found.append({"data.hw_decoder_load": load})
     return found
 
 

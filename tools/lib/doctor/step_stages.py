@@ -49,13 +49,15 @@ def without_teacher(run: Run) -> Run:
 def teacher_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stage:
     """The teacher's forward passes of an update; its inputs lie on the device already."""
     batch, step = next(synthetic_batches(run, plans)), run.step
+    assert step.teacher is not None  # Otherwise there is nothing to measure.
+    teacher = step.teacher
     with torch.no_grad():
         _, inputs = step.inputs(batch)
 
     @torch.no_grad()
     def update() -> None:
         for _ in range(step.micro_batches):
-            step.teacher(inputs)
+            teacher(inputs)
 
     return lambda count: timed_updates(update, count)
 
@@ -126,6 +128,7 @@ def _evaluated(run: Run, most: int) -> tuple[float, float, int]:
         stamps.append(time.perf_counter())
         return len(stamps) > most
 
+    assert run.evaluate is not None  # Otherwise there is nothing to measure.
     start_s = time.perf_counter()
     complete = bool(run.evaluate(interrupted=enough))
     synchronize()

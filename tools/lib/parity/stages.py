@@ -6,12 +6,13 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from torchvision.transforms import functional
 
 from pipelines.batch import Batch
@@ -37,6 +38,7 @@ CROP_PCT = 0.95
 MAGNITUDES = (3.0, 7.0, 10.0)
 KERNEL = "Triton kernel"
 CPU = torch.device("cpu")
+hflip: Any = functional.hflip  # It takes PIL images, too.
 TINY = "tiny"  # This photograph has 9 x 7 pixels.
 # PIL rounds between the two passes of a resize, DALI does not. The difference shows at sharp edges, and where 9 x 7
 # pixels are enlarged.
@@ -109,7 +111,7 @@ def open_photos(folder: Path) -> Photos:
     write_photographs(folder / "src")
     build(folder / "src", folder / "out", BuildOptions(samples_per_shard=4))
     index = read_index(folder / "out", "train")
-    dataset = create_dataset("", str(folder / "src" / "train"))
+    dataset: Any = create_dataset("", str(folder / "src" / "train"))  # timm annotates a union of many types.
     by_name = {Path(dataset.filename(i)).stem: dataset[i][0] for i in range(len(dataset))}
     names = [Path(key.decode()).name for key in index.samples["key"]]
     return Photos(index, names, [by_name[name] for name in names])
@@ -235,7 +237,7 @@ def flip(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
     plan = _train_plan(photos, size, flip=0.0, randaugment_ops=0).rows(0, len(photos))
     bare = way.pixels(photos, plan)
     flipped = way.pixels(photos, dataclasses.replace(plan, flip=np.ones(len(plan), dtype=bool)))
-    expected = [np.asarray(functional.hflip(Image.fromarray(image))) for image in bare]
+    expected = [np.asarray(hflip(Image.fromarray(image))) for image in bare]
     yield compare(stage, way.name, "timm (torchvision)", zip(flipped, expected, strict=True), EXACT)
 
 
@@ -311,7 +313,7 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
 def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
     """Mixup of every pair of levels by timm with its own lambda, which a plan rounds to float32."""
     uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, draws.MIX_DRAWS)
-    lam, box = draws.mixes(uniforms, plan.image_size, plan.augment)
+    lam, box = draws.mixes(uniforms, plan.image_size_at(0), plan.augment)
     blended = np.flatnonzero(~box.any(axis=1))
     exact = draws.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
     # [2, 256, 256, 1]: two images in which each of the 65,536 pairs of levels meets
@@ -345,7 +347,9 @@ def _blended(images: np.ndarray, lam: np.float32) -> np.ndarray:
 def evaluation(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
     """Resize and centre crop of validation."""
     ours = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, interpolation).rows(0, len(photos)))
-    timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False)
+    timms = timm_reference.timm_transform(
+        224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False
+    )
     yield from _evaluated(stage, photos, way, ours, timms)
 
 
@@ -353,7 +357,7 @@ def squashed(stage: str, photos: Photos, way: Executor, interpolation: str) -> I
     """Both sides resized to 384 px, as the models with crop_mode squash have it."""
     ours = way.pixels(photos, EvalPlan(photos.index, 384, 1.0, interpolation, "squash").rows(0, len(photos)))
     how = {"interpolation": interpolation, "crop_pct": 1.0, "crop_mode": "squash", "normalize": False}
-    yield from _evaluated(stage, photos, way, ours, create_transform(384, is_training=False, **how))
+    yield from _evaluated(stage, photos, way, ours, timm_reference.timm_transform(384, is_training=False, **how))
 
 
 def _evaluated(
@@ -389,7 +393,7 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         torch.manual_seed(0)
         model = timm.create_model("resnet18")
     config = preprocessing(model)
-    timms = create_transform(224, is_training=False, interpolation=config.interpolation, crop_pct=CROP_PCT)
+    timms = timm_reference.timm_transform(224, is_training=False, interpolation=config.interpolation, crop_pct=CROP_PCT)
     expected = torch.stack([timms(image) for image in photos.timms])
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

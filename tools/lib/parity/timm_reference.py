@@ -9,6 +9,7 @@ wants to see the effect of that.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -45,6 +46,11 @@ NAMES = {
 }
 
 
+# timm annotates the union of all that it may return, and floats and ints more narrowly than it takes them.
+timm_transform: Any = create_transform
+_AugmentOp: Any = AugmentOp
+
+
 class TimmTraining:
     """timm's training transform, for the positions of a plan. The plan's RandAugment is the recipe's, or none.
 
@@ -55,7 +61,7 @@ class TimmTraining:
     def __init__(self, plan: TrainPlan, *, our_resize: bool = False):
         self._plan = plan
         self._our_resize = our_resize
-        self._transform = create_transform(
+        self._transform = timm_transform(
             plan.image_size,
             is_training=True,
             auto_augment=RANDAUGMENT if plan.augment.randaugment_ops else None,
@@ -94,6 +100,8 @@ class _PlannedRandom:
     def __init__(self, crop: Sequence[float], operations: Sequence[float]):
         self._tries = iter(crop[: 2 * augment.CROP_TRIES])
         self._corner = iter(crop[2 * augment.CROP_TRIES :])
+        self._uniforms: Iterator[float] = iter(())  # The next draws of an operation: its gate, and its sign.
+        self._normal = 0.0  # The draw for its magnitude.
         # [operations, 5]: which, gate, two for the normal magnitude, sign
         self._operations = np.reshape(operations[: len(operations) // 5 * 5], (-1, 5))
 
@@ -145,7 +153,7 @@ def _in_float32(level_fn: Callable | None) -> Callable | None:
 def operation(op: Op, magnitude: float, sign: int, fill: tuple[int, int, int], *, float32: bool = True):
     """One of timm's operations at a magnitude from 0 to 10 and with a sign, as a function of a PIL image."""
     hparams = {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    timms = AugmentOp(NAMES[op], prob=1.0, magnitude=magnitude, hparams=hparams)
+    timms = _AugmentOp(NAMES[op], prob=1.0, magnitude=magnitude, hparams=hparams)
     timms.level_fn = _in_float32(timms.level_fn) if float32 else timms.level_fn
 
     def apply(image: Image.Image) -> Image.Image:
