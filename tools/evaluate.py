@@ -38,7 +38,7 @@ from pipelines.common.settings import Section, setting
 from pipelines.plan.plan import LARGEST_SIDE
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.manifest import read_manifest
-from trainer.cluster.rendezvous import code_version
+from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs

@@ -12,8 +12,9 @@ import torch
 from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
 from trainer.config.sections import DistillConfig
+from trainer.models.normalize import Normalize
 from trainer.update.loss import usi_loss
-from trainer.update.mixing import Normalize, partners
+from trainer.update.mixing import partners
 
 BATCH, CLASSES = 128, 1000
 SCALES = (0.1, 1.0, 5.0, 20.0)  # standard deviations of the logits

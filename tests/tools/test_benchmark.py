@@ -27,7 +27,7 @@ from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt
 from trainer.models.factory import create_model, preprocessing
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
 
 
 @pytest.fixture(autouse=True)

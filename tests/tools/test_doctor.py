@@ -21,9 +21,9 @@ from tools.lib.doctor import input_stages, output, proposals, stages
 from tools.lib.doctor.diagnosis import Remaining, diagnose, remaining, seconds_left
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
-from trainer.run import build
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 PIPELINE_SPEEDS = {
@@ -127,7 +127,7 @@ def test_the_stages_take_whole_updates_of_the_size_that_is_asked_for(digits, tmp
     run = build(parse([*TINY, *sizes, "--data.root", str(digits), "--run.out", str(tmp_path)]), ALONE)
     for size, first in ((32, 0), (48, 10)):
         plans = list(input_stages.plans_of_size(run, size)(25))
-        assert {plan.image_size for plan in plans} == {size} and len(plans) == 25 * run.step.micro_batches
+        assert {plan.image_size for plan in plans} == {size} and len(plans) == 25 * run.step.num_micro_batches
         assert plans[0].position == first * 64
         assert len(list(input_stages.rounds(iter(plans)))) == 3  # ten updates, again and again
 
@@ -135,7 +135,7 @@ def test_the_stages_take_whole_updates_of_the_size_that_is_asked_for(digits, tmp
 def test_images_that_a_pipeline_keeps_are_read_once(digits, tmp_path):
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ALONE)
     plans = list(input_stages.plans_of_size(run, 32)(2))
-    once = np.concatenate(list(input_stages._once(plans, run.step.micro_batches)))
+    once = np.concatenate(list(input_stages._once(plans, run.step.num_micro_batches)))
     each = [np.concatenate([plan.sample for plan in plans[start : start + 2]]) for start in (0, 2)]
     assert len(once) == sum(len(set(samples.tolist())) for samples in each) and set(once) == set(np.concatenate(each))
 

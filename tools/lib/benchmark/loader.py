@@ -45,6 +45,7 @@ from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
 from tools.lib.common.opening import decode_path, first_device, opened
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize
+from trainer.feed import batches_of
 
 SIZE_PX = 224
 Images = Generator[torch.Tensor, None, None]  # Closing it ends the loader's threads and processes.
@@ -201,7 +202,7 @@ def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Image
     size = _GROUPS * setting.batch
     plan: TrainPlan = recipe_plan(setting.index, setting.batch, SIZE_PX, augment=augment, global_batch=size)
     pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
-    with closing(pipeline.batches(endless(plan, setting.batch))) as batches:
+    with closing(batches_of(pipeline, endless(plan, setting.batch))) as batches:
         for batch in batches:
             yield batch.images
 

@@ -21,9 +21,10 @@ from tools.lib.benchmark.processes import run_training
 from tools.lib.benchmark.results import Row
 from tools.lib.benchmark.runs import compiled_or_not, random_weights, teacher_or_none
 from trainer.config.sections import RunConfig
-from trainer.loop import checkpoint_folder
 from trainer.monitor.run_files import METRICS
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
+from trainer.state.writer import Writer
 
 COLUMNS = {
     "what": "what",
@@ -103,10 +104,10 @@ def write_deep_run(setting: Setting) -> None:
     begun, deep = setting.folder / "begun", setting.folder / "deep"
     settings = {**setting.settings, "run.compile": "false", "run.stop_after_steps": 1}
     _, lines = run_training(begun, settings)
-    content = checkpoint.read(checkpoint.path_of(checkpoint_folder(RunConfig(out=begun)), 1))
-    target = checkpoint.path_of(checkpoint_folder(RunConfig(out=deep)), DEEP_STEP)
+    content = checkpoint.read(checkpoint.path_of(checkpoints_folder(begun), 1))
+    target = checkpoint.path_of(checkpoints_folder(deep), DEEP_STEP)
     target.parent.mkdir(parents=True)
-    writer = checkpoint.Writer()
+    writer = Writer()
     writer.submit(target, {**content, "step": DEEP_STEP})
     writer.wait()
     if writer.failure:

@@ -10,11 +10,10 @@ import torch
 from pipelines.common.errors import UserError
 from tools.lib.benchmark.results import Measured
 from tools.lib.common.timing import timed_on_device
+from trainer.builder import Run, build
 from trainer.cluster.world import alone
 from trainer.config.sections import Config, parse
-from trainer.loop import Run
 from trainer.models.factory import create_model
-from trainer.run import build
 from trainer.update.precision import PRECISIONS, resolve_precision
 
 CLASSES = 1000

@@ -28,7 +28,7 @@ import io
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -54,12 +54,13 @@ from tools.lib.benchmark.runs import (
 from tools.lib.common.opening import first_device
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
-from trainer.feed import rank_plans
-from trainer.loop import Run, loop
+from trainer import loop
+from trainer.builder import Run
+from trainer.feed import batches_of, rank_plans
 from trainer.models.factory import create_model, preprocessing
 from trainer.models.weights import read_weights
 from trainer.monitor.run_files import METRICS
-from trainer.monitor.telemetry import Telemetry
+from trainer.state.writer import Writer
 from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
@@ -207,16 +208,17 @@ class Ours:
 
     def __init__(self, setting: Setting, out: Path):
         self.run = open_run(setting, out)
-        self._batches = self._plans_from(0)
+        self._batches = self._batches_from(0)
         self._numbers = itertools.count()
 
-    def _plans_from(self, step: int) -> Iterator[Batch]:
+    def _batches_from(self, step: int) -> Generator[Batch, None, None]:
         run = self.run
-        return run.pipelines.of["train"].batches(rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch))
+        plans = rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch)
+        return batches_of(run.pipelines.of["train"], plans)
 
     def first_batch(self) -> Batch:
         """The batch of the first update."""
-        with contextlib.closing(self._plans_from(0)) as batches:
+        with contextlib.closing(self._batches_from(0)) as batches:
             return next(batches)
 
     def update(self) -> None:
@@ -229,21 +231,18 @@ class Ours:
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
         run.state.step = 0
-        run.writer = Discarding()  # pyright: ignore[reportAttributeAccessIssue]  (It has what the loop calls.)
-        counts = {"step": 0, "total_steps": run.total_steps, "steps_per_epoch": run.plan.steps_per_epoch}
+        run.checkpoints.writer = Discarding()
         with contextlib.redirect_stdout(io.StringIO()):
-            telemetry = Telemetry(run.config.run.out, run.world, **counts)
-            with telemetry.live():
-                loop(run, telemetry)
+            monitor = loop.make_monitor(run)
+            with monitor.session():
+                loop.updates(run, monitor)
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]
         assert lines[-1]["step"] == 2 * updates, lines
         return updates * run.config.run.global_batch / lines[-1]["images_per_s"]
 
 
-class Discarding:
+class Discarding(Writer):
     """Stands for a run's writer of checkpoints: a timed loop ends with one, which nobody measures or reads."""
-
-    failure = ""
 
     def submit(self, *_) -> None:
         """Write nothing."""

@@ -27,9 +27,11 @@ from tools.lib.benchmark.runs import CLASSES, updates_per_timed_run
 from tools.lib.common.opening import first_device, opened
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.config.sections import Config, parse
+from trainer.feed import batches_of
 from trainer.models.factory import create_model, preprocessing
-from trainer.models.teacher import Teachers, build_teachers, model_inputs
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
+from trainer.models.teacher import Teachers, build_teachers
+from trainer.update.inputs import Inputs
 from trainer.update.precision import PRECISIONS, allow_tf32
 
 COLUMNS = SPEED_COLUMNS | {
@@ -86,7 +88,7 @@ def _photographs(folder: Path, images: int, batch: int, size: int, device: torch
     plan = recipe_plan(index, batch, size)
     pipeline = opened("torchvision", index, device=device, threads=num_cores(), decode="full")
     plans = (plan.rows(start, start + batch) for start in range(0, plan.steps_per_epoch * batch, batch))
-    with closing(pipeline.batches(plans)) as batches:
+    with closing(batches_of(pipeline, plans)) as batches:
         return list(batches)
 
 
@@ -114,7 +116,7 @@ def _forward_pass(config: Config, precision: str, batches: list[Batch]) -> list[
     assert teachers is not None  # The configuration names one.
     teachers = teachers.to(device).to(memory_format=torch.channels_last).to_precision(dtype)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3, dtype).to(device)  # It stands for a student's, which is not used.
-    return [functools.partial(_logits, teachers, model_inputs(batch, normalize, teachers)[1]) for batch in batches]
+    return [functools.partial(_logits, teachers, Inputs(normalize, teachers)(batch).teachers) for batch in batches]
 
 
 @torch.no_grad()

@@ -38,10 +38,10 @@ from tools.lib.benchmark.runs import (
 )
 from tools.lib.common.opening import decode_path, first_device
 from tools.lib.common.timing import BATCHES_IN_WORK, interleaved, ratio, speeds, synchronize, timed_on_device
+from trainer.builder import Run
 from trainer.config.sections import DataConfig
-from trainer.feed import rank_plans
-from trainer.loop import Run
-from trainer.monitor.telemetry import InputWait
+from trainer.feed import batches_of, rank_plans
+from trainer.monitor.clock import InputWait
 
 COLUMNS = SPEED_COLUMNS | {
     "input_wait": "waiting for input",
@@ -146,7 +146,7 @@ class Feed:
     def __init__(self, run: Run, pipeline: Pipeline):
         self._run = run
         plans = rank_plans(run.plan, 0, LAST, run.world, run.state.micro_batch)
-        self._batches = pipeline.batches(plans)
+        self._batches = batches_of(pipeline, plans)
         self._waiting = InputWait(self._batches, run.world.device)
         self._number = 0
         self.waits: list[float] = []

@@ -4,7 +4,7 @@ import dataclasses
 
 from tools.lib.doctor import stages
 from tools.lib.doctor.stages import Rate
-from trainer.loop import Run
+from trainer.builder import Run
 
 _CUMULATIVE = (stages.READING, stages.DECODING, stages.RESIZING, stages.PIPELINE)
 _PARTS = ("reading", "decoding", "crop, resize, flip", "RandAugment")

@@ -27,8 +27,8 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.reader import places
 from tools.lib.common.timing import BATCHES_IN_WORK
 from tools.lib.doctor.stages import DECODING, PIPELINE, READING, READING_COLD, RESIZING, Stage, take, timed_updates
-from trainer.feed import rank_plans, rank_threads
-from trainer.loop import Run
+from trainer.builder import Run
+from trainer.feed import batches_of, rank_plans, rank_threads
 
 _SAMPLE_IMAGES = 4096  # All timed runs go through this many images of the plan.
 
@@ -78,7 +78,7 @@ def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int],
     first = min(max(run.state.step, epoch * per_epoch), stop - 1)
     stop = next((other for other in range(epoch, epochs[-1] + 2) if other not in epochs), epochs[-1] + 1) * per_epoch
     if again:
-        enough = max(-(-2 * PLANS_AHEAD // run.step.micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
+        enough = max(-(-2 * PLANS_AHEAD // run.step.num_micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
         stop = min(stop, first + enough)
 
     def plans(count: int) -> Iterator[BatchPlan]:
@@ -99,7 +99,7 @@ def feed_of(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Feed:
         pipeline=run.pipelines.of["train"],
         device=world.device,
         plans=plans,
-        per_update=run.step.micro_batches,
+        per_update=run.step.num_micro_batches,
         prefetch=data.prefetch,
         threads=rank_threads(data, world),
         decode=run.pipelines.decode["decode"],
@@ -148,7 +148,7 @@ def _only_decoded(plan: BatchPlan) -> BatchPlan:
 def _through_pipeline(feed: Feed, change: Callable[[BatchPlan], BatchPlan]) -> Stage:
     def stage(count: int) -> float:
         plans = map(change, feed.plans(1 + feed.ahead + count + feed.ahead))
-        with closing(feed.pipeline.batches(plans)) as batches:
+        with closing(batches_of(feed.pipeline, plans)) as batches:
             return _timed_batches(feed, batches, count)
 
     return stage

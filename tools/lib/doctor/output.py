@@ -16,8 +16,8 @@ from tools.lib.doctor import proposals, stages
 from tools.lib.doctor.diagnosis import Diagnosis, Remaining, seconds_left
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate
+from trainer.builder import Run
 from trainer.feed import rank_threads
-from trainer.loop import Run
 
 _BAR = 24  # The longest bar of the table has this many characters.
 _MATTERS = 10  # How even a stage is makes no difference if it is faster than the complete run times this.

@@ -20,11 +20,10 @@ from tools.lib.doctor.input_stages import Feed, feed_of, plans_of_size, rounds
 from tools.lib.doctor.stages import NOTHING, Rate, Stage, rates
 from tools.lib.doctor.step_stages import WholeRun
 from tools.lib.shards.images import CheckedImage, ImageOptions, check_image
+from trainer.builder import Run, build
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.sections import Config
 from trainer.feed import open_pipelines
-from trainer.loop import Run
-from trainer.run import build
 
 REPEATS = 5  # A gain must show in every one of these timed runs.
 _UNCHANGED = "unchanged"

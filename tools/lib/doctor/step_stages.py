@@ -16,12 +16,11 @@ from pipelines.synthetic import SyntheticPipeline
 from tools.lib.common.timing import synchronize
 from tools.lib.doctor.input_stages import Feed, drop_from_cache
 from tools.lib.doctor.stages import NOTHING, Stage, take, timed_updates
+from trainer.builder import Run, build
 from trainer.config.sections import TeacherConfig
 from trainer.evaluation.predict import num_eval_batches
-from trainer.feed import open_indices
-from trainer.loop import Run, set_rate
-from trainer.monitor.telemetry import InputWait
-from trainer.run import build
+from trainer.feed import batches_of, open_indices
+from trainer.monitor.clock import InputWait
 
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
 
@@ -52,11 +51,11 @@ def teacher_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stag
     assert step.teacher is not None  # Otherwise there is nothing to measure.
     teacher = step.teacher
     with torch.no_grad():
-        _, inputs = step.inputs(batch)
+        inputs = step.inputs(batch).teachers
 
     @torch.no_grad()
     def update() -> None:
-        for _ in range(step.micro_batches):
+        for _ in range(step.num_micro_batches):
             teacher(inputs)
 
     return lambda count: timed_updates(update, count)
@@ -91,8 +90,8 @@ class WholeRun:
         updates = 1 + feed.ahead + count + feed.ahead
         if self._cold:
             drop_from_cache(feed.index, np.concatenate([plan.sample for plan in feed.plans(updates)]))
-        set_rate(run, run.state.step)
-        with closing(feed.pipeline.batches(feed.plans(updates))) as batches:
+        run.set_learning_rate(run.state.step)
+        with closing(batches_of(feed.pipeline, feed.plans(updates))) as batches:
             watched = InputWait(batches, run.world.device)
             for _ in range(1 + feed.ahead):
                 run.step(watched, run.state.step)

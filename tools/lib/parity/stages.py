@@ -31,7 +31,8 @@ from tools.lib.parity import timm_reference
 from tools.lib.parity.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.lib.shards.job import BuildOptions, build
 from trainer.models.factory import preprocessing
-from trainer.update.mixing import Normalize, mix_pixels
+from trainer.models.normalize import Normalize
+from trainer.update.mixing import mix_pixels
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_PCT = 0.95
