@@ -35,7 +35,7 @@ from tools.lib.doctor import proposals, stages
 from tools.lib.doctor.diagnosis import Diagnosis, Remaining, diagnose, remaining, seconds_left
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate, Turn, WholeRun, feed_of, plans_of_size, rates
-from tools.lib.shards.verify import human_seconds
+from tools.lib.shards.summary import human_seconds
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.feed import open_indices, rank_threads

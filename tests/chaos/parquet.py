@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 from chaos.attempts import Attempt, isolated
 from chaos.conversions import jpeg, shard
 from pipelines.shards.index import read_manifest
-from tools.lib.shards.folders import KAGGLE_DATA, KAGGLE_SOLUTION
+from tools.lib.shards.sources.kaggle import KAGGLE_DATA, KAGGLE_SOLUTION
 
 PROMISE = (
     "Parquet files of odd types, labels, codecs and layouts, or with damaged bytes, and Kaggle's download with odd or "

@@ -21,7 +21,7 @@ from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
 from tools.lib.common.photos import write_photographs
 from tools.lib.common.timing import machine
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
 from trainer.run import train

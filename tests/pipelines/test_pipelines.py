@@ -39,7 +39,7 @@ from pipelines.shards.damage import decode_with_pil
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.reader import ShardReader
 from tools.lib.common.photos import photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 CPU = torch.device("cpu")
 NO_OPS = AugmentConfig(mix_group=5, randaugment_ops=0)

@@ -29,7 +29,7 @@ from tools.lib.common.opening import decode_path
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.tables import markdown
 from tools.lib.doctor import stages
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt

@@ -10,7 +10,8 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import sha256_of
 from pipelines.shards.index import manifest_bytes, read_index, read_manifest
 from pipelines.shards.reader import ShardReader, read_ahead
-from tools.lib.shards.verify import summarize, verify
+from tools.lib.shards.summary import summarize
+from tools.lib.shards.verify import verify
 
 
 @pytest.fixture

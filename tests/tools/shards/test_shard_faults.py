@@ -17,7 +17,7 @@ from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
 from tools.lib.common.photos import photographs
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
-from tools.lib.shards.job import merge
+from tools.lib.shards.build import merge
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
 

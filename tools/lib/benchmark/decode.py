@@ -24,7 +24,7 @@ from tools.lib.benchmark.loader import SIZE_PX, batch_seconds
 from tools.lib.common.opening import first_device, opened
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import speeds
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 COLUMNS = {"what": "what", "works": "works", "images_per_s": "images/s", "min": "min", "max": "max"}
 _LEAD = 8  # batches before those that count: DALI's queues are full by then

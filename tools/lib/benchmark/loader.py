@@ -46,7 +46,7 @@ from tools.lib.common.opening import decode_path, first_device, opened
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize
 from tools.lib.doctor import stages
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
 
 SIZE_PX = 224

@@ -18,7 +18,7 @@ from tools.lib.benchmark.processes import REPOSITORY, run_training
 from tools.lib.benchmark.runs import random_weights
 from tools.lib.common.opening import first_device
 from tools.lib.common.photos import write_common_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 COLUMNS = {
     "what": "what",

@@ -21,7 +21,7 @@ from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.reader import PLANS_AHEAD, ShardReader, look_ahead, places
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import interleaved, ratio, timed
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 COLUMNS = {"what": "what", "mb_per_s": "MB/s", "min": "min", "max": "max", "ratio": "ratio", "of": "of"}
 OURS = "ours (pread, fadvise)"

@@ -12,10 +12,10 @@ from PIL import Image
 
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import interleaved, ratio, timed
-from tools.lib.shards.entries import SourceOptions
 from tools.lib.shards.images import ImageOptions
-from tools.lib.shards.shards import write_shard
+from tools.lib.shards.shard import write_shard
 from tools.lib.shards.sources import open_source
+from tools.lib.shards.sources.source import SourceOptions
 
 COLUMNS = {
     "what": "what",

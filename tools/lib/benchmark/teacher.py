@@ -27,7 +27,7 @@ from tools.lib.benchmark.runs import CLASSES, updates_of_a_turn
 from tools.lib.common.opening import first_device, opened
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, timed_on_device
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import Config, parse
 from trainer.models.factory import create_model, preprocessing
 from trainer.models.teacher import Teachers, build_teachers, model_inputs

@@ -39,7 +39,7 @@ from tools.lib.common.opening import decode_path, first_device
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize, timed_on_device
 from tools.lib.doctor.stages import IN_WORK
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import rank_plans
 from trainer.loop import Run

@@ -53,7 +53,7 @@ def run_jobs(
     processes, idle, busy = [], [], set()
     try:
         with _reporting_lost_workers():
-            context = forkserver_context("tools.lib.shards.job", *preload)
+            context = forkserver_context(function.__module__, *preload)
             for number in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
                 idle.append(ours)

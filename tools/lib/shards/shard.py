@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, write_synced
-from tools.lib.shards.entries import Entry
 from tools.lib.shards.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.lib.shards.tars import BLOCK
+from tools.lib.shards.sources.source import Entry
+from tools.lib.shards.sources.tars import BLOCK
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds and which only writing needs
     import webdataset
 
 HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
-LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
 
 
 @dataclasses.dataclass

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
-from tools.lib.shards.entries import MISPLACED, VAL_NAMES, Unused, printable
+from tools.lib.shards.sources.contents import printable
+from tools.lib.shards.sources.source import MISPLACED, VAL_NAMES, Unused
 
 SPLIT_WORDS = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
 _NUMBER = re.compile(r"(\d{1,6})([-_]of[-_])(\d{1,6})(?!\d)")

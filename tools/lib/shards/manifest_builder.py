@@ -11,8 +11,8 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, sha256_of
 from pipelines.shards.index import AUDIT, INDEX, sample_dtype, split_digest
-from tools.lib.shards.entries import HIDDEN, Unused
-from tools.lib.shards.shards import HASH_BYTES, read_record
+from tools.lib.shards.shard import HASH_BYTES, read_record
+from tools.lib.shards.sources.source import HIDDEN, Unused
 
 TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
 _HASHES_AT_A_TIME = 1 << 20  # of the search for duplicates, which never holds more

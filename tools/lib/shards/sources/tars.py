@@ -1,7 +1,6 @@
 """Reading tars to the end of the file: Python's tarfile takes a damaged header, or one block of zeros, for the end."""
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shlex
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, grouped, named
-from pipelines.common.files import instead_of_content, is_hidden
-from tools.lib.shards.entries import printable
+from pipelines.common.files import instead_of_content
+from tools.lib.shards.sources.contents import printable
 
 BLOCK = 512
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
@@ -222,47 +221,6 @@ def why_not_a_file(member: tarfile.TarInfo) -> str:
     if member.islnk() or member.issym():
         return "a link in the tar. Pack it again with the files themselves: tar -h --hard-dereference -cf ..."
     return f"no file (type {member.type.decode(errors='replace')!r}). Pack the tar without it"
-
-
-@dataclasses.dataclass
-class TarMembers:
-    """The members of a WebDataset tar, from its headers.
-
-    Attributes:
-      samples: key -> extension in lower case -> (offset, bytes) of the content.
-      unusable: key -> why one of its members has no content in the tar.
-      hidden: names that `is_hidden` passes over.
-    """
-
-    samples: dict[str, dict[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    unusable: dict[str, str] = dataclasses.field(default_factory=dict)
-    hidden: list[str] = dataclasses.field(default_factory=list)
-
-
-def tar_members(path: Path) -> TarMembers:
-    """The members of a WebDataset tar by sample.
-
-    Raises:
-      UserError: as `tar_entries`, or a name occurs twice.
-    """
-    found = TarMembers()
-    with open(path, "rb") as file:
-        for member in tar_entries(path, file):
-            if is_hidden(member.name):
-                found.hidden.append(printable(member.name))
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if reason := why_not_a_file(member):
-                found.unusable[key] = reason
-                continue
-            parts = found.samples.setdefault(key, {})
-            if extension.lower() in parts:
-                name = clipped(printable(member.name))
-                raise UserError(f"{path}: {name} occurs twice. Write the tar again with names of their own")
-            parts[extension.lower()] = (member.offset_data, member.size)
-    return found
 
 
 def tar_header(name: str, size: int) -> bytes:

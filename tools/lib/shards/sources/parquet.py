@@ -13,7 +13,8 @@ from pathlib import Path
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content, replacing, write_synced
 from pipelines.shards.index import sorted_classes
-from tools.lib.shards.entries import (
+from tools.lib.shards.sources.contents import contents_of, printable, walk
+from tools.lib.shards.sources.source import (
     EXPECTED,
     MISPLACED,
     RECOGNISE,
@@ -21,13 +22,11 @@ from tools.lib.shards.entries import (
     Source,
     SourceOptions,
     Unused,
-    contents_of,
-    printable,
     sample_key,
+    slice_location,
+    slice_reader,
 )
-from tools.lib.shards.slices import slice_reader
-from tools.lib.shards.split_names import SPLIT_WORDS, missing_files
-from tools.lib.shards.walk import walk
+from tools.lib.shards.sources.split_names import SPLIT_WORDS, missing_files
 
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
 # Usual names of the two columns, the likeliest first.
@@ -341,7 +340,8 @@ def _list_parquet(
             for row, (image, value) in enumerate(_rows(path, options)):
                 content = _content(image, f"{path}: row {row}")
                 label = numbers[value] if isinstance(value, str) else value
-                location, source = f"{copy}\n{file.tell()}\n{len(content)}", f"{path.relative_to(root)}: row {row}"
+                location = slice_location(copy, file.tell(), len(content))
+                source = f"{path.relative_to(root)}: row {row}"
                 yield Entry(sample_key(classes[label], f"{total:09d}"), label, location, source)
                 file.write(content)
                 total += 1
