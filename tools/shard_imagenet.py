@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: find the packages from the rep
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
@@ -94,11 +94,11 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: {_counts(manifest)}")
 
 
-def _shown() -> Callable[[ProgressBar, int, int, int], None]:
+def _shown() -> Callable[[ProgressBar, TaskID, int, int], None]:
     """Shows finished shards in a bar, or in lines."""
     say = _Lines()
 
-    def show(bar: ProgressBar, task: int, done: int, total: int) -> None:
+    def show(bar: ProgressBar, task: TaskID, done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
         say(f"{done:,} of {total:,} shards")
 
@@ -182,7 +182,7 @@ def _bar() -> ProgressBar:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     build_parser = commands.add_parser("build", help="convert; run it again to go on after an interruption")

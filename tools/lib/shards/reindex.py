@@ -17,10 +17,10 @@ from tools.lib.shards.conversion import reporting_disk_errors
 from tools.lib.shards.images import ImageOptions, RejectedImageError
 from tools.lib.shards.listing import check_misplaced
 from tools.lib.shards.manifest_builder import VERSION, assemble
-from tools.lib.shards.shard import ShardRecord, dali_index, describes, read_record, source_hash, write_record
+from tools.lib.shards.shard import RecordBuilder, Rejection, dali_index, describes, read_record
 from tools.lib.shards.sources.contents import contents_of, is_utf8, printable
 from tools.lib.shards.sources.source import EXPECTED, HIDDEN, MISPLACED, SPLITS, Unused
-from tools.lib.shards.sources.tars import check_compressed
+from tools.lib.shards.sources.tars import Parts, check_compressed
 from tools.lib.shards.sources.webdataset import (
     INDEX_LOCK,
     INDEX_RECORDS,
@@ -215,7 +215,9 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
             top, where = largest, f"{path.parent.name}/{path.stem}.tar"
     if rejected and not skip_bad:
         number = "1 sample" if len(rejected) == 1 else f"{len(rejected):,} samples"
-        raise UserError(f"{number} cannot be used: {_said(rejected)}. Or leave out what cannot: --on-bad skip")
+        raise UserError(
+            f"{number} cannot be used: {_grouped_by_cause(rejected)}. Or leave out what cannot: --on-bad skip"
+        )
     if top >= max(1000, 100 * samples):
         raise UserError(f"{where}: class numbers up to {top} for {samples} samples. Look at the cls files")
     return {
@@ -229,7 +231,7 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
     }
 
 
-def _said(rejected: list[dict]) -> str:
+def _grouped_by_cause(rejected: list[Rejection]) -> str:
     """Rejected samples by cause: a few names, and values found, of each of the first causes."""
     values: dict[str, list[str]] = collections.defaultdict(list)  # cause, with VALUE for the value -> values
     names: dict[str, list[str]] = collections.defaultdict(list)
@@ -261,7 +263,7 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
       idx_path: where its .idx file is or will be.
       record: the file to write.
     """
-    found, hashes, unread = ShardRecord(), [], collections.Counter()
+    found, unread = RecordBuilder(), collections.Counter()
     members, source = tar_members(path), f"{path.parent.name}/{path.name}"
     labelled = any(map(is_label, (part for parts in members.samples.values() for part in parts)))
     for key, reason in members.unusable.items():
@@ -274,22 +276,20 @@ def _read_shard(path: Path, idx_path: Path, record: Path, options: ImageOptions)
                 if not is_utf8(key):
                     raise RejectedImageError("its name is not UTF-8: pack the tar again with another name")
                 in_class = not labelled and key.removeprefix("./").count("/") == 1
-                label, offset, image, others = read_sample(file, parts, options, in_class)
+                sample = read_sample(file, parts, options, in_class)
             except RejectedImageError as error:
                 found.reject(printable(key), source, error)
                 continue
-            found.add(key, label, offset, image)
-            hashes.append(source_hash(image.jpeg))
-            if others:
-                unread.update(others)
-    found.notes |= {"hidden": [f"{source}: {name}" for name in members.hidden], "parts": unread}
+            found.add(key, sample.label, sample.offset, sample.image, sample.image.jpeg)
+            unread.update(sample.unread)
+    found.notes["hidden"] = [f"{source}: {name}" for name in members.hidden]
+    found.notes["parts"] = unread
     idx = _idx_of(idx_path, members.samples)
     write_synced(record.with_suffix(".idx"), idx)
-    found.describe(path.name, path.stat().st_size, sha256_of(path), idx)
-    write_record(record, found, hashes)
+    found.write(record, path.name, path.stat().st_size, sha256_of(path), idx)
 
 
-def _idx_of(there: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+def _idx_of(there: Path, samples: dict[str, Parts]) -> bytes:
     """The content of a tar's .idx file: of the one that is there, if it describes the tar.
 
     Raises:

@@ -29,6 +29,12 @@ _STRANGER = "not part of the layout: move it away"
 T = TypeVar("T")
 
 
+_INSIDE_CLASS = (
+    "a folder inside a class. If it is part of the class, move its images up with mv -n, which replaces nothing; if it "
+    "is a class itself, move it up"
+)
+
+
 def is_image(name: str) -> bool:
     """Return whether a file's name is an image's."""
     return name.lower().endswith(EXTENSIONS)
@@ -122,6 +128,35 @@ def _kind_of(entry: os.DirEntry) -> str:
     return "neither a file nor a folder: move it away"
 
 
+def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str | Unused]:
+    """Visible files at any depth, as paths relative to `root` sorted by their parts; everything else is an Unused.
+
+    A link to a folder that it lies in is an Unused, too, whether it leads there at once or through other links.
+
+    Args:
+      folder: where to begin, relative to `root`.
+      above: resolved paths of the folders that lead to it.
+    Raises:
+      UserError: a folder cannot be listed.
+    """
+    real = os.path.realpath(root / folder)
+    if real in above:
+        yield Unused(MISPLACED, printable(folder), "a link to a folder above it: remove the link")
+        return
+    inside = contents_of(root / folder)
+    for name in inside.hidden:
+        yield Unused(HIDDEN, printable(os.path.join(folder, name)))
+    folders = set(inside.folders)
+    for name in inside.visible:
+        path = os.path.join(folder, name)
+        if name in folders:
+            yield from walk(root, path, above | {real})
+        elif reason := inside.others.get(name):
+            yield Unused(MISPLACED, printable(path), reason)
+        else:
+            yield path
+
+
 def unused_in(contents: Contents, folder: str) -> Iterator[Unused]:
     """The hidden entries of a folder, and those that are neither file nor folder; `folder` is how messages name it."""
     for name in contents.hidden:
@@ -172,41 +207,6 @@ def beside_source(
 
 def _below(folder: str, name: str) -> str:
     return printable(f"{folder}/{name}" if folder else name)
-
-
-def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str | Unused]:
-    """Visible files at any depth, as paths relative to `root` sorted by their parts; everything else is an Unused.
-
-    A link to a folder that it lies in is an Unused, too, whether it leads there at once or through other links.
-
-    Args:
-      folder: where to begin, relative to `root`.
-      above: resolved paths of the folders that lead to it.
-    Raises:
-      UserError: a folder cannot be listed.
-    """
-    real = os.path.realpath(root / folder)
-    if real in above:
-        yield Unused(MISPLACED, printable(folder), "a link to a folder above it: remove the link")
-        return
-    inside = contents_of(root / folder)
-    for name in inside.hidden:
-        yield Unused(HIDDEN, printable(os.path.join(folder, name)))
-    folders = set(inside.folders)
-    for name in inside.visible:
-        path = os.path.join(folder, name)
-        if name in folders:
-            yield from walk(root, path, above | {real})
-        elif reason := inside.others.get(name):
-            yield Unused(MISPLACED, printable(path), reason)
-        else:
-            yield path
-
-
-_INSIDE_CLASS = (
-    "a folder inside a class. If it is part of the class, move its images up with mv -n, which replaces nothing; if it "
-    "is a class itself, move it up"
-)
 
 
 def class_folders(folder: Path, order: str = "") -> list[str]:

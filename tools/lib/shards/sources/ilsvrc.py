@@ -22,7 +22,7 @@ from tools.lib.shards.sources.source import (
     slice_location,
     slice_reader,
 )
-from tools.lib.shards.sources.tars import tar_files
+from tools.lib.shards.sources.tars import Readable, tar_files
 
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest that is read has 0.5 MB
@@ -80,7 +80,8 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.size > _MAX_DEVKIT_FILE:  # compressed zeros, for instance
         raise ValueError(f"{member.name} has {member.size:,} bytes")
-    return tar.extractfile(member).read()
+    with tar.extractfile(member) or io.BytesIO() as file:  # None stands for folders, which are no members here
+        return file.read()
 
 
 def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
@@ -105,7 +106,7 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
 
 
 def _members(
-    path: Path, file: BinaryIO, is_wanted: Callable[[str], bool], otherwise: str
+    path: Path, file: Readable, is_wanted: Callable[[str], bool], otherwise: str
 ) -> Generator[Unused, None, list[tarfile.TarInfo]]:
     """Returns a tar's wanted files, and yields the others; `otherwise` says what those are."""
     wanted = []
@@ -149,12 +150,6 @@ class _Part(io.RawIOBase):
         content = self._file.read(left if size < 0 else min(size, left))
         self._position += len(content)
         return content
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
 
 
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content, replacing, write_synced
@@ -27,6 +28,9 @@ from tools.lib.shards.sources.source import (
     slice_reader,
 )
 from tools.lib.shards.sources.split_names import SPLIT_WORDS, missing_files
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
 # Usual names of the two columns, the likeliest first.
@@ -163,8 +167,8 @@ def _dataset_of(path: Path) -> str:
 
 def _split_of(path: Path) -> str:
     """The split of a file by its name, as in train-00000-of-00002, or by the nearest folder of a split's name."""
-    words = re.match(r"[a-z]*", path.name)[0]
-    for word in (words, *reversed(path.parent.parts)):
+    first = re.split(r"[^a-z]", path.name, maxsplit=1)[0]
+    for word in (first, *reversed(path.parent.parts)):
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
     return ""
@@ -178,12 +182,12 @@ class _Labels:
     """The labels of a file.
 
     Attributes:
-      column: pyarrow.ChunkedArray of integers or text, without nulls.
+      column: integers or text, without nulls.
       is_text: True where they are text.
       names: names of the classes, as Hugging Face's ClassLabel stores them; [] where there are none.
     """
 
-    column: object
+    column: "pyarrow.ChunkedArray"
     is_text: bool
     names: list[str]
 

@@ -61,8 +61,7 @@ def missing_files(taken: Iterable[str], there: Iterable[str]) -> Iterator[Unused
     done = set()
     for path in taken:
         match = _NUMBER.search(path, path.rfind("/") + 1)
-        group = (path[: match.start()], match[3]) if match else None
-        if group is None or group in done:
+        if match is None or (group := (path[: match.start()], match[3])) in done:
             continue
         done.add(group)
         found, count, end = numbers[group], int(match[3]), path.rpartition(".")[2]

@@ -2,18 +2,20 @@
 
 import contextlib
 import errno
+import io
 import os
 import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from pipelines.common.errors import UserError, clipped, grouped, named
 from pipelines.common.files import instead_of_content
 from tools.lib.shards.sources.contents import printable
 
 BLOCK = 512
+Parts = dict[str, tuple[int, int]]  # The parts of a sample in a tar: extension -> (offset, bytes) of the content.
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
 # Writers fill the file with zeros up to a multiple of their record. It has 20 blocks unless the person chose another
 # size, as `tar -b 128` does for tapes and file servers; usual choices are powers of two from 32 KiB to 1 MiB.
@@ -32,7 +34,27 @@ COMPRESSED = {
 }
 
 
-def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+class Readable(Protocol):
+    """A file, or a part of one, that is read from any place."""
+
+    def seek(self, offset: int, whence: int = ..., /) -> int:
+        """Move to a place."""
+        ...
+
+    def tell(self) -> int:
+        """The present place."""
+        ...
+
+    def read(self, size: int = ..., /) -> bytes:
+        """Bytes from there on."""
+        ...
+
+    def fileno(self) -> int:
+        """The descriptor. Raises an OSError where there is none."""
+        ...
+
+
+def tar_files(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
     """The regular files of an uncompressed tar, in order.
 
     Args:
@@ -51,7 +73,7 @@ def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise UserError(f"{path}: {grouped(reasons)}")
 
 
-def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def tar_entries(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
     """Everything in an uncompressed tar but folders, in order.
 
     Args:
@@ -67,7 +89,7 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 headers.left = _MAX_HEADER
-                tar.members.clear()  # tarfile keeps all of them otherwise
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all of them otherwise
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
                 if not member.isdir() and member.type != _VOLUME_LABEL:
@@ -80,24 +102,29 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     _check_end(path, file, end, nbytes)
 
 
-class _Headers:
+class _Headers(io.RawIOBase):
     """The file as tarfile reads its headers: those before one member have a bounded size, whatever they say.
 
     A long name or PAX records may claim any number of bytes, and tarfile would hold them in memory.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: Readable):
         self._file, self.left = file, _MAX_HEADER
-        self.seek, self.tell = file.seek, file.tell
 
-    def read(self, nbytes: int) -> bytes:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, nbytes: int = -1) -> bytes:
         if not 0 <= nbytes <= self.left:
             raise tarfile.ReadError(f"the headers before one member have more than {_MAX_HEADER:,} bytes")
         self.left -= nbytes
         return self._file.read(nbytes)
 
 
-def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> str:
+def _why_no_tar(path: Path, file: Readable, nbytes: int, error: Exception) -> str:
     file.seek(0)
     head = file.read(BLOCK)
     if found := instead_of_content(head):
@@ -135,7 +162,7 @@ def check_compressed(root: Path, tars: list[Path]) -> None:
     )
 
 
-def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
+def _check_end(path: Path, file: Readable, end: int, nbytes: int) -> None:
     """Raise a UserError unless zeros alone follow the last member, and no more than a writer fills a file with."""
     file.seek(end)
     found = file.read(BLOCK)
@@ -163,7 +190,7 @@ def _filled_sizes(end: int) -> list[int]:
     return [-(-(end + _END) // record) * record for record in (_RECORD, *_LARGER_RECORDS)]
 
 
-def first_not_zero(file: BinaryIO, start: int) -> int | None:
+def first_not_zero(file: Readable, start: int) -> int | None:
     """The offset of the first byte from `start` on that is not zero."""
     while True:
         start = _behind_hole(file, start)
@@ -175,7 +202,7 @@ def first_not_zero(file: BinaryIO, start: int) -> int | None:
         start += len(chunk)
 
 
-def _behind_hole(file: BinaryIO, start: int) -> int:
+def _behind_hole(file: Readable, start: int) -> int:
     """Where a hole of the disk at `start` ends: gigabytes of zeros that nobody wrote need not be read."""
     try:
         descriptor = file.fileno()
@@ -190,7 +217,7 @@ def _behind_hole(file: BinaryIO, start: int) -> int:
         os.lseek(descriptor, before, os.SEEK_SET)  # where the buffer of `file` believes it to be
 
 
-def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:
+def _what_follows(path: Path, file: Readable, end: int, begin: int) -> str:
     """Say what a file probably is in which zeros at `end` are followed by other bytes at `begin`."""
     file.seek(begin)
     if begin in (end + _END, *_filled_sizes(end)) and path.is_file() and _is_header(file.read(BLOCK)):

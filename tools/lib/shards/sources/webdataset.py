@@ -17,7 +17,7 @@ from tools.lib.shards.images import MAX_BYTES, CheckedImage, ImageOptions, Rejec
 from tools.lib.shards.sources.contents import EXTENSIONS, Contents, contents_of, is_image, printable, unused_in
 from tools.lib.shards.sources.source import EXPECTED, MISPLACED, SPLITS, VAL_NAMES, Unused
 from tools.lib.shards.sources.split_names import missing_files, named_split, of_other_splits, sorting_commands
-from tools.lib.shards.sources.tars import COMPRESSED, tar_entries, why_not_a_file
+from tools.lib.shards.sources.tars import COMPRESSED, Parts, tar_entries, why_not_a_file
 
 _DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS", "_info.json")
 LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
@@ -28,81 +28,6 @@ _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
 _MAX_LABEL_BYTES = 32  # a class number may have spaces around it
 _MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
-
-
-def read_sample(
-    file: BinaryIO, parts: dict[str, tuple[int, int]], options: ImageOptions, in_class: bool
-) -> tuple[int, int, CheckedImage, list[str]]:
-    """The class number, the image's offset, the image, and the extensions that are not read, of one sample.
-
-    Args:
-      parts: extension -> (offset, bytes).
-      in_class: whether its folder may be its class.
-    Raises:
-      RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
-    """
-    images = [extension for extension in parts if extension in _IMAGE_PARTS]
-    labels = [extension for extension in LABEL_PARTS if extension in parts]
-    if reason := _misnamed(parts, images, labels, in_class):
-        raise RejectedImageError(reason)
-    offset, size = parts[labels[0]]
-    number = _class_number(labels[0], _slice(file, offset, min(size, _MAX_LABEL_BYTES + 1)))
-    offset, size = parts[images[0]]
-    if size > MAX_BYTES:
-        raise RejectedImageError(f"its {images[0]} has {size:,} bytes; no image has more than {MAX_BYTES:,}")
-    image = check_image(_slice(file, offset, size), options)
-    if image.repaired:
-        raise RejectedImageError(
-            f"{image.repaired}: unpack the tars into train/CLASS/ and run 'build', which converts it"
-        )
-    return number, offset, image, [name for name in parts if name not in (images[0], labels[0])]
-
-
-def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
-    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
-
-    Args:
-      in_class: whether its folder may be its class.
-      images, labels: those of the parts that are usual names of an image and of a class number.
-    """
-    seen = [name for name in parts if is_image(f".{name}")]
-    if in_class and len(seen) == len(parts):
-        return (
-            f"has '{clipped(named(seen, 3), 30)}', no cls. If its folder is its class, unpack each with "
-            "tar -kxf TAR -C SRC/train (val: SRC/val), and run 'build SRC OUT'"
-        )
-    dotted_labels = [name for name in parts if "." in name and is_label(name)]
-    if dotted := dotted_labels or ([] if images or labels else seen):
-        dot = "names end at their first dot. Pack the tar again with _ for those dots"
-        return f"it has '.{clipped(dotted[0], 30)}': {dot}"
-    if len(images or seen) > 1:
-        return f"several images, '{clipped(named(images or seen, 3))}': pack the tar again with one of them, as KEY.jpg"
-    if seen and not images:
-        return f"its image is '{clipped(seen[0], 30)}': pack the tar again with it as KEY.jpg"
-    has = clipped(named(filter(None, parts), 5)) or "no extension"
-    if not images:
-        return f"has {has}; expected an image, jpg, and its class number as text, cls"
-    if not labels:
-        return f"has {has}; expected a cls, too: pack the tar again with the class number as text in KEY.cls"
-    return ""
-
-
-def is_label(part: str) -> bool:
-    """Return whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
-    return part.rpartition(".")[2] in LABEL_PARTS
-
-
-def _class_number(part: str, content: bytes) -> int:
-    text = content.strip()
-    if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
-        return int(text)
-    shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
-    raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
-
-
-def _slice(file: BinaryIO, offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    return file.read(nbytes)
 
 
 def find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
@@ -184,6 +109,13 @@ def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
     return (each for each in unused if each.source not in (INDEX_RECORDS, INDEX_LOCK))
 
 
+def is_leftover(path: Path) -> bool:
+    """True if a file was left by an `index` that was killed."""
+    target = path.name.rpartition(".partial")[0].rpartition(".")[0]
+    ours = target in (MANIFEST, AUDIT, INDEX) or target.endswith(".idx")
+    return ours and _LEFTOVER.fullmatch(path.name) is not None
+
+
 def advice_without_train(root: Path) -> str:
     """Say what probably helps where there is no train/*.tar."""
     inside = contents_of(root)
@@ -211,13 +143,6 @@ def _advice_by_names(root: Path, tars: list[str]) -> str:
     return f"{by}. In that folder: {commands}" if commands and "train" in stated else by
 
 
-def is_leftover(path: Path) -> bool:
-    """True if a file was left by an `index` that was killed."""
-    target = path.name.rpartition(".partial")[0].rpartition(".")[0]
-    ours = target in (MANIFEST, AUDIT, INDEX) or target.endswith(".idx")
-    return ours and _LEFTOVER.fullmatch(path.name) is not None
-
-
 @dataclasses.dataclass
 class TarMembers:
     """The members of a WebDataset tar, from its headers.
@@ -228,7 +153,7 @@ class TarMembers:
       hidden: names that `is_hidden` passes over.
     """
 
-    samples: dict[str, dict[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Parts] = dataclasses.field(default_factory=dict)
     unusable: dict[str, str] = dataclasses.field(default_factory=dict)
     hidden: list[str] = dataclasses.field(default_factory=list)
 
@@ -257,3 +182,93 @@ def tar_members(path: Path) -> TarMembers:
                 raise UserError(f"{path}: {name} occurs twice. Write the tar again with names of their own")
             parts[extension.lower()] = (member.offset_data, member.size)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TarSample:
+    """One sample of a tar.
+
+    Attributes:
+      label: its class number.
+      offset: where its image begins in the tar.
+      image: the image.
+      unread: extensions of its other parts.
+    """
+
+    label: int
+    offset: int
+    image: CheckedImage
+    unread: list[str]
+
+
+def read_sample(file: BinaryIO, parts: Parts, options: ImageOptions, in_class: bool) -> TarSample:
+    """Read one sample.
+
+    Args:
+      parts: extension -> (offset, bytes).
+      in_class: whether its folder may be its class.
+    Raises:
+      RejectedImageError: it has no image or no class number, or the image cannot be used unchanged.
+    """
+    images = [extension for extension in parts if extension in _IMAGE_PARTS]
+    labels = [extension for extension in LABEL_PARTS if extension in parts]
+    if reason := _misnamed(parts, images, labels, in_class):
+        raise RejectedImageError(reason)
+    offset, size = parts[labels[0]]
+    number = _class_number(labels[0], _slice(file, offset, min(size, _MAX_LABEL_BYTES + 1)))
+    offset, size = parts[images[0]]
+    if size > MAX_BYTES:
+        raise RejectedImageError(f"its {images[0]} has {size:,} bytes; no image has more than {MAX_BYTES:,}")
+    image = check_image(_slice(file, offset, size), options)
+    if image.repaired:
+        raise RejectedImageError(
+            f"{image.repaired}: unpack the tars into train/CLASS/ and run 'build', which converts it"
+        )
+    return TarSample(number, offset, image, [name for name in parts if name not in (images[0], labels[0])])
+
+
+def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
+    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
+
+    Args:
+      in_class: whether its folder may be its class.
+      images, labels: those of the parts that are usual names of an image and of a class number.
+    """
+    seen = [name for name in parts if is_image(f".{name}")]
+    if in_class and len(seen) == len(parts):
+        return (
+            f"has '{clipped(named(seen, 3), 30)}', no cls. If its folder is its class, unpack each with "
+            "tar -kxf TAR -C SRC/train (val: SRC/val), and run 'build SRC OUT'"
+        )
+    dotted_labels = [name for name in parts if "." in name and is_label(name)]
+    if dotted := dotted_labels or ([] if images or labels else seen):
+        dot = "names end at their first dot. Pack the tar again with _ for those dots"
+        return f"it has '.{clipped(dotted[0], 30)}': {dot}"
+    if len(images or seen) > 1:
+        return f"several images, '{clipped(named(images or seen, 3))}': pack the tar again with one of them, as KEY.jpg"
+    if seen and not images:
+        return f"its image is '{clipped(seen[0], 30)}': pack the tar again with it as KEY.jpg"
+    has = clipped(named(filter(None, parts), 5)) or "no extension"
+    if not images:
+        return f"has {has}; expected an image, jpg, and its class number as text, cls"
+    if not labels:
+        return f"has {has}; expected a cls, too: pack the tar again with the class number as text in KEY.cls"
+    return ""
+
+
+def is_label(part: str) -> bool:
+    """Return whether a part of a sample is a class number, perhaps of a sample whose name has a dot."""
+    return part.rpartition(".")[2] in LABEL_PARTS
+
+
+def _class_number(part: str, content: bytes) -> int:
+    text = content.strip()
+    if text.removeprefix(b"+").isdigit() and len(text) <= _MAX_DIGITS:
+        return int(text)
+    shown = clipped(text[:20].decode(errors="backslashreplace"), 20).replace("'", '"')
+    raise RejectedImageError(f"its {part} is '{shown}', not a class number: number the classes from 0 on")
+
+
+def _slice(file: BinaryIO, offset: int, nbytes: int) -> bytes:
+    file.seek(offset)
+    return file.read(nbytes)
