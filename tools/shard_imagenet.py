@@ -28,7 +28,7 @@ from rich.table import Table
 from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
 from pipelines.common.launcher import launched
 from pipelines.common.machine import num_cores
-from pipelines.shards.index import CLASS_ORDERS
+from pipelines.shards.manifest import CLASS_ORDERS, Manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.shards.build import KEPT, BuildOptions, Progress, build, merge
 from tools.lib.shards.images import ImageOptions
@@ -144,7 +144,7 @@ def _info(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def _counts(manifest: dict) -> str:
+def _counts(manifest: Manifest) -> str:
     counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
     audit = manifest["audit"]
     words = {

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.files import parsed_json, sha256_of
 from pipelines.common.launcher import launched
-from pipelines.common.versions import package_versions
-from pipelines.shards.index import read_manifest
+from pipelines.common.machine import package_versions
+from pipelines.shards.manifest import read_manifest
 from trainer.config.sections import Config, to_dict
 from trainer.models.model_folders import CONFIG, named_folder
 

@@ -150,6 +150,13 @@ def test_workers_that_die_are_never_waited_for(function, start):
             list(run_jobs(function, [(signal.SIGKILL,)] * 7, 3, start=start))
 
 
+def test_when_a_worker_is_killed_the_others_finish_what_they_have_begun(tmp_path):
+    jobs = [(f"sleep 1; touch {tmp_path / name}",) for name in "abc"]
+    with pytest.raises(LostWorkerError):
+        list(run_jobs(os.system, [*jobs, ("sleep 0.3; kill -9 $PPID",)], 4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
 def test_an_error_of_a_job_arrives_with_its_place_in_the_worker():
     with pytest.raises(ZeroDivisionError) as error:
         list(run_jobs(divmod, [(7, 2), (1, 0)], 2))

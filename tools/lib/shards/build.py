@@ -16,7 +16,7 @@ import numpy as np
 from pipelines.common.errors import UserError, named
 from pipelines.common.files import locked, move_entries, sync_folder, write_synced
 from pipelines.plan import rng
-from pipelines.shards.index import MANIFEST, manifest_bytes, read_manifest
+from pipelines.shards.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.conversion import (
     JOB,
@@ -61,7 +61,7 @@ def build(
     skip_bad: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_note: Callable[[str], None] = lambda note: None,
-) -> dict | None:
+) -> Manifest | None:
     """Convert a source, from wherever an earlier call with the same arguments was interrupted.
 
     Args:
@@ -99,7 +99,7 @@ def build(
             return _finish(conversion)
 
 
-def merge(out: Path, skip_bad: bool = False) -> dict:
+def merge(out: Path, skip_bad: bool = False) -> Manifest:
     """Finish a conversion whose parts are done.
 
     Raises:
@@ -235,7 +235,7 @@ def _check_rejected(partial: Path, skip_bad: bool) -> None:
         )
 
 
-def _finish(conversion: Conversion) -> dict:
+def _finish(conversion: Conversion) -> Manifest:
     """Write index and manifest, and give the dataset its final name."""
     partial, out, splits = conversion.partial, conversion.out, conversion.job["splits"]
     if not conversion.is_assembled:

@@ -19,14 +19,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from pipelines.common.errors import UserError, clipped, system_error_text
 from pipelines.common.files import locked, read_json, write_synced
-from pipelines.shards.index import FORMAT_VERSION, MANIFEST, class_order, manifest_bytes, read_manifest
+from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, class_order, manifest_bytes, read_manifest
 from tools.lib.shards.images import ImageOptions
 from tools.lib.shards.listing import digest_of, listed
-from tools.lib.shards.manifest_builder import VERSION
+from tools.lib.shards.manifest_builder import VERSION, Description, SourceDescription
 from tools.lib.shards.sources import Source
 from tools.lib.shards.sources.contents import contents_of
 
@@ -52,16 +52,9 @@ class BuildOptions:
             raise UserError(f"seed {self.seed}, samples_per_shard {self.samples_per_shard}: out of range")
 
 
-class Job(TypedDict):
-    """The content of job.json; all of it but `splits` becomes part of the manifest."""
+class Job(Description):
+    """The content of job.json. All of it but `splits` becomes part of the manifest."""
 
-    format_version: int
-    made_with: dict[str, str]
-    source: dict[str, Any]
-    options: dict[str, Any]
-    classes: list[str]
-    class_names: list[str]
-    class_order: str
     splits: list[str]
 
 
@@ -113,12 +106,14 @@ class Conversion:
 
 def describe(source: Source, options: BuildOptions) -> Job:
     """Describe the conversion of a source."""
-    columns = {"columns": source.columns} if source.columns else {}
+    described = SourceDescription(kind=source.kind, name=source.root.resolve().name, files=source.files)
+    if source.columns:
+        described["columns"] = source.columns
     image = dataclasses.asdict(options.image)
     return {
         "format_version": FORMAT_VERSION,
         "made_with": {"tool": VERSION, "pillow": version("pillow"), "webdataset": version("webdataset")},
-        "source": {"kind": source.kind, "name": source.root.resolve().name, "files": source.files, **columns},
+        "source": described,
         "options": {"seed": options.seed, "samples_per_shard": options.samples_per_shard, **image},
         "classes": source.classes,
         "class_names": source.class_names,
@@ -177,7 +172,7 @@ def read_job(partial: Path) -> Job:
     return job
 
 
-def finished(conversion: Conversion, source: Source) -> dict:
+def finished(conversion: Conversion, source: Source) -> Manifest:
     """The manifest of a conversion that an earlier command has finished.
 
     Raises:
@@ -187,9 +182,10 @@ def finished(conversion: Conversion, source: Source) -> dict:
     manifest = read_manifest(out)
     remove_leftovers(out)
     order = class_order(manifest)
-    there = {**{key: manifest.get(key) for key in job}, "splits": list(manifest["splits"]), "class_order": order}
-    if {order, job["class_order"]} <= {"text", "unstated"}:  # the same order, whether somebody has stated it or not
-        there["class_order"] = job["class_order"]
+    there: dict[str, Any] = {key: manifest.get(key) for key in job}
+    there |= {"splits": list(manifest["splits"]), "class_order": order}
+    if {order, source.class_order} <= {"text", "unstated"}:  # the same order, whether somebody has stated it or not
+        there["class_order"] = source.class_order
     different = _difference(there, job)
     if not different and not source.copies:
         for split, entry in manifest["splits"].items():
@@ -197,7 +193,7 @@ def finished(conversion: Conversion, source: Source) -> dict:
                 different = f"the source's {split} images are others by now"
     if different:
         raise UserError(f"{out}: exists already, made differently: {different}. Move it away, or choose another folder")
-    if (order, job["class_order"]) == ("unstated", "text"):
+    if (order, source.class_order) == ("unstated", "text"):
         write_synced(out / MANIFEST, manifest_bytes({**manifest, "class_order": "text"}))
     return read_manifest(out)
 
@@ -221,7 +217,7 @@ def remove_leftovers(out: Path) -> None:
         shutil.rmtree(inside)
 
 
-def _is_job_of(path: Path, manifest: dict) -> bool:
+def _is_job_of(path: Path, manifest: Manifest) -> bool:
     """Return whether a file is the description of the conversion that made a dataset."""
     job = read_json(path)
     return all(job.get(key) == manifest[key] for key in ("source", "options", "classes"))

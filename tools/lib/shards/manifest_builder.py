@@ -2,16 +2,17 @@
 
 import collections
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, sha256_of
-from pipelines.shards.index import AUDIT, INDEX, sample_dtype, split_digest
-from tools.lib.shards.shard import HASH_BYTES, ShardEntry, ShardRecord, read_record
+from pipelines.shards.index import sample_dtype
+from pipelines.shards.manifest import AUDIT, INDEX, ClassList, ShardEntry, SourceEntry, SplitEntry, split_digest
+from tools.lib.shards.shard import HASH_BYTES, ShardRecord, read_record
 from tools.lib.shards.sources.source import HIDDEN, Unused
 
 TOOL, VERSION = "tools/shard_imagenet.py", "0.1.0"
@@ -20,15 +21,31 @@ _KINDS = ("repaired", "rejected", "tiny", "oriented", "duplicates", "hidden", "l
 _EXAMPLES = 1000  # The manifest has this many remarks of each kind; audit.jsonl has all of them.
 
 
+class SourceDescription(SourceEntry, total=False):
+    """What identifies a source besides its kind and name, as `Source` has it."""
+
+    files: dict[str, int]
+    columns: list[str]
+
+
+class Description(ClassList):
+    """The parts of a manifest that say what a dataset is and how it was made."""
+
+    format_version: int
+    made_with: dict[str, str]
+    options: dict[str, Any]
+    class_names: list[str]
+
+
 def assemble(
-    root: Path, records: Path, description: dict, shards: dict[str, list[str]], unused: Iterable[Unused] = ()
-) -> dict:
+    root: Path, records: Path, description: Mapping[str, Any], shards: dict[str, list[str]], unused: Iterable[Unused]
+) -> dict[str, Any]:
     """Make the index of each split and the audit's file from the records of all shards.
 
     Args:
       root: the dataset folder.
       records: folder with SPLIT/NAME.json.
-      description: the manifest's part that says what the dataset is.
+      description: a `Description`.
       shards: split -> names of its shards, in order.
       unused: what of the source is no sample.
     Returns:
@@ -89,7 +106,7 @@ class _Audit:
             self.add("left_out", {"source": unused.source, "reason": unused.reason})
 
 
-def _write_index(path: Path, records: list[Path], num_classes: int) -> dict:
+def _write_index(path: Path, records: list[Path], num_classes: int) -> SplitEntry:
     """Write a split's index from its shards' records, one after the other. Returns its entry in the manifest."""
     key_bytes = samples = 0
     for record in map(read_record, records):

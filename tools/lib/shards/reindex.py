@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, grouped, named
 from pipelines.common.files import locked, sha256_of, write_synced
-from pipelines.shards.index import FORMAT_VERSION, MANIFEST, manifest_bytes, read_manifest
+from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.conversion import reporting_disk_errors
 from tools.lib.shards.images import ImageOptions, RejectedImageError
 from tools.lib.shards.listing import check_misplaced
-from tools.lib.shards.manifest_builder import VERSION, assemble
+from tools.lib.shards.manifest_builder import VERSION, Description, SourceDescription, assemble
 from tools.lib.shards.shard import RecordBuilder, Rejection, dali_index, describes, read_record
 from tools.lib.shards.sources.contents import contents_of, is_utf8, printable
 from tools.lib.shards.sources.source import EXPECTED, HIDDEN, MISPLACED, SPLITS, Unused
@@ -44,7 +44,7 @@ def index_webdataset(
     skip_bad: bool = False,
     workers: int = 1,
     on_shard: Callable[[int, int], None] = lambda i, n: None,
-) -> dict:
+) -> Manifest:
     """Write index, .idx files and manifest beside the tars of ROOT/{train,val}/*.tar.
 
     Images keep their bytes, so one that no pipeline can use is left out of the index, never repaired.
@@ -107,7 +107,7 @@ def _index(
     skip_bad: bool,
     workers: int,
     on_shard: Callable[[int, int], None],
-) -> dict:
+) -> Manifest:
     records = home / INDEX_RECORDS
     if records.exists():  # an earlier call was killed
         shutil.rmtree(records)
@@ -199,7 +199,7 @@ def _make_links(links: dict[Path, Path]) -> None:
 # --- the tars ---
 
 
-def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> dict:
+def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> Description:
     """Return what the manifest says about the dataset as a whole.
 
     Raises:
@@ -223,7 +223,7 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> d
     return {
         "format_version": FORMAT_VERSION,
         "made_with": {"tool": VERSION},
-        "source": {"kind": "webdataset", "name": root.resolve().name, "files": {}},
+        "source": SourceDescription(kind="webdataset", name=root.resolve().name, files={}),
         "options": {"audit": audit},
         "classes": [str(label) for label in range(top + 1)],
         "class_names": [],

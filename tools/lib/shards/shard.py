@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, write_synced
+from pipelines.shards.manifest import Remark, ShardEntry
 from tools.lib.shards.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.source import Entry
 from tools.lib.shards.sources.tars import BLOCK, Parts
@@ -20,16 +21,6 @@ if TYPE_CHECKING:  # webdataset imports torch, which takes seconds, and only wri
     from webdataset.writer import TarWriter
 
 HASH_BYTES = 16  # This much of the sha256 of each source is kept beside the record; duplicates are found by it.
-
-
-class ShardEntry(TypedDict):
-    """A shard in the manifest: its file's name, samples and bytes, and the hashes of the tar and of its DALI index."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    idx_sha256: str
 
 
 class SampleRow(TypedDict):
@@ -43,13 +34,6 @@ class SampleRow(TypedDict):
     width: int
     crc32: int
     orientation: int
-
-
-class Remark(TypedDict):
-    """A sample that was repaired or rejected, and why."""
-
-    sample: str
-    reason: str
 
 
 class Rejection(Remark):

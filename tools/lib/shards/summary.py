@@ -6,15 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.common.errors import clipped, named
-from pipelines.shards.index import class_order, class_order_doubt, read_manifest
+from pipelines.shards.manifest import ClassList, class_order, class_order_doubt, read_manifest
 
 
-def class_notes(manifest: dict) -> list[str]:
-    """Sentences for people, [] where there is nothing to know.
-
-    Args:
-      manifest: of a dataset, or the description of a conversion; source, classes and class_order count.
-    """
+def class_notes(manifest: ClassList) -> list[str]:
+    """Say what is worth knowing about classes, in sentences; [] where there is nothing."""
     notes = []
     if doubt := class_order_doubt(manifest):
         notes.append(
@@ -63,9 +59,9 @@ def summarize(root: Path) -> dict[str, str]:
         lines[kind] = f"{counts[kind]:,}" + (f": {first}" if first else "") + (" ..." if counts[kind] > 3 else "")
     among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
     lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
-    if counts.get("left_out"):
+    if left_out := counts.get("left_out", 0):
         items = [f"{item['source']} ({item['reason']})" for item in audit.get("left_out", [])[:3]]
-        lines["left out"] = f"{counts['left_out']:,}: {'; '.join(items)}{' ...' if counts['left_out'] > 3 else ''}"
+        lines["left out"] = f"{left_out:,}: {'; '.join(items)}{' ...' if left_out > 3 else ''}"
     lines["hidden, passed over"] = f"{counts.get('hidden', 0):,}"
     lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
     return lines

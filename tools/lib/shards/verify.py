@@ -11,7 +11,8 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.common.files import is_hidden, sha256_of
-from pipelines.shards.index import AUDIT, INDEX, MANIFEST, read_manifest, read_rows
+from pipelines.shards.index import read_rows
+from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST, Manifest, ShardEntry, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.images import ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.shard import dali_index, read_dali_index
@@ -67,14 +68,14 @@ def verify(
             start += shard["samples"]
             jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset", names))
     faults += _strangers(root, manifest, known)
-    found = {}
+    found: dict[int, list[Fault]] = {}
     for number, of_shard in run_jobs(_verify_shard, jobs, workers):
         found[number] = of_shard
         on_shard(len(found), len(jobs))
     return faults + [fault for number in sorted(found) for fault in found[number]]
 
 
-def _strangers(root: Path, manifest: dict, known: set[str]) -> Iterator[Fault]:
+def _strangers(root: Path, manifest: Manifest, known: set[str]) -> Iterator[Fault]:
     """Files that the manifest does not know; what lay beside indexed tars of another writer is fine."""
     is_foreign = manifest["source"]["kind"] == "webdataset"
     listed = {item["source"] for item in manifest["audit"].get("left_out", ())} if is_foreign else set()
@@ -101,7 +102,7 @@ def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
 def _verify_shard(
     root: Path,
     split: str,
-    shard: dict,
+    shard: ShardEntry,
     span: tuple[int, int] | None,
     decode: bool,
     ours: bool,
@@ -126,7 +127,7 @@ def _verify_shard(
 
 
 def _verify_tar(
-    path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool, names: dict[str, str]
+    path: Path, name: str, shard: ShardEntry, rows: np.ndarray | None, ours: bool, names: dict[str, str]
 ) -> list[Fault]:
     if not path.is_file():
         return [Fault(name, "", "missing")]
@@ -150,7 +151,7 @@ def _verify_tar(
     return faults + found or [unknown]
 
 
-def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault]:
+def _verify_idx(root: Path, split: str, shard: ShardEntry, intact: bool) -> list[Fault]:
     name = f"{split}/{Path(shard['name']).with_suffix('.idx')}"
     faults = _verify_file(root, name, shard["idx_sha256"])
     if not faults or not intact or not (root / name).is_file():

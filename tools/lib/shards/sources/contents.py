@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pipelines.common.errors import UserError, named
 from pipelines.common.files import is_hidden
-from pipelines.shards.index import sorted_classes
+from pipelines.shards.manifest import sorted_classes
 from tools.lib.shards.sources.source import (
     EXPECTED,
     HIDDEN,

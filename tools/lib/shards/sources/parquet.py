@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content, replacing, write_synced
-from pipelines.shards.index import sorted_classes
+from pipelines.shards.manifest import sorted_classes
 from tools.lib.shards.sources.contents import contents_of, printable, walk
 from tools.lib.shards.sources.source import (
     EXPECTED,

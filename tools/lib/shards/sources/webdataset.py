@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import is_hidden
-from pipelines.shards.index import AUDIT, INDEX, MANIFEST
+from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST
 from tools.lib.shards.images import MAX_BYTES, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.contents import EXTENSIONS, Contents, contents_of, is_image, printable, unused_in
 from tools.lib.shards.sources.source import EXPECTED, MISPLACED, SPLITS, VAL_NAMES, Unused
