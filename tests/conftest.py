@@ -22,7 +22,7 @@ from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
 from tools.demo import write_digits
 from tools.lib.common.photos import write_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (

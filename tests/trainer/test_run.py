@@ -23,8 +23,8 @@ from pipelines.plan.plan import BEFORE, EvalPlan
 from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.ranks import run_ranks
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
