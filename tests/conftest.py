@@ -102,7 +102,7 @@ def onnx_translations_read_once() -> Iterator[None]:
 
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:
     """An index without shards, with the sizes of ordinary photographs: enough for the plan."""
-    from pipelines.synthetic import synthetic_index
+    from pipelines.shards.index import synthetic_index
 
     index = synthetic_index(num_samples, num_classes)
     generator = np.random.default_rng(seed)

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
 from pipelines.common.files import check_parent_folder, sha256_of
-from pipelines.shards.index import read_index, read_manifest
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import read_manifest
 from tools.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from tools.lib.common.arguments import path_argument
 from trainer.cluster.world import alone

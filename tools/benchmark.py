@@ -198,7 +198,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     about = "the first ten minutes on a GPU: tests, then speed; a later call goes on with what is not done"
     command = commands.add_parser("gpu", help=about, description=about)
     command.add_argument(
-        "--out", type=path_argument, default=Path("docs"), metavar="FOLDER", help="for the results (docs)"
+        "--out", type=path_argument, default=Path("docs/results"), metavar="FOLDER", help="results (docs/results)"
     )
     names = [*(part.name for part in PARTS), ALL]
     about = f"repeat these parts, though they are done: {', '.join(names)}"

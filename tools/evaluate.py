@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,10 +33,11 @@ from pipelines import resolve_pipeline
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import check_parent_folder, write_synced
+from pipelines.common.machine import package_versions
 from pipelines.common.settings import Section, setting
-from pipelines.common.versions import package_versions
 from pipelines.plan.plan import LARGEST_SIDE
-from pipelines.shards.index import ShardIndex, read_index, read_manifest
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.manifest import read_manifest
 from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
@@ -70,7 +72,7 @@ class EvalDataConfig(ImagesConfig):
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
-    pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
+    pipeline: Literal["auto", "dali", "torchvision"] = "auto"
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     crop_pct: float = setting(0.0, at_least=0)  # the upper bound is EvalTransform's, which says why

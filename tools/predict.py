@@ -31,8 +31,8 @@ from rich.progress import Progress
 
 from pipelines.common.errors import UserError, advice_against, exit_on_user_error, named
 from pipelines.common.files import check_parent_folder, replacing
-from pipelines.shards.index import MANIFEST, read_manifest
-from pipelines.shards.reader import read_ahead
+from pipelines.prefetch import read_ahead
+from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.opening import first_device
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey

@@ -28,7 +28,7 @@ from rich.table import Table
 from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
 from pipelines.common.launcher import launched
 from pipelines.common.machine import num_cores
-from pipelines.shards.index import CLASS_ORDERS
+from pipelines.shards.manifest import CLASS_ORDERS
 from tools.lib.common.arguments import path_argument
 from tools.lib.shards import job, reindex
 from tools.lib.shards.assembly import TOOL

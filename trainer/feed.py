@@ -9,13 +9,13 @@ import torch
 
 from pipelines import Pipeline, open_pipeline, resolve_pipeline
 from pipelines.batch import Batch
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores
 from pipelines.dali_probe import probe_dataset
 from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
-from pipelines.shards.index import ShardIndex, read_index, read_manifest
-from pipelines.synthetic import synthetic_index
+from pipelines.shards.index import ShardIndex, read_index, synthetic_index
+from pipelines.shards.manifest import read_manifest
 from trainer.cluster.watchdog import HeartbeatIterator
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DataConfig, ImagesConfig
@@ -25,23 +25,11 @@ from trainer.monitor.sample_grid import keep_samples
 from trainer.update.compiler import COMPILE_PATIENCE_S
 
 DECODE = "decode.json"
-_PLANNED_ROWS = 1024  # Small batches are planned about this many rows at a time.
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's slice of each global batch of the updates [step, stop), `micro_batch` rows at a time.
-
-    On a single rank the slices of several updates have no gaps between them: small batches of an epoch are planned
-    together, because numpy takes as long for a few rows as for a thousand.
-    """
-    rank_batch = plan.global_batch // world.size
-    together = max(1, _PLANNED_ROWS // plan.global_batch) if world.size == 1 else 1
-    while step < stop:
-        end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
-        num_steps = min(together, end_of_epoch - step, stop - step)
-        first = step * plan.global_batch + world.rank * rank_batch
-        yield from plan.rows(first, first + num_steps * rank_batch).split(micro_batch)
-        step += num_steps
+    """This rank's slice of the global batches [step, stop), `micro_batch` rows at a time."""
+    return plan.batches(step, stop, rank=world.rank, ranks=world.size, micro_batch=micro_batch)
 
 
 def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batch, None, None]:
@@ -168,15 +156,16 @@ def dataset_classes(config: DataConfig) -> list[str] | None:
 
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
     """The plan of the configuration; `fill` as for TrainPlan."""
-    return TrainPlan(
-        index=index,
-        augment=config.augment,
-        seed=config.run.seed,
-        global_batch=config.run.global_batch,
-        image_size=config.data.image_size,
-        fill=fill,
-        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
-    )
+    with naming_settings(global_batch="run.global_batch", image_size="data.image_size"):
+        return TrainPlan(
+            index=index,
+            augment=config.augment,
+            seed=config.run.seed,
+            global_batch=config.run.global_batch,
+            image_size=config.data.image_size,
+            fill=fill,
+            window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +220,7 @@ def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remember
     load = config.hw_decoder_load
     tried_with = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
     if world.is_main and not tried_with.items() <= remembered.items():
-        decode, why = probe_dataset(index, str(world.device), load)
+        decode, why = probe_dataset(index, str(world.device), config)
         remembered = {"decode": decode, "why": why, **tried_with}
     return world.broadcast_object(remembered)
 
@@ -245,14 +234,5 @@ def open_configured_pipeline(
     config: ImagesConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
 ) -> Pipeline:
     """The configured pipeline over one split."""
-    return open_pipeline(
-        config.pipeline,
-        index,
-        device=world.device,
-        threads=rank_threads(config, world),
-        prefetch=config.prefetch,
-        decode=decode,
-        hw_decoder_load=config.hw_decoder_load,
-        decoder_padding_mib=config.decoder_padding_mib,
-        on_bad=on_bad,
-    )
+    config = dataclasses.replace(config, decode=decode, threads=rank_threads(config, world))
+    return open_pipeline(index, config, device=world.device, on_damage=on_bad)

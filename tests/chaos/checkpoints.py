@@ -31,10 +31,10 @@ from trainer.models.teacher import build_teacher
 from trainer.state.host_copy import to_host
 
 PROMISE = (
-    "Checkpoints, best.pt, exported folders and plain files of weights in which a field is absent, of another type, of "
-    "another shape, not finite or huge, which are cut off or changed, or made to exhaust the memory, end every command "
-    "that reads them in one line, or do no harm: a run that goes on ends bit-equal, and a model has the weights of the "
-    "unchanged file."
+    "Checkpoints, best.pt, exported folders and plain files of weights are changed: a field is absent, of another "
+    "type, of another shape, not finite or huge; the file is truncated, has changed bytes, or would exhaust the "
+    "memory. Every command that reads such a file ends in one line, or the change does no harm: a resumed run ends "
+    "bit-equal, and a model has the weights of the unchanged file."
 )
 NAME, SIZE, STEPS = "test_resnet", 32, 3
 SETTINGS = [

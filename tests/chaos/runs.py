@@ -1,4 +1,4 @@
-"""Training runs that are broken at random moments, started again, and compared with a run left in peace.
+"""Training runs that are broken at random moments, started again, and compared with an uninterrupted run.
 
 Each run trains a small student with two ranks on the CPU, on scikit-learn's digits, three of them damaged. The process
 that has everything imported forks the ranks, so that a start takes a second and not ten; else they are the processes
@@ -31,8 +31,8 @@ from trainer.monitor.run_files import METRICS, SUMMARY
 from trainer.state.checkpoint import BEST, checkpoints, read
 
 PROMISE = (
-    "Runs of 20 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "
-    "average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace."
+    "Runs of 20 steps with 2 ranks are interrupted at one or two random moments and started again. They end with "
+    "weights, EMA, optimizer, log, summary and quarantine bit-equal to those of an uninterrupted run."
 )
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
@@ -54,7 +54,7 @@ def kill_one(ranks: list[int], chance: random.Random, _: Path) -> None:
 
 
 def kill_all(ranks: list[int], _chance: random.Random, _: Path) -> None:
-    """SIGKILL to all ranks, as when the power goes."""
+    """SIGKILL to all ranks, as in a power failure."""
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
 
@@ -65,7 +65,7 @@ def preempt(ranks: list[int], chance: random.Random, _: Path) -> None:
 
 
 def truncate_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
-    """SIGKILL to all ranks, and the newest checkpoint is cut off somewhere."""
+    """SIGKILL to all ranks, and the newest checkpoint is truncated."""
     kill_all(ranks, chance, out)
     for path in checkpoints(out / "checkpoints")[-1:]:
         os.truncate(path, chance.randrange(path.stat().st_size))
@@ -224,4 +224,4 @@ def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
         out, chance = folder / f"run-{number:02d}", random.Random(f"{seed} {number}")
         faults, wrong = disturbed(out, arguments(out), duration_s, FAULTS[number % len(FAULTS)], chance)
         wrong = wrong or compare(peace, out)
-        yield Attempt((faults or [""])[0] or "the run was over before", "; ".join(wrong))
+        yield Attempt((faults or [""])[0] or "the run had already finished", "; ".join(wrong))

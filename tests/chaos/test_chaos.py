@@ -26,7 +26,7 @@ def test_broken_runs_end_bit_equal_to_one_left_in_peace(tmp_path):
     done = subprocess.run([*command, "--markdown", str(report)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     text = report.read_text()
-    assert "bit-equal to those of a run left in peace. 2 of 2 held." in text
+    assert "bit-equal to those of an uninterrupted run. 2 of 2 held." in text
     assert "| SIGKILL to one rank | 1 | 1 |" in text or "| SIGTERM or SIGUSR1 to one rank | 1 | 1 |" in text
 
 

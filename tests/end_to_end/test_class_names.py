@@ -13,7 +13,7 @@ from PIL import Image
 
 from conftest import train_here
 from pipelines.common.errors import UserError
-from pipelines.shards.index import manifest_bytes, read_manifest, sorted_classes
+from pipelines.shards.manifest import manifest_bytes, read_manifest, sorted_classes
 from support.processes import without_workers
 from tools import evaluate, predict
 from tools.average import Scorer

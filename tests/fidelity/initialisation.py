@@ -1,4 +1,4 @@
-"""The parameters of a hundred models begin with the same mean and spread, but for those that docs/recipe.md lists."""
+"""The parameters of a hundred models begin with the same mean and spread, except those that docs/recipe.md lists."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The loss with its distillation, its gradient, and what the teacher sees are the authors' within float32's rounding.
+"""The loss, its gradient, and the teacher's pixels equal the authors' within float32's rounding.
 
 Where AUTHORS is given, the other side is the authors' own train_one_epoch and kd_utils; elsewhere the same formula in
 torch's functions, with timm's soft labels and SoftTargetCrossEntropy.

@@ -1,4 +1,4 @@
-"""Mixed pixels and soft labels are those of timm's FastCollateMixup, given the same lambda and box.
+"""Mixed pixels and soft labels equal those of timm's FastCollateMixup, given the same lambda and box.
 
 A plan keeps lambda in float32. timm has it in float64 and rounds lambda and 1 - lambda to float32 apart, so that its
 second factor may differ from ours in the last bit, and a pixel that lies between two levels falls on the other one.
@@ -93,6 +93,6 @@ def _counted(names: tuple[str, str], ours: np.ndarray, theirs: np.ndarray) -> Ro
     num_off, largest = int((off > 0).sum()), int(off.max())
     groups = int((off > 0).any(axis=(1, 2, 3, 4)).sum())
     ok = largest <= 1 and num_off <= LARGEST_SHARE * off.size
-    note = f"{num_off} of {off.size:,} values are one level off, under {groups} of {len(off):,} lambdas"
+    note = f"{num_off} of {off.size:,} values differ by one level, with {groups} of {len(off):,} lambdas"
     allowed = f"1, of {LARGEST_SHARE:g} of the values"
     return Row("mixup, their float64 lambda", *names, off.size, f"{largest}, of {num_off}", allowed, ok, note)

@@ -1,4 +1,4 @@
-"""A hundred models train; their numbers of parameters are the authors', but for those that docs/recipe.md lists."""
+"""A hundred models train. They have as many parameters as the authors', except those that docs/recipe.md lists."""
 
 from collections.abc import Iterator
 

@@ -79,7 +79,7 @@ def _compared(case: Case, folder: Path) -> Iterator[Row]:
         chosen = [key for key in ours if key.removeprefix(f"{part} ") in weights]
         pair = [np.concatenate([side[key].ravel() for key in chosen]) for side in (ours, found)]
         begun = np.concatenate([given[key.replace("ema ", "student ")].ravel() for key in chosen])
-        note = f"they have moved by up to {np.abs(pair[0] - begun).max():.2g}"
+        note = f"the updates moved them by up to {np.abs(pair[0] - begun).max():.2g}"
         yield within(f"{case.name}: {what} after {STEPS} updates", names, *pair, TOLERANCE, note=note)
         if others := [key for key in ours if key not in chosen]:
             pair = [np.concatenate([side[key].ravel() for key in others]) for side in (ours, found)]

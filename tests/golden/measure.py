@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of the checkpoint)
-from pipelines import Pipeline, open_pipeline
+from pipelines import Pipeline, PipelineConfig, open_pipeline
 from pipelines.common.errors import UserError
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
@@ -91,9 +91,9 @@ def pixels(folder: Path) -> dict[str, str]:
     index = read_index(folder / "data", "train")
     found = {}
     for name in ("torchvision", "dali"):
-        options = {"threads": 1, "prefetch": 1, "decode": "roi", "hw_decoder_load": 0.0, "decoder_padding_mib": 0}
+        config = PipelineConfig(pipeline=name, threads=1, prefetch=1, decode="roi", hw_decoder_load=0.0)
         with contextlib.suppress(UserError):  # DALI is not installed
-            pipeline = open_pipeline(name, index, device=CPU, **options, on_bad=lambda *_: None)
+            pipeline = open_pipeline(index, config, device=CPU, on_damage=lambda *_: None)
             found[name] = _pixels_of(pipeline, index)
     return found
 

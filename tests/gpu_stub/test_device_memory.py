@@ -11,8 +11,8 @@ import torch
 from gpu_stub.runs import GPU, arguments, built, teacher_file
 from gpu_stub.stand_in import DeviceMemory
 from pipelines.common.errors import UserError
-from pipelines.shards.index import ShardIndex
-from pipelines.synthetic import SyntheticPipeline, synthetic_index
+from pipelines.shards.index import ShardIndex, synthetic_index
+from pipelines.synthetic import SyntheticPipeline
 from trainer import run
 from trainer.builder import Run, build
 from trainer.config.sections import parse
@@ -166,6 +166,7 @@ def test_the_search_sends_no_heartbeats(like_dali, tmp_path):
 
 def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     """What torch keeps for itself is as much as taken for DALI, which allocates on its own."""
+    from pipelines import PipelineConfig
     from pipelines.dali import DaliPipeline, _Shape
 
     reserved = []
@@ -178,8 +179,8 @@ def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
             """The rest takes a device."""
 
     monkeypatch.setattr("pipelines.dali._dali_graph", Built)
-    options = {"threads": 1, "prefetch": 1, "decode": "roi", "hw_decoder_load": 0.0, "decoder_padding_mib": 1}
-    pipeline = DaliPipeline(photos, device=GPU.device, **options, on_bad=lambda *_: None)
+    config = PipelineConfig(threads=1, prefetch=1, decode="roi", hw_decoder_load=0.0, decoder_padding_mib=1)
+    pipeline = DaliPipeline(photos, config, device=GPU.device, on_damage=lambda *_: None)
     free = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     del free
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 64 * MIB

@@ -28,10 +28,11 @@ from torchvision.transforms import functional as F
 
 from chaos.attempts import mapped_bytes
 from conftest import REPOSITORY, fake_index
-from pipelines import Pipeline, dali_probe, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, PipelineConfig, dali_probe, open_pipeline, resolve_pipeline
 from pipelines.common.errors import UserError
-from pipelines.cpu import _RepeatedImages, apply_op, augmented, decode, transform
+from pipelines.cpu import _RepeatedImages
 from pipelines.dali_probe import probe_decode
+from pipelines.ops.pil_ops import apply_op, augmented, decode, transform
 from pipelines.plan.draws import AugmentConfig, Op
 from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.shards import reader
@@ -57,9 +58,9 @@ def plans_of(plan: TrainPlan, count: int, batch: int = 10, first: int = 0) -> li
 
 
 def opened(name: str, index: ShardIndex, *, device: torch.device = CPU, **options) -> Pipeline:
-    defaults = {"threads": 2, "prefetch": 2, "decode": "roi", "hw_decoder_load": 1.0, "decoder_padding_mib": 0}
-    options.setdefault("on_bad", lambda sample, error: pytest.fail(f"{sample}: {error}"))
-    return open_pipeline(name, index, device=device, **{**defaults, **options})
+    on_damage = options.pop("on_damage", lambda sample, error: pytest.fail(f"{sample}: {error}"))
+    config = PipelineConfig(pipeline=name, **{"threads": 2, "decode": "roi", **options})
+    return open_pipeline(index, config, device=device, on_damage=on_damage)
 
 
 def pixels(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
@@ -410,12 +411,12 @@ def jpeg_of(index: ShardIndex) -> np.ndarray:
 
 
 def test_the_probe_finds_region_decoding_where_it_works(photos):
-    assert probe_decode("cpu", jpeg_of(photos), 1.0) == ("roi", "it works")
+    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig()) == ("roi", "it works")
 
 
 def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
     crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
-    assert probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", crash)) == (
+    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", crash)) == (
         "full",
         "decoding regions failed: it ended by SIGSEGV",
     )
@@ -426,13 +427,13 @@ def test_the_probe_says_that_nothing_works(photos):
     with pytest.raises(
         UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
     ):
-        probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", wrong))
+        probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", wrong))
 
 
 def test_the_probe_takes_whole_images_where_the_gpu_lets_in_no_second_process(photos):
     """In exclusive-process mode, in which the process that trains holds the GPU already."""
     refused = "import sys; sys.exit('Traceback:\\nRuntimeError: CUDA-capable device(s) is/are busy or unavailable')"
-    decode_path, why = probe_decode("cpu", jpeg_of(photos), 1.0, (sys.executable, "-c", refused))
+    decode_path, why = probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", refused))
     assert decode_path == "full" and why.startswith("untried, since the GPU lets in no second process (RuntimeError")
 
 
@@ -454,7 +455,7 @@ def works_on_gpu() -> str:
     """DALI's decode path that can be trusted with this process: the other one may end it."""
     jpeg = io.BytesIO()
     photographs()[0][1].save(jpeg, "JPEG")
-    return probe_decode("cuda:0", np.frombuffer(jpeg.getvalue(), np.uint8), 1.0)[0]
+    return probe_decode("cuda:0", np.frombuffer(jpeg.getvalue(), np.uint8), PipelineConfig())[0]
 
 
 def on_gpu(name: str, index: ShardIndex, plans: list[BatchPlan], **options) -> np.ndarray:
@@ -492,13 +493,13 @@ def test_a_damaged_image_on_the_gpu_becomes_gray(digits, tmp_path):
     nbytes = int(read_index(digits, "train").samples[BAD]["nbytes"])
     index = overwritten(digits, tmp_path / "zeros", BAD, bytes(nbytes), crc32=zlib.crc32(bytes(nbytes)))
     told = []
-    images = on_gpu("dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_bad=recording(told))
+    images = on_gpu("dali", index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)] * 4, on_damage=recording(told))
     assert (images[BAD::10] == 128).all() and [sample for sample, _ in told] == [BAD]
 
 
 @pytest.mark.gpu
 def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
-    assert probe_decode("cuda:0", jpeg_of(photos), 1.0)[0] in ("roi", "full")
+    assert probe_decode("cuda:0", jpeg_of(photos), PipelineConfig())[0] in ("roi", "full")
 
 
 # --- what goes wrong ---
@@ -533,7 +534,7 @@ def assert_gray_and_the_rest_unchanged(name: str, index: ShardIndex, digits: Pat
     augment = dataclasses.replace(NO_OPS, repeats=1)
     plan = TrainPlan(index, augment, 0, global_batch=10, image_size=24, fill=(0, 0, 0))
     plans = plans_of(plan, 2 * plan.steps_per_epoch)
-    ours = pixels(name, index, plans, on_bad=recording(told), **options)
+    ours = pixels(name, index, plans, on_damage=recording(told), **options)
     whole = dataclasses.replace(plan, index=read_index(digits, "train"))
     expected = pixels(name, whole.index, plans_of(whole, len(plans)), **options)
     bad = np.concatenate([plan.sample for plan in plans]) == BAD
@@ -602,7 +603,7 @@ def test_an_image_that_dali_alone_cannot_decode_has_the_pixels_of_pil(digits, tm
     index = overwritten(digits, tmp_path / "gif", roomy, content, **fields)
     told = []
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
-    ours = carry_out("dali", index, plans, on_bad=recording(told))
+    ours = carry_out("dali", index, plans, on_damage=recording(told))
     assert np.array_equal(ours[roomy], np.asarray(picture.convert("RGB")))
     made = list(dali_graphs[1])
     whole = carry_out("dali", read_index(digits, "train"), plans)
@@ -620,7 +621,7 @@ def test_an_image_that_gets_to_dali_and_that_nothing_can_decode_becomes_gray(dig
     monkeypatch.setattr("pipelines.shards.damage.CheckedReader._damage", lambda *_: "")
     told = []
     plans = [EvalPlan(index, 8, 1.0, "bicubic").rows(i, i + 10) for i in range(0, 320, 10)]
-    ours = carry_out("dali", index, plans, on_bad=recording(told))
+    ours = carry_out("dali", index, plans, on_damage=recording(told))
     whole = carry_out("dali", read_index(digits, "train"), plans)
     assert (ours[BAD] == 128).all() and np.array_equal(np.delete(ours, BAD, 0), np.delete(whole, BAD, 0))
     assert [sample for sample, _ in told] == [BAD] and told[0][1].startswith("cannot be decoded (")
@@ -642,7 +643,7 @@ def test_a_truncated_image_is_gray_in_any_crop_and_beside_any_others(photos, tmp
     top = dataclasses.replace(whole, crop=crop, **square)
     for name in ("dali", "torchvision"):
         told = []
-        images = pixels(name, index, [top, whole, top], decode=decode_path, on_bad=recording(told))
+        images = pixels(name, index, [top, whole, top], decode=decode_path, on_damage=recording(told))
         assert (images[::2] == 128).all() and not (images[1::2] == 128).all()
         assert [sample for sample, _ in told] == [0]
 
@@ -685,7 +686,7 @@ def test_what_is_kept_changes_nothing(digits, tmp_path, monkeypatch):
     for budget in (0, 200, 1 << 20):
         monkeypatch.setattr("pipelines.cpu._KEPT_BYTES", budget)
         told = []
-        images = pixels("torchvision", index, [plan] * 4, threads=4, on_bad=recording(told))
+        images = pixels("torchvision", index, [plan] * 4, threads=4, on_damage=recording(told))
         assert (images[::2] == 128).all() and len(told) == 1
         assert all(np.array_equal(image, images[1]) for image in images[1::2])
 
@@ -703,7 +704,7 @@ def test_an_image_that_the_storage_cannot_give_becomes_gray(digits, monkeypatch,
     told = []
     monkeypatch.setattr(os, "preadv", failing)
     monkeypatch.setattr("pipelines.shards.damage._PAUSES_S", (0.0, 0.0))
-    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_bad=recording(told))
+    images = pixels(name, index, [EvalPlan(index, 8, 1.0, "bicubic").rows(0, 10)], on_damage=recording(told))
     assert (images[BAD] == 128).all()
     assert told == [(BAD, "cannot be read (Input/output error)")]
 
@@ -714,8 +715,8 @@ def test_auto_is_dali_with_a_gpu_and_torchvision_without():
 
 
 def test_an_unknown_pipeline_is_refused():
-    with pytest.raises(UserError, match="data.pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"):
-        resolve_pipeline("ffcv", CPU)
+    with pytest.raises(UserError, match="^pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"):
+        PipelineConfig(pipeline="ffcv")
 
 
 def test_synthetic_batches_need_no_data():

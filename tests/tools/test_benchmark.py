@@ -347,7 +347,7 @@ def test_a_file_that_holds_something_else_is_no_result(tmp_path):
 
 
 def test_a_result_becomes_tables_in_markdown(capsys):
-    path = REPOSITORY / "docs" / "benchmark-loader.json"
+    path = REPOSITORY / "docs" / "results" / "benchmark-loader.json"
     benchmark.main(["table", str(path)])
     lines = capsys.readouterr().out.splitlines()
     titles = {row["augmentation"] for row in benchmark.read_result(path)["rows"]}

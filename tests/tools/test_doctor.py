@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, TINY, train_here
+from pipelines import PipelineConfig
 from pipelines.cpu import TorchvisionPipeline
 from pipelines.shards.damage import decode_with_pil, raise_on_damage
 from pipelines.shards.reader import ShardReader
@@ -156,7 +157,7 @@ def test_shrunken_images_take_the_place_of_some_and_leave_the_others(photos, tmp
         shrunk = sample in chosen and min(old["height"], old["width"]) > short
         assert min(row["height"], row["width"]) == (short if shrunk else min(old["height"], old["width"]))
     TorchvisionPipeline(
-        index, device=ALONE.device, threads=1, prefetch=1, on_bad=raise_on_damage(index)
+        index, PipelineConfig(threads=1, prefetch=1), device=ALONE.device, on_damage=raise_on_damage(index)
     )  # takes it as it is
 
 

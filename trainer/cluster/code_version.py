@@ -4,7 +4,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from pipelines.common.versions import package_versions
+from pipelines.common.machine import package_versions
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _FOLDERS = ("pipelines", "trainer")

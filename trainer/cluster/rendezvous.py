@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.files import parsed_json
 from pipelines.common.launcher import launched
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
 from trainer.cluster.code_version import code_version
 from trainer.config.sections import Config, to_dict
 

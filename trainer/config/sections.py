@@ -11,8 +11,8 @@ from typing import Literal
 
 import yaml
 
-from pipelines import PIPELINES
-from pipelines.common.errors import UserError
+from pipelines import PipelineConfig
+from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.settings import Section, check, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
@@ -28,31 +28,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagesConfig(Section):
-    """Where images come from and how they are decoded, whatever they are for.
+class ImagesConfig(PipelineConfig):
+    """Where images come from, whatever they are for, and how they are decoded.
 
     Attributes:
-      root: dataset folder made by tools/shard_imagenet.py.
-      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without. Training also takes synthetic,
-        which needs no root.
-      decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
-        works, which is tried.
-      hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is divided
-        among two decoders, and an image's last bit may depend on which one it came to.
-      decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
-        takes, 64 at the most.
-      threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
-      prefetch: finished batches that wait.
+      root: dataset folder made by tools/shard_imagenet.py. Only the synthetic pipeline needs none.
     """
 
     key = "data"
-    root: Path | None = None
-    pipeline: str = setting("auto", among=PIPELINES)
-    decode: str = setting("auto", among=("auto", "roi", "full"))
-    hw_decoder_load: float = setting(1.0, at_least=0, at_most=1)
-    decoder_padding_mib: int = setting(0, at_least=0)
-    threads: int = setting(0, at_least=0, at_most=4096)
-    prefetch: int = setting(2, at_least=1, at_most=4096)
+    root: Path | None = setting(None, recipe=False, per_machine=True)
+
+    def option(self, name: str, value: object) -> str:
+        """How a message advises another value of a setting."""
+        return f"--data.{name} {value}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +71,8 @@ class DataConfig(ImagesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        size_schedule(self.image_size)
+        with naming_settings(image_size="data.image_size"):
+            size_schedule(self.image_size)
 
     @property
     def train_sizes(self) -> list[int]:

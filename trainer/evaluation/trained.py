@@ -17,7 +17,8 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.machine import expanded
 from pipelines.plan.plan import EvalPlan
-from pipelines.shards.index import MANIFEST, ShardIndex
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.manifest import MANIFEST
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
 from trainer.models.checkpoint_format import is_of_trainer

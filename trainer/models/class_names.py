@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt, read_manifest
+from pipelines.shards.manifest import class_order_doubt, read_manifest
 
 
 def class_order(names: list[str], listed: list[str], source: Path | str, key: str) -> list[int]:

@@ -1,46 +1,24 @@
 """Mixing on raw pixels."""
 
-import itertools
-
 import torch
 
 from pipelines.batch import Batch
+from pipelines.ops import mixing
+from pipelines.ops.mixing import partners
 from pipelines.ops.torch_ops import kernel_error
 from trainer.models.normalize import Normalize
 
-
-def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
-    """Each row's partner: the rows of every group of `mix_group` reversed. Same shape and type as `values`."""
-    if mix_group == 0:
-        return values
-    # unflatten: [groups, mix_group, ...]
-    return values.unflatten(0, (-1, mix_group)).flip(1).flatten(0, 1)
+__all__ = ["mix_pixels", "mixed_inputs", "partners"]
 
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
     """The mixed images: uint8 [B, S, S, 3] on the batch's device.
 
-    A row with a box takes the box from its partner (CutMix); any other is lam x own + (1 - lam) x partner, rounded
-    half to even (mixup). The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
-
-    Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
+    The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
     """
-    own = batch.images
     if batch.mix_group == 0:
-        return own
-    other, mixed = partners(own, batch.mix_group), own.clone()
-    start = 0
-    for (top, left, height, width), same in itertools.groupby(batch.box.tolist()):  # A group has one box.
-        stop = start + len(list(same))
-        rows = slice(start, stop)
-        start = stop
-        if height * width:
-            inside = rows, slice(top, top + height), slice(left, left + width)
-            mixed[inside] = other[inside]
-        else:
-            lam = batch.lam[rows].view(-1, 1, 1, 1)
-            mixed[rows] = own[rows].float().mul_(lam).add_(other[rows].float().mul_(1.0 - lam)).round_()
-    return mixed
+        return batch.images
+    return mixing.mix_pixels(batch.images, partners(batch.images, batch.mix_group), batch.lam, batch.box)
 
 
 def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None = None) -> list[torch.Tensor]:

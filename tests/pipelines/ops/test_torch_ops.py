@@ -57,7 +57,9 @@ def pictures(size: int) -> torch.Tensor:
 
 
 def with_pil(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
-    from pipelines.cpu import apply_op  # not above: it imports timm, which the interpreted kernel's script does without
+    from pipelines.ops.pil_ops import (
+        apply_op,
+    )  # not above: it imports timm, which the interpreted kernel's script does without
 
     out = []
     for pixels, row_ops, row_args in zip(images.numpy(), ops.tolist(), args.tolist(), strict=True):

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt
+from pipelines.shards.manifest import class_order_doubt
 from support.hand_made import images_of, jpeg, put, refused, run
 from tools.lib.shards import parquet as parquet_source
 from tools.lib.shards.entries import SourceOptions

@@ -17,7 +17,8 @@ from PIL import Image
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
-from pipelines.shards.index import read_index, read_manifest
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import read_manifest
 from pipelines.shards.reader import ShardReader
 from tools.lib.common.photos import photographs
 from tools.lib.shards import assembly, job

@@ -16,7 +16,8 @@ from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_k
 
 from pipelines.common import files
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt, manifest_bytes, read_index, read_manifest
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import class_order_doubt, manifest_bytes, read_manifest
 from tools.lib.shards import job
 from tools.lib.shards.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
 from tools.lib.shards.job import BuildOptions

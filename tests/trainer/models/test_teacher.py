@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from conftest import TINY
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
 from support.ranks import run_ranks
 from trainer.builder import build
 from trainer.cluster.world import World

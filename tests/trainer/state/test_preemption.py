@@ -491,7 +491,7 @@ def test_a_loss_that_is_not_finite_again_ends_the_run(digits, tmp_path, monkeypa
 def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
     config = parse(["--run.micro_batch", "auto"])
     world = World(0, ranks, ranks, torch.device("cpu"))
-    world_sum = World.sum
+    world_sum = World.all_reduce_sum
     tried = []
 
     def fits(micro_batch: int) -> bool:
@@ -499,7 +499,9 @@ def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
         return micro_batch <= max(limit, 1024 if limit == 1000 else 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "sum", lambda self, values: values if self.size > 1 else world_sum(self, values))
+        patch.setattr(
+            World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values)
+        )
         assert largest_micro_batch(config, world, fits) == expected
         assert tried == sorted(tried, reverse=True) and all(1024 // ranks % size == 0 for size in tried)
         with pytest.raises(UserError, match="not even one group of 128 images fits"):

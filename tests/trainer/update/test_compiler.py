@@ -77,7 +77,7 @@ def test_auto_compiles_nothing_on_a_cpu():
 
 def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
-    monkeypatch.setattr(World, "gather", lambda self, values: values * self.size)
+    monkeypatch.setattr(World, "all_gather", lambda self, values: values * self.size)
     two_gpus = World(0, 2, 2, torch.device("cuda", 0))
     synchronized = synchronize_batch_norms(timm.create_model("test_resnet"), two_gpus)
     compiler, note = compiling.choose_compiler("auto", synchronized, two_gpus)

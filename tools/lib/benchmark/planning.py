@@ -22,15 +22,8 @@ import numpy as np
 from pipelines.common.files import sha256_of, write_synced
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
-from pipelines.shards.index import (
-    FORMAT_VERSION,
-    INDEX,
-    MANIFEST,
-    manifest_bytes,
-    read_index,
-    sample_dtype,
-    split_digest,
-)
+from pipelines.shards.index import read_index, sample_dtype
+from pipelines.shards.manifest import FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, split_digest
 
 SAMPLES = (10_000, 100_000, 1_281_167, 14_000_000)
 _REPOSITORY = Path(__file__).resolve().parents[3]

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.plan import rng
+from pipelines.prefetch import PLANS_AHEAD, look_ahead
 from pipelines.shards.index import ShardIndex, read_index
-from pipelines.shards.reader import PLANS_AHEAD, ShardReader, look_ahead, places
+from pipelines.shards.reader import ShardReader, places
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import interleaved, ratio, timed
 from tools.lib.shards.job import BuildOptions, build

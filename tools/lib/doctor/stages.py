@@ -28,9 +28,10 @@ import torch.distributed as dist
 from pipelines import Pipeline, resolve_pipeline
 from pipelines.batch import Batch, BatchMaker
 from pipelines.plan.plan import BatchPlan
+from pipelines.prefetch import PLANS_AHEAD, look_ahead
 from pipelines.shards.damage import CheckedReader
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.reader import PLANS_AHEAD, look_ahead, places
+from pipelines.shards.reader import places
 from pipelines.synthetic import SyntheticPipeline
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize, timed_on_device
 from trainer.builder import Run, build

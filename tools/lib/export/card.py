@@ -9,7 +9,7 @@ import jinja2
 from timm.data import ImageNetInfo
 
 from pipelines.common.errors import UserError
-from pipelines.common.versions import package_versions
+from pipelines.common.machine import package_versions
 from tools.lib.common.onnx_file import OPSET, PACKAGES
 from trainer.evaluation.trained import Trained
 from trainer.models.factory import preprocessing

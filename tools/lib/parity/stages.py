@@ -16,7 +16,7 @@ from torchvision.transforms import functional as F
 
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
-from pipelines.cpu import apply_op, decode, resized_crop
+from pipelines.ops.pil_ops import apply_op, decode, resized_crop
 from pipelines.ops.torch_ops import apply_ops
 from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
@@ -320,7 +320,7 @@ def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
     num_off = sum(int((one != other).sum()) for one, other in pairs)
     num_lambdas = sum(bool((one != other).any()) for one, other in pairs)
     num_values = len(pairs) * levels.size
-    note = f"{num_off} of {num_values:,} values are a level off, under {num_lambdas} of {len(pairs):,} lambdas"
+    note = f"{num_off} of {num_values:,} values differ by one level, with {num_lambdas} of {len(pairs):,} lambdas"
     return dataclasses.replace(row, note=note)
 
 
@@ -407,5 +407,5 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         tolerance="same class",
         ok=same == 1.0,
         unit="logits",
-        note=f"logits, whose standard deviation is {theirs.std(1).mean():.2g}; share: of images of another class",
+        note=f"logits (standard deviation {theirs.std(1).mean():.2g}); off by > 1: images whose best class differs",
     )

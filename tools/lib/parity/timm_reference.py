@@ -17,7 +17,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.mixup import FastCollateMixup
 
-from pipelines.cpu import resized_crop
+from pipelines.ops.pil_ops import resized_crop
 from pipelines.plan import draws as augment
 from pipelines.plan import rng
 from pipelines.plan.draws import AugmentConfig, Op

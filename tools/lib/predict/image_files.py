@@ -14,10 +14,10 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.common.files import is_hidden
 from pipelines.common.machine import num_cores
-from pipelines.cpu import crop_resize, decode
+from pipelines.ops.pil_ops import crop_resize, decode
+from pipelines.prefetch import look_ahead
+from pipelines.shards.index import synthetic_index
 from pipelines.shards.jpeg import check_scans
-from pipelines.shards.reader import look_ahead
-from pipelines.synthetic import synthetic_index
 from tools.lib.shards.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.lib.shards.images import (
     MAX_BYTES,

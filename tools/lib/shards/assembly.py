@@ -10,7 +10,8 @@ import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, sha256_of
-from pipelines.shards.index import AUDIT, INDEX, sample_dtype, split_digest
+from pipelines.shards.index import sample_dtype
+from pipelines.shards.manifest import AUDIT, INDEX, split_digest
 from tools.lib.shards.entries import HIDDEN, Unused
 from tools.lib.shards.shards import HASH_BYTES, read_record
 

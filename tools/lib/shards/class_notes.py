@@ -3,7 +3,7 @@
 import collections
 
 from pipelines.common.errors import clipped, named
-from pipelines.shards.index import class_order_doubt
+from pipelines.shards.manifest import class_order_doubt
 
 
 def class_notes(manifest: dict) -> list[str]:

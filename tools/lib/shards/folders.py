@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, named
-from pipelines.shards.index import sorted_classes
+from pipelines.shards.manifest import sorted_classes
 from tools.lib.shards.entries import (
     MISPLACED,
     SPLITS,

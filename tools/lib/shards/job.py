@@ -28,13 +28,7 @@ import numpy as np
 from pipelines.common.errors import UserError, clipped, named, system_error_text
 from pipelines.common.files import locked, move_entries, read_json, sync_folder, write_synced
 from pipelines.plan import rng
-from pipelines.shards.index import (
-    FORMAT_VERSION,
-    MANIFEST,
-    class_order,
-    manifest_bytes,
-    read_manifest,
-)
+from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, class_order, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.assembly import VERSION, assemble
 from tools.lib.shards.class_notes import class_notes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content, replacing, write_synced
-from pipelines.shards.index import sorted_classes
+from pipelines.shards.manifest import sorted_classes
 from tools.lib.shards.entries import (
     EXPECTED,
     MISPLACED,

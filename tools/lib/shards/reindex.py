@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, grouped, named
 from pipelines.common.files import locked, sha256_of, write_synced
-from pipelines.shards.index import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
+from pipelines.shards.manifest import AUDIT, FORMAT_VERSION, INDEX, MANIFEST, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.assembly import VERSION, assemble
 from tools.lib.shards.entries import (

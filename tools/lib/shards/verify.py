@@ -12,7 +12,8 @@ import numpy as np
 
 from pipelines.common.errors import named
 from pipelines.common.files import sha256_of
-from pipelines.shards.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
+from pipelines.shards.index import read_rows
+from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST, class_order, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.class_notes import class_notes
 from tools.lib.shards.entries import is_hidden
