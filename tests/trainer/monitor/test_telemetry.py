@@ -61,7 +61,7 @@ def steps(telemetry: Telemetry, start: int, stop: int) -> None:
             telemetry.evaluation(step, step // 2 - 1, EVAL)
 
 
-def told(folder: Path) -> list[tuple[str, int]]:
+def kinds(folder: Path) -> list[tuple[str, int]]:
     return [(line["kind"], line["step"]) for line in read_json_lines(folder / "metrics.jsonl")]
 
 
@@ -72,7 +72,7 @@ def test_a_restart_drops_what_will_be_written_again_and_no_session(tmp_path):
     session(tmp_path, 0, 4)
     session(tmp_path, 3, 4)
     session(tmp_path, 1, 2)
-    assert told(tmp_path) == [("session", 0), ("train", 1), ("session", 3), ("session", 1), ("train", 2), ("eval", 2)]
+    assert kinds(tmp_path) == [("session", 0), ("train", 1), ("session", 3), ("session", 1), ("train", 2), ("eval", 2)]
 
 
 def test_a_run_that_goes_back_within_a_session_says_so_and_drops_what_will_be_written_again(tmp_path):
@@ -83,12 +83,12 @@ def test_a_run_that_goes_back_within_a_session_says_so_and_drops_what_will_be_wr
         steps(telemetry, 1, 2)
     session(tmp_path, 0, 1)  # the rollback is not forgotten by a later session
     first = [("session", 0), ("rollback", 1), ("session", 0), ("train", 1)]
-    assert told(tmp_path) == first
+    assert kinds(tmp_path) == first
     (rollback,) = (line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "rollback")
     assert rollback["from_step"] == 3
 
 
-def test_every_line_has_the_time_and_a_session_tells_where_it_runs(tmp_path):
+def test_every_line_has_the_time_and_a_session_says_where_it_runs(tmp_path):
     before = time.time()
     session(tmp_path, 0, 2)
     lines = read_json_lines(tmp_path / "metrics.jsonl")
@@ -101,9 +101,9 @@ def test_a_line_cut_off_by_a_crash_is_gone_after_the_restart(tmp_path):
     session(tmp_path, 0, 1)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    assert told(tmp_path) == [("session", 0), ("train", 1)]
+    assert kinds(tmp_path) == [("session", 0), ("train", 1)]
     session(tmp_path, 1, 2)
-    assert told(tmp_path) == [("session", 0), ("train", 1), ("session", 1), ("train", 2), ("eval", 2)]
+    assert kinds(tmp_path) == [("session", 0), ("train", 1), ("session", 1), ("train", 2), ("eval", 2)]
 
 
 def test_lines_that_are_none_are_kept_beside_the_log_and_counted(tmp_path, capsys):
@@ -115,10 +115,10 @@ def test_lines_that_are_none_are_kept_beside_the_log_and_counted(tmp_path, capsy
     assert (tmp_path / "metrics.jsonl.unusable").read_bytes().split(b"\n") == [*strange, b""]
     assert "metrics.jsonl: 3 lines cannot be used, and moved to metrics.jsonl.unusable" in capsys.readouterr().out
     session(tmp_path, 2, 3)
-    assert "cannot be used" not in capsys.readouterr().out and len(told(tmp_path)) == 7
+    assert "cannot be used" not in capsys.readouterr().out and len(kinds(tmp_path)) == 7
 
 
-def test_an_error_that_appears_first_when_the_log_is_closed_is_told(tmp_path):
+def test_an_error_that_appears_first_when_the_log_is_closed_is_raised(tmp_path):
     telemetry = Telemetry(tmp_path, ONE, step=0, total_steps=10, steps_per_epoch=2)
     with pytest.raises(OSError, match="No space left") as error, telemetry.live(), open("/dev/full", "w") as full:
         telemetry._file.write("what some file systems write no sooner")
@@ -133,7 +133,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [OSError("no answer"), UserError("wandb login")])
 def test_sinks_get_every_line_and_are_closed_even_if_one_fails(tmp_path, capsys, error):
-    """Such a one is left out from then on; a mistake that the user can mend ends the run."""
+    """Such a one is left out from then on; a mistake that the user can fix ends the run."""
 
     class Failing(Kept):
         def __call__(self, record: dict) -> None:
@@ -146,8 +146,8 @@ def test_sinks_get_every_line_and_are_closed_even_if_one_fails(tmp_path, capsys,
         session(tmp_path, 0, 3, sinks=sinks)
     assert sinks[0] == read_json_lines(tmp_path / "metrics.jsonl") and all(sink.closed for sink in sinks)
     assert [record["step"] for record in sinks[1]].count(2) == 1 and sinks[1][-1]["step"] == 2
-    told = "run.loggers: Failing gets no more numbers (OSError: no answer)"
-    assert (told in capsys.readouterr().out) == isinstance(error, OSError)
+    line = "run.loggers: Failing gets no more numbers (OSError: no answer)"
+    assert (line in capsys.readouterr().out) == isinstance(error, OSError)
 
 
 # --- the progress line ---
@@ -186,7 +186,7 @@ def test_where_there_is_no_terminal_there_are_plain_lines(tmp_path, capsys):
     assert evaluation == "epoch 0 done, 96 images: raw: top-1 50.00 % top-5 90.00 %"
 
 
-def test_on_a_terminal_one_line_tells_it_all(tmp_path, capsys, monkeypatch):
+def test_on_a_terminal_one_line_says_it_all(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     session(tmp_path, 4, 7)
@@ -213,7 +213,7 @@ def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path, monkeypat
         patched.setattr(sys, "stdout", screen)
         session(tmp_path, 0, 40)
         screen.flush()  # as Python does at the end of a process
-    assert [step for kind, step in told(tmp_path) if kind == "train"] == list(range(1, 41))
+    assert [step for kind, step in kinds(tmp_path) if kind == "train"] == list(range(1, 41))
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--optim.lr", "-1"], 1)])
@@ -299,7 +299,7 @@ def test_wandb_goes_on_with_one_run_over_all_sessions(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_logger_that_is_not_installed_is_told_before_anything_is_written(tmp_path, monkeypatch, name):
+def test_a_logger_that_is_not_installed_is_reported_before_anything_is_written(tmp_path, monkeypatch, name):
     def no_package(module, *arguments, **more):
         if module.split(".")[0] == name or module == f"torch.utils.{name}":
             raise ImportError(f"No module named '{name}'")
@@ -331,7 +331,7 @@ def test_loggers_are_read_back_from_a_runs_own_configuration(digits, tmp_path):
 
 
 def test_waiting_for_input_is_the_time_in_next_and_nothing_else(monkeypatch):
-    """Where host and device are one. Each look at the clock is told what to see."""
+    """Host and device are one here. Each look at the clock sees a time that is given."""
     times = iter([10.0, 10.25, 20.0, 20.5, 30.0, 30.0])
     monkeypatch.setattr(
         "trainer.monitor.telemetry._HostMark.record", lambda mark: setattr(mark, "_time_s", next(times))
