@@ -7,6 +7,7 @@ import numpy as np
 
 from pipelines.common.errors import clipped, named
 from pipelines.shards.manifest import ClassList, class_order, class_order_doubt, read_manifest
+from tools.lib.common.units import human_bytes
 
 
 def class_notes(manifest: ClassList) -> list[str]:
