@@ -119,12 +119,17 @@ class _ManifestOptions(TypedDict, total=False):
     class_order: str
 
 
-class Manifest(_ManifestOptions):
-    """A dataset. The classes stand in the order of their labels."""
+class ClassList(_ManifestOptions):
+    """The classes in the order of their labels, and where they come from."""
 
     source: SourceEntry
-    options: OptionsEntry
     classes: list[str]
+
+
+class Manifest(ClassList):
+    """A dataset."""
+
+    options: OptionsEntry
     splits: dict[str, SplitEntry]
     audit: AuditEntry
 
@@ -231,7 +236,7 @@ def _numeric_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
-def class_order(manifest: Manifest) -> str:
+def class_order(manifest: ClassList) -> str:
     """Say what decided the order of a dataset's classes.
 
     Returns:
@@ -242,7 +247,7 @@ def class_order(manifest: Manifest) -> str:
     return manifest.get("class_order") or ("unstated" if from_names else "given")
 
 
-def class_order_doubt(manifest: Manifest) -> str:
+def class_order_doubt(manifest: ClassList) -> str:
     """One sentence where nobody chose the order of the classes and common tools disagree on it; "" elsewhere.
 
     Weights whose outputs have no names may then be in either order.

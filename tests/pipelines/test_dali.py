@@ -34,7 +34,7 @@ from support.executors import (
     train_plan,
     works_on_gpu,
 )
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 # DALI against PIL, for each photograph, after decoding and resizing, in levels of 255 (docs/design.md). PIL
 # rounds between the two passes of a resize; where 9 x 7 pixels are blown up that shows more.

@@ -11,7 +11,8 @@ from pipelines.common.files import sha256_of
 from pipelines.shards.index import read_index
 from pipelines.shards.manifest import manifest_bytes, read_manifest
 from pipelines.shards.reader import ShardReader
-from tools.lib.shards.verify import summarize, verify
+from tools.lib.shards.summary import summarize
+from tools.lib.shards.verify import verify
 
 
 @pytest.fixture
