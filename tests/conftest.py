@@ -24,13 +24,21 @@ from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
 from tools.demo import write_digits
 from tools.lib.common.photos import write_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
     *("test_exact_resume", "test_resume", "test_preemption", "test_backbones", "test_resume_ranks", "test_chaos"),
     *("test_export", "test_teacher", "test_oracle", "test_run", "test_nonfinite", "test_writer", "test_batch_norm"),
-    *("test_compiler", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    *(
+        "test_compiler",
+        "test_doctor",
+        "test_compare",
+        "test_report",
+        "test_shard_faults",
+        "test_dali",
+        "test_torch_ops",
+    ),
     "test_compiled_kernels",
 )
 

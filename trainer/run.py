@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __package__ in (None, ""):  # As a script: find the packages in the repository, and not this folder's files.
+if not __package__:  # As a script: find the packages in the repository, and not this folder's files.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (It must come before torch: it sets how OpenMP's threads wait.)
 

@@ -20,7 +20,7 @@ ORDER = {
         ("cpu", "synthetic"),
         ("dali",),
         ("dali_probe",),
-        ("executors", "render"),
+        ("executors", "reference"),
     ),
     "trainer": (
         ("config",),

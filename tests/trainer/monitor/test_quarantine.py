@@ -14,7 +14,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.ranks import run_ranks
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.monitor.quarantine import QUARANTINE
 from trainer.run import main
 

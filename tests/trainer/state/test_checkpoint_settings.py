@@ -11,8 +11,8 @@ from conftest import DROPOUT, TINY, train_here
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
 from support.tiny_runs import ONE
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
 from trainer.builder import build
 from trainer.config.sections import parse
 from trainer.loop import train

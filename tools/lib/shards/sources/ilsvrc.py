@@ -10,20 +10,19 @@ from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import is_hidden
-from tools.lib.shards.entries import (
+from tools.lib.shards.sources.contents import beside_source, by_unique, is_image
+from tools.lib.shards.sources.source import (
     HIDDEN,
     MISPLACED,
     Entry,
     Source,
     SourceOptions,
     Unused,
-    beside_source,
-    by_unique,
-    is_image,
     sample_key,
+    slice_location,
+    slice_reader,
 )
-from tools.lib.shards.slices import slice_reader
-from tools.lib.shards.tars import tar_files
+from tools.lib.shards.sources.tars import Readable, tar_files
 
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest that is read has 0.5 MB
@@ -81,7 +80,8 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.size > _MAX_DEVKIT_FILE:  # compressed zeros, for instance
         raise ValueError(f"{member.name} has {member.size:,} bytes")
-    return tar.extractfile(member).read()
+    with tar.extractfile(member) or io.BytesIO() as file:  # None stands for folders, which are no members here
+        return file.read()
 
 
 def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
@@ -100,13 +100,13 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
             members = yield from _members(name, inner, is_image, "no image")
             members = yield from _unique(name, members, lambda member: sample_key("", Path(member.name).stem))
             for member in sorted(members.values(), key=lambda member: (member.name, member.offset_data)):
-                location = f"{path.name}\n{start + member.offset_data}\n{member.size}"
+                location = slice_location(path.name, start + member.offset_data, member.size)
                 source = f"{path.name}: {member.name}"
                 yield Entry(sample_key(wnid, Path(member.name).stem), numbers[wnid], location, source)
 
 
 def _members(
-    path: Path, file: BinaryIO, is_wanted: Callable[[str], bool], otherwise: str
+    path: Path, file: Readable, is_wanted: Callable[[str], bool], otherwise: str
 ) -> Generator[Unused, None, list[tarfile.TarInfo]]:
     """Returns a tar's wanted files, and yields the others; `otherwise` says what those are."""
     wanted = []
@@ -151,12 +151,6 @@ class _Part(io.RawIOBase):
         self._position += len(content)
         return content
 
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
 
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:
     with open(path, "rb") as file:
@@ -170,5 +164,5 @@ def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Ite
         label = labels.get(int(number[1])) if number else None
         if label is None:
             raise UserError(f"{path}: {name} has no line in the devkit's ground truth. Download both again")
-        location = f"{path.name}\n{offset}\n{size}"
+        location = slice_location(path.name, offset, size)
         yield Entry(sample_key(classes[label], Path(name).stem), label, location, f"{path.name}: {name}")

@@ -1,4 +1,4 @@
-"""One shard: a tar, its DALI index, and a record of what went in. Complete once the record is there."""
+"""One shard: a tar, its DALI index, and a record of its samples. It is complete once the record is there."""
 
 from __future__ import annotations
 
@@ -8,38 +8,75 @@ import json
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing, write_synced
-from tools.lib.shards.entries import Entry
+from pipelines.shards.manifest import Remark, ShardEntry
 from tools.lib.shards.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
-from tools.lib.shards.tars import BLOCK
+from tools.lib.shards.sources.source import Entry
+from tools.lib.shards.sources.tars import BLOCK, Parts
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds and which only writing needs
-    import webdataset
+if TYPE_CHECKING:  # webdataset imports torch, which takes seconds, and only writing needs it
+    from webdataset.writer import TarWriter
 
-HASH_BYTES = 16  # of a source's sha256, kept beside the record to find duplicates
-LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
+HASH_BYTES = 16  # This much of the sha256 of each source is kept beside the record; duplicates are found by it.
+
+
+class SampleRow(TypedDict):
+    """A sample in a shard: the fields of pipelines.shards.index.sample_dtype but the shard."""
+
+    key: str
+    offset: int
+    nbytes: int
+    label: int
+    height: int
+    width: int
+    crc32: int
+    orientation: int
+
+
+class Rejection(Remark):
+    """A sample that cannot be used; `source` is how messages name its file."""
+
+    source: str
+
+
+class Notes(TypedDict):
+    """What the audit says about the samples of a shard.
+
+    `tiny` has keys, and `resized` is a number of samples. Only tars of another writer have `hidden` members, which are
+    passed over, and `parts` that are not read: the number of each extension.
+    """
+
+    repaired: list[Remark]
+    rejected: list[Rejection]
+    tiny: list[str]
+    resized: int
+    hidden: list[str]
+    parts: dict[str, int]
 
 
 @dataclasses.dataclass
 class ShardRecord:
-    """What is known of a finished shard.
+    """What is known of a finished shard, with its samples in the order of the tar."""
 
-    Attributes:
-      entry: its entry in the manifest: name, bytes, samples, sha256, idx_sha256.
-      rows: [samples] with the fields of pipelines.shards.index.sample_dtype but the shard, in the order of the tar.
-      notes: repaired and rejected, each a list of samples with reasons; tiny, a list of keys; resized, a number.
-    """
+    entry: ShardEntry
+    rows: list[SampleRow]
+    notes: Notes
 
-    entry: dict = dataclasses.field(default_factory=dict)
-    rows: list[dict] = dataclasses.field(default_factory=list)
-    notes: dict = dataclasses.field(default_factory=lambda: {"repaired": [], "rejected": [], "tiny": [], "resized": 0})
 
-    def add(self, key: str, label: int, offset: int, image: CheckedImage) -> None:
-        """A sample that is in the tar, its image at byte `offset`."""
-        self.rows.append(
+class RecordBuilder:
+    """Collects the record of a shard, one sample after the other."""
+
+    def __init__(self):
+        self._rows: list[SampleRow] = []
+        self._hashes: list[bytes] = []
+        self.notes = Notes(repaired=[], rejected=[], tiny=[], resized=0, hidden=[], parts={})
+
+    def add(self, key: str, label: int, offset: int, image: CheckedImage, source: bytes) -> None:
+        """Add a sample whose image is at byte `offset` of the tar; duplicates are found by the bytes of `source`."""
+        self._rows.append(
             {
                 "key": key,
                 "offset": offset,
@@ -51,26 +88,38 @@ class ShardRecord:
                 "orientation": image.orientation,
             }
         )
+        self._hashes.append(hashlib.sha256(source).digest()[:HASH_BYTES])
         if image.repaired:
             self.notes["repaired"].append({"sample": key, "reason": image.repaired})
         if min(image.height, image.width) < TINY_PX:
             self.notes["tiny"].append(key)
         self.notes["resized"] += image.resized
 
-    def describe(self, name: str, num_bytes: int, sha256: str, idx: bytes) -> None:
-        """The shard itself."""
-        idx_sha256 = hashlib.sha256(idx).hexdigest()
-        self.entry = {
+    def reject(self, key: str, source: str, error: RejectedImageError) -> None:
+        """Add a sample that cannot be used, and why."""
+        self.notes["rejected"].append({"sample": key, "source": source, "reason": str(error)})
+
+    def write(self, path: Path, name: str, num_bytes: int, sha256: str, idx: bytes) -> None:
+        """Write the record, which makes the shard complete, and beside it the hash of each sample's source.
+
+        Args:
+          name, num_bytes, sha256: those of the tar.
+          idx: the content of its .idx file.
+        """
+        entry: ShardEntry = {
             "name": name,
             "bytes": num_bytes,
-            "samples": len(self.rows),
+            "samples": len(self._rows),
             "sha256": sha256,
-            "idx_sha256": idx_sha256,
+            "idx_sha256": hashlib.sha256(idx).hexdigest(),
         }
+        write_synced(path.with_suffix(".sha256"), b"".join(self._hashes))
+        write_synced(path, json.dumps(vars(ShardRecord(entry, self._rows, self.notes))).encode())
 
-    def reject(self, key: str, source: str, error: RejectedImageError) -> None:
-        """A sample that cannot be used, and why."""
-        self.notes["rejected"].append({"sample": key, "source": source, "reason": str(error)})
+
+def read_record(path: Path) -> ShardRecord:
+    """The record of a finished shard."""
+    return ShardRecord(**json.loads(path.read_text()))
 
 
 def write_shard(
@@ -90,19 +139,19 @@ def write_shard(
       records: folder for the record, which gets the tar's name.
       entries: the samples, in the order in which they are written.
       read: location -> the source's bytes.
-      on_image: told the bytes of every image that was looked at.
+      on_image: called with the number of bytes of every image that was looked at.
     Raises:
       UserError: a source cannot be read at all (which says nothing about the image).
       OSError: the shard cannot be written.
     """
-    import webdataset
+    from webdataset.writer import TarWriter
 
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    record = ShardRecord()
-    hashes = []
+    members: dict[str, Parts] = {}
+    record = RecordBuilder()
     with replacing(path) as file:
         hashing = _HashingFile(file)
-        with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
+        # TarWriter calls write() alone.
+        with TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:  # pyright: ignore[reportArgumentType]
             for entry in entries:
                 try:
                     content = _read(entry, read)
@@ -113,17 +162,10 @@ def write_shard(
                     continue
                 assert entry.key not in members, entry.key
                 members[entry.key] = _write_sample(tar, entry, image.jpeg)
-                record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image)
-                hashes.append(source_hash(content))
+                record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image, content)
     idx = dali_index(members)
     write_synced(path.with_suffix(".idx"), idx)
-    record.describe(path.name, hashing.num_bytes, hashing.sha256.hexdigest(), idx)
-    write_record(records / f"{path.stem}.json", record, hashes)
-
-
-def source_hash(content: bytes) -> bytes:
-    """What duplicates are found by."""
-    return hashlib.sha256(content).digest()[:HASH_BYTES]
+    record.write(records / f"{path.stem}.json", path.name, hashing.num_bytes, hashing.sha256.hexdigest(), idx)
 
 
 class _HashingFile:
@@ -140,7 +182,7 @@ class _HashingFile:
         return self._file.write(content)
 
 
-def _write_sample(tar: webdataset.TarWriter, entry: Entry, jpeg: bytes) -> dict[str, tuple[int, int]]:
+def _write_sample(tar: TarWriter, entry: Entry, jpeg: bytes) -> Parts:
     """Write one sample. Returns extension -> (offset, bytes) of its parts."""
     label, start = str(entry.label).encode(), tar.tarstream.offset
     tar.write({"__key__": entry.key, "cls": label, "jpg": jpeg})
@@ -155,22 +197,11 @@ def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
         return read(entry.location)
     except OSError as error:
         raise UserError(
-            f"{entry.source}: cannot be read ({error.strerror or error}). Mend that and run the same command again"
+            f"{entry.source}: cannot be read ({error.strerror or error}). Fix that and run the same command again"
         ) from error
 
 
-def write_record(path: Path, record: ShardRecord, hashes: list[bytes]) -> None:
-    """Write a record, which makes the shard complete, and beside it the hash of each sample's source."""
-    write_synced(path.with_suffix(".sha256"), b"".join(hashes))
-    write_synced(path, json.dumps(vars(record)).encode())
-
-
-def read_record(path: Path) -> ShardRecord:
-    """The record of a finished shard."""
-    return ShardRecord(**json.loads(path.read_text()))
-
-
-def dali_index(members: dict[str, dict[str, tuple[int, int]]]) -> bytes:
+def dali_index(members: dict[str, Parts]) -> bytes:
     """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it (v1.2).
 
     Fields are separated by spaces, so where names have some, the file is of the version without names (v1.1).
@@ -208,7 +239,7 @@ def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
         return []
 
 
-def describes(idx: bytes, members: dict[str, dict[str, tuple[int, int]]]) -> bool:
+def describes(idx: bytes, members: dict[str, Parts]) -> bool:
     """True if an .idx file of any version lists the parts of a tar, each once, and no others."""
     listed = [part for sample in read_dali_index(idx) for part in sample]
     parts = {span: name for sample in members.values() for name, span in sample.items()}

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
-from tools.lib.shards.entries import MISPLACED, VAL_NAMES, Unused, printable
+from tools.lib.shards.sources.contents import printable
+from tools.lib.shards.sources.source import MISPLACED, VAL_NAMES, Unused
 
 SPLIT_WORDS = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
 _NUMBER = re.compile(r"(\d{1,6})([-_]of[-_])(\d{1,6})(?!\d)")
@@ -60,8 +61,7 @@ def missing_files(taken: Iterable[str], there: Iterable[str]) -> Iterator[Unused
     done = set()
     for path in taken:
         match = _NUMBER.search(path, path.rfind("/") + 1)
-        group = (path[: match.start()], match[3]) if match else None
-        if group is None or group in done:
+        if match is None or (group := (path[: match.start()], match[3])) in done:
             continue
         done.add(group)
         found, count, end = numbers[group], int(match[3]), path.rpartition(".")[2]

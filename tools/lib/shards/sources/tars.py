@@ -1,20 +1,21 @@
 """Reading tars to the end of the file: Python's tarfile takes a damaged header, or one block of zeros, for the end."""
 
 import contextlib
-import dataclasses
 import errno
+import io
 import os
 import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from pipelines.common.errors import UserError, clipped, grouped, named
-from pipelines.common.files import instead_of_content, is_hidden
-from tools.lib.shards.entries import printable
+from pipelines.common.files import instead_of_content
+from tools.lib.shards.sources.contents import printable
 
 BLOCK = 512
+Parts = dict[str, tuple[int, int]]  # The parts of a sample in a tar: extension -> (offset, bytes) of the content.
 _END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
 # Writers fill the file with zeros up to a multiple of their record. It has 20 blocks unless the person chose another
 # size, as `tar -b 128` does for tapes and file servers; usual choices are powers of two from 32 KiB to 1 MiB.
@@ -33,7 +34,27 @@ COMPRESSED = {
 }
 
 
-def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+class Readable(Protocol):
+    """A file, or a part of one, that is read from any place."""
+
+    def seek(self, offset: int, whence: int = ..., /) -> int:
+        """Move to a place."""
+        ...
+
+    def tell(self) -> int:
+        """The present place."""
+        ...
+
+    def read(self, size: int = ..., /) -> bytes:
+        """Bytes from there on."""
+        ...
+
+    def fileno(self) -> int:
+        """The descriptor. Raises an OSError where there is none."""
+        ...
+
+
+def tar_files(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
     """The regular files of an uncompressed tar, in order.
 
     Args:
@@ -52,7 +73,7 @@ def tar_files(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise UserError(f"{path}: {grouped(reasons)}")
 
 
-def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def tar_entries(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
     """Everything in an uncompressed tar but folders, in order.
 
     Args:
@@ -68,7 +89,7 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 headers.left = _MAX_HEADER
-                tar.members.clear()  # tarfile keeps all of them otherwise
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all of them otherwise
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
                 if not member.isdir() and member.type != _VOLUME_LABEL:
@@ -81,24 +102,29 @@ def tar_entries(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     _check_end(path, file, end, nbytes)
 
 
-class _Headers:
+class _Headers(io.RawIOBase):
     """The file as tarfile reads its headers: those before one member have a bounded size, whatever they say.
 
     A long name or PAX records may claim any number of bytes, and tarfile would hold them in memory.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: Readable):
         self._file, self.left = file, _MAX_HEADER
-        self.seek, self.tell = file.seek, file.tell
 
-    def read(self, nbytes: int) -> bytes:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, nbytes: int = -1) -> bytes:
         if not 0 <= nbytes <= self.left:
             raise tarfile.ReadError(f"the headers before one member have more than {_MAX_HEADER:,} bytes")
         self.left -= nbytes
         return self._file.read(nbytes)
 
 
-def _why_no_tar(path: Path, file: BinaryIO, nbytes: int, error: Exception) -> str:
+def _why_no_tar(path: Path, file: Readable, nbytes: int, error: Exception) -> str:
     file.seek(0)
     head = file.read(BLOCK)
     if found := instead_of_content(head):
@@ -136,7 +162,7 @@ def check_compressed(root: Path, tars: list[Path]) -> None:
     )
 
 
-def _check_end(path: Path, file: BinaryIO, end: int, nbytes: int) -> None:
+def _check_end(path: Path, file: Readable, end: int, nbytes: int) -> None:
     """Raise a UserError unless zeros alone follow the last member, and no more than a writer fills a file with."""
     file.seek(end)
     found = file.read(BLOCK)
@@ -164,7 +190,7 @@ def _filled_sizes(end: int) -> list[int]:
     return [-(-(end + _END) // record) * record for record in (_RECORD, *_LARGER_RECORDS)]
 
 
-def first_not_zero(file: BinaryIO, start: int) -> int | None:
+def first_not_zero(file: Readable, start: int) -> int | None:
     """The offset of the first byte from `start` on that is not zero."""
     while True:
         start = _behind_hole(file, start)
@@ -176,7 +202,7 @@ def first_not_zero(file: BinaryIO, start: int) -> int | None:
         start += len(chunk)
 
 
-def _behind_hole(file: BinaryIO, start: int) -> int:
+def _behind_hole(file: Readable, start: int) -> int:
     """Where a hole of the disk at `start` ends: gigabytes of zeros that nobody wrote need not be read."""
     try:
         descriptor = file.fileno()
@@ -191,7 +217,7 @@ def _behind_hole(file: BinaryIO, start: int) -> int:
         os.lseek(descriptor, before, os.SEEK_SET)  # where the buffer of `file` believes it to be
 
 
-def _what_follows(path: Path, file: BinaryIO, end: int, begin: int) -> str:
+def _what_follows(path: Path, file: Readable, end: int, begin: int) -> str:
     """Say what a file probably is in which zeros at `end` are followed by other bytes at `begin`."""
     file.seek(begin)
     if begin in (end + _END, *_filled_sizes(end)) and path.is_file() and _is_header(file.read(BLOCK)):
@@ -222,47 +248,6 @@ def why_not_a_file(member: tarfile.TarInfo) -> str:
     if member.islnk() or member.issym():
         return "a link in the tar. Pack it again with the files themselves: tar -h --hard-dereference -cf ..."
     return f"no file (type {member.type.decode(errors='replace')!r}). Pack the tar without it"
-
-
-@dataclasses.dataclass
-class TarMembers:
-    """The members of a WebDataset tar, from its headers.
-
-    Attributes:
-      samples: key -> extension in lower case -> (offset, bytes) of the content.
-      unusable: key -> why one of its members has no content in the tar.
-      hidden: names that `is_hidden` passes over.
-    """
-
-    samples: dict[str, dict[str, tuple[int, int]]] = dataclasses.field(default_factory=dict)
-    unusable: dict[str, str] = dataclasses.field(default_factory=dict)
-    hidden: list[str] = dataclasses.field(default_factory=list)
-
-
-def tar_members(path: Path) -> TarMembers:
-    """The members of a WebDataset tar by sample.
-
-    Raises:
-      UserError: as `tar_entries`, or a name occurs twice.
-    """
-    found = TarMembers()
-    with open(path, "rb") as file:
-        for member in tar_entries(path, file):
-            if is_hidden(member.name):
-                found.hidden.append(printable(member.name))
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if reason := why_not_a_file(member):
-                found.unusable[key] = reason
-                continue
-            parts = found.samples.setdefault(key, {})
-            if extension.lower() in parts:
-                name = clipped(printable(member.name))
-                raise UserError(f"{path}: {name} occurs twice. Write the tar again with names of their own")
-            parts[extension.lower()] = (member.offset_data, member.size)
-    return found
 
 
 def tar_header(name: str, size: int) -> bytes:

@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content, replacing, write_synced
 from pipelines.shards.manifest import sorted_classes
-from tools.lib.shards.entries import (
+from tools.lib.shards.sources.contents import contents_of, printable, walk
+from tools.lib.shards.sources.source import (
     EXPECTED,
     MISPLACED,
     RECOGNISE,
@@ -21,13 +23,14 @@ from tools.lib.shards.entries import (
     Source,
     SourceOptions,
     Unused,
-    contents_of,
-    printable,
     sample_key,
+    slice_location,
+    slice_reader,
 )
-from tools.lib.shards.slices import slice_reader
-from tools.lib.shards.split_names import SPLIT_WORDS, missing_files
-from tools.lib.shards.walk import walk
+from tools.lib.shards.sources.split_names import SPLIT_WORDS, missing_files
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _OTHERS = ("README*", "LICENSE*", "*.md", "*.py", "dataset_info*.json", "state.json")
 # Usual names of the two columns, the likeliest first.
@@ -164,8 +167,8 @@ def _dataset_of(path: Path) -> str:
 
 def _split_of(path: Path) -> str:
     """The split of a file by its name, as in train-00000-of-00002, or by the nearest folder of a split's name."""
-    words = re.match(r"[a-z]*", path.name)[0]
-    for word in (words, *reversed(path.parent.parts)):
+    first = re.split(r"[^a-z]", path.name, maxsplit=1)[0]
+    for word in (first, *reversed(path.parent.parts)):
         if word in SPLIT_WORDS:
             return SPLIT_WORDS[word]
     return ""
@@ -179,12 +182,12 @@ class _Labels:
     """The labels of a file.
 
     Attributes:
-      column: pyarrow.ChunkedArray of integers or text, without nulls.
+      column: integers or text, without nulls.
       is_text: True where they are text.
       names: names of the classes, as Hugging Face's ClassLabel stores them; [] where there are none.
     """
 
-    column: object
+    column: "pyarrow.ChunkedArray"
     is_text: bool
     names: list[str]
 
@@ -341,7 +344,8 @@ def _list_parquet(
             for row, (image, value) in enumerate(_rows(path, options)):
                 content = _content(image, f"{path}: row {row}")
                 label = numbers[value] if isinstance(value, str) else value
-                location, source = f"{copy}\n{file.tell()}\n{len(content)}", f"{path.relative_to(root)}: row {row}"
+                location = slice_location(copy, file.tell(), len(content))
+                source = f"{path.relative_to(root)}: row {row}"
                 yield Entry(sample_key(classes[label], f"{total:09d}"), label, location, source)
                 file.write(content)
                 total += 1

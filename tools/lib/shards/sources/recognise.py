@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.common.errors import UserError, named
-from tools.lib.shards.entries import VAL_NAMES, Source, SourceOptions, contents_of, is_image
-from tools.lib.shards.folders import KAGGLE_DATA, open_folder, open_kaggle
-from tools.lib.shards.ilsvrc import DEVKIT, TRAIN_TAR, VAL_TAR, open_ilsvrc
-from tools.lib.shards.parquet import has_parquet, open_parquet
+from tools.lib.shards.sources.contents import contents_of, is_image
+from tools.lib.shards.sources.folders import open_folder
+from tools.lib.shards.sources.ilsvrc import DEVKIT, TRAIN_TAR, VAL_TAR, open_ilsvrc
+from tools.lib.shards.sources.kaggle import KAGGLE_DATA, open_kaggle
+from tools.lib.shards.sources.parquet import has_parquet, open_parquet
+from tools.lib.shards.sources.source import VAL_NAMES, Source, SourceOptions
 
 # kind -> (does a folder look like it, open it); the first that fits is taken
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, SourceOptions, Path], Source]]] = {

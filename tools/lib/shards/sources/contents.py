@@ -1,143 +1,38 @@
-"""Sources are made of these: samples, entries that are not used, and one rule about which names count.
-
-Nothing that a person can see is left out in silence. Every visible entry of a source becomes a sample or an `Unused`,
-and hidden and system files are passed over and counted, by the same rule in every source.
-"""
+"""The entries of a folder, sorted by what they are; and what becomes of those that are no samples."""
 
 import dataclasses
 import os
-import re
-import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, named
 from pipelines.common.files import is_hidden
-from tools.lib.shards.images import MAX_BYTES, RejectedImageError
+from pipelines.shards.manifest import sorted_classes
+from tools.lib.shards.sources.source import (
+    EXPECTED,
+    HIDDEN,
+    MISPLACED,
+    SPLITS,
+    Entry,
+    SourceOptions,
+    Unused,
+    sample_key,
+)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLITS = ("train", "val")
-VAL_NAMES = ("val", "valid", "validation")  # usual names of the validation split's folder or files
 # Sources of all kinds consist of these.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
 _STRANGER = "not part of the layout: move it away"
 T = TypeVar("T")
-HIDDEN, EXPECTED, MISPLACED = "hidden", "expected", "misplaced"  # kinds of Unused
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One sample of a listing.
-
-    Attributes:
-      key: its name in the dataset, CLASS/STEM, without dots (WebDataset ends a key at the first).
-      label: class number.
-      location: where `Source.read` finds it.
-      source: how messages name it.
-    """
-
-    key: str
-    label: int
-    location: str
-    source: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Unused:
-    """Something in a source that does not become a sample.
-
-    Attributes:
-      kind: HIDDEN: passed over by the rule of pipelines.common.files.is_hidden, and counted; EXPECTED: belongs to the
-        layout and is for something else, such as test images without labels; MISPLACED: visible and not understood,
-        which ends the command unless the person decides to leave it out.
-      source: how messages name it.
-      reason: what it is, and what helps.
-    """
-
-    kind: str
-    source: str
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A recognised source.
-
-    Attributes:
-      kind: one of sources.KINDS.
-      root: the folder that the user named.
-      classes: ids of the classes in the order of their numbers.
-      class_names: for people, as many; empty where the source has none.
-      splits: for each split a function that lists its samples, and what of the source is not used.
-      read: location -> the file's bytes.
-      files: what identifies the source besides its kind: relative path and bytes of each container file.
-      copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
-      class_order: who decided the order of the classes, as pipelines.shards.index.class_order returns it.
-      columns: names of a table's columns that were read, where they are not the usual ones.
-    """
-
-    kind: str
-    root: Path
-    classes: list[str]
-    class_names: list[str]
-    splits: dict[str, Callable[[], Iterator[Entry | Unused]]]
-    read: Callable[[str], bytes]
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
-    copies: bool = False
-    class_order: str = "given"
-    columns: list[str] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceOptions:
-    """How a source is to be read.
-
-    Attributes:
-      kind: one of sources.KINDS, or auto to recognise it.
-      class_order: text or numeric, where names of classes decide their order; "" leaves it unstated, which is text.
-      image_column, label_column: of parquet files.
-    """
-
-    kind: str = "auto"
-    class_order: str = ""
-    image_column: str = "image"
-    label_column: str = "label"
-
-
-RECOGNISE = SourceOptions()
-
-
-def sample_key(class_id: str, stem: str) -> str:
-    """The key of a sample, without the dots and spaces that tar, WebDataset and DALI's .idx files cannot have."""
-    return re.sub(r"[.\s]", "_", f"{class_id}/{stem}")
-
-
-def file_reader(root: Path) -> Callable[[str], bytes]:
-    """Read locations that are paths relative to `root`.
-
-    Raises, when it reads:
-      RejectedImageError: a file is larger than any image; no more than that is read into memory. Or it has become
-        something else than a file since it was listed.
-    """
-
-    def read(location: str) -> bytes:
-        with open(f"{root}/{location}", "rb", buffering=0, opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RejectedImageError("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise RejectedImageError(f"{status.st_size:,} bytes; no image has more than {MAX_BYTES:,}")
-            return file.readall()
-
-    return read
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe is not waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
+_INSIDE_CLASS = (
+    "a folder inside a class. If it is part of the class, move its images up with mv -n, which replaces nothing; if it "
+    "is a class itself, move it up"
+)
 
 
 def is_image(name: str) -> bool:
@@ -233,6 +128,35 @@ def _kind_of(entry: os.DirEntry) -> str:
     return "neither a file nor a folder: move it away"
 
 
+def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str | Unused]:
+    """Visible files at any depth, as paths relative to `root` sorted by their parts; everything else is an Unused.
+
+    A link to a folder that it lies in is an Unused, too, whether it leads there at once or through other links.
+
+    Args:
+      folder: where to begin, relative to `root`.
+      above: resolved paths of the folders that lead to it.
+    Raises:
+      UserError: a folder cannot be listed.
+    """
+    real = os.path.realpath(root / folder)
+    if real in above:
+        yield Unused(MISPLACED, printable(folder), "a link to a folder above it: remove the link")
+        return
+    inside = contents_of(root / folder)
+    for name in inside.hidden:
+        yield Unused(HIDDEN, printable(os.path.join(folder, name)))
+    folders = set(inside.folders)
+    for name in inside.visible:
+        path = os.path.join(folder, name)
+        if name in folders:
+            yield from walk(root, path, above | {real})
+        elif reason := inside.others.get(name):
+            yield Unused(MISPLACED, printable(path), reason)
+        else:
+            yield path
+
+
 def unused_in(contents: Contents, folder: str) -> Iterator[Unused]:
     """The hidden entries of a folder, and those that are neither file nor folder; `folder` is how messages name it."""
     for name in contents.hidden:
@@ -283,3 +207,44 @@ def beside_source(
 
 def _below(folder: str, name: str) -> str:
     return printable(f"{folder}/{name}" if folder else name)
+
+
+def class_folders(folder: Path, order: str = "") -> list[str]:
+    """The classes in the given order, one of pipelines.shards.index.CLASS_ORDERS; "" is text.
+
+    Raises:
+      UserError: two of them would have samples of the same names, or look alike; all such are named.
+    """
+    names = sorted_classes(contents_of(folder).folders, order or "text")
+    if broken := [printable(name) for name in names if not is_utf8(name)]:
+        raise UserError(f"{folder}: folders whose names are not UTF-8: {named(broken)}. Rename them")
+    _, alike = by_unique(names, lambda name: sample_key(composed(name), ""))
+    if alike:
+        pairs = [f"{first} and {name}" for name, first in alike]
+        raise UserError(f"{folder}: folders that would be one class: {named(pairs)}. Rename all but one of each")
+    return names
+
+
+def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[Entry | Unused]:
+    """The images of one class.
+
+    Args:
+      folder: relative to `root`.
+    """
+    inside = contents_of(root / folder)
+    yield from unused_in(inside, str(folder))
+    yield from misplaced(str(folder), inside.folders, _INSIDE_CLASS)
+    if not inside.files and not inside.folders:
+        yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
+    broken = [file for file in inside.files if not is_utf8(file)]
+    yield from misplaced(str(folder), broken, "a name that is not UTF-8: rename it")
+    # A name that is no image's is looked at as well, and rejected with its name.
+    files, alike = by_unique(
+        (file for file in inside.files if is_utf8(file)),
+        lambda file: sample_key(class_id, Path(file).stem if is_image(file) else file),
+    )
+    for file, first in alike:
+        yield from misplaced(str(folder), [file], f"would be the same sample as {first}: rename one")
+    for key, file in files.items():
+        location = f"{folder}/{file}"
+        yield Entry(key, label, location, location)
