@@ -344,7 +344,7 @@ def _timm_task(setting: Setting, student: nn.Module, run: Run) -> "TrainingTask"
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch.nn.Module.to takes both.)
+    return model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (It lacks this overload.)
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
