@@ -28,7 +28,7 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
-from trainer.state.checkpoint import checkpoints
+from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -91,7 +91,7 @@ def _run(title: str, *command) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    return checkpoints(run / "checkpoints")[-1]
+    return checkpoints(checkpoints_folder(run))[-1]
 
 
 def _top1(run: Path) -> float:

@@ -142,10 +142,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = set_precision(config.run, world.device)
-    place(student, config.run, world)
-    if teachers is not None:
-        place(teachers, config.run, world)
-        teachers.to_precision(precision)
+    place(student, teachers, precision, config.run, world)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
@@ -215,10 +212,15 @@ def set_precision(config: RunConfig, device: torch.device) -> torch.dtype:
     return resolve_precision(config.precision, device)
 
 
-def place(model: nn.Module, config: RunConfig, world: World) -> None:
-    """Move a model to its device and into its memory format."""
+def place(
+    student: nn.Module, teachers: Teachers | None, precision: torch.dtype, config: RunConfig, world: World
+) -> None:
+    """Move the models to their device, into their memory format; the teachers into the type of the forward passes."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+    for model in [student] if teachers is None else [student, teachers]:
+        model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+    if teachers is not None:
+        teachers.to_precision(precision)
 
 
 def build_state(

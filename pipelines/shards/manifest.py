@@ -119,12 +119,17 @@ class _ManifestOptions(TypedDict, total=False):
     class_order: str
 
 
-class Manifest(_ManifestOptions):
-    """A dataset. The classes stand in the order of their labels."""
+class ClassList(_ManifestOptions):
+    """The classes in the order of their labels, and where they come from."""
 
     source: SourceEntry
-    options: OptionsEntry
     classes: list[str]
+
+
+class Manifest(ClassList):
+    """A dataset."""
+
+    options: OptionsEntry
     splits: dict[str, SplitEntry]
     audit: AuditEntry
 
@@ -185,15 +190,13 @@ def _check_manifest(manifest: Manifest) -> None:
 
 def _check_type(value: Any, kind: Any, where: str) -> None:
     """Raise a ValueError that names the first part of a value that is not of its type in `Manifest`."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
-    is_fine = is_count if kind is int else isinstance(value, dict if typing.is_typeddict(kind) else origin or kind)
-    if not is_fine:
+    if not _is_of(value, kind):
         raise ValueError(f"{where} is {clipped(ascii(value), 40)}")
-    if origin is list:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
         for i, item in enumerate(value):
             _check_type(item, inner[0], f"{where}[{i}]")
-    elif origin is dict:
+    elif typing.get_origin(kind) is dict:
         for key, item in value.items():
             _check_type(item, inner[1], f"{where}.{key}")
     elif typing.is_typeddict(kind):
@@ -202,6 +205,13 @@ def _check_type(value: Any, kind: Any, where: str) -> None:
                 _check_type(value[name], hint, f"{where}.{name}".lstrip("."))
             elif name in kind.__required_keys__:
                 raise ValueError(f"{where}.{name} is missing".lstrip("."))
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value is of a type, whatever its parts are. Numbers are counts."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
+    return isinstance(value, dict if typing.is_typeddict(kind) else typing.get_origin(kind) or kind)
 
 
 @functools.cache
@@ -226,7 +236,7 @@ def _numeric_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
-def class_order(manifest: Manifest) -> str:
+def class_order(manifest: ClassList) -> str:
     """Say what decided the order of a dataset's classes.
 
     Returns:
@@ -237,7 +247,7 @@ def class_order(manifest: Manifest) -> str:
     return manifest.get("class_order") or ("unstated" if from_names else "given")
 
 
-def class_order_doubt(manifest: Manifest) -> str:
+def class_order_doubt(manifest: ClassList) -> str:
     """One sentence where nobody chose the order of the classes and common tools disagree on it; "" elsewhere.
 
     Weights whose outputs have no names may then be in either order.

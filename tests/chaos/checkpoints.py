@@ -22,7 +22,7 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from support.processes import without_workers
 from tools import average, evaluate, export, predict
 from tools.lib.compare import candidates
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
 from trainer.models.checkpoint_format import digest_of

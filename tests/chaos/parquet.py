@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 from chaos.attempts import Attempt, isolated
 from chaos.conversions import jpeg, shard
 from pipelines.shards.manifest import read_manifest
-from tools.lib.shards.folders import KAGGLE_DATA, KAGGLE_SOLUTION
+from tools.lib.shards.sources.kaggle import KAGGLE_DATA, KAGGLE_SOLUTION
 
 PROMISE = (
     "Parquet files have unusual types, labels, codecs and layouts, or damaged bytes; Kaggle's download has unusual or "

@@ -17,7 +17,7 @@ from pipelines.shards.manifest import manifest_bytes, read_manifest, sorted_clas
 from support.processes import without_workers
 from tools import evaluate, predict
 from tools.average import Scorer
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import StudentConfig, TeacherConfig, parse

@@ -20,8 +20,8 @@ from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
 from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse

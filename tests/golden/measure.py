@@ -19,9 +19,9 @@ from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
 from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
-from tools.lib.common.photos import write_photographs
 from tools.lib.common.hardware import machine
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.common.photos import write_photographs
+from tools.lib.shards.build import BuildOptions, build
 from trainer.builder import build as build_run
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml

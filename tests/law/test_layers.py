@@ -20,7 +20,7 @@ ORDER = {
         ("cpu", "synthetic"),
         ("dali",),
         ("dali_probe",),
-        ("executors", "render"),
+        ("executors", "reference"),
     ),
     "trainer": (
         ("config",),
@@ -32,6 +32,7 @@ ORDER = {
         ("feed",),
         ("micro_batch",),
         ("builder",),
+        ("session",),
         ("loop",),
         ("run",),
     ),

@@ -22,7 +22,7 @@ from tools.lib.benchmark import teacher as teachers
 from tools.lib.benchmark.results import markdown, read_result
 from tools.lib.benchmark.runs import Setting
 from tools.lib.common.photos import write_common_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt

@@ -20,7 +20,7 @@ from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
 from support.processes import without_workers
 from tools import evaluate
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.evaluation import metrics

@@ -29,7 +29,8 @@ GPUS = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")],
 )
-TOLERANCE = {"cpu": 1e-4, "cuda": 0.01}  # of losses: the order of sums differs, and GPUs choose among algorithms
+# Losses differ: the order of sums does, and GPUs choose among algorithms.
+TOLERANCE = {"cpu": 1e-4, "cuda": 0.01}
 PLAIN = ["--data.pipeline", "torchvision", "--run.compile", "false", "--run.precision", "fp32", "--run.log_every", 1]
 
 

@@ -21,7 +21,7 @@ from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import evaluate

@@ -12,8 +12,8 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.recipe import audit

@@ -1,6 +1,6 @@
 """The whole training against a plain loop made of timm's and PyTorch's own parts, given the same batches.
 
-The loop below shares no code with `trainer/` but the pipeline that its uint8 images come from. It mixes in float64,
+The loop below has no code in common with `trainer/` but the pipeline of its uint8 images. It mixes in float64,
 normalises as one reads it in a paper, and takes the mean over the global batch in one piece.
 """
 

@@ -9,7 +9,7 @@ from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import BatchPlan, TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
 from tools.lib.common.photos import write_common_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 _FILL = (124, 116, 104)  # ImageNet's mean colour
 

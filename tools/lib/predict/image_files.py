@@ -18,7 +18,6 @@ from pipelines.ops.pil_ops import crop_resize, decode
 from pipelines.prefetch import look_ahead
 from pipelines.shards.index import synthetic_index
 from pipelines.shards.jpeg import check_scans
-from tools.lib.shards.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.lib.shards.images import (
     MAX_BYTES,
     RejectedImageError,
@@ -29,8 +28,9 @@ from tools.lib.shards.images import (
     read_jpeg_header,
     rejecting,
 )
-from tools.lib.shards.tars import tar_files
-from tools.lib.shards.walk import walk
+from tools.lib.shards.sources.contents import EXTENSIONS, is_image, printable, walk
+from tools.lib.shards.sources.source import HIDDEN, Unused
+from tools.lib.shards.sources.tars import tar_files
 from trainer.evaluation.trained import EvalTransform
 
 _IMAGE, _SHARD, _OTHER = "image", "shard", "other"
