@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import add
 
 from chaos.attempts import mapped_bytes
 from chaos.tars import CLASS, IMAGES, devkit
@@ -21,6 +20,7 @@ from pipelines.common.files import locked
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
 from support.hand_made import jpeg, keys, listed, put, refused, samples, tar_of
+from support.small_sources import add
 from tools.demo import write_digits
 from tools.lib.predict.image_files import decoded, items_of, pixels_of
 from tools.lib.shards import build as build_module

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_shard_imagenet import TOOL, convert, tree
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
+from support.small_sources import TOOL, convert, tree
 from tools.lib.common.photos import photographs
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.build import merge
