@@ -25,7 +25,7 @@ from pipelines.shards.dataset import Dataset, open_dataset
 if TYPE_CHECKING:
     from pipelines.batch import Batch, Pipeline
     from pipelines.executors import open_pipeline, resolve_decode, resolve_pipeline
-    from pipelines.render import decode_sample, render
+    from pipelines.reference import decode_sample, render
 
 __all__ = [
     "PIXELS_VERSION",
@@ -57,9 +57,9 @@ PIXELS_VERSION = 1
 _NEED_TORCH = {
     "Batch": "pipelines.batch",
     "Pipeline": "pipelines.batch",
-    "decode_sample": "pipelines.render",
+    "decode_sample": "pipelines.reference",
     "open_pipeline": "pipelines.executors",
-    "render": "pipelines.render",
+    "render": "pipelines.reference",
     "resolve_decode": "pipelines.executors",
     "resolve_pipeline": "pipelines.executors",
 }

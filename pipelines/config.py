@@ -16,7 +16,7 @@ class PipelineConfig(Section):
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
         works, which is tried.
       hw_decoder_load: DALI: fraction of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is
-        divided among two decoders, and an image's last bit may depend on which one it came to.
+        divided among two decoders, and an image's last bit may depend on which of them decodes it.
       decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once, so that a large image does
         not make it allocate in the middle of a run; 0 is what the largest image takes, 64 at the most.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.

@@ -27,7 +27,15 @@ from tools.lib.shards.build import BuildOptions, build
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
     *("test_preemption", "test_backbones", "test_run", "test_chaos", "test_export", "test_teacher", "test_oracle"),
-    *("test_compiler", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    *(
+        "test_compiler",
+        "test_doctor",
+        "test_compare",
+        "test_report",
+        "test_shard_faults",
+        "test_dali",
+        "test_torch_ops",
+    ),
     "test_compiled_kernels",
 )
 
@@ -129,14 +137,15 @@ def tiny_run(digits, tmp_path_factory) -> Path:
 
 def train_here(root: Path, out: Path, *arguments) -> dict:
     """A run with the settings in TINY in this process, of one rank. Returns its summary; mistakes are UserErrors."""
+    from trainer.builder import build as build_run
     from trainer.cluster.world import World
     from trainer.config.sections import parse
-    from trainer.run import train
+    from trainer.loop import train
 
     settings = [*TINY, "--data.root", root, "--run.out", out, *arguments]
     config = parse([str(text) for text in settings])
     device = torch.device("cuda", 0) if config.run.device == "cuda" else torch.device("cpu")
-    return train(config, World(0, 1, 1, device))
+    return train(build_run(config, World(0, 1, 1, device)))
 
 
 def run_trainer(

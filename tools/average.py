@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 import torch
 from rich import box
@@ -35,11 +35,12 @@ from tools.lib.common.arguments import path_argument
 from trainer.cluster.world import alone
 from trainer.evaluation import metrics
 from trainer.evaluation import trained as inference
-from trainer.evaluation.trained import KINDS, Trained, checkpoints_folder
-from trainer.models.checkpoint_format import not_finite
+from trainer.evaluation.trained import KINDS, Trained
+from trainer.models.checkpoint_format import is_of_trainer, not_finite
 from trainer.models.class_names import order_doubt
 from trainer.models.weights import read_file, select_weights
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import with_defaults
 
 Weights = dict[str, torch.Tensor]
@@ -186,7 +187,7 @@ def read(path: Path, which: str) -> Ingredient:
       UserError: it cannot be read, is damaged or not of this trainer, or its weights are not finite.
     """
     content = read_file(path)
-    if not checkpoint.is_of_trainer(content):
+    if not is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
     weights, kind = select_weights(path, content, which)
     if name := not_finite(weights.items()):

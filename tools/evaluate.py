@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from pipelines.common.settings import Section, setting
 from pipelines.plan.plan import LARGEST_SIDE
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.manifest import read_manifest
-from trainer.cluster.rendezvous import code_version
+from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs

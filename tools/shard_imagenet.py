@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,13 +29,14 @@ from pipelines.common.launcher import launched
 from pipelines.common.machine import num_cores
 from pipelines.shards.manifest import CLASS_ORDERS, Manifest
 from tools.lib.common.arguments import path_argument
+from tools.lib.common.units import human_bytes, human_seconds
 from tools.lib.shards.build import KEPT, BuildOptions, Progress, build, merge
 from tools.lib.shards.images import ImageOptions
 from tools.lib.shards.manifest_builder import TOOL
 from tools.lib.shards.reindex import index_webdataset
 from tools.lib.shards.sources import KINDS
 from tools.lib.shards.sources.source import SourceOptions
-from tools.lib.shards.summary import human_bytes, human_seconds, summarize
+from tools.lib.shards.summary import summarize
 from tools.lib.shards.verify import verify
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
@@ -161,13 +162,13 @@ def system_error_text(error: OSError) -> str:
 
 def advice_against(error: Exception, otherwise: str) -> str:
     """Return what helps against an error of the operating system, or `otherwise` if that is not known."""
-    return _ADVICE.get(getattr(error, "errno", None), otherwise)
+    return _ADVICE.get(getattr(error, "errno", None) or 0, otherwise)
 
 
 def _print_any_character() -> None:
     r"""Let stdout and stderr print every text: characters that their encoding lacks become escapes, such as \xe9."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -137,7 +137,7 @@ class CheckedReader:
     def _damage(self, sample: int, content: np.ndarray) -> str:
         """What is wrong with a sample's bytes, '' if nothing is."""
         row = self._index.samples[sample]
-        if (found := zlib.crc32(memoryview(content))) != (expected := int(row["crc32"])):
+        if (found := zlib.crc32(content.data)) != (expected := int(row["crc32"])):
             return f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})"
         try:
             if self._index.audited:
@@ -154,7 +154,7 @@ class CheckedReader:
 
 def _size_of(content: np.ndarray) -> tuple[int, int]:
     """Height and width of an encoded image, by its header. Raises nearly anything if the bytes are no image."""
-    if header := read_jpeg_header(memoryview(content)):  # This takes an eighth of PIL's time.
+    if header := read_jpeg_header(content.data):  # This takes an eighth of PIL's time.
         return header.height, header.width
     width, height = open_with_pil(content).size
     return height, width

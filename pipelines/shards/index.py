@@ -113,7 +113,7 @@ def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
         content = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {_REBUILD}") from error
-    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+    if (digest := hashlib.sha256(content.data).hexdigest()) != sha256:
         raise UserError(
             f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says {sha256[:12]}...). "
             f"{_REBUILD}"

@@ -190,15 +190,13 @@ def _check_manifest(manifest: Manifest) -> None:
 
 def _check_type(value: Any, kind: Any, where: str) -> None:
     """Raise a ValueError that names the first part of a value that is not of its type in `Manifest`."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
-    is_fine = is_count if kind is int else isinstance(value, dict if typing.is_typeddict(kind) else origin or kind)
-    if not is_fine:
+    if not _is_of(value, kind):
         raise ValueError(f"{where} is {clipped(ascii(value), 40)}")
-    if origin is list:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
         for i, item in enumerate(value):
             _check_type(item, inner[0], f"{where}[{i}]")
-    elif origin is dict:
+    elif typing.get_origin(kind) is dict:
         for key, item in value.items():
             _check_type(item, inner[1], f"{where}.{key}")
     elif typing.is_typeddict(kind):
@@ -207,6 +205,13 @@ def _check_type(value: Any, kind: Any, where: str) -> None:
                 _check_type(value[name], hint, f"{where}.{name}".lstrip("."))
             elif name in kind.__required_keys__:
                 raise ValueError(f"{where}.{name} is missing".lstrip("."))
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value is of a type, whatever its parts are. Numbers are counts."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
+    return isinstance(value, dict if typing.is_typeddict(kind) else typing.get_origin(kind) or kind)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ class ShardReader:
         try:
             done = 0
             while done < nbytes:
-                count = os.preadv(file, [memoryview(content)[done:]], offset + done)
+                count = os.preadv(file, [content.data[done:]], offset + done)
                 if count == 0:
                     raise UserError(
                         f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.state.checkpoint import digest_of
+from trainer.models.checkpoint_format import digest_of
 
 
 def words(function: Callable) -> str:

@@ -25,9 +25,10 @@ from tools.lib.compare import candidates
 from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
+from trainer.models.checkpoint_format import digest_of
 from trainer.models.factory import build_student
 from trainer.models.teacher import build_teacher
-from trainer.state.checkpoint import digest_of, to_host
+from trainer.state.host_copy import to_host
 
 PROMISE = (
     "Checkpoints, best.pt, exported folders and plain files of weights are changed: a field is absent, of another "

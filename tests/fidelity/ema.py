@@ -12,10 +12,10 @@ import torch
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
 from trainer.config.sections import EmaConfig
-from trainer.update.optimizer import ModelEma
+from trainer.models.ema import ModelEma
 
 UPDATES, SIZE = 2000, 2000
-TOLERANCE = 1e-4  # of timm's: 2,000 updates x 5e-9, and as many roundings of 6e-8
+TOLERANCE = 1e-4  # timm's EMA may be off by 2,000 updates x 5e-9 and as many roundings of 6e-8.
 EXACT_TOLERANCE = 1e-5
 
 

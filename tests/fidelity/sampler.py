@@ -19,7 +19,10 @@ from trainer.cluster.world import World
 from trainer.evaluation.predict import eval_plans
 
 GROUP, RANKS, EPOCH = 128, range(1, 9), 1
-REPEATS = {"repeated": (3, "RepeatAugSampler"), "plain": (1, "DistributedSampler")}  # of a kind: how often, and theirs
+REPEATS = {
+    "repeated": (3, "RepeatAugSampler"),
+    "plain": (1, "DistributedSampler"),
+}  # How often each image comes, and theirs.
 IMAGENET, SMALL, VALIDATION = 1_281_167, 10_000, 50_000
 EPOCHS = [*itertools.product(("repeated", "plain"), (SMALL,), RANKS), ("repeated", IMAGENET, 8)]
 VALIDATIONS = [*itertools.product(("ordered",), (VALIDATION, VALIDATION + 1), RANKS)]

@@ -22,11 +22,12 @@ from support.processes import without_workers
 from tools.demo import write_digits
 from tools.lib.shards.build import BuildOptions
 from tools.lib.shards.build import build as build_dataset
+from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.models.factory import preprocessing
-from trainer.run import Run, build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STEPS, PER_EPOCH, BATCH, DECAY = 50, 5, 64, 0.9
@@ -69,7 +70,7 @@ def _compared(case: Case, folder: Path) -> Iterator[Row]:
     run = build(config, ONE)
     given = _given(case, config, run, folder)
     found = theirs("trajectories", **given)
-    train(config, ONE)
+    train(build(config, ONE))
     saved = torch.load(folder / case.name / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
     names = "TrainStep", "train_one_epoch" if authors() else "its steps"
     weights = {name for name, _ in run.state.student.named_parameters()}

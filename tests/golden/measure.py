@@ -19,12 +19,13 @@ from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
 from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
+from tools.lib.common.hardware import machine
 from tools.lib.common.photos import write_photographs
-from tools.lib.common.timing import machine
 from tools.lib.shards.build import BuildOptions, build
+from trainer.builder import build as build_run
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
-from trainer.run import train
+from trainer.loop import train
 from trainer.state import checkpoint
 
 FOLDER = Path(__file__).resolve().parent
@@ -79,7 +80,7 @@ def run_to(out: Path, step: int) -> dict:
     torch.set_num_threads(1)
     settings = {**RUN, "run.out": out, "run.stop_after_steps": step}
     arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    return train(parse(arguments), World(0, 1, 1, CPU))
+    return train(build_run(parse(arguments), World(0, 1, 1, CPU)))
 
 
 def pixels(folder: Path) -> dict[str, str]:

@@ -14,11 +14,10 @@ from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex, synthetic_index
 from pipelines.synthetic import SyntheticPipeline
 from trainer import run
+from trainer.builder import Run, build
 from trainer.config.sections import parse
 from trainer.evaluation import metrics
 from trainer.feed import Pipelines, rank_plans
-from trainer.loop import Run
-from trainer.run import build
 from trainer.update.step import TrainStep, gray_batch
 
 MIB = 1 << 20
@@ -39,10 +38,10 @@ def test_what_teachers_see_is_gone_when_the_student_begins(tmp_path):
     batch, held = gray_batch(16, 96, 16, GPU.device), []
     for number, settings in enumerate(({}, teacher, {**teacher, "teacher.others": others})):
         run = built(tmp_path / str(number), {**settings, "data.image_size": 96, "data.eval_image_size": 96})
-        run.step._loss(batch)  # cuBLAS takes its workspace
+        run.step._forward(batch)  # cuBLAS takes its workspace
         run.state.student.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_allocated()))
         before = torch.cuda.memory_allocated()
-        run.step._loss(batch)
+        run.step._forward(batch)
         held[-1] -= before
     assert held[0] >= 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
 

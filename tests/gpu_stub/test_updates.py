@@ -15,8 +15,8 @@ from pipelines.shards.index import synthetic_index
 from pipelines.synthetic import SyntheticPipeline
 from trainer.evaluation import metrics
 from trainer.evaluation.predict import predict
+from trainer.models.normalize import Normalize
 from trainer.models.teacher import resize_pixels
-from trainer.update.mixing import Normalize
 
 TEACHER = {"teacher.name": "tiny_cnn"}
 VIT = {"student.name": "test_vit"}

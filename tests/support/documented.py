@@ -12,11 +12,11 @@ _PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY /
 DOCUMENTS = [*_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), REPOSITORY / "trainer" / "run.py"]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_imagenet.py, which docs name without it
+SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # Docs name these of tools/shard_imagenet.py alone.
 # Commands of others: nothing of theirs is checked.
 NOT_OURS = ("pip", "pre-commit", "apt-get", "nc", "mkdir", "getent")
 _OURS = ("python", "torchrun", "sbatch", "make")
-_OPTION = re.compile(r"^(?!--).*\s--\w")  # behind another word
+_OPTION = re.compile(r"^(?!--).*\s--\w")  # The option follows another word.
 _WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py) +\S")
 
 

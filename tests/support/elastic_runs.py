@@ -23,17 +23,17 @@ LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 def noting_batches(out: Path) -> None:
     """Every group of images that a step is given is noted, as the hash of pixels and mixing, with its position."""
-    loss = TrainStep._loss
+    forward = TrainStep._forward
 
     def noting(self, batch):
-        if len(batch.labels) > 2:  # no rehearsal
+        if len(batch.labels) > 2:  # This is no warm-up.
             columns = (batch.images, batch.labels, batch.lam, batch.box)
             digest = hashlib.sha256(b"".join(column.contiguous().numpy().tobytes() for column in columns)).hexdigest()
             with open(out.with_suffix(".positions.jsonl"), "a") as file:
                 file.write(json.dumps([batch.position, len(batch.labels), digest]) + "\n")
-        return loss(self, batch)
+        return forward(self, batch)
 
-    TrainStep._loss = noting
+    TrainStep._forward = noting
 
 
 def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:

@@ -28,8 +28,8 @@ from trainer.evaluation import trained as inference
 from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.predict import eval_plans
 from trainer.feed import open_configured_pipeline
+from trainer.models.checkpoint_format import digest_of
 from trainer.models.class_names import read_classes
-from trainer.state.checkpoint import digest_of
 
 HERE = World(0, 1, 1, torch.device("cpu"))
 

@@ -34,7 +34,9 @@ from trainer.evaluation import trained as inference
 from trainer.models.factory import preprocessing
 from trainer.models.fold_batch_norm import fold_batch_norms
 from trainer.state import checkpoint
-from trainer.state.checkpoint import TrainState, Writer, best_content_of
+from trainer.state.checkpoint import best_content_of
+from trainer.state.train_state import TrainState
+from trainer.state.writer import Writer
 
 pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 PICTURE = np.random.default_rng(0).integers(0, 256, (150, 211, 3), np.uint8)

@@ -25,13 +25,15 @@ from support.forked_python import executable
 from support.ranks import run_ranks
 from tools.lib.shards.build import BuildOptions
 from tools.lib.shards.build import build as build_dataset
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import eval_plans, evaluate
 from trainer.feed import choose_decode, open_configured_pipeline, rank_plans, resolve_micro_batch
-from trainer.run import build, main, train
+from trainer.loop import train
+from trainer.models.normalize import Normalize
+from trainer.run import main
 from trainer.state.checkpoint_settings import check_same_plan
-from trainer.update.mixing import Normalize
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -221,8 +223,8 @@ def test_micro_batches_change_only_what_batch_normalisation_sees(digits, tmp_pat
         assert_close_states(a, b, 1e-4)
 
 
-@pytest.mark.parametrize(("ranks", "message"), [(3, "3 ranks cannot share its 2 groups of 32"), (8, "8 ranks cannot")])
-def test_a_global_batch_the_ranks_cannot_share(ranks, message):
+@pytest.mark.parametrize(("ranks", "message"), [(3, "3 ranks cannot divide its 2 groups of 32"), (8, "8 ranks cannot")])
+def test_a_global_batch_the_ranks_cannot_divide(ranks, message):
     with pytest.raises(UserError, match=message):
         resolve_micro_batch(parse(TINY), World(0, ranks, ranks, torch.device("cpu")))
 
@@ -266,7 +268,7 @@ def test_the_average_is_evaluated_beside_the_raw_weights(digits, tmp_path):
 
 def test_a_run_fine_tunes_from_a_run_on_other_classes_says_so_and_resumes(digits, tmp_path, capsys):
     synthetic = ["--data.pipeline", "synthetic", "--data.synthetic_samples", "64", "--data.synthetic_classes", "5"]
-    train(parse([*TINY, *synthetic, "--run.out", str(tmp_path / "before"), "--run.stop_after_steps", "1"]), ONE)
+    train(build(parse([*TINY, *synthetic, "--run.out", str(tmp_path / "before"), "--run.stop_after_steps", "1"]), ONE))
     (before,) = (tmp_path / "before" / "checkpoints").iterdir()
     start = ["--student.checkpoint", before, "--ema.decay", 0.5]
     capsys.readouterr()
@@ -364,11 +366,13 @@ def test_the_loss_curve_is_the_one_we_know(digits, teacher, tmp_path):
 
 def test_synthetic_data_need_no_dataset(tmp_path):
     summary = train(
-        parse(
-            [*TINY, "--run.out", str(tmp_path), "--data.pipeline", "synthetic", "--data.synthetic_samples", "128"]
-            + ["--data.synthetic_classes", "5", "--run.stop_after_steps", "2"]
-        ),
-        ONE,
+        build(
+            parse(
+                [*TINY, "--run.out", str(tmp_path), "--data.pipeline", "synthetic", "--data.synthetic_samples", "128"]
+                + ["--data.synthetic_classes", "5", "--run.stop_after_steps", "2"]
+            ),
+            ONE,
+        )
     )
     assert summary["step"] == 2 and summary["evaluation"] == {}
 
@@ -422,7 +426,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "run.global_batch is 50; it must be a multiple of augment.mix_group, 32" in mistake(
         out, *data, "--run.global_batch", 50
     )
-    assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
+    assert "data.pipeline: 'ffcv' is not one of" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
 
@@ -523,7 +527,7 @@ def test_a_diverged_run_stops_with_its_checkpoints(digits, tmp_path):
 def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_built(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is not a folder that can be written. Change --run.out"):
-        train(parse([*TINY, "--run.out", str(tmp_path / "file" / "run")]), ONE)
+        train(build(parse([*TINY, "--run.out", str(tmp_path / "file" / "run")]), ONE))
 
 
 def test_two_runs_in_one_folder(digits, tmp_path):
@@ -535,7 +539,7 @@ def test_two_runs_in_one_folder(digits, tmp_path):
 
 def test_an_average_too_slow_for_the_run_is_told(digits, tmp_path, capsys):
     train_here(digits, tmp_path, "--ema.decay", "0.99996", "--run.stop_after_steps", 1)
-    assert "ema.decay 0.99996 is slow for 20 steps: at the end the average still holds 100%" in capsys.readouterr().out
+    assert "ema.decay 0.99996 is slow for 20 steps: at the end the EMA still holds 100%" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp_path):
@@ -573,7 +577,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
         torch.save(content, path)
     train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
     said = " ".join(capsys.readouterr().out.split())
-    assert "step-00000020.pt: damaged" in said and "going on from an earlier one, step-00000018.pt" in said
+    assert "step-00000020.pt: damaged" in said and "resuming from an earlier one, step-00000018.pt" in said
     assert "resuming after step 18" in said
     for part in ("student", "ema", "optimizer", "best"):
         assert_equal_states(newest(undisturbed)[part], newest(run)[part], part)

@@ -4,6 +4,8 @@ Every default stands here (or beside what it configures) once; the defaults are 
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -380,6 +382,21 @@ class Config:
             self.teacher.name is not None or self.distill.label_weight > 0,
             "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
         )
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> "Config":
+        """The configuration in a YAML file, or the defaults, with some settings changed.
+
+        Args:
+          overrides: SECTION.NAME -> value, as Python has it.
+        Raises:
+          UserError: as for the command line.
+        """
+        arguments = [] if path is None else ["--config", str(path)]
+        for name, value in (overrides or {}).items():
+            text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)  # JSON is YAML.
+            arguments.append(f"--{name}={text}")
+        return parse(arguments)
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:

@@ -21,6 +21,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import MANIFEST
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
+from trainer.models.checkpoint_format import is_of_trainer
 from trainer.models.checks import check_size
 from trainer.models.class_names import read_classes
 from trainer.models.factory import (
@@ -41,10 +42,11 @@ from trainer.models.model_folders import (
     read_folder,
     source_name,
 )
+from trainer.models.normalize import Normalize
 from trainer.models.weights import named_model, named_outputs, read_file, select_weights
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import check_settings, with_defaults
-from trainer.update.mixing import Normalize
 
 WEIGHTS = "model.safetensors"  # of an exported folder, as timm names it
 KINDS = ("auto", "ema", "raw")
@@ -216,6 +218,15 @@ def load_named(text: str, name: str | None = None, **settings) -> Trained:
     return load(text, None, **settings)
 
 
+def load_model(source: Path | str, **settings) -> Trained:
+    """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
+
+    Args:
+      settings: as for `load`.
+    """
+    return load_named(str(source), **settings)
+
+
 def _file_of(path: Path, weights: str) -> Path:
     """The checkpoint that a run's folder stands for; a file stands for itself."""
     if not path.is_dir():
@@ -231,11 +242,6 @@ def _file_of(path: Path, weights: str) -> Path:
             "Give what --run.out was, a checkpoint in it, or what tools/export.py wrote"
         )
     return steps[-1]
-
-
-def checkpoints_folder(run: Path) -> Path:
-    """Where a run's folder has its checkpoints; it may be named itself."""
-    return run if run.name == "checkpoints" else run / "checkpoints"
 
 
 # What is used of the settings in a checkpoint; those of `data` are checked where a DataConfig is made of them.
@@ -256,7 +262,7 @@ def _of_checkpoint(
     path: Path, content: object, name: str | None, weights: str, kwargs: Kwargs | None, key: str, view: dict
 ) -> Trained:
     origin = {}
-    if checkpoint.is_of_trainer(content):
+    if is_of_trainer(content):
         check_settings(path, content["config"], _USED)
         origin = content = {**content, "config": with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, weights)

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
-from trainer.cluster.world import World
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import StudentConfig
 from trainer.models.checkpoint_format import not_finite
@@ -22,7 +20,6 @@ from trainer.models.checks import check_size
 from trainer.models.class_names import check_order_stated, class_order, listed_outputs
 from trainer.models.model_folders import ModelFolder, layer_names, named_folder
 from trainer.models.weights import Checkpoint, read_checkpoint, read_weights
-from trainer.update.optimizer import batch_norms
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
@@ -185,24 +182,6 @@ def permute_classifier(model: nn.Module, order: list[int], source: Path | str, i
             f"{source}: names the classes in another order than the dataset, and the classifier of this model cannot "
             "be put into the dataset's. Build the dataset with its classes in the order of the weights"
         )
-
-
-def synchronize_batch_norms(model: nn.Module, world: World) -> nn.Module:
-    """The model with SyncBatchNorm layers, which share parameters and buffers with the ones they replace.
-
-    On one rank, or without BatchNorm, there is nothing to do.
-
-    Raises:
-      UserError: several ranks on CPUs.
-    """
-    if world.size == 1 or not batch_norms(model):
-        return model
-    if world.device.type != "cuda":
-        raise UserError(
-            f"run.batch_norm is sync with {world.size} ranks on CPUs, and PyTorch has SyncBatchNorm on GPUs alone: use "
-            "run.batch_norm reduce, or one rank with a larger run.micro_batch"
-        )
-    return convert_sync_batchnorm(model)
 
 
 def create_model(

@@ -1,4 +1,4 @@
-"""Mixing on raw pixels, and each model's own normalisation."""
+"""Mixing on raw pixels."""
 
 import torch
 
@@ -6,8 +6,9 @@ from pipelines.batch import Batch
 from pipelines.ops import mixing
 from pipelines.ops.mixing import partners
 from pipelines.ops.torch_ops import kernel_error
+from trainer.models.normalize import Normalize
 
-__all__ = ["Normalize", "mix_pixels", "mixed_inputs", "partners"]
+__all__ = ["mix_pixels", "mixed_inputs", "partners"]
 
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
@@ -20,10 +21,11 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
     return mixing.mix_pixels(batch.images, partners(batch.images, batch.mix_group), batch.lam, batch.box)
 
 
-def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None = None) -> list[torch.Tensor]:
+def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None = None) -> list[torch.Tensor]:
     """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
 
-    Each model's are memory of their own, so that what the student keeps for its backward pass does not keep the others.
+    Each model's images have memory of their own, so that the student's, which are kept for its backward pass, keep no
+    others.
 
     Args:
       kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel
@@ -48,27 +50,3 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
         shift=torch.stack([model.shift for model in models]),
     )
     return [out.permute(0, 3, 1, 2) for out in outs]
-
-
-class Normalize(torch.nn.Module):
-    """[B, S, S, 3] pixels, of any type -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
-
-    Args:
-      mean, std: the model's own, for pixels in [0, 1].
-      dtype: of the result; computed in float32.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.dtype = dtype
-        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        self.register_buffer("scale", scale.float(), persistent=False)
-        self.register_buffer("shift", shift.float(), persistent=False)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        values = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        # a whole row of pixels at a time, [B, S, 3S]: by threes a CPU would take three times as long
-        scale, shift = (per_channel.repeat(values.shape[2]) for per_channel in (self.scale, self.shift))
-        values.view(*values.shape[:2], -1).mul_(scale).add_(shift)
-        return values.to(self.dtype).permute(0, 3, 1, 2)

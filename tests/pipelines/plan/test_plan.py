@@ -112,8 +112,8 @@ GOLDEN = {
 
 
 def test_the_plan_never_changes():
-    """Golden: a run that was started under one version of the code must go on alike under the next. If this has to
-    change, raise PLAN_VERSION."""
+    """Golden: a run that one version of the code began must see the same data when the next version resumes it. If
+    this has to change, raise PLAN_VERSION."""
     rows = TrainPlan(fake_index(5000), AugmentConfig(), seed=3, global_batch=1024, image_size=224, fill=(0, 0, 0)).rows(
         7 * 1024, 8 * 1024
     )
@@ -128,7 +128,7 @@ def test_the_plan_never_changes():
     assert sums == GOLDEN["sums"]
 
 
-def test_a_group_shares_one_mixing_draw_and_groups_differ():
+def test_a_group_has_one_mixing_draw_and_groups_differ():
     plan = make_plan().rows(0, 1280)
     lam, box = plan.lam.reshape(-1, 16), plan.box.reshape(-1, 16, 4)
     assert (lam == lam[:, :1]).all() and (box == box[:, :1]).all()

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import REPOSITORY, TINY, run_trainer, train_here
 from pipelines.common.files import read_json_lines
 from tools.lib.benchmark import gpu as gpus
+from trainer.builder import build
 from trainer.cluster import rendezvous
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.run import build
 from trainer.update.step import TrainStep
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -493,7 +493,7 @@ def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
 def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, other):
     ends = stop(rank, "error")
     assert ends[rank][0] == 1 and "IndexError: no such sample" in ends[rank][2] and "Traceback" in ends[rank][2]
-    expected = rf"error: rank {rank} on \S+ ended in 'step: input': IndexError: no such sample. The run goes on from"
+    expected = rf"error: rank {rank} on \S+ ended in 'step: input': IndexError: no such sample. The run resumes from"
     assert re.search(expected, one_line(ends[other], other))
 
 
@@ -518,7 +518,7 @@ def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
         _, error = ranks.processes[0].communicate(timeout=60)
         assert ranks.processes[0].returncode == 1
     named = (
-        r"\[rank 0\] error: lost rank 1 on \S+ in 'step \d+: (input|update)': last heard .* The run goes on from its"
+        r"\[rank 0\] error: lost rank 1 on \S+ in 'step \d+: (input|update)': last heard .* The run resumes from its"
     )
     assert re.fullmatch(named + ".*\n", error), error
 

@@ -26,7 +26,7 @@ from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import evaluate
 from trainer.feed import open_configured_pipeline
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
 
 IMAGES = 1003  # 17 x 59: neither ranks nor batches divide it
 SIZES = (1, 2, 3, 4)

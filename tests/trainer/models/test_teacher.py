@@ -19,9 +19,11 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.manifest import read_manifest
 from support.ranks import run_ranks
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
 from trainer.feed import dataset_classes, rank_plans
+from trainer.loop import train
 from trainer.models.class_names import class_order, read_classes
 from trainer.models.factory import preprocessing
 from trainer.models.teacher import (
@@ -33,7 +35,6 @@ from trainer.models.teacher import (
     resize_pixels,
     teacher_warning,
 )
-from trainer.run import build, train
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import mix_pixels, partners
 
@@ -62,7 +63,7 @@ def arguments(digits: Path, out: Path, *more) -> list[str]:
 
 def train_here(digits: Path, out: Path, *more) -> list[dict]:
     """The train lines of a run in this process."""
-    train(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE)
+    train(build(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE))
     return [line for line in read_json_lines(out / "metrics.jsonl") if line["kind"] == "train"]
 
 
@@ -608,7 +609,7 @@ def good_teacher(digits, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("good") / "run"
     plain = ["--augment.mix_prob", 0, "--optim.lr", "1e-2", "--schedule.epochs", 6, "--ema.decay", 0]
     plain += ["--student.name", "test_resnet", "--augment.mix_group", 16]  # learns faster than tiny_cnn
-    summary = train(parse(arguments(digits, out, *GENTLE, *plain)), ONE)
+    summary = train(build(parse(arguments(digits, out, *GENTLE, *plain)), ONE))
     assert summary["evaluation"]["raw"]["top1"] > 70
     return out / "checkpoints" / "step-00000030.pt"
 

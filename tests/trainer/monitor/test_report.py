@@ -21,14 +21,15 @@ from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from tools.report import main
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.monitor.report.charts import moving_average
 from trainer.monitor.report.page import charts, differing_settings, numbers, read_run, report_or_reason, write_report
 from trainer.monitor.sample_grid import keep_samples, strip_png
 from trainer.monitor.telemetry import Telemetry
-from trainer.run import build, train
 from trainer.update.mixing import mix_pixels
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -36,7 +37,9 @@ EVERY = ["--run.log_every", "1"]
 
 
 def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    return train(
+        build(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
         f"top-1, averaged weights (EMA) {summary['evaluation']['ema']['top1']:.2f} %",
         f"top-1, raw weights {summary['evaluation']['raw']['top1']:.2f} %",
         "restarts 2",
-        "damaged images met 0",
+        "damaged images 0",
         f"settings other than the recipe's {len(summary['deviations'])}",
         "ema.decay 0.99996 0.9 of the average, at every update",
         "teacher.name tresnet_v2_l null",
@@ -281,7 +284,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path, capsys):
     said = "5 lines of metrics.jsonl, 1 line of quarantine.jsonl, summary.json, config.yaml"
     assert f"left out: {said}" in page.text
     assert f"{run}: cannot be used and is left out: {said}\n" in capsys.readouterr().err
-    assert "steps done 4 of 20" in page.text and "damaged images met 0" in page.text
+    assert "steps done 4 of 20" in page.text and "damaged images 0" in page.text
 
 
 def test_a_clock_that_was_set_back_is_said(tmp_path):

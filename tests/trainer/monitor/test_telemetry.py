@@ -17,8 +17,9 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from trainer.cluster.world import World
 from trainer.config.sections import parse
+from trainer.monitor.clock import InputWait, Pace
 from trainer.monitor.sinks import WANDB_ID, scalars
-from trainer.monitor.telemetry import InputWait, Pace, Telemetry
+from trainer.monitor.telemetry import Telemetry
 from trainer.run import main as trainer_main
 
 ONE = World(0, 1, 1, torch.device("cpu"))

@@ -26,15 +26,17 @@ from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.forked_python import executable
 from tools import doctor
+from trainer.builder import build
 from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.preemption import REQUEUE
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
 from trainer.micro_batch import largest_micro_batch
-from trainer.run import build, main
+from trainer.run import main
 from trainer.state import checkpoint
-from trainer.state.checkpoint import Writer, checkpoints, read
+from trainer.state.checkpoint import checkpoints, read
+from trainer.state.writer import Writer
 from trainer.update.step import TrainStep, gray_batch
 
 CONFIG = REPOSITORY / "configs" / "usi.yaml"
@@ -102,7 +104,7 @@ def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
         with pytest.raises(SystemExit) as end:
             main(arguments_for(digits, tmp_path))
     assert end.value.code == (130 if number == signal.SIGINT else REQUEUE)
-    told = f"{number.name}: stopped after step 7 of 20. Run the same command again: it goes on from there"
+    told = f"{number.name}: stopped after step 7 of 20. Run the same command again to resume there"
     assert told in capsys.readouterr().out
     assert newest(tmp_path)["step"] == 7
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -153,7 +155,9 @@ def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsy
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.run.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built"))
+    monkeypatch.setattr(
+        "trainer.builder.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built")
+    )
     with pytest.raises(SystemExit, match="built"):  # it is only noted here
         main(arguments_for(digits, tmp_path))
     monkeypatch.setattr("trainer.run.join_world", lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -341,7 +345,7 @@ def test_a_checkpoint_that_another_run_has_written_meanwhile_is_left_alone(digit
         shutil.copy(later, tmp_path / "checkpoints")
         return run
 
-    monkeypatch.setattr("trainer.run.build", build_and_be_late)
+    monkeypatch.setattr("trainer.builder.build", build_and_be_late)
     with pytest.raises(UserError, match="step-00000020.pt: another run has written it meanwhile. Start again"):
         train_here(digits, tmp_path)
     assert (tmp_path / "checkpoints" / later.name).read_bytes() == later.read_bytes()
@@ -393,10 +397,10 @@ def test_a_damaged_first_checkpoint_begins_a_run_anew_and_later_ones_are_refused
     for path in checkpoints(run / "checkpoints"):
         path.write_bytes(b"")
     train_here(digits, run)
-    assert "it was the first: the run begins anew" in capsys.readouterr().out
+    assert "it was the first: the run starts from scratch" in capsys.readouterr().out
     assert_same_end(undisturbed, run)
     assert [path.name for path in (run / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
-    with pytest.raises(UserError, match="step-00000020.pt: damaged .* no other checkpoint is whole. Restore one, or"):
+    with pytest.raises(UserError, match="step-00000020.pt: damaged .* no other checkpoint is intact. Restore one, or"):
         for path in checkpoints(run / "checkpoints"):
             path.write_bytes(b"")
         train_here(digits, run, "--run.checkpoint_every", 10)
@@ -495,7 +499,9 @@ def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
         return micro_batch <= max(limit, 1024 if limit == 1000 else 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values))
+        patch.setattr(
+            World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values)
+        )
         assert largest_micro_batch(config, world, fits) == expected
         assert tried == sorted(tried, reverse=True) and all(1024 // ranks % size == 0 for size in tried)
         with pytest.raises(UserError, match="not even one group of 128 images fits"):
@@ -534,7 +540,7 @@ def test_a_gpu_without_memory_left_is_one_line(digits, tmp_path, monkeypatch, ca
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(where, full)
-    monkeypatch.setattr("trainer.run.choose_compiler", lambda *_: (lambda function: function, ""))  # it rehearses
+    monkeypatch.setattr("trainer.builder.choose_compiler", lambda *_: (lambda function: function, ""))  # it rehearses
     with pytest.raises(SystemExit):
         command(arguments_for(digits, tmp_path))
     said = capsys.readouterr().err.splitlines()[-1]

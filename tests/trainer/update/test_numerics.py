@@ -16,13 +16,15 @@ from torch import nn
 from conftest import REPOSITORY, TINY
 from pipelines.common.errors import UserError
 from support.forked_python import executable
+from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import EmaConfig, OptimConfig, parse
 from trainer.feed import rank_plans
-from trainer.models.factory import synchronize_batch_norms
-from trainer.run import Run, build, train
-from trainer.update.mixing import Normalize, mix_pixels
-from trainer.update.optimizer import clip_adaptively, gradient_clipping, running_statistics
+from trainer.loop import train
+from trainer.models.batch_norm import running_statistics, synchronize_batch_norms
+from trainer.models.normalize import Normalize
+from trainer.update.mixing import mix_pixels
+from trainer.update.optimizer import clip_adaptively, gradient_clipping
 from trainer.update.precision import allow_tf32
 from trainer.update.schedule import ema_decay
 
@@ -201,8 +203,8 @@ import torch
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
 from trainer.cluster.world import join_world
-from trainer.update.optimizer import running_statistics
-from trainer.run import build
+from trainer.models.batch_norm import running_statistics
+from trainer.builder import build
 
 
 def updates(run, start, stop):
@@ -216,7 +218,7 @@ def updates(run, start, stop):
 def state(run):
     student, average = run.state.student, run.state.ema.module
     return {"statistics": running_statistics(student), "average": running_statistics(average),
-            "weights": [p.detach() for p in student.parameters()], "local": run.step.local_statistics()}
+            "weights": [p.detach() for p in student.parameters()], "local": run.state.local_statistics()}
 
 
 out, arguments = Path(sys.argv[1]), sys.argv[2:]
@@ -235,7 +237,7 @@ with join_world("cpu") as world:
         resumed.state.ema.module.load_state_dict(saved["ema"])
         resumed.state.optimizer.load_state_dict(saved["optimizer"])
         if found[mode][0]["local"] is not None:
-            resumed.step.set_local_statistics(found[mode][0]["local"])
+            resumed.state.set_local_statistics(found[mode][0]["local"])
         updates(resumed, 1, 3)
         found[mode] += [state(run), state(resumed)]
     torch.save(found, out / f"rank-{world.rank}.pt")
@@ -320,7 +322,7 @@ def test_one_rank_has_nothing_of_its_own_in_any_mode(digits, tmp_path):
     for mode in ("reduce", "broadcast", "none", "sync"):
         run = build_here(digits, tmp_path, "--run.batch_norm", mode)
         run.step(iter(first_batches(run, 1)), 0)
-        assert run.step.local_statistics() is None
+        assert not run.state.local_statistics()
         states.append(list(run.state.student.state_dict().values()))
     assert all(equal(states[0], state) for state in states)
 
@@ -330,11 +332,11 @@ def test_an_average_that_is_switched_on_or_off_later_takes_what_there_is(digits,
     student, average = running_statistics(run.state.student), running_statistics(run.state.ema.module)
     given = [torch.rand_like(values) for values in student]
     run.step._local = [*student, *average]  # as with several ranks
-    run.step.set_local_statistics(given)
+    run.state.set_local_statistics(given)
     assert equal(student, given) and equal(average, given)
     other = [torch.rand_like(values) for values in student]
     run.step._local = student
-    run.step.set_local_statistics([*other, *given])
+    run.state.set_local_statistics([*other, *given])
     assert equal(student, other) and equal(average, given)
 
 
@@ -394,7 +396,9 @@ def test_a_warming_average_resumes_bit_equal_and_is_not_called_slow(digits, tmp_
     arguments = [*TINY, "--data.root", str(digits), "--ema.decay", "0.99996", "--ema.warmup", "true"]
     for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
         for steps in stops:
-            train(parse([*arguments, "--run.out", str(tmp_path / name), "--run.stop_after_steps", str(steps)]), ONE)
+            train(
+                build(parse([*arguments, "--run.out", str(tmp_path / name), "--run.stop_after_steps", str(steps)]), ONE)
+            )
     a, b = (
         torch.load(tmp_path / name / "checkpoints" / "step-00000004.pt", weights_only=True)
         for name in ("whole", "stopped")
@@ -441,7 +445,7 @@ def test_tf32_changes_nothing_on_a_cpu(digits, tmp_path):
 
 def test_changes_of_these_settings_are_told(digits, tmp_path):
     arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]
-    train(parse([*arguments, "--run.stop_after_steps", "1"]), ONE)
+    train(build(parse([*arguments, "--run.stop_after_steps", "1"]), ONE))
     changed = {"optim.clip_agc": "0.01", "ema.warmup": "true", "run.batch_norm": "none", "run.tf32": "false"}
     more = [text for key, value in changed.items() for text in (f"--{key}", value)]
     told = "changed since the checkpoint: "
