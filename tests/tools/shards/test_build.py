@@ -111,7 +111,7 @@ def test_merge_names_the_shards_that_are_missing(digits_folder, tmp_path):
         merge(tmp_path / "none")
 
 
-def test_the_share_of_a_machine_comes_from_torchrun_or_slurm(digits_folder, tmp_path, monkeypatch, capsys):
+def test_the_part_of_a_machine_comes_from_torchrun_or_slurm(digits_folder, tmp_path, monkeypatch, capsys):
     arguments = ["build", str(digits_folder), str(tmp_path / "out"), "--samples-per-shard", "100"]
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
@@ -307,7 +307,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_info_tells_what_a_dataset_holds(digits, capsys):
+def test_info_shows_what_a_dataset_holds(digits, capsys):
     main(["info", str(digits)])
     text = capsys.readouterr().out
     assert "320 images in 4 shards" in text and "96 images in 1 shards" in text and "folder: digits" in text

@@ -24,7 +24,7 @@ def folder(tmp_path) -> Path:
 
 
 def misfits() -> dict[str, tuple[bytes, str]]:
-    """File name -> content and what it is repaired for: every kind of image that cannot be used as it is."""
+    """File name -> content and what it is repaired for: every kind of image that cannot be used unchanged."""
     photo = photographs()[0][1].resize((80, 60))
     deep = (np.asarray(photo.convert("L")).astype(np.uint16) << 8) | 0x34
     palette = photo.quantize(32)

@@ -184,7 +184,7 @@ def test_images_in_folders_inside_a_class_are_never_replaced_by_the_advised_move
         subprocess.run(f"mv -n {src}/train/ant/{day}/* {src}/train/ant/", shell=True, check=False)
     assert len(list(src.rglob("*.jpg"))) == before
     with pytest.raises(UserError, match="train/ant/monday, train/ant/tuesday: a folder inside a class"):
-        convert(src, tmp_path / "out")  # what had the same names is still there, and still named
+        convert(src, tmp_path / "out")  # Files that had the same names are still there, and still named.
 
 
 def test_tiny_imagenets_validation_images_are_sorted_by_the_advised_command(tmp_path):

@@ -229,7 +229,7 @@ def test_the_usual_company_of_imagenets_files_is_listed_and_strangers_are_named(
     assert len(unused[EXPECTED]) == 3 and not unused[MISPLACED]
 
 
-def test_two_kinds_of_sources_in_one_folder_are_told_apart_by_the_option(tmp_path):
+def test_two_kinds_of_sources_in_one_folder_are_distinguished_by_the_option(tmp_path):
     write_ilsvrc(tmp_path / "src")
     make_folder(tmp_path / "src")
     with pytest.raises(UserError, match="train, val: part of another source: say with --source"):
