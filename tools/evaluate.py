@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -40,7 +41,7 @@ from trainer.cluster.rendezvous import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
-from trainer.config.sections import ImagesConfig
+from trainer.config.sections import Device, ImagesConfig, Precision
 from trainer.evaluation import metrics
 from trainer.evaluation import trained as inference
 from trainer.evaluation.metrics import Predictions
@@ -50,7 +51,7 @@ from trainer.feed import open_configured_pipeline, tried_decode
 from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, class_order, order_doubt
 from trainer.models.class_order import order_warning
-from trainer.update.precision import PRECISIONS, allow_tf32, resolve_precision
+from trainer.update.precision import allow_tf32, resolve_precision
 
 _WORST = 10  # classes that are shown
 _TIMM_REAL = "imagenet"
@@ -70,12 +71,12 @@ class EvalDataConfig(ImagesConfig):
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
-    pipeline: str = setting("auto", among=("auto", "dali", "torchvision"))
+    pipeline: Literal["auto", "dali", "torchvision"] = setting("auto")
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     crop_pct: float = setting(0.0, at_least=0)  # the upper bound is EvalTransform's, which says why
-    crop_mode: str = setting("", may_be_empty=True, among=inference.CROP_MODES)
-    interpolation: str = setting("", may_be_empty=True, among=inference.INTERPOLATIONS)
+    crop_mode: Literal["", "center", "squash"] = setting("", may_be_empty=True)
+    interpolation: Literal["", "bicubic", "bilinear"] = setting("", may_be_empty=True)
     real_labels: Path | None = None
 
     @property
@@ -102,7 +103,7 @@ class EvalStudentConfig(Section):
     key = "student"
     name: str | None = None
     checkpoint: Path | None = None
-    weights: str = setting("auto", among=("auto", "ema", "raw"))
+    weights: Literal["auto", "ema", "raw"] = "auto"
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     classes: Path | None = None
 
@@ -126,8 +127,8 @@ class EvalRunConfig(Section):
     """
 
     key = "run"
-    device: str = setting("auto", among=("auto", "cuda", "cpu"))
-    precision: str = setting("auto", among=("auto", *PRECISIONS))
+    device: Device = "auto"
+    precision: Precision = "auto"
     tf32: bool = True
     channels_last: bool = True
     batch: int = setting(128, at_least=1)

@@ -12,13 +12,13 @@ import math
 import types
 import typing
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from pipelines.common.errors import UserError, clipped
 
 _MOST_WHOLE = 2**31 - 1  # whole numbers end up in NumPy's and C's types
 _MOST = 1e9  # more is a slip of the keyboard; seconds, weights and rates beyond it overflow somewhere
-_RANGE = "range"
+_RANGE, _NATURE, _IN_OLD_PLANS = "range", "nature", "in_old_plans"
 _NOUNS = {
     bool: "true or false",
     int: "a whole number",
@@ -57,9 +57,7 @@ class Range:
             return "; it must not hold a zero byte. Write it without one"
         if not text and not self.may_be_empty:
             return "; it must not be empty"
-        if self.among and text not in self.among and not (self.may_be_empty and not text):
-            return f", not {' or '.join(self.among) if len(self.among) < 3 else 'one of ' + ', '.join(self.among)}"
-        return ""
+        return not_among(self.among) if self.among and text not in self.among and text else ""
 
     def _of_number(self, number: float) -> str:
         if isinstance(number, float) and not math.isfinite(number):
@@ -97,16 +95,75 @@ class Range:
         return f"be below {_power(self.below)}" if self.at_most is None else f"be at most {self.at_most}"
 
 
+def not_among(choices: typing.Sequence[object]) -> str:
+    """The end of a sentence about a value that is none of the choices; an empty one goes without saying."""
+    named = [str(choice) for choice in choices if choice != ""]
+    return f", not {' or '.join(named) if len(named) < 3 else 'one of ' + ', '.join(named)}"
+
+
 def _power(bound: float) -> str:
     """A bound as people know it: 2**63 for 9223372036854775808."""
     is_known = bound <= _MOST_WHOLE or bound != 2 ** (bound.bit_length() - 1)
     return str(bound) if is_known else f"2**{bound.bit_length() - 1}"
 
 
-def setting(default: object = dataclasses.MISSING, *, factory: object = dataclasses.MISSING, **bounds: object):
-    """A field of a dataclass with a default and the bounds of a Range."""
-    metadata = {_RANGE: Range(**bounds)}
+OnResume = Literal["refused", "reported", "ignored"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nature:
+    """What a setting is to a run, besides its value.
+
+    Attributes:
+      recipe: it belongs to the recipe, so the audit reports another value than the recipe's.
+      per_machine: the machines of a run may have different values, because it changes no result.
+      on_resume: what happens where a value differs from the checkpoint's: the checkpoint is "refused", because the
+        setting decides what the plan is; the change is "reported"; or it is "ignored". None stands for the section's.
+      plan_field: the plan's name of what the setting decides, "" for SECTION.NAME or where nothing is refused.
+    """
+
+    recipe: bool = True
+    per_machine: bool = False
+    on_resume: OnResume | None = None
+    plan_field: str = ""
+
+
+def setting(
+    default: object = dataclasses.MISSING,
+    *,
+    factory: Any = dataclasses.MISSING,
+    recipe: bool = True,
+    per_machine: bool = False,
+    on_resume: OnResume | None = None,
+    plan_field: str = "",
+    in_old_plans: object = dataclasses.MISSING,
+    **bounds: Any,
+) -> Any:
+    """A field of a dataclass with a default, the bounds of a Range, and what a Nature says.
+
+    Args:
+      in_old_plans: what plans did that were written before the field existed; their files lack it.
+    """
+    nature = Nature(recipe, per_machine, on_resume, plan_field)
+    metadata = {_RANGE: Range(**bounds), _NATURE: nature, _IN_OLD_PLANS: in_old_plans}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+def natures(kind: Any) -> dict[str, Nature]:
+    """The nature of each field of a section, or of a dataclass that is an item of a setting, by the field's name."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        nature = field.metadata.get(_NATURE, Nature())
+        on_resume = nature.on_resume or getattr(kind, "on_resume", "ignored")
+        plan_field = (nature.plan_field or f"{kind.key}.{field.name}") if on_resume == "refused" else ""
+        found[field.name] = dataclasses.replace(nature, on_resume=on_resume, plan_field=plan_field)
+    return found
+
+
+def values_in_old_plans(kind: type) -> dict[str, object]:
+    """What plans did before a field of this dataclass existed, by the field's name, where a field says it."""
+    values = {field.name: field.metadata.get(_IN_OLD_PLANS, dataclasses.MISSING) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not dataclasses.MISSING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +172,11 @@ class Section:
 
     Attributes:
       key: the name of the section in messages.
+      on_resume: as for Nature, of settings that do not say it themselves.
     """
 
     key: ClassVar[str]
+    on_resume: ClassVar[OnResume] = "ignored"
 
     def __post_init__(self):
         check(self, self.key)
@@ -140,7 +199,8 @@ def _hints(kind: type) -> dict[str, object]:
 def _complaint(value: object, hint: object, allowed: Range) -> str:
     """Return the end of a sentence that says what is wrong with a value; "" if it is allowed."""
     if not fits(value, hint):
-        return f"; it must be {_noun(hint)}"
+        is_choice = typing.get_origin(hint) is typing.Literal and isinstance(value, str)
+        return not_among(typing.get_args(hint)) if is_choice else f"; it must be {_noun(hint)}"
     if isinstance(value, Path):
         return Range().complaint(str(value))
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
@@ -201,7 +261,10 @@ def _noun(hint: object) -> str:
         return " or ".join(map(str, inner))
     if origin is tuple:
         return f"a list of {len(inner)} numbers"
-    return "a list" if origin is list else _NOUNS.get(origin or hint, "keys")
+    if origin is list:
+        is_of_choices = typing.get_origin(inner[0]) is typing.Literal
+        return f"a list of {_noun(inner[0])}" if is_of_choices else "a list"
+    return _NOUNS.get(origin or hint, "keys")
 
 
 def _shown(value: object) -> str:

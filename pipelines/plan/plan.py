@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.common.settings import setting, values_in_old_plans
 from pipelines.plan import draws, order, rng
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.rng import Stream
@@ -23,13 +24,6 @@ PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a ru
 # Evaluation looks at the middle of longer images: at the usual 235 px a JPEG of 65,500 x 1 would become one of 11 GB.
 LONGEST = 100  # short sides
 LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
-# What plans of this version did before they named it: fields of TrainPlan.describe() that came later.
-BEFORE = {
-    "window_shards": 0,
-    "augment.three_augment": False,
-    "augment.color_jitter": 0.0,
-    "augment.erase_prob": 0.0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +130,7 @@ class TrainPlan:
     global_batch: int
     image_size: int | SizeSchedule
     fill: tuple[int, int, int]
-    window_shards: int = 0
+    window_shards: int = setting(0, in_old_plans=0)
 
     def __post_init__(self):
         size_schedule(self.image_size)
@@ -253,6 +247,13 @@ class TrainPlan:
     @functools.cached_property
     def _shard_starts(self) -> np.ndarray:
         return order.shard_starts(self.index)
+
+
+# Values of fields of TrainPlan.describe() that files of this version's first plans lack.
+BEFORE = {
+    **values_in_old_plans(TrainPlan),
+    **{f"augment.{name}": value for name, value in values_in_old_plans(AugmentConfig).items()},
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,18 +27,13 @@ from pipelines.common.files import parsed_json, sha256_of
 from pipelines.common.launcher import launched
 from pipelines.common.versions import package_versions
 from pipelines.shards.index import read_manifest
-from trainer.config.sections import Config, to_dict
+from trainer.config.sections import Config, shared_settings
 from trainer.models.model_folders import CONFIG, named_folder
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 
-# What may differ between the machines of one run: where things are, and what changes no result.
-MAY_DIFFER = {
-    *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decoder_padding_mib"),
-    *("student.checkpoint", "student.classes", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
-}
 _FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
 _GRACE_S = 5.0  # the others wait a little longer than rank 0, to hear what it has to say
@@ -52,16 +47,14 @@ _LIBUV_TAKES_SOCKETS = (2, 14)
 def facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: {name: value}, values as JSON has them.
 
-    The configuration without MAY_DIFFER, the digests of the dataset, the contents of the files that the student and
-    every teacher come from, a hash of every source file, and versions.
+    The configuration without what each machine has of its own (the contents of files are compared instead of their
+    paths), the digests of the dataset, the contents of the files that the student and every teacher come from, a hash
+    of every source file, and versions.
 
     Raises:
       UserError: there is no dataset here, it is damaged, or a folder that names a model cannot be read.
     """
-    settings = {f"{section}.{name}": value for section, keys in to_dict(config).items() for name, value in keys.items()}
-    found = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    for other in found["teacher.others"]:
-        del other["checkpoint"], other["classes"]  # the contents are compared, as for the first teacher
+    found = shared_settings(config)
     if config.data.root is not None:
         splits = read_manifest(config.data.root)["splits"]
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}

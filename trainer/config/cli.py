@@ -31,6 +31,7 @@ _IN_WORDS = [  # what jsonargparse says, and what it means
     (f"Expected a <class 'str'>. {_GOT}", r"'\1' is not text: in YAML, put it in quotes"),
     (f"Expected a <class 'dict'>. {_GOT}", r"'\1' is not a mapping: write {key: value}"),
     (f"Expected a <class '(?:list|tuple)'>. {_GOT}", rf"'\1' is not a list: {_LISTS}"),
+    (rf"Expected a typing.Literal\[(?:'', )?(.*)\]. {_GOT}", lambda found: _not_among(found[1], found[2])),
     (f"Expected a tuple with (\\d+) elements. {_GOT}", r"'\2' is not a list of \1 values"),
     (f"Not a valid subclass of .*?{_GOT} Subclass types .*", rf"'\1' {_ITEM}"),
     ("Expected a dot import path string: (.*)", rf"'\1' {_ITEM}"),
@@ -105,6 +106,11 @@ def _reason(message: str, item_fields: list[str]) -> str:
     for pattern, words in _IN_WORDS:
         reason = re.sub(pattern, words, reason)
     return reason
+
+
+def _not_among(choices: str, value: str) -> str:
+    """Words for a value that is none of the choices, which are given as 'one', 'other'."""
+    return f"'{value}' is not one of " + choices.replace("'", "")
 
 
 def _item_fields(kind: type) -> list[str]:
