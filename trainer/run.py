@@ -38,7 +38,7 @@ from trainer.cluster.watchdog import watched
 from trainer.cluster.world import World, join_world
 from trainer.config.recipe import audit, audit_table
 from trainer.config.sections import Config, RunConfig, parse, to_dict, to_yaml
-from trainer.evaluation.predict import evaluate
+from trainer.evaluation.predict import EvalPass
 from trainer.feed import (
     DECODE,
     check_sizes_are_reached,
@@ -52,7 +52,9 @@ from trainer.loop import Run, loop, restore_statistics, resume
 from trainer.micro_batch import choose_micro_batch, reporting_out_of_memory
 from trainer.models.checks import check_student, one_value_is_reported
 from trainer.models.class_names import order_doubt
-from trainer.models.factory import build_student, preprocessing, synchronize_batch_norms
+from trainer.models.factory import synchronize_batch_norms
+from trainer.models.preprocessing import preprocessing
+from trainer.models.student import build_student
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.monitor.report.page import PAGE, report_or_reason
 from trainer.monitor.run_files import METRICS, SUMMARY, last_validation, naming, read_summary, reporting_full_disk
@@ -258,9 +260,9 @@ def build(config: Config, world: World, control: Control | None = None) -> Run:
     if val_index is not None:
         plan_of_val = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
         evaluate_plan = evaluator(config.run, state, normalize, pipelines.of["val"], precision)
-        evaluation = functools.partial(evaluate_plan, plan=plan_of_val, world=world)
+        evaluation = evaluate_plan(plan_of_val, world)
         one_batch = plan_of_val.first(config.run.eval_batch)
-        evaluate_one_batch = functools.partial(evaluate_plan, plan=one_batch, world=world.by_itself())
+        evaluate_one_batch = evaluate_plan(one_batch, world.by_itself())
     if config.run.micro_batch == "auto":
         notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate_one_batch))
     else:
@@ -333,12 +335,15 @@ def build_state(
 
 def evaluator(
     config: RunConfig, state: TrainState, normalize: Normalize, pipeline: Pipeline, precision: torch.dtype
-) -> Callable[..., dict[str, dict[str, float]]]:
-    """trainer.evaluation.predict.evaluate of a run's weights and their average; `plan` and `world` are left to be
-    given.
-    """
+) -> Callable[[EvalPlan, World], Callable[..., dict]]:
+    """Functions that evaluate a run's raw and EMA weights on a plan."""
     weights = {"raw": state.student, **({"ema": state.ema.module} if state.ema else {})}
-    return functools.partial(evaluate, weights, normalize, pipeline, batch=config.eval_batch, precision=precision)
+
+    def evaluate_plan(plan: EvalPlan, world: World) -> Callable[..., dict]:
+        eval_pass = EvalPass(normalize, pipeline, plan, config.eval_batch, precision, world)
+        return functools.partial(eval_pass.accuracy, weights)
+
+    return evaluate_plan
 
 
 def build_step(

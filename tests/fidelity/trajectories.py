@@ -25,7 +25,7 @@ from tools.lib.shards.job import build as build_dataset
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
 from trainer.feed import rank_plans
-from trainer.models.factory import preprocessing
+from trainer.models.preprocessing import preprocessing
 from trainer.run import Run, build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))

@@ -33,7 +33,8 @@ from tools.lib.shards.job import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt
-from trainer.models.factory import create_model, preprocessing
+from trainer.models.factory import create_model
+from trainer.models.preprocessing import preprocessing
 from trainer.update.mixing import Normalize
 
 PYTHON = sys.executable

@@ -27,7 +27,7 @@ from tools.lib.shards.job import BuildOptions
 from tools.lib.shards.job import build as build_dataset
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.evaluation.predict import eval_plans, evaluate
+from trainer.evaluation.predict import EvalPass, eval_plans
 from trainer.feed import choose_decode, open_configured_pipeline, rank_plans, resolve_micro_batch
 from trainer.run import build, main, train
 from trainer.state.checkpoint_settings import check_same_plan
@@ -257,9 +257,9 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
 def test_the_average_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
-    (_, normalize, pipeline), plan = run.evaluate.args, run.evaluate.keywords["plan"]
+    eval_pass = run.evaluate.func.__self__
     for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
-        alone = evaluate({"it": model}, normalize, pipeline, plan, batch=128, precision=torch.float32, world=ONE)
+        alone = eval_pass.accuracy({"it": model})
         assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
     assert summary["evaluation"]["raw"]["loss"] != summary["evaluation"]["ema"]["loss"]
 
@@ -316,7 +316,7 @@ def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
     pipeline = open_configured_pipeline(parse(TINY).data, index, world=ONE, decode="roi", on_bad=pytest.fail)
     results = [
-        evaluate({"raw": model}, normalize, pipeline, plan, batch=batch, precision=torch.float32, world=ONE)["raw"]
+        EvalPass(normalize, pipeline, plan, batch, torch.float32, ONE).accuracy({"raw": model})["raw"]
         for batch in (96, 7, 100)
     ]
     assert model.training

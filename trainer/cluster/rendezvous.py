@@ -28,7 +28,7 @@ from pipelines.common.launcher import launched
 from pipelines.common.versions import package_versions
 from pipelines.shards.index import read_manifest
 from trainer.config.sections import Config, shared_settings
-from trainer.models.model_folders import CONFIG, named_folder
+from trainer.models.files.model_folders import CONFIG, named_folder
 
 # After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.

@@ -1,12 +1,11 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
-import dataclasses
 from collections.abc import Iterable
 
 from docstring_parser import parse as parse_docstring
 
 from trainer.config.paper import paper_arguments
-from trainer.config.sections import Config, setting_natures, to_dict
+from trainer.config.sections import Config, section_types, setting_natures, to_dict
 
 # Where the recipe's own file leaves the authors' code on purpose: key -> what the authors' code does, and why not here.
 _ON_PURPOSE = {
@@ -63,6 +62,7 @@ def _authors(key: str, config: Config) -> list:
 
 def _meaning(section: str, name: str) -> str:
     """What the configuration's own documentation says of a setting."""
-    (field,) = (field for field in dataclasses.fields(Config) if field.name == section)
-    described = {param.arg_name: param.description for param in parse_docstring(field.default_factory.__doc__).params}
-    return " ".join(described[name].split())
+    described = {
+        param.arg_name: param.description for param in parse_docstring(section_types()[section].__doc__).params
+    }
+    return " ".join((described[name] or "").split())

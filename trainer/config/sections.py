@@ -5,7 +5,7 @@ Every default stands here (or beside what it configures) once; the defaults are 
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -36,8 +36,8 @@ class ImagesConfig(Section):
         which needs no root.
       decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
         works, which is tried.
-      hw_decoder_load: DALI: share of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is divided
-        among two decoders, and an image's last bit may depend on which one it came to.
+      hw_decoder_load: DALI: fraction of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is
+        divided between two decoders, and the last bit of an image may depend on which one decoded it.
       decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
         takes, 64 at the most.
       threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
@@ -190,13 +190,13 @@ class TeacherConfig(Section):
     @property
     def members(self) -> "list[tuple[str, TeacherConfig | OtherTeacher]]":
         """Every teacher under its key: the first one, without its others, is `teacher`."""
-        first = [("teacher", self)] if self.name is not None else []
+        first: list[tuple[str, TeacherConfig | OtherTeacher]] = [("teacher", self)] if self.name is not None else []
         return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
 
     @property
     def title(self) -> str | None:
         """All names in one."""
-        return " + ".join(teacher.name for _, teacher in self.members) or None
+        return " + ".join(teacher.name for _, teacher in self.members if teacher.name) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ class DistillConfig(Section):
       weight: of the divergence from the teacher.
       label_weight: of the cross-entropy with the mixed labels; 0 learns from the teacher alone.
       temperature: divides both models' logits in the divergence.
-      label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
+      label_smoothing: fraction of each label that is spread evenly over all classes, in the cross-entropy.
     """
 
     key, on_resume = "distill", "reported"
@@ -234,8 +234,8 @@ class OptimConfig(Section):
       eps: added to the root of the second moment.
       weight_decay: decoupled; none on 1-D parameters, biases and what the model itself excludes.
       clip_norm: norm that the gradients of all parameters together are cut to; 0 cuts nothing.
-      clip_agc: adaptive clipping: share of the norm of each unit's weights that the norm of its gradient is cut to, the
-        classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
+      clip_agc: adaptive clipping: fraction of the norm of each unit's weights that the norm of its gradient is cut to,
+        the classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
     """
 
     key, on_resume = "optim", "reported"
@@ -282,6 +282,7 @@ class ScheduleConfig(Section):
 
     @property
     def total_epochs(self) -> int:
+        """Epochs of the whole run, with the cooldown."""
         return self.epochs + self.cooldown_epochs
 
 
@@ -325,9 +326,9 @@ class RunConfig(Section):
       eval_batch: validation images a forward pass on one rank; micro_batch auto makes room for them.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest are kept; the best weights are in best.pt besides.
-      keep_every: of the checkpoints, each so-many-th is kept for good; 0 keeps none.
+      keep_every: keep every n-th checkpoint permanently; 0 keeps none.
       on_nonfinite: what a loss that is not finite does: stop ends the run; rollback goes back to the newest checkpoint
-        and tries again, and ends the run if it comes to nothing.
+        and tries again once, then ends the run.
       log_every: steps between lines in metrics.jsonl.
       loggers: who gets these lines, too: tensorboard, wandb.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
@@ -394,10 +395,15 @@ class Config:
         )
 
 
+def section_types() -> dict[str, Any]:
+    """The dataclass of each section by its name."""
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
 def setting_natures() -> dict[str, Nature]:
     """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
-    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    return {f"{key}.{name}": nature for key, kind in sections.items() for name, nature in natures(kind).items()}
+    kinds = section_types().items()
+    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
@@ -406,10 +412,10 @@ def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config
     return parse_settings(Config, arguments, prog=prog, description="Train a student from a teacher.", flags=flags)
 
 
-def to_dict(config: Config) -> dict:
+def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain values for YAML, JSON and checkpoints."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -424,12 +430,12 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def flat(config: Config) -> dict[str, object]:
+def flat(config: Config) -> dict[str, Any]:
     """The configuration as plain values by SECTION.NAME."""
     return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}
 
 
-def shared_settings(config: Config) -> dict[str, object]:
+def shared_settings(config: Config) -> dict[str, Any]:
     """What the machines of a run must have in common, as plain values by SECTION.NAME."""
     nature_of, nature_of_item = setting_natures(), natures(OtherTeacher)
     found = {key: value for key, value in flat(config).items() if not nature_of[key].per_machine}

@@ -30,7 +30,7 @@ from trainer.models.checkpoint_format import (
     first_not_finite,
     lacks_moments,
 )
-from trainer.models.torch_files import load_plain, memory_for
+from trainer.models.files.torch_files import load_plain, memory_for
 from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
 from trainer.update.optimizer import ModelEma
 

@@ -16,7 +16,7 @@ from support.authors_defaults import ABSENT, table
 from trainer.config.paper import paper_models
 from trainer.config.recipe import audit, audit_table
 from trainer.config.sections import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, setting_natures, to_dict
-from trainer.models.factory import preprocessing
+from trainer.models.preprocessing import preprocessing
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import Normalize, mix_pixels, partners
 from trainer.update.optimizer import ModelEma, build_optimizer

@@ -53,7 +53,7 @@ from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.feed import rank_plans
 from trainer.loop import Run, loop
 from trainer.models.factory import create_model
-from trainer.models.weights import read_weights
+from trainer.models.files.weights import read_weights
 from trainer.monitor.run_files import METRICS
 from trainer.monitor.telemetry import Telemetry
 from trainer.update.compiler import compiled, uncompiled

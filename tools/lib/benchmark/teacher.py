@@ -29,7 +29,8 @@ from tools.lib.common.photos import write_common_photographs
 from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, timed_on_device
 from tools.lib.shards.job import BuildOptions, build
 from trainer.config.sections import Config, parse
-from trainer.models.factory import create_model, preprocessing
+from trainer.models.factory import create_model
+from trainer.models.preprocessing import preprocessing
 from trainer.models.teacher import Teachers, build_teachers, model_inputs
 from trainer.update.mixing import Normalize
 from trainer.update.precision import PRECISIONS, allow_tf32
