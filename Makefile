@@ -26,7 +26,7 @@ test: setup
 # own pytest; DALI is missed by the parts that need it, which say so.
 PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 NEEDED := torch torchvision timm numpy PIL yaml jsonargparse docstring_parser webdataset rich jinja2 sklearn pytest
-RESULTS ?= docs
+RESULTS ?= docs/results
 
 # What needs an NVIDIA GPU; `make test` skips it where there is none.
 gpu: needed-there

@@ -1,6 +1,8 @@
-"""The batch: what every pipeline hands to the training step."""
+"""The batch that every executor hands to the training step, and what all executors have in common."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,10 +18,10 @@ class Batch:
     Attributes:
       images: uint8 [B, S, S, 3], RGB; permuted to [B, 3, S, S] it is channels-last without a copy.
       labels: int64 [B].
-      lam: float32 [B], share of the row's own label after mixing.
+      lam: float32 [B], weight of the row's own label after mixing.
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch.
-      position: of the first row.
+      position: the position of the first row.
       mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
     """
 
@@ -32,14 +34,31 @@ class Batch:
     mix_group: int
 
 
+class Pipeline(Protocol):
+    """An executor: it carries plans out. As a context manager it gives its memory back at the end."""
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """The batch of each plan, in order. Close the iterator to stop early."""
+        ...
+
+    def forget(self) -> None:
+        """Give back what is kept for the next call of `batches`. Call it between two calls."""
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.forget()
+
+
 class BatchMaker:
     """Puts pixels and the rest of their plan together on the device, in memory of their own.
 
-    On a GPU the copies run in a stream of their own, so that neither they nor waiting for them has to do with the
-    training step, which runs in the device's default stream. Used from one background thread.
+    On a GPU the copies run in a stream of their own. So neither they nor the wait for them delays the training step,
+    which runs in the device's default stream. One background thread uses it.
 
     Attributes:
-      stream: of the copies and of whatever else is done to a batch before it is handed over; None on the CPU.
+      stream: where the copies run, and whatever else is done to a batch before it is handed over; None on the CPU.
     """
 
     def __init__(self, index: ShardIndex, device: torch.device):
@@ -48,7 +67,7 @@ class BatchMaker:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def use_device(self) -> None:
-        """Called once in the background thread: a thread's current GPU is the first one unless it is told otherwise."""
+        """Make the device the current GPU of the background thread, whose default is the machine's first GPU."""
         if self.stream is not None:
             torch.cuda.set_device(self._device)
 
@@ -72,7 +91,7 @@ class BatchMaker:
         if self.stream is not None:
             self.stream.synchronize()
             for tensor in (batch.images, batch.labels, batch.lam, batch.box, batch.valid):
-                # the memory may be used again only after what the training step has enqueued
+                # Do not reuse this memory before the kernels that the training step has enqueued are done.
                 tensor.record_stream(torch.cuda.default_stream(self._device))
         return batch
 

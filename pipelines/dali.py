@@ -1,4 +1,4 @@
-"""The DALI pipeline: everything on the GPU, or on DALI's CPU backend and PIL where there is none."""
+"""The executor on the GPU: DALI decodes and resizes, torch or Triton do the operations. Also on DALI's CPU backend."""
 
 import collections
 import dataclasses
@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,25 +14,32 @@ from nvidia.dali import backend, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
-from pipelines.batch import Batch, BatchMaker
+from pipelines.batch import Batch, BatchMaker, Pipeline
 from pipelines.common.errors import UserError
-from pipelines.cpu import augmented, decode_checked
+from pipelines.config import PipelineConfig
+from pipelines.ops.pil_ops import augmented, decode_checked
 from pipelines.ops.torch_ops import apply_ops, erase
 from pipelines.plan.plan import BatchPlan
-from pipelines.shards.damage import CheckedReader, lossless
+from pipelines.prefetch import PLANS_AHEAD, look_ahead, read_ahead
+from pipelines.shards.damage import CheckedReader, OnDamage, lossless
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.reader import PLANS_AHEAD, look_ahead, read_ahead
 
 TensorList = TensorListCPU | TensorListGPU
 
-_INTERPOLATION = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-_MOST_PADDING_MIB = 64  # unless told otherwise: 22 megapixels; of larger images there are few
-_IN_FLIGHT = 2  # batches DALI works on at a time: one is decoded on the host while one is finished on the device
+# DALI adds most names of these modules when it is imported, so its type stubs lack them.
+_fn: Any = fn
+_types: Any = types
+_backend: Any = backend
+
+_INTERPOLATION = {"bicubic": _types.INTERP_CUBIC, "bilinear": _types.INTERP_LINEAR}
+# Default cap of the decoder's padding: 64 MiB holds a 22-megapixel RGB image; larger ones are rare.
+_MOST_PADDING_MIB = 64
+_IN_FLIGHT = 2  # DALI decodes one batch on the host while it finishes another one on the device.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What a DALI graph is built for; another value needs another graph."""
+    """The properties of a plan that a DALI graph is built for. Another value needs another graph."""
 
     batch_size: int
     image_size: int
@@ -43,45 +51,41 @@ class _Shape:
         return _Shape(len(plan), plan.image_size, plan.interpolation, plan.windowed)
 
 
-class DaliPipeline:
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How a graph decodes, and where.
+
+    Attributes:
+      decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
+      decoder: options of the GPU's decoder; empty without a GPU.
+      num_threads: DALI's host threads.
+      device_id: the GPU's number; None without a GPU.
+    """
+
+    decode: str
+    decoder: dict[str, float]
+    num_threads: int
+    device_id: int | None
+
+
+class DaliPipeline(Pipeline):
     """Carries plans out with DALI.
 
     Args:
       index: where the samples lie.
+      config: how DALI decodes; `decode` is roi or full, and `threads` at least 1.
       device: where the batches go. On a GPU DALI decodes there ('mixed'), on the CPU its CPU backend does everything.
-      threads: DALI's host threads.
-      prefetch: finished batches that wait for the training step.
-      decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
-      hw_decoder_load: share of the images given to the GPU's JPEG engine, where it has one.
-      decoder_padding_mib: memory that each thread of the GPU's decoder takes at once, so that a large image does not
-        make it allocate in the middle of a run; 0 is what the largest image of the index takes, 64 at the most.
-      on_bad: told (sample, error) once for each sample that is replaced (CheckedReader).
+      on_damage: as for CheckedReader.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        *,
-        device: torch.device,
-        threads: int,
-        prefetch: int,
-        decode: str,
-        hw_decoder_load: float,
-        decoder_padding_mib: int,
-        on_bad: Callable[[int, str], None],
-    ):
+    def __init__(self, index: ShardIndex, config: PipelineConfig, *, device: torch.device, on_damage: OnDamage):
+        self._config = config
         self._device = device
         self._maker = BatchMaker(index, device)
-        self._threads = threads
-        self._prefetch = prefetch
-        self._reader = CheckedReader(index, on_bad)
-        decoder = {"hw_decoder_load": hw_decoder_load, **_padding(index, decoder_padding_mib)}
-        self._options = {
-            "decode": decode,
-            "decoder": decoder if self._on_gpu else {},
-            "num_threads": threads,
-            "device_id": (device.index or 0) if self._on_gpu else None,
-        }
+        self._reader = CheckedReader(index, on_damage)
+        decoder = {"hw_decoder_load": config.hw_decoder_load, **_padding(index, config.decoder_padding_mib)}
+        device_id = (device.index or 0) if self._on_gpu else None
+        self._options = _Options(config.decode, decoder if self._on_gpu else {}, config.threads, device_id)
         self._graphs: dict[_Shape, Future[_Graph]] = {}
 
     @property
@@ -94,20 +98,24 @@ class DaliPipeline:
         Raises:
           UserError: a shard is missing or shorter than the index says, or DALI fails on images that are not damaged.
         """
-        return read_ahead(self._batches(plans), self._prefetch)
+        return read_ahead(self._batches(plans), self._config.prefetch)
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         self._maker.use_device()
-        with ThreadPoolExecutor(1, "build-dali") as builder, ThreadPoolExecutor(self._threads, "augment") as pool:
+        with (
+            ThreadPoolExecutor(1, "build-dali") as builder,
+            ThreadPoolExecutor(self._config.threads, "augment") as pool,
+        ):
 
             def announce(plan: BatchPlan) -> None:
                 self._reader.will_need(plan.sample)
                 if (shape := _Shape.of(plan)) not in self._graphs:
                     self._graphs[shape] = builder.submit(self._build, shape)
 
-            previous = None
+            previous: _Shape | None = None
             for shape, same_shape in itertools.groupby(look_ahead(plans, PLANS_AHEAD, announce), _Shape.of):
-                self._graphs.pop(previous, None)  # progressive resizing does not come back; its memory is needed
+                if previous is not None:  # Progressive resizing does not return to a size, and needs the memory.
+                    self._graphs.pop(previous, None)
                 previous = shape
                 for plan, pixels in self._pixels(shape, same_shape):
                     yield self._finish(plan, pixels, pool)
@@ -115,14 +123,14 @@ class DaliPipeline:
     def forget(self) -> None:
         """Give back the memory of the graphs that were built so far."""
         self._graphs.clear()
-        backend.ReleaseUnusedMemory()  # DALI keeps what is free for itself
+        _backend.ReleaseUnusedMemory()  # DALI keeps free memory for itself.
 
     def _build(self, shape: _Shape) -> "_Graph":
-        return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), **self._options)
+        return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), self._options)
 
     @staticmethod
     def _inputs(plan: BatchPlan, encoded: list[np.ndarray]) -> tuple:
-        """What the graph takes of a plan and its images, in the order of its external source."""
+        """The parts of a plan that the graph takes besides its images, in the order of its external source."""
         inputs = (
             encoded,
             np.ascontiguousarray(plan.crop[:, :2]),
@@ -144,16 +152,17 @@ class DaliPipeline:
             except _FailedBatchError as failed:
                 del self._graphs[shape]
                 in_work, reason = failed.plans, str(failed)
-            except BaseException:  # left early, with batches in work: of no more use
+            except BaseException:
+                # The consumer stopped early. Batches are still queued in the graph, so it cannot be used again.
                 self._graphs.pop(shape, None)
                 raise
-            # behind the handler: the error's traceback would keep the dead graph and its memory alive
+            # This stands behind the handler, because the error's traceback keeps the dead graph and its memory alive.
             graph = None
             self._replace_damaged(in_work[0], reason)
             plans = itertools.chain(in_work, plans)
 
     def _finish(self, plan: BatchPlan, pixels: TensorList, pool: ThreadPoolExecutor) -> Batch:
-        """The operations, into memory of the batch's own: DALI uses the pixels' again."""
+        """Carry out the operations, into memory of the batch's own: DALI uses that of the pixels again."""
         if self._on_gpu:
             with torch.cuda.stream(self._maker.stream):
                 images = apply_ops(torch.from_dlpack(pixels.as_tensor()), plan.ops, plan.args, plan.fill)
@@ -164,10 +173,10 @@ class DaliPipeline:
         return self._maker.make(images, plan)
 
     def _replace_damaged(self, plan: BatchPlan, error: str) -> None:
-        """Find what DALI failed on: it fails a whole batch and does not say which sample it was.
+        """Find the image that DALI failed on: it fails a complete batch and does not name the sample.
 
-        PIL decodes them all, or the reader would have replaced them. So DALI is given each image alone; one that it
-        fails on is replaced by PIL's pixels if it carries those out, which shows that it is the image's fault.
+        PIL decodes them all, or the reader would have replaced them. So DALI gets each image alone. One that it fails
+        on is replaced by PIL's pixels if DALI succeeds with those, which shows that the image was the cause.
 
         Raises:
           UserError: it was none of the images.
@@ -186,10 +195,11 @@ class DaliPipeline:
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
                 found = True
         if not found:
-            del graph  # or the error's traceback would keep it and its memory alive
+            del graph  # Otherwise the error's traceback keeps it and its memory alive.
             raise UserError(
                 f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), not because of an image: "
-                f"{error}. Look at the driver and at the memory that is left, or use --data.pipeline torchvision"
+                f"{error}. Look at the driver and at the memory that is left, or use "
+                f"{self._config.option('pipeline', 'torchvision')}"
             )
 
     def _alone(self, row: BatchPlan, encoded: np.ndarray | None = None) -> "_Graph":
@@ -198,12 +208,14 @@ class DaliPipeline:
         def inputs(plan: BatchPlan) -> tuple:
             return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
 
-        return _Graph(_Shape.of(row), inputs, **{**self._options, "num_threads": 1})  # each thread takes its memory
+        # Each thread of the decoder takes its memory, so this graph has one alone.
+        return _Graph(_Shape.of(row), inputs, dataclasses.replace(self._options, num_threads=1))
 
     def _failure_on(self, row: BatchPlan, graph: "_Graph") -> str:
         """Why DALI cannot carry out a plan of one row, '' if it can; then the graph can be run again."""
         try:
-            collections.deque(graph.run(iter([row]), self._maker.stream), maxlen=0)
+            for _ in graph.run(iter([row]), self._maker.stream):
+                pass
         except _FailedBatchError as failed:
             return str(failed)
         return ""
@@ -213,7 +225,7 @@ class _FailedBatchError(Exception):
     """DALI could not carry out a batch.
 
     Attributes:
-      plans: the one it failed on, and those it had been given after it.
+      plans: the one it failed on, and those that it had already taken after it.
     """
 
     def __init__(self, plans: list[BatchPlan], error: RuntimeError):
@@ -225,30 +237,44 @@ class _Graph:
     """A DALI pipeline, built, and the plans it is working on.
 
     Args:
-      inputs: what the external source gives for a plan.
+      inputs: returns what the external source gives for a plan.
     """
 
-    def __init__(self, shape: _Shape, inputs: Callable[[BatchPlan], tuple], **options):
+    def __init__(self, shape: _Shape, inputs: Callable[[BatchPlan], tuple], options: _Options):
         self._inputs = inputs
         self._plans: Iterator[BatchPlan] = iter(())
-        # DALI asks for plans ahead and reads their bytes where they are: they stay alive until it is done
+        # DALI asks for plans ahead and reads their bytes in place, so they stay alive until it is done.
         self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
-        # weakly, or a graph that is dropped would keep itself and its memory until Python looks for cycles
+        # The reference is weak: a graph that is dropped keeps itself and its memory alive in a cycle otherwise.
         source = weakref.WeakMethod(self._next_inputs)
-        if options["device_id"] is not None:
-            torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later
-        self._pipeline = _dali_graph(
-            shape, lambda: source()(), batch_size=shape.batch_size, prefetch_queue_depth=_IN_FLIGHT, **options
+
+        def next_inputs() -> tuple:
+            method = source()
+            assert method is not None  # DALI asks for inputs only while the graph runs.
+            return method()
+
+        if options.device_id is not None:
+            torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later.
+        self._pipeline: Any = _dali_graph(
+            shape,
+            next_inputs,
+            decode=options.decode,
+            decoder=options.decoder,
+            batch_size=shape.batch_size,
+            prefetch_queue_depth=_IN_FLIGHT,
+            num_threads=options.num_threads,
+            device_id=options.device_id,
         )
         self._pipeline.build()
 
     def __del__(self):
-        self._pipeline = None  # its destructor waits for the batches in work, which read the bytes in _in_flight
+        # Its destructor waits for the batches in work, which read the bytes in _in_flight: so it goes first.
+        self._pipeline = None
 
     def run(
         self, plans: Iterator[BatchPlan], stream: torch.cuda.Stream | None
     ) -> Iterator[tuple[BatchPlan, TensorList]]:
-        """The plans and their pixels, uint8 [B, S, S, 3] in the order of `stream`. To the end it can be run again.
+        """The plans and their pixels, uint8 [B, S, S, 3] in the order of `stream`. At its end it can be run again.
 
         Raises:
           _FailedBatchError: a batch could not be carried out; then it cannot be run again.
@@ -280,18 +306,19 @@ def _done(graph: _Graph) -> "Future[_Graph]":
 
 
 def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) -> np.ndarray:
-    """The plan's operations on the CPU, where PIL is the fastest: a new array."""
+    """Carry out the plan's operations on the CPU, where PIL is the fastest: uint8 [B, S, S, 3] in a new array."""
     images = np.empty_like(pixels)
 
     def fill(row: int) -> None:
         images[row] = augmented(pixels[row], plan, row)
 
-    collections.deque(pool.map(fill, range(len(plan))), maxlen=0)
+    for _ in pool.map(fill, range(len(plan))):  # Asking for the results raises the errors.
+        pass
     return images
 
 
 def _padding(index: ShardIndex, mib: int) -> dict[str, int]:
-    """How much memory each of the decoder's threads takes at once, on the device and pinned on the host."""
+    """The memory that each of the decoder's threads takes at once, on the device and pinned on the host: bytes."""
     rows = index.samples
     largest = 3 * int((rows["height"].astype(np.int64) * rows["width"]).max())
     nbytes = mib << 20 if mib else min(largest, _MOST_PADDING_MIB << 20)
@@ -301,28 +328,27 @@ def _padding(index: ShardIndex, mib: int) -> dict[str, int]:
 @pipeline_def
 def _dali_graph(shape: _Shape, next_inputs: Callable[[], tuple], *, decode: str, decoder: dict):
     """The graph; `decoder` are options of the GPU's decoder, {} without a GPU."""
-    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, *[types.INT32] * shape.windowed]
-    jpeg, corner, extent, size, flip, *window = fn.external_source(
-        next_inputs,
-        num_outputs=len(dtypes),
-        no_copy=True,
-        dtype=dtypes,
-        ndim=[1, 1, 1, 1, 0, *[1] * shape.windowed],
+    # The inputs are the JPEG's bytes, the crop's corner and extent, the size after the resize, and whether to flip.
+    dtypes, ndim = [_types.UINT8, _types.INT32, _types.INT32, _types.FLOAT, _types.INT32], [1, 1, 1, 1, 0]
+    if shape.windowed:
+        dtypes, ndim = [*dtypes, _types.INT32], [*ndim, 1]
+    jpeg, corner, extent, size, flip, *window = _fn.external_source(
+        next_inputs, num_outputs=len(dtypes), no_copy=True, dtype=dtypes, ndim=ndim
     )
     images = _decode(jpeg, corner, extent, decode, decoder)
-    images = fn.resize(images, size=size, interp_type=_INTERPOLATION[shape.interpolation], antialias=True)
+    images = _fn.resize(images, size=size, interp_type=_INTERPOLATION[shape.interpolation], antialias=True)
     if shape.windowed:
         side = [shape.image_size, shape.image_size]
-        images = fn.slice(images, start=window[0], shape=side, axis_names="HW")
-    return fn.flip(images, horizontal=flip)
+        images = _fn.slice(images, start=window[0], shape=side, axis_names="HW")
+    return _fn.flip(images, horizontal=flip)
 
 
 def _decode(jpeg: DataNode, corner: DataNode, extent: DataNode, decode: str, decoder: dict) -> DataNode:
     """The region of each image, RGB."""
-    # Fancy upsampling and the slow IDCT are what libjpeg does in PIL; PIL does not turn images by their EXIF tag.
+    # In PIL libjpeg does fancy upsampling and the slow IDCT; PIL does not turn images by their EXIF tag.
     options = {
         "device": "mixed" if decoder else "cpu",
-        "output_type": types.RGB,
+        "output_type": _types.RGB,
         "jpeg_fancy_upsampling": True,
         "use_fast_idct": False,
         "adjust_orientation": False,
@@ -330,8 +356,8 @@ def _decode(jpeg: DataNode, corner: DataNode, extent: DataNode, decode: str, dec
     }
     region = {"start": corner, "shape": extent, "axis_names": "HW"}
     if decode == "roi":
-        return fn.decoders.image_slice(jpeg, **region, **options)
-    return fn.slice(fn.decoders.image(jpeg, **options), **region)
+        return _fn.decoders.image_slice(jpeg, **region, **options)
+    return _fn.slice(_fn.decoders.image(jpeg, **options), **region)
 
 
 def decoded_regions(
@@ -347,10 +373,11 @@ def decoded_regions(
     @pipeline_def
     def graph():
         inputs = ([jpeg] * len(crops), np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]))
-        nodes = fn.external_source(lambda: inputs, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32])
-        return _decode(*nodes, decode, {"hw_decoder_load": hw_decoder_load} if on_gpu else {})
+        dtypes = [_types.UINT8, _types.INT32, _types.INT32]
+        image, corner, extent = _fn.external_source(lambda: inputs, num_outputs=3, dtype=dtypes)
+        return _decode(image, corner, extent, decode, {"hw_decoder_load": hw_decoder_load} if on_gpu else {})
 
-    pipeline = graph(batch_size=len(crops), num_threads=2, device_id=(device.index or 0) if on_gpu else None)
+    pipeline: Any = graph(batch_size=len(crops), num_threads=2, device_id=(device.index or 0) if on_gpu else None)
     pipeline.build()
     (regions,) = pipeline.run()
     regions = regions.as_cpu()

@@ -1,4 +1,4 @@
-"""Which of DALI's decode paths this machine's GPU can be trusted with, tried in a process of its own."""
+"""Finds the DALI decode path that works on this machine's GPU. A process of its own tries it, because it may crash."""
 
 import os
 import signal
@@ -6,69 +6,72 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.config import PipelineConfig
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import ShardIndex
 
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
-_TAKEN = "busy or unavailable"  # how CUDA refuses a second process on a GPU in exclusive-process mode
+_TAKEN = "busy or unavailable"  # CUDA's words for a second process on a GPU in exclusive-process mode
 _PROGRAM = (sys.executable, "-m", "pipelines.dali_probe")
 
 
-def probe_dataset(index: ShardIndex, device: str, hw_decoder_load: float) -> tuple[str, str]:
-    """As `probe_decode`, with the first image of a dataset that is not damaged, of its first hundred."""
+def probe_dataset(index: ShardIndex, device: str, config: PipelineConfig) -> tuple[Literal["roi", "full"], str]:
+    """As `probe_decode`, with the first undamaged one of a dataset's first hundred images."""
     reader = CheckedReader(index, lambda sample, error: None)
     for sample in range(min(100, len(index))):
         (encoded,) = reader.read(np.array([sample]))
         if not reader.is_replaced(sample):
-            return probe_decode(device, encoded, hw_decoder_load)
+            return probe_decode(device, encoded, config)
     raise UserError(f"{index.paths[0]}: the first images are all damaged. Restore the shards")
 
 
 def probe_decode(
-    device: str, jpeg: np.ndarray, hw_decoder_load: float, program: Sequence[str] = _PROGRAM
-) -> tuple[str, str]:
+    device: str, jpeg: np.ndarray, config: PipelineConfig, program: Sequence[str] = _PROGRAM
+) -> tuple[Literal["roi", "full"], str]:
     """The faster decode path that works, and why it was chosen.
 
-    Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so it is
-    tried in another one. A GPU in exclusive-process mode lets in no other one: there 'full' is chosen, untried.
+    Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so another
+    process tries it. A GPU in exclusive-process mode lets in no second process: there 'full' is chosen, untried.
 
     Args:
       device: as torch.device understands it.
       jpeg: the bytes of an image of the dataset, uint8 [nbytes].
-      hw_decoder_load: as for the pipeline.
-      program: what tries `DEVICE PATH LOAD` with the image on its standard input; exit status 0: it works.
+      config: its `hw_decoder_load` is tried.
+      program: the command that tries `DEVICE PATH LOAD` with the image on its standard input; exit status 0: it works.
     Returns:
       'roi' or 'full', and a sentence.
     Raises:
       UserError: neither works.
     """
-    trouble = {}
-    for path in ("roi", "full"):
-        trouble[path] = decode_failure(device, jpeg, path, hw_decoder_load, program)
-        if not trouble[path]:
-            return path, "it works" if path == "roi" else f"decoding regions failed: {trouble['roi']}"
-    if all(_TAKEN in reason for reason in trouble.values()):
-        return "full", f"untried, since the GPU lets in no second process ({trouble['full']})"
+    regions = decode_failure(device, jpeg, "roi", config.hw_decoder_load, program)
+    if not regions:
+        return "roi", "it works"
+    whole = decode_failure(device, jpeg, "full", config.hw_decoder_load, program)
+    if not whole:
+        return "full", f"decoding regions failed: {regions}"
+    if _TAKEN in regions and _TAKEN in whole:
+        return "full", f"untried, since the GPU lets in no second process ({whole})"
     raise UserError(
-        f"DALI can decode neither regions ({trouble['roi']}) nor whole images ({trouble['full']}) on {device}: "
-        "look at the driver and DALI's version, or use --data.hw_decoder_load 0 or --data.pipeline torchvision"
+        f"DALI can decode neither regions ({regions}) nor whole images ({whole}) on {device}: look at the driver and "
+        f"DALI's version, or use {config.option('hw_decoder_load', 0)} or {config.option('pipeline', 'torchvision')}"
     )
 
 
 def decode_failure(
     device: str, jpeg: np.ndarray, path: str, hw_decoder_load: float, program: Sequence[str] = _PROGRAM
 ) -> str:
-    """Why a decode path, 'roi' or 'full', does not work, '' if it does. The arguments are those of `probe_decode`."""
+    """Why a decode path, 'roi' or 'full', does not work, '' if it does. For the arguments see `probe_decode`."""
     return _try([*program, device, path, str(hw_decoder_load)], jpeg)
 
 
 def _try(command: Sequence[str], jpeg: np.ndarray) -> str:
-    """What went wrong, '' if nothing did."""
+    """Run a command on the image, and return what went wrong, '' if nothing did."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     try:
@@ -82,7 +85,7 @@ def _try(command: Sequence[str], jpeg: np.ndarray) -> str:
 
 
 def _main(device: str, path: str, hw_decoder_load: str) -> None:
-    """Decode the same regions of the image on standard input here and with PIL; exit with what is wrong, if it is."""
+    """Decode the same regions of the image on standard input here and with PIL. Exit with what is wrong, if it is."""
     import torch
 
     from pipelines.dali import decoded_regions

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of most runs here)
@@ -22,12 +24,21 @@ from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
 from tools.demo import write_digits
 from tools.lib.common.photos import write_photographs
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
-    *("test_preemption", "test_backbones", "test_run", "test_chaos", "test_export", "test_teacher", "test_oracle"),
-    *("test_compiler", "test_doctor", "test_compare", "test_report", "test_shard_faults", "test_pipelines"),
+    *("test_exact_resume", "test_resume", "test_preemption", "test_backbones", "test_resume_ranks", "test_chaos"),
+    *("test_export", "test_teacher", "test_oracle", "test_run", "test_nonfinite", "test_writer", "test_batch_norm"),
+    *(
+        "test_compiler",
+        "test_doctor",
+        "test_compare",
+        "test_report",
+        "test_shard_faults",
+        "test_dali",
+        "test_torch_ops",
+    ),
     "test_compiled_kernels",
 )
 
@@ -102,7 +113,7 @@ def onnx_translations_read_once() -> Iterator[None]:
 
 def fake_index(num_samples: int, num_classes: int = 10, seed: int = 0) -> ShardIndex:
     """An index without shards, with the sizes of ordinary photographs: enough for the plan."""
-    from pipelines.synthetic import synthetic_index
+    from pipelines.shards.index import synthetic_index
 
     index = synthetic_index(num_samples, num_classes)
     generator = np.random.default_rng(seed)
@@ -116,6 +127,8 @@ TINY = [
     *("--augment.mix_group", "32", "--run.global_batch", "64", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "4", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
 ]
+DROPOUT = ["--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"]
+EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -127,16 +140,50 @@ def tiny_run(digits, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def undisturbed(digits, tmp_path_factory) -> Path:
+    """The folder of a run of 20 steps that nothing has stopped. Tests copy what they change."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train_here(digits, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> list[str]:
+    """Arguments for a teacher with weights of its own (not a good one)."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": timm.create_model("test_resnet", num_classes=10).state_dict()}, path)
+    return ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(path)]
+
+
+@pytest.fixture(scope="session")
+def distilled(digits, teacher, tmp_path_factory) -> Path:
+    """The folder of a run of 20 steps (4 epochs of 5) that was never stopped, with dropout and a teacher."""
+    out = tmp_path_factory.mktemp("runs") / "distilled"
+    train_here(digits, out, *teacher, *DROPOUT, *EVERY_3)
+    return out
+
+
+@pytest.fixture
+def one_machine(monkeypatch):
+    """This process is rank 0 of two on one machine."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
+
+
 def train_here(root: Path, out: Path, *arguments) -> dict:
     """A run with the settings in TINY in this process, of one rank. Returns its summary; mistakes are UserErrors."""
+    from trainer.builder import build as build_run
     from trainer.cluster.world import World
     from trainer.config.sections import parse
-    from trainer.run import train
+    from trainer.loop import train
 
     settings = [*TINY, "--data.root", root, "--run.out", out, *arguments]
     config = parse([str(text) for text in settings])
     device = torch.device("cuda", 0) if config.run.device == "cuda" else torch.device("cpu")
-    return train(config, World(0, 1, 1, device))
+    return train(build_run(config, World(0, 1, 1, device)))
 
 
 def run_trainer(

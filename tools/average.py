@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 import torch
 from rich import box
@@ -29,18 +29,20 @@ from rich.table import Table
 
 from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
 from pipelines.common.files import check_parent_folder, sha256_of
-from pipelines.shards.index import read_index, read_manifest
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import read_manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, predict_split
 from trainer.cluster.world import alone
 from trainer.config.sections import ImagesConfig
 from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import metrics
-from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, checkpoints_folder, load
-from trainer.models.checkpoint_format import not_finite
+from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, load
+from trainer.models.checkpoint_format import is_of_trainer, not_finite
 from trainer.models.class_names import order_doubt
 from trainer.models.files.weights import read_file, select_weights
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import with_defaults
 
 Weights = dict[str, torch.Tensor]
@@ -205,7 +207,7 @@ def read(path: Path, which: Kind) -> Ingredient:
       UserError: it cannot be read, is damaged or not of this trainer, or its weights are not finite.
     """
     content: dict[str, Any] = read_file(path)
-    if not checkpoint.is_of_trainer(content):
+    if not is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
     weights, kind = select_weights(path, content, which)
     if name := not_finite(weights.items()):

@@ -2,23 +2,25 @@
 
     python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends NAME ...] [--out FOLDER]
 
-MODEL is timm's name (speed does not depend on weights, which are random then), a checkpoint, a run's folder, or an
-exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python -m
-tools.evaluate --run.json FILE`) or a CSV with columns model and top1; for timm's names otherwise from the paper, and
-are marked so. Models take turns on each backend, so that a machine whose speed drifts is unfair to none.
+MODEL is timm's name (speed does not depend on weights, which are then random), a checkpoint, a run's folder, or an
+exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python
+tools/evaluate.py --run.json FILE`) or a CSV with columns model and top1; for timm's names otherwise from the paper, and
+are marked then. Models are timed in turn on each backend, so that a machine whose speed drifts is unfair to none.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,12 +29,14 @@ from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import model_argument, path_argument
+from tools.lib.common.hardware import machine
 from tools.lib.common.opening import first_device
-from tools.lib.common.timing import console, machine
+from tools.lib.common.terminal import console
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import BACKENDS, EXTRA, Backend, choose_backends
 from tools.lib.compare.candidates import Candidate, choose
 from tools.lib.compare.measuring import Measured, Plan, Prepared, measure, pieces
+from tools.lib.compare.results import FailedRow, Row
 
 REPEATS = 15
 _NAME = "comparison"
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     add = parser.add_argument
     add(
         "models",
@@ -61,10 +65,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     what = "evaluation in JSON, or CSV with columns model, top1 (percent) and perhaps image_size"
     add("--accuracy", type=path_argument, nargs="+", default=[], metavar="FILE", help=what)
-    add("--backends", nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)} (default: what is installed and fast)")
+    add(
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help=f"some of {', '.join(BACKENDS)} (default: what is installed and fast)",
+    )
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--batch", type=int, metavar="N", help="images a call (default: 256 on a GPU, 4 on a CPU; OpenVINO takes 1)")
-    add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model has a turn (%(default)s)")
+    add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model is timed (%(default)s)")
     add(
         "--out",
         type=path_argument,
@@ -97,14 +106,14 @@ def compare(options: argparse.Namespace) -> None:
         written = write(options.out, rows, [*remarks, *notes], plan)
     except OSError as error:
         raise UserError(f"--out is {options.out}: cannot be written ({error.strerror}). Name another") from error
-    finally:  # the files first; the tables also where there are none
+    finally:  # The tables are shown even if the files cannot be written.
         _show(screen, rows, notes)
     screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
-    if not results.by_backend(rows):
-        raise UserError(f"nothing could be measured; the first reason: {rows[0]['failed']}")
+    if isinstance(first := rows[0], FailedRow) and not results.by_backend(rows):
+        raise UserError(f"nothing could be measured; the first reason: {first.failed}")
 
 
-def _show(screen: Console, rows: list[dict], notes: list[str]) -> None:
+def _show(screen: Console, rows: Sequence[Row | FailedRow], notes: Sequence[str]) -> None:
     for table in results.tables(rows):
         screen.print(table)
     for note in notes:
@@ -138,7 +147,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _with_progress(models: list[Candidate], backends: list[Backend], plan: Plan) -> tuple[Prepared, list[Measured]]:
-    """`measure` with a line that tells what it does, on a terminal."""
+    """`measure` with a line of progress on a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     shown = Console(stderr=True)
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
@@ -146,8 +155,8 @@ def _with_progress(models: list[Candidate], backends: list[Backend], plan: Plan)
         return measure(models, backends, plan, lambda done: progress.update(task, advance=1, description=done))
 
 
-def write(out: Path, rows: list[dict], remarks: list[str], plan: Plan) -> list[str]:
-    """The files into a folder, and their names; pictures of a former comparison that have no successor are removed."""
+def write(out: Path, rows: Sequence[Row | FailedRow], remarks: Sequence[str], plan: Plan) -> list[str]:
+    """Write the files into a folder and return their names. Pictures of an earlier comparison do not stay there."""
     on = _machine_in_words(plan)
     drawn = charts.plotted(rows)
     files = {
@@ -157,7 +166,7 @@ def write(out: Path, rows: list[dict], remarks: list[str], plan: Plan) -> list[s
         ".html": lambda: charts.page(rows, on).encode() if drawn and _has_plotly() else None,
     }
     written = []
-    for suffix, content in files.items():  # the numbers first: nothing that befalls a picture takes them away
+    for suffix, content in files.items():  # The numbers come first: no failure of a picture takes them away.
         path = out / f"{_NAME}{suffix}"
         if (made := content()) is None:
             path.unlink(missing_ok=True)
@@ -171,7 +180,7 @@ def _has_plotly() -> bool:
     return importlib.util.find_spec("plotly") is not None
 
 
-def _everything(rows: list[dict], remarks: list[str], plan: Plan) -> dict:
+def _everything(rows: Sequence[Row | FailedRow], remarks: Sequence[str], plan: Plan) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -179,14 +188,14 @@ def _everything(rows: list[dict], remarks: list[str], plan: Plan) -> dict:
         "rounds": plan.repeats,
         "threads": plan.threads,
         "machine": machine(_RUNTIMES),
-        "notes": remarks,
-        "rows": rows,
+        "notes": list(remarks),
+        "rows": [dataclasses.asdict(row) for row in rows],
     }
 
 
 def _machine_in_words(plan: Plan) -> str:
     facts = machine()
-    return facts["gpu"] if plan.device == "cuda" else f"{facts['cpu']}, {plan.threads} cores"
+    return str(facts["gpu"]) if plan.device == "cuda" else f"{facts['cpu']}, {plan.threads} cores"
 
 
 if __name__ == "__main__":

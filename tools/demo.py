@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 import numpy as np
 from PIL import Image
@@ -30,7 +29,7 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
-from trainer.state.checkpoint import checkpoints
+from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -93,7 +92,7 @@ def _run(title: str, *command) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    return checkpoints(run / "checkpoints")[-1]
+    return checkpoints(checkpoints_folder(run))[-1]
 
 
 def _top1(run: Path) -> float:

@@ -11,24 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, and not this folder's files
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 import numpy as np
 
 from pipelines import resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import check_parent_folder
+from pipelines.common.machine import package_versions
 from pipelines.common.settings import Section, setting
-from pipelines.common.versions import package_versions
 from pipelines.plan.plan import LARGEST_SIDE
-from pipelines.shards.index import ShardIndex, read_index, read_manifest
+from pipelines.shards.index import ShardIndex, read_index
+from pipelines.shards.manifest import read_manifest
 from tools.lib.common.evaluation import ForwardConfig, Origin, Report, predict_split
 from tools.lib.evaluate.ranks import check_ranks_agree
 from tools.lib.evaluate.real_labels import read_real_labels
 from tools.lib.evaluate.report import class_rows, write_and_show
-from trainer.cluster.rendezvous import code_version
+from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
@@ -57,7 +58,7 @@ class EvalDataConfig(ImagesConfig):
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
-    pipeline: Literal["auto", "dali", "torchvision"] = setting("auto")
+    pipeline: Literal["auto", "dali", "torchvision"] = "auto"
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     crop_pct: float = setting(0.0, at_least=0)  # EvalTransform has the upper bound, and says why.

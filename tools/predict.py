@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from rich.progress import Progress
 
 from pipelines.common.errors import UserError, advice_against, exit_on_user_error, named
 from pipelines.common.files import check_parent_folder, replacing
-from pipelines.shards.index import MANIFEST, read_manifest
-from pipelines.shards.reader import read_ahead
+from pipelines.prefetch import read_ahead
+from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import in_memory_format
 from tools.lib.common.opening import first_device

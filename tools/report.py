@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from pipelines.common.errors import exit_on_user_error
 from tools.lib.common.arguments import path_argument

@@ -15,27 +15,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: find the packages from the repository, installed or not
+if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
 from pipelines.common.launcher import launched
 from pipelines.common.machine import num_cores
-from pipelines.shards.index import CLASS_ORDERS
+from pipelines.shards.manifest import CLASS_ORDERS, Manifest
 from tools.lib.common.arguments import path_argument
-from tools.lib.shards import job, reindex
-from tools.lib.shards.assembly import TOOL
-from tools.lib.shards.entries import SourceOptions
+from tools.lib.common.units import human_bytes, human_seconds
+from tools.lib.shards.build import KEPT, BuildOptions, Progress, build, merge
 from tools.lib.shards.images import ImageOptions
+from tools.lib.shards.manifest_builder import TOOL
+from tools.lib.shards.reindex import index_webdataset
 from tools.lib.shards.sources import KINDS
-from tools.lib.shards.verify import human_bytes, human_seconds, summarize, verify
+from tools.lib.shards.sources.source import SourceOptions
+from tools.lib.shards.summary import summarize
+from tools.lib.shards.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,17 +47,17 @@ def main(arguments: list[str] | None = None) -> None:
         with exit_on_user_error():
             options.run(options)
     except KeyboardInterrupt:
-        print(f"interrupted. {job.KEPT if options.command == 'build' else ''}".rstrip(), file=sys.stderr)
+        print(f"interrupted. {KEPT if options.command == 'build' else ''}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
 def _build(options: argparse.Namespace) -> None:
     start_s = time.perf_counter()
     image = ImageOptions(audit=options.audit, resize_short=options.resize_short, quality=options.quality)
-    build_options = job.BuildOptions(options.seed, options.samples_per_shard, image)
-    last, say = job.Progress(0, 0, 0), _Lines()
+    build_options = BuildOptions(options.seed, options.samples_per_shard, image)
+    last, say = Progress(0, 0, 0), _Lines()
 
-    def show(progress: job.Progress) -> None:
+    def show(progress: Progress) -> None:
         nonlocal last
         last = progress
         elapsed_s = time.perf_counter() - start_s
@@ -65,7 +67,7 @@ def _build(options: argparse.Namespace) -> None:
 
     with _bar() as bar:
         task = bar.add_task("listing", total=None)
-        manifest = job.build(
+        manifest = build(
             options.src,
             options.out,
             build_options,
@@ -88,15 +90,15 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    manifest = job.merge(options.out, skip_bad=options.on_bad == "skip")
+    manifest = merge(options.out, skip_bad=options.on_bad == "skip")
     print(f"{options.out}: {_counts(manifest)}")
 
 
-def _shown() -> Callable[[ProgressBar, int, int, int], None]:
+def _shown() -> Callable[[ProgressBar, TaskID, int, int], None]:
     """Shows finished shards in a bar, or in lines."""
     say = _Lines()
 
-    def show(bar: ProgressBar, task: int, done: int, total: int) -> None:
+    def show(bar: ProgressBar, task: TaskID, done: int, total: int) -> None:
         bar.update(task, completed=done, total=total)
         say(f"{done:,} of {total:,} shards")
 
@@ -107,7 +109,7 @@ def _index(options: argparse.Namespace) -> None:
     show = _shown()
     with _bar() as bar:
         task = bar.add_task("shards", total=None)
-        manifest = reindex.index_webdataset(
+        manifest = index_webdataset(
             options.root,
             out=options.out,
             audit=options.audit,
@@ -142,7 +144,7 @@ def _info(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def _counts(manifest: dict) -> str:
+def _counts(manifest: Manifest) -> str:
     counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
     audit = manifest["audit"]
     words = {
@@ -180,31 +182,45 @@ def _bar() -> ProgressBar:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    build = commands.add_parser("build", help="convert; run it again to go on after an interruption")
-    build.add_argument("src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files")
-    build.add_argument("out", type=path_argument, help="dataset folder to make")
-    build.add_argument("--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)")
-    build.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
-    build.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
-    build.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
-    build.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
-    build.add_argument(
+    build_parser = commands.add_parser("build", help="convert; run it again to go on after an interruption")
+    build_parser.add_argument(
+        "src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files"
+    )
+    build_parser.add_argument("out", type=path_argument, help="dataset folder to make")
+    build_parser.add_argument(
+        "--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)"
+    )
+    build_parser.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
+    build_parser.add_argument(
+        "--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)"
+    )
+    build_parser.add_argument(
+        "--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX"
+    )
+    build_parser.add_argument(
+        "--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)"
+    )
+    build_parser.add_argument(
         "--class-order",
         choices=CLASS_ORDERS,
         default="",
         help="order of class folders: text (torchvision's, the default) or numeric (timm's: 2 before 10)",
     )
-    build.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files (default image)")
-    build.add_argument("--label-column", default="label", metavar="NAME", help="of parquet files (default label)")
-    build.add_argument("--part", type=_part, metavar="I/N", help="one machine's share")
-    build.set_defaults(run=_build)
+    build_parser.add_argument(
+        "--image-column", default="image", metavar="NAME", help="of parquet files (default image)"
+    )
+    build_parser.add_argument(
+        "--label-column", default="label", metavar="NAME", help="of parquet files (default label)"
+    )
+    build_parser.add_argument("--part", type=_part, metavar="I/N", help="one machine's share")
+    build_parser.set_defaults(run=_build)
 
-    merge = commands.add_parser("merge", help="finish a conversion that several machines shared")
-    merge.add_argument("out", type=path_argument)
-    merge.set_defaults(run=_merge)
+    merge_parser = commands.add_parser("merge", help="finish a conversion that several machines shared")
+    merge_parser.add_argument("out", type=path_argument)
+    merge_parser.set_defaults(run=_merge)
 
     index = commands.add_parser("index", help="index existing WebDataset tars without rewriting them")
     index.add_argument("root", type=path_argument, help="folder with train/*.tar and, if there is one, val/*.tar")
@@ -221,12 +237,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     info.add_argument("out", type=path_argument)
     info.set_defaults(run=_info)
 
-    for command in (build, merge, index):
+    for command in (build_parser, merge_parser, index):
         text = "images that cannot be used: fail after having looked at everything (default), or leave them out"
         command.add_argument("--on-bad", choices=("fail", "skip"), default="fail", help=text)
-    for command in (build, index):
+    for command in (build_parser, index):
         command.add_argument("--no-audit", dest="audit", action="store_false", help="read headers only, decode nothing")
-    for command in (build, index, check):
+    for command in (build_parser, index, check):
         command.add_argument("--workers", type=_positive, default=num_cores(), help="processes (default: cores)")
     options = parser.parse_args(arguments)
     if options.command == "build" and options.part is None:

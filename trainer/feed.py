@@ -1,46 +1,108 @@
 """The images of a run: which rank sees what, the splits, and the pipelines over them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from pipelines import Pipeline, open_pipeline, resolve_pipeline
-from pipelines.common.errors import UserError
+from pipelines.batch import Batch
+from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores
 from pipelines.dali_probe import probe_dataset
 from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
-from pipelines.shards.index import ShardIndex, read_index, read_manifest
-from pipelines.synthetic import synthetic_index
+from pipelines.shards.index import ShardIndex, read_index, synthetic_index
+from pipelines.shards.manifest import read_manifest
+from trainer.cluster.watchdog import HeartbeatIterator
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DataConfig, ImagesConfig
+from trainer.monitor.clock import InputWait
 from trainer.monitor.quarantine import QUARANTINE, Quarantine
+from trainer.monitor.sample_grid import keep_samples
+from trainer.update.compiler import COMPILE_PATIENCE_S
 
 DECODE = "decode.json"
-_PLANNED_ROWS = 1024
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's share of the global batches [step, stop), `micro_batch` rows at a time.
+    """This rank's slice of the global batches [step, stop), `micro_batch` rows at a time."""
+    return plan.batches(step, stop, rank=world.rank, ranks=world.size, micro_batch=micro_batch)
 
-    A single rank's share of several steps is without gaps: small batches of an epoch are planned together, since numpy
-    takes as long for a few rows as for a thousand.
+
+def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batch, None, None]:
+    """The batch of each plan, in order; closing the generator stops the pipeline."""
+    yield from pipeline.batches(plans)
+
+
+def sample_names(plan: TrainPlan, world: World, step: int, rows: list[int]) -> list[str]:
+    """The names of the samples in some of this rank's rows of an update."""
+    (batch,) = rank_plans(plan, step, step + 1, world, plan.global_batch // world.size)
+    return [plan.index.name(int(batch.sample[row])) for row in rows]
+
+
+class Feed(Iterator[Batch]):
+    """This rank's batches of the updates [start, stop); close it to stop early.
+
+    Each batch is reported to the watchdog, and the time that the device waits for it is measured.
+
+    Attributes:
+      wait: measures the waits.
+
+    Args:
+      micro_batch: images of a batch.
+      preview: the file that gets a picture of the first batch, if it is not there; None makes none.
     """
-    share = plan.global_batch // world.size
-    together = max(1, _PLANNED_ROWS // plan.global_batch) if world.size == 1 else 1
-    while step < stop:
-        end_of_epoch = (step // plan.steps_per_epoch + 1) * plan.steps_per_epoch
-        num_steps = min(together, end_of_epoch - step, stop - step)
-        first = step * plan.global_batch + world.rank * share
-        yield from plan.rows(first, first + num_steps * share).split(micro_batch)
-        step += num_steps
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        pipeline: Pipeline,
+        world: World,
+        *,
+        micro_batch: int,
+        start: int,
+        stop: int,
+        preview: Path | None = None,
+    ):
+        self._plan = plan
+        self._start = start
+        self._per_update = plan.global_batch // world.size // micro_batch
+        self._num_given = 0
+        self._closing = contextlib.ExitStack()
+        plans = rank_plans(plan, start, stop, world, micro_batch)
+        batches = self._closing.enter_context(contextlib.closing(batches_of(pipeline, plans)))
+        shown = keep_samples(batches, preview) if preview is not None else batches
+        self.wait = InputWait(HeartbeatIterator(shown, world.heartbeat, self._update), world.device)
+
+    def __next__(self) -> Batch:
+        batch = next(self.wait)
+        self._num_given += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop what prepares further batches."""
+        self._closing.close()
+
+    def _update(self) -> tuple[str, float]:
+        """The name of the update that the next batch is for, and how long the watchdog waits for it at least.
+
+        A compiled model is compiled again when the image size changes, at the start of an epoch.
+        """
+        step = self._start + self._num_given // self._per_update
+        epoch, within = divmod(step, self._plan.steps_per_epoch)
+        is_new_size = (
+            within == 0 and epoch > 0 and self._plan.image_size_at(epoch) != self._plan.image_size_at(epoch - 1)
+        )
+        return f"step {step + 1}", COMPILE_PATIENCE_S if is_new_size else 0
 
 
 def resolve_micro_batch(config: Config, world: World) -> int:
     """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
 
-    One group where the configuration leaves it open; fitting.py may then find a larger one.
+    It is one group where the configuration leaves it open; micro_batch.py may then find a larger one.
     """
     group, total = config.augment.mix_group, config.run.global_batch
     if total % group:
@@ -49,7 +111,7 @@ def resolve_micro_batch(config: Config, world: World) -> int:
         )
     if total % (group * world.size):
         raise UserError(
-            f"run.global_batch is {total}: {world.size} ranks cannot share its {total // group} groups of {group} "
+            f"run.global_batch is {total}: {world.size} ranks cannot divide its {total // group} groups of {group} "
             "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
         )
     if config.run.micro_batch == "auto":
@@ -58,7 +120,7 @@ def resolve_micro_batch(config: Config, world: World) -> int:
     if micro_batch % group or (total // world.size) % micro_batch:
         raise UserError(
             f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
-            f"rank's share of the global batch, {total // world.size}"
+            f"rank's slice of the global batch, {total // world.size}"
         )
     return micro_batch
 
@@ -74,7 +136,7 @@ def check_sizes_are_reached(config: Config) -> None:
 
 
 def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The training set and, if there is one, the validation set."""
+    """The indices of the training set and, if there is one, of the validation set."""
     if config.root is None:
         if config.pipeline != "synthetic":
             raise UserError(
@@ -94,24 +156,25 @@ def dataset_classes(config: DataConfig) -> list[str] | None:
 
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
     """The plan of the configuration; `fill` as for TrainPlan."""
-    return TrainPlan(
-        index=index,
-        augment=config.augment,
-        seed=config.run.seed,
-        global_batch=config.run.global_batch,
-        image_size=config.data.image_size,
-        fill=fill,
-        window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
-    )
+    with naming_settings(global_batch="run.global_batch", image_size="data.image_size"):
+        return TrainPlan(
+            index=index,
+            augment=config.augment,
+            seed=config.run.seed,
+            global_batch=config.run.global_batch,
+            image_size=config.data.image_size,
+            fill=fill,
+            window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipelines:
-    """A run's pipelines and what they share.
+    """A run's pipelines and what they have in common.
 
     Attributes:
       of: the pipeline of each split.
-      quarantine: collects the damaged samples that they meet.
+      quarantine: collects the damaged samples that they find.
       decode: DALI's decode path, and how it was chosen.
     """
 
@@ -134,18 +197,17 @@ def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World)
 
 
 def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
-    """DALI's decode path as `tried_decode`; the run's folder remembers what was tried."""
+    """DALI's decode path as `tried_decode`; the run's folder keeps the result of an earlier session."""
     return tried_decode(config.data, index, world, read_json(config.run.out / DECODE) if world.is_main else {})
 
 
 def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
-    """DALI's decode path: the configured one, or the one that works on this card, which is tried once.
+    """DALI's decode path: the configured one, or the one that works on this GPU, which is tried once.
 
     Args:
-      remembered: what an earlier call returned; it holds for as long as card, DALI and the decoder's setting stay the
-        same.
+      remembered: what an earlier call returned; it is used as long as GPU, DALI and the decoder's setting are the same.
     Returns:
-      {"decode": roi or full}, and if the card was tried what it was tried with, and "why".
+      {"decode": roi or full}; after a trial also "why", and with which GPU, DALI and setting it was made.
     """
     if config.decode != "auto":
         return {"decode": config.decode}
@@ -153,18 +215,18 @@ def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remember
         return {"decode": "roi"}
     try:
         import nvidia.dali as dali
-    except ImportError:  # opening the pipeline says what to do about it
+    except ImportError:  # Opening the pipeline will say what to do about it.
         return {"decode": "roi"}
     load = config.hw_decoder_load
-    place = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
-    if world.is_main and not place.items() <= remembered.items():
-        decode, why = probe_dataset(index, str(world.device), load)
-        remembered = {"decode": decode, "why": why, **place}
+    tried_with = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
+    if world.is_main and not tried_with.items() <= remembered.items():
+        decode, why = probe_dataset(index, str(world.device), config)
+        remembered = {"decode": decode, "why": why, **tried_with}
     return world.broadcast_object(remembered)
 
 
 def rank_threads(config: ImagesConfig, world: World) -> int:
-    """The host threads that decode for this rank."""
+    """The number of host threads that decode for this rank."""
     return config.threads or max(1, num_cores() // world.local_size)
 
 
@@ -172,14 +234,5 @@ def open_configured_pipeline(
     config: ImagesConfig, index: ShardIndex, *, world: World, decode: str, on_bad: Callable[[int, str], None]
 ) -> Pipeline:
     """The configured pipeline over one split."""
-    return open_pipeline(
-        config.pipeline,
-        index,
-        device=world.device,
-        threads=rank_threads(config, world),
-        prefetch=config.prefetch,
-        decode=decode,
-        hw_decoder_load=config.hw_decoder_load,
-        decoder_padding_mib=config.decoder_padding_mib,
-        on_bad=on_bad,
-    )
+    config = dataclasses.replace(config, decode=decode, threads=rank_threads(config, world))
+    return open_pipeline(index, config, device=world.device, on_damage=on_bad)

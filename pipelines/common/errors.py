@@ -1,19 +1,22 @@
-"""Errors that a user can mend, told in one line."""
+"""Errors that a user can fix, printed as one line, and the words that they are made of."""
 
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from pipelines.common.launcher import launched
 
 _PERMISSIONS = "Change its permissions, or name another place"
 ROOM = "Make room there, and run the same command again"
-_ADVICE = {  # against errors of the operating system
+# What helps against errors of the operating system.
+_ADVICE = {
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
     errno.ENOENT: "Look whether the path is spelled right",
@@ -33,7 +36,41 @@ _ADVICE = {  # against errors of the operating system
 
 
 class UserError(ValueError):
-    """What a user did or has: the message names the file, key or sample, what was found, and what to do next."""
+    """What a user did or has: the message names the file, key or sample, what was found, and what to do next.
+
+    Attributes:
+      argument: the name of the argument at fault, with which the message begins; "" where it is none. Who fills the
+        argument from a setting puts the setting's name in its place with `naming_settings`.
+      help_with: what a command of this program can do about it; `exit_on_user_error` adds the command.
+    """
+
+    def __init__(self, message: str, *, argument: str = "", help_with: Literal["", "making", "checking"] = ""):
+        super().__init__(message)
+        self.argument = argument
+        self.help_with = help_with
+
+
+# What commands print after an error with `help_with`. In a notebook there are no commands, so messages do not hold it.
+_COMMANDS = {
+    "": "",
+    "making": ". Make one with 'python tools/shard_imagenet.py build IMAGE_FOLDER OUT', and give OUT",
+    "checking": ". 'tools/shard_imagenet.py verify' checks all shards",
+}
+
+
+@contextlib.contextmanager
+def naming_settings(**settings: str) -> Iterator[None]:
+    """Errors about an argument name the setting that the argument is filled from.
+
+    Args:
+      settings: the setting of each argument, such as global_batch="run.global_batch".
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument not in settings:
+            raise
+        raise UserError(settings[error.argument] + str(error).removeprefix(error.argument)) from error
 
 
 def named(names: Iterable[object], most: int = 10) -> str:
@@ -59,7 +96,7 @@ def reason_of(error: BaseException, most: int = 120) -> str:
 
 
 def with_escaped_bytes(text: str) -> str:
-    """Text that any file and picture can hold: bytes of a name that are no UTF-8 become escapes, such as \\udcff."""
+    r"""Text that any file and picture can hold: bytes of a name that are no UTF-8 become escapes, such as \udcff."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -85,7 +122,7 @@ def write_error_line(line: str) -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Every command runs inside: what a user or the machine did wrong ends it with one line on stderr and exit code 1.
+    """Every command runs inside. What a user or the machine did wrong ends it with one line on stderr and exit code 1.
 
     These are UserErrors, and errors of the operating system. Other errors keep their traceback, for they are mistakes
     of this program; with USI_TRACEBACK=1 in the environment all of them do. A reader of the output that has seen
@@ -104,7 +141,8 @@ def exit_on_user_error() -> Iterator[None]:
         if not quiet:
             this = launched()
             rank = f"[rank {this.rank}] " if this.size > 1 else ""
-            message = str(error) if isinstance(error, UserError) else system_error_text(error)
+            is_users = isinstance(error, UserError)
+            message = f"{error}{_COMMANDS[error.help_with]}" if is_users else system_error_text(error)
             write_error_line(f"{rank}error: {shortened(' '.join(message.split()))}")
         sys.exit(1)
 
@@ -124,13 +162,13 @@ def system_error_text(error: OSError) -> str:
 
 def advice_against(error: Exception, otherwise: str) -> str:
     """Return what helps against an error of the operating system, or `otherwise` if that is not known."""
-    return _ADVICE.get(getattr(error, "errno", None), otherwise)
+    return _ADVICE.get(getattr(error, "errno", None) or 0, otherwise)
 
 
 def _print_any_character() -> None:
-    """Let stdout and stderr print every text: what their encoding lacks is written as an escape, such as \\xe9."""
+    r"""Let stdout and stderr print every text: characters that their encoding lacks become escapes, such as \xe9."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 

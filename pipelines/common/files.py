@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path`, on the disk, when the block ends.
 
     If the block fails nothing has changed. A process that dies inside leaves a file whose name ends in `.partial`. A
-    pipe or a device, such as /dev/stdout, is written to as it is.
+    pipe or a device, such as /dev/stdout, is written to directly.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with open(path, "wb") as file:

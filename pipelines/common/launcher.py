@@ -101,7 +101,7 @@ def _by_srun(environment: Mapping[str, str], proc: Path) -> Launch | str:
         return _ignored(shown, "no step of srun started this process")
     if rank is None or size is None or rank >= size:
         return _ignored(shown, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS")
-    if task not in _ancestors(proc):
+    if task is None or task not in _ancestors(proc):
         return _ignored(shown, "no task of that step started this process")
     if environment.get("SLURM_PTY_PORT") and task != os.getpid():
         return _ignored(shown, "it was started in a shell that 'srun --pty' opened")

@@ -1,10 +1,12 @@
-"""This module asks the machine for cores, home folders, and a folder with a name that is short enough for sockets."""
+"""Asks the machine for its cores, versions, home folders, and a folder whose name is short enough for sockets."""
 
+import contextlib
 import multiprocessing.util
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped
@@ -12,6 +14,8 @@ from pipelines.common.errors import UserError, clipped
 # A Unix socket's name has at most 107 bytes (sockaddr_un has 108 with the zero at the end); multiprocessing adds this.
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 _sockets = threading.Lock()
+# The packages that the numbers of a run depend on.
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "nvidia-dali-cuda120")
 
 
 # --- cores ---
@@ -68,6 +72,18 @@ def _text(path: Path) -> str:
         return path.read_text()
     except (OSError, ValueError):
         return ""
+
+
+# --- versions ---
+
+
+def package_versions() -> dict[str, str]:
+    """The version of each package that the numbers of a run depend on, where it is installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 # --- paths ---

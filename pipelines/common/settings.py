@@ -101,10 +101,11 @@ def not_among(choices: typing.Sequence[object]) -> str:
     return f", not {' or '.join(named) if len(named) < 3 else 'one of ' + ', '.join(named)}"
 
 
-def _power(bound: float) -> str:
+def _power(bound: float | None) -> str:
     """A bound as people know it: 2**63 for 9223372036854775808."""
-    is_known = bound <= _MOST_WHOLE or bound != 2 ** (bound.bit_length() - 1)
-    return str(bound) if is_known else f"2**{bound.bit_length() - 1}"
+    if isinstance(bound, int) and bound > _MOST_WHOLE and bound == 2 ** (bound.bit_length() - 1):
+        return f"2**{bound.bit_length() - 1}"
+    return str(bound)
 
 
 OnResume = Literal["refused", "reported", "ignored"]
@@ -171,24 +172,24 @@ class Section:
     """A base of dataclasses whose instances have only values of the declared types and ranges.
 
     Attributes:
-      key: the name of the section in messages.
+      key: the name of the section in messages; "" where its fields are arguments of their own.
       on_resume: as for Nature, of settings that do not say it themselves.
     """
 
-    key: ClassVar[str]
+    key: ClassVar[str] = ""
     on_resume: ClassVar[OnResume] = "ignored"
 
     def __post_init__(self):
         check(self, self.key)
 
 
-def check(section: object, key: str) -> None:
+def check(section: Any, key: str) -> None:
     """Raise a UserError about the first field of a dataclass whose value is not of its type or out of its range."""
     hints = _hints(type(section))
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if reason := _complaint(value, hints[field.name], field.metadata.get(_RANGE, Range())):
-            raise UserError(f"{key}.{field.name} is {_shown(value)}{reason}")
+            raise UserError(f"{key}.{field.name}".lstrip(".") + f" is {_shown(value)}{reason}")
 
 
 @functools.cache
@@ -210,7 +211,7 @@ def _complaint(value: object, hint: object, allowed: Range) -> str:
     return next(filter(None, (_complaint(part, typing.Any, inner) for part in parts)), "")
 
 
-def misfit(values: dict, kind: type) -> str:
+def misfit(values: dict, kind: Any) -> str:
     """The first field of a dataclass that keys with plain values lack or have of another type; "" for none.
 
     Fields that have a default may be absent, and other keys are left alone.
@@ -223,7 +224,7 @@ def misfit(values: dict, kind: type) -> str:
     return ""
 
 
-def fits(value: object, hint: object, is_plain: bool = False) -> bool:
+def fits(value: object, hint: Any, is_plain: bool = False) -> bool:
     """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else.
 
     Args:
@@ -272,6 +273,6 @@ def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = clipped(value)
-    if not text.isprintable():  # what it holds must not reach a terminal
+    if not text.isprintable():  # Control characters must not reach a terminal.
         return ascii(text)
     return f"'{text}'" if isinstance(value, str) else text

@@ -1,0 +1,1 @@
+"""Operations on pixels in three forms that agree to the last bit: PIL (the reference), torch, and Triton kernels."""

@@ -1,11 +1,11 @@
 """RandAugment's operations, and Gaussian blur, on a batch of pixels that lies on the device.
 
-Every operation gives the pixels of its PIL function in `pipelines.cpu`, to the last bit: where PIL computes in
-float32 or float64 and truncates, this computes in the same type and order and truncates; where a rounded quotient can
-be had from integers, it is. The readable version in torch is the reference on every device; on the GPU two
-Triton kernels (`pipelines.ops.triton_ops`), one for affine transforms, do a whole layer of operations.
+Every operation gives the pixels of its PIL function in `pipelines.ops.pil_ops`, to the last bit: where PIL computes
+in float32 or float64 and truncates, this computes in the same type and order and truncates; a quotient that PIL rounds
+is computed from integers where that gives the same. The readable version in torch is the reference on every device; on
+the GPU two Triton kernels (`pipelines.ops.triton_ops`), one for affine transforms, do a layer of operations at once.
 
-What is done to which row is known on the host, from the plan, so nothing here waits for the device.
+The host knows each row's operations from the plan, so nothing here waits for the device.
 """
 
 import functools
@@ -17,12 +17,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from pipelines.ops.torch_blur import blur, box_weights
 from pipelines.plan.draws import Op
 
 Fill = tuple[int, int, int]
 _Matrix = tuple[float, float, float, float, float, float]
 _VALUES = np.arange(256)
-_BLUR_PASSES = 3  # PIL approximates a Gaussian by three box blurs in each direction
 
 
 def apply_ops(
@@ -31,7 +31,7 @@ def apply_ops(
     """Each row's operations, one column of `ops` after the other.
 
     Args:
-      images: uint8 [B, S, S, 3], on any device; left as it is.
+      images: uint8 [B, S, S, 3], on any device; not changed.
       ops: uint8 [B, L] on the host, values of `Op`.
       args: float32 [B, L] on the host, the argument of each as `Op` describes it.
       fill: RGB colour that rotating, shearing and shifting leave where no pixel comes from.
@@ -60,7 +60,7 @@ def erase(images: torch.Tensor, boxes: np.ndarray, fill: Fill) -> torch.Tensor:
     """Random erasing: one box of each image becomes the fill colour.
 
     Args:
-      images: uint8 [B, S, S, 3]; left as it is.
+      images: uint8 [B, S, S, 3]; not changed.
       boxes: int32 [B, 4] on the host: top, left, height, width in pixels. An empty box erases nothing.
     Returns:
       uint8 [B, S, S, 3], a tensor of its own on the device of `images`.
@@ -68,7 +68,7 @@ def erase(images: torch.Tensor, boxes: np.ndarray, fill: Fill) -> torch.Tensor:
     top, left, height, width = _to_device(boxes.astype(np.int32), images.device).T[..., None]
     row = torch.arange(images.shape[1], device=images.device)
     column = torch.arange(images.shape[2], device=images.device)
-    # [B, S] each
+    # The shape of both is [B, S].
     rows, columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
     return torch.where((rows[:, :, None] & columns[:, None, :])[..., None], _colour(fill, images.device), images)
 
@@ -84,20 +84,20 @@ def _check(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> None:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """Return whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def kernel_error() -> str:
-    """Why Triton's kernels cannot be run on the current GPU, "" if they can: one is."""
+    """Why Triton's kernels do not run on the current GPU, "" if they do. One is run to find out."""
     if not has_triton():
         return "Triton is not installed"
     try:
         from pipelines.ops.triton_ops import launch_nothing
 
         launch_nothing()
-    except Exception as error:  # whatever a missing driver, C compiler or Python.h leads to
+    except Exception as error:  # A missing driver, C compiler or Python.h leads to various errors.
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
@@ -113,7 +113,7 @@ def _colour(fill: Fill, device: torch.device) -> torch.Tensor:
 
 
 def _torch_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    """One operation a row, into a new tensor: the rows of an operation are taken out, changed together and put back."""
+    """One operation a row, into a new tensor. The rows of an operation are taken out, changed together and put back."""
     out = images.clone()
     for op in np.unique(ops[ops != Op.NONE]).tolist():
         chosen = np.flatnonzero(ops == op)
@@ -123,7 +123,7 @@ def _torch_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: 
 
 
 def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    """The same by the Triton kernels, in one launch or two, into a new tensor; only blurred rows are left to torch."""
+    """The same by the Triton kernels, in one launch or two, into a new tensor; torch blurs."""
     from pipelines.ops import triton_ops as kernel
 
     device, out = images.device, torch.empty_like(images)
@@ -153,7 +153,7 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
 
 
 def _kind(op: Op, kernel) -> int:
-    """What the kernel does with an image: one of its own numbers."""
+    """The kernel's number for an operation."""
     if op in _TABLES or op in _PIXEL_TABLES:
         return kernel.TABLE.value
     if op in _MATRICES:
@@ -162,7 +162,7 @@ def _kind(op: Op, kernel) -> int:
 
 
 def _all_tables(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
-    """uint8 [B, 3, 256]; what stands in rows whose operation has no table means nothing."""
+    """uint8 [B, 3, 256]; rows whose operation has no table hold nothing of meaning."""
     known = np.zeros((len(ops), 256), dtype=np.uint8)
     for op in _TABLES:
         known[ops == op] = _host_tables(op, args[ops == op])
@@ -175,8 +175,8 @@ def _all_tables(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torc
     return tables
 
 
-# --- operations that map every value by a table; with tables that do not depend on the pixels, float32 args [n, 1] ->
-# integers [n, 256] in [0, 255] ---
+# --- tables: operations that map each value, whatever the pixels are ---
+# Each function takes arguments, float32 [n, 1], and returns integers [n, 256] in [0, 255].
 
 
 def _invert(args: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def _solarize_add(add: np.ndarray) -> np.ndarray:
 
 
 def _brightness(factor: np.ndarray) -> np.ndarray:
-    return (factor * _VALUES.astype(np.float32)).clip(0, 255)  # a blend with black, truncated when stored
+    return (factor * _VALUES.astype(np.float32)).clip(0, 255)  # This blends with black; storing truncates.
 
 
 _TABLES: dict[Op, Callable[[np.ndarray], np.ndarray]] = {
@@ -213,17 +213,18 @@ def _host_tables(op: Op, args: np.ndarray) -> np.ndarray:
     return _TABLES[op](args[:, None]).astype(np.uint8)
 
 
-# --- and with tables made from the pixels: uint8 [n, S, S, 3], float32 args [n] -> uint8 [n, 3, 256] ---
+# --- tables that are made from the pixels ---
+# Each function takes images, uint8 [n, S, S, 3], and arguments, float32 [n], and returns uint8 [n, 3, 256].
 
 
 def _auto_contrast(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
     """Source: PIL.ImageOps.autocontrast, in Python's float64."""
-    # [n, 3, 1]
+    # The shape of both is [n, 3, 1].
     low = images.amin((1, 2))[..., None].to(torch.float64)
     high = images.amax((1, 2))[..., None].to(torch.float64)
     values = torch.arange(256, dtype=torch.float64, device=images.device)
-    # torch takes `255.0 / tensor` as 255 times the reciprocal, which is rounded twice
-    scale = torch.full_like(low, 255.0) / (high - low)  # inf for a constant channel, which stays as it is
+    # torch computes `255.0 / tensor` as 255 times the reciprocal, which is rounded twice.
+    scale = torch.full_like(low, 255.0) / (high - low)  # This is inf for a constant channel, which is not changed.
     offset = -low * scale
     return torch.where(high > low, values * scale + offset, values).clamp(0, 255).to(torch.uint8)
 
@@ -232,12 +233,12 @@ def _equalize(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
     """Source: PIL.ImageOps.equalize."""
     counts = _histograms(images)
     highest = images.amax((1, 2))[..., None].long()
-    # counts of the highest value are left out of the step; [n, 3, 1]
+    # The counts of the highest value do not belong to the step, which is [n, 3, 1].
     step = (images.shape[1] * images.shape[2] - counts.gather(2, highest)) // 255
     below = counts.cumsum(2) - counts
     values = torch.arange(256, device=images.device)
     table = (step // 2 + below) // step.clamp(min=1)
-    # step 0: one value only, or next to it
+    # The step is 0 where there is only one value, or hardly another one.
     return torch.where(step > 0, table, values).clamp(max=255).to(torch.uint8)
 
 
@@ -254,7 +255,7 @@ def _contrast(images: torch.Tensor, args: np.ndarray) -> torch.Tensor:
     pixels = images.shape[1] * images.shape[2]
     mean = (2 * _gray(images).sum((1, 2), dtype=torch.int64) + pixels) // (2 * pixels)
     values = torch.arange(256, device=images.device)
-    # [n, 256]
+    # The shape is [n, 256].
     table = _blend(mean[:, None], values, _to_device(args[:, None], images.device))
     return table[:, None, :].expand(-1, 3, -1)
 
@@ -322,8 +323,9 @@ def _per_image(args: np.ndarray, device: torch.device) -> torch.Tensor:
     return _to_device(args, device)[:, None, None, None]
 
 
-# --- affine transforms: argument, size in pixels -> matrix (a, b, c, d, e, f): the pixel at (x, y) comes from
-# (a x + b y + c, d x + e y + f) ---
+# --- affine transforms ---
+# Each function takes an argument and the size in pixels, and returns a matrix (a, b, c, d, e, f): the pixel at (x, y)
+# comes from (a x + b y + c, d x + e y + f).
 
 
 def _rotate(degrees: float, size: int) -> _Matrix:
@@ -338,8 +340,8 @@ _MATRICES: dict[Op, Callable[[float, int], _Matrix]] = {
     Op.ROTATE: _rotate,
     Op.SHEAR_X: lambda factor, size: (1, factor, 0, 0, 1, 0),
     Op.SHEAR_Y: lambda factor, size: (1, 0, 0, factor, 1, 0),
-    Op.TRANSLATE_X: lambda share, size: (1, 0, share * size, 0, 1, 0),
-    Op.TRANSLATE_Y: lambda share, size: (1, 0, 0, 0, 1, share * size),
+    Op.TRANSLATE_X: lambda fraction, size: (1, 0, fraction * size, 0, 1, 0),
+    Op.TRANSLATE_Y: lambda fraction, size: (1, 0, 0, 0, 1, fraction * size),
 }
 
 
@@ -364,85 +366,43 @@ def _affine(images: torch.Tensor, matrices: torch.Tensor, colour: torch.Tensor) 
     size = images.shape[1]
     centre = torch.arange(size, dtype=torch.float64, device=images.device) + 0.5
     x, y = centre, centre[:, None]
-    # [n, 1, 1] each
+    # Each of them is [n, 1, 1].
     a, b, c, d, e, f = matrices.T[..., None, None]
     source_x, source_y = a * x + b * y + c, d * x + e * y + f
     inside = (source_x >= 0) & (source_x < size) & (source_y >= 0) & (source_y < size)
     source_x, source_y = source_x - 0.5, source_y - 0.5
     left, top = source_x.floor(), source_y.floor()
-    right_share, lower_share = (source_x - left)[:, None], (source_y - top)[:, None]
+    to_right, to_lower = (source_x - left)[:, None], (source_y - top)[:, None]
     columns = [(left.long() + i).clamp(0, size - 1) for i in range(-1, 3)]
     lines = [size * (top.long() + i).clamp(0, size - 1) for i in range(-1, 3)]
-    # [n, 3, S * S]: channels apart are twice as fast on the CPU; whole numbers are exact in float32
+    # The shape is [n, 3, S * S]: separate channels are twice as fast on the CPU. Float32 holds whole numbers exactly.
     planes = images.permute(0, 3, 1, 2).flatten(2).to(torch.float32)
 
     def tap(line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         return planes.gather(2, (line + column).flatten(1)[:, None].expand(-1, 3, -1)).reshape(-1, 3, size, size)
 
-    cubic = [_cubic(*(tap(line, column) for column in columns), right_share) for line in lines]
-    resampled = _cubic(*cubic, lower_share).clamp(0, 255).to(torch.uint8)
+    def across(line: torch.Tensor) -> torch.Tensor:
+        v0, v1, v2, v3 = (tap(line, column) for column in columns)
+        return _cubic(v0, v1, v2, v3, to_right)
+
+    v0, v1, v2, v3 = (across(line) for line in lines)
+    resampled = _cubic(v0, v1, v2, v3, to_lower).clamp(0, 255).to(torch.uint8)
     return torch.where(inside[:, None], resampled, colour[:, None, None]).permute(0, 2, 3, 1)
 
 
-def _cubic(v0, v1, v2, v3, share):
-    """Float64 between v1 (share 0) and v2 (share 1). Source: PIL's cubic, a = -1, in its order of operations."""
+def _cubic(v0: torch.Tensor, v1: torch.Tensor, v2: torch.Tensor, v3: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Float64 between v1 (t = 0) and v2 (t = 1). Source: PIL's cubic, a = -1, in its order of operations."""
     linear = v2 - v0
     square = 2 * (v0 - v1) + v2 - v3
     cube = v1 - v0 - v2 + v3
-    return v1 + share * (linear + share * (square + share * cube))
-
-
-# --- Gaussian blur ---
+    return v1 + t * (linear + t * (square + t * cube))
 
 
 def _gaussian_blur(images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    """Three box blurs along the rows, then three along the columns, each rounded.
-
-    Source: PIL.ImageFilter.GaussianBlur; the arithmetic is in fixed point, 1 is 1 << 24.
-    """
-    weights = _to_device(_box_weights(args), images.device)
-    for _ in range(_BLUR_PASSES):
-        images = _box_blur(images, weights)
-    images = images.transpose(1, 2)
-    for _ in range(_BLUR_PASSES):
-        images = _box_blur(images, weights)
-    return images.transpose(1, 2)
+    return blur(images, _to_device(box_weights(args), images.device))
 
 
-def _box_weights(sigma: np.ndarray) -> np.ndarray:
-    """int64 [n, taps], an odd number of taps around the pixel, of a box whose ends count in part.
-
-    Args:
-      sigma: standard deviations of the Gaussians, pixels, float32 [n].
-    Source: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", as PIL
-      computes it: variables are float32, expressions with a float64 constant are float64.
-    """
-    variance = sigma**2 / np.float32(_BLUR_PASSES)
-    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
-    whole = np.floor((length.astype(np.float64) - 1.0) / 2.0).astype(np.float32)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    part = part / (6 * (variance - (whole + 1) * (whole + 1)))
-    radius = whole + part
-    whole = radius.astype(np.int64)[:, None]
-    inner = (np.float32(1 << 24) / (radius * 2 + 1)).astype(np.int64)[:, None]
-    outer = ((1 << 24) - (2 * whole + 1) * inner) // 2
-    reach = int(whole.max()) + 1
-    distance = abs(np.arange(-reach, reach + 1))
-    return np.where(distance <= whole, inner, np.where(distance == whole + 1, outer, 0))
-
-
-def _box_blur(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """One weighted box along dimension 2 of [n, S, S, 3], edge pixels repeated."""
-    size, reach = images.shape[2], weights.shape[1] // 2
-    total = torch.full(images.shape, 1 << 23, dtype=torch.int64, device=images.device)  # a half, to round
-    column = torch.arange(size, device=images.device)
-    for tap, weight in enumerate(weights.T):
-        shifted = images.index_select(2, (column + tap - reach).clamp(0, size - 1))
-        total += weight[:, None, None, None] * shifted
-    return (total >> 24).to(torch.uint8)
-
-
-# op -> images [n, S, S, 3], args [n], fill -> images
+# Each function takes images [n, S, S, 3], arguments [n] and the fill colour, and returns images.
 _FUNCTIONS: dict[Op, Callable[[torch.Tensor, np.ndarray, Fill], torch.Tensor]] = {
     **{op: functools.partial(_through_table, op) for op in (*_TABLES, *_PIXEL_TABLES)},
     **{op: functools.partial(_transform, op) for op in _MATRICES},

@@ -1,19 +1,22 @@
 """The Triton kernels behind `pipelines.ops.torch_ops`: one operation on every image of a batch in one launch or two.
 
 Affine transforms have a kernel of their own, because they compute in float64 and need more than twice the registers of
-the other operations. A kernel takes for every image what its hungriest operation needs, and the more registers a thread
-takes, the fewer of them are at work at a time (docs/performance.md).
+the other operations. A kernel takes for every image the registers of its hungriest operation, and the more registers a
+thread takes, the fewer threads work at a time (docs/performance.md).
 
-Imported only where they run, so that a machine without Triton needs none. They compute what the torch version computes,
+They are imported only where they run, so a machine without Triton needs none. They compute what the torch version does,
 in the same types and order of operations; the launches forbid the compiler to contract a multiplication and an addition
 into one (that rounds once instead of twice, and a truncated result may then differ).
 """
+
+# Only Triton's compiler understands the types of tl.static_range and of the options of a launch.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 
-# what is done to an image
+# The kinds of operation on an image.
 COPY = tl.constexpr(0)
 TABLE = tl.constexpr(1)
 COLOR = tl.constexpr(2)
@@ -26,7 +29,7 @@ _PIXELS_PER_PROGRAM = 256
 def launch(
     images: torch.Tensor, out: torch.Tensor, *, kinds: torch.Tensor, factors: torch.Tensor, tables: torch.Tensor
 ) -> None:
-    """Writes every changed image but those of AFFINE, which `launch_affine` writes; nothing waits for the device.
+    """Write every changed image but those of AFFINE, which `launch_affine` writes; nothing waits for the device.
 
     Args:
       images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
@@ -45,13 +48,13 @@ def launch(
 def launch_affine(
     images: torch.Tensor, out: torch.Tensor, *, rows: torch.Tensor, matrices: torch.Tensor, fill: torch.Tensor
 ) -> None:
-    """Writes the transformed images of these rows and leaves the others alone; nothing waits for the device.
+    """Write the transformed images of these rows, and no others; nothing waits for the device.
 
     Args:
       images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
-      rows: int32 [n], n > 0: which images.
+      rows: int32 [n], n > 0: the images to transform.
       matrices: float64 [n, 6], contiguous: the transform of each of these rows.
-      fill: uint8 [3], the colour of what comes from outside the image.
+      fill: uint8 [3], the colour of pixels that come from outside the image.
     """
     size = images.shape[1]
     blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
@@ -62,12 +65,12 @@ def launch_affine(
 
 
 @triton.jit
-def _augment(images, out, kinds, factors, tables, size, blocks, BLOCK: tl.constexpr):
-    """Program i: pixels [(i % blocks) BLOCK, ... + BLOCK) of image i // blocks."""
+def _augment(images, out, kinds, factors, tables, size, blocks, block: tl.constexpr):
+    """Program i: pixels [(i % blocks) block, ... + block) of image i // blocks."""
     image = tl.program_id(0) // blocks
-    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    pixel = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     mask = pixel < size * size
-    # a batch may hold more than 2**31 values, an image not
+    # A batch may hold more than 2**31 values; an image does not.
     start = image.to(tl.int64) * (size * size * 3)
     source = images + start
     target = out + start + pixel * 3
@@ -131,10 +134,10 @@ def _clip(value):
 
 
 @triton.jit
-def _augment_affine(images, out, rows, matrices, fill, size, blocks, BLOCK: tl.constexpr):
-    """Program i: pixels [(i % blocks) BLOCK, ... + BLOCK) of image rows[i // blocks]."""
+def _augment_affine(images, out, rows, matrices, fill, size, blocks, block: tl.constexpr):
+    """Program i: pixels [(i % blocks) block, ... + block) of image rows[i // blocks]."""
     chosen = tl.program_id(0) // blocks
-    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    pixel = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     mask = pixel < size * size
     start = tl.load(rows + chosen).to(tl.int64) * (size * size * 3)
     source = images + start
@@ -149,29 +152,29 @@ def _augment_affine(images, out, rows, matrices, fill, size, blocks, BLOCK: tl.c
     source_y -= 0.5
     left = tl.floor(source_x)
     top = tl.floor(source_y)
-    right_share = source_x - left
-    lower_share = source_y - top
-    # far outside, where nothing is loaded, they need not fit into 32 bits
+    to_right = source_x - left
+    to_lower = source_y - top
+    # Far outside, where nothing is loaded, they need not fit into 32 bits.
     left = tl.where(inside, left, 0.0).to(tl.int32)
     top = tl.where(inside, top, 0.0).to(tl.int32)
     for channel in tl.static_range(3):
-        line0 = _cubic_line(source + channel, left, top - 1, right_share, inside, size)
-        line1 = _cubic_line(source + channel, left, top, right_share, inside, size)
-        line2 = _cubic_line(source + channel, left, top + 1, right_share, inside, size)
-        line3 = _cubic_line(source + channel, left, top + 2, right_share, inside, size)
-        value = _clip(_cubic(line0, line1, line2, line3, lower_share))
+        line0 = _cubic_line(source + channel, left, top - 1, to_right, inside, size)
+        line1 = _cubic_line(source + channel, left, top, to_right, inside, size)
+        line2 = _cubic_line(source + channel, left, top + 1, to_right, inside, size)
+        line3 = _cubic_line(source + channel, left, top + 2, to_right, inside, size)
+        value = _clip(_cubic(line0, line1, line2, line3, to_lower))
         tl.store(target + channel, tl.where(inside, value, tl.load(fill + channel)), mask=mask)
 
 
 @triton.jit
-def _cubic_line(source, left, row, share, inside, size):
+def _cubic_line(source, left, row, t, inside, size):
     """float64: between the pixels at `left` and left + 1 of a row, edge pixels repeated."""
     line = source + _limit(row, size) * size * 3
     v0 = tl.load(line + _limit(left - 1, size) * 3, mask=inside, other=0).to(tl.float64)
     v1 = tl.load(line + _limit(left, size) * 3, mask=inside, other=0).to(tl.float64)
     v2 = tl.load(line + _limit(left + 1, size) * 3, mask=inside, other=0).to(tl.float64)
     v3 = tl.load(line + _limit(left + 2, size) * 3, mask=inside, other=0).to(tl.float64)
-    return _cubic(v0, v1, v2, v3, share)
+    return _cubic(v0, v1, v2, v3, t)
 
 
 @triton.jit
@@ -180,15 +183,15 @@ def _limit(index, size):
 
 
 @triton.jit
-def _cubic(v0, v1, v2, v3, share):
+def _cubic(v0, v1, v2, v3, t):
     linear = v2 - v0
     square = 2 * (v0 - v1) + v2 - v3
     cube = v1 - v0 - v2 + v3
-    return v1 + share * (linear + share * (square + share * cube))
+    return v1 + t * (linear + t * (square + t * cube))
 
 
 def launch_nothing() -> None:
-    """Compiles and launches a kernel on the current GPU, with all that this takes: a driver, a C compiler, Python.h."""
+    """Compile and launch a kernel on the current GPU. This takes a driver, a C compiler and Python.h."""
     _nothing[(1,)](torch.zeros(1, device="cuda"))
 
 

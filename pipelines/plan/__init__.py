@@ -1,0 +1,1 @@
+"""What every position of a run sees, as pure functions of (seed, position) in NumPy."""

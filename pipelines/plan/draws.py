@@ -34,7 +34,7 @@ class AugmentConfig(Section):
 
     Attributes:
       repeats: repeated augmentation; an epoch covers 1/repeats of the images, each `repeats` times.
-      crop_area: range of the crop's share of the image's area.
+      crop_area: range of the crop's area as a fraction of the image's.
       crop_aspect: range of the crop's width / height, drawn log-uniformly.
       interpolation: filter of the resize after the crop: bicubic or bilinear, always antialiased.
       flip: probability of a horizontal flip.
@@ -49,7 +49,7 @@ class AugmentConfig(Section):
       cutmix_alpha: Beta parameter of CutMix's lambda; 0 switches CutMix off.
       mix_prob: probability that a group is mixed at all.
       cutmix_prob: probability of CutMix where both are on.
-      mix_group: positions that share one mixing draw; also one batch of BatchNorm, unless run.micro_batch is larger.
+      mix_group: positions that share one mixing draw; also one batch of BatchNorm, unless micro-batches are larger.
     """
 
     key, on_resume = "augment", "refused"
@@ -97,7 +97,7 @@ def resized_crops(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, config
     area = (low + (high - low) * tries[..., 0]) * (heights * widths)[:, None]
     low, high = np.log(config.crop_aspect)
     aspect = np.exp(low + (high - low) * tries[..., 1])
-    # [n, tries]; rint is Python's round: half to even
+    # The shape is [n, tries]. Like Python's round, rint rounds half to even.
     width = np.maximum(np.rint(np.sqrt(area * aspect)), 1).astype(np.int64)
     height = np.maximum(np.rint(np.sqrt(area / aspect)), 1).astype(np.int64)
     fits = (width <= widths[:, None]) & (height <= heights[:, None])
@@ -113,7 +113,10 @@ def resized_crops(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, config
     return np.stack([top, left, height, width], axis=1).astype(np.int32)
 
 
-def _largest_centred(heights, widths, aspect):
+def _largest_centred(
+    heights: np.ndarray, widths: np.ndarray, aspect: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width of the largest crop of each image whose aspect is allowed: int64 [n] each."""
     ratio = widths / heights
     height = np.where(ratio < aspect[0], np.rint(widths / aspect[0]), heights)
     width = np.where(ratio > aspect[1], np.rint(heights * aspect[1]), widths)
@@ -126,7 +129,7 @@ def flips(u: np.ndarray, config: AugmentConfig) -> np.ndarray:
 
 
 class Op(enum.IntEnum):
-    """What is done to a cropped image: timm's increasing RandAugment and more; NONE where the gate left it out."""
+    """An operation on a cropped image: timm's increasing RandAugment and more; NONE where the gate left it out."""
 
     NONE = 0
     AUTO_CONTRAST = 1
@@ -142,7 +145,7 @@ class Op(enum.IntEnum):
     SHARPNESS = 11
     SHEAR_X = 12  # argument: source x grows by this much a row
     SHEAR_Y = 13
-    TRANSLATE_X = 14  # argument: share of the width
+    TRANSLATE_X = 14  # argument: fraction of the width
     TRANSLATE_Y = 15
     GAUSSIAN_BLUR = 16  # argument: radius, the standard deviation in pixels; not one of RandAugment's
 
@@ -151,11 +154,11 @@ NUM_OPS = 15  # RandAugment's: AUTO_CONTRAST to TRANSLATE_Y
 _Argument = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _no_argument(m, sign):
+def _no_argument(m: np.ndarray, sign: np.ndarray) -> np.ndarray:
     return np.zeros_like(m)
 
 
-def _enhance(m, sign):
+def _enhance(m: np.ndarray, sign: np.ndarray) -> np.ndarray:
     return np.maximum(0.1, 1.0 + sign * (m / 10.0) * 0.9)
 
 
@@ -163,7 +166,8 @@ def _signed(full_scale: float) -> _Argument:
     return lambda m, sign: sign * (m / 10.0) * full_scale
 
 
-# op -> its argument at magnitude m (0 to 10) and sign (+1 or -1). Source: LEVEL_TO_ARG in timm.data.auto_augment.
+# These functions give an operation's argument at magnitude m (0 to 10) and sign (+1 or -1).
+# Source: LEVEL_TO_ARG in timm.data.auto_augment.
 _ARGUMENTS: dict[Op, _Argument] = {
     Op.NONE: _no_argument,
     Op.AUTO_CONTRAST: _no_argument,
@@ -190,7 +194,7 @@ def randaugment_draws(config: AugmentConfig) -> int:
 
 
 def randaugment(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Which operations are applied, and their arguments.
+    """Draw the operations of each image, and their arguments.
 
     Args:
       u: uniforms [n, randaugment_draws(config)].
@@ -199,11 +203,11 @@ def randaugment(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.nd
       args: float32 [n, randaugment_ops], the argument of each as `Op` describes it.
     Source: timm.data.auto_augment, 'rand-m7-mstd0.5-inc1' and its like.
     """
-    # draws: [n, ops, 5]
+    # The shape is [n, ops, 5].
     draws = u[:, : config.randaugment_ops * _OP_DRAWS].reshape(len(u), config.randaugment_ops, _OP_DRAWS)
     ops = 1 + (draws[..., 0] * NUM_OPS).astype(np.uint8)
     ops[draws[..., 1] >= config.randaugment_prob] = Op.NONE
-    # Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite
+    # This is Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite.
     normal = np.sqrt(-2.0 * np.log1p(-draws[..., 2])) * np.cos(2.0 * np.pi * draws[..., 3])
     magnitude = np.clip(config.randaugment_magnitude + config.randaugment_std * normal, 0.0, MAX_MAGNITUDE)
     sign = np.where(draws[..., 4] < 0.5, -1.0, 1.0)
@@ -218,7 +222,7 @@ class _Stage(NamedTuple):
     """A few columns of operations.
 
     Attributes:
-      stream: that its uniforms come from.
+      stream: the stream of its uniforms.
       num_ops: columns under a configuration; 0 where the stage is off.
       num_draws: uniforms a position, a multiple of 4.
       draw: uniforms [n, num_draws] -> ops uint8 [n, num_ops], args float32 [n, num_ops].
@@ -263,11 +267,11 @@ def color_jitters(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.
     return ops, (low + (high - low) * u[:, 1:4]).astype(np.float32)
 
 
-# From left to right, in the order in which they are carried out.
+# The stages stand in the order in which they are carried out.
 _STAGES = (
     _Stage(Stream.RANDAUGMENT, lambda config: config.randaugment_ops, randaugment_draws, randaugment),
     _Stage(Stream.THREE_AUGMENT, lambda config: int(config.three_augment), lambda config: 4, three_augments),
-    _Stage(Stream.COLOR_JITTER, lambda config: 3 * (config.color_jitter > 0), lambda config: 4, color_jitters),
+    _Stage(Stream.COLOR_JITTER, lambda config: 3 if config.color_jitter > 0 else 0, lambda config: 4, color_jitters),
 )
 
 
@@ -303,7 +307,7 @@ def erasures(u: np.ndarray, image_size: int, config: AugmentConfig) -> np.ndarra
     tries = u[:, 1 : 1 + 2 * ERASE_TRIES].reshape(-1, ERASE_TRIES, 2)
     area = (0.02 + (1 / 3 - 0.02) * tries[..., 0]) * image_size**2
     aspect = np.exp(np.log(0.3) * (1.0 - 2.0 * tries[..., 1]))
-    # [n, tries]; rint is Python's round: half to even
+    # The shape is [n, tries]. Like Python's round, rint rounds half to even.
     height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (height < image_size) & (width < image_size)
     row, first = np.arange(len(u)), fits.argmax(axis=1)
@@ -323,7 +327,7 @@ def mixes(u: np.ndarray, image_size: int, config: AugmentConfig) -> tuple[np.nda
       u: uniforms [n, MIX_DRAWS].
       image_size: side of the square image, pixels.
     Returns:
-      lam: float32 [n], the share of the image's own label. For CutMix 1 - (area of the clipped box) / (image area).
+      lam: float32 [n], the weight of the image's own label. For CutMix 1 - (area of the clipped box) / (image area).
       box: int32 [n, 4], top, left, height, width of the part that comes from the partner; empty means mixup with lam
         (no mixing at all is mixup with lam 1).
     Source: timm.data.mixup.Mixup, mode 'batch', correct_lam.
@@ -335,7 +339,7 @@ def mixes(u: np.ndarray, image_size: int, config: AugmentConfig) -> tuple[np.nda
     for chosen, alpha in ((mixed & ~cutmix, config.mixup_alpha), (mixed & cutmix, config.cutmix_alpha)):
         if alpha > 0:
             lam[chosen] = beta_quantile(u[chosen, 2], alpha)
-    # half of the box's side on each side of the centre, cut off at the border
+    # Half of the box's side lies on each side of the centre, cut off at the border.
     half = (image_size * np.sqrt(1.0 - lam)).astype(np.int64) // 2
     half[~(mixed & cutmix)] = 0
     row, column = ((u[:, i] * image_size).astype(np.int64) for i in (3, 4))
@@ -348,7 +352,7 @@ def mixes(u: np.ndarray, image_size: int, config: AugmentConfig) -> tuple[np.nda
 
 
 def beta_quantile(u: np.ndarray, alpha: float) -> np.ndarray:
-    """Quantiles of the symmetric Beta(alpha, alpha) distribution: one uniform gives one draw.
+    """Quantiles of the symmetric Beta(alpha, alpha) distribution, so one uniform gives one draw.
 
     Args:
       u: float64 in [0, 1).

@@ -1,7 +1,7 @@
-"""The order of an epoch: which image each of its entries is. Pure functions of (seed, epoch, entry); numpy only.
+"""The order of the images in an epoch, as pure functions of (seed, epoch, entry) in NumPy.
 
-An entry is a place in the epoch's order, 0 <= entry < number of images. No order is ever held: an entry costs the same
-at the start of an epoch and deep inside one, whatever the number of images.
+An entry is an index into the epoch's order, 0 <= entry < number of images. No order is ever held in memory: an entry
+costs the same at the start of an epoch and deep inside one, whatever the number of images.
 """
 
 import bisect
@@ -45,19 +45,20 @@ def window_order(seed: int, epoch: int, starts: np.ndarray, window_shards: int, 
     """
     num_shards = len(starts) - 1
     shards = _shard_order(seed, epoch, num_shards)
-    # places: [shards + 1], the first place of each shard in the epoch's order, and the number of all places
-    places = np.concatenate([[0], np.cumsum(np.diff(starts)[shards])])
-    window = (np.searchsorted(places, entry, side="right") - 1) // window_shards
-    place = np.empty(len(entry), dtype=np.int64)
+    # The first entry of each shard in the epoch's order, and the number of all entries at the end: [shards + 1].
+    firsts = np.concatenate([[0], np.cumsum(np.diff(starts)[shards])])
+    window = (np.searchsorted(firsts, entry, side="right") - 1) // window_shards
+    shuffled = np.empty(len(entry), dtype=np.int64)
     for w in np.unique(window).tolist():
-        first, stop = places[w * window_shards], places[min((w + 1) * window_shards, num_shards)]
+        first, stop = firsts[w * window_shards], firsts[min((w + 1) * window_shards, num_shards)]
         inside = window == w
-        shuffled = rng.permute(seed, Stream.WINDOW_ORDER, epoch, int(stop - first), entry[inside] - first, part=w)
-        place[inside] = first + shuffled
-    shard = np.searchsorted(places, place, side="right") - 1
-    return starts[shards[shard]] + place - places[shard]
+        offset = rng.permute(seed, Stream.WINDOW_ORDER, epoch, int(stop - first), entry[inside] - first, part=w)
+        shuffled[inside] = first + offset
+    shard = np.searchsorted(firsts, shuffled, side="right") - 1
+    return starts[shards[shard]] + shuffled - firsts[shard]
 
 
-@functools.lru_cache(maxsize=2)  # the steps of an epoch ask for the same, and a reader may be an epoch ahead
+# All steps of an epoch ask for the same order, and a reader may be an epoch ahead.
+@functools.lru_cache(maxsize=2)
 def _shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
     return rng.permute(seed, Stream.SHARD_ORDER, epoch, num_shards, np.arange(num_shards))

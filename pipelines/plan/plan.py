@@ -1,8 +1,8 @@
-"""The plan: what every position of a run sees, as a pure function. Numpy only, no I/O, no state.
+"""The plan: what every position of a run sees, as a pure function. NumPy only, no I/O, no state.
 
 A position counts samples since the run began. Step s covers positions [s * G, (s + 1) * G) of the global batch G; an
-epoch has len(index) // G steps, and what is left over is dropped. A global batch is made of groups of `mix_group`
-positions, which share one mixing draw and are mixed with themselves reversed.
+epoch has len(index) // G steps, and the images that are left over are dropped. A global batch is made of groups of
+`mix_group` positions, which share one mixing draw and are mixed with themselves reversed.
 """
 
 import dataclasses
@@ -10,77 +10,28 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.common.settings import setting, values_in_old_plans
 from pipelines.plan import draws, order, rng
+from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import AugmentConfig
+from pipelines.plan.explain import explain, explain_mix
 from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex
 
-PLAN_VERSION = 1  # of this file's, order.py's and augment.py's arithmetic: a run does not go on with another
-# Evaluation looks at the middle of longer images: at the usual 235 px a JPEG of 65,500 x 1 would become one of 11 GB.
-LONGEST = 100  # short sides
-LARGEST_SIDE = 4096  # of an image, pixels: far above any of timm's, and a batch of larger ones fits no memory
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """What a pipeline carries out for B consecutive positions.
-
-    The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
-    `image_size` at `window`, flip, the operations from left to right, fill the box `erase`. Mixing follows in the
-    training step.
-
-    Attributes:
-      position: of the first row.
-      image_size: side of the square output, pixels.
-      interpolation: filter of the resize, bicubic or bilinear, antialiased.
-      fill: RGB that geometric operations put where the source has no pixel, and erasing everywhere in its box.
-      mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
-      sample: int32 [B], row of the ShardIndex.
-      crop: int32 [B, 4], top, left, height, width in source pixels.
-      resize: int32 [B, 2], height and width that the crop is resized to.
-      window: int32 [B, 2], top and left of the window in the resized crop.
-      flip: bool [B].
-      ops: uint8 [B, L], values of augment.Op.
-      args: float32 [B, L], their arguments.
-      erase: int32 [B, 4], top, left, height, width of what becomes the fill colour at last; zeros erase nothing.
-      lam: float32 [B], share of the row's own label after mixing.
-      box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
-      valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
-      windowed: whether there is a window to cut out at all; without, every crop is resized to the output's size.
-    """
-
-    position: int
-    image_size: int
-    interpolation: str
-    fill: tuple[int, int, int]
-    mix_group: int
-    sample: np.ndarray
-    crop: np.ndarray
-    resize: np.ndarray
-    window: np.ndarray
-    flip: np.ndarray
-    ops: np.ndarray
-    args: np.ndarray
-    erase: np.ndarray
-    lam: np.ndarray
-    box: np.ndarray
-    valid: np.ndarray
-    windowed: bool
-
-    def __len__(self) -> int:
-        return len(self.sample)
-
-    def split(self, size: int) -> Iterator["BatchPlan"]:
-        """The same rows, `size` at a time: the fixed cost of planning is paid once for all of them."""
-        columns = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        for start in range(0, len(self), size):
-            part = {name: value[start : start + size] for name, value in columns.items()}
-            yield dataclasses.replace(self, position=self.position + start, **part)
+# Version of the arithmetic in this file, order.py and draws.py. Checkpoints of another version are refused.
+PLAN_VERSION = 1
+# Evaluation looks at the middle of images that are longer than this many of their short sides. At the usual 235 px a
+# JPEG of 65,500 x 1 would become one of 11 GB.
+LONGEST = 100
+# The largest side of an output image, pixels: far above any of timm's, and a batch of larger ones fits no memory.
+LARGEST_SIDE = 4096
+IMAGENET_MEAN_RGB = (124, 116, 104)  # the colour that ImageNet's usual normalisation maps to nearly zero
+_PLANNED_ROWS = 1024  # Small batches are planned together: NumPy takes as long for a few rows as for a thousand.
 
 
 SizeSchedule = Sequence[tuple[int, int]]
@@ -93,28 +44,37 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
       UserError: the first epoch is not 0, epochs do not increase, or a size is not in [1, LARGEST_SIDE].
     """
     pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
-    where = f"data.image_size is {image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]}"
-    if not pairs:
-        raise UserError(f"{where}; it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]")
-    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
-        raise UserError(f"{where}; the epochs of its [epoch, size] pairs must increase")
-    if pairs[0][0] != 0:
-        raise UserError(f"{where}; the first [epoch, size] must be of epoch 0")
-    if any(size < 1 for _, size in pairs):
-        raise UserError(f"{where}; a size must be at least 1")
-    if any(size > LARGEST_SIDE for _, size in pairs):
-        raise UserError(f"{where}; a size must be at most {LARGEST_SIDE}")
+    if reason := _size_error(pairs):
+        shown = image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]
+        raise UserError(f"image_size is {shown}; {reason}", argument="image_size")
     return pairs
+
+
+def _size_error(pairs: SizeSchedule) -> str:
+    if not pairs:
+        return "it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]"
+    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
+        return "the epochs of its [epoch, size] pairs must increase"
+    if pairs[0][0] != 0:
+        return "the first [epoch, size] must be of epoch 0"
+    if any(size < 1 for _, size in pairs):
+        return "a size must be at least 1"
+    if any(size > LARGEST_SIDE for _, size in pairs):
+        return f"a size must be at most {LARGEST_SIDE}"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """The training set, augmented, as a function of the position.
 
+    `plan[5]` and `plan[100:200]` are the rows of any positions. Where they hold only a part of a mixing group, they
+    come with their partners, which lie in the rest of the group.
+
     Attributes:
       index: the images.
       augment: the recipe.
-      seed: of everything that is drawn.
+      seed: 0 <= seed < 2**64; everything that is drawn depends on it.
       global_batch: positions a step, over all ranks; a multiple of augment.mix_group.
       image_size: side of the square training image, pixels; or (epoch, size) pairs as for `size_schedule`.
       fill: see BatchPlan.
@@ -125,28 +85,29 @@ class TrainPlan:
     """
 
     index: ShardIndex
-    augment: AugmentConfig
-    seed: int
-    global_batch: int
-    image_size: int | SizeSchedule
-    fill: tuple[int, int, int]
+    augment: AugmentConfig = AugmentConfig()
+    seed: int = 0
+    global_batch: int = 1024
+    image_size: int | SizeSchedule = 224
+    fill: tuple[int, int, int] = IMAGENET_MEAN_RGB
     window_shards: int = setting(0, in_old_plans=0)
 
     def __post_init__(self):
         size_schedule(self.image_size)
         group = self.augment.mix_group
         if self.global_batch < 1 or self.global_batch % group:
-            raise UserError(
-                f"run.global_batch is {self.global_batch}; it must be a multiple of augment.mix_group, {group}"
-            )
+            reason = f"it must be a multiple of augment.mix_group, {group}"
+            raise UserError(f"global_batch is {self.global_batch}; {reason}", argument="global_batch")
         if len(self.index) < self.global_batch:
             raise UserError(
-                f"the training set has {len(self.index)} images, fewer than one global batch of {self.global_batch}: "
-                "lower run.global_batch (and augment.mix_group), or use more images"
+                f"global_batch: the training set has {len(self.index)} images, fewer than one global batch of "
+                f"{self.global_batch}: lower it (and augment.mix_group), or use more images",
+                argument="global_batch",
             )
 
     @property
     def steps_per_epoch(self) -> int:
+        """Steps of an epoch; the images that are left over after the last one are dropped."""
         return len(self.index) // self.global_batch
 
     def image_size_at(self, epoch: int) -> int:
@@ -205,6 +166,58 @@ class TrainPlan:
             valid=np.ones(num, dtype=bool),
             windowed=False,
         )
+
+    def __getitem__(self, positions: int | slice) -> BatchPlan:
+        """The rows of a position or of consecutive ones. Unlike for `rows`, they need not be whole groups."""
+        start, stop = _range(positions)
+        group = self.augment.mix_group
+        first = start // group * group
+        whole = self.rows(first, -(-stop // group) * group)
+        if len(whole) == stop - start:
+            return whole
+        rows = np.arange(start - first, stop - first)
+        whole = dataclasses.replace(whole, mix_group=0)
+        return dataclasses.replace(whole.take(rows, start), partners=whole.take(self.partner(rows), first))
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("a plan has no end; take plan[start:stop], or plan.batches(start_step, stop_step)")
+
+    def partner(self, positions: np.ndarray) -> np.ndarray:
+        """The position that each position is mixed with: the groups reversed. Same shape."""
+        group = self.augment.mix_group
+        return positions // group * group + group - 1 - positions % group
+
+    def batches(
+        self, start_step: int, stop_step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int | None = None
+    ) -> Iterator[BatchPlan]:
+        """The global batches [start_step, stop_step), or one rank's slice of each.
+
+        The ranks' slices lie one after the other in the global batch, so any number of ranks carries out the same plan.
+
+        Args:
+          rank, ranks: whose slice it is, and of how many.
+          micro_batch: rows at a time, a divisor of the slice; the slice by default.
+        Raises:
+          UserError: the ranks cannot divide the groups equally.
+        """
+        rows, rest = divmod(self.global_batch, ranks)
+        if rest or rows % self.augment.mix_group:
+            groups = self.global_batch // self.augment.mix_group
+            raise UserError(f"ranks is {ranks}; {groups} groups cannot be divided among them equally", argument="ranks")
+        # The slices of one rank alone are without gaps, so several steps of an epoch can be planned together.
+        together = max(1, _PLANNED_ROWS // self.global_batch) if ranks == 1 else 1
+        step = start_step
+        while step < stop_step:
+            end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+            num_steps = min(together, end_of_epoch - step, stop_step - step)
+            first = step * self.global_batch + rank * rows
+            yield from self.rows(first, first + num_steps * rows).split(micro_batch or rows)
+            step += num_steps
+
+    def explain(self, position: int) -> str:
+        """What a position sees, in words: image, crop, flip, operations with arguments, mixing and partner."""
+        rows, partner = self[position], int(self.partner(np.array(position)))
+        return "\n".join([*explain(rows, self.index), explain_mix(rows, self.index, partner)])
 
     def _erasures(self, start: int, stop: int, image_size: int) -> np.ndarray:
         if not self.augment.erase_prob:
@@ -268,18 +281,29 @@ class EvalPlan:
       image_size: side of the square crop, pixels.
       crop_pct: an image is resized to floor(image_size / crop_pct) pixels before the crop.
       interpolation: of the resize, the model's own.
-      crop_mode: which side is resized to so many pixels: center the short one, squash both.
+      crop_mode: the side that is resized: center resizes the short one, squash both.
     Source: timm.data.transforms_factory.transforms_imagenet_eval.
     """
 
     index: ShardIndex
-    image_size: int
-    crop_pct: float
-    interpolation: str
+    image_size: int = 224
+    crop_pct: float = 0.95
+    interpolation: str = "bicubic"
     crop_mode: str = "center"
 
+    def __getitem__(self, positions: int | slice) -> BatchPlan:
+        """As `rows`, of a position or of consecutive ones."""
+        return self.rows(*_range(positions))
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError("take plan[start:stop]; positions beyond the last image are filled up")
+
+    def explain(self, position: int) -> str:
+        """What a position sees, in words: image, resized part and window."""
+        return "\n".join(explain(self[position], self.index))
+
     def first(self, count: int) -> "EvalPlan":
-        """The plan of the first `count` images, or of all if there are not as many."""
+        """The plan of the first `count` images, or of all images if there are fewer."""
         return dataclasses.replace(self, index=dataclasses.replace(self.index, samples=self.index.samples[:count]))
 
     def rows(self, start: int, stop: int) -> BatchPlan:
@@ -318,18 +342,28 @@ class EvalPlan:
 
 
 def _middle(height: np.ndarray, width: np.ndarray, crop_mode: str) -> np.ndarray:
-    """Boxes of what is resized, int64 [n, 4]: the whole image, or its middle where it is very long."""
+    """The part of each image that is resized, int64 [n, 4]: all of it, or its middle where it is very long."""
     longest = LONGEST * np.minimum(height, width)
-    if crop_mode == "squash":  # makes a square of any image
+    if crop_mode == "squash":  # This makes a square of any image.
         longest = np.maximum(height, width)
     seen = np.minimum(height, longest), np.minimum(width, longest)
     return np.stack([(height - seen[0]) // 2, (width - seen[1]) // 2, *seen], axis=1)
 
 
 def _scaled(side: np.ndarray, other: np.ndarray, short: int) -> np.ndarray:
-    """A side's length after the shorter of the two became `short` pixels; the longer is rounded down."""
+    """A side's length after the shorter of the two became `short` pixels; the longer one is rounded down."""
     return np.where(side <= other, short, short * side // other)
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _range(positions: int | slice) -> tuple[int, int]:
+    """Start and stop of an index into a plan. Raises an IndexError unless it is a position or consecutive ones."""
+    if not isinstance(positions, slice):
+        positions = slice(positions, positions + 1)
+    start, stop = 0 if positions.start is None else positions.start, positions.stop
+    if stop is None or positions.step not in (None, 1) or not 0 <= start < stop:
+        raise IndexError(f"positions [{start}, {stop}): give a start of at least 0, a larger stop, and no step")
+    return int(start), int(stop)

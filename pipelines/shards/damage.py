@@ -1,4 +1,4 @@
-"""Encoded images that a decoder can be given without a second thought: damaged ones are noticed and replaced."""
+"""Reads encoded images, verifies them, and replaces damaged ones by mid-gray."""
 
 import errno
 import io
@@ -16,16 +16,17 @@ from pipelines.shards.jpeg import check_scans, read_jpeg_header
 from pipelines.shards.reader import ShardReader
 
 MID_GRAY = 128
-_PAUSES_S = (0.1, 1.0)  # before a read that failed is tried again
+_PAUSES_S = (0.1, 1.0)  # A read that failed is tried again after each of these pauses.
+OnDamage = Callable[[int, str], None]  # It is called with a sample that is replaced, and what is wrong with it.
 
 
-def raise_on_damage(index: ShardIndex) -> Callable[[int, str], None]:
-    """For pipelines whose user wants no gray images: an `on_bad` that raises a UserError which names the sample."""
+def raise_on_damage(index: ShardIndex) -> OnDamage:
+    """For pipelines whose user wants no gray images: an `on_damage` that raises a UserError which names the sample."""
 
-    def refuse(sample: int, error: str) -> None:
-        raise UserError(f"{index.name(sample)}: {error}. Restore the shard: 'tools/shard_imagenet.py verify' checks it")
+    def raise_error(sample: int, error: str) -> None:
+        raise UserError(f"{index.name(sample)}: {error}. Restore the shard", help_with="checking")
 
-    return refuse
+    return raise_error
 
 
 def open_with_pil(content: np.ndarray | bytes) -> Image.Image:
@@ -44,7 +45,7 @@ def open_with_pil(content: np.ndarray | bytes) -> Image.Image:
 
 
 def decode_with_pil(encoded: np.ndarray | bytes) -> Image.Image:
-    """RGB pixels as stored: EXIF orientation is not applied. What other decoders are held to."""
+    """RGB pixels as stored: EXIF orientation is not applied. Other decoders are compared with these."""
     return open_with_pil(encoded).convert("RGB")
 
 
@@ -58,19 +59,19 @@ def lossless(pixels: np.ndarray) -> np.ndarray:
 class CheckedReader:
     """The encoded image of each sample; mid-gray of the same size for a sample that is damaged.
 
-    A sample is damaged if its bytes do not have the checksum of the index, if PIL cannot decode them (looked at where
-    the dataset was made without an audit), if it has another size than the index says, or if the storage fails on it
-    again and again. So it depends on what is stored, and neither on the crop nor on the batch or the run that first
-    meets the sample. It is looked at when a sample is first read. Safe to call from several threads.
+    A sample is damaged if its bytes do not have the checksum of the index, if PIL cannot decode them (this is tried
+    where the dataset was made without an audit), if it has another size than the index says, or if the storage fails
+    on it again and again. So damage depends on what is stored, and neither on the crop nor on the batch or the run
+    that first meets the sample. A sample is checked when it is first read. Safe to call from several threads.
 
     Args:
       index: where the samples lie.
-      on_bad: told (sample, what is wrong) once for each sample that is replaced.
+      on_damage: called with (sample, what is wrong) once for each sample that is replaced.
     """
 
-    def __init__(self, index: ShardIndex, on_bad: Callable[[int, str], None]):
+    def __init__(self, index: ShardIndex, on_damage: OnDamage):
         self._index = index
-        self._on_bad = on_bad
+        self._on_damage = on_damage
         self._reader = ShardReader(index)
         self._intact = np.zeros(len(index), dtype=bool)
         self._replaced: dict[int, np.ndarray] = {}
@@ -89,12 +90,13 @@ class CheckedReader:
         self._reader.will_need(samples)
 
     def is_replaced(self, sample: int) -> bool:
-        """Whether `read` gives something else than the stored bytes."""
+        """Return whether `read` gives something else than the stored bytes."""
         return sample in self._replaced
 
     def reject(self, sample: int, error: str, pixels: np.ndarray | None = None) -> None:
-        """From now on `read` gives `pixels`, uint8 [height, width, 3], for the sample; mid-gray if there are none.
-        A sample that was replaced before stays as it is.
+        """Let `read` give `pixels`, uint8 [height, width, 3], for the sample from now on; mid-gray if there are none.
+
+        A sample that was replaced before keeps its replacement.
         """
         if pixels is None:
             row = self._index.samples[sample]
@@ -104,7 +106,7 @@ class CheckedReader:
             if sample in self._replaced:
                 return
             self._replaced[sample] = encoded
-        self._on_bad(sample, error)
+        self._on_damage(sample, error)
 
     def _read(self, sample: int) -> np.ndarray:
         if sample not in self._replaced and (content := self._stored(sample)) is not None:
@@ -113,42 +115,46 @@ class CheckedReader:
 
     def _stored(self, sample: int) -> np.ndarray | None:
         """The stored bytes; None after they were found damaged."""
+        content = self._content(sample)
+        if content is not None and not self._intact[sample]:
+            if damage := self._damage(sample, content):
+                return self.reject(sample, damage)
+            self._intact[sample] = True
+        return content
+
+    def _content(self, sample: int) -> np.ndarray | None:
+        """The stored bytes, not checked; None after the storage has failed on them again and again."""
         for pause_s in (*_PAUSES_S, None):
             try:
-                (content,) = self._reader.read(np.array([sample]))
-                break
+                return self._reader.read(np.array([sample]))[0]
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise UserError(f"{self._index.name(sample)}: cannot be read ({error.strerror})") from error
                 if pause_s is None:
                     return self.reject(sample, f"cannot be read ({error.strerror})")
                 time.sleep(pause_s)
-        if not self._intact[sample]:
-            if damage := self._damage(sample, content):
-                return self.reject(sample, damage)
-            self._intact[sample] = True
-        return content
 
     def _damage(self, sample: int, content: np.ndarray) -> str:
         """What is wrong with a sample's bytes, '' if nothing is."""
         row = self._index.samples[sample]
-        if (found := zlib.crc32(content)) != (expected := int(row["crc32"])):
+        if (found := zlib.crc32(content.data)) != (expected := int(row["crc32"])):
             return f"its bytes have changed (crc32 {found:08x}, the index has {expected:08x})"
         try:
             if self._index.audited:
                 check_scans(bytes(content))
             else:
-                decode_with_pil(content)  # which looks at the scans as well
+                decode_with_pil(content)  # This looks at the scans as well.
             height, width = _size_of(content)
-        except Exception as error:  # damaged bytes bring PIL to raise nearly anything
+        except Exception as error:  # Damaged bytes bring PIL to raise nearly anything.
             return f"cannot be decoded ({error})"
-        if (height, width) != (row["height"], row["width"]):  # the plan's crops are for the index's size
+        if (height, width) != (row["height"], row["width"]):  # The plan's crops are for the index's size.
             return f"is {height} x {width}, the index says {row['height']} x {row['width']}"
         return ""
 
 
 def _size_of(content: np.ndarray) -> tuple[int, int]:
     """Height and width of an encoded image, by its header. Raises nearly anything if the bytes are no image."""
-    if header := read_jpeg_header(memoryview(content)):  # takes an eighth of PIL's time
+    if header := read_jpeg_header(content.data):  # This takes an eighth of PIL's time.
         return header.height, header.width
-    return open_with_pil(content).size[::-1]
+    width, height = open_with_pil(content).size
+    return height, width

@@ -1,4 +1,4 @@
-"""This module reads the header of a JPEG and counts its scans, without a decoder."""
+"""Reads the header of a JPEG and counts its scans, without a decoder."""
 
 import dataclasses
 import re
@@ -10,7 +10,8 @@ MAX_SCANS = 200
 # Baseline, extended sequential and progressive Huffman coding; GPU decoders have no arithmetic or lossless coding.
 _PLAIN_FRAMES = {0xC0, 0xC1, 0xC2}
 _START_OF_SCAN = b"\xff\xda"
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or of the end; not those that stand alone
+# The markers of segments and of the end, without those that stand alone.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_jpeg_header(content: bytes | memoryview) -> JpegHeader | None:
         if content[position] != 0xFF:
             return None
         marker = content[position + 1]
-        if marker == 0xFF:  # a fill byte
+        if marker == 0xFF:  # This is a fill byte.
             position += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = (int.from_bytes(content[position + i : position + i + 2], "big") for i in (5, 7))
@@ -62,7 +63,7 @@ def _num_scans(content: bytes) -> int:
     scans, position = 0, 2
     while found := _MARKER.search(content, position):
         marker = found[0][1]
-        if marker == 0xD9:  # the end of the image
+        if marker == 0xD9:  # The image ends here.
             break
         scans += marker == _START_OF_SCAN[1]
         position = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
@@ -70,5 +71,5 @@ def _num_scans(content: bytes) -> int:
 
 
 def is_plain(header: JpegHeader | None) -> bool:
-    """Whether it is of a JPEG that every decoder reads alike: RGB or grayscale, baseline or progressive."""
+    """Return whether every decoder reads a JPEG with this header alike: RGB or grayscale, baseline or progressive."""
     return header is not None and header.frame in _PLAIN_FRAMES and header.components in (1, 3)

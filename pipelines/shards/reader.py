@@ -1,24 +1,22 @@
-"""Bytes from shards, and work done ahead in the background."""
+"""Reads the bytes of samples from shards."""
 
-import collections
 import errno
 import os
-import queue
 import resource
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex
 
-PLANS_AHEAD = 8  # micro-batches whose bytes are asked for: the recipe's step on one rank
-_OTHER_FILES = 512  # that the rest of the process may open; half of the limit, where that is less
-_allowed = 0  # files that all readers together may keep open
+# File descriptors that are left to the rest of the process; half of the limit, where that is less.
+_OTHER_FILES = 512
+# File descriptors that all readers of the process together may keep open. The limit is the process's, and so is this.
+_allowed = 0
 
 
 class ShardReader:
@@ -36,7 +34,8 @@ class ShardReader:
         self._index = index
         self._files: list[int | None] = [None] * len(index.paths)
         self._lock = threading.Lock()
-        self._room = _allow_open_files(len(index.paths))  # files that may still stay open
+        # The number of files that may still stay open.
+        self._room = _allow_open_files(len(index.paths))
         weakref.finalize(self, _close, self._files, self._room)
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
@@ -63,7 +62,7 @@ class ShardReader:
         try:
             done = 0
             while done < nbytes:
-                count = os.preadv(file, [content[done:]], offset + done)
+                count = os.preadv(file, [content.data[done:]], offset + done)
                 if count == 0:
                     raise UserError(
                         f"{self._index.paths[shard]}: the index names bytes [{offset}, {offset + nbytes}), "
@@ -79,15 +78,15 @@ class ShardReader:
         if (opened := self._files[shard]) is not None:
             return opened
         with self._lock:
-            if self._files[shard] is not None:
-                return self._files[shard]
+            if (opened := self._files[shard]) is not None:  # Another thread was faster.
+                return opened
             path = self._index.paths[shard]
             try:
                 file = os.open(path, os.O_RDONLY)
             except OSError as error:
                 more = ". Allow more open files: 'ulimit -n 4096'" if error.errno == errno.EMFILE else ""
                 raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from error
-            # Samples are read in random order; what is needed is asked for in `will_need`.
+            # Samples are read in random order, and `will_need` asks for those that are needed.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
             if self._room:
                 self._room -= 1
@@ -130,71 +129,3 @@ def _allow_open_files(num: int) -> int:
     room = num if soft >= needed else max(0, min(num, left // 2))
     _allowed += room
     return room
-
-
-T = TypeVar("T")
-
-
-def look_ahead(items: Iterable[T], depth: int, announce: Callable[[T], None]) -> Iterator[T]:
-    """The items, each announced `depth` items before its turn (the first ones at once)."""
-    waiting: collections.deque[T] = collections.deque()
-    for item in items:
-        announce(item)
-        waiting.append(item)
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    while waiting:
-        yield waiting.popleft()
-
-
-class _End:
-    """Closes the queue; carries the error that ended the work, if one did."""
-
-    def __init__(self, error: BaseException | None = None):
-        self.error = error
-
-
-def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The items, made in a background thread up to `depth` ahead of their use.
-
-    Order and values are those of the plain loop; an exception comes out where the item would have. Closing the
-    generator stops the thread after the item it is working on.
-    """
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        iterator = iter(items)
-        try:
-            for item in iterator:
-                put(item)
-                if stop.is_set():
-                    break
-            put(_End())
-        except BaseException as error:
-            put(_End(error))
-        finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        error, item = item.error, None  # the end and this frame would keep the error alive, and it them
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
-    finally:
-        stop.set()
-        thread.join()

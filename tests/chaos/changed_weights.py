@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.state.checkpoint import digest_of
+from trainer.models.checkpoint_format import digest_of
 
 
 def words(function: Callable) -> str:
@@ -155,12 +155,12 @@ def harmful(content: dict, chance: random.Random) -> str:
 
 
 def cut_off(file: Path, chance: random.Random) -> None:
-    """A file that is cut off."""
+    """A truncated file."""
     os.truncate(file, chance.randrange(file.stat().st_size))
 
 
 def byte_changed(file: Path, chance: random.Random) -> None:
-    """A file with bytes that were changed, near its ends or somewhere."""
+    """A file with changed bytes, near its ends or anywhere."""
     content = bytearray(file.read_bytes())
     for _ in range(chance.choice([1, 1, 4])):
         place = chance.choice([chance.randrange(len(content)), chance.randrange(500), -chance.randrange(1, 500)])
@@ -169,17 +169,17 @@ def byte_changed(file: Path, chance: random.Random) -> None:
 
 
 def packed(file: Path, _chance: random.Random) -> None:
-    """An archive whose records are compressed, and larger by far than they were."""
+    """An archive with compressed records that are far larger than before."""
     _rewrite(file, lambda name, old: old + bytes(1 << 22) if "/data/" in name else old, zipfile.ZIP_DEFLATED)
 
 
 def claiming(file: Path, _chance: random.Random) -> None:
-    """A tensor that is said to have more values than its record holds."""
+    """A tensor that claims more values than its record holds."""
     _rewrite(file, lambda name, old: _claim(10**9) if name.endswith("data.pkl") else old)
 
 
 def deep(file: Path, _chance: random.Random) -> None:
-    """Lists in lists, 5,000 of them."""
+    """Lists nested 5,000 deep."""
     nested = b"\x80\x02" + b"]" * 5_000 + b"a" * 4_999 + b"."
     _rewrite(file, lambda name, old: nested if name.endswith("data.pkl") else old)
 

@@ -22,18 +22,19 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from support.processes import without_workers
 from tools import average, evaluate, export, predict
 from tools.lib.compare import candidates
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
+from trainer.models.checkpoint_format import digest_of
 from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher
-from trainer.state.checkpoint import digest_of, to_host
+from trainer.state.host_copy import to_host
 
 PROMISE = (
-    "Checkpoints, best.pt, exported folders and plain files of weights in which a field is absent, of another type, of "
-    "another shape, not finite or huge, which are cut off or changed, or made to exhaust the memory, end every command "
-    "that reads them in one line, or do no harm: a run that resumes ends bit-equal, and a model has the weights of the "
-    "unchanged file."
+    "Checkpoints, best.pt, exported folders and plain files of weights are changed: a field is absent, of another "
+    "type, of another shape, not finite or huge; the file is truncated, has changed bytes, or would exhaust the "
+    "memory. Every command that reads such a file ends in one line, or the change does no harm: a resumed run ends "
+    "bit-equal, and a model has the weights of the unchanged file."
 )
 NAME, SIZE, STEPS = "test_resnet", 32, 3
 SETTINGS = [

@@ -33,6 +33,11 @@ FAULTS: dict[str, tuple[ModuleType, int]] = {
     "reports": (reports, 600),
 }
 
+INTRODUCTION = (
+    "Each attempt breaks something at random and runs commands on it. It holds if the promise of its section is kept. "
+    "`make chaos` makes all attempts and writes this page; `make test` makes a few of each kind."
+)
+
 
 @dataclasses.dataclass
 class Tally:
@@ -67,7 +72,9 @@ def to_markdown(tallies: dict[str, Tally], seed: int) -> str:
     held = sum(tally.held.total() for tally in tallies.values())
     minutes = sum(tally.elapsed_s for tally in tallies.values()) / 60
     lines = [
-        "# Faults",
+        "# Fault injection",
+        "",
+        INTRODUCTION,
         "",
         f"Made by `python tests/chaos` ({minutes:.0f} minutes, {num_cores()} CPU cores, "
         f"torch {torch.__version__.partition('+')[0]}, seed {seed}): {held} of {total} attempts held.",

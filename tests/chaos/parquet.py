@@ -13,12 +13,12 @@ import pyarrow.parquet as parquet
 
 from chaos.attempts import Attempt, isolated
 from chaos.conversions import jpeg, shard
-from pipelines.shards.index import read_manifest
-from tools.lib.shards.folders import KAGGLE_DATA, KAGGLE_SOLUTION
+from pipelines.shards.manifest import read_manifest
+from tools.lib.shards.sources.kaggle import KAGGLE_DATA, KAGGLE_SOLUTION
 
 PROMISE = (
-    "Parquet files of odd types, labels, codecs and layouts, or with damaged bytes, and Kaggle's download with odd or "
-    "damaged lists: `build` uses or names every row, errors are one line, and OUT is there complete or not at all."
+    "Parquet files have unusual types, labels, codecs and layouts, or damaged bytes; Kaggle's download has unusual or "
+    "damaged lists. `build` uses or names every row, errors are one line, and OUT is complete or absent."
 )
 _NUM = 6
 _IMAGES = [jpeg(i) for i in range(_NUM)]
@@ -80,7 +80,7 @@ def images(chance: random.Random) -> bytes:
 
 
 def class_names(chance: random.Random) -> bytes:
-    """names of classes of every kind"""
+    """class names of every kind"""
     return written(names=chance.choice(_NAMES))
 
 
@@ -109,7 +109,7 @@ def shape(chance: random.Random) -> bytes:
 
 
 def bytes_changed(chance: random.Random) -> bytes:
-    """bytes changed, zeroed, lost or cut off"""
+    """bytes changed, zeroed, removed or truncated"""
     whole = bytearray(written(compression=chance.choice(_CODECS), row_group_size=chance.choice([2, 6])))
     footer = int.from_bytes(whole[-8:-4], "little") + 8
     place = len(whole) - 1 - chance.randrange(footer) if chance.random() < 0.6 else chance.randrange(len(whole))
@@ -160,7 +160,7 @@ def solution(chance: random.Random) -> bytes:
 
 
 def mapping(chance: random.Random) -> bytes:
-    """Kaggle's names of the classes"""
+    """Kaggle's class names"""
     return chance.choice(
         [
             *(b"", b"\xff\xfe", b"\0" * 50, b"n01440764\n", b"n01440764 \n", b" n01440764 tench\n", b"x" * 100_000),

@@ -18,8 +18,8 @@ from trainer.monitor.report.page import charts, differing_settings, numbers, pag
 from trainer.monitor.run_files import METRICS, SUMMARY
 
 PROMISE = (
-    "Whatever became of the files of a run, tools/report.py writes a page from what can be used and says what cannot, "
-    "or ends in one line."
+    "The files of a run are damaged. tools/report.py writes a page from what it can use and names the rest, or ends in "
+    "one line."
 )
 VALUES = [
     *(None, True, "", "text", "\ud800", "\x1b[31m", "$\\frac$", "<script>", -1, 0, 1, 0.5, -5e9, 1e308, 10**400, 2**60),
@@ -50,7 +50,7 @@ def write_run(folder: Path) -> None:
 
 
 def change_a_value(folder: Path, chance: random.Random) -> None:
-    """A value in a line of the log has another type or size"""
+    """A value in a log line has another type or size"""
     path = folder / METRICS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in chance.sample(lines, 3):
@@ -66,7 +66,7 @@ def change_the_summary(folder: Path, chance: random.Random) -> None:
 
 
 def change_the_configuration(folder: Path, chance: random.Random) -> None:
-    """A section of config.yaml is something else"""
+    """A section of config.yaml has another value"""
     section = chance.choice(["student", "teacher", "optim", "run", "7"])
     value = chance.choice(
         ["null", "3", "[1]", "{name: [1]}", "{name: 2026-01-01}", "{? [1, 2] : 3}", "{name: !!binary aGk=}"]
@@ -75,7 +75,7 @@ def change_the_configuration(folder: Path, chance: random.Random) -> None:
 
 
 def change_bytes(folder: Path, chance: random.Random) -> None:
-    """Some bytes of a file are others, or gone"""
+    """Some bytes of a file are changed or removed"""
     path = folder / chance.choice([METRICS, SUMMARY, QUARANTINE, "config.yaml"])
     content = bytearray(path.read_bytes())
     for _ in range(chance.randint(1, 5)):
@@ -85,7 +85,7 @@ def change_bytes(folder: Path, chance: random.Random) -> None:
 
 
 def replace_a_file(folder: Path, chance: random.Random) -> None:
-    """A file is something else altogether"""
+    """A file is replaced by something else"""
     path = folder / chance.choice([METRICS, SUMMARY, QUARANTINE, "config.yaml"])
     contents = [
         b"",

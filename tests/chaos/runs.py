@@ -1,4 +1,4 @@
-"""Training runs that are broken at random moments, started again, and compared with a run left in peace.
+"""Training runs that are broken at random moments, started again, and compared with an uninterrupted run.
 
 Each run trains a small student with two ranks on the CPU, on scikit-learn's digits, three of them damaged. The process
 that has everything imported forks the ranks, so that a start takes a second and not ten; else they are the processes
@@ -23,16 +23,16 @@ from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.processes import exit_with, free_port, without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.cluster.preemption import REQUEUE
 from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.run_files import METRICS, SUMMARY
-from trainer.state.checkpoint import BEST, checkpoints, read
+from trainer.state.checkpoint import BEST, checkpoints, checkpoints_folder, read
 
 PROMISE = (
-    "Runs of 20 steps with 2 ranks, each broken at one or two random moments and started again, end with weights, "
-    "average, optimizer, log, summary and quarantine bit-equal to those of a run left in peace."
+    "Runs of 20 steps with 2 ranks are interrupted at one or two random moments and started again. They end with "
+    "weights, EMA, optimizer, log, summary and quarantine bit-equal to those of an uninterrupted run."
 )
 Fault = Callable[[list[int], random.Random, Path], None]
 RANKS = 2
@@ -54,7 +54,7 @@ def kill_one(ranks: list[int], chance: random.Random, _: Path) -> None:
 
 
 def kill_all(ranks: list[int], _chance: random.Random, _: Path) -> None:
-    """SIGKILL to all ranks, as when the power goes."""
+    """SIGKILL to all ranks, as in a power failure."""
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
 
@@ -65,16 +65,16 @@ def preempt(ranks: list[int], chance: random.Random, _: Path) -> None:
 
 
 def truncate_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
-    """SIGKILL to all ranks, and the newest checkpoint is cut off somewhere."""
+    """SIGKILL to all ranks, and the newest checkpoint is truncated."""
     kill_all(ranks, chance, out)
-    for path in checkpoints(out / "checkpoints")[-1:]:
+    for path in checkpoints(checkpoints_folder(out))[-1:]:
         os.truncate(path, chance.randrange(path.stat().st_size))
 
 
 def change_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
     """SIGKILL to all ranks, and a byte of the newest checkpoint changes."""
     kill_all(ranks, chance, out)
-    for path in checkpoints(out / "checkpoints")[-1:]:
+    for path in checkpoints(checkpoints_folder(out))[-1:]:
         with open(path, "r+b") as file:
             place = chance.randrange(path.stat().st_size)
             file.seek(place)
@@ -165,7 +165,7 @@ def disturbed(
     for fault in [first, *chance.sample(FAULTS, chance.choice([0, 0, 1]))]:
         before = num_sessions(out)
         ranks = start(arguments, log)
-        done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(out / "checkpoints")), default=0)
+        done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(checkpoints_folder(out))), default=0)
         time.sleep(chance.uniform(0, duration_s * max(0.3, 1 - done / STEPS)))
         begun = num_sessions(out) > before
         if running(ranks):
@@ -181,7 +181,7 @@ def disturbed(
 
 def compare(expected: Path, found: Path) -> list[str]:
     """How two runs that should be equal are not: weights, average, optimizer, log, quarantine."""
-    a, b = (read(checkpoints(out / "checkpoints")[-1]) for out in (expected, found))
+    a, b = (read(checkpoints(checkpoints_folder(out))[-1]) for out in (expected, found))
     wrong = [part for part in ("step", "student", "ema", "optimizer", "best") if not equal(a[part], b[part])]
     for kind, key in (("train", "loss"), ("eval", "raw")):
         lines = [
@@ -224,4 +224,4 @@ def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
         out, chance = folder / f"run-{number:02d}", random.Random(f"{seed} {number}")
         faults, wrong = disturbed(out, arguments(out), duration_s, FAULTS[number % len(FAULTS)], chance)
         wrong = wrong or compare(peace, out)
-        yield Attempt((faults or [""])[0] or "the run was over before", "; ".join(wrong))
+        yield Attempt((faults or [""])[0] or "the run had already finished", "; ".join(wrong))

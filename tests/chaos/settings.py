@@ -21,9 +21,9 @@ from trainer.config.sections import Config, parse
 
 T = TypeVar("T")
 PROMISE = (
-    "Any value for any setting of a run or an evaluation, on the command line or in a file, is accepted or refused in "
-    "one line that names the key; any file for --config is read or refused in one line; a run whose settings are "
-    "accepted and cannot be used ends in one line before anything is written."
+    "Any value for any setting of a run or an evaluation, on the command line or in a file, is accepted, or refused in "
+    "one line that names the key. Any file for --config is read, or refused in one line. A run whose settings are "
+    "accepted but cannot be used ends in one line before anything is written."
 )
 VALUES = [
     *(None, "", "text", "null", "a\0b", "~nobody/x", "\ud800", True, -1, 0, 1, 10**30, -(10**30), 0.5, 1e300, 1e-300),
@@ -186,7 +186,7 @@ def _kinds(folder: Path) -> Iterator[tuple[str, Callable[[random.Random], str]]]
             name, content = next(documents)
             yield f"a file: {name}", lambda _, name=name, content=content: _document(folder, content, name in _GOOD)
         elif number % 10 == 0:
-            yield "another place for a file", functools.partial(_place, folder)
+            yield "a path that is not a file", functools.partial(_place, folder)
         elif number % 8 == 0:
             yield "bytes of a file changed", functools.partial(_mutated, folder)
         else:

@@ -22,11 +22,11 @@ import pyarrow.parquet as parquet
 
 from chaos.attempts import Attempt, Ended, isolated
 from chaos.conversions import jpeg, shard, tree
-from pipelines.shards.index import MANIFEST
+from pipelines.shards.manifest import MANIFEST
 
 PROMISE = (
-    "`build`, `index` and `merge`, at one of whose calls that change files the process is killed, or the disk is full "
-    "or fails: errors are one line, and the same command again gives every byte of an undisturbed conversion, leaves "
+    "During `build`, `index` and `merge`, at a system call that changes a file, the process is killed, or the disk is "
+    "full or fails. Errors are one line. The same command then gives every byte of an undisturbed conversion, leaves "
     "nothing else, and touches no other file."
 )
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
@@ -111,7 +111,7 @@ def fail(kind: str, call: int, n: int, *, code: int) -> None:
 
 
 def fill(kind: str, call: int, n: int) -> None:
-    """the disk is full from there on"""
+    """the disk is full from then on"""
     if call >= n and kind in _NEEDS_ROOM:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -125,10 +125,10 @@ def shorten(kind: str, call: int, n: int) -> None:
 FAULTS: dict[str, Callable[[str, int, int], None]] = {
     "kill -9": kill,
     "no space left": functools.partial(fail, code=errno.ENOSPC),
-    "the disk is full from there on": fill,
-    "an error of the disk": functools.partial(fail, code=errno.EIO),
-    "the quota is used up": functools.partial(fail, code=errno.EDQUOT),
-    "writes that are not complete": shorten,
+    "the disk is full from then on": fill,
+    "a disk error": functools.partial(fail, code=errno.EIO),
+    "the quota is exhausted": functools.partial(fail, code=errno.EDQUOT),
+    "incomplete writes": shorten,
 }
 
 

@@ -20,9 +20,9 @@ from pipelines.shards.index import read_index
 from tools.lib.predict.image_files import items_of
 
 PROMISE = (
-    "Tars with damaged, forged, lost and added headers, cut off or with holes, given to `index`, `verify`, `build` "
-    "(inside ImageNet's own tar) and the listing of `predict`: every image is used or named, errors are one line, "
-    "memory and time stay bounded, and nothing half-written is left."
+    "Tars have damaged, forged, missing and added headers, are truncated or have holes. `index`, `verify`, `build` "
+    "(inside ImageNet's own tar) and the listing of `predict` read them. Every image is used or named, errors are one "
+    "line, memory and time stay bounded, and no half-written files are left."
 )
 BLOCK = 512
 CLASS = "n01440764"
@@ -91,20 +91,20 @@ def zero(tar: bytes, chance: random.Random) -> Spoiled:
 
 
 def cut(tar: bytes, chance: random.Random) -> Spoiled:
-    """cut off"""
+    """truncated"""
     end = headers(tar)[-1].offset_data
     return Spoiled(tar[: chance.choice([chance.randrange(end), chance.randrange(end) // BLOCK * BLOCK])])
 
 
 def drop(tar: bytes, chance: random.Random) -> Spoiled:
-    """blocks lost from its middle"""
+    """blocks removed from its middle"""
     member = chance.choice(headers(tar))
     start, stop = sorted((member.offset, member.offset + BLOCK * chance.randrange(1, 4)))
     return Spoiled(tar[:start] + tar[stop:], hidden=2)
 
 
 def double(tar: bytes, chance: random.Random) -> Spoiled:
-    """a part of it twice"""
+    """a part of it repeated"""
     start = chance.choice(headers(tar)).offset
     stop = chance.choice([len(tar), start + BLOCK * chance.randrange(1, 6)])
     return Spoiled(tar[:stop] + tar[start:stop] + tar[stop:])
@@ -158,7 +158,7 @@ def pax(tar: bytes, chance: random.Random) -> Spoiled:
 
 
 def long_name(tar: bytes, chance: random.Random) -> Spoiled:
-    """GNU long names put before a member, some inside each other"""
+    """GNU long names put before a member, some nested"""
     member = chance.choice(headers(tar))
     name = chance.choice([b"a/" * 60 + b"b.jpg\0", b"\0", b"", b"x" * 5000, b"../" * 50 + b"c.jpg\0"])
     spoiled = _inserted(tar, member, chance.choice(b"LLK"), name, chance.choice([None, None, *_SIZES]))
@@ -169,7 +169,7 @@ def long_name(tar: bytes, chance: random.Random) -> Spoiled:
 
 
 def hole(tar: bytes, chance: random.Random) -> Spoiled:
-    """a hole of the disk in it, or as a header's content"""
+    """a sparse hole in it, or as a header's content"""
     if chance.random() < 0.3:
         return Spoiled(tar, len(tar) if chance.random() < 0.5 else chance.choice(headers(tar)).offset, _HOLE)
     member = chance.choice(headers(tar))

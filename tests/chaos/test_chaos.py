@@ -14,9 +14,10 @@ from chaos.command import FAULTS, _parse, tallied, to_markdown
 from chaos.runs import compare
 from conftest import REPOSITORY, TINY
 from support.forked_python import executable
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.run import train
+from trainer.loop import train
 
 
 def test_broken_runs_end_bit_equal_to_one_left_in_peace(tmp_path):
@@ -25,7 +26,7 @@ def test_broken_runs_end_bit_equal_to_one_left_in_peace(tmp_path):
     done = subprocess.run([*command, "--markdown", str(report)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     text = report.read_text()
-    assert "bit-equal to those of a run left in peace. 2 of 2 held." in text
+    assert "bit-equal to those of an uninterrupted run. 2 of 2 held." in text
     assert "| SIGKILL to one rank | 1 | 1 |" in text or "| SIGTERM or SIGUSR1 to one rank | 1 | 1 |" in text
 
 
@@ -38,7 +39,7 @@ def test_commands_hold_against_a_few_faults_of_each_kind(name, tmp_path):
 def test_the_comparison_sees_what_differs(digits, tmp_path):
     one = World(0, 1, 1, torch.device("cpu"))
     settings = [*TINY, "--data.root", str(digits), "--run.stop_after_steps", "5", "--run.log_every", "1"]
-    train(parse([*settings, "--run.out", str(tmp_path / "a")]), one)
+    train(build(parse([*settings, "--run.out", str(tmp_path / "a")]), one))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert compare(tmp_path / "a", tmp_path / "b") == []
     log = tmp_path / "b" / "metrics.jsonl"
@@ -49,7 +50,7 @@ def test_the_comparison_sees_what_differs(digits, tmp_path):
         "the train lines of metrics.jsonl differs",
         "quarantine.jsonl differs",
     ]
-    train(parse([*settings, "--run.out", str(tmp_path / "c"), "--optim.eps", "1.001e-8"]), one)
+    train(build(parse([*settings, "--run.out", str(tmp_path / "c"), "--optim.eps", "1.001e-8"]), one))
     names = compare(tmp_path / "a", tmp_path / "c")
     assert names[:3] == ["student differs", "ema differs", "optimizer differs"]
 

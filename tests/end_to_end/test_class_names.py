@@ -13,12 +13,12 @@ from PIL import Image
 
 from conftest import train_here
 from pipelines.common.errors import UserError
-from pipelines.shards.index import manifest_bytes, read_manifest, sorted_classes
+from pipelines.shards.manifest import manifest_bytes, read_manifest, sorted_classes
 from support.processes import without_workers
 from tools import evaluate, predict
 from tools.average import Scorer
 from tools.lib.evaluate.report import show
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import StudentConfig, TeacherConfig, parse

@@ -27,8 +27,8 @@ from fidelity.rows import Row
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.timing import machine
-from tools.parity import write_markdown
+from tools.lib.common.hardware import machine
+from tools.lib.common.tables import markdown_table, write_between_marks
 
 # Each has rows(), which compares; its docstring is the promise.
 ORACLES: dict[str, ModuleType] = {
@@ -47,6 +47,7 @@ ORACLES: dict[str, ModuleType] = {
     "models": models,
 }
 COLUMNS = ("oracle", "what", "ours", "theirs", "compared", "largest difference", "tolerance", "ok")
+_WORDS = (0, 1, 2, 3, 6, 7)  # The other columns hold numbers.
 BEGIN, END = "<!-- fidelity: begin -->", "<!-- fidelity: end -->"
 
 
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = to_markdown(found, time.monotonic() - begin)
         print(report)
         if options.markdown:
-            write_markdown(options.markdown, report, BEGIN, END)
+            write_between_marks(options.markdown, report, BEGIN, END)
     fallen = [f"{name}: {row.what}" for name, rows in found.items() for row in rows if not row.ok]
     if fallen:
         sys.exit("\n".join(["these oracles fell:", *fallen]))
@@ -81,11 +82,8 @@ def to_markdown(found: dict[str, list[Row]], elapsed_s: float) -> str:
         "",
         *(f"- **{name}**: {promise(name)}" for name in found),
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|---|---|---|--:|--:|---|---|",
+        *markdown_table(COLUMNS, [(name, *cells(row)) for name, rows in found.items() for row in rows], text=_WORDS),
     ]
-    for name, rows in found.items():
-        lines += [f"| {name} | {' | '.join(cells(row))} |" for row in rows]
     notes = dict.fromkeys(
         f"- {name}, {row.what}: {row.note}" for name, rows in found.items() for row in rows if row.note
     )

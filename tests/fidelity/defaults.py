@@ -1,4 +1,4 @@
-"""The authors' defaults in docs/recipe.md are those that the oracles take; with AUTHORS all those of their parser."""
+"""The authors' defaults in docs/recipe.md equal those that the oracles use, and with AUTHORS those of their parser."""
 
 import ast
 from collections.abc import Iterator

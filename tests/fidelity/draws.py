@@ -1,4 +1,4 @@
-"""Crops, flips, operations, lambdas and boxes are drawn from the distributions that timm draws from.
+"""Crops, flips, operations, lambdas and boxes come from the distributions that timm draws from.
 
 The seeds of both sides are fixed, so the p values stay as they are until somebody changes what is drawn.
 """

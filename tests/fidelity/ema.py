@@ -12,10 +12,10 @@ import torch
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
 from trainer.config.sections import EmaConfig
-from trainer.update.optimizer import ModelEma
+from trainer.models.ema import ModelEma
 
 UPDATES, SIZE = 2000, 2000
-TOLERANCE = 1e-4  # of timm's: 2,000 updates x 5e-9, and as many roundings of 6e-8
+TOLERANCE = 1e-4  # timm's EMA may be off by 2,000 updates x 5e-9 and as many roundings of 6e-8.
 EXACT_TOLERANCE = 1e-5
 
 
@@ -31,12 +31,12 @@ def rows() -> Iterator[Row]:
     for name, current in (("weights", weights), ("statistics", statistics)):
         exact = _exact(current)
         off = np.abs(expected[name] - exact).max() / np.abs(exact).max()
-        note = f"timm's is {off:.2g} of the largest away from the exact EMA"
+        note = f"timm's EMA differs from the exact one by {off:.2g} of the largest value"
         yield within(f"{name}, {UPDATES:,} updates", names, found[name], expected[name], TOLERANCE, relative=True)
         with_exact = "ModelEma", "in float64"
         yield within(f"{name}, exactly", with_exact, found[name], exact, EXACT_TOLERANCE, relative=True, note=note)
     apart = f"{counter} and {int(expected['counter'])}"
-    note = "theirs stays at 0: it averages the counter, too, and cuts the result to a whole number. Nothing reads it"
+    note = "theirs stays at 0, because it averages the counter and truncates the result to an integer. Nothing reads it"
     yield Row("counters of BatchNorm", *names, 1, apart, "ours counts", counter == UPDATES, note)
 
 

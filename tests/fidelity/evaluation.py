@@ -1,4 +1,4 @@
-"""The pixels of validation are those of timm's transform, within the tolerance of docs/parity.md for the resize."""
+"""The pixels of validation equal those of timm's transform, within the tolerance of docs/parity.md for the resize."""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The parameters of a hundred models begin with the same mean and spread, but for those that docs/recipe.md lists."""
+"""The parameters of a hundred models begin with the same mean and spread, except those that docs/recipe.md lists."""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def rows() -> Iterator[Row]:
 
 
 def begins_otherwise(ours: Parameter, theirs: Parameter) -> bool:
-    """Whether the values of two parameters are of different distributions, as far as mean and spread tell."""
+    """Whether the values of two parameters come from different distributions, judged by mean and spread."""
     error, largest = 1 / math.sqrt(ours.size), max(ours.std, theirs.std)
     if abs(ours.mean - theirs.mean) > ERRORS * math.sqrt(2) * largest * error + 1e-6:
         return True

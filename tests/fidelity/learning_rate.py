@@ -1,4 +1,4 @@
-"""The learning rate of every epoch is the authors', to the last bit."""
+"""The learning rate of every epoch equals the authors' to the last bit."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The loss with its distillation, its gradient, and what the teacher sees are the authors' within float32's rounding.
+"""The loss, its gradient, and the teacher's pixels equal the authors' within float32's rounding.
 
 Where AUTHORS is given, the other side is the authors' own train_one_epoch and kd_utils; elsewhere the same formula in
 torch's functions, with timm's soft labels and SoftTargetCrossEntropy.
@@ -12,8 +12,9 @@ import torch
 from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
 from trainer.config.sections import DistillConfig
+from trainer.models.normalize import Normalize
 from trainer.update.loss import usi_loss
-from trainer.update.mixing import Normalize, partners
+from trainer.update.mixing import partners
 
 BATCH, CLASSES = 128, 1000
 SCALES = (0.1, 1.0, 5.0, 20.0)  # standard deviations of the logits
@@ -24,7 +25,7 @@ NORMALISATIONS = {
     "Inception's": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-TEACHER = NORMALISATIONS["none"]  # of TResNet-L v2
+TEACHER = NORMALISATIONS["none"]  # TResNet-L v2 has this one.
 
 
 def rows() -> Iterator[Row]:
@@ -53,7 +54,7 @@ def rows() -> Iterator[Row]:
 
 def _ours(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, lam: float) -> tuple[float, np.ndarray]:
     logits, labels = torch.from_numpy(student).requires_grad_(True), torch.from_numpy(labels)
-    shares = torch.full((BATCH,), lam, dtype=torch.float32)
-    loss = usi_loss(logits, torch.from_numpy(teacher), labels, partners(labels, BATCH), shares, DistillConfig())
+    lams = torch.full((BATCH,), lam, dtype=torch.float32)
+    loss = usi_loss(logits, torch.from_numpy(teacher), labels, partners(labels, BATCH), lams, DistillConfig())
     loss.backward()
     return loss.item(), logits.grad.numpy()

@@ -1,15 +1,15 @@
-"""Mixed pixels and soft labels are those of timm's FastCollateMixup, given the same lambda and box.
+"""Mixed pixels and soft labels equal those of timm's FastCollateMixup, given the same lambda and box.
 
 A plan keeps lambda in float32. timm has it in float64 and rounds lambda and 1 - lambda to float32 apart, so that its
 second factor may differ from ours in the last bit, and a pixel that lies between two levels falls on the other one.
-Ours stays: another lambda would be another plan, and runs would no longer go on with the same data.
+Ours stays: another lambda would be another plan, and runs could no longer resume with the same data.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
@@ -21,7 +21,7 @@ from trainer.update.mixing import mix_pixels, partners
 
 SEED, SIZE, CLASSES = 2, 96, 1000
 NUM_MIXUP = 1000
-LARGEST_SHARE = 1e-5  # of the values, off by one level because of lambda
+LARGEST_FRACTION = 1e-5  # At most this fraction of the values is off by one level because of lambda.
 
 
 def rows() -> Iterator[Row]:
@@ -82,7 +82,7 @@ def _ours(images: np.ndarray, labels: np.ndarray, lam: np.float32, box: np.ndarr
         position=0,
         mix_group=group,
     )
-    own, other = (F.one_hot(each, CLASSES).float() for each in (labels, partners(labels, group)))
+    own, other = (functional.one_hot(each, CLASSES).float() for each in (labels, partners(labels, group)))
     targets = batch.lam[:, None] * own + (1.0 - batch.lam[:, None]) * other
     return mix_pixels(batch).permute(0, 3, 1, 2).numpy(), targets.numpy()
 
@@ -92,7 +92,7 @@ def _counted(names: tuple[str, str], ours: np.ndarray, theirs: np.ndarray) -> Ro
     off = np.abs(ours.astype(np.int16) - theirs)
     num_off, largest = int((off > 0).sum()), int(off.max())
     groups = int((off > 0).any(axis=(1, 2, 3, 4)).sum())
-    ok = largest <= 1 and num_off <= LARGEST_SHARE * off.size
-    note = f"{num_off} of {off.size:,} values are one level off, under {groups} of {len(off):,} lambdas"
-    allowed = f"1, of {LARGEST_SHARE:g} of the values"
+    ok = largest <= 1 and num_off <= LARGEST_FRACTION * off.size
+    note = f"{num_off} of {off.size:,} values differ by one level, with {groups} of {len(off):,} lambdas"
+    allowed = f"1, of {LARGEST_FRACTION:g} of the values"
     return Row("mixup, their float64 lambda", *names, off.size, f"{largest}, of {num_off}", allowed, ok, note)

@@ -1,9 +1,9 @@
-"""A hundred models train; their numbers of parameters are the authors', but for those that docs/recipe.md lists."""
+"""A hundred models train. They have as many parameters as the authors', except those that docs/recipe.md lists."""
 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from fidelity.old_timm import models_of
 from fidelity.rows import Row
@@ -51,7 +51,7 @@ def update(name: str, size: int) -> str:
     except UserError as error:
         return str(error)
     optimizer = build_optimizer(model, OptimConfig())
-    loss = F.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 1]))
+    loss = functional.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 1]))
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if without:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fidelity.old_timm import theirs
 from fidelity.rows import Row, within
-from pipelines.cpu import apply_op
+from pipelines.ops.pil_ops import apply_op
 from tools.lib.common.photos import photographs
 from tools.lib.parity.timm_reference import NAMES, planned_argument
 

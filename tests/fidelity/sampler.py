@@ -1,4 +1,4 @@
-"""The images of every position are those of timm's RepeatAugSampler, on 1 to 8 ranks; validation counts each once.
+"""Every position has the image of timm's RepeatAugSampler, on 1 to 8 ranks. Validation counts each image once.
 
 Both sides get the plan's permutation of an epoch. A rank of theirs is a group of ours.
 """
@@ -14,12 +14,15 @@ from fidelity.rows import Row, within
 from pipelines.plan import order
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import EvalPlan, TrainPlan
-from pipelines.synthetic import synthetic_index
+from pipelines.shards.index import synthetic_index
 from trainer.cluster.world import World
 from trainer.evaluation.predict import eval_plans
 
 GROUP, RANKS, EPOCH = 128, range(1, 9), 1
-REPEATS = {"repeated": (3, "RepeatAugSampler"), "plain": (1, "DistributedSampler")}  # of a kind: how often, and theirs
+REPEATS = {
+    "repeated": (3, "RepeatAugSampler"),
+    "plain": (1, "DistributedSampler"),
+}  # How often each image comes, and theirs.
 IMAGENET, SMALL, VALIDATION = 1_281_167, 10_000, 50_000
 EPOCHS = [*itertools.product(("repeated", "plain"), (SMALL,), RANKS), ("repeated", IMAGENET, 8)]
 VALIDATIONS = [*itertools.product(("ordered",), (VALIDATION, VALIDATION + 1), RANKS)]

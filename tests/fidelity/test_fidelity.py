@@ -66,7 +66,7 @@ def test_a_folder_that_is_not_the_authors_repository_is_refused(monkeypatch, tmp
         old_timm.check_installed()
 
 
-def test_help_tells_every_oracle_with_its_promise(capsys):
+def test_help_lists_every_oracle_with_its_promise(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     page = " ".join(capsys.readouterr().out.split())

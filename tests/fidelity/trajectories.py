@@ -20,13 +20,14 @@ from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
+from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.models.preprocessing import preprocessing
-from trainer.run import Run, build, train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STEPS, PER_EPOCH, BATCH, DECAY = 50, 5, 64, 0.9
@@ -69,7 +70,7 @@ def _compared(case: Case, folder: Path) -> Iterator[Row]:
     run = build(config, ONE)
     given = _given(case, config, run, folder)
     found = theirs("trajectories", **given)
-    train(config, ONE)
+    train(build(config, ONE))
     saved = torch.load(folder / case.name / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
     names = "TrainStep", "train_one_epoch" if authors() else "its steps"
     weights = {name for name, _ in run.state.student.named_parameters()}
@@ -78,7 +79,7 @@ def _compared(case: Case, folder: Path) -> Iterator[Row]:
         chosen = [key for key in ours if key.removeprefix(f"{part} ") in weights]
         pair = [np.concatenate([side[key].ravel() for key in chosen]) for side in (ours, found)]
         begun = np.concatenate([given[key.replace("ema ", "student ")].ravel() for key in chosen])
-        note = f"they have moved by up to {np.abs(pair[0] - begun).max():.2g}"
+        note = f"the updates moved them by up to {np.abs(pair[0] - begun).max():.2g}"
         yield within(f"{case.name}: {what} after {STEPS} updates", names, *pair, TOLERANCE, note=note)
         if others := [key for key in ours if key not in chosen]:
             pair = [np.concatenate([side[key].ravel() for key in others]) for side in (ours, found)]

@@ -1,4 +1,4 @@
-"""Weight decay spares the same parameters as timm's create_optimizer_v2, but for those that docs/recipe.md lists.
+"""Weight decay spares the same parameters as timm's create_optimizer_v2, except those that docs/recipe.md lists.
 
 The installed timm also spares parameters without a dimension, and reads the models' `no_weight_decay()` as patterns.
 """

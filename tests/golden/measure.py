@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of the checkpoint)
-from pipelines import Pipeline, open_pipeline
+from pipelines import Pipeline, PipelineConfig, open_pipeline
 from pipelines.common.errors import UserError
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex, read_index
 from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
+from tools.lib.common.hardware import machine
 from tools.lib.common.photos import write_photographs
-from tools.lib.common.timing import machine
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
+from trainer.builder import build as build_run
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
-from trainer.run import train
+from trainer.loop import train
 from trainer.state import checkpoint
 
 FOLDER = Path(__file__).resolve().parent
@@ -79,7 +80,7 @@ def run_to(out: Path, step: int) -> dict:
     torch.set_num_threads(1)
     settings = {**RUN, "run.out": out, "run.stop_after_steps": step}
     arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    return train(parse(arguments), World(0, 1, 1, CPU))
+    return train(build_run(parse(arguments), World(0, 1, 1, CPU)))
 
 
 def pixels(folder: Path) -> dict[str, str]:
@@ -90,9 +91,9 @@ def pixels(folder: Path) -> dict[str, str]:
     index = read_index(folder / "data", "train")
     found = {}
     for name in ("torchvision", "dali"):
-        options = {"threads": 1, "prefetch": 1, "decode": "roi", "hw_decoder_load": 0.0, "decoder_padding_mib": 0}
+        config = PipelineConfig(pipeline=name, threads=1, prefetch=1, decode="roi", hw_decoder_load=0.0)
         with contextlib.suppress(UserError):  # DALI is not installed
-            pipeline = open_pipeline(name, index, device=CPU, **options, on_bad=lambda *_: None)
+            pipeline = open_pipeline(index, config, device=CPU, on_damage=lambda *_: None)
             found[name] = _pixels_of(pipeline, index)
     return found
 

@@ -7,11 +7,10 @@ import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of most runs here)
 from pipelines.batch import Batch
+from trainer.builder import Run, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.loop import Run
-from trainer.run import build
 
 GPU = World(0, 1, 1, torch.device("cuda", 0))
 SMALL = {
@@ -44,7 +43,7 @@ def built(out: Path, settings: dict) -> Run:
 def updates(run: Run, first: int, stop: int) -> list[list[Batch]]:
     """The micro-batches of the updates [first, stop), ready on the device."""
     batches = list(run.pipelines.of["train"].batches(rank_plans(run.plan, first, stop, GPU, run.state.micro_batch)))
-    each = run.step.micro_batches
+    each = run.step.num_micro_batches
     return [batches[i : i + each] for i in range(0, len(batches), each)]
 
 

@@ -11,14 +11,13 @@ import torch
 from gpu_stub.runs import GPU, arguments, built, teacher_file
 from gpu_stub.stand_in import DeviceMemory
 from pipelines.common.errors import UserError
-from pipelines.shards.index import ShardIndex
-from pipelines.synthetic import SyntheticPipeline, synthetic_index
+from pipelines.shards.index import ShardIndex, synthetic_index
+from pipelines.synthetic import SyntheticPipeline
 from trainer import run
+from trainer.builder import Run, build
 from trainer.config.sections import parse
 from trainer.evaluation import metrics
 from trainer.feed import Pipelines, rank_plans
-from trainer.loop import Run
-from trainer.run import build
 from trainer.update.step import TrainStep, gray_batch
 
 MIB = 1 << 20
@@ -39,10 +38,10 @@ def test_what_teachers_see_is_gone_when_the_student_begins(tmp_path):
     batch, held = gray_batch(16, 96, 16, GPU.device), []
     for number, settings in enumerate(({}, teacher, {**teacher, "teacher.others": others})):
         run = built(tmp_path / str(number), {**settings, "data.image_size": 96, "data.eval_image_size": 96})
-        run.step._loss(batch)  # cuBLAS takes its workspace
+        run.step._forward(batch)  # cuBLAS takes its workspace
         run.state.student.register_forward_pre_hook(lambda *_: held.append(torch.cuda.memory_allocated()))
         before = torch.cuda.memory_allocated()
-        run.step._loss(batch)
+        run.step._forward(batch)
         held[-1] -= before
     assert held[0] >= 16 * 96 * 96 * 3 * 2 and max(held) - held[0] < 32 << 10, held
 
@@ -167,6 +166,7 @@ def test_the_search_sends_no_heartbeats(like_dali, tmp_path):
 
 def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     """What torch keeps for itself is as much as taken for DALI, which allocates on its own."""
+    from pipelines import PipelineConfig
     from pipelines.dali import DaliPipeline, _Shape
 
     reserved = []
@@ -179,10 +179,10 @@ def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
             """The rest takes a device."""
 
     monkeypatch.setattr("pipelines.dali._dali_graph", Built)
-    options = {"threads": 1, "prefetch": 1, "decode": "roi", "hw_decoder_load": 0.0, "decoder_padding_mib": 1}
-    pipeline = DaliPipeline(photos, device=GPU.device, **options, on_bad=lambda *_: None)
+    config = PipelineConfig(threads=1, prefetch=1, decode="roi", hw_decoder_load=0.0, decoder_padding_mib=1)
+    pipeline = DaliPipeline(photos, config, device=GPU.device, on_damage=lambda *_: None)
     free = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     del free
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 64 * MIB
     pipeline._build(_Shape(16, 224, "bicubic", False))
-    assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # what is left of segments that are in use
+    assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # Segments that are in use keep the rest.

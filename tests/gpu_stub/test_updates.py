@@ -11,11 +11,12 @@ from gpu_stub.stand_in import triton_launches
 from pipelines.ops.torch_ops import apply_ops, erase, kernel_error
 from pipelines.plan.draws import Op
 from pipelines.plan.plan import EvalPlan
-from pipelines.synthetic import SyntheticPipeline, synthetic_index
+from pipelines.shards.index import synthetic_index
+from pipelines.synthetic import SyntheticPipeline
 from trainer.evaluation import metrics
 from trainer.evaluation.predict import EvalPass
+from trainer.models.normalize import Normalize
 from trainer.models.teacher import resize_pixels
-from trainer.update.mixing import Normalize
 
 TEACHER = {"teacher.name": "tiny_cnn"}
 VIT = {"student.name": "test_vit"}

@@ -22,7 +22,7 @@ PHRASES = {
     r"\bcomes? to\b|\bcame to\b": "resolves to, reaches",
     r"\bcontenders?\b": "candidate",
     r"\btroubles?\b": "error",
-    r"\b(is|are|was|were|be|been|being) told\b|\btells?\b(?! apart)|\btelling\b": "logs, reports, raises",
+    r"\b(is|are|was|were|be|been|being) told\b|(?<!\.)\btells?\b(?! apart)|\btelling\b": "logs, reports, raises",
     r"\bas (it|they) (is|are)\b(?! \w)": "unchanged",
     r"\bbeats\b(?! per)|\bBeating\b": "heartbeat",
     r"\b(GPU|graphics|this|the|each|a|one|other|another|same) cards?\b(?=.*\b(GPU|memory|device|driver)\b)": "GPU",
@@ -51,8 +51,8 @@ NAMES = {
     "settle": "a verb with its object",
     "conduct": "a verb with its object",
 }
-# In these files, `card` is a model card and `view` is NumPy's or torch's.
-METHODS = {"view", "memoryview"}
+# After a dot, `view` is NumPy's or torch's and `tell` is a file's.
+METHODS = {"view", "memoryview", "tell"}
 SOURCES = [
     path for folder in ("pipelines", "trainer", "tools", "tests") for path in (REPOSITORY / folder).rglob("*.py")
 ]

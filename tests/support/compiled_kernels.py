@@ -182,7 +182,7 @@ class RecordingDriver:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 48 * 1024}  # what every GPU has for a program
+        return {"max_shared_mem": 48 * 1024}  # Every GPU has this much for a program.
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self._cubin = cubin
@@ -203,7 +203,7 @@ def without_device(capability: int, fused: bool) -> Iterator[RecordingDriver]:
     run, zeros, recording = JITFunction.run, torch.zeros, RecordingDriver(capability)
 
     def compiled_again(kernel, *arguments, **options):
-        kernel.device_caches.clear()  # what was compiled for another driver
+        kernel.device_caches.clear()  # They hold what was compiled for another driver.
         return run(kernel, *arguments, **(options | {"enable_fp_fusion": True} if fused else options))
 
     driver.set_active(recording)

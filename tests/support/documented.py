@@ -11,11 +11,12 @@ SBATCH = "tools/slurm/train.sbatch"
 _PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "tests" / "README.md"]
 DOCUMENTS = [*_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
 PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), REPOSITORY / "trainer" / "run.py"]
-SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # of tools/shard_imagenet.py, which docs name without it
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # Docs name these of tools/shard_imagenet.py alone.
 # Commands of others: nothing of theirs is checked.
-NOT_OURS = ("pip", "apt-get", "nc", "mkdir", "getent")
+NOT_OURS = ("pip", "pre-commit", "apt-get", "nc", "mkdir", "getent")
 _OURS = ("python", "torchrun", "sbatch", "make")
-_OPTION = re.compile(r"^(?!--).*\s--\w")  # behind another word
+_OPTION = re.compile(r"^(?!--).*\s--\w")  # The option follows another word.
 _WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py) +\S")
 
 
@@ -40,7 +41,8 @@ def commands() -> list[Shown]:
     found = [line for path in DOCUMENTS for line in _blocks(path)]
     found += [span for path in DOCUMENTS for span in spans(path) if program(span.text) or _OPTION.search(span.text)]
     found += [command for path in PROGRAMS for command in _in_docstring(path)]
-    return [*found, *_in_script(REPOSITORY / SBATCH), *_in_makefile()]
+    found += [command for path in [REPOSITORY / SBATCH, *CONFIGS] for command in _in_script(path)]
+    return [*found, *_in_makefile()]
 
 
 def spans(path: Path) -> Iterator[Shown]:
@@ -94,7 +96,7 @@ def _in_docstring(path: Path) -> Iterator[Shown]:
 
 
 def _in_script(path: Path) -> Iterator[Shown]:
-    """The commands in a shell script's comments: each that is indented further than the text."""
+    """The commands in the comments of a script or a configuration: each that is indented further than the text."""
     text = re.sub(r"^(?!#  ).*$|^#", "", path.read_text(), flags=re.MULTILINE)
     yield from _lines(path, text, 0, len(text))
 

@@ -23,21 +23,21 @@ LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 def noting_batches(out: Path) -> None:
     """Every group of images that a step is given is noted, as the hash of pixels and mixing, with its position."""
-    loss = TrainStep._loss
+    forward = TrainStep._forward
 
     def noting(self, batch):
-        if len(batch.labels) > 2:  # no rehearsal
+        if len(batch.labels) > 2:  # This is no warm-up.
             columns = (batch.images, batch.labels, batch.lam, batch.box)
             digest = hashlib.sha256(b"".join(column.contiguous().numpy().tobytes() for column in columns)).hexdigest()
             with open(out.with_suffix(".positions.jsonl"), "a") as file:
                 file.write(json.dumps([batch.position, len(batch.labels), digest]) + "\n")
-        return loss(self, batch)
+        return forward(self, batch)
 
-    TrainStep._loss = noting
+    TrainStep._forward = noting
 
 
 def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
-    """Go on until `stop` with so many ranks."""
+    """Start or resume a run on `ranks` ranks until `stop`."""
     if not os.fork():
         noting_batches(out)
         arguments = [*runs.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
@@ -48,7 +48,7 @@ def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
 
 
 def copy_checkpoint(source: Path, step: int, out: Path) -> None:
-    """What is needed to go on from there, of a run that went further."""
+    """Copy what a run needs to resume there, from one that went further."""
     (out / "checkpoints").mkdir(parents=True)
     shutil.copy(path_of(source / "checkpoints", step), out / "checkpoints")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
 from pipelines.shards.reader import ShardReader
-from tools.lib.shards.tars import tar_files
+from tools.lib.shards.sources.tars import tar_files
 
 
 def jpeg(number: int = 0, kind: str = "JPEG") -> bytes:

@@ -8,7 +8,8 @@ import itertools
 import torch
 
 from pipelines.batch import Batch
-from trainer.update.mixing import Normalize, mixed_inputs
+from trainer.models.normalize import Normalize
+from trainer.update.mixing import mixed_inputs
 
 
 def mixed_batch(size: int, mix_group: int, device: str = "cpu") -> Batch:

@@ -61,7 +61,7 @@ def _complain(text: str) -> None:
 def without_workers() -> Iterator[None]:
     """Inside, the jobs of `build`, `index` and `verify` run in this process."""
     with contextlib.ExitStack() as stack:
-        for module in ("reindex", "verify", "job"):
+        for module in ("reindex", "verify", "build"):
             stack.enter_context(mock.patch(f"tools.lib.shards.{module}.run_jobs", _run_jobs))
         yield
 

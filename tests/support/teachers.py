@@ -9,9 +9,10 @@ import torch
 
 from conftest import TINY
 from pipelines.common.files import read_json_lines
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.run import train
+from trainer.loop import train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -25,7 +26,7 @@ def arguments(digits: Path, out: Path, *more) -> list[str]:
 
 def train_here(digits: Path, out: Path, *more) -> list[dict]:
     """The train lines of a run in this process."""
-    train(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE)
+    train(build(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE))
     return [line for line in read_json_lines(out / "metrics.jsonl") if line["kind"] == "train"]
 
 

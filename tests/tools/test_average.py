@@ -13,14 +13,14 @@ from pipelines.shards.index import read_index
 from tools import export
 from tools.average import ema_weights, main
 from tools.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
+from trainer.builder import build_models
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, parse
 from trainer.evaluation import trained as inference
 from trainer.feed import dataset_classes
+from trainer.models.ema import ModelEma
 from trainer.models.student import build_student
-from trainer.run import build_models
 from trainer.state import checkpoint
-from trainer.update.optimizer import ModelEma
 
 CPU = World(0, 1, 1, torch.device("cpu"))
 

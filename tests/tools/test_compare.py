@@ -11,110 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from test_export import tiny_hiera
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from tools import compare
-from tools.lib.compare import backends, candidates, charts, measuring, ranking, results
+from tools.lib.compare import backends, candidates, measuring, results
 from tools.lib.compare.candidates import Candidate
 from tools.lib.compare.measuring import FailedError, Process
 from tools.lib.export.timm_folder import write_folder
 
 pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
-
-
-def turns(speed: float, rounds: int = 15, noise: float = 0.0, seed: int = 0) -> np.ndarray:
-    return speed * np.exp(noise * np.random.default_rng(seed).standard_normal(rounds))
-
-
-# The front
-
-
-def test_the_front_has_what_nothing_beats_in_both_coordinates():
-    assert ranking.pareto_front([(80, 100), (82, 50), (81, 40), (79, 100), (84, 1)]) == [True, True, False, False, True]
-
-
-def test_equal_points_are_on_the_front_together():
-    assert ranking.pareto_front([(80, 100), (80, 100), (79, 90)]) == [True, True, False]
-
-
-@pytest.mark.parametrize(("other", "expected"), [((80, 99), False), ((79, 100), False), ((81, 99), True)])
-def test_a_tie_in_one_coordinate_is_decided_by_the_other(other, expected):
-    assert ranking.pareto_front([(80, 100), other]) == [True, expected]
-
-
-def test_one_model_and_none_have_a_front():
-    assert ranking.pareto_front([(80, 100)]) == [True]
-    assert ranking.pareto_front([]) == []
-
-
-# The order
-
-
-def test_a_machine_that_slows_down_by_half_changes_neither_order_nor_ties():
-    drift = np.linspace(1, 0.5, 15)
-    speeds = {"slow": 90 * drift, "fast": 100 * drift, "as_fast": 100.5 * drift}
-    assert ranking.ranked(speeds) == {"as_fast": 1, "fast": 1, "slow": 3}
-    assert ranking.spread(speeds["fast"]) > ranking.NOISY
-
-
-def test_a_few_disturbed_turns_do_not_change_the_order():
-    fast, slow = turns(100), turns(90)
-    fast[[2, 7, 11]] *= 0.2
-    assert ranking.ranked({"slow": slow, "fast": fast}) == {"fast": 1, "slow": 2}
-    assert ranking.typical({"slow": slow, "fast": fast})["fast"] == pytest.approx(100)
-
-
-def test_models_nearer_than_the_margin_are_tied_and_stand_by_name_however_often_they_are_measured():
-    for seed in range(5):
-        speeds = {"b": turns(101, 200, 0.01, seed), "a": turns(100, 200, 0.01, seed + 10)}
-        assert list(ranking.ranked(speeds).items()) == [("a", 1), ("b", 1)]
-
-
-def test_noise_that_hides_the_difference_makes_a_tie_and_many_rounds_resolve_it():
-    assert not ranking.surely_faster(turns(110, 9, 0.3), turns(100, 9, 0.3, seed=1))
-    assert ranking.surely_faster(turns(110, 400, 0.1), turns(100, 400, 0.1, seed=1))
-
-
-def test_no_step_in_the_order_is_one_that_was_not_seen():
-    """b is told apart from neither a nor c, which differ: all three share a rank, and none is above another."""
-    speeds = {"a": turns(104), "b": turns(102), "c": turns(100), "d": turns(90)}
-    assert ranking.surely_faster(speeds["a"], speeds["c"])
-    assert ranking.ranked(speeds) == {"a": 1, "b": 1, "c": 1, "d": 4}
-
-
-def test_a_model_that_is_slower_in_most_rounds_is_not_above_though_its_usual_speed_is_higher():
-    high = np.arange(15) >= 7
-    a = np.exp(1.0 * high)
-    b = np.where(np.arange(15) >= 12, 1.0, 1.05 * a)
-    speeds = {"a": a, "b": b} | {f"steady{number}": turns(0.1) for number in range(5)}
-    usual = ranking.typical(speeds)
-    assert usual["a"] > usual["b"]
-    assert ranking.surely_faster(b, a)
-    assert [ranking.ranked(speeds)[name] for name in ("a", "b", "steady0")] == [1, 1, 3]
-
-
-def test_fewer_than_six_rounds_tell_nothing_apart():
-    assert 2 * 0.5**ranking.FEWEST_ROUNDS <= 1 - ranking._CONFIDENCE < 2 * 0.5 ** (ranking.FEWEST_ROUNDS - 1)
-    assert ranking.ranked({"a": turns(100, 5), "b": turns(200, 5)}) == {"a": 1, "b": 1}
-    assert ranking.ranked({"a": turns(100, 6), "b": turns(200, 6)}) == {"b": 1, "a": 2}
-
-
-def test_the_confidence_interval_of_a_median_leaves_out_what_the_tables_say():
-    assert [ranking._skipped(rounds) for rounds in (6, 9, 15, 25)] == [0, 1, 3, 7]
-
-
-def test_the_order_is_told_in_a_line():
-    assert ranking.order_line({"a": 1, "b": 2, "c": 2, "d": 4}) == "a > b = c > d"
 
 
 # Models and accuracies
@@ -303,7 +216,7 @@ def _serve_a_fault(connection):
     signal.raise_signal(signal.SIGABRT)
 
 
-def test_a_process_that_is_killed_is_told_with_its_signal():
+def test_a_process_that_is_killed_is_reported_with_its_signal():
     with Process(_serve_and_die) as process:
         assert process.answer() == "ready"
         process.ask()
@@ -317,19 +230,17 @@ def test_a_process_that_a_fault_ended_is_not_said_to_want_memory():
 
 
 @pytest.mark.parametrize("error", [OSError("libnvinfer.so: no such file"), EOFError("the file ends early")])
-def test_a_runtimes_own_error_of_reading_is_told_as_any_other(error):
-    told = f"^{type(error).__name__}: {error}$"
-    with Process(_serve_an_error, error) as process, pytest.raises(FailedError, match=told):
+def test_a_runtimes_own_error_of_reading_is_reported_like_any_other(error):
+    expected = f"^{type(error).__name__}: {error}$"
+    with Process(_serve_an_error, error) as process, pytest.raises(FailedError, match=expected):
         process.answer()
 
 
 def test_want_of_the_gpus_memory_is_said_with_what_to_do():
-    assert (
-        measuring.one_line(torch.cuda.OutOfMemoryError("CUDA ...")) == "out of the GPU's memory; use a smaller --batch"
-    )
+    assert measuring.reason(torch.cuda.OutOfMemoryError("CUDA ...")) == "out of the GPU's memory; use a smaller --batch"
 
 
-def test_an_error_in_a_process_is_told_in_a_line():
+def test_an_error_in_a_process_is_reported_in_a_line():
     with Process(_serve_an_error) as process, pytest.raises(FailedError, match="^ValueError: first line second line$"):
         process.answer()
 
@@ -363,7 +274,7 @@ def test_a_model_whose_fused_attention_is_not_exported_runs_with_plain_attention
     names = ("openvino", "onnxruntime", "tensorrt", "eager")
     measured = [measuring.Measured(model, backends.BACKENDS[name], opened, [1.0] * 6, [1.0] * 6) for name in names]
     rows = results.rows_of({model: facts}, measured)
-    assert [row["plain_attention"] for row in rows] == [True, True, True, False]
+    assert [row.plain_attention for row in rows] == [True, True, True, False]
     said = "with timm's plain attention, because the fused one cannot be exported: "
     assert f"{said}mine (openvino), mine (onnxruntime), mine (tensorrt)" in results.notes(rows)
 
@@ -399,10 +310,10 @@ def test_a_trained_model_is_measured_on_each_backend_and_one_that_fails_is_a_row
     assert {"cpu", "cores", "torch", "onnxruntime", "openvino"} <= set(found["machine"])
 
 
-def test_the_table_as_csv_has_the_rows_without_their_turns(compared):
+def test_the_table_as_csv_has_the_rows_without_their_timed_runs(compared):
     rows = list(csv.DictReader(io.StringIO((compared / "comparison.csv").read_text())))
     assert len(rows) == 6
-    assert not [key for key in rows[0] if key.startswith("turns_")]
+    assert not [key for key in rows[0] if key.startswith("timed_")]
     assert sum(bool(row["failed"]) for row in rows) == 3
 
 
@@ -428,150 +339,6 @@ def test_ctrl_c_ends_a_comparison_in_silence_and_leaves_nothing(tmp_path):
     assert (process.returncode, said) == (130, "")
     assert not list(tmp_path.glob("usi-compare-*"))
     assert not list((tmp_path / "out").iterdir())
-
-
-# Showing
-
-
-def row(model: str, backend: str = "openvino", **changes) -> dict:
-    usual = {
-        "rank": 1,
-        "backend": backend,
-        "model": model,
-        "top1": 80.0,
-        "top1_from": "published, arXiv",
-        "top1_is_the_papers": True,
-        "top1_split": "",
-        "top1_digest": "",
-        "plain_attention": False,
-        "on_front": True,
-        "front_is_sure": True,
-        "turns_images_per_s": [100.0] * 15,
-        "images_per_s": 100.0,
-        "min": 95.0,
-        "max": 105.0,
-        "spread_percent": 2.0,
-        "latency_ms": 20.0,
-        "peak_memory_mib": 100.0,
-        "parameters_m": 25.5,
-        "gmacs": 4.1,
-        "image_size": 224,
-        "precision": "bf16",
-        "batch": 1,
-        "calls_at_once": 2,
-    }
-    return usual | changes
-
-
-def test_the_page_needs_nothing_from_elsewhere_and_shows_what_is_asked_when_hovering():
-    pytest.importorskip("plotly")
-    page = charts.page([row("resnet50"), row("<b>evil</b>", "onnxruntime", on_front=False)], "a machine")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)\s*=", page)
-    for shown in (
-        "resnet50",
-        "100.0 images",
-        "25.50 M parameters",
-        "4.100 GMACs",
-        "top-1 80 %",
-        "published by the paper",
-    ):
-        assert shown in page
-    assert "onnxruntime: bf16, batch 1, 2 at once" in page  # to be chosen
-    assert "\\u003cb\\u003eevil" not in page
-    assert "<b>evil" not in page
-
-
-def test_the_papers_accuracies_are_marked_wherever_they_show():
-    rows = [row("resnet50"), row("mine", rank=2, top1=81.0, top1_from="eval.json", top1_is_the_papers=False)]
-    (table,) = results.tables(rows)
-    column = next(column for column in table.columns if column.header == "top-1 %")
-    assert list(column.cells) == ["80.0*", "81.0"]
-    assert any(note.startswith("* published by the paper (arXiv)") for note in results.notes(rows))
-    assert "published, arXiv" in results.as_csv(rows)
-
-
-def test_ties_and_a_noisy_machine_are_said():
-    text = "\n".join(results.notes([row("a"), row("b", spread_percent=14.0), row("c", rank=3)]))
-    assert "from fast to slow: a = b > c" in text
-    assert "= cannot be told apart" in text
-    assert "not tested" not in text
-    assert "warning: the speed of 1 of 3 rows varied by more than 10% between turns (b (openvino)" in text
-
-
-def test_the_front_is_that_of_the_speeds_shown_and_marks_who_is_not_surely_faster_than_the_more_accurate():
-    points = {"a": (101, 79.0), "b": (100, 80.0), "c": (150, 78.0), "d": (99, 80.0)}
-    rows = [
-        row(name, images_per_s=speed, turns_images_per_s=turns(speed), top1=top1)
-        for name, (speed, top1) in points.items()
-    ]
-    rows.append(row("e", top1=None))
-    results._mark_front(rows)
-    assert [each["on_front"] for each in rows] == [True, True, True, False, None]
-    assert [each["front_is_sure"] for each in rows] == [False, True, True, None, None]
-    (table,) = results.tables(rows)
-    column = next(column for column in table.columns if column.header == "front")
-    assert list(column.cells) == ["front?", "front", "front", "", ""]
-    assert any(note.startswith("front? on the front by its speed as shown") for note in results.notes(rows))
-
-
-def test_so_few_rounds_that_the_order_is_not_tested_are_said():
-    text = "\n".join(results.notes([row(name, turns_images_per_s=[100.0] * 5) for name in "ab"]))
-    assert "= not tested: of fewer than 6 rounds nothing can be said of the order. Use --repeats 6 or more" in text
-
-
-def test_the_papers_accuracies_beside_evaluations_are_said_to_be_of_other_images_perhaps():
-    mine = row("mine", top1_is_the_papers=False, top1_split="val", top1_digest="0123456789abcdef")
-    said = "* is of ImageNet's validation images; the evaluations are of split 'val' with digest 0123456789ab: compare"
-    assert any(note.startswith(said) for note in results.notes([row("resnet50"), mine]))
-    assert not [note for rows in ([row("resnet50")], [mine]) for note in results.notes(rows) if "digest" in note]
-
-
-def test_what_looks_like_markup_is_shown_as_it_is():
-    name = "runs/[bold]:smile:[/x]\\"
-    failed = {"backend": "openvino", "model": name, "rank": None, "failed": "[/] is no [red]tag"}
-    screen = Console(file=io.StringIO(), width=200)
-    for table in results.tables([row(name), failed]):
-        screen.print(table)
-    shown = screen.file.getvalue()
-    assert shown.count(name) == 2
-    assert "[/] is no [red]tag" in shown
-
-
-def test_a_dollar_in_a_path_is_no_formula():
-    assert charts.picture([row("runs/$\\frac$"), row("runs/a$b", top1=81.0)], "a machine").startswith(b"\x89PNG")
-
-
-def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
-    model = Candidate(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
-    failed = measuring.Measured(model, backends.BACKENDS["eager"], failed="no weights")
-    rows = results.rows_of({model: "no weights"}, [failed])
-    assert rows[0]["model"] == rows[0]["weights"] == "caf\\udce9"
-    assert "caf\\udce9" in results.as_csv(rows).encode().decode()
-
-
-def test_the_tables_are_shown_also_where_the_files_cannot_be_written(tmp_path, monkeypatch, capsys):
-    """A folder that was removed while the models were measured."""
-    out = tmp_path / "out"
-
-    def measured(*_):
-        out.rmdir()
-        return {}, []
-
-    monkeypatch.setattr(compare, "_with_progress", measured)
-    monkeypatch.setattr(results, "rows_of", lambda *_: [row("resnet50")])
-    with pytest.raises(SystemExit):
-        compare.main(["test_resnet", "--device", "cpu", "--backends", "eager", "--out", str(out)])
-    said = capsys.readouterr()
-    assert f"error: --out is {out}: cannot be written (No such file or directory). Name another" in said.err
-    assert "resnet50" in said.out
-
-
-def test_a_former_picture_does_not_stay_beside_numbers_without_accuracies(tmp_path):
-    (tmp_path / "comparison.png").touch()
-    plan = measuring.Plan("cpu", None, 1, 1)
-    rows = [row("a", top1=None, on_front=None, top1_is_the_papers=False)]
-    assert compare.write(tmp_path, rows, [], plan) == ["comparison.csv", "comparison.json"]
-    assert not (tmp_path / "comparison.png").exists()
 
 
 def test_a_process_ends_with_the_block_that_opened_it():

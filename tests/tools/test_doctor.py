@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, TINY, train_here
+from pipelines import PipelineConfig
 from pipelines.cpu import TorchvisionPipeline
 from pipelines.shards.damage import decode_with_pil, raise_on_damage
 from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
 from tools import doctor
-from tools.lib.doctor import proposals, stages
+from tools.lib.doctor import input_stages, output, proposals, stages
 from tools.lib.doctor.diagnosis import Remaining, diagnose, remaining, seconds_left
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
-from trainer.run import build
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 PIPELINE_SPEEDS = {
@@ -61,9 +62,9 @@ def test_gradients_limit_where_they_travel_longer_than_the_student_computes():
     assert judged(student=3_000, all_reduce=9_000, step=2_900, whole=2_900).part == stages.STUDENT
 
 
-def test_on_shared_cores_the_larger_share_of_the_work_limits():
+def test_on_shared_cores_the_larger_part_of_the_work_limits():
     found = judged(shared_cores=True, student=1_000, step=1_000, whole=830)
-    assert found.side == "step" and found.input_share == pytest.approx(1 / 6)
+    assert found.side == "step" and found.input_fraction == pytest.approx(1 / 6)
     assert judged(shared_cores=True, student=20_000, step=20_000, whole=3_900).part == "decoding"
 
 
@@ -86,7 +87,7 @@ def test_the_duration_is_what_was_measured_times_what_is_left():
     assert seconds_left(work, {128: 2_000, 224: 1_000}, 1024, 10.0) == 1_000 * 1024 / 2_000 + 500 * 1024 / 1_000 + 30
 
 
-def test_a_setting_counts_as_faster_only_if_each_of_its_turns_was():
+def test_a_setting_counts_as_faster_only_if_each_timed_run_was():
     now = Rate(100, 90, 110)
     assert proposals.trial("a", Rate(130, 111, 140), now) == Trial(
         "a", Rate(130, 111, 140), now, pytest.approx(0.3), True
@@ -125,23 +126,23 @@ def test_the_stages_take_whole_updates_of_the_size_that_is_asked_for(digits, tmp
     sizes = ("--data.image_size", "[[0,32],[2,48]]")
     run = build(parse([*TINY, *sizes, "--data.root", str(digits), "--run.out", str(tmp_path)]), ALONE)
     for size, first in ((32, 0), (48, 10)):
-        plans = list(stages.plans_of_size(run, size)(25))
-        assert {plan.image_size for plan in plans} == {size} and len(plans) == 25 * run.step.micro_batches
+        plans = list(input_stages.plans_of_size(run, size)(25))
+        assert {plan.image_size for plan in plans} == {size} and len(plans) == 25 * run.step.num_micro_batches
         assert plans[0].position == first * 64
-        assert len(list(stages.rounds(iter(plans)))) == 3  # ten updates, again and again
+        assert len(list(input_stages.rounds(iter(plans)))) == 3  # ten updates, again and again
 
 
 def test_images_that_a_pipeline_keeps_are_read_once(digits, tmp_path):
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ALONE)
-    plans = list(stages.plans_of_size(run, 32)(2))
-    once = np.concatenate(list(stages._once(plans, run.step.micro_batches)))
+    plans = list(input_stages.plans_of_size(run, 32)(2))
+    once = np.concatenate(list(input_stages._once(plans, run.step.num_micro_batches)))
     each = [np.concatenate([plan.sample for plan in plans[start : start + 2]]) for start in (0, 2)]
     assert len(once) == sum(len(set(samples.tolist())) for samples in each) and set(once) == set(np.concatenate(each))
 
 
 def test_a_dropped_sample_can_still_be_read(photos):
     before = ShardReader(photos).read(np.arange(3))
-    stages.drop_from_cache(photos, np.arange(3))
+    input_stages.drop_from_cache(photos, np.arange(3))
     for old, new in zip(before, ShardReader(photos).read(np.arange(3)), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -155,9 +156,9 @@ def test_shrunken_images_take_the_place_of_some_and_leave_the_others(photos, tmp
         assert decode_with_pil(content).size == (row["width"], row["height"])
         shrunk = sample in chosen and min(old["height"], old["width"]) > short
         assert min(row["height"], row["width"]) == (short if shrunk else min(old["height"], old["width"]))
-    TorchvisionPipeline(
-        index, device=ALONE.device, threads=1, prefetch=1, on_bad=raise_on_damage(index)
-    )  # takes it as it is
+    # The pipeline takes the index unchanged.
+    config = PipelineConfig(threads=1, prefetch=1)
+    TorchvisionPipeline(index, config, device=ALONE.device, on_damage=raise_on_damage(index))
 
 
 def test_shrinking_is_proposed_where_images_are_much_larger_than_needed(photos):
@@ -232,31 +233,31 @@ def test_several_ranks_measure_together_and_the_gradients_too(digits, tmp_path):
 
 def test_every_size_that_is_to_come_is_predicted_with_its_own_speed():
     whole = {32: 100.0, 48: 50.0}
-    measured = doctor.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, whole, 0.1, 2.0, cached=True)
-    (line,) = doctor.duration_lines(Remaining({32: 100, 48: 200}, 1), measured, 64, [])
+    measured = output.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, whole, 0.1, 2.0, cached=True)
+    (line,) = output.duration_lines(Remaining({32: 100, 48: 200}, 1), measured, 64, [])
     assert "100 updates of 64 images at 100 images/s (32 px)" in line and "at 50 images/s (48 px)" in line
     assert line.startswith("The rest of the run takes 5 min:")  # 64 s, 256 s, 2 s
 
 
 def test_the_duration_with_the_best_setting_counts_its_gain_for_the_updates_alone():
-    measured = doctor.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, {48: 50.0}, 0.1, 100.0, cached=True)
+    measured = output.Measured(48, {stages.WHOLE: Rate(50, 40, 60)}, {48: 50.0}, 0.1, 100.0, cached=True)
     trials = [Trial(name, Rate(1, 1, 1), Rate(1, 1, 1), gain, gain > 0) for name, gain in (("a", 0.25), ("b", 1.0))]
-    *_, line = doctor.duration_lines(Remaining({48: 200}, 1), measured, 64, trials)
+    *_, line = output.duration_lines(Remaining({48: 200}, 1), measured, 64, trials)
     assert line == "With b, if it gains as much throughout: 4 min"  # 256 s / 2 + 100 s
 
 
-def test_uneven_turns_of_what_matters_are_told_and_others_are_not():
+def test_uneven_runs_of_a_stage_that_matters_are_reported_and_others_are_not():
     even, uneven, fast = Rate(50, 45, 55), Rate(50, 40, 55), Rate(5_000, 1_000, 6_000)
-    assert list(doctor.spread_lines({stages.READING: fast, stages.WHOLE: even})) == []
-    (line,) = doctor.spread_lines({stages.READING: fast, stages.TEACHER: uneven, stages.WHOLE: even})
-    assert "(teacher)" in line and "--seconds" in line
+    assert list(output.spread_lines({stages.READING: fast, stages.WHOLE: even})) == []
+    (line,) = output.spread_lines({stages.READING: fast, stages.TEACHER: uneven, stages.WHOLE: even})
+    assert "timed runs of teacher differ" in line and "--seconds" in line
 
 
 def test_nothing_that_helps_is_said():
     trials = [Trial("--data.threads 4", Rate(1, 1, 1), Rate(1, 1, 1), -0.05, False)]
-    assert list(doctor.proposal_lines(trials)) == [
-        "Nothing is faster in its every turn than in any as it is: --data.threads 4 (-5%)"
+    assert list(output.proposal_lines(trials)) == [
+        "Nothing is faster in each timed run than in every unchanged one: --data.threads 4 (-5%)"
     ]
     faster = [*trials, dataclasses.replace(trials[0], override="--data.threads 8", gain=0.2, faster=True)]
-    lines = list(doctor.proposal_lines(faster))
+    lines = list(output.proposal_lines(faster))
     assert lines[1].startswith("  --data.threads 8: +20%") and lines[-1].startswith("Not faster")

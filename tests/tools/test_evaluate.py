@@ -23,7 +23,7 @@ from tools import evaluate
 from tools.lib.evaluate.ranks import check_ranks_agree
 from tools.lib.evaluate.real_labels import read_real_labels
 from tools.lib.evaluate.report import show, write_and_show
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.evaluation import metrics
@@ -31,8 +31,8 @@ from trainer.evaluation import trained as inference
 from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.predict import eval_plans
 from trainer.feed import open_configured_pipeline
+from trainer.models.checkpoint_format import digest_of
 from trainer.models.class_names import read_classes
-from trainer.state.checkpoint import digest_of
 
 HERE = World(0, 1, 1, torch.device("cpu"))
 

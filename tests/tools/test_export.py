@@ -30,7 +30,9 @@ from trainer.config.sections import parse, to_dict
 from trainer.evaluation import trained as inference
 from trainer.models.preprocessing import preprocessing
 from trainer.state import checkpoint
-from trainer.state.checkpoint import TrainState, Writer, best_content_of
+from trainer.state.checkpoint import best_content_of
+from trainer.state.train_state import TrainState
+from trainer.state.writer import Writer
 
 pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
 PICTURE = np.random.default_rng(0).integers(0, 256, (150, 211, 3), np.uint8)

@@ -37,7 +37,7 @@ def test_the_cpu_pipeline_equals_timms_whole_training_transform_but_for_the_resi
 def test_a_difference_above_the_tolerance_is_not_ok():
     black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 2, np.uint8)
     row = compare("stage", "ours", "theirs", [(black, black), (black, grey)], Tolerance(max=1))
-    assert not row.ok and row.max == 2 and row.mean == 2 and row.share == 0.5 and row.images == 2
+    assert not row.ok and row.max == 2 and row.mean == 2 and row.off_by_more == 0.5 and row.images == 2
     assert compare("stage", "ours", "theirs", [(black, black), (black, grey)], Tolerance(2, 1.0), "aa").ok
     assert not compare("stage", "ours", "theirs", [(black, black), (black, grey)], Tolerance(2, 1.0), "ab").ok
 

@@ -13,19 +13,19 @@ import torch.distributed as dist
 from trainer.cluster.rendezvous import COLLECTIVE_TIMEOUT
 from trainer.cluster.world import World
 
-REQUEUE = 75  # EX_TEMPFAIL: run the same command again
-INTERRUPTED = 130  # as a shell reports SIGINT
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
+REQUEUE = 75  # EX_TEMPFAIL: run the same command again.
+INTERRUPTED = 130  # Shells report SIGINT so.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed.
 
 
 def exit_code(signal_number: int) -> int:
-    """What a run that a signal stopped ends with: 130 for Ctrl-C, 75 for all others, which want it to go on later."""
+    """The exit code of a run that a signal stopped: 130 for Ctrl-C, 75 for all others, which ask it to resume."""
     return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
 
 
 @contextlib.contextmanager
 def requeueing_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once: for as long as there is nothing to save."""
+    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once, because there is nothing to save yet."""
 
     def end(_number: int, _frame) -> None:
         sys.exit(REQUEUE)
@@ -36,7 +36,7 @@ def requeueing_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handling(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Inside, signals have these handlers. Only the main thread may say so; in another nothing changes."""
+    """Inside, signals have these handlers. Only the main thread may set handlers; in another nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -50,7 +50,7 @@ def handling(handlers: dict[int, Callable]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """What some rank has met.
+    """What happened on some rank, as all ranks agree on it.
 
     Attributes:
       signal: the number of the signal that came, 0 for none.
@@ -61,17 +61,21 @@ class Agreement:
     failed: bool
 
 
-class Control:
-    """Asks all ranks, again and again, whether to go on.
+class Preemption:
+    """Stops all ranks at the same step: each asks the others at every step whether a signal has come.
 
-    The answer is the one to the question before, which has long arrived: nobody waits, and no GPU is asked. All ranks
-    get the same answers in the same order, so all stop at the same step. Every rank must make one; the questions go
-    over Gloo whatever the gradients go over.
+    The answer is the one to the question of the step before, which has long arrived: nobody waits, and no GPU is asked.
+    All ranks get the same answers in the same order. Every rank must make one; the questions go over Gloo, whatever
+    the gradients go over.
     """
 
     def __init__(self, world: World):
         self._world = world
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup)  # It would be an int on ranks outside the group.
+            self._group = group
         self._signal = 0
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -89,23 +93,28 @@ class Control:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # The terminal may be gone.
                 print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
         self._signal = self._signal or number
 
-    def ask(self, failed: bool) -> Agreement:
-        """Tell what this rank has met, and get what all had met at the time of the question before.
+    def agree(self, failed: bool) -> Agreement:
+        """Report what happened on this rank, and return what all had reported one call ago.
 
         Every rank must call it as often as the others.
+
+        Args:
+          failed: a checkpoint could not be written on this rank.
         """
         if self._group is None:
             return Agreement(self._signal, failed)
-        # a signal's number: any will do if they differ
-        word = torch.tensor([self._signal, int(failed)])
-        work = dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        asked, self._asked = self._asked, (work, word)
-        if asked is None:
+        # The maximum is one of the signals' numbers; it does not matter which one.
+        report = torch.tensor([self._signal, int(failed)])
+        work = dist.all_reduce(report, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        earlier, self._asked = self._asked, (work, report)
+        if earlier is None:
             return Agreement(0, False)
-        asked[0].wait()
-        number, any_failed = asked[1].tolist()
+        earlier_work, earlier_report = earlier
+        earlier_work.wait()
+        number, any_failed = earlier_report.tolist()
         return Agreement(number, bool(any_failed))

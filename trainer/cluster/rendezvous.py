@@ -1,14 +1,13 @@
 """Before the first step of several ranks: is everybody there, with the same data, settings and code, and connected?
 
 Ranks meet at the store of MASTER_ADDR:MASTER_PORT, which torchrun's agent or rank 0 serves. Rank 0 sets a challenge;
-each rank answers it with what it has; rank 0 compares and tells all the same verdict. Whatever an earlier attempt left
-in the store carries another challenge, so it is never taken for an answer: torchrun's agents keep one store over
+each rank answers it with its facts; rank 0 compares them and publishes one verdict for all. Whatever an earlier attempt
+left in the store carries another challenge, so it is never taken for an answer: torchrun's agents keep one store over
 restarts, and the restart counts of two agents may differ.
 """
 
 import contextlib
 import datetime
-import hashlib
 import itertools
 import json
 import os
@@ -16,82 +15,45 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
 import torch.distributed as dist
 
 from pipelines.common.errors import UserError, write_error_line
-from pipelines.common.files import parsed_json, sha256_of
+from pipelines.common.files import parsed_json
 from pipelines.common.launcher import launched
-from pipelines.common.versions import package_versions
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
+from trainer.cluster.code_version import code_version
 from trainer.config.sections import Config, shared_settings
-from trainer.models.files.model_folders import CONFIG, named_folder
 
-# After the checks a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
-# compiles. Finding a rank that hangs is the watchdog's work; this is the bound where it is off.
+# The checks done, a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
+# compiles. The watchdog finds a rank that hangs; this is the bound where it is off.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 
-_FOLDERS = ("pipelines", "trainer")
 _POLL_S = 0.1
-_GRACE_S = 5.0  # the others wait a little longer than rank 0, to hear what it has to say
-_SHOWN = 3  # differences named in one message
+_GRACE_S = 5.0  # The others wait a little longer than rank 0, so that they can read its verdict.
+_SHOWN = 3  # One message names at most this many differences.
 _LOOPBACK = "127.0.0.1"
-# libuv's server, torch's usual one, goes on when a stranger connects and says nothing more. Given a socket it never
-# listened to it in torch 2.5; in 2.14 it was tried.
-_LIBUV_TAKES_SOCKETS = (2, 14)
+# libuv's server, which is torch's default, does not wait for a stranger who connects and sends nothing. In torch 2.5 it
+# never listened to a socket that it was given; in 2.14 it was seen to work.
+_LIBUV_TAKES_SOCKETS = "2.14"
 
 
 def facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: {name: value}, values as JSON has them.
 
-    The configuration without what each machine has of its own (the contents of files are compared instead of their
-    paths), the digests of the dataset, the contents of the files that the student and every teacher come from, a hash
-    of every source file, and versions.
+    The configuration without what each machine has of its own, the digests of the dataset, a hash of every source file,
+    and versions.
 
     Raises:
-      UserError: there is no dataset here, it is damaged, or a folder that names a model cannot be read.
+      UserError: there is no dataset here, or it is damaged.
     """
     found = shared_settings(config)
     if config.data.root is not None:
         splits = read_manifest(config.data.root)["splits"]
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
-    return {**found, **model_contents(config), **code_version()}
-
-
-def model_contents(config: Config) -> dict[str, str | None]:
-    """Short hashes of the files that the student and every teacher come from: {"content of KEY": hash, or None}.
-
-    Weights on Hugging Face's hub are not read: they may have to be downloaded first, which takes longer than ranks wait
-    for each other. The revision of their repository stands for them.
-    """
-    found = {}
-    for key, model in [("student", config.student), *config.teacher.members]:
-        files = {f"{key}.checkpoint": model.checkpoint, f"{key}.classes": model.classes}
-        if folder := named_folder(model.name):
-            files[f"{key}.name ({CONFIG})"] = folder.path / CONFIG
-            is_random = key == "student" and not config.student.pretrained
-            if folder.is_on_hub:
-                found[f"revision of {key}.name"] = folder.path.name
-            elif model.checkpoint is None and not is_random:
-                files[f"{key}.name (weights)"] = folder.weights_file()
-        for name, path in files.items():
-            found[f"content of {name}"] = sha256_of(path)[:12] if path and path.is_file() else None
-    return found
-
-
-def code_version() -> dict[str, str | None]:
-    """The hash of every source file that a run uses, and the versions of the packages that give its numbers."""
-    repository = Path(__file__).resolve().parents[2]
-    sources = sorted(path for folder in _FOLDERS for path in (repository / folder).rglob("*.py"))
-    files = {f"source file {path.relative_to(repository)}": _short_hash(path.read_bytes()) for path in sources}
-    return {**files, **{f"version of {package}": version for package, version in package_versions().items()}}
-
-
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+    return {**found, **code_version()}
 
 
 # --- meeting ---
@@ -112,7 +74,7 @@ def meet(rank: int, size: int, describe: Callable[[], dict], seconds: float) -> 
     try:
         lead_or_follow = _lead if rank == 0 else _follow
         verdict = lead_or_follow(store, rank, size, mine, deadline, seconds)
-    except RuntimeError as error:  # of which torch.distributed's errors are
+    except RuntimeError as error:  # torch.distributed's errors are of this type.
         raise UserError(
             f"rank 0 has closed the store at {_address()}: look at its message, and at those of other ranks"
         ) from error
@@ -130,7 +92,7 @@ def _described(describe: Callable[[], dict], size: int) -> dict:
 
 
 def _lead(store: dist.Store, rank: int, size: int, mine: dict, deadline: float, seconds: float) -> dict:
-    """Rank 0: ask, compare, tell. Returns the verdict."""
+    """Rank 0: ask, compare, publish. Returns the verdict."""
     store.set("ready/challenge", mine["nonce"])
     answers = {rank: mine}
     while True:
@@ -144,14 +106,14 @@ def _lead(store: dist.Store, rank: int, size: int, mine: dict, deadline: float, 
     nonces = {str(other): answer["nonce"] for other, answer in answers.items()}
     verdict = {"nonces": nonces, "problem": _problem(answers, size, seconds)}
     store.set("ready/verdict", json.dumps(verdict))
-    heard = time.monotonic() + _GRACE_S  # what comes next may end this process and with it the store
+    heard = time.monotonic() + _GRACE_S  # This process may end next, and the store with it: wait until all have read.
     while store.add(f"ready/heard/{mine['nonce']}", 0) < len(answers) - 1 and time.monotonic() < heard:
         time.sleep(_POLL_S)
     return verdict
 
 
 def _follow(store: dist.Store, rank: int, size: int, mine: dict, deadline: float, seconds: float) -> dict:
-    """The other ranks: answer whatever challenge stands there, until a verdict has heard this very answer."""
+    """The other ranks: answer the present challenge, until a verdict includes this very answer."""
     answered = None
     while time.monotonic() < deadline + _GRACE_S:
         challenge = store.get("ready/challenge").decode(errors="replace") if store.check(["ready/challenge"]) else None
@@ -159,8 +121,8 @@ def _follow(store: dist.Store, rank: int, size: int, mine: dict, deadline: float
             store.set(f"ready/answer/{rank}", json.dumps({**mine, "challenge": challenge}))
             answered = challenge
         verdict = _read(store, "ready/verdict", _VERDICT)
-        nonces = verdict["nonces"] if verdict else {}
-        if nonces.get(str(rank)) == mine["nonce"] and isinstance(nonces.get("0"), str):
+        nonces = verdict["nonces"] if verdict is not None else {}
+        if verdict is not None and nonces.get(str(rank)) == mine["nonce"] and isinstance(nonces.get("0"), str):
             store.add(f"ready/heard/{nonces['0']}", 1)
             return verdict
         time.sleep(_POLL_S)
@@ -174,13 +136,15 @@ _ANSWER = {"nonce": str, "host": str, "challenge": str, "facts": dict, "error": 
 _VERDICT = {"nonces": dict, "problem": str}
 
 
-def _read(store: dist.Store, key: str, types: dict[str, type]) -> dict | None:
-    """What a rank has written; None where there is nothing, or nothing that a rank of this program writes."""
+def _read(store: dist.Store, key: str, types: Mapping[str, type]) -> dict | None:
+    """What a rank has written; None where there is nothing, or nothing that this program writes."""
     return json_object(store.get(key), types, optional={"facts", "error"}) if store.check([key]) else None
 
 
-def json_object(content: bytes, types: dict[str, type], optional: Set[str] = frozenset()) -> dict | None:
-    """A JSON object whose keys have these types, None if it is none: whoever reaches a store may write to it."""
+def json_object(
+    content: bytes, types: Mapping[str, type | tuple[type, ...]], optional: Set[str] = frozenset()
+) -> dict | None:
+    """A JSON object whose keys have these types, else None: anybody who reaches a store may write to it."""
     found = parsed_json(content)
     if not isinstance(found, dict) or not types.keys() - optional <= found.keys() <= types.keys():
         return None
@@ -209,7 +173,7 @@ def _problem(answers: dict[int, dict], size: int, seconds: float) -> str:
 
 
 def _differences(answers: dict[int, dict], rank: int) -> list[str]:
-    """What a rank has otherwise than rank 0, with both values."""
+    """The facts in which a rank differs from rank 0, with both values."""
     first, other = answers[0], answers[rank]
     if "error" in first or "error" in other:
         return []
@@ -381,7 +345,7 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, secon
 
 _MORE = {
     "gloo": "gloo takes the address of the machine's own name: see what 'getent hosts $(hostname)' says on each",
-    "nccl": "NCCL_DEBUG=INFO tells what NCCL tries",
+    "nccl": "NCCL_DEBUG=INFO logs what NCCL tries",
 }
 
 

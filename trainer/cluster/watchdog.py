@@ -1,8 +1,9 @@
 """Names the rank that stopped, and ends the run so that its launcher can start it again.
 
-The loop says where it is (`heartbeat`), which sets a variable. On every rank a thread publishes that every few seconds
-to a store that rank 0 serves; rank 0's thread compares the ranks and publishes what it found; the others read it.
-Nobody's clock is compared with another's: a rank is silent, or stands still, for as long as rank 0 has seen no change.
+The loop reports where it is (`heartbeat`), which sets a variable. On every rank a thread publishes that every few
+seconds to a store that rank 0 serves; rank 0's thread compares the ranks and publishes what it found; the others read
+it. No rank's clock is compared with another's: a rank is silent, or stands still, for as long as rank 0 has seen no
+change.
 """
 
 import contextlib
@@ -27,12 +28,12 @@ from trainer.cluster.world import World
 
 T = TypeVar("T")
 
-SETUP_PATIENCE_S = 3600  # before the first heartbeat: weights are downloaded, the decoder is tried
+SETUP_PATIENCE_S = 3600  # The first heartbeat may take this long: weights are downloaded, the decoder is tried.
 _PERIOD_S = 2.0
-_SILENT_PERIODS = 4  # after which a rank counts as lost where an error says that one is
-_LINGER_S = 30.0  # how long ranks may take to notice by themselves that another ended with an error
+_SILENT_PERIODS = 4  # Once a collective has failed, a rank counts as lost when it has missed this many periods.
+_LINGER_S = 30.0  # Ranks may take this long to notice by themselves that another ended with an error.
 _STDERR = 2
-_AGAIN = "The run goes on from its newest checkpoint, if there is one: start it again with the same command"
+_AGAIN = "The run resumes from its newest checkpoint, if there is one: start it again with the same command"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,12 @@ class State:
     """What a rank publishes.
 
     Attributes:
-      number: of the publication; it grows as long as the rank's thread lives.
-      heartbeats: how often the loop has said where it is; equal on ranks that are equally far.
-      where: the last place.
+      number: counts the publications; it grows as long as the rank's thread lives.
+      heartbeats: counts the loop's reports; it is equal on ranks that are equally far.
+      where: the last place that was reported.
       patience_s: how long that place may take, where it may take longer than others.
-      host: of the rank.
-      ended: None while it runs, '' after a proper end, else the error it ended with.
+      host: the rank's machine.
+      ended: None while the rank runs, "" after a proper end, else the error that ended it.
     """
 
     number: int
@@ -56,21 +57,24 @@ class State:
     ended: str | None = None
 
 
-# What JSON has for a State, and for what rank 0 publishes: its own state, what `lost` says, and a Verdict.
-_STATE = {field.name: (int, float) if field.type is float else field.type for field in dataclasses.fields(State)}
-_FOUND = {**_STATE, "lost": str, "blamed": list, "line": str}
+# The JSON types of a State, and of what rank 0 publishes: its own state, the result of `lost`, and a Verdict.
+_STATE: dict[str, type | tuple[type, ...]] = {
+    **{"number": int, "heartbeats": int, "where": str, "host": str},
+    **{"patience_s": (int, float), "ended": (str, type(None))},
+}
+_FOUND: dict[str, type | tuple[type, ...]] = {**_STATE, "lost": str, "blamed": list, "line": str}
 
 
 @dataclasses.dataclass
 class Seen:
-    """A rank as rank 0 knows it: its last state, and when (rank 0's clock, s) it was heard and made progress last."""
+    """A rank as rank 0 knows it: its last state, and when it last reported and made progress, by rank 0's clock."""
 
     state: State
     heard_s: float
     moved_s: float
 
     def update(self, state: State, now_s: float) -> None:
-        """Take note of what the rank has published."""
+        """Record what the rank has published."""
         if state.number != self.state.number:
             self.heard_s = now_s
         if (state.heartbeats, state.ended) != (self.state.heartbeats, self.state.ended):
@@ -80,14 +84,14 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Which ranks are to blame, and the line that says so."""
+    """The ranks that are to blame, and the line that names them."""
 
     ranks: list[int]
     line: str
 
 
 def judge(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict | None:
-    """What is wrong after `seconds` without a sign of life or progress; None if nothing is.
+    """The verdict after `seconds` without a sign of life or progress; None if all is well.
 
     A rank that lives and stands still is to blame if no rank is further behind: the others wait for it.
     """
@@ -103,7 +107,7 @@ def judge(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict | None
 
 
 def judge_life(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict | None:
-    """Whether a rank has been silent for `seconds`, or has ended with an error that the others have not noticed."""
+    """The verdict on a rank that has been silent for `seconds`, or ended with an error that no other has noticed."""
     silent = [r for r, rank in seen.items() if rank.state.ended is None and now_s - rank.heard_s > seconds]
     if silent:
         return Verdict(silent, _silent_line(silent, seen, now_s))
@@ -114,12 +118,12 @@ def judge_life(seen: dict[int, Seen], now_s: float, seconds: float) -> Verdict |
 
 
 def _leaves_others(state: State) -> bool:
-    """Whether a rank has ended with an error, or while it was set up, so that others wait for it in vain."""
+    """Whether a rank has ended with an error, or during its set-up, so that others wait for it in vain."""
     return bool(state.ended) or (state.ended == "" and not state.heartbeats)
 
 
 def lost(seen: dict[int, Seen], now_s: float, period_s: float) -> str:
-    """Who is to blame for an error that says that some rank is gone: '' if all are heard."""
+    """The line that names the rank behind a broken connection; "" if all ranks still report."""
     ended = [r for r, rank in seen.items() if rank.state.ended]
     if ended:
         return _ended_line(ended[0], seen[ended[0]].state)
@@ -175,7 +179,7 @@ class Watchdog:
         self._period_s = min(_PERIOD_S, seconds / 10)
         self._heartbeat = (0, "setting up", float(SETUP_PATIENCE_S))
         self._ended: str | None = None
-        self._blames_another = False  # an end that is the consequence of another's
+        self._blames_another = False  # True if this rank ends because another one failed first.
         self._number = 0
         self._seen: dict[int, Seen] = {}
         self._lost = ""
@@ -184,10 +188,10 @@ class Watchdog:
         targets = [self._watch] if world.is_main else [self._watch, self._talk]
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
         self._store: dist.Store | None = None
-        self._found: dict | None = None  # what rank 0 has published last
+        self._found: dict | None = None  # The last publication of rank 0.
 
     def heartbeat(self, where: str, patience_s: float = 0) -> None:
-        """Say where this rank is. It costs nothing; all ranks must call it at the same places.
+        """Report where this rank is. It costs nothing; all ranks must call it at the same places.
 
         Args:
           patience_s: how long the place may take at least, where that is more than the watchdog's own seconds.
@@ -205,13 +209,13 @@ class Watchdog:
         if not self._seconds:
             return
         proper = error is None or isinstance(error, SystemExit) or self._blames_another
-        self._ended = "" if proper else f"{kind.__name__}: {' '.join(str(error).split())}"
+        self._ended = "" if proper else f"{type(error).__name__}: {' '.join(str(error).split())}"
         self._wake.set()
         for thread in self._threads:
             thread.join(_LINGER_S / 3)
         faulthandler.cancel_dump_traceback_later()
         improper = error is not None and not isinstance(error, SystemExit)
-        if improper and self._world.size > 1:  # closing down may wait for ranks that are gone
+        if improper and self._world.size > 1:  # Closing down may wait for ranks that are gone.
             faulthandler.dump_traceback_later(_LINGER_S, exit=True, file=_STDERR)
 
     @contextlib.contextmanager
@@ -232,7 +236,7 @@ class Watchdog:
             ) from error
 
     def _await_lost(self) -> str:
-        """Who is lost, as soon as it is known."""
+        """The line that names the lost rank, as soon as it is known."""
         deadline = time.monotonic() + (_SILENT_PERIODS + 3) * self._period_s + 1
         while not self._lost and time.monotonic() < deadline:
             time.sleep(self._period_s / 4)
@@ -244,7 +248,7 @@ class Watchdog:
         look = self._look_alone if self._world.size == 1 else self._lead if self._world.is_main else self._follow
         over = False
         while not over:
-            # Should this thread itself be kept from running (by code that holds Python's lock), that ends the process.
+            # If code that holds Python's lock keeps this thread from running, this timer ends the process.
             limit_s = max(self._seconds, self._heartbeat[2]) + _LINGER_S
             faulthandler.dump_traceback_later(limit_s, exit=True, file=_STDERR)
             over = look()
@@ -262,14 +266,15 @@ class Watchdog:
     def _look_alone(self) -> bool:
         self._note(0, self._state())
         if verdict := judge(self._seen, time.monotonic(), self._seconds):
-            self._end(verdict, tell=True)
+            self._end(verdict, log=True)
         return self._ended is not None
 
     def _lead(self) -> bool:
         """Rank 0: read all, judge, publish. Returns whether it is over."""
         self._note(0, self._state())
         others = range(1, self._world.size)
-        with contextlib.suppress(RuntimeError):  # an answer that took too long: the next round shows who is alive
+        assert self._store is not None
+        with contextlib.suppress(RuntimeError):  # An answer took too long; the next round shows who is alive.
             for rank, content in zip(others, self._store.multi_get([f"rank/{r}" for r in others]), strict=True):
                 if state := json_object(content, _STATE):
                     self._note(rank, State(**state))
@@ -278,8 +283,8 @@ class Watchdog:
         self._lost = lost(self._seen, now_s, self._period_s)
         self._publish(verdict)
         if verdict:
-            time.sleep(2 * self._period_s)  # so that all have read it
-            self._end(verdict, tell=True)
+            time.sleep(2 * self._period_s)  # All ranks have read it then.
+            self._end(verdict, log=True)
         if self._ended is None:
             return False
         silent_s = _SILENT_PERIODS * self._period_s
@@ -287,23 +292,24 @@ class Watchdog:
         return all(gone) or now_s - self._seen[0].moved_s > (silent_s if self._ended else _LINGER_S / 4)
 
     def _publish(self, verdict: Verdict | None) -> None:
-        """Tell the others what rank 0 has found."""
+        """Publish what rank 0 has found."""
         blamed, line = (verdict.ranks, verdict.line) if verdict else ([], "")
         found = {**dataclasses.asdict(self._seen[0].state), "lost": self._lost, "blamed": blamed, "line": line}
+        assert self._store is not None
         self._store.set("found", json.dumps(found))
 
     def _follow(self) -> bool:
         """The others: act on what rank 0 has found, or on its silence. Returns whether it is over."""
         ended, now_s = self._ended is not None, time.monotonic()
         if self._verdict and not ended:
-            self._end(self._verdict, tell=False)
+            self._end(self._verdict, log=False)
         self._lost = self._lost or lost(self._seen, now_s, self._period_s)
         if not ended and (verdict := judge_life(self._seen, now_s, self._seconds)):
-            self._end(verdict, tell=True)
+            self._end(verdict, log=True)
         return ended
 
     def _talk(self) -> None:
-        """The others' second thread: publishes, and hears rank 0. It hangs in the store for as long as rank 0 does."""
+        """The others' second thread: exchanges states with rank 0. It hangs as long as rank 0's store does."""
         over = False
         while not over:
             state = self._state()
@@ -321,14 +327,14 @@ class Watchdog:
         else:
             time.sleep(self._period_s / 4)
 
-    def _end(self, verdict: Verdict, *, tell: bool) -> None:
-        """End this process, after saying what is to be said here."""
+    def _end(self, verdict: Verdict, *, log: bool) -> None:
+        """End this process, with its stacks if it is to blame, and with the verdict if `log` is true."""
         rank = self._world.rank
         if rank in verdict.ranks:
             where = self._heartbeat[1]
             write_error_line(f"[rank {rank}] watchdog: stacks of this process, in '{where}':")
             faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-        if tell:
+        if log:
             write_error_line(f"[rank {rank}] error: watchdog: {verdict.line}")
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -341,19 +347,23 @@ class Watchdog:
         world = self._world
         if world.size == 1:
             return
-        # A network that is gone for less than the watchdog's time mends itself below, in TCP.
+        # TCP repairs a connection that is gone for less than the watchdog's time.
         timeout = datetime.timedelta(seconds=self._seconds)
-        # The keys begin with a token that nobody guesses: what strangers write to the store is not read.
+        # The keys begin with a secret token, so that what strangers write to the store is not read.
         token = secrets.token_hex(8)
+        port = 0
         if world.is_main:
             served = serve_store(0, timeout)
+            port = served.port
             self._store = dist.PrefixStore(token, served)
             self._note(0, self._state())
             self._publish(None)
-        port, token = world.broadcast_object((served.port, token) if world.is_main else None)
+        port, token = world.broadcast_object((port, token))
         if not world.is_main:
             self._store = dist.PrefixStore(token, self._reach((host_of_main(), port), timeout))
             found = self._exchange(self._state())
+            if found is None:
+                raise UserError(f"rank {world.rank} has lost the watchdog of rank 0: look at the message of rank 0")
             self._note(0, State(**{name: found[name] for name in _STATE}))
         world.barrier()
 
@@ -369,13 +379,13 @@ class Watchdog:
         return dist.TCPStore(*address, timeout=timeout, wait_for_workers=False)
 
     def _exchange(self, state: State) -> dict | None:
-        """Publish a state; returns what rank 0 has found, None once the connection to it was lost."""
+        """Publish a state. Returns what rank 0 has found, None once the connection to it was lost."""
         if self._store is not None:
             try:
                 self._store.set(f"rank/{self._world.rank}", json.dumps(dataclasses.asdict(state)))
                 self._found = json_object(self._store.get("found"), _FOUND) or self._found
                 return self._found
-            except RuntimeError:  # of which torch.distributed's errors are
+            except RuntimeError:  # torch.distributed's errors are of this type.
                 self._store = None
         return None
 
@@ -389,17 +399,18 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def watched(world: World, seconds: float) -> Iterator[World]:
-    """The world whose `heartbeat` a watchdog hears, for the block; a lost rank is named inside."""
+    """The world with a watchdog that gets its heartbeats; inside, a lost rank is named."""
     with Watchdog(world, seconds) as watchdog, watchdog.naming_lost_ranks():
         yield dataclasses.replace(world, heartbeat=watchdog.heartbeat)
 
 
 class HeartbeatIterator(Iterator[T]):
-    """An iterator that says when its user waits for the next item and when the user has it.
+    """An iterator that reports when its user waits for the next item, and when the user has it.
 
     Args:
-      heartbeat: of the world.
-      where: gives the place, "step 12", and how many seconds its update may take if that is longer than others.
+      heartbeat: World.heartbeat.
+      where: returns the name of the present update, "step 12", and how many seconds it may take, 0 for no more than
+        others.
     """
 
     def __init__(

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.launcher import Launch, launched
 from trainer.cluster import rendezvous
-from trainer.cluster.memory import keep_freed_memory
 
 T = TypeVar("T")
 
 
 def _ignore(where: str, patience_s: float = 0) -> None:
-    """A heartbeat where nobody listens."""
+    """Stands for the heartbeat where no watchdog runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +27,8 @@ class World:
       rank, size: among all processes.
       local_size: processes on this machine.
       device: of this process.
-      heartbeat: called with where this rank is, "step 12: input"; the watchdog listens (trainer/cluster/watchdog.py).
-        All ranks call it alike; a place where rank 0 may take long on its own is told with heartbeat(where, seconds).
+      heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). All ranks
+        must call it alike; heartbeat(where, seconds) reports a place where rank 0 may take long on its own.
     """
 
     rank: int
@@ -40,11 +39,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """The card's name, or cpu."""
+        """The GPU's name, or cpu."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class World:
         return values
 
     def broadcast_object(self, value: T) -> T:
-        """What rank 0 calls it with, on every rank."""
+        """Rank 0's value on every rank; every rank must call it."""
         chosen = [value]
         if self.size > 1:
             dist.broadcast_object_list(chosen, device=self.device)
@@ -74,7 +74,7 @@ class World:
         return [value for part in lists for value in part]
 
     def by_itself(self) -> "World":
-        """This process as the only one: nothing is sent to other ranks, and its heartbeats are heard by nobody."""
+        """This process as the only one: nothing is sent to other ranks, and its heartbeats are ignored."""
         return dataclasses.replace(self, rank=0, size=1, local_size=1, heartbeat=_ignore)
 
     def barrier(self) -> None:
@@ -91,8 +91,8 @@ def join_world(
 
     Args:
       device: auto, cuda or cpu; auto is cuda where there is one. One rank a GPU; NCCL between GPUs, Gloo between CPUs.
-      facts: gives, for a rank's device, what must be equal on all (trainer/cluster/rendezvous.py); called where there
-      are several.
+      facts: gives, for a rank's device, what must be equal on all (trainer/cluster/rendezvous.py); it is called where
+        there are several ranks.
       ready_s: within which the ranks must have met, and after that have made their first collective.
     Raises:
       UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect; srun
@@ -113,14 +113,14 @@ def join_world(
     rendezvous.connect(store, this.rank, this.size, own_device, ready_s)
     try:
         yield World(this.rank, this.size, this.local_size, own_device)
-    except SystemExit:  # all ranks end early, on purpose
+    except SystemExit:  # All ranks end early, on purpose.
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
+    dist.destroy_process_group()  # After an error it could wait for ranks that are gone.
 
 
 def _check_launch(this: Launch) -> None:
-    """Say which of a launcher's variables do not count. Raises a UserError about copies that srun alone has started."""
+    """Print which of a launcher's variables are ignored. Raises a UserError if srun alone has started copies."""
     if this.by == "srun" and this.size > 1:
         raise UserError(
             f"srun has started {this.size} copies of this program, which do not know of each other. Start ranks with "
@@ -130,22 +130,21 @@ def _check_launch(this: Launch) -> None:
         write_error_line(f"note: {this.ignored}. torchrun and tools/slurm/train.sbatch start several ranks")
 
 
-def alone() -> World:
-    """This process and no other, whatever torchrun's variables say, on the GPU if there is one.
+def alone(device: str = "auto") -> World:
+    """This process and no other, whatever torchrun's variables say; `device` as for join_world.
 
     It sets the process up as join_world does; tools.lib.common.opening.first_device only looks for the device.
     """
-    return World(0, 1, 1, _prepared_device("auto", 0))
+    return World(0, 1, 1, _prepared_device(device, 0))
 
 
 def _prepared_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank: a GPU is made the current one, on a CPU freed memory is kept."""
+    """The device of this rank; a GPU is made the current one."""
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not on_gpu:
-        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or mend the driver")
+        raise UserError("run.device is cuda and PyTorch finds no GPU: use --run.device cpu, or fix the driver")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own, this process sees {torch.cuda.device_count()}: start "

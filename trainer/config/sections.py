@@ -4,12 +4,15 @@ Every default stands here (or beside what it configures) once; the defaults are 
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from pipelines.common.errors import UserError
+from pipelines import PipelineConfig
+from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.settings import Nature, Section, check, natures, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
@@ -27,31 +30,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagesConfig(Section):
-    """Where images come from and how they are decoded, whatever they are for.
+class ImagesConfig(PipelineConfig):
+    """Where images come from, whatever they are for, and how they are decoded.
 
     Attributes:
-      root: dataset folder made by tools/shard_imagenet.py.
-      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without. Training also takes synthetic,
-        which needs no root.
-      decode: DALI: roi decodes the crop alone, full the whole image, the pixels are the same; auto is roi where that
-        works, which is tried.
-      hw_decoder_load: DALI: fraction of each batch that the GPU's JPEG engine decodes. Between 0 and 1 a batch is
-        divided between two decoders, and the last bit of an image may depend on which one decoded it.
-      decoder_padding_mib: DALI: memory that each thread of the GPU's decoder takes at once; 0 is what the largest image
-        takes, 64 at the most.
-      threads: host threads that decode, for each rank; 0 divides the cores among the ranks of this machine.
-      prefetch: finished batches that wait.
+      root: dataset folder made by tools/shard_imagenet.py. Only the synthetic pipeline needs none.
     """
 
     key = "data"
     root: Path | None = setting(None, recipe=False, per_machine=True)
-    pipeline: Literal["auto", "dali", "torchvision", "synthetic"] = setting("auto", recipe=False, on_resume="reported")
-    decode: Literal["auto", "roi", "full"] = setting("auto", recipe=False, on_resume="reported")
-    hw_decoder_load: float = setting(1.0, at_least=0, at_most=1, recipe=False, per_machine=True, on_resume="reported")
-    decoder_padding_mib: int = setting(0, at_least=0, recipe=False, per_machine=True)
-    threads: int = setting(0, at_least=0, at_most=4096, recipe=False, per_machine=True)
-    prefetch: int = setting(2, at_least=1, at_most=4096, recipe=False, per_machine=True)
+
+    def option(self, name: str, value: object) -> str:
+        """How a message advises another value of a setting."""
+        return f"--data.{name} {value}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +73,8 @@ class DataConfig(ImagesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        size_schedule(self.image_size)
+        with naming_settings(image_size="data.image_size"):
+            size_schedule(self.image_size)
 
     @property
     def train_sizes(self) -> list[int]:
@@ -393,6 +385,21 @@ class Config:
             self.teacher.name is not None or self.distill.label_weight > 0,
             "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
         )
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> "Config":
+        """The configuration in a YAML file, or the defaults, with some settings changed.
+
+        Args:
+          overrides: SECTION.NAME -> value, as Python has it.
+        Raises:
+          UserError: as for the command line.
+        """
+        arguments = [] if path is None else ["--config", str(path)]
+        for name, value in (overrides or {}).items():
+            text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)  # JSON is YAML.
+            arguments.append(f"--{name}={text}")
+        return parse(arguments)
 
 
 def section_types() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipelines.plan.plan import BatchPlan, EvalPlan
 from trainer.cluster.world import World
 from trainer.evaluation import metrics
 from trainer.evaluation.metrics import Accuracy, Predictions
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]  # Normalised images [B, 3, S, S] -> logits [B, C].
 

@@ -18,10 +18,12 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.machine import expanded
 from pipelines.plan.plan import EvalPlan
-from pipelines.shards.index import MANIFEST, ShardIndex
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.manifest import MANIFEST
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
 from trainer.config.setting_names import SettingError, Spelling
+from trainer.models.checkpoint_format import is_of_trainer
 from trainer.models.checks import check_size
 from trainer.models.class_names import check_order_stated, class_order, read_classes
 from trainer.models.factory import (
@@ -42,10 +44,11 @@ from trainer.models.files.model_folders import (
     source_name,
 )
 from trainer.models.files.weights import named_model, named_outputs, read_file, select_weights
+from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing, timm_config
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import check_settings, with_defaults
-from trainer.update.mixing import Normalize
 
 # The file of weights in an exported folder, as timm names it.
 WEIGHTS = "model.safetensors"
@@ -256,6 +259,15 @@ def load_named(text: str, name: str | None = None, **settings: Any) -> TrainedMo
     return load(text, None, **settings)
 
 
+def load_model(source: Path | str, **settings: Any) -> TrainedModel:
+    """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
+
+    Args:
+      settings: as for `load`.
+    """
+    return load_named(str(source), **settings)
+
+
 def _file_of(path: Path, weights: str) -> Path:
     """The checkpoint that a run's folder stands for; a file stands for itself."""
     if not path.is_dir():
@@ -271,11 +283,6 @@ def _file_of(path: Path, weights: str) -> Path:
             "Give what --run.out was, a checkpoint in it, or what tools/export.py wrote"
         )
     return steps[-1]
-
-
-def checkpoints_folder(run: Path) -> Path:
-    """Where a run's folder has its checkpoints; it may be named itself."""
-    return run if run.name == "checkpoints" else run / "checkpoints"
 
 
 # The settings of a checkpoint that are used; those of `data` are checked where a DataConfig is made of them.
@@ -295,7 +302,7 @@ def check_fits(path: Path, content: dict) -> None:
 def _of_checkpoint(path: Path, content: Any, wanted: Wanted) -> TrainedModel:
     """The model of a file of weights, whose content was read."""
     origin: dict[str, Any] = {}
-    if checkpoint.is_of_trainer(content):
+    if is_of_trainer(content):
         check_settings(path, content["config"], _USED)
         origin = content = {**content, "config": with_defaults(content["config"])}
     tensors, kind = select_weights(path, content, wanted.weights)

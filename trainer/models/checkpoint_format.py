@@ -5,20 +5,29 @@ write its digest, so nothing here relies on it.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from pipelines.common.errors import clipped
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import misfit
 from trainer.config.recipe import are_audit_rows
 from trainer.config.sections import section_types
-from trainer.update.optimizer import running_statistics
+from trainer.models.batch_norm import running_statistics
+from trainer.models.files.torch_files import memory_for
 
+FORMAT_VERSION = 1
 _MOST_STEPS = 10**12
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW has these two for each parameter.
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was written."""
 
 
 class FieldError(ValueError):
@@ -306,3 +315,63 @@ def _is_finite(value: torch.Tensor) -> bool:
     value = value.float() if value.itemsize == 1 else value  # float8 has no arithmetic
     total = value.sum(dtype=torch.float32 if value.itemsize < 4 else None)
     return bool(total.isfinite()) or bool(value.isfinite().all())
+
+
+def digest_of(content: Any) -> str:
+    """sha256 over names, types, shapes and bytes of nested dictionaries, lists, tensors and plain values, in hex."""
+    sha = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if torch.is_tensor(value):
+            sha.update(f"{value.dtype} {list(value.shape)};".encode())
+            value = value.resolve_conj().resolve_neg().contiguous()
+            sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            sha.update(f"{len(value)} entries;".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"{len(value)} items;".encode())
+            for item in value:
+                feed(item)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    feed(content)
+    return sha.hexdigest()
+
+
+def is_of_trainer(content: object) -> bool:
+    """True if what a file holds is a checkpoint of this trainer, of any version, that names its student."""
+    if not isinstance(content, dict) or not {"format_version", "config", "step"} <= content.keys():
+        return False
+    student = content["config"].get("student") if isinstance(content["config"], dict) else None
+    return isinstance(student, dict) and "name" in student
+
+
+def checked(path: Path, content: dict) -> dict:
+    """What was read from a checkpoint of this trainer, without its digest; each field has the type of FIELDS.
+
+    Raises:
+      UserError: it is of another format, or does not fit into memory.
+      DamagedError: it is not what was written, or a field is not what that field must be.
+    """
+    version = content.get("format_version")
+    if not isinstance(version, int) or version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {clipped(version)}, this program reads {FORMAT_VERSION}. Use the version of the "
+            "program that wrote it, or start a new run with another --run.out"
+        )
+    digest = content.pop("digest", None)  # Files of earlier versions have no digest.
+    try:
+        with memory_for(path):
+            if digest is not None and digest != digest_of(content):
+                raise FieldError(f"its content does not have the hash {clipped(digest, 15)} it was written with")
+        check_fields(content)
+        # Parameters without a gradient have no moments, so only files without a digest are refused for that.
+        if digest is None and lacks_moments(content):
+            raise FieldError("'optimizer' has lost the moments of some parameters")
+    except FieldError as error:
+        raise DamagedError(f"{path}: damaged ({error})") from error
+    return content

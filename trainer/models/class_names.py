@@ -4,7 +4,7 @@ import collections
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt, read_manifest
+from pipelines.shards.manifest import class_order_doubt, read_manifest
 from trainer.config.setting_names import SettingError, Spelling
 
 

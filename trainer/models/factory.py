@@ -9,41 +9,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
-from trainer.cluster.world import World
 from trainer.config.model_arguments import Kwargs
 from trainer.config.setting_names import SettingError, Spelling
 from trainer.models.checkpoint_format import not_finite
 from trainer.models.files.model_folders import ModelFolder, layer_names, named_folder
 from trainer.models.files.weights import Checkpoint, read_checkpoint, read_weights
 from trainer.models.preprocessing import timm_config
-from trainer.update.optimizer import batch_norms
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
 _MANY_CLASSES = 100_000  # A classifier of more classes is made only for weights that have as many rows.
-
-
-def synchronize_batch_norms(model: nn.Module, world: World) -> nn.Module:
-    """The model with SyncBatchNorm layers, which share parameters and buffers with the ones they replace.
-
-    On one rank, or without BatchNorm, there is nothing to do.
-
-    Raises:
-      UserError: several ranks on CPUs.
-    """
-    if world.size == 1 or not batch_norms(model):
-        return model
-    if world.device.type != "cuda":
-        raise UserError(
-            f"run.batch_norm is sync with {world.size} ranks on CPUs, and PyTorch has SyncBatchNorm on GPUs alone: use "
-            "run.batch_norm reduce, or one rank with a larger run.micro_batch"
-        )
-    return convert_sync_batchnorm(model)
 
 
 def create_model(

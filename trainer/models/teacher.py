@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.batch import Batch
 from trainer.config.sections import Config, OtherTeacher, TeacherConfig
 from trainer.config.setting_names import SettingError, Spelling, prefix_of, spelling_settings
 from trainer.models.checks import check_logits, check_size
@@ -25,8 +24,8 @@ from trainer.models.factory import (
 from trainer.models.files.model_folders import named_folder
 from trainer.models.files.weights import Checkpoint
 from trainer.models.fold_batch_norm import fold_batch_norms
+from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
-from trainer.update.mixing import Normalize, mixed_inputs
 
 
 class Teacher(nn.Module):
@@ -120,21 +119,6 @@ class Teachers(nn.Module):
         with torch.autocast(inputs[0].device.type, torch.float16, enabled=self._precision == torch.float16):
             logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
         return mean_logits(logits, self._temperature)
-
-
-def model_inputs(
-    batch: Batch, normalize: Normalize, teachers: Teachers | None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What the student sees of a batch, mixed and under its own normalisation, and what each teacher does."""
-    members = list(teachers.members) if teachers is not None else []
-    alike = [teacher for teacher in members if teacher.image_size in (0, batch.images.shape[1])]
-    raw = [teachers.raw] if teachers is not None and len(alike) < len(members) else []
-    own, *others = mixed_inputs(batch, [normalize, *(teacher.normalize for teacher in alike), *raw])
-    inputs = dict(zip(alike, others, strict=False))
-    if raw:
-        pixels = others[-1].permute(0, 2, 3, 1)  # whole numbers up to 255, which every type holds
-        inputs |= {teacher: teacher.inputs(pixels) for teacher in members if teacher not in alike}
-    return own, [inputs[teacher] for teacher in members]
 
 
 def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:

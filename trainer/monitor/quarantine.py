@@ -20,14 +20,14 @@ _Place = tuple[str, str, int]  # split, shard and offset of a sample
 
 
 class Quarantine:
-    """Collects what the pipelines find, on every rank, and settles it from time to time.
+    """Collects what the pipelines find, on every rank, and records it from time to time.
 
-    What an earlier session of the run has named counts, too: it is read when the run is built.
+    Samples that an earlier session of the run has named count, too: they are read when the run is built.
 
     Args:
       path: the file; its lines are {"split", "shard", "key", "offset", "error"}.
       indices: the index of each split.
-      max_bad_fraction: of a split's samples; more end the run.
+      max_bad_fraction: of a split's samples; a larger fraction ends the run.
     """
 
     def __init__(self, path: Path, indices: dict[str, ShardIndex], max_bad_fraction: float, world: World):
@@ -36,7 +36,7 @@ class Quarantine:
         self._max_bad_fraction = max_bad_fraction
         self._world = world
         self._lock = threading.Lock()
-        self._found: list[tuple[str, int, str]] = []  # on this rank, since the last time
+        self._found: list[tuple[str, int, str]] = []  # On this rank, since the last record_new.
         lines, _ = split_json_lines(path, is_quarantine_line) if world.is_main else ([], [])
         named = world.broadcast_object([_place(line) for line in lines])
         self._named: set[_Place] = set(named)
@@ -46,18 +46,18 @@ class Quarantine:
         return len(self._named)
 
     def collector(self, split: str) -> Callable[[int, str], None]:
-        """What a pipeline of the split calls with (sample, error); from any thread."""
+        """A function that a pipeline of the split calls with (sample, error), from any thread."""
         return functools.partial(self._add, split)
 
     def _add(self, split: str, sample: int, error: str) -> None:
         with self._lock:
             self._found.append((split, sample, error))
 
-    def settle(self) -> str:
-        """Write down what any rank has found since the last time. Every rank must call it.
+    def record_new(self) -> str:
+        """Write down the samples that any rank has found since the last call. Every rank must call it.
 
         Returns:
-          a line about samples that were found for the first time in the run, '' if there are none.
+          a line about samples that were found for the first time in the run, "" if there are none.
         Raises:
           UserError: a split has too many damaged samples, on every rank.
         """
@@ -86,7 +86,7 @@ class Quarantine:
                     f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
                     f"{self._max_bad_fraction:g}: {self._path} names them. Raise the limit, or restore the shards "
                     "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; the run "
-                    "goes on from its newest checkpoint, if there is one"
+                    "resumes from its newest checkpoint, if there is one"
                 )
 
 
@@ -107,7 +107,8 @@ def _place(line: dict) -> _Place:
 
 def _append(path: Path, lines: list[dict]) -> None:
     with naming(path), open(path, "a") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()

@@ -1,26 +1,77 @@
-"""What a run has written to its folder, as far as it can be used: files may be cut off, damaged or edited since.
+"""The files in a run's folder: what they hold, and what of them can be used after they were cut off or edited.
 
 metrics.jsonl has a line for each interval of training ("train"), evaluation ("eval"), session and rollback;
-summary.json says how the latest session ended. Whoever reads them gets only lines and values of the expected types.
+summary.json says how the latest session ended. The functions here return only lines and values of the expected types.
 """
 
 import contextlib
 import errno
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from pipelines.common.errors import ROOM, UserError, advice_against
-from pipelines.common.files import parsed_json, split_json_lines
+from pipelines.common.files import parsed_json, split_json_lines, write_synced
 from trainer.config.recipe import are_audit_rows
+from trainer.state.train_state import Best
 
 METRICS = "metrics.jsonl"
-UNUSABLE = "metrics.jsonl.unusable"  # lines of it that are none, as they stood there
+UNUSABLE = "metrics.jsonl.unusable"  # It gets the lines of metrics.jsonl that are not records, unchanged.
 SUMMARY = "summary.json"
 
-_MOST_COUNT = 2**53  # larger whole numbers are no counts, and no float holds them
-_MOST_TIME_S = 2.5e11  # the year 9892; later ones are no dates for Python
+Evaluation = dict[str, dict[str, float]]  # For the raw and the EMA weights: top1, top5, loss, images.
+
+
+class _TrainNumbers(TypedDict):
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    images_per_s: float
+    input_wait: float
+
+
+class TrainRecord(_TrainNumbers, total=False):
+    """A line about the updates since the last one; the teacher's fields, absent without a teacher, are in percent."""
+
+    teacher_top1: float
+    agreement: float
+
+
+class SessionSummary(TypedDict, total=False):
+    """The part of a summary that is about the latest session; stopped_by names the signal that stopped it."""
+
+    start_step: int
+    elapsed_s: float
+    images_per_s: float
+    ranks: int
+    device: str
+    stopped_by: str
+
+
+class Summary(TypedDict):
+    """summary.json. version and source say which code the latest session ran (trainer.cluster.code_version)."""
+
+    finished: bool
+    step: int
+    total_steps: int
+    student: str
+    teacher: str | None
+    dataset: str
+    deviations: list[dict]
+    quarantined: int
+    evaluation: Evaluation
+    best: Best
+    version: str
+    source: str
+    session: SessionSummary
+
+
+_MOST_COUNT = 2**53  # Larger whole numbers are no counts, and no float holds them.
+_MOST_TIME_S = 2.5e11  # This is the year 9892; Python has no later dates.
 _NUMBER = (int, float)
-# What a line must have besides "kind" and "step", and the types of what any line may have.
+# _NEEDED: what a line must have besides "kind" and "step". _TYPES: the types of the fields that any line may have.
 _NEEDED = {
     "session": (),
     "rollback": ("from_step",),
@@ -40,7 +91,7 @@ _SUMMARY_TYPES = {"finished": bool, "step": int, "total_steps": int, "deviations
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system that are raised inside name the file, as those of opening do and those of writing do not."""
+    """Inside, errors of the system name the file. Errors of opening a file name it anyway, those of writing do not."""
     try:
         yield
     except OSError as error:
@@ -51,7 +102,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting_full_disk() -> Iterator[None]:
-    """Inside, no space for a file is a UserError."""
+    """Inside, a full disk is a UserError."""
     try:
         yield
     except OSError as error:
@@ -59,18 +110,18 @@ def reporting_full_disk() -> Iterator[None]:
             raise
         raise UserError(
             f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error, ROOM)}. The "
-            "same command then goes on from the newest checkpoint, if there is one"
+            "same command then resumes from the newest checkpoint, if there is one"
         ) from error
 
 
 def is_metrics_line(line: object) -> bool:
-    """Whether it is a line of metrics.jsonl, of a kind that may be unknown here."""
+    """True for a line of metrics.jsonl, also of a kind that is unknown here."""
     return isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_count(line.get("step"))
 
 
 def is_reportable(line: object) -> bool:
-    """Whether it is a line of metrics.jsonl with everything that its kind has, of the right types."""
-    if not is_metrics_line(line) or not _have_types(line, _TYPES):
+    """True for a line of metrics.jsonl with every field of its kind, each of the right type."""
+    if not isinstance(line, dict) or not is_metrics_line(line) or not _have_types(line, _TYPES):
         return False
     numbers = [line[name].get("top1") for name in ("raw", "ema") if name in line]
     return (
@@ -90,7 +141,7 @@ def last_validation(path: Path) -> str:
 
 
 def is_quarantine_line(line: object) -> bool:
-    """Whether it is a line of quarantine.jsonl."""
+    """True for a line of quarantine.jsonl."""
     return (
         isinstance(line, dict)
         and all(isinstance(line.get(name), str) for name in ("split", "shard"))
@@ -99,7 +150,7 @@ def is_quarantine_line(line: object) -> bool:
 
 
 def read_summary(path: Path) -> dict | None:
-    """The summary of a session, {} if there is none, None if what is there is no summary."""
+    """The summary of a session as Summary, {} if there is no file, None if what is there is no summary."""
     if not path.exists():
         return {}
     summary = parsed_json(path.read_bytes()) if path.is_file() else None
@@ -109,8 +160,14 @@ def read_summary(path: Path) -> dict | None:
     return summary if fits and are_audit_rows(summary["deviations"]) else None
 
 
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write summary.json, all of it or nothing."""
+    with naming(path):
+        write_synced(path, (json.dumps(summary, indent=1) + "\n").encode())
+
+
 def _have_types(values: Mapping, types: Mapping) -> bool:
-    """Whether the values whose types are given are of them; true and false are no numbers."""
+    """Whether each value whose type is given is of that type; true and false are no numbers."""
     return all(
         isinstance(value, types[name]) and (types[name] is bool or not isinstance(value, bool))
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""RUN/samples.png: what the student saw first, after augmentation and mixing."""
+"""RUN/samples.png: the first images that the student saw, after augmentation and mixing."""
 
 import io
 import itertools
@@ -15,12 +15,12 @@ from trainer.update.mixing import mix_pixels
 
 SAMPLES = "samples.png"
 _COLUMNS, _ROWS = 8, 2
-_SIDE_PX = 96  # smaller images are enlarged to about this
+_SIDE_PX = 96  # Smaller images are enlarged to about this.
 _GAP_PX = 4
 
 
 def keep_samples(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
-    """The batches as they are; images of the first are saved as `path`, unless a file is there."""
+    """The batches, unchanged; images of the first are saved as `path`, unless that file exists."""
     for batch in itertools.islice(batches, 1):
         if not path.exists():
             write_synced(path, strip_png(mix_pixels(batch)))

@@ -14,9 +14,11 @@ WANDB_ID = "wandb-id.txt"
 class Sink(Protocol):
     """Where records go besides metrics.jsonl. The first one of a session is of the kind "session"."""
 
-    def __call__(self, record: dict) -> None: ...
+    def __call__(self, record: dict) -> None:
+        """Take a record."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the session."""
 
 
 def open_sinks(config: Config) -> list[Sink]:
@@ -49,16 +51,19 @@ class TensorBoard:
             raise UserError(_missing("tensorboard", error)) from error
         self._new_writer = SummaryWriter
         self._folder = config.run.out / "tensorboard"
-        self._writer = None
+        self._writer: SummaryWriter | None = None
 
     def __call__(self, record: dict) -> None:
+        """Write the numbers of a record."""
         if record["kind"] in ("session", "rollback"):
             self.close()
             self._writer = self._new_writer(str(self._folder), purge_step=record["step"] + 1)
+        assert self._writer is not None  # The first record is of the kind "session".
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
     def close(self) -> None:
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -79,12 +84,14 @@ class WandB:
         self._run = None
 
     def __call__(self, record: dict) -> None:
+        """Send the numbers of a record."""
         if record["kind"] == "session":
             self._open()
-        if values := dict(scalars(record)):
+        if (values := dict(scalars(record))) and self._run is not None:
             self._run.log({"step": record["step"], **values})
 
     def close(self) -> None:
+        """Finish the session's part of the run."""
         if self._run is not None:
             self._run.finish()
 
@@ -100,7 +107,7 @@ class WandB:
                 resume="allow",
                 name=folder.name,
                 config=to_dict(self._config),
-                settings=self._library.Settings(console="off"),  # the progress line is no log
+                settings=self._library.Settings(console="off"),  # The progress line is no log.
             )
         except self._library.errors.Error as error:
             raise UserError(

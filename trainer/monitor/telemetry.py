@@ -1,7 +1,6 @@
-"""What a run tells: metrics.jsonl, a progress line on a terminal, plain lines elsewhere, and the loggers asked for."""
+"""Writes what happens in a run: metrics.jsonl, a progress line on a terminal, plain lines elsewhere, and to loggers."""
 
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -9,119 +8,46 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO, cast
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import split_json_lines, write_synced
 from trainer.cluster.world import World
-from trainer.monitor.run_files import METRICS, UNUSABLE, is_metrics_line, naming
+from trainer.monitor.clock import Pace
+from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, is_metrics_line, naming
 from trainer.monitor.sinks import Sink
 
-_LASTING = ("session", "rollback")  # lines of these kinds tell what happened to the run, and are never dropped
-T = TypeVar("T")
-
-
-class InputWait(Iterator[T]):
-    """An iterator that knows for how long the device has had no work for want of its next item.
-
-    On a GPU the host runs ahead of the device, so that its own waiting says little. Two events are put into the
-    device's queue, before the host waits and after: where the device still has work it comes to both at once, and where
-    it has none it comes to the second one when the item is there. Nobody waits for them.
-
-    Args:
-      items: complete when they are given.
-      device: on which they are used, in the stream that is current for it.
-    """
-
-    def __init__(self, items: Iterator[T], device: torch.device):
-        self._items = items
-        self._make_mark = (
-            functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else _HostMark
-        )
-        self._waits: list[tuple] = []
-
-    def __next__(self) -> T:
-        before, after = self._make_mark(), self._make_mark()
-        before.record()
-        item = next(self._items)
-        after.record()
-        self._waits.append((before, after))
-        return item
-
-    def take_s(self) -> float:
-        """Seconds since it was asked last. On a GPU, to be called when the device has done what was enqueued."""
-        waits, self._waits = self._waits, []
-        return sum(before.elapsed_time(after) for before, after in waits) / 1e3
-
-
-class _HostMark:
-    """What an event is on a GPU, where host and device are one."""
-
-    def record(self) -> None:
-        self._time_s = time.perf_counter()
-
-    def elapsed_time(self, later: "_HostMark") -> float:
-        """In ms."""
-        return 1e3 * (later._time_s - self._time_s)
-
-
-class Pace:
-    """How long the rest of the run will take at the pace of this session: updates, evaluations and all.
-
-    The first update does not count, it waits for the first images and for kernels to be chosen.
-    """
-
-    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
-        self._total = total_steps
-        self._clock = clock
-        self.restart()
-
-    def restart(self) -> None:
-        """The run goes on from another step."""
-        self._first = self._last = None
-
-    def advance(self, step: int) -> None:
-        """An update has been done: `step` in all."""
-        self._last = (step, self._clock())
-        self._first = self._first or self._last
-
-    def left(self) -> str:
-        """As 2 d 3 h, 3:04:05 or 4:05; -:-- where it is not known yet."""
-        if self._first == self._last:
-            return "-:--"
-        (first, start_s), (step, now_s) = self._first, self._last
-        seconds = round((now_s - start_s) / (step - first) * (self._total - step))
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        if hours >= 24:
-            return f"{hours // 24} d {hours % 24} h"
-        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+_LASTING = ("session", "rollback")  # Lines of these kinds are the run's history, and are never dropped.
 
 
 class Screen:
-    """A stream for people, which may go away while a run goes on: a pager that is closed, a log on a full disk.
+    """A stream for people that may vanish while a run continues: a pager that is closed, a log on a full disk.
 
     The first error silences it for good. Nothing is lost: metrics.jsonl has every record.
     """
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (a process may be started without any output)
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (A process may have no output.)
         self.encoding = self._stream.encoding
 
     def write(self, text: str) -> int:
+        """Write text, or nothing after an error."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, or do nothing after an error."""
         self._try(self._stream.flush)
 
     def isatty(self) -> bool:
+        """True on a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
+        """The stream's file descriptor."""
         return self._stream.fileno()
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -134,12 +60,13 @@ class Screen:
 
 
 class Telemetry:
-    """Everything that is written down about a run. On ranks other than 0 it writes nothing.
+    """Writes the records of a run. On ranks other than 0 it writes nothing.
 
     Args:
       folder: of the run.
       world: the ranks.
-      step: the run goes on from here: later lines of metrics.jsonl are dropped, they will be written again.
+      step: the run resumes after this step. Later lines of metrics.jsonl are dropped, because they will be written
+        again.
       total_steps, steps_per_epoch: of the whole run.
       sinks: each gets every record that metrics.jsonl gets.
       validation: digest of the validation images, "" without any.
@@ -163,11 +90,12 @@ class Telemetry:
         self._steps_per_epoch = steps_per_epoch
         self._sinks = list(sinks)
         self._validation = {"validation": validation} if validation else {}
-        self._file = None  # open in a session, on rank 0
-        self._has_failed = False  # to write to it
+        self._file: TextIO | None = None  # It is open in a session, on rank 0.
+        self._has_failed = False  # True after a line could not be written to it.
         self._pace = Pace(total_steps)
-        self._latest = ""  # what the last train line said, for the progress line
-        self._console = Console(file=Screen(sys.stdout), quiet=not world.is_main, highlight=False, soft_wrap=True)
+        self._latest = ""  # The latest numbers, for the progress line.
+        screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
+        self._console = Console(file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True)
         bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
         self._progress = Progress(*bar, TextColumn("{task.description}"), console=self._console)
         self._task = self._progress.add_task("", total=total_steps, completed=step)
@@ -201,9 +129,9 @@ class Telemetry:
             yield self
 
     def _open_log(self, step: int) -> None:
-        """Open the log at its end, without what a later step had written before the run was set back to `step`.
+        """Open the log at its end, without the lines of steps later than `step`, after which the run resumes.
 
-        Lines that are none go to UNUSABLE: they may be somebody's own, or what a crash or an error of the disk left.
+        Lines that are not records go to UNUSABLE: a user may have added them, or a crash or disk error left them.
         """
         lines, others = split_json_lines(self._path, is_metrics_line)
         kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
@@ -213,31 +141,33 @@ class Telemetry:
                 number = f"{len(others)} {'line' if len(others) == 1 else 'lines'}"
                 self.say(f"{self._path}: {number} cannot be used, and moved to {UNUSABLE}")
             write_synced(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = open(self._path, "a")  # noqa: SIM115 (as long as the session)
+        self._file = open(self._path, "a")  # noqa: SIM115 (It stays open as long as the session.)
 
     def _close_log(self) -> None:
-        # A line that could not be written is written once more, and was told then.
+        if self._file is None:
+            return
+        # Closing writes a line that could not be written once more; its error has been raised before.
         with contextlib.suppress(OSError) if self._has_failed else naming(self._path):
             self._file.close()
 
     def advance(self, step: int) -> None:
-        """An update has been done: `step` in all."""
+        """Note that `step` updates have been done in all."""
         self._step = step
         self._pace.advance(step)
         self._show()
 
     def sync(self) -> None:
-        """See that what was written is on the disk."""
+        """Wait until every line is on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def evaluating(self) -> None:
-        """An evaluation begins."""
+        """Show that an evaluation has begun."""
         self._latest = "evaluating  "
         self._show()
 
     def rewind(self, step: int) -> None:
-        """The run goes back to `step` within a session: later lines are dropped, they will be written again."""
+        """Go back to `step` within a session. Later lines are dropped, because they will be written again."""
         if self._file is not None:
             self._close_log()
             self._open_log(step)
@@ -246,8 +176,8 @@ class Telemetry:
         self._pace.restart()
         self._show()
 
-    def train(self, record: dict) -> None:
-        """A line about the steps since the last one: step, epoch, loss, lr, images_per_s, input_wait, and any more."""
+    def train(self, record: TrainRecord) -> None:
+        """Write a line about the steps since the last one; `kind` and `time` are added."""
         self._write({"kind": "train", **record})
         speed = f"{record['images_per_s']:,.0f} images/s"
         self._latest = f"loss {record['loss']:.3f}  {speed}  {record['input_wait']:.0%} waiting  "
@@ -258,19 +188,19 @@ class Telemetry:
             left = f"{self._pace.left()} left"
             self.say(f"{where}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed}  {wait}  {left}")
 
-    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, float]]) -> None:
-        """A line about an evaluation."""
+    def evaluation(self, step: int, epoch: int, results: Evaluation) -> None:
+        """Write a line about an evaluation."""
         self._write({"kind": "eval", "step": step, "epoch": epoch, **results})
         parts = (f"{name}: top-1 {r['top1']:.2f} % top-5 {r['top5']:.2f} %" for name, r in results.items())
         self.say(f"epoch {epoch} done, {next(iter(results.values()))['images']:,} images: {'; '.join(parts)}")
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Print a line for the user."""
         self._console.print(text, markup=False)
 
     def _show(self) -> None:
-        """Renew the progress line."""
-        epoch = max(self._step - 1, 0) // self._steps_per_epoch  # of the last update
+        """Update the progress line, with the epoch of the last update."""
+        epoch = max(self._step - 1, 0) // self._steps_per_epoch
         text = f"epoch {epoch}  {self._step}/{self._total_steps}  {self._latest}{self._pace.left()} left"
         self._progress.update(self._task, completed=self._step, description=text)
 
@@ -288,13 +218,13 @@ class Telemetry:
                 sink(record)
             except UserError:
                 raise
-            except Exception as error:  # a training of days does not end because somebody's server does not answer
+            except Exception as error:  # A server that does not answer must not end a training of days.
                 self._sinks = [other for other in self._sinks if other is not sink]
                 self.say(f"run.loggers: {type(sink).__name__} gets no more numbers ({type(error).__name__}: {error})")
 
 
 def _append(path: Path, lines: list[bytes]) -> None:
-    """Add lines to a file; they are on the disk then."""
+    """Add lines to a file, and wait until they are on the disk."""
     with open(path, "ab") as file:
         file.write(b"".join(line + b"\n" for line in lines))
         file.flush()

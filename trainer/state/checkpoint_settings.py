@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines import PIXELS_VERSION
 from pipelines.common.errors import UserError
-from pipelines.common.versions import package_versions
+from pipelines.common.machine import package_versions
 from trainer.config.sections import Config, setting_natures, to_dict
 from trainer.models.checkpoint_format import wrong_setting
 

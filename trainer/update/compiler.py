@@ -1,8 +1,7 @@
 """Whether the models are compiled, and by what."""
 
-import functools
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -11,19 +10,20 @@ from pipelines.common.errors import UserError
 from pipelines.ops import torch_ops
 from trainer.cluster.world import World
 
-COMPILE_PATIENCE_S = 3600  # a large model that is compiled is no hang
-_MOST_SHAPES = 64  # PyTorch's 8 would leave the sizes of a long schedule uncompiled, in silence
+COMPILE_PATIENCE_S = 3600  # The watchdog waits this long: compiling a large model is no hang.
+_MOST_SHAPES = 64  # PyTorch's 8 would silently leave the later image sizes of a long schedule uncompiled.
 T = TypeVar("T", bound=Callable)
 Compiler = Callable[[T], T]
 
 
 def uncompiled(function: T) -> T:
-    """The compiler that leaves everything as it is."""
+    """The compiler that leaves everything unchanged."""
     return function
 
 
-# Of one shape each: the training has few of them, and what is made for a single one is faster.
-compiled = functools.partial(torch.compile, dynamic=False)
+def compiled(function: T) -> T:
+    """torch.compile with dynamic=False: training uses few input shapes, and shape-specialised kernels are faster."""
+    return cast(T, torch.compile(function, dynamic=False))
 
 
 def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: World) -> tuple[Compiler, str]:
@@ -32,7 +32,7 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
     Args:
       setting: auto compiles on GPUs, where it works, unless the student has SyncBatchNorm layers.
     Returns:
-      the compiler, the same on all ranks, and what is worth saying; "" is nothing.
+      the compiler, the same on all ranks, and a note for the user, which may be "".
     Raises:
       UserError: true, and compiling does not work here.
     """
@@ -56,7 +56,7 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
 
 
 def kernel_error(world: World) -> str:
-    """Why a rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
+    """Why some rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
     mine = torch_ops.kernel_error() if world.device.type == "cuda" else ""
     return next(filter(None, world.all_gather([mine])), "")
 
@@ -65,7 +65,7 @@ def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
     try:
         torch.compile(_squared)(torch.ones(2, 16, 16, device=device))
-    except Exception as error:  # whatever a missing compiler or driver leads to
+    except Exception as error:  # A missing compiler or driver leads to errors of many types.
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 

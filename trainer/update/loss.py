@@ -1,7 +1,7 @@
 """The USI loss."""
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from trainer.config.sections import DistillConfig
 
@@ -30,15 +30,15 @@ def usi_loss(
     loss = torch.zeros((), device=student.device)
     if config.label_weight:
         smoothing = config.label_smoothing
-        own = F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
-        other = F.cross_entropy(student, partner_labels, reduction="none", label_smoothing=smoothing)
+        own = functional.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)
+        other = functional.cross_entropy(student, partner_labels, reduction="none", label_smoothing=smoothing)
         loss = config.label_weight * (lam * own + (1.0 - lam) * other).mean()
     if teacher is None:
         return loss
     t = config.temperature
-    divergence = F.kl_div(
-        F.log_softmax(student / t, dim=1),
-        F.log_softmax(teacher.float() / t, dim=1),
+    divergence = functional.kl_div(
+        functional.log_softmax(student / t, dim=1),
+        functional.log_softmax(teacher.float() / t, dim=1),
         reduction="batchmean",
         log_target=True,
     )

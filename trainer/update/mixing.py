@@ -1,49 +1,31 @@
-"""Mixing on raw pixels, and each model's own normalisation."""
-
-import itertools
+"""Mixing on raw pixels."""
 
 import torch
 
 from pipelines.batch import Batch
+from pipelines.ops import mixing
+from pipelines.ops.mixing import partners
 from pipelines.ops.torch_ops import kernel_error
+from trainer.models.normalize import Normalize
 
-
-def partners(values: torch.Tensor, mix_group: int) -> torch.Tensor:
-    """Each row's partner: the rows of every group of `mix_group` reversed. Same shape and type as `values`."""
-    if mix_group == 0:
-        return values
-    # [groups, mix_group, ...]
-    return values.unflatten(0, (-1, mix_group)).flip(1).flatten(0, 1)
+__all__ = ["mix_pixels", "mixed_inputs", "partners"]
 
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
     """The mixed images: uint8 [B, S, S, 3] on the batch's device.
 
-    A row with a box takes the box from its partner (CutMix); any other is lam x own + (1 - lam) x partner, rounded
-    half to even (mixup). The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
-
-    Source: timm.data.mixup.FastCollateMixup, which mixes uint8 before normalisation.
+    The host reads the boxes, for which it waits for a GPU; `mixed_inputs` does not.
     """
-    own = batch.images
     if batch.mix_group == 0:
-        return own
-    other, mixed = partners(own, batch.mix_group), own.clone()
-    start = 0
-    for (top, left, height, width), alike in itertools.groupby(batch.box.tolist()):  # a group has one box
-        rows = slice(start, start := start + len(list(alike)))
-        if height * width:
-            inside = rows, slice(top, top + height), slice(left, left + width)
-            mixed[inside] = other[inside]
-        else:
-            lam = batch.lam[rows].view(-1, 1, 1, 1)
-            mixed[rows] = own[rows].float().mul_(lam).add_(other[rows].float().mul_(1.0 - lam)).round_()
-    return mixed
+        return batch.images
+    return mixing.mix_pixels(batch.images, partners(batch.images, batch.mix_group), batch.lam, batch.box)
 
 
-def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None = None) -> list[torch.Tensor]:
+def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None = None) -> list[torch.Tensor]:
     """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
 
-    Each model's are memory of their own, so that what the student keeps for its backward pass does not keep the others.
+    Each model's images have memory of their own, so that the student's, which are kept for its backward pass, keep no
+    others.
 
     Args:
       kernel: the Triton kernel, one pass over the pixels for all models (True), or torch (False); None takes the kernel
@@ -68,27 +50,3 @@ def mixed_inputs(batch: Batch, models: "list[Normalize]", *, kernel: bool | None
         shift=torch.stack([model.shift for model in models]),
     )
     return [out.permute(0, 3, 1, 2) for out in outs]
-
-
-class Normalize(torch.nn.Module):
-    """[B, S, S, 3] pixels, of any type -> (pixels / 255 - mean) / std as [B, 3, S, S] in channels-last memory.
-
-    Args:
-      mean, std: the model's own, for pixels in [0, 1].
-      dtype: of the result; computed in float32.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.dtype = dtype
-        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        self.register_buffer("scale", scale.float(), persistent=False)
-        self.register_buffer("shift", shift.float(), persistent=False)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        values = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        # a whole row of pixels at a time, [B, S, 3S]: by threes a CPU would take three times as long
-        scale, shift = (per_channel.repeat(values.shape[2]) for per_channel in (self.scale, self.shift))
-        values.view(*values.shape[:2], -1).mul_(scale).add_(shift)
-        return values.to(self.dtype).permute(0, 3, 1, 2)

@@ -47,7 +47,7 @@ def launch(
             max(mix_group, 1),  # alone in its group, an image is its own partner
             blocks,
             _VALUES_PER_PROGRAM,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (Triton takes it as an option of the launch.)
         )
 
 
@@ -62,11 +62,11 @@ def _mix_normalize(
     size,
     mix_group,
     blocks,
-    BLOCK: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """Program i: values [(i % blocks) BLOCK, ... + BLOCK) of image i // blocks."""
+    """Program i: values [(i % blocks) block, ... + block) of image i // blocks."""
     image = tl.program_id(0) // blocks
-    value = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    value = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     image_values = size * size * 3
     mask = value < image_values
     channel = value % 3
@@ -84,10 +84,10 @@ def _mix_normalize(
     partner_start = partner.to(tl.int64) * image_values
     own = tl.load(images + start + value, mask=mask, other=0).to(tl.float32)
     other = tl.load(images + partner_start + value, mask=mask, other=0).to(tl.float32)
-    share = tl.load(lam + image)
-    mixed = (own * share + other * (1.0 - share) + _ROUND) - _ROUND
+    weight = tl.load(lam + image)
+    mixed = (own * weight + other * (1.0 - weight) + _ROUND) - _ROUND
     pixels = tl.where(mixup, mixed, tl.where(inside, other, own))
-    for model in tl.static_range(len(outs)):
+    for model in tl.static_range(len(outs)):  # pyright: ignore[reportGeneralTypeIssues]  (The kernel unrolls it.)
         normalized = _of_channel(shift + model * 3, channel) + pixels * _of_channel(scale + model * 3, channel)
         tl.store(outs[model] + start + value, normalized.to(outs[model].dtype.element_ty), mask=mask)
 

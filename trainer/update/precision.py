@@ -1,4 +1,4 @@
-"""The number formats of forward passes and of what is left in float32."""
+"""The number formats of forward passes and of what stays in float32."""
 
 import torch
 
@@ -15,8 +15,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32."""
-    # Not by the fp32_precision of PyTorch 2.9 and newer: after that, reading these two is an error, and torch.compile
-    # reads them (pytorch/pytorch#166387).
+    """Set whether GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32."""
+    # Setting fp32_precision, which PyTorch 2.9 and newer have, would make reading these two settings an error, and
+    # torch.compile reads them (pytorch/pytorch#166387).
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed

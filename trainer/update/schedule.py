@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the epoch, the average's decay as one of the update."""
+"""The learning rate as a pure function of the epoch, the EMA's decay as one of the update."""
 
 import math
 
@@ -21,7 +21,7 @@ def learning_rate(epoch: int, optim: OptimConfig, schedule: ScheduleConfig) -> f
 
 
 def ema_decay(step: int, config: EmaConfig) -> float:
-    """The decay of the average at an update.
+    """The decay of the EMA at an update.
 
     Args:
       step: updates done before this one; the run's first has 0.
@@ -32,8 +32,9 @@ def ema_decay(step: int, config: EmaConfig) -> float:
 
 
 def initial_fraction(steps: int, config: EmaConfig) -> float:
-    """The fraction of the initial weights in the average after `steps` updates; after a long warm-up, about 0."""
+    """The fraction of the initial weights in the EMA after `steps` updates; after a long warm-up, about 0."""
     fraction, step = 1.0, 0
-    while step < steps and fraction > 1e-6 and (decay := ema_decay(step, config)) < config.decay:
-        fraction, step = fraction * decay, step + 1
+    while step < steps and fraction > 1e-6 and ema_decay(step, config) < config.decay:
+        fraction *= ema_decay(step, config)
+        step += 1
     return fraction * config.decay ** (steps - step)

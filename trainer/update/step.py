@@ -1,38 +1,58 @@
-"""One update: mix, both forward passes, loss, backward, clipping, AdamW, averages. No I/O, no clock, no host sync."""
+"""One update: mix, both forward passes, loss, backward, clipping, AdamW, EMA. No I/O, no clock, no host sync."""
 
 import contextlib
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
 from pipelines.plan import rng
 from trainer.cluster.world import World
-from trainer.config.sections import DistillConfig
-from trainer.models.teacher import Teachers, agreement, model_inputs
+from trainer.config.sections import Config, DistillConfig
+from trainer.models.teacher import Teachers, agreement
+from trainer.state.train_state import TrainState
+from trainer.update.batch_norm import StatisticsAverage
 from trainer.update.compiler import Compiler, uncompiled
+from trainer.update.inputs import Inputs
 from trainer.update.loss import usi_loss
-from trainer.update.mixing import Normalize, partners
-from trainer.update.optimizer import ModelEma, batch_norms, running_statistics
+from trainer.update.mixing import partners
+from trainer.update.optimizer import gradient_clipping
+from trainer.update.precision import resolve_precision
+from trainer.update.schedule import ema_decay
+
+
+class Output(NamedTuple):
+    """What the loss function makes of the logits of one micro-batch of B images.
+
+    Attributes:
+      loss: float32 scalar, mean over the images.
+      bad: bool [B], True where a model's logits are not finite.
+      agreement: float32 [2], fractions of the images where the teacher's best class is the label, and where it is the
+        student's best class (trainer/models/teacher.py); zeros without a teacher.
+      teacher_pairs: int32 [2, B], for each image the label and the teacher's best class; [2, 0] without a teacher.
+    """
+
+    loss: torch.Tensor
+    bad: torch.Tensor
+    agreement: torch.Tensor
+    teacher_pairs: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What an update tells, on the device: nobody has waited for it yet.
+    """What an update reports, on the device: nobody has waited for it yet. N is this rank's images of the update.
 
     Attributes:
-      loss: float32 scalar, mean over this rank's images.
-      bad: bool [images of this rank], in the order of their positions: where a model's output is not finite.
-      bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler looks after that.
-      teacher_top1, agreement: float32 scalars, shares of this rank's images where the teacher's best class is the
-        label, and where it is the student's best (trainer/models/teacher.py); 0 without a teacher.
-      teacher_pairs: int32 [2, images of this rank], of each image the label and the teacher's best class; [2, 0]
-        without a teacher.
+      loss: float32 scalar, mean over the images.
+      bad: bool [N] in the order of their positions, True where a model's logits are not finite.
+      bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler handles that.
+      teacher_top1, agreement: float32 scalars, the two fractions of Output.agreement.
+      teacher_pairs: int32 [2, N], as in Output.
     """
 
     loss: torch.Tensor
@@ -44,97 +64,64 @@ class StepMetrics:
 
 
 class TrainStep:
-    """The update of a student, `step(batches, number)`, made once a run.
+    """The update of a student, `step(batches, number)`; it is made once a run.
 
     Attributes:
-      inputs: gives what the student sees of a Batch, and the list of what each teacher sees.
-      teacher: from that list to logits, as compiled; None without one.
+      inputs: makes what the models see of a Batch.
+      teacher: maps their inputs to logits, all teachers as one, compiled if the student is; None without.
+      num_micro_batches: forward passes an update on this rank.
 
     Args:
-      student: the unwrapped model on its device.
-      teacher: trainer/models/teacher.py; None trains on the labels alone.
-      normalize: the student's own, from uint8 pixels.
-      optimizer: over the student's parameters.
-      scaler: a GradScaler, enabled for fp16 alone.
-      clip: clips the student's gradients in place, or None.
-      ema: the average that follows the student, or None.
-      ema_decay: the average's decay, from the number of the update.
-      distill: the loss.
-      precision: of the forward passes.
-      seed: of dropout and the like.
-      micro_batches: forward passes an update on this rank.
-      batch_norm: which running statistics an update ends with, as run.batch_norm.
-      world: the ranks.
-      compiler: of both models and of what is computed from their outputs (trainer/update/compiler.py).
+      state: the student on its device, its optimizer, GradScaler and EMA; an update changes them in place.
+      world: the ranks; with several of them the gradients are averaged by DistributedDataParallel.
+      micro_batch: images of a forward pass on this rank.
+      compiler: compiles both models and what is computed from their outputs (trainer/update/compiler.py).
     """
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: Teachers | None,
-        *,
-        normalize: Normalize,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        clip: Callable[[], object] | None,
-        ema: ModelEma | None,
-        ema_decay: Callable[[int], float],
-        distill: DistillConfig,
-        precision: torch.dtype,
-        seed: int,
-        micro_batches: int,
-        batch_norm: str,
+        config: Config,
+        state: TrainState,
+        inputs: Inputs,
+        teachers: Teachers | None,
         world: World,
+        *,
+        micro_batch: int,
         compiler: Compiler = uncompiled,
     ):
-        self._student = student
-        self._parameters = list(student.parameters())
-        self._model = compiler(student)
+        self.inputs = inputs
+        self.teacher = compiler(teachers) if teachers is not None else None
+        self.num_micro_batches = config.run.global_batch // world.size // micro_batch
+        self._config = config
         self._device = world.device
+        self._precision = resolve_precision(config.run.precision, world.device)
+        self._student = state.student
+        self._model = compiler(state.student)
         if world.size > 1:
-            # Statistics are averaged below instead of broadcast; newer PyTorch has another name for that.
-            named = inspect.signature(DistributedDataParallel).parameters
-            no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
-            # No find_unused_parameters: in timm 1.0.31 no classifier as it comes has a parameter without a gradient in
-            # training (635 models tried, of all 98 files). A few arguments make one: reg_tokens for a distilled DeiT.
-            self._model = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **{no_broadcast: False})
-        self._statistics = StatisticsAverage(student, micro_batches, batch_norm, world)
-        self._local = []
-        if batch_norm == "none" and world.size > 1:
-            self._local = running_statistics(student) + (running_statistics(ema.module) if ema else [])
-        self.inputs = functools.partial(model_inputs, normalize=normalize, teachers=teacher)
-        self.teacher = compiler(teacher) if teacher is not None else None
-        self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=distill))
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._clip = clip
-        self._ema = ema
-        self._ema_decay = ema_decay
-        self._precision = precision
-        self._seed = seed
-        self._micro_batches = micro_batches
+            self._model = _data_parallel(self._model)
+        self._parameters = list(state.student.parameters())
+        self._optimizer = state.optimizer
+        self._scaler = state.scaler
+        self._ema = state.ema
+        self._clip = gradient_clipping(state.student, config.optim)
+        self._statistics = StatisticsAverage(state.student, self.num_micro_batches, config.run.batch_norm, world)
+        self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
 
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
-        """Update `number` (the run's first is 0) from the next `micro_batches` batches."""
+        """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
-        total, bad, agreed = torch.zeros((), device=self._device), [], torch.zeros(2, device=self._device)
-        pairs = []
-        self._statistics.begin()
-        for micro_batch in range(self._micro_batches):
-            batch = next(batches)
-            # Dropout depends on the position, not on the rank or on what was drawn before.
-            self._seed_models(batch.position)
-            last = micro_batch == self._micro_batches - 1
-            with self._no_sync(not last):
-                loss, bad_rows, shares, teacher_pairs = self._loss(batch)
-                loss = loss / self._micro_batches
-                self._scaler.scale(loss).backward()
-            self._statistics.collect()
-            total += loss.detach()
-            bad.append(bad_rows)
-            agreed += shares / self._micro_batches
-            pairs.append(teacher_pairs)
-        self._statistics.end()
+        metrics = MetricsSum(self.num_micro_batches, self._device)
+        with self._statistics.one_update():
+            for micro_batch in range(self.num_micro_batches):
+                batch = next(batches)
+                # Dropout depends on the position, not on the rank or on what was drawn before.
+                seed_dropout(self._config.run.seed, batch.position, self._device)
+                is_last = micro_batch == self.num_micro_batches - 1
+                with self._gradient_sync(is_last):
+                    output = self._forward(batch)
+                    self._scaler.scale(output.loss / self.num_micro_batches).backward()
+                self._statistics.end_micro_batch()
+                metrics.add(output)
         bad_gradients = self._bad_gradients()
         if self._clip is not None:
             self._scaler.unscale_(self._optimizer)
@@ -142,61 +129,35 @@ class TrainStep:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._ema is not None:
-            self._ema.update(self._ema_decay(number))
-        return StepMetrics(total, torch.cat(bad), bad_gradients, *agreed.unbind(), torch.cat(pairs, 1))
+            self._ema.update(ema_decay(number, self._config.ema))
+        return metrics.total(bad_gradients)
 
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes an update on this rank."""
-        return self._micro_batches
+    def _forward(self, batch: Batch) -> Output:
+        """Both forward passes and the loss of a micro-batch."""
+        with torch.no_grad():
+            student_input, teacher_inputs = self.inputs(batch)
+            # The teachers go first, so that their activations are gone when the student's must be kept.
+            teacher = self.teacher(teacher_inputs) if self.teacher is not None else None
+            del teacher_inputs  # The student's activations can use this memory, too.
+        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
+            student = self._model(student_input)
+        return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
 
-    def _seed_models(self, position: int) -> None:
-        """Set PyTorch's generators of the host and of this device; torch.manual_seed sets all there are, in 0.2 ms."""
-        seed = int(rng.words(self._seed, rng.Stream.MODEL, position, position + 1, 4)[0, 0])
-        torch.default_generator.manual_seed(seed)
-        if self._device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Inside, DDP averages the gradients over the ranks only if this is an update's last micro-batch."""
+        if isinstance(self._model, DistributedDataParallel) and not is_last:
+            return self._model.no_sync()
+        return contextlib.nullcontext()
 
     def _bad_gradients(self) -> torch.Tensor:
         """Whether a gradient is not finite: bool scalar on the device."""
-        if self._scaler.is_enabled():  # leaves such an update out, and tries a smaller scale
+        if self._scaler.is_enabled():  # A GradScaler skips such an update, and tries a smaller scale.
             return torch.zeros((), dtype=torch.bool, device=self._device)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
-    def local_statistics(self) -> list[torch.Tensor] | None:
-        """This rank's running statistics where ranks differ (run.batch_norm none, several ranks), else None.
-
-        Returns:
-          copies on the device: the student's, then those of its average if there is one. A checkpoint must hold every
-          rank's, for the student's own state is that of one rank.
-        """
-        return [values.clone() for values in self._local] or None
-
-    @torch.no_grad()
-    def set_local_statistics(self, statistics: list[torch.Tensor]) -> None:
-        """Go on from what `local_statistics` gave on this rank.
-
-        To be called after this step was made (DDP gives all ranks the buffers of rank 0 then), and where
-        `local_statistics` is not None. An average that has been switched on since begins with the student's.
-        """
-        # [student, average], or the student's alone, on either side
-        for ours, theirs in zip(self._local, statistics * 2, strict=False):
-            ours.copy_(theirs)
-
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `loss_and_agreement`."""
-        with torch.no_grad():
-            inputs, teachers_inputs = self.inputs(batch)
-            # before the student, so that their activations are gone when the student's must be kept
-            teacher = self.teacher(teachers_inputs) if self.teacher is not None else None
-            del teachers_inputs  # the memory is the student's, too
-        with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            student = self._model(inputs)
-        return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
-
     def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
-        """Forward and backward passes of a batch, with the memory of an update, that leave no trace. On every rank.
+        """Run forward and backward passes with the memory of an update, leaving no trace. Every rank must call it.
 
         Args:
           then: called while moments and gradients are still held, as between two updates.
@@ -205,12 +166,14 @@ class TrainStep:
         """
         buffers = list(self._student.buffers())
         before = [buffer.clone() for buffer in buffers]
-        held = [] if self._optimizer.state else [torch.empty_like(p) for p in self._parameters for _ in "mv"]
-        # the gradients of earlier micro-batches; DDP holds them in its buckets
-        if self._micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
-            held += [torch.empty_like(p) for p in self._parameters]
+        held = []
+        if not self._optimizer.state:  # AdamW allocates its two moments in the first update.
+            held += [torch.empty_like(parameter) for parameter in self._parameters + self._parameters]
+        # The gradients of earlier micro-batches are held, too, unless DDP holds them in its buckets.
+        if self.num_micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
+            held += [torch.empty_like(parameter) for parameter in self._parameters]
         try:
-            self._scaler.scale(self._loss(batch)[0]).backward()
+            self._scaler.scale(self._forward(batch).loss).backward()
             then()
         finally:
             del held
@@ -218,10 +181,58 @@ class TrainStep:
             for buffer, saved in zip(buffers, before, strict=True):
                 buffer.copy_(saved)
 
-    def _no_sync(self, skip: bool) -> contextlib.AbstractContextManager:
-        if skip and isinstance(self._model, DistributedDataParallel):
-            return self._model.no_sync()
-        return contextlib.nullcontext()
+
+class MetricsSum:
+    """Sums the outputs of an update's micro-batches on the device."""
+
+    def __init__(self, num_micro_batches: int, device: torch.device):
+        self._num_micro_batches = num_micro_batches
+        self._loss = torch.zeros((), device=device)
+        self._agreement = torch.zeros(2, device=device)
+        self._bad: list[torch.Tensor] = []
+        self._teacher_pairs: list[torch.Tensor] = []
+
+    def add(self, output: Output) -> None:
+        """Add the next micro-batch's output."""
+        self._loss += output.loss.detach() / self._num_micro_batches
+        self._agreement += output.agreement / self._num_micro_batches
+        self._bad.append(output.bad)
+        self._teacher_pairs.append(output.teacher_pairs)
+
+    def total(self, bad_gradients: torch.Tensor) -> StepMetrics:
+        """The metrics of the whole update."""
+        return StepMetrics(
+            loss=self._loss,
+            bad=torch.cat(self._bad),
+            bad_gradients=bad_gradients,
+            teacher_top1=self._agreement[0],
+            agreement=self._agreement[1],
+            teacher_pairs=torch.cat(self._teacher_pairs, 1),
+        )
+
+
+def _data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
+    """The model with its gradients averaged over the ranks.
+
+    It has no find_unused_parameters: in timm 1.0.31 no classifier with its default arguments has a parameter without a
+    gradient in training (635 models tried, of all 98 files). A few arguments make one: reg_tokens for a distilled DeiT.
+    """
+    # StatisticsAverage averages the buffers, so DDP must not broadcast them. Newer PyTorch has another name for that.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, no_broadcast: False}
+    return DistributedDataParallel(model, **options)
+
+
+def seed_dropout(seed: int, position: int, device: torch.device) -> None:
+    """Seed PyTorch's generators of the host and of this device for the micro-batch that begins at `position`.
+
+    torch.manual_seed would seed the generators of all devices, which takes 0.2 ms.
+    """
+    drawn = int(rng.words(seed, rng.Stream.MODEL, position, position + 1, 4)[0, 0])
+    torch.default_generator.manual_seed(drawn)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(drawn)
 
 
 def loss_and_agreement(
@@ -231,16 +242,21 @@ def loss_and_agreement(
     lam: torch.Tensor,
     mix_group: int,
     config: DistillConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of logits [B, C]; bad rows, the two shares of agreement and the teacher's pairs as in StepMetrics."""
-    targets = labels, partners(labels, mix_group), lam
-    loss = usi_loss(student, teacher, *targets, config)
-    bad, agreed = ~_finite_rows(student.detach()), torch.zeros(2, device=student.device)
-    pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
-    if teacher is not None:
-        bad = bad | ~_finite_rows(teacher)
-        agreed, pairs = agreement(student.detach(), teacher, *targets)
-    return loss, bad, agreed, pairs
+) -> Output:
+    """The loss of logits [B, C], and how the student and the teacher agree."""
+    partner_labels = partners(labels, mix_group)
+    loss = usi_loss(student, teacher, labels, partner_labels, lam, config)
+    bad = ~_finite_rows(student.detach())
+    if teacher is None:
+        no_pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
+        return Output(loss, bad, torch.zeros(2, device=student.device), no_pairs)
+    fractions, pairs = agreement(student.detach(), teacher, labels, partner_labels, lam)
+    return Output(loss, bad | ~_finite_rows(teacher), fractions, pairs)
+
+
+def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
+    """[B, C] -> bool [B]."""
+    return logits.isfinite().all(1)
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:
@@ -254,66 +270,3 @@ def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device)
         position=0,
         mix_group=mix_group,
     )
-
-
-def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
-    return logits.isfinite().all(1)
-
-
-class StatisticsAverage:
-    """BatchNorm's running statistics after an update: those of all its micro-batches, on whatever rank they ran.
-
-    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank. Then the
-    ranks come to an agreement, by the mode:
-      reduce: the mean over the ranks. So all ranks always hold the same statistics, and they do not depend on how the
-        global batch was split over ranks and micro-batches.
-      broadcast: those of rank 0's images, as DDP's own broadcast has it.
-      none: there is none, each rank keeps its own.
-      sync: nothing to do, for the layers themselves saw the images of all ranks.
-
-    Args:
-      model: the unwrapped model.
-      micro_batches: an update, on this rank.
-      mode: reduce, broadcast, none or sync.
-      world: the ranks.
-    """
-
-    def __init__(self, model: nn.Module, micro_batches: int, mode: str, world: World):
-        self._statistics = running_statistics(model)
-        self._counters = [norm.num_batches_tracked for norm in batch_norms(model)]
-        self._micro_batches = micro_batches
-        self._split = bool(self._statistics) and micro_batches > 1
-        self._shared = bool(self._statistics) and world.size > 1 and mode in ("reduce", "broadcast")
-        self._mode = mode
-        self._world = world
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Before the first forward pass of an update."""
-        if self._split:
-            self._before = [buffer.clone() for buffer in self._statistics]
-            self._total = [torch.zeros_like(buffer) for buffer in self._statistics]
-
-    @torch.no_grad()
-    def collect(self) -> None:
-        """After each forward and backward pass."""
-        if self._split:
-            torch._foreach_add_(self._total, self._statistics)
-            torch._foreach_copy_(self._statistics, self._before)
-
-    @torch.no_grad()
-    def end(self) -> None:
-        """After the last pass."""
-        if self._split:
-            # an update counts as one batch, however it was split
-            torch._foreach_sub_(self._counters, self._micro_batches - 1)
-            torch._foreach_div_(self._total, self._micro_batches)
-            torch._foreach_copy_(self._statistics, self._total)
-        if self._shared:
-            flat = torch.cat(self._statistics)
-            flat = (
-                self._world.all_reduce_sum(flat) / self._world.size
-                if self._mode == "reduce"
-                else self._world.broadcast(flat)
-            )
-            torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))

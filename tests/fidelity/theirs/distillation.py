@@ -10,7 +10,7 @@ import contextlib
 
 import arguments
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torchvision.transforms.functional import normalize
 
 
@@ -54,8 +54,8 @@ def train_epoch(epoch, student, batches, optimizer, loss_fn, teacher, ema=None) 
     for pixels, targets in batches:
         logits = student(pixels)
         with torch.no_grad():
-            expected = F.softmax(teacher.model(teacher.normalize_input(pixels, student)), dim=-1)
-        divergence = F.kl_div(F.log_softmax(logits, dim=-1), expected, reduction="batchmean")
+            expected = functional.softmax(teacher.model(teacher.normalize_input(pixels, student)), dim=-1)
+        divergence = functional.kl_div(functional.log_softmax(logits, dim=-1), expected, reduction="batchmean")
         loss = loss_fn(logits, targets) + alpha * divergence
         optimizer.zero_grad()
         loss.backward()

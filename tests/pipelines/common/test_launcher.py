@@ -194,7 +194,7 @@ def test_a_conversion_that_no_launcher_started_is_whole_and_names_what_it_ignore
     assert len(notes) == 1 and notes[0].endswith("this process works alone. --part I/N divides a conversion")
 
 
-def test_a_share_that_a_launcher_gives_is_said_and_part_1_of_1_converts_everything(
+def test_the_part_that_a_launcher_gives_is_reported_and_part_1_of_1_converts_everything(
     environment, digits_folder, tmp_path, capsys
 ):
     environment(**STEP)

@@ -254,7 +254,7 @@ def test_waiting_threads_of_openmp_soon_sleep_unless_you_have_chosen(package, va
 SCRIPTS = [
     path
     for path in [*REPOSITORY.glob("trainer/*.py"), *REPOSITORY.glob("tools/*.py")]
-    if "\nif __package__" in path.read_text()
+    if "\nif not __package__" in path.read_text()
 ]
 
 
@@ -265,5 +265,6 @@ def test_a_script_imports_pipelines_before_anything_that_imports_torch(path):
         if isinstance(node, ast.Import | ast.ImportFrom):
             name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
             names.append((node.lineno, name.partition(".")[0]))
-    installed = (name for _, name in sorted(names) if name not in sys.stdlib_module_names)
-    assert next(installed) == "pipelines"
+    installed = [name for _, name in sorted(names)]
+    with_torch = [installed.index(name) for name in ("torch", "torchvision", "timm", "trainer") if name in installed]
+    assert installed.index("pipelines") < min(with_torch, default=len(installed))

@@ -19,8 +19,8 @@ from tools.lib.common.photos import photographs
 FILL = (124, 116, 104)
 FACTORS = (0.0, 0.1, 0.37, 1.0, 1.63, 1.9, 3.0)
 SHEARS = (-0.3, -0.21, 0.0, 0.217, 1.5)
-SHARES = (-0.45, -0.3125, 0.0, 0.25, 0.315, 2.0)
-# what the recipe draws and the ends beyond it
+FRACTIONS = (-0.45, -0.3125, 0.0, 0.25, 0.315, 2.0)
+# These are values that the recipe draws, and the ends beyond them.
 ARGUMENTS = {
     Op.AUTO_CONTRAST: (0.0,),
     Op.EQUALIZE: (0.0,),
@@ -35,8 +35,8 @@ ARGUMENTS = {
     Op.SHARPNESS: FACTORS,
     Op.SHEAR_X: SHEARS,
     Op.SHEAR_Y: SHEARS,
-    Op.TRANSLATE_X: SHARES,
-    Op.TRANSLATE_Y: SHARES,
+    Op.TRANSLATE_X: FRACTIONS,
+    Op.TRANSLATE_Y: FRACTIONS,
     Op.GAUSSIAN_BLUR: (0.0, 0.1, 0.5, 1.37, 2.0, 5.5),
 }
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -57,7 +57,9 @@ def pictures(size: int) -> torch.Tensor:
 
 
 def with_pil(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
-    from pipelines.cpu import apply_op  # not above: it imports timm, which the interpreted kernel's script does without
+    from pipelines.ops.pil_ops import (
+        apply_op,
+    )  # not above: it imports timm, which the interpreted kernel's script does without
 
     out = []
     for pixels, row_ops, row_args in zip(images.numpy(), ops.tolist(), args.tolist(), strict=True):
@@ -135,7 +137,7 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(apply_ops(images[one], ops[one], args[one], FILL), together[one])
 
 
-def test_blurs_of_different_radius_share_a_batch():
+def test_blurs_of_different_radius_are_done_in_one_batch():
     images = pictures(64)[:4]
     ops = column(Op.GAUSSIAN_BLUR, 4, np.uint8)
     args = np.array([[0.1], [7.0], [0.0], [2.0]], dtype=np.float32)

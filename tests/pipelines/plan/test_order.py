@@ -14,8 +14,9 @@ from pipelines.plan.plan import TrainPlan
 from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex, read_index
 
-SIZES = [70, 1, 130, 0, 64, 64, 200, 33, 99, 128, 57]  # of the shards: unequal, one of them empty
-WINDOW = 4  # so the last of three windows has three shards
+# The shards have unequal sizes, and one of them is empty.
+SIZES = [70, 1, 130, 0, 64, 64, 200, 33, 99, 128, 57]
+WINDOW = 4  # The last of three windows has three shards.
 
 
 def sharded_index(sizes: list[int]) -> ShardIndex:
@@ -86,7 +87,7 @@ def test_seeds_epochs_and_windows_have_unrelated_orders():
     sizes = [500] * 12
     orders = [window_epoch(seed, epoch, sizes) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len({shown.tobytes() for shown in orders}) == 4
-    places = []  # of the images within their window, for windows of 2,000
+    places = []  # the offsets of the images within their window, for windows of 2,000
     for (seed, epoch), shown in zip(((0, 0), (0, 1), (1, 0), (1, 1)), orders, strict=True):
         shards = shard_order(seed, epoch, 12)
         for window, images in windows_of(shown, shards, sizes):
@@ -136,7 +137,7 @@ def test_repeated_augmentation_works_on_windows():
     shown, counts = np.unique(plan.rows(0, plan.steps_per_epoch * 128).sample, return_counts=True)
     assert len(shown) == -(-plan.steps_per_epoch * 128 // 3)
     assert (np.sort(counts)[1:] == 3).all()
-    # the images are whole shards, but for those of the window in which the epoch ends
+    # The images are those of complete shards, but for the window in which the epoch ends.
     of_shard = np.bincount(plan.index.samples["shard"][shown], minlength=40)
     partly = (of_shard > 0) & (of_shard < np.bincount(plan.index.samples["shard"]))
     assert partly.sum() <= 4

@@ -112,8 +112,8 @@ GOLDEN = {
 
 
 def test_the_plan_never_changes():
-    """Golden: a run that was started under one version of the code must go on alike under the next. If this has to
-    change, raise PLAN_VERSION."""
+    """Golden: a run that one version of the code began must see the same data when the next version resumes it. If
+    this has to change, raise PLAN_VERSION."""
     rows = TrainPlan(fake_index(5000), AugmentConfig(), seed=3, global_batch=1024, image_size=224, fill=(0, 0, 0)).rows(
         7 * 1024, 8 * 1024
     )
@@ -128,7 +128,7 @@ def test_the_plan_never_changes():
     assert sums == GOLDEN["sums"]
 
 
-def test_a_group_shares_one_mixing_draw_and_groups_differ():
+def test_a_group_has_one_mixing_draw_and_groups_differ():
     plan = make_plan().rows(0, 1280)
     lam, box = plan.lam.reshape(-1, 16), plan.box.reshape(-1, 16, 4)
     assert (lam == lam[:, :1]).all() and (box == box[:, :1]).all()
@@ -260,12 +260,12 @@ def test_a_schedule_of_one_size_is_described_as_that_size():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((), r"data.image_size is \[\]; it needs a size, like 224, or \[epoch, size\] pairs"),
-        (((5, 96), (0, 64)), r"data.image_size is \[\[5, 96\], \[0, 64\]\]; the epochs .* must increase"),
-        (((1, 64),), r"data.image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
+        ((), r"image_size is \[\]; it needs a size, like 224, or \[epoch, size\] pairs"),
+        (((5, 96), (0, 64)), r"image_size is \[\[5, 96\], \[0, 64\]\]; the epochs .* must increase"),
+        (((1, 64),), r"image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
         (((0, 64), (5, 96), (5, 128)), r"\[5, 128\]\]; the epochs of its \[epoch, size\] pairs must increase"),
-        (((0, 64), (5, 0)), r"data.image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),
-        (0, "data.image_size is 0; a size must be at least 1"),
+        (((0, 64), (5, 0)), r"image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),
+        (0, "image_size is 0; a size must be at least 1"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):
@@ -274,12 +274,12 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 def test_a_dataset_smaller_than_one_global_batch_is_refused():
-    with pytest.raises(UserError, match="has 100 images, fewer than one global batch of 128: lower run.global_batch"):
+    with pytest.raises(UserError, match="has 100 images, fewer than one global batch of 128: lower it"):
         make_plan(num_samples=100)
 
 
 def test_a_global_batch_of_broken_groups_is_refused():
-    with pytest.raises(UserError, match="run.global_batch is 100; it must be a multiple of augment.mix_group, 16"):
+    with pytest.raises(UserError, match="^global_batch is 100; it must be a multiple of augment.mix_group, 16"):
         make_plan(global_batch=100)
 
 

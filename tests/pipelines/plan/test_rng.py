@@ -20,7 +20,7 @@ def test_the_numbers_never_change():
     assert rng.permute(0, Stream.ORDER, 0, 10, np.arange(10)).tolist() == [1, 3, 7, 6, 2, 0, 4, 5, 8, 9]
 
 
-def test_seeds_streams_and_positions_do_not_share_numbers():
+def test_seeds_streams_and_positions_have_numbers_of_their_own():
     drawn = [
         rng.words(seed, stream, start, start + 4, 4).tobytes()
         for seed in (0, 1, 2**63)

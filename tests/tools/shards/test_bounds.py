@@ -23,11 +23,11 @@ from pipelines.shards.index import read_index
 from support.hand_made import jpeg, keys, listed, put, refused, samples, tar_of
 from tools.demo import write_digits
 from tools.lib.predict.image_files import decoded, items_of, pixels_of
-from tools.lib.shards import job
+from tools.lib.shards import build as build_module
+from tools.lib.shards.build import BuildOptions, build, merge
 from tools.lib.shards.images import MAX_BYTES, ImageOptions, RejectedImageError, check_image
-from tools.lib.shards.job import BuildOptions, build, merge
 from tools.lib.shards.reindex import index_webdataset
-from tools.lib.shards.tars import BLOCK
+from tools.lib.shards.sources.tars import BLOCK
 from tools.lib.shards.verify import verify
 from trainer.evaluation.trained import EvalTransform
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_removed_at_the_end_is_one_line_and_the_same_command_remo
         rmtree(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.shutil, "rmtree", failing)
+        patch.setattr(build_module.shutil, "rmtree", failing)
         message = refused(build, digits_images, tmp_path / "out", BuildOptions())
     assert f"out.partial/{name}: {os.strerror(number)}" in message and not (tmp_path / "out").exists()
     build(digits_images, tmp_path / "out", BuildOptions())
@@ -298,7 +298,7 @@ def test_what_cannot_be_removed_at_the_end_is_one_line_and_the_same_command_remo
 def test_a_listing_that_is_cut_off_in_mid_run_ends_the_conversion_and_no_sample_takes_the_place_of_another(
     tmp_path, digits_images, monkeypatch, suffix
 ):
-    out, write_shard = tmp_path / "out", job.write_shard
+    out, write_shard = tmp_path / "out", build_module.write_shard
     partial = tmp_path / "out.partial"
 
     def cut_off_then_written(*arguments):
@@ -306,7 +306,7 @@ def test_a_listing_that_is_cut_off_in_mid_run_ends_the_conversion_and_no_sample_
         write_shard(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "write_shard", cut_off_then_written)
+        patch.setattr(build_module, "write_shard", cut_off_then_written)
         message = refused(build, digits_images, out, BuildOptions())
     assert f"listing/train{suffix}: is cut off. Remove {partial} to begin the conversion again" in message
     assert "is cut off" in refused(build, digits_images, out, BuildOptions())  # an order of fewer samples is another

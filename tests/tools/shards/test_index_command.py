@@ -11,9 +11,9 @@ import pytest
 from pipelines.common.errors import UserError
 from support.hand_made import images_of, jpeg, keys, put, refused, run, samples, tar_of
 from tools.lib.predict.image_files import items_of
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from tools.lib.shards.reindex import index_webdataset
-from tools.lib.shards.tars import tar_members
+from tools.lib.shards.sources.webdataset import tar_members
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
 

@@ -9,11 +9,11 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt
+from pipelines.shards.manifest import class_order_doubt
 from support.hand_made import images_of, jpeg, put, refused, run
-from tools.lib.shards import parquet as parquet_source
-from tools.lib.shards.entries import SourceOptions
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
+from tools.lib.shards.sources import parquet as parquet_source
+from tools.lib.shards.sources.source import SourceOptions
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 

@@ -17,7 +17,7 @@ from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
 from tools.lib.common.photos import photographs
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
-from tools.lib.shards.job import merge
+from tools.lib.shards.build import merge
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
 
@@ -148,6 +148,13 @@ def test_workers_that_die_are_never_waited_for(function, start):
     for _ in range(5):
         with pytest.raises(LostWorkerError):
             list(run_jobs(function, [(signal.SIGKILL,)] * 7, 3, start=start))
+
+
+def test_when_a_worker_is_killed_the_others_finish_what_they_have_begun(tmp_path):
+    jobs = [(f"sleep 1; touch {tmp_path / name}",) for name in "abc"]
+    with pytest.raises(LostWorkerError):
+        list(run_jobs(os.system, [*jobs, ("sleep 0.3; kill -9 $PPID",)], 4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
 def test_an_error_of_a_job_arrives_with_its_place_in_the_worker():

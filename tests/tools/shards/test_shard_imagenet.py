@@ -17,15 +17,16 @@ from PIL import Image
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
-from pipelines.shards.index import read_index, read_manifest
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import read_manifest
 from pipelines.shards.reader import ShardReader
 from tools.lib.common.photos import photographs
-from tools.lib.shards import assembly, job
-from tools.lib.shards.entries import RECOGNISE, Source, SourceOptions
+from tools.lib.shards import manifest_builder
+from tools.lib.shards.build import BuildOptions, build, describe, merge
 from tools.lib.shards.images import ImageOptions
-from tools.lib.shards.job import BuildOptions, build, merge
 from tools.lib.shards.reindex import index_webdataset
 from tools.lib.shards.sources import open_source
+from tools.lib.shards.sources.source import RECOGNISE, Source, SourceOptions
 from tools.shard_imagenet import main
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "shard_imagenet.py")]
@@ -587,7 +588,7 @@ def test_images_that_were_repaired_in_place_are_taken_the_second_time(folder, tm
 
 
 def test_duplicates_are_found_within_a_split_and_across_splits(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "_HASHES_AT_A_TIME", 3)  # several passes
+    monkeypatch.setattr(manifest_builder, "_HASHES_AT_A_TIME", 3)  # several passes
     for copy in ("train/dog/copy.jpg", "val/cat/leak.jpg"):
         (folder / copy).parent.mkdir(parents=True, exist_ok=True)
         (folder / copy).write_bytes((folder / "train" / "cat" / "a.JPEG").read_bytes())
@@ -789,7 +790,7 @@ def test_info_tells_what_a_dataset_holds(digits, capsys):
 
 
 def test_options_are_plain_values_of_the_manifest():
-    described = job._describe(_source(), BuildOptions())
+    described = describe(_source(), BuildOptions())
     assert described["options"] == {
         "seed": 0,
         "samples_per_shard": 5000,

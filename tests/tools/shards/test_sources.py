@@ -16,11 +16,12 @@ from test_shard_imagenet import convert, samples_of, tree, write_ilsvrc, write_k
 
 from pipelines.common import files
 from pipelines.common.errors import UserError
-from pipelines.shards.index import class_order_doubt, manifest_bytes, read_index, read_manifest
-from tools.lib.shards import job
-from tools.lib.shards.entries import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused, is_hidden
-from tools.lib.shards.job import BuildOptions
+from pipelines.common.files import is_hidden
+from pipelines.shards.index import read_index
+from pipelines.shards.manifest import class_order_doubt, manifest_bytes, read_manifest
+from tools.lib.shards.build import BuildOptions, describe, merge
 from tools.lib.shards.sources import open_source
+from tools.lib.shards.sources.source import EXPECTED, HIDDEN, MISPLACED, SourceOptions, Unused
 from tools.shard_imagenet import main
 
 CLASSES = ("ant", "bee", "cat")
@@ -239,7 +240,7 @@ def test_a_devkit_that_is_none_is_named_in_one_line(tmp_path, fill):
 def test_an_unfinished_conversion_that_cannot_be_read_is_named(src, tmp_path, content):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "job.json").write_text(content)
-    for call in (lambda: convert(src, tmp_path / "out"), lambda: job.merge(tmp_path / "out")):
+    for call in (lambda: convert(src, tmp_path / "out"), lambda: merge(tmp_path / "out")):
         with pytest.raises(UserError, match="job.json: damaged, or not of this tool"):
             call()
 
@@ -488,7 +489,7 @@ def test_an_order_that_is_stated_is_taken_and_not_doubted(tmp_path, capsys):
 def test_only_names_whose_text_and_numeric_orders_differ_are_in_doubt(tmp_path, names, doubt):
     source = open_source(make_folder(tmp_path / "src", names), SourceOptions(), tmp_path)
     assert source.classes == sorted(names)
-    assert bool(class_order_doubt(job._describe(source, BuildOptions()))) == doubt
+    assert bool(class_order_doubt(describe(source, BuildOptions()))) == doubt
 
 
 def test_the_numeric_order_is_the_one_of_timms_reader(tmp_path):
@@ -657,7 +658,7 @@ def test_an_empty_folder_is_filled_by_several_machines_and_after_a_kill(src, tmp
     for part in (1, 0):
         assert convert(src, tmp_path / "out", samples_per_shard=2, part=(part, 2)) is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
-    job.merge(tmp_path / "out")
+    merge(tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
 
 
@@ -692,12 +693,12 @@ def test_a_file_that_a_person_puts_into_out_meanwhile_is_never_replaced(src, tmp
     put(tmp_path / "out", name)
     content = (tmp_path / "out" / name).read_bytes()
     if name.endswith(".bak"):
-        job.merge(tmp_path / "out")
+        merge(tmp_path / "out")
     else:
         with pytest.raises(UserError, match=f"{name.partition('/')[0]}: was put there meanwhile. Move it away"):
-            job.merge(tmp_path / "out")
+            merge(tmp_path / "out")
         (tmp_path / "out" / name.partition("/")[0]).rename(tmp_path / "moved")
-        job.merge(tmp_path / "out")
+        merge(tmp_path / "out")
         (tmp_path / "moved").rename(tmp_path / "out" / "mine")
         name = "mine/x.jpg" if "/" in name else "mine"
     assert (tmp_path / "out" / name).read_bytes() == content
@@ -737,7 +738,7 @@ def test_a_folder_of_another_file_system_that_out_became_is_named_with_what_help
             convert(src, tmp_path / "out", part=(1, 2))
     (tmp_path / "out.partial").rename(tmp_path / "out" / ".partial")
     assert convert(src, tmp_path / "out", part=(1, 2)) is None
-    assert job.merge(tmp_path / "out")["splits"]["train"]["samples"] == 6
+    assert merge(tmp_path / "out")["splits"]["train"]["samples"] == 6
 
 
 @pytest.mark.parametrize("content", ["precious", "train"])
@@ -762,6 +763,6 @@ def test_a_file_of_somebody_else_that_is_named_like_ours_is_never_removed(src, t
     path = tmp_path / "out" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
-    job.merge(tmp_path / "out")
+    merge(tmp_path / "out")
     convert(src, tmp_path / "out")
     assert path.read_text() == content

@@ -11,9 +11,10 @@ import pytest
 from pipelines.shards.index import read_index
 from support.hand_made import keys, listed, put, refused, run, samples, tar_of
 from tools.lib.predict.image_files import items_of
-from tools.lib.shards.ilsvrc import _Part
 from tools.lib.shards.reindex import index_webdataset
-from tools.lib.shards.tars import tar_files, tar_members
+from tools.lib.shards.sources.ilsvrc import _Part
+from tools.lib.shards.sources.tars import tar_files
+from tools.lib.shards.sources.webdataset import tar_members
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
 

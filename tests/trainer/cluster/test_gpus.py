@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from conftest import REPOSITORY, TINY, run_trainer, train_here
 from pipelines.common.files import read_json_lines
 from tools.lib.benchmark import gpu as gpus
+from trainer.builder import build
 from trainer.cluster import rendezvous
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.run import build
 from trainer.update.step import TrainStep
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -29,7 +29,8 @@ GPUS = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")],
 )
-TOLERANCE = {"cpu": 1e-4, "cuda": 0.01}  # of losses: the order of sums differs, and GPUs choose among algorithms
+# Losses differ: the order of sums does, and GPUs choose among algorithms.
+TOLERANCE = {"cpu": 1e-4, "cuda": 0.01}
 PLAIN = ["--data.pipeline", "torchvision", "--run.compile", "false", "--run.precision", "fp32", "--run.log_every", 1]
 
 

@@ -16,10 +16,12 @@ from support.authors_defaults import ABSENT, table
 from trainer.config.paper import paper_models
 from trainer.config.recipe import audit, audit_table
 from trainer.config.sections import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, setting_natures, to_dict
+from trainer.models.ema import ModelEma
+from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
 from trainer.update.loss import usi_loss
-from trainer.update.mixing import Normalize, mix_pixels, partners
-from trainer.update.optimizer import ModelEma, build_optimizer
+from trainer.update.mixing import mix_pixels, partners
+from trainer.update.optimizer import build_optimizer
 from trainer.update.schedule import learning_rate
 
 # Transcribed from the published recipe, not from the code.

@@ -21,12 +21,12 @@ from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.evaluation.predict import EvalPass
 from trainer.feed import open_configured_pipeline
-from trainer.update.mixing import Normalize
+from trainer.models.normalize import Normalize
 
 IMAGES = 1003  # 17 x 59: neither ranks nor batches divide it
 SIZES = (1, 2, 3, 4)

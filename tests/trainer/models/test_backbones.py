@@ -12,12 +12,13 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from support.processes import without_workers
 from tools.demo import write_digits
-from tools.lib.shards.job import BuildOptions
-from tools.lib.shards.job import build as build_dataset
+from tools.lib.shards.build import BuildOptions
+from tools.lib.shards.build import build as build_dataset
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.recipe import audit
 from trainer.config.sections import parse
-from trainer.run import build, train
+from trainer.loop import train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 SIZE = 32
@@ -89,7 +90,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
     arguments = [*small, *student(*BACKBONES[family]), "--run.out", str(tmp_path), "--run.stop_after_steps", "2"]
     config = parse([*arguments, "--run.checkpoint_every", "1"])
     assert {deviation["key"] for deviation in audit(config)} <= MACHINE | {"student.kwargs", "teacher.name"}
-    summary = train(config, ONE)
+    summary = train(build(config, ONE))
     first, second = sorted((tmp_path / "checkpoints").glob("step-*"))
     before, after = (torch.load(path, weights_only=True) for path in (first, second))
     parameters = list(build(config, ONE).state.student.named_parameters())
@@ -105,7 +106,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
         assert summary["evaluation"][weights]["images"] == 16
         assert 0 < summary["evaluation"][weights]["loss"] < 100
     second.unlink()
-    again = train(config, ONE)
+    again = train(build(config, ONE))
     assert again["session"]["start_step"] == 1 and again["evaluation"] == summary["evaluation"]
     resumed = torch.load(second, weights_only=True)
     for part in ("student", "ema"):
@@ -115,7 +116,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
 @pytest.mark.long
 def test_a_model_that_uses_layers_twice_trains_alike_on_one_rank_and_on_two(small, tmp_path):
     arguments = [*small, *student(*BACKBONES["CoaT"]), "--run.stop_after_steps", "3", "--run.out"]
-    train(parse([*arguments, str(tmp_path / "1")]), ONE)
+    train(build(parse([*arguments, str(tmp_path / "1")]), ONE))
     run_trainer(*arguments, tmp_path / "2", ranks=2)
     one, two = (
         torch.load(tmp_path / ranks / "checkpoints" / "step-00000003.pt", weights_only=True) for ranks in ("1", "2")
@@ -134,7 +135,7 @@ def test_a_model_of_one_size_is_built_for_the_images_and_refuses_others(small, t
     assert timm.get_pretrained_cfg(name).input_size[-1] != SIZE
     arguments = [*small, *student(name, kwargs), "--run.out", str(tmp_path / "run"), "--data.eval_image_size", "96"]
     with pytest.raises(UserError, match=f"model '{name}' cannot take images of 96 px"):
-        train(parse(arguments), ONE)
+        train(build(parse(arguments), ONE))
     assert not (tmp_path / "run").exists()
 
 
@@ -145,7 +146,7 @@ def test_a_size_that_a_model_cannot_be_built_for_is_refused(small, tmp_path, nam
     with pytest.raises(
         UserError, match=f"model '{name}' cannot be built for images of 50 px .* Change data.image_size"
     ):
-        train(parse(arguments), ONE)
+        train(build(parse(arguments), ONE))
 
 
 def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_code(small, tmp_path):
@@ -158,7 +159,7 @@ def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_
         "40",
     ]
     with pytest.raises(UserError, match=r"cannot take images of 40 px \(\w+.py:\d+: "):
-        train(parse(arguments), ONE)
+        train(build(parse(arguments), ONE))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,9 @@ def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_
 def test_a_model_that_gives_something_else_than_logits_is_refused(small, tmp_path, name, kwargs, found):
     with pytest.raises(UserError, match=f"model '{name}' gives {found} for 2 images in training, not .2, 10."):
         train(
-            parse([*small, *student(name, kwargs), "--data.image_size", "299", "--run.out", str(tmp_path / "run")]), ONE
+            build(
+                parse([*small, *student(name, kwargs), "--data.image_size", "299", "--run.out", str(tmp_path / "run")]),
+                ONE,
+            )
         )
     assert not (tmp_path / "run").exists()

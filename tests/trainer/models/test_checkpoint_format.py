@@ -16,9 +16,12 @@ from pipelines.plan.plan import BEFORE
 from trainer.config.sections import Config, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models.checkpoint_format import FIELDS, FieldError, check_fields, not_finite, wrong_setting
+from trainer.models.ema import ModelEma
 from trainer.state import checkpoint
-from trainer.state.checkpoint import TrainState, read, read_state
-from trainer.update.optimizer import ModelEma, build_optimizer
+from trainer.state.checkpoint import read, read_state
+from trainer.state.train_state import TrainState
+from trainer.state.writer import Writer
+from trainer.update.optimizer import build_optimizer
 
 WRONG = {
     "step": (None, True, "3", 3.0, -1, 10**13, torch.tensor(3), [3]),
@@ -126,7 +129,7 @@ def test_a_loss_that_is_not_finite_beside_an_accuracy_is_written_and_read(tmp_pa
     state.best = {"step": 2, "weights": "raw", "top1": 50.0}
     for loss in (math.inf, math.nan):
         metrics = {"images": 3, "top1": 50.0, "loss": loss}
-        writer = checkpoint.Writer()
+        writer = Writer()
         writer.submit(tmp_path / "best.pt", checkpoint.best_content_of(state, metrics))
         writer.wait()
         assert writer.failure == "" and str(read(tmp_path / "best.pt")["metrics"]) == str(metrics)
@@ -231,7 +234,7 @@ def test_what_a_reader_would_reject_as_not_finite_is_not_written(what, tmp_path)
     content = saved()
     change, message = DAMAGED[what]
     change(content)
-    writer = checkpoint.Writer()
+    writer = Writer()
     writer.submit(tmp_path / "step-00000002.pt", content)
     writer.wait()
     assert f"step-00000002.pt: not written: {message}. Lower optim.lr" in writer.failure

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.shards.index import sorted_classes
+from pipelines.shards.manifest import sorted_classes
 from trainer.models.class_order import num_images_needed, order_warning, taken_for
 
 

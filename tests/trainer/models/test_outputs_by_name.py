@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.common.errors import UserError
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
 from support.teachers import first_teacher, train_here
 from trainer.config.sections import TeacherConfig, parse
 from trainer.config.setting_names import prefix_of, spelling_settings

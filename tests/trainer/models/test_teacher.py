@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from conftest import TINY
 from pipelines.common.errors import UserError
 from support.teachers import ONE, VIT, arguments, first_teacher, other, train_here
+from trainer.builder import build
 from trainer.config.sections import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
 from trainer.feed import rank_plans
 from trainer.models.preprocessing import preprocessing
@@ -23,7 +24,6 @@ from trainer.models.teacher import (
     mean_logits,
     resize_pixels,
 )
-from trainer.run import build
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import mix_pixels, partners
 

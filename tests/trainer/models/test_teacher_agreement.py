@@ -12,18 +12,19 @@ import torch
 
 from conftest import TINY
 from pipelines.common.files import read_json_lines
-from pipelines.shards.index import read_manifest
+from pipelines.shards.manifest import read_manifest
 from support.ranks import run_ranks
 from support.teachers import ONE, arguments, first_teacher, train_here
+from trainer.builder import build
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.models.teacher import (
     agreement,
     build_teachers,
     chance_warning,
     teacher_warning,
 )
-from trainer.run import build, train
 from trainer.update.mixing import partners
 
 pytest_plugins = ["support.teachers"]
@@ -164,7 +165,7 @@ def good_teacher(digits, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("good") / "run"
     plain = ["--augment.mix_prob", 0, "--optim.lr", "1e-2", "--schedule.epochs", 6, "--ema.decay", 0]
     plain += ["--student.name", "test_resnet", "--augment.mix_group", 16]  # learns faster than tiny_cnn
-    summary = train(parse(arguments(digits, out, *GENTLE, *plain)), ONE)
+    summary = train(build(parse(arguments(digits, out, *GENTLE, *plain)), ONE))
     assert summary["evaluation"]["raw"]["top1"] > 70
     return out / "checkpoints" / "step-00000030.pt"
 

@@ -1,4 +1,4 @@
-"""The report on runs: finished, going on, killed, compared; and the images that the student saw first."""
+"""The report on runs: finished, in progress, killed, compared; and the images that the student saw first."""
 
 import ast
 import base64
@@ -21,14 +21,15 @@ from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from tools.report import main
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse, to_yaml
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.monitor.report.charts import moving_average
 from trainer.monitor.report.page import charts, differing_settings, numbers, read_run, report_or_reason, write_report
 from trainer.monitor.sample_grid import keep_samples, strip_png
 from trainer.monitor.telemetry import Telemetry
-from trainer.run import build, train
 from trainer.update.mixing import mix_pixels
 
 ONE = World(0, 1, 1, torch.device("cpu"))
@@ -36,7 +37,9 @@ EVERY = ["--run.log_every", "1"]
 
 
 def train_here(digits: Path, out: Path, *arguments) -> dict:
-    return train(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    return train(
+        build(parse([*TINY, *EVERY, "--data.root", str(digits), "--run.out", str(out), *map(str, arguments)]), ONE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
         f"top-1, averaged weights (EMA) {summary['evaluation']['ema']['top1']:.2f} %",
         f"top-1, raw weights {summary['evaluation']['raw']['top1']:.2f} %",
         "restarts 2",
-        "damaged images met 0",
+        "damaged images 0",
         f"settings other than the recipe's {len(summary['deviations'])}",
         "ema.decay 0.99996 0.9 of the average, at every update",
         "teacher.name tresnet_v2_l null",
@@ -206,7 +209,7 @@ def test_a_number_that_is_not_finite_or_not_there_leaves_a_gap(tmp_path):
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_path, finished):
+def test_several_runs_are_in_the_same_pictures_and_the_page_lists_what_differs(tmp_path, finished):
     other = logged(tmp_path / "lower lr", 9, "--optim.lr", 1e-4, "--student.kwargs.drop_rate", 0.1)
     page = Page(write_report([finished, other], tmp_path / "out"))
     runs = [read_run(finished, "finished"), read_run(other, "lower lr")]
@@ -225,7 +228,7 @@ def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_pat
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_by_their_folders(tmp_path):
     runs = [logged(tmp_path / parent / "run", 1) for parent in "ab"]
     page = Page(write_report(runs, tmp_path / "out"))
     assert str(runs[0]) in page.text and str(runs[1]) in page.text
@@ -240,7 +243,7 @@ def test_names_are_shown_and_never_obeyed(tmp_path):
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_what_is_not_a_run_or_not_writable_is_told(tmp_path):
+def test_what_is_not_a_run_or_not_writable_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"not the folder of a run, it has no config.yaml. Give what --run.out was"):
         write_report([tmp_path], tmp_path / "out")
     run = logged(tmp_path / "run", 1)
@@ -281,7 +284,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path, capsys):
     said = "5 lines of metrics.jsonl, 1 line of quarantine.jsonl, summary.json, config.yaml"
     assert f"left out: {said}" in page.text
     assert f"{run}: cannot be used and is left out: {said}\n" in capsys.readouterr().err
-    assert "steps done 4 of 20" in page.text and "damaged images met 0" in page.text
+    assert "steps done 4 of 20" in page.text and "damaged images 0" in page.text
 
 
 def test_a_clock_that_was_set_back_is_said(tmp_path):

@@ -14,13 +14,14 @@ from pipelines.common.files import read_json_lines
 from pipelines.ops.torch_ops import has_triton
 from support.mixed_batches import assert_kernel_equals_torch, mixed_batch
 from support.processes import interpreted
-from trainer import run as trainer
+from trainer import builder
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.models.factory import synchronize_batch_norms
+from trainer.models.batch_norm import synchronize_batch_norms
+from trainer.models.normalize import Normalize
 from trainer.update import compiler as compiling
-from trainer.update.mixing import Normalize, mixed_inputs
+from trainer.update.mixing import mixed_inputs
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 MODEL = nn.Linear(1, 1)
@@ -45,7 +46,7 @@ def losses(arguments: list[str], num_steps: int, world: World = ONE) -> tuple[li
     """Of each update; and how many graphs had been compiled before it."""
     torch._dynamo.reset()
     counters.clear()
-    run = trainer.build(parse(arguments), world)
+    run = builder.build(parse(arguments), world)
     found, graphs = [], []
     for step in range(num_steps):
         graphs.append(counters["stats"]["unique_graphs"])
@@ -76,7 +77,7 @@ def test_auto_compiles_nothing_on_a_cpu():
 
 def test_auto_compiles_no_layers_that_wait_for_the_device(monkeypatch):
     monkeypatch.setattr(compiling, "why_not", lambda device: "")
-    monkeypatch.setattr(World, "gather", lambda self, values: values * self.size)
+    monkeypatch.setattr(World, "all_gather", lambda self, values: values * self.size)
     two_gpus = World(0, 2, 2, torch.device("cuda", 0))
     synchronized = synchronize_batch_norms(timm.create_model("test_resnet"), two_gpus)
     compiler, note = compiling.choose_compiler("auto", synchronized, two_gpus)
@@ -100,15 +101,15 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
 
 
 def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arguments, monkeypatch):
-    def refuse(graph, inputs):
+    def fail(graph, inputs):
         raise NotImplementedError("an operation without a lowering")
 
-    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=refuse, dynamic=False))
+    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=fail, dynamic=False))
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
-        trainer.build(parse([*arguments, "--run.compile", "true"]), ONE)
-    monkeypatch.setattr(trainer, "choose_compiler", lambda *_: (compiling.compiled, ""))  # as on a GPU
-    run = trainer.build(parse([*arguments, "--run.compile", "auto"]), ONE)
+        builder.build(parse([*arguments, "--run.compile", "true"]), ONE)
+    monkeypatch.setattr(builder, "choose_compiler", lambda *_: (compiling.compiled, ""))  # as on a GPU
+    run = builder.build(parse([*arguments, "--run.compile", "auto"]), ONE)
     assert "run.compile auto: not compiled" in run.notes[-1] and "without a lowering" in run.notes[-1]
     plans = rank_plans(run.plan, 0, 1, ONE, run.state.micro_batch)
     assert run.step(run.pipelines.of["train"].batches(plans), 0).loss.isfinite()

@@ -1,6 +1,6 @@
 """The whole training against a plain loop made of timm's and PyTorch's own parts, given the same batches.
 
-The loop below shares no code with `trainer/` but the pipeline that its uint8 images come from. It mixes in float64,
+The loop below has no code in common with `trainer/` but the pipeline of its uint8 images. It mixes in float64,
 normalises as one reads it in a paper, and takes the mean over the global batch in one piece.
 """
 
@@ -21,10 +21,11 @@ from timm.utils import ModelEmaV2
 
 from conftest import TINY
 from pipelines.batch import Batch
+from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.run import build, train
+from trainer.loop import train
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STEPS, PER_EPOCH, GROUP, GROUPS = 50, 5, 16, 4
@@ -179,7 +180,7 @@ def test_50_updates_follow_a_plain_loop_of_timms_parts(digits, tmp_path, case):
     run = build(config, ONE)
     with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, STEPS, ONE, GROUP))) as batches:
         groups = list(batches)
-    train(config, ONE)
+    train(build(config, ONE))
     torch.manual_seed(config.run.seed)
     plain = PlainLoop(timm.create_model(case.name, num_classes=10, **case.kwargs), teacher, case.forward, case.eps)
     for number in range(STEPS):

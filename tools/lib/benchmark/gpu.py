@@ -1,8 +1,8 @@
 """What is worth doing in the first ten minutes on a GPU, the most important first: `make gpu-first`.
 
 Each part is a process of its own with a time limit, and its outcome is written at once, so one that fails or takes too
-long costs the others nothing. The same command later leaves out the parts that are done. A part is done if it ended
-well on this machine with this source, and the file with its result, if it writes one, is complete.
+long costs the others nothing. The same command later leaves out the parts that are done. A part is done if it succeeded
+on this machine with this source, and the file with its result, if it writes one, is complete.
 
 This process itself leaves the GPU alone: a GPU in exclusive-process mode would then be closed to the parts.
 """
@@ -19,24 +19,53 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json, write_synced
 from tools.lib.benchmark.processes import REPOSITORY
+from tools.lib.common.hardware import Machine
 
 SUMMARY = "gpu-first.json"
-WHOLE_S = 580  # of all parts: a machine's limit may be ten minutes a command
-GRACE_S = 5  # from SIGTERM to SIGKILL
-_SCRIPT = "tools/benchmark.py"  # in the repository, where every part starts
+ALL_PARTS_S = 580  # A machine may be limited to ten minutes a command.
+GRACE_S = 5  # A process has this long from SIGTERM to SIGKILL.
+ALL = "all"  # In place of a part's name it stands for every part.
+_SCRIPT = "tools/benchmark.py"  # Every part starts in the repository.
 _SOURCE = ("*.py", "*.html", "*.csv", "*.yaml", "*.cfg", "*.toml")
 _FOLDERS = ("pipelines", "trainer", "tools", "tests", "configs")
-_LINES, _WIDTH = 40, 300  # of what a part printed at its end, and of each of its lines, in the summary
-_MACHINE = "import json; from tools.lib.common.timing import machine; print(json.dumps(machine()))"
-_MACHINE_S = 60  # in which the driver should have answered
-ALL = "all"  # in place of a part's name
-DONE, FAILED, TIMED_OUT, CUT_OFF = "done", "failed", "timed out", "cut off"
+_LINES, _WIDTH = 40, 300  # The summary keeps this many last lines of a part, each cut to this many characters.
+_MACHINE = "import json; from tools.lib.common.hardware import machine; print(json.dumps(machine()))"
+_MACHINE_S = 60  # The driver should have answered by then.
+
+Outcome = Literal["done", "failed", "timed out", "cut off"]
+DONE: Outcome = "done"
+FAILED: Outcome = "failed"
+TIMED_OUT: Outcome = "timed out"
+CUT_OFF: Outcome = "cut off"
+
+
+class Ended(TypedDict):
+    """How a command ended: its outcome, the reason ("" if it succeeded), its seconds, and the last lines it printed."""
+
+    outcome: Outcome
+    reason: str
+    seconds: float
+    end: list[str]
+
+
+class Record(Ended):
+    """A part in the summary; its arguments stand for what was run."""
+
+    arguments: str
+
+
+class Here(TypedDict):
+    """What the outcomes depend on: the machine, and the digest of the source."""
+
+    machine: Machine
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +75,7 @@ class Part:
     Attributes:
       name: of the part, and of its result: FOLDER/benchmark-gpu-NAME.json.
       arguments: of python, which starts in the repository's folder.
-      limit_s: seconds after which it is ended; the last part has what the others leave of WHOLE_S besides.
+      limit_s: seconds after which it is ended; the last part also has what the others leave of ALL_PARTS_S.
       has_result: whether it is a benchmark, which writes a result.
     """
 
@@ -60,7 +89,7 @@ class Part:
         return folder.absolute() / f"benchmark-gpu-{self.name}.json"
 
     def command(self, folder: Path) -> list[str]:
-        """All of it."""
+        """The complete command line."""
         return [sys.executable, *self.arguments, *(["--json", str(self.result(folder))] if self.has_result else [])]
 
 
@@ -69,8 +98,8 @@ def _benchmark(name: str, options: str, limit_s: float, benchmark: str = "") -> 
 
 
 _SHORT = "--models resnet50 --images 1024 --repeats 2 --seconds 1"
-PARTS = (  # compiling two models takes minutes, so it comes last, and only once
-    # After three failures no more: a GPU on which a kernel has failed fails whatever follows in the same process.
+PARTS = (  # Compiling two models takes minutes, so it comes last, and only once.
+    # A GPU on which a kernel has failed fails whatever follows in the same process: three failures are enough.
     Part("tests", ("-m", "pytest", "-m", "gpu", "--maxfail", "3", "--tb", "short"), 140, has_result=False),
     _benchmark("decode", "--images 512 --repeats 2", 60),
     _benchmark("train", f"{_SHORT} --compile no", 75),
@@ -82,7 +111,7 @@ PARTS = (  # compiling two models takes minutes, so it comes last, and only once
 
 
 def gpu(folder: Path, again: Iterable[str] = (), parts: Sequence[Part] = PARTS) -> None:
-    """Run the parts that are not done. FOLDER/gpu-first.json says part by part how it went.
+    """Run the parts that are not done. FOLDER/gpu-first.json lists the outcome of each part.
 
     Args:
       again: names of parts that are run though they are done; ALL stands for every one.
@@ -99,50 +128,53 @@ def gpu(folder: Path, again: Iterable[str] = (), parts: Sequence[Part] = PARTS) 
     run_parts(folder, parts, {"machine": found, "source": source_digest()}, again)
 
 
-def run_parts(folder: Path, parts: Sequence[Part], here: dict, again: Iterable[str] = ()) -> None:
-    """As `gpu`, wherever it is.
-
-    Args:
-      here: "machine" and "source", on which the outcomes depend.
-    """
+def run_parts(folder: Path, parts: Sequence[Part], here: Here, again: Iterable[str] = ()) -> None:
+    """Do what `gpu` does, with or without a GPU."""
     before = read_json(folder / SUMMARY)
     records = before.get("parts", {}) if all(before.get(name) == value for name, value in here.items()) else {}
-    end_s = time.monotonic() + WHOLE_S
+    end_s = time.monotonic() + ALL_PARTS_S
     for part in parts:
         if not {part.name, ALL} & set(again) and is_done(part, records.get(part.name), folder, here):
-            print(f"== {part.name}: is done, from an earlier call", flush=True)
+            print(f"== {part.name}: done in an earlier call", flush=True)
             continue
         if part.has_result:
-            part.result(folder).unlink(missing_ok=True)  # of another day
-        said = " ".join(part.arguments)
+            part.result(folder).unlink(missing_ok=True)
         left_s = int(end_s - time.monotonic() - GRACE_S) if part is parts[-1] else 0
         limit_s = max(part.limit_s, left_s)
-        print(f"== {part.name}, {limit_s:g} s at the most: python {said}", flush=True)
-        records[part.name] = {"outcome": CUT_OFF, "arguments": said}  # what stands there if this process is killed
+        arguments = " ".join(part.arguments)
+        print(f"== {part.name}, {limit_s:g} s at the most: python {arguments}", flush=True)
+        # This stays in the summary if this process is killed.
+        records[part.name] = {"outcome": CUT_OFF, "arguments": arguments}
         _write(folder, here, parts, records)
-        records[part.name] |= outcome_of(part.command(folder), limit_s)
+        ended = ended_command(part.command(folder), limit_s)
+        records[part.name] |= ended
         _write(folder, here, parts, records)
-        print(f"== {part.name}: {_in_words(records[part.name])}", flush=True)
-    failed = [
-        f"{part.name} ({records[part.name]['reason']})" for part in parts if records[part.name]["outcome"] != DONE
-    ]
+        why = f" ({ended['reason']})" if ended["reason"] else ""
+        print(f"== {part.name}: {ended['outcome']}{why} after {ended['seconds']:.0f} s", flush=True)
+    failed = [f"{part.name} ({records[part.name]['reason']})" for part in parts if not _succeeded(records, part)]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(parts)} parts are not done: {', '.join(failed)}. What they said stands above, its "
+            f"{len(failed)} of {len(parts)} parts are not done: {', '.join(failed)}. Their output stands above, its "
             f"end in {folder / SUMMARY}; the same command runs these once more"
         )
 
 
-def is_done(part: Part, record: dict | None, folder: Path, here: dict) -> bool:
-    """Whether a part's outcome, its record in the summary of this machine and source, need not be had again."""
+def _succeeded(records: Mapping[str, Record], part: Part) -> bool:
+    return records[part.name]["outcome"] == DONE
+
+
+def is_done(part: Part, record: Record | None, folder: Path, here: Here) -> bool:
+    """Whether a part is done by its record, of this machine and source, and by its result."""
     if not record or record["outcome"] != DONE or record["arguments"] != " ".join(part.arguments):
         return False
-    result = read_json(part.result(folder)) if part.has_result else {"complete": True, "machine": here["machine"]}
+    if not part.has_result:
+        return True
+    result = read_json(part.result(folder))
     return result.get("complete") is True and result.get("machine") == here["machine"]
 
 
 def source_digest() -> str:
-    """SHA-256 of the names and contents of all that decides what the parts do."""
+    """SHA-256 of the names and contents of all files that decide what the parts do."""
     paths = [path for folder in _FOLDERS for pattern in _SOURCE for path in (REPOSITORY / folder).rglob(pattern)]
     digest = hashlib.sha256()
     for path in sorted([*paths, *(path for pattern in _SOURCE for path in REPOSITORY.glob(pattern))]):
@@ -150,40 +182,32 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _machine() -> dict:
-    """What tools.lib.common.timing.machine says, in a process of its own."""
+def _machine() -> Machine:
+    """What tools.lib.common.hardware.machine returns, found by a process of its own."""
     command = [sys.executable, "-c", _MACHINE]
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=_MACHINE_S)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"PyTorch has not found out in {_MACHINE_S} s which GPU this is: look at the driver") from error
     if done.returncode:
-        last_words = done.stderr.strip().rpartition("\n")[2]
-        raise UserError(f"PyTorch cannot tell which GPU this is ({last_words}): look at the driver")
+        last_line = done.stderr.strip().rpartition("\n")[2]
+        raise UserError(f"PyTorch cannot find out which GPU this is ({last_line}): look at the driver")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _write(folder: Path, here: dict, parts: Sequence[Part], records: dict) -> None:
+def _write(folder: Path, here: Here, parts: Sequence[Part], records: Mapping[str, Record]) -> None:
     ordered = {part.name: records[part.name] for part in parts if part.name in records}
-    write_synced(
-        folder / SUMMARY, (json.dumps({**here, "parts": ordered}, indent=1, ensure_ascii=False) + "\n").encode()
-    )
+    content = json.dumps({**here, "parts": ordered}, indent=1, ensure_ascii=False)
+    write_synced(folder / SUMMARY, f"{content}\n".encode())
 
 
-def _in_words(record: dict) -> str:
-    why = f" ({record['reason']})" if record["reason"] else ""
-    return f"{record['outcome']}{why} after {record['seconds']:.0f} s"
-
-
-def outcome_of(command: list[str], limit_s: float) -> dict:
-    """Run a command with all that it starts, and show what it prints.
-
-    Returns:
-      "outcome", "reason" ("" if it ended well), "seconds", and "end", the last lines that it printed.
-    """
+def ended_command(command: Sequence[str], limit_s: float) -> Ended:
+    """Run a command and show what it prints; end it, and all that it has started, after `limit_s` seconds."""
     start_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:  # what a process leaves there when it is ended goes with it
-        cache = Path.home() / ".cache" / "torchinductor"  # but not this: a part that runs again compiles less
+    lines: collections.deque[str] = collections.deque(maxlen=_LINES)
+    with tempfile.TemporaryDirectory() as scratch:  # It removes what a process leaves there when it is ended.
+        # This cache outlasts the scratch folder, so that a part that runs again compiles less.
+        cache = Path.home() / ".cache" / "torchinductor"
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), **os.environ, "TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             command,
@@ -195,7 +219,6 @@ def outcome_of(command: list[str], limit_s: float) -> dict:
             errors="replace",
             start_new_session=True,
         )
-        lines: collections.deque[str] = collections.deque(maxlen=_LINES)
         reader = threading.Thread(target=_show, args=(process, lines), daemon=True)
         reader.start()
         try:
@@ -203,14 +226,14 @@ def outcome_of(command: list[str], limit_s: float) -> dict:
             outcome, reason = (FAILED, _reason(code)) if code else (DONE, "")
         except subprocess.TimeoutExpired:
             outcome, reason = TIMED_OUT, f"not done after {limit_s:g} s"
-        finally:  # what it left running would disturb the next one
-            _end(process)
-        reader.join(GRACE_S)  # not for ever: a process of another session may still hold the pipe
-    seconds = round(time.monotonic() - start_s, 1)
-    return {"outcome": outcome, "reason": reason, "seconds": seconds, "end": list(lines)}
+        finally:
+            _end_session(process)
+        reader.join(GRACE_S)  # A process of another session may still hold the pipe.
+    return {"outcome": outcome, "reason": reason, "seconds": round(time.monotonic() - start_s, 1), "end": list(lines)}
 
 
-def _show(process: subprocess.Popen, lines: collections.deque[str]) -> None:
+def _show(process: subprocess.Popen[str], lines: collections.deque[str]) -> None:
+    assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line.rstrip()[:_WIDTH])
@@ -220,8 +243,8 @@ def _reason(code: int) -> str:
     return f"it ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End a process's whole session."""
+def _end_session(process: subprocess.Popen[str]) -> None:
+    """End a process and what it has left running, which would disturb the next one."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,70 +1,80 @@
-"""Training batches: our pipelines against DALI's own reader, timm's loader, webdataset and FFCV, on the same pictures.
+"""Training batches: our pipelines against DALI's own reader, timm's loader, webdataset and FFCV, on the same images.
 
 What makes the rows comparable:
 
 - Every row ends in batches of `SIZE_PX` pixels: uint8 in main memory, or on the GPU if there is one (timm's loader
   normalises there; without a GPU its batches are taken before that).
-- Our pipelines keep a decoded picture that comes again within the batches they look ahead, which is what "repeats 3"
-  shows. There are more pictures than are timed, so that no run reaches a second epoch and no other row gains by it.
+- Our pipelines keep a decoded image that comes again within the batches they look ahead, which is what "repeats 3"
+  shows. There are more images than are timed, so that no run reaches a second epoch and no other row gains by it.
 - Every row has as many threads or worker processes as there are cores, and reads from the page cache.
-- Starting up does not count: a run opens its loader, takes some batches, and then times the next ones. Loaders are
-  endless, so nobody's queue runs dry in between, and batches are counted in multiples of the workers, which deliver
+- Starting up does not count: a timed run opens its loader, takes some batches, and then times the next ones. Loaders
+  are endless, so no queue runs dry in between, and batches are counted in multiples of the workers, which deliver
   theirs together.
-- RandAugment is a different one everywhere. The recipe's applies each of two operations with probability 0.5;
-  torchvision and DALI always apply both, so what their rows compare with is "every op" of ours and timm's. Their
-  magnitude is 7 of bins 0 to 10, timm's scale.
-- "Per stage" are our two pipelines with one thing more in each row, RandAugment as in the recipe; the last row is the
-  pipeline whole.
-- The others run as they are fastest: torchvision's decoder and transforms on tensors, DALI's default decoder settings.
-- FFCV reads a file of its own, into which it encodes the same pictures as JPEGs of the same quality, at full size. It
+- RandAugment differs between the loaders. The recipe's applies each of two operations with probability 0.5;
+  torchvision and DALI always apply both, so their rows compare with "every op" of ours and timm's. Their magnitude is 7
+  of bins 0 to 10, timm's scale.
+- The others run in their fastest form: torchvision's decoder and transforms on tensors, DALI's decoder by default.
+- FFCV reads a file of its own, into which it encodes the same images as JPEGs of the same quality, at full size. It
   has no RandAugment, resizes with OpenCV's area filter where the others are bicubic, and decodes with libjpeg's less
   exact, faster DCT.
 """
 
-import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
 import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipelines import Pipeline
 from pipelines.common.errors import UserError
 from pipelines.common.machine import num_cores, use_short_socket_names
 from pipelines.plan.draws import AugmentConfig
-from pipelines.plan.plan import BatchPlan, TrainPlan
-from pipelines.shards.index import ShardIndex, read_index
+from pipelines.plan.plan import TrainPlan
+from pipelines.shards.index import ShardIndex
+from tools.lib.benchmark.photographs import endless, photograph_index, recipe_plan
+from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
 from tools.lib.common.opening import decode_path, first_device, opened
-from tools.lib.common.photos import write_common_photographs
-from tools.lib.common.timing import SPEED_COLUMNS, interleaved, ratio, speeds, synchronize
-from tools.lib.doctor import stages
-from tools.lib.shards.job import BuildOptions, build
-from trainer.config.sections import DataConfig
+from tools.lib.common.terminal import one_line
+from tools.lib.common.timing import interleaved, ratio, speeds, synchronize
+from trainer.feed import batches_of
 
 SIZE_PX = 224
+Images = Generator[torch.Tensor, None, None]  # Closing it ends the loader's threads and processes.
 COLUMNS = SPEED_COLUMNS
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
-_RANDAUGMENT = {BARE: {"randaugment_ops": 0}, RECIPE: {}, EVERY_OP: {"randaugment_prob": 1.0}}
+_RANDAUGMENT = {
+    BARE: AugmentConfig(randaugment_ops=0),
+    RECIPE: AugmentConfig(),
+    EVERY_OP: AugmentConfig(randaugment_prob=1.0),
+}
 _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mstd0.5-inc1"}
-_GROUPS = 8  # batches in a global batch, as in the recipe: the copies of an image are in different ones
-_AHEAD = 16  # batches a pipeline may look ahead
-_NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # of DALI's and torchvision's RandAugment
-_JPEG_QUALITY = 92  # of tools/lib/common/photos.py, for FFCV, which encodes them again
-_CLEAN_PROCESSES = "forkserver"  # workers forked from a process with DALI's and our threads end by SIGSEGV at times
+_GROUPS = 8  # A global batch has this many batches, as in the recipe: the copies of an image are in different ones.
+_AHEAD = 16  # A pipeline may look this many batches ahead.
+_NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # These are the arguments of DALI's and torchvision's RandAugment.
+_JPEG_QUALITY = 92  # FFCV encodes the images again, in the quality of tools/lib/common/photos.py.
+# Workers that are forked from a process with DALI's and our threads sometimes end by SIGSEGV.
+_CLEAN_PROCESSES = "forkserver"
+_OURS = {"dali": "ours on DALI", "torchvision": "ours on torchvision"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all rows share: the pictures as a folder and as shards, images a batch, threads or processes, device; and
-    our decode path.
+    """What all rows share.
+
+    Attributes:
+      folder: of the images as files; index: the same images as shards.
+      batch: images a batch.
+      workers: threads or processes.
+      decode: DALI's decode path in our pipeline.
     """
 
     folder: Path
@@ -77,89 +87,72 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One row: who, with which augmentation, and how to open its endless batches of images."""
+    """A row: the loader's name, its augmentation, and how to open its endless batches of images."""
 
     what: str
     augmentation: str
-    open: Callable[[], Iterator[torch.Tensor]]
+    open: Callable[[], Images]
 
 
-def loader(images: int, repeats: int, batch: int) -> Iterator[dict]:
-    """The rows of the benchmark; a run times `images` images or some more, in batches of `batch` or of all of them."""
+def loader(images: int, repeats: int, batch: int) -> Iterator[Row]:
+    """The rows of the benchmark.
+
+    Args:
+      images: about how many a timed run takes; it takes full batches.
+      batch: images a batch, at most `images`.
+    """
     _start_clean_process()
     with tempfile.TemporaryDirectory() as scratch:
-        folder, out = Path(scratch) / "src", Path(scratch) / "out"
         workers = num_cores()
         batch, lead = min(batch, images), 2 * workers
         num_batches = -(-images // (batch * workers)) * workers
-        num_pictures = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
-        write_common_photographs(folder, num_pictures)
-        build(folder, out, BuildOptions(samples_per_shard=-(-num_pictures // (4 * workers))), workers=workers)
-        index, device = read_index(out, "train"), first_device()
+        num_images = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
+        index = photograph_index(Path(scratch), num_images, samples_per_shard=-(-num_images // (4 * workers)))
+        device = first_device()
         decode, _ = decode_path(index, device)
-        setting = Setting(folder / "train", index, batch, workers, device, decode)
+        setting = Setting(Path(scratch) / "src" / "train", index, batch, workers, device, decode)
         for _, group in itertools.groupby(candidates(setting), lambda candidate: candidate.augmentation):
             yield from _rows(list(group), setting, repeats, lead, num_batches)
-        yield from stages.input_rows(_feeds(setting), images, repeats)
 
 
-def _rows(group: list[Candidate], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[dict]:
-    """A table: all that have the same augmentation, in turn."""
-    rows = {each.what: {"what": each.what, "augmentation": each.augmentation} for each in group}
+def _rows(group: list[Candidate], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[Row]:
+    """A table: all loaders with the same augmentation, in turn."""
+    rows: dict[str, Row] = {each.what: {"what": each.what, "augmentation": each.augmentation} for each in group}
     runs = {}
     for each in group:
         if reason := missing(each, setting):
             rows[each.what]["note"] = reason
         else:
             runs[each.what] = functools.partial(batch_seconds, each.open, lead, num_batches)
-    seconds = interleaved(runs, repeats, warm_up=False)  # each run has its own
+    seconds = interleaved(runs, repeats, warm_up=False)  # Each run has a warm-up of its own.
     for what, times in seconds.items():
-        rows[what] |= speeds(num_batches * setting.batch, times) | _compared(what, seconds)
+        rows[what] = {**rows[what], **speeds(num_batches * setting.batch, times), **_compared(what, seconds)}
     return list(rows.values())
-
-
-def _feeds(setting: Setting) -> dict[str, stages.Feed]:
-    """Our pipelines that can run here, by what their rows are called, on the recipe without repeats."""
-    plan = _plan(setting, RECIPE, repeats=1)
-    size, prefetch = plan.global_batch, DataConfig().prefetch
-    per_epoch = [plan.rows(start, start + size) for start in range(0, plan.steps_per_epoch * size, size)]
-
-    def plans(count: int) -> Iterator[BatchPlan]:
-        return (
-            part for whole in itertools.islice(itertools.cycle(per_epoch), count) for part in whole.split(setting.batch)
-        )
-
-    feeds = {}
-    for name in ("dali", "torchvision"):
-        with contextlib.suppress(UserError):
-            pipeline = _opened(setting, name)
-            how = (setting.device, plans, _GROUPS, prefetch, setting.workers, setting.decode)
-            feeds[_ours_name(name)] = stages.Feed(name, setting.index, pipeline, *how, DataConfig().hw_decoder_load)
-    return feeds
 
 
 def candidates(setting: Setting) -> list[Candidate]:
     """Every loader with every augmentation it has."""
     found = []
+
+    def add(what: str, augmentation: str, open_batches: Callable[..., Images], *arguments) -> None:
+        found.append(Candidate(what, augmentation, functools.partial(open_batches, setting, *arguments)))
+
     for augmentation in _RANDAUGMENT:
-        for name in ("dali", "torchvision"):
-            for repeats in (1, 3) if augmentation != EVERY_OP else (1,):
-                what = _ours_name(name) + ("" if repeats == 1 else f", repeats {repeats}")
-                found.append((what, augmentation, functools.partial(_ours, setting, name, augmentation, repeats)))
+        for name, ours in _OURS.items():
+            add(ours, augmentation, _ours, name, augmentation, 1)
+            if augmentation != EVERY_OP:
+                add(f"{ours}, repeats 3", augmentation, _ours, name, augmentation, 3)
         if augmentation != RECIPE:
-            randaugment = augmentation == EVERY_OP
-            found += [
-                ("DALI's own reader", augmentation, functools.partial(_dali, setting, randaugment)),
-                ("webdataset + torchvision", augmentation, functools.partial(_webdataset, setting, randaugment)),
-            ]
-        found.append(("timm", augmentation, functools.partial(_timm, setting, augmentation)))
+            add("DALI's own reader", augmentation, _dali, augmentation == EVERY_OP)
+            add("webdataset + torchvision", augmentation, _webdataset, augmentation == EVERY_OP)
+        add("timm", augmentation, _timm, augmentation)
         if augmentation == BARE:
-            found.append(("FFCV", augmentation, functools.partial(_ffcv, setting)))
-    return [Candidate(*fields) for fields in found]
+            add("FFCV", augmentation, _ffcv)
+    return found
 
 
 def missing(candidate: Candidate, setting: Setting) -> str | None:
-    """Why a candidate cannot run here, or None. Takes one batch and looks at its shape."""
+    """Why a candidate cannot run here, or None. It takes one batch and looks at its shape."""
     try:
         with closing(candidate.open()) as batches:
             shape = tuple(next(batches).shape)
@@ -167,25 +160,21 @@ def missing(candidate: Candidate, setting: Setting) -> str | None:
         return f"not installed ({error.name})"
     except UserError as error:
         return str(error)
-    except Exception as error:  # whatever others raise where they do not work; the rows of the rest are wanted
-        return " ".join(f"failed, {type(error).__name__}: {error}".split())[:300]
+    except Exception as error:  # A foreign loader may raise anything; the other rows are still wanted.
+        return f"failed, {type(error).__name__}: {one_line(error)}"
     channels_last = (setting.batch, SIZE_PX, SIZE_PX, 3)
     assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (candidate, shape)
     return None
 
 
-def _ours_name(pipeline: str) -> str:
-    return {"dali": "ours on DALI", "torchvision": "ours on torchvision"}[pipeline]
-
-
-def _compared(what: str, seconds: dict[str, list[float]]) -> dict:
+def _compared(what: str, seconds: dict[str, list[float]]) -> Measured:
     """A row's speed over ours with the same augmentation: on DALI, or on torchvision where DALI cannot run."""
-    ours = next((name for name in map(_ours_name, ("dali", "torchvision")) if name in seconds), None)
+    ours = next((name for name in _OURS.values() if name in seconds), None)
     return {"ratio": ratio(seconds[ours], seconds[what]), "of": ours} if ours else {}
 
 
-def batch_seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int, count: int) -> float:
-    """Seconds for `count` batches after the first `lead`, by when the loader is running evenly."""
+def batch_seconds(open_batches: Callable[[], Images], lead: int, count: int) -> float:
+    """Seconds for `count` batches after the first `lead`; the loader runs evenly by then."""
     with closing(open_batches()) as batches:
         for _ in range(lead):
             next(batches)
@@ -198,8 +187,8 @@ def batch_seconds(open_batches: Callable[[], Iterator[torch.Tensor]], lead: int,
 
 
 def _start_clean_process() -> None:
-    """Start the process that workers are forked from, with what they import: they are there at once then."""
-    # the first of them for what the program that was started imports: each worker runs its file once more
+    """Start the process that workers are forked from and let it import what they need, so that they start at once."""
+    # Each worker runs the file of this command once more, which is why the command itself is imported first.
     use_short_socket_names()
     multiprocessing.set_forkserver_preload(["tools.benchmark", "timm.data", "torchvision.transforms.v2", "webdataset"])
     forkserver.ensure_running()
@@ -208,33 +197,29 @@ def _start_clean_process() -> None:
 # --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---
 
 
-def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Iterator[torch.Tensor]:
-    plan, pipeline = _plan(setting, augmentation, repeats), _opened(setting, name)
-    plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
-    with closing(pipeline.batches(plans)) as batches:
+def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Images:
+    augment = dataclasses.replace(_RANDAUGMENT[augmentation], mix_group=setting.batch, repeats=repeats)
+    size = _GROUPS * setting.batch
+    plan: TrainPlan = recipe_plan(setting.index, setting.batch, SIZE_PX, augment=augment, global_batch=size)
+    pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
+    with closing(batches_of(pipeline, endless(plan, setting.batch))) as batches:
         for batch in batches:
             yield batch.images
 
 
-def _plan(setting: Setting, augmentation: str, repeats: int) -> TrainPlan:
-    augment = AugmentConfig(mix_group=setting.batch, repeats=repeats, **_RANDAUGMENT[augmentation])
-    return TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=(124, 116, 104))
-
-
-def _opened(setting: Setting, name: str) -> Pipeline:
-    return opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
-
-
-def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
-    from nvidia.dali import fn, pipeline_def, types
+def _dali(setting: Setting, randaugment: bool) -> Images:
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import types as dali_types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
     on_gpu = setting.device.type == "cuda"
+    types: Any = dali_types  # DALI adds most names when it is imported, so its type stubs lack them.
+    operations: Any = fn
 
     @pipeline_def(enable_conditionals=True)
     def graph():
-        jpeg, _ = fn.readers.webdataset(
+        jpeg, _ = operations.readers.webdataset(
             paths=[str(path) for path in setting.index.paths],
             index_paths=[str(path.with_suffix(".idx")) for path in setting.index.paths],
             ext=["jpg", "cls"],
@@ -249,23 +234,25 @@ def _dali(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
             num_attempts=10,
         )
         images = fn.resize(images, size=[SIZE_PX, SIZE_PX], interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.flip(images, horizontal=fn.random.coin_flip())
+        images = operations.flip(images, horizontal=fn.random.coin_flip())
         if randaugment:
-            images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=[SIZE_PX, SIZE_PX])
+            images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=(SIZE_PX, SIZE_PX))
         return images
 
-    with warnings.catch_warnings(record=True):  # DALI's RandAugment uses what DALI calls deprecated, past any filter
+    # DALI's RandAugment uses what DALI calls deprecated, and warns past any filter.
+    with warnings.catch_warnings(record=True):
         pipeline = graph(batch_size=setting.batch, num_threads=setting.workers, device_id=0 if on_gpu else None)
-        batches = DALIGenericIterator([pipeline], ["images"])  # of unknown size: without end
+        batches = DALIGenericIterator([pipeline], ["images"])  # Without a size it is endless.
     for outputs in batches:
         yield outputs[0]["images"]
 
 
-def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
-    from timm.data import create_dataset, create_loader
+def _timm(setting: Setting, augmentation: str) -> Images:
+    from timm import data
 
-    batches = create_loader(
-        create_dataset("", str(setting.folder)),
+    timm_data: Any = data  # Its annotations leave out what it accepts and returns here.
+    batches = timm_data.create_loader(
+        timm_data.create_dataset("", str(setting.folder)),
         input_size=(3, SIZE_PX, SIZE_PX),
         batch_size=setting.batch,
         is_training=True,
@@ -278,14 +265,14 @@ def _timm(setting: Setting, augmentation: str) -> Iterator[torch.Tensor]:
     )
     batches.loader.multiprocessing_context = _CLEAN_PROCESSES
     if setting.device.type == "cpu":
-        batches = batches.loader  # uint8, before the normalisation that is meant for a GPU
+        batches = batches.loader  # It yields uint8, before the normalisation that is meant for a GPU.
     while True:
         for images, _ in batches:
             yield images
 
 
-def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
-    import webdataset
+def _webdataset(setting: Setting, randaugment: bool) -> Images:
+    webdataset: Any = importlib.import_module("webdataset")  # It adds its names at run time.
 
     shards = [str(path) for path in setting.index.paths]
     dataset = (
@@ -307,8 +294,9 @@ def _webdataset(setting: Setting, randaugment: bool) -> Iterator[torch.Tensor]:
 
 
 class _TensorTransform:
-    """JPEG bytes -> uint8 [3, SIZE_PX, SIZE_PX] through torchvision's decoder and v2 transforms. RandAugment runs on
-    PIL images, where it is faster.
+    """JPEG bytes -> uint8 [3, SIZE_PX, SIZE_PX] through torchvision's decoder and v2 transforms.
+
+    RandAugment runs on PIL images, where it is faster.
     """
 
     def __init__(self, randaugment: bool):
@@ -329,16 +317,16 @@ class _TensorTransform:
         return self._transform(decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB))
 
 
-def _ffcv(setting: Setting) -> Iterator[torch.Tensor]:
-    threads = torch.get_num_threads()  # torch's own, in the whole process: FFCV changes them, even by being imported
+def _ffcv(setting: Setting) -> Images:
+    threads = torch.get_num_threads()  # FFCV changes torch's threads in this process, even by being imported.
     try:
         batches = _open_ffcv(_beton(setting), setting.batch, setting.workers, setting.device)
         while True:
-            epoch = iter(batches)
+            epoch: Any = iter(batches)  # FFCV has no types.
             try:
                 for (images,) in epoch:
                     yield images
-            finally:  # FFCV's own close() leaves its thread at work, in the next row's time
+            finally:  # FFCV's own close() leaves its thread running during the next row.
                 epoch.terminate_event.set()
                 epoch.join()
                 epoch.close()
@@ -348,7 +336,7 @@ def _ffcv(setting: Setting) -> Iterator[torch.Tensor]:
 
 @functools.cache
 def _open_ffcv(beton: Path, batch: int, workers: int, device: torch.device) -> Iterable[tuple[torch.Tensor]]:
-    """FFCV's loader, an epoch each time it is iterated. Compiled once a process, which takes it seconds."""
+    """FFCV's loader, an epoch each time it is iterated. It is compiled once a process, which takes seconds."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
@@ -367,8 +355,8 @@ def _open_ffcv(beton: Path, batch: int, workers: int, device: torch.device) -> I
 
 
 def _beton(setting: Setting) -> Path:
-    """The pictures as FFCV's file, beside their folder. Written once, in a process of its own, which FFCV can fork."""
-    import ffcv  # noqa: F401  where it is missing, here is where to notice
+    """The images as FFCV's file, beside their folder. A process of its own, which FFCV can fork, writes it once."""
+    import ffcv  # noqa: F401  (A missing FFCV is noticed here.)
 
     path = setting.folder.parent / "train.beton"
     if not path.exists():
@@ -377,7 +365,7 @@ def _beton(setting: Setting) -> Path:
         writer.start()
         writer.join()
         if writer.exitcode:
-            raise UserError(f"FFCV cannot write its file (exit code {writer.exitcode}). What it said stands above")
+            raise UserError(f"FFCV cannot write its file (exit code {writer.exitcode}). Its own error stands above")
     return path
 
 
@@ -386,6 +374,6 @@ def _write_beton(folder: Path, path: Path, workers: int) -> None:
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
-    multiprocessing.set_start_method("fork", force=True)  # as FFCV has it; this process has no threads
+    multiprocessing.set_start_method("fork", force=True)  # FFCV expects it, and this process has no threads.
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=_JPEG_QUALITY), "label": IntField()}
     DatasetWriter(str(path), fields, num_workers=workers).from_indexed_dataset(ImageFolder(str(folder)))

@@ -1,9 +1,9 @@
-"""Seconds from starting trainer/run.py to the end of its first step: from step 0, and going on deep in a run.
+"""Seconds from starting trainer/run.py to the end of its first step: at step 0, and resuming deep in a run.
 
 Every measurement is a process of its own, as a user starts it, on the synthetic pipeline with ImageNet's number of
-images. "built" is when everything stands and the loop begins, compiled where it is compiled. Deep in a run means from a
-checkpoint of step 300,000 of the recipe's 387,810, and a log of as many steps: the files of a run of one step, with
-another number in them. A cold cache is an empty folder for what torch.compile makes, a warm one has been through it.
+images. A run is "built" when its loop begins; its models are compiled by then, where they are compiled. Deep in a run
+means at step 300,000 of the recipe's 387,810, with a checkpoint and a log to match: the files of a run of one step,
+with another number in them. A cold cache is an empty folder for what torch.compile makes; a warm one holds it already.
 Python's own files and the checkpoint are in the page cache throughout.
 """
 
@@ -18,11 +18,13 @@ from pathlib import Path
 
 from pipelines.common.errors import UserError
 from tools.lib.benchmark.processes import run_training
+from tools.lib.benchmark.results import Row
 from tools.lib.benchmark.runs import compiled_or_not, random_weights, teacher_or_none
 from trainer.config.sections import RunConfig
-from trainer.loop import checkpoint_folder
 from trainer.monitor.run_files import METRICS
 from trainer.state import checkpoint
+from trainer.state.checkpoint import checkpoints_folder
+from trainer.state.writer import Writer
 
 COLUMNS = {
     "what": "what",
@@ -38,15 +40,19 @@ _NUM_CLASSES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all measurements share: settings of the trainer, and a folder that holds a run which stands at DEEP_STEP
-    (`deep`), a cache of torch.compile's (`cache`), and the run that is measured (`out`).
+    """What all measurements share.
+
+    Attributes:
+      settings: of the trainer.
+      folder: holds a run that stands at DEEP_STEP (`deep`), torch.compile's cache (`cache`), and the run that is
+        measured (`out`).
     """
 
     settings: dict[str, object]
     folder: Path
 
 
-def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> Iterator[dict]:
+def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> Iterator[Row]:
     """The rows of the benchmark, for --compile no, yes or both; the teacher "null" is no teacher."""
     wanted = compiled_or_not(compile)
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,13 +67,14 @@ def resume(model: str, teacher: str, size: int, compile: str, repeats: int) -> I
         setting = Setting(settings, Path(scratch))
         write_deep_run(setting)
         cases = [(UNCOMPILED, 0), (UNCOMPILED, DEEP_STEP)] if False in wanted else []
-        cases += [(COLD, 0), (WARM, 0), (WARM, DEEP_STEP)] if True in wanted else []  # cold fills what warm finds
-        found = {case: [] for case in cases}
-        for turn in range(repeats):
-            for (mode, step), results in found.items():
-                results.append(first_step(setting, mode, step))
-                if turn == repeats - 1:
-                    yield _row(mode, step, results)
+        if True in wanted:
+            cases += [(COLD, 0), (WARM, 0), (WARM, DEEP_STEP)]  # The cold case fills the cache for the warm ones.
+        results: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
+        for number in range(repeats):
+            for case in cases:
+                results[case].append(first_step(setting, *case))
+                if number == repeats - 1:
+                    yield _row(*case, results[case])
 
 
 def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
@@ -76,7 +83,8 @@ def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
     if mode == COLD:
         shutil.rmtree(cache, ignore_errors=True)
     if step:
-        shutil.copytree(setting.folder / "deep", out, copy_function=os.link)  # the run writes anew, never into a file
+        # Links are enough: a run replaces its files, it never writes into one.
+        shutil.copytree(setting.folder / "deep", out, copy_function=os.link)
     settings = {
         **setting.settings,
         "run.compile": str(mode != UNCOMPILED).lower(),
@@ -84,7 +92,7 @@ def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
     }
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     try:
-        start_s, (session, *lines) = run_training(out, settings, environment=environment)
+        start_s, (session, *lines) = run_training(out, settings, environment)
     finally:
         shutil.rmtree(out, ignore_errors=True)
     assert (session["step"], lines[0]["kind"], lines[0]["step"]) == (step, "train", step + 1), lines
@@ -92,14 +100,14 @@ def first_step(setting: Setting, mode: str, step: int) -> tuple[float, float]:
 
 
 def write_deep_run(setting: Setting) -> None:
-    """The folder of a run that stands at DEEP_STEP, from one that has done a single step."""
+    """Make the folder of a run that stands at DEEP_STEP from a run of a single step."""
     begun, deep = setting.folder / "begun", setting.folder / "deep"
     settings = {**setting.settings, "run.compile": "false", "run.stop_after_steps": 1}
     _, lines = run_training(begun, settings)
-    content = checkpoint.read(checkpoint.path_of(checkpoint_folder(RunConfig(out=begun)), 1))
-    target = checkpoint.path_of(checkpoint_folder(RunConfig(out=deep)), DEEP_STEP)
+    content = checkpoint.read(checkpoint.path_of(checkpoints_folder(begun), 1))
+    target = checkpoint.path_of(checkpoints_folder(deep), DEEP_STEP)
     target.parent.mkdir(parents=True)
-    writer = checkpoint.Writer()
+    writer = Writer()
     writer.submit(target, {**content, "step": DEEP_STEP})
     writer.wait()
     if writer.failure:
@@ -117,7 +125,7 @@ def _teacher(name: str, size: int, folder: Path) -> dict[str, object]:
     return {"teacher.name": name, "teacher.checkpoint": random_weights(name, _NUM_CLASSES, size, folder)}
 
 
-def _row(mode: str, step: int, results: list[tuple[float, float]]) -> dict:
+def _row(mode: str, step: int, results: list[tuple[float, float]]) -> Row:
     first, built = zip(*results, strict=True)
     return {
         "what": f"from step {step:,}",

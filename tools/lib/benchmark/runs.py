@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from pipelines.common.errors import UserError
+from tools.lib.benchmark.results import Measured
 from tools.lib.common.timing import timed_on_device
+from trainer.builder import Run, build
 from trainer.cluster.world import alone
 from trainer.config.sections import Config, parse
-from trainer.loop import Run
 from trainer.models.factory import create_model
-from trainer.run import build
+from trainer.update.precision import PRECISIONS, resolve_precision
 
 CLASSES = 1000
-_FEWEST, _MOST = 3, 100  # updates of a turn
-_GROUP = 128  # the recipe's mix_group
-LAST = 10**9  # a step that no benchmark comes to
+_FEWEST, _MOST = 3, 100  # A timed run makes at least and at most this many updates.
+_GROUP = 128  # This is the recipe's mix_group.
+LAST = 10**9  # No benchmark reaches this step.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Setting:
       weights: the teacher's file.
       batch: images an update, in one forward pass.
       size: side of the images, pixels.
-      precision: bf16 or fp32.
-      compiled: whether the models are.
-      classes: of the images.
+      precision: bf16, fp16 or fp32.
+      compiled: whether the models are compiled.
+      classes: how many classes the images have.
     """
 
     model: str
@@ -47,34 +48,43 @@ class Setting:
 
     @property
     def title(self) -> str:
+        """The setting in words; rows that share it are a table."""
         learns = f"{self.model} from {self.teacher}" if self.teacher else f"{self.model} alone"
         compiled = "compiled" if self.compiled else "not compiled"
         return f"{learns}, batches of {self.batch}, {self.size} px, {self.precision}, {compiled}"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward passes."""
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+        """The number format of the forward passes."""
+        return PRECISIONS[self.precision]
 
-    def described(self) -> dict:
+    def described(self) -> Measured:
         """The part of a row that says what was measured."""
-        fields = ("model", "teacher", "batch", "size", "precision", "compiled")
-        return {"setting": self.title, **{name: getattr(self, name) for name in fields}}
+        return {
+            "setting": self.title,
+            "model": self.model,
+            "teacher": self.teacher,
+            "batch": self.batch,
+            "size": self.size,
+            "precision": self.precision,
+            "compiled": self.compiled,
+        }
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """The benchmark's precision; auto is bf16 on a GPU, fp32 on a CPU.
+    """The benchmark's precision; auto is what a run takes on this device.
 
     Raises:
       UserError: another word.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision is '{precision}', not auto, bf16 or fp32")
-    return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    dtype = resolve_precision(precision, device)
+    return next(name for name, other in PRECISIONS.items() if other == dtype)
 
 
 def compiled_or_not(answer: str) -> tuple[bool, ...]:
-    """What --compile asks for; what takes minutes to compile comes last.
+    """Whether to compile, for each value of --compile; what takes minutes to compile comes last.
 
     Raises:
       UserError: another word.
@@ -86,12 +96,12 @@ def compiled_or_not(answer: str) -> tuple[bool, ...]:
 
 
 def teacher_or_none(name: str) -> str | None:
-    """The teacher that --teacher names; null is no teacher, as for the trainer."""
+    """The teacher that --teacher names; null is no teacher, as in the trainer."""
     return None if name == "null" else name
 
 
 def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
-    """A file of random weights for a model: how good a teacher is makes no difference to how fast it is."""
+    """Write random weights of a model to a file: how good a teacher is makes no difference to how fast it is."""
     torch.manual_seed(0)
     path = folder / f"{name}.pt"
     torch.save(create_model(name, classes, size, {}).state_dict(), path)
@@ -99,12 +109,12 @@ def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
 
 
 def open_run(setting: Setting, out: Path, data: Sequence[object] = ()) -> Run:
-    """A run of the product, built: over the images that `data`, options of the trainer, name, or over synthetic ones.
+    """Build a run of the trainer that has trained nothing yet.
 
-    Nothing has been trained yet.
+    Args:
+      data: options of the trainer that name the images; without any they are synthetic.
     """
-    world = alone()
-    return build(_config(setting, out, data), world)
+    return build(_config(setting, out, data), alone())
 
 
 def _config(setting: Setting, out: Path, data: Sequence[object]) -> Config:
@@ -127,13 +137,13 @@ def _config(setting: Setting, out: Path, data: Sequence[object]) -> Config:
     return parse([str(argument) for argument in arguments])
 
 
-def updates_of_a_turn(update: Callable[[], object], seconds: float) -> int:
-    """How many updates a candidate makes in a turn: so many seconds of what `update` makes one of, within bounds."""
+def updates_per_timed_run(update: Callable[[], object], seconds: float) -> int:
+    """How many updates take about `seconds`, within bounds; `update` makes one."""
     return max(_FEWEST, min(_MOST, round(seconds / timed_on_device(update)())))
 
 
 def release_memory() -> None:
-    """Give back the memory of models that nothing refers to any more, and forget what was compiled for them."""
+    """Give back the memory of models that are no longer used, and what was compiled for them."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()

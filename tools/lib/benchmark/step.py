@@ -2,20 +2,21 @@
 
 What makes the rows of a table comparable:
 
-- They are runs of the same number of updates in turn, each until the device has finished, after updates that do not
-  count: kernels are chosen and models compiled by then.
+- They make the same number of updates in turn, each until the device has finished, after updates that do not count:
+  kernels are chosen and models compiled by then.
 - All see the same uint8 images, which lie on the device already, and train the same models with the same weights of the
-  teacher, loss, optimizer and decay of the average.
-- "ours" is the update of a run that was built as any other, mixing, average and all, fed by the plan through the
+  teacher, loss, optimizer and decay of the EMA.
+- "ours" is the update of a run that was built like any other, with its mixing and its EMA, fed by the plan through the
   synthetic pipeline. "ours, whole loop" is the same run's loop with its log, progress and questions to the ranks,
   between two checkpoints: the rate is its own log's.
 - "timm-style" is what timm's training script does with its own parts: PrefetchLoader normalises on the device, a task
   gives the loss (LogitDistillationTask, or ClassificationTask without a teacher), create_optimizer_v2 the optimizer,
-  ModelEmaV3 the average, task.compile() compiles. With --channels-last, cuDNN's search on and automatic mixed
+  ModelEmaV3 the EMA, task.compile() compiles. With --channels-last, cuDNN's search on and automatic mixed
   precision. What favours it: its batches are mixed already, since FastCollateMixup does that in the loader's workers,
   the teacher is channels-last, too, and the loss is never read.
 - "models alone" is the forward pass of the student (and the teacher), loss, backward pass and the optimizer's step, of
-  the same modules as ours, on pixels that are normalised already. "overhead" is the share of a row's time beyond that.
+  the same modules as ours, on pixels that are normalised already. "overhead" is the fraction of a row's time beyond
+  that.
 - Memory is the peak of what a row allocates besides the others' models, after its updates are under way; the GPU's
   alone is measured.
 """
@@ -27,8 +28,9 @@ import io
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +38,7 @@ from torch import nn
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
+from tools.lib.benchmark.results import Measured, Row
 from tools.lib.benchmark.runs import (
     CLASSES,
     LAST,
@@ -46,19 +49,25 @@ from tools.lib.benchmark.runs import (
     release_memory,
     resolve,
     teacher_or_none,
-    updates_of_a_turn,
+    updates_per_timed_run,
 )
 from tools.lib.common.opening import first_device
+from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
-from trainer.feed import rank_plans
-from trainer.loop import Run, loop
+from trainer import loop
+from trainer.builder import Run
+from trainer.feed import batches_of, rank_plans
 from trainer.models.factory import create_model
 from trainer.models.files.weights import read_weights
+from trainer.models.preprocessing import preprocessing
 from trainer.monitor.run_files import METRICS
-from trainer.monitor.telemetry import Telemetry
+from trainer.state.writer import Writer
 from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
+
+if TYPE_CHECKING:  # A timm without tasks is a row that says so.
+    from timm.task import TrainingTask
 
 COLUMNS = {
     "what": "what",
@@ -72,7 +81,7 @@ COLUMNS = {
     "overhead": "overhead",
 }
 OURS, LOOP, TIMM, ALONE = "ours", "ours, whole loop", "timm-style", "models alone"
-_WARM_UP = 3  # updates until nothing is compiled or chosen any more
+_WARM_UP = 3  # Nothing is compiled or chosen any more after this many updates.
 
 
 def step(
@@ -84,14 +93,14 @@ def step(
     compile: str,
     repeats: int,
     seconds: float,
-) -> Iterator[dict]:
+) -> Iterator[Row]:
     """The rows: each model from the teacher and alone, compiled and then not, as far as `compile` asks for it.
 
     Args:
-      teacher: of all models; null measures them alone only.
+      teacher: of all models; null measures the models only alone.
       precision: auto, bf16 or fp32.
       compile: no, yes or both.
-      seconds: about how long a turn takes.
+      seconds: about how long a timed run takes.
     Raises:
       UserError: unknown words, or models that cannot be built.
     """
@@ -101,21 +110,22 @@ def step(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         name = teacher_or_none(teacher)
-        weights = {name: random_weights(name, CLASSES, size, folder)} if name else {}
-        for is_compiled, model, taught in itertools.product(compiled_or_not(compile), models, [*weights, None]):
-            setting = Setting(model, taught, weights.get(taught), batch, size, precision, is_compiled)
+        weights = random_weights(name, CLASSES, size, folder) if name else None
+        taught = [(name, weights), (None, None)] if name else [(None, None)]
+        for is_compiled, model, (teacher_name, file) in itertools.product(compiled_or_not(compile), models, taught):
+            setting = Setting(model, teacher_name, file, batch, size, precision, is_compiled)
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 yield from _rows(setting, Path(out), repeats, seconds)
             release_memory()
 
 
-def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dict]:
-    """A table: everyone's updates in turn."""
+def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[Row]:
+    """A table: the updates of all candidates in turn."""
     ours, ours_mib = _warm(lambda: Ours(setting, out))
     batch = ours.first_batch()
-    updates = updates_of_a_turn(ours.update, seconds)
-    rows = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
-    rows[OURS] |= {"peak_mib": ours_mib}
+    updates = updates_per_timed_run(ours.update, seconds)
+    rows: dict[str, Row] = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
+    rows[OURS]["peak_mib"] = ours_mib
     alone, _ = _warm(lambda: ModelsAlone(setting, ours.run, batch))
     candidates = {
         OURS: functools.partial(_seconds, ours.update, updates),
@@ -124,18 +134,18 @@ def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[dic
     }
     try:
         timm_style, timm_mib = _warm(lambda: TimmStyle(setting, ours.run, batch))
-    except Exception as error:  # a timm with other tasks or none, no memory, a model that it cannot compile
-        rows[TIMM]["note"] = " ".join(f"not measured, {type(error).__name__}: {error}".split())[:300]
+    except Exception as error:  # This timm has other tasks or none, lacks memory, or cannot compile the model.
+        rows[TIMM]["note"] = f"not measured, {type(error).__name__}: {one_line(error)}"
     else:
-        rows[TIMM] |= {"peak_mib": timm_mib}
+        rows[TIMM]["peak_mib"] = timm_mib
         candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
-    turns = interleaved(candidates, repeats, warm_up=False)
-    for who, times in turns.items():
-        rows[who] |= _measured(updates, setting.batch, times) | _compared(who, turns)
+    seconds_of = interleaved(candidates, repeats, warm_up=False)
+    for who, times in seconds_of.items():
+        rows[who] = {**rows[who], **_measured(updates, setting.batch, times), **_compared(who, seconds_of)}
     return list(rows.values())
 
 
-def _measured(updates: int, batch: int, times: list[float]) -> dict:
+def _measured(updates: int, batch: int, times: list[float]) -> Measured:
     return {
         **speeds(updates * batch, times, 1),
         "ms": round(1000 * statistics.median(times) / updates, 2),
@@ -143,19 +153,32 @@ def _measured(updates: int, batch: int, times: list[float]) -> dict:
     }
 
 
-def _compared(who: str, turns: dict[str, list[float]]) -> dict:
-    """The speed over the timm-style update's, and the share of the time that is not the models'."""
-    found = {"ratio": ratio(turns[TIMM], turns[who]), "of": TIMM} if TIMM in turns else {}
+def _compared(who: str, seconds_of: dict[str, list[float]]) -> Measured:
+    """The speed over the timm-style update's, and the fraction of the time that is not the models'."""
+    found: Measured = {}
+    if TIMM in seconds_of:
+        found = {"ratio": ratio(seconds_of[TIMM], seconds_of[who]), "of": TIMM}
     if who != ALONE:
-        shares = [1 - alone / own for alone, own in zip(turns[ALONE], turns[who], strict=True)]
-        found["overhead"] = round(statistics.median(shares), 3)
+        neighbours = zip(seconds_of[ALONE], seconds_of[who], strict=True)
+        found["overhead"] = round(statistics.median(1 - alone / own for alone, own in neighbours), 3)
     return found
 
 
-def _warm(make: Callable):
-    """What `make` gives, once its updates run as they will be measured, and its peak of memory in MiB, None on CPUs.
+class Updating(Protocol):
+    """A candidate: it makes one update when asked."""
 
-    What it holds counts from before it is made; the others that lie in memory meanwhile do not.
+    def update(self) -> None:
+        """Make one update."""
+        ...
+
+
+Candidate = TypeVar("Candidate", bound=Updating)
+
+
+def _warm(make: Callable[[], Candidate]) -> tuple[Candidate, int | None]:
+    """Make a candidate and warm it up. Returns it and its peak memory in MiB, None on a CPU.
+
+    Memory counts from before the candidate is made, so that of the others does not.
     """
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -169,54 +192,58 @@ def _warm(make: Callable):
 
 
 def _seconds(update: Callable[[], object], updates: int) -> float:
-    """Seconds until the device has finished so many."""
-    return timed_on_device(lambda: [update() for _ in range(updates)])()
+    """Seconds until the device has finished this many updates."""
+
+    def run() -> None:
+        for _ in range(updates):
+            update()
+
+    return timed_on_device(run)()
 
 
-# --- the candidates: each makes one update when asked ---
+# --- the candidates ---
 
 
 class Ours:
-    """The product's update, and its loop, of a run in `out`."""
+    """The update and the loop of a run in `out`."""
 
     def __init__(self, setting: Setting, out: Path):
         self.run = open_run(setting, out)
-        self._batches = self._plans_from(0)
+        self._batches = self._batches_from(0)
         self._numbers = itertools.count()
 
-    def _plans_from(self, step: int) -> Iterator[Batch]:
+    def _batches_from(self, step: int) -> Generator[Batch, None, None]:
         run = self.run
-        return run.pipelines.of["train"].batches(rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch))
+        plans = rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch)
+        return batches_of(run.pipelines.of["train"], plans)
 
     def first_batch(self) -> Batch:
-        """What the first update sees."""
-        with contextlib.closing(self._plans_from(0)) as batches:
+        """The batch of the first update."""
+        with contextlib.closing(self._batches_from(0)) as batches:
             return next(batches)
 
     def update(self) -> None:
+        """Make one update of the run."""
         self.run.step(self._batches, next(self._numbers))
 
     def loop_seconds(self, updates: int) -> float:
-        """Seconds for so many updates of the loop, by the second line of its log; the first ones start it up."""
+        """Seconds for `updates` of the loop, by the second line of its log; the first line covers its start."""
         run = self.run
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
         run.state.step = 0
-        run.writer = Discarding()
-        counts = {"step": 0, "total_steps": run.total_steps, "steps_per_epoch": run.plan.steps_per_epoch}
+        run.checkpoints.writer = Discarding()
         with contextlib.redirect_stdout(io.StringIO()):
-            telemetry = Telemetry(run.config.run.out, run.world, **counts)
-            with telemetry.live():
-                loop(run, telemetry)
+            monitor = loop.make_monitor(run)
+            with monitor.session():
+                loop.updates(run, monitor)
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]
         assert lines[-1]["step"] == 2 * updates, lines
         return updates * run.config.run.global_batch / lines[-1]["images_per_s"]
 
 
-class Discarding:
-    """Stands for a run's writer of checkpoints: a turn of the loop ends with one, which nobody measures or reads."""
-
-    failure = ""
+class Discarding(Writer):
+    """Stands for a run's writer of checkpoints: a timed loop ends with one, which nobody measures or reads."""
 
     def submit(self, *_) -> None:
         """Write nothing."""
@@ -231,7 +258,7 @@ class ModelsAlone:
     def __init__(self, setting: Setting, run: Run, batch: Batch):
         compiler = compiled if setting.compiled else uncompiled
         self._student, self._loss = compiler(run.state.student), compiler(usi_loss)
-        self._teacher = run.step.teacher  # the very one, folded and compiled as the update has it
+        self._teacher = run.step.teacher  # It is the run's own, folded and compiled.
         self._optimizer = run.state.optimizer
         self._autocast = _autocast(setting, run.world.device)
         centred = (batch.images.float() / 255 - 0.5) / 0.25
@@ -239,6 +266,7 @@ class ModelsAlone:
         self._targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam, run.config.distill
 
     def update(self) -> None:
+        """Make one update of the student."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             teacher = self._teacher([self._pixels]) if self._teacher is not None else None
@@ -249,7 +277,7 @@ class ModelsAlone:
 
 
 class TimmStyle:
-    """An update as timm's training script makes it, of timm's own parts, with the settings of a run of ours."""
+    """An update as timm's training script makes it from timm's own parts, with the settings of one of our runs."""
 
     def __init__(self, setting: Setting, run: Run, batch: Batch):
         from timm.data import FastCollateMixup
@@ -258,8 +286,9 @@ class TimmStyle:
 
         config, device = run.config, run.world.device
         student = _placed(create_model(setting.model, setting.classes, setting.size, {}), device).train()
-        optim = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
-        self._optimizer = create_optimizer_v2(student, opt="adamw", **optim)
+        self._optimizer = create_optimizer_v2(
+            student, opt="adamw", lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        )
         self._task = _timm_task(setting, student, run).train()
         self._task.setup_ema(decay=config.ema.decay)
         if setting.compiled:
@@ -274,12 +303,14 @@ class TimmStyle:
         )
         images = batch.images.permute(0, 3, 1, 2).cpu().numpy()
         loaded = [tensor.to(device) for tensor in collate(list(zip(images, batch.labels.tolist(), strict=True)))]
-        normalization = {name: student.pretrained_cfg[name] for name in ("mean", "std")}
-        self._batches = iter(PrefetchLoader(itertools.repeat(loaded), **normalization, device=device))
+        expects = preprocessing(student)
+        endless: Any = itertools.repeat(loaded)  # Of a DataLoader the prefetcher uses only the iteration.
+        self._batches = iter(PrefetchLoader(endless, mean=expects.mean, std=expects.std, device=device))
         self._autocast = _autocast(setting, device)
         self._numbers = itertools.count(1)
 
     def update(self) -> None:
+        """Make one update in timm's order of calls."""
         pixels, targets = next(self._batches)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with self._autocast():
@@ -290,23 +321,31 @@ class TimmStyle:
         self._task.update_ema(step=next(self._numbers))
 
 
-def _timm_task(setting: Setting, student: nn.Module, run: Run) -> nn.Module:
+def _timm_task(setting: Setting, student: nn.Module, run: Run) -> "TrainingTask":
     """Timm's own loss for the student, with the teacher if there is one."""
     from timm.loss import SoftTargetCrossEntropy
     from timm.task import ClassificationTask, LogitDistillationTask
 
     device, distill = run.world.device, run.config.distill
-    common = {"criterion": SoftTargetCrossEntropy(), "device": device, "verbose": False}
-    if setting.teacher is None:
-        return ClassificationTask(student, **common)
+    criterion = SoftTargetCrossEntropy()
+    if setting.teacher is None or setting.weights is None:
+        return ClassificationTask(student, criterion, device=device, verbose=False)
     weights = read_weights(setting.weights)
     teacher = create_model(setting.teacher, setting.classes, setting.size, {}, weights, setting.weights)
-    losses = {"task_loss_weight": distill.label_weight, "distill_loss_weight": distill.weight}
-    return LogitDistillationTask(student, _placed(teacher, device), **losses, temperature=distill.temperature, **common)
+    return LogitDistillationTask(
+        student,
+        _placed(teacher, device),
+        criterion,
+        task_loss_weight=distill.label_weight,
+        distill_loss_weight=distill.weight,
+        temperature=distill.temperature,
+        device=device,
+        verbose=False,
+    )
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch.nn.Module.to takes both.)
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:

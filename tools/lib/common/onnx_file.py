@@ -14,9 +14,9 @@ from torch.export import Dim
 
 from pipelines.common.errors import UserError, clipped
 
-OPSET = 18  # the oldest that torch's exporter writes itself, so what most runtimes read
-TOLERANCE = 1e-4  # of Difference.relative
-IMAGES, LOGITS = "images", "logits"  # names of the file's input and output
+OPSET = 18  # Torch's exporter writes no older one itself, so most runtimes read it.
+TOLERANCE = 1e-4  # A larger Difference.relative is more than rounding.
+IMAGES, LOGITS = "images", "logits"  # The file's input and output have these names.
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Runnable = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The largest difference as a share of the largest logit."""
+        """The largest difference as a fraction of the largest logit."""
         return self.absolute / (self.largest or 1.0)
 
     @property
@@ -56,7 +56,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     beside the first, `path` with `.data` behind it.
 
     Args:
-      model: on the CPU in evaluation mode; it stays as it is.
+      model: on the CPU in evaluation mode; it is not changed.
       images: float32 [B, 3, S, S], normalised or noise; only the shape matters.
     Raises:
       UserError: packages are missing, or the model cannot be exported.
@@ -88,7 +88,7 @@ def onnx_runtime(path: Path) -> Runnable:
 
 @torch.no_grad()
 def largest_difference(reference: Runnable, other: Runnable, images: torch.Tensor) -> Difference:
-    """Between the logits of two models, for the first image alone and for all images at once.
+    """Compare the logits of two models, for the first image alone and for all images at once.
 
     Args:
       images: float32 [B, 3, S, S], as both models take them.
@@ -115,24 +115,25 @@ def two_or_more(images: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_one_line(what: str) -> Iterator[None]:
-    """Turns what an exporter or a runtime raises, pages long, into a UserError of one line."""
+    """Turn the errors of an exporter or a runtime, which fill pages, into a UserError of one line."""
     try:
         yield
     except (OSError, UserError):
         raise
-    except Exception as error:  # torch's exporters and the runtimes raise errors of many kinds
-        while (cause := error.__cause__) is not None:  # the exporter's own error says what to report, its cause why
-            error = cause
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    except Exception as error:  # Exporters and runtimes raise errors of many kinds.
+        first: BaseException = error
+        while first.__cause__ is not None:  # The exporter's own error says what to report, its cause why.
+            first = first.__cause__
+        lines = [line.strip() for line in str(first).splitlines() if line.strip()] or [""]
         raise UserError(
-            f"the model cannot be {what}: {type(error).__name__}: {clipped(lines[0], 180)}. Leave this file out, or "
+            f"the model cannot be {what}: {type(first).__name__}: {clipped(lines[0], 180)}. Leave this file out, or "
             "use another model"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch's exporters tell their own developers."""
+    """Hide the messages of torch's exporters for their own developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,12 +1,11 @@
 """Pipelines with the default settings, for tools that compare them. A damaged image ends the tool."""
 
+from typing import Literal
+
 import torch
 
-from pipelines import Pipeline, open_pipeline
-from pipelines.dali_probe import probe_dataset
-from pipelines.shards.damage import raise_on_damage
+from pipelines import Pipeline, PipelineConfig, open_pipeline, resolve_decode
 from pipelines.shards.index import ShardIndex
-from trainer.config.sections import DataConfig
 
 
 def first_device() -> torch.device:
@@ -14,32 +13,20 @@ def first_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def decode_path(index: ShardIndex, device: torch.device) -> tuple[str, str]:
+def decode_path(index: ShardIndex, device: torch.device) -> tuple[Literal["roi", "full"], str]:
     """DALI's decode path as a training run would choose it, roi or full, and why."""
-    if device.type == "cpu":
-        return "roi", "it works"
-    return probe_dataset(index, str(device), DataConfig().hw_decoder_load)
+    return resolve_decode(PipelineConfig(), index, device)
 
 
 def opened(
-    name: str,
+    name: Literal["dali", "torchvision"],
     index: ShardIndex,
     *,
     device: torch.device,
     threads: int,
-    decode: str,
-    hw_decoder_load: float = DataConfig().hw_decoder_load,
+    decode: Literal["roi", "full"],
+    hw_decoder_load: float = PipelineConfig().hw_decoder_load,
 ) -> Pipeline:
     """A pipeline by name; the last two concern DALI alone. Raises a UserError if it cannot be had here."""
-    defaults = DataConfig()
-    return open_pipeline(
-        name,
-        index,
-        device=device,
-        threads=threads,
-        prefetch=defaults.prefetch,
-        decode=decode,
-        hw_decoder_load=hw_decoder_load,
-        decoder_padding_mib=defaults.decoder_padding_mib,
-        on_bad=raise_on_damage(index),
-    )
+    config = PipelineConfig(pipeline=name, decode=decode, threads=threads, hw_decoder_load=hw_decoder_load)
+    return open_pipeline(index, config, device=device)

@@ -6,8 +6,9 @@ from PIL import Image
 
 
 def photographs() -> list[tuple[str, Image.Image, dict]]:
-    """Name, picture and JPEG options: ImageNet-like sizes, tall, wide, tiny, grayscale, progressive, without chroma
-    subsampling.
+    """Name, image and JPEG options of each photograph.
+
+    There are ImageNet-like sizes, tall, wide and tiny ones, grayscale, progressive, and without chroma subsampling.
     """
     china, flower = _pictures()
     return [

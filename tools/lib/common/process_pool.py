@@ -1,10 +1,12 @@
-"""Worker processes that may be killed at any moment: whoever waits for them is told, and never waits in vain.
+"""Worker processes that may be killed at any moment: the caller gets an error and never waits in vain.
 
-concurrent.futures.ProcessPoolExecutor (Python 3.11) hangs when a worker dies while others are being started, and
-a lock that a dead worker held stays locked. So each worker has a pipe of its own here, and nothing is shared.
+Each worker has a pipe of its own, and the workers have no lock in common that a dead one could hold. When one is killed
+the others still finish the jobs that they have begun. Other pools do not: loky 3.7 kills all workers then, and
+concurrent.futures of Python 3.10 and 3.11 deadlocks if a worker dies while others are being started (cpython #94777).
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -15,31 +17,44 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_handles
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pipelines.common.errors import UserError
 from pipelines.common.machine import use_short_socket_names
 
+T = TypeVar("T")
 _PATIENCE_S = 0.2  # between two calls of `on_wait`
-_starting = threading.Lock()  # of the server: the environment is changed for it
+_starting = threading.Lock()  # One thread at a time starts the server, since the environment is changed for it.
 
 
 class LostWorkerError(UserError):
     """A worker process, or the server that forks them, was killed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What became of a job: its result, or an error with its traceback in the worker."""
+
+    number: int
+    result: Any = None
+    error: Exception | None = None
+    traceback: str = ""
+
+
 def run_jobs(
-    function: Callable,
+    function: Callable[..., T],
     jobs: Sequence[tuple],
     workers: int,
     *,
     start: Callable[[int], None] | None = None,
     on_wait: Callable[[], None] = lambda: None,
     preload: Sequence[str] = (),
-) -> Iterator[tuple[int, object]]:
+) -> Iterator[tuple[int, T]]:
     """(number of the job, `function(*job)`) of each job, in the order in which they end.
 
-    When the iterator is closed or an error ends it, the jobs in work are let finish.
+    When the iterator is closed or an error ends it, it waits for the jobs that have begun.
 
     Args:
       function, start: importable; `start(number)` is called first in each worker, with the worker's number.
@@ -50,10 +65,10 @@ def run_jobs(
       Exception: what a job raised; its traceback in the worker is the cause.
     """
     pending = iter(enumerate(jobs))
-    processes, idle, busy = [], [], set()
+    processes, idle, busy = [], [], []
     try:
         with _reporting_lost_workers():
-            context = forkserver_context("tools.lib.shards.job", *preload)
+            context = forkserver_context(function.__module__, *preload)
             for number in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
                 idle.append(ours)
@@ -61,21 +76,21 @@ def run_jobs(
                 processes[-1].start()
                 theirs.close()
         while True:
-            for connection, job in zip(list(idle), pending, strict=False):
+            while idle and (job := next(pending, None)) is not None:
+                busy.append(idle.pop())
                 with _reporting_lost_workers():
-                    connection.send(job)
-                idle.remove(connection)
-                busy.add(connection)
+                    busy[-1].send(job)
             if not busy:
                 return
-            for connection in wait_for_handles(busy, timeout=_PATIENCE_S):
+            ready = wait_for_handles(busy, timeout=_PATIENCE_S)
+            for connection in [each for each in busy if each in ready]:
                 with _reporting_lost_workers():
-                    index, result, error, where = connection.recv()
-                if error is not None:
-                    raise error from RuntimeError(f"in a worker:\n{where}")
+                    answer: _Answer = connection.recv()
+                if answer.error is not None:
+                    raise answer.error from RuntimeError(f"in a worker:\n{answer.traceback}")
                 busy.remove(connection)
                 idle.append(connection)
-                yield index, result
+                yield answer.number, answer.result
             on_wait()
     finally:
         for connection in [*idle, *busy]:
@@ -93,7 +108,7 @@ def _reporting_lost_workers() -> Iterator[None]:
         raise LostWorkerError("a worker was killed, perhaps for want of memory. Use fewer --workers") from error
 
 
-def forkserver_context(*modules: str) -> multiprocessing.context.BaseContext:
+def forkserver_context(*modules: str) -> ForkServerContext:
     """Workers are forked from a server process that has imported the modules once, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*modules])
@@ -132,6 +147,7 @@ def _this_copy_first() -> Iterator[None]:
 def end_with_parent() -> None:
     """Called in a worker: it ends when its parent was killed."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=lambda: (wait_for_handles([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
@@ -144,15 +160,16 @@ def _work(connection: Connection, function: Callable, start: Callable[[int], Non
                 if start is not None:
                     start(number)
                     start = None
-                answer = index, function(*job), None, ""
+                answer = _Answer(index, function(*job))
             except Exception as error:
-                answer = index, None, error, traceback.format_exc()
+                answer = _Answer(index, error=error, traceback=traceback.format_exc())
             _send(connection, answer)
 
 
-def _send(connection: Connection, answer: tuple) -> None:
+def _send(connection: Connection, answer: _Answer) -> None:
     """Send an answer; what cannot be pickled goes as text."""
     try:
         connection.send(answer)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        connection.send((answer[0], None, RuntimeError(f"{error}: {answer[2] or answer[1]!r}"), answer[3]))
+        text = RuntimeError(f"{error}: {answer.error or answer.result!r}")
+        connection.send(_Answer(answer.number, error=text, traceback=answer.traceback))

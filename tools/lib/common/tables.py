@@ -1,67 +1,53 @@
-"""The rows of a benchmark as tables: for the terminal, and in Markdown for a document."""
+"""Tables of text for the terminal and for documents in Markdown."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-_TEXT = ("what", "of")  # the other columns are numbers
-_TITLES = ("augmentation", "setting")  # rows that have the same of these are a table
+from pipelines.common.files import write_synced
 
-
-def for_terminal(rows: list[dict], columns: dict[str, str]) -> list[Table]:
-    """A table for each group of rows; `columns`: key of a row -> heading."""
-    tables = []
-    for title, members, shown in _groups(rows, columns):
-        tables.append(table := Table(title=title, title_justify="left", box=box.SIMPLE_HEAD))
-        for key, heading in shown.items():
-            table.add_column(heading, justify="left" if key in _TEXT else "right")
-        for row in members:
-            table.add_row(*(_cell(row.get(key)) for key in shown))
-    return tables
+Cells = Sequence[str | Text]
 
 
-def markdown(result: dict, columns: dict[str, str]) -> str:
-    """A result as text for a document: where and when it was measured, then its tables."""
-    versions = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    cut_off = "" if result["complete"] else " Cut off before its end."
-    lines = [f"`python tools/benchmark.py {command_line(result)}`, {result['date']}: {versions}.{cut_off}", ""]
-    for title, members, shown in _groups(result["rows"], columns):
-        lines += [_line([title or shown["what"], *list(shown.values())[1:]])]
-        lines += ["|" + "|".join("---" if key in _TEXT else "--:" for key in shown) + "|"]
-        lines += [_line([_cell(row.get(key)) for key in shown]) for row in members] + [""]
-    lines += [f"- {note}" for note in notes(result["rows"])]
-    return "\n".join(lines).rstrip() + "\n"
+def terminal_table(
+    headings: Sequence[str],
+    rows: Iterable[Cells],
+    *,
+    text: Sequence[int],
+    title: str | None = None,
+    styles: Sequence[str] = (),
+) -> Table:
+    """A table for the terminal.
+
+    Args:
+      text: numbers of the columns that hold words; the others hold numbers and are aligned at the right.
+      styles: rich's style of each row; without any, rows are plain.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, heading in enumerate(headings):
+        is_text = number in text
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
+    for number, row in enumerate(rows):
+        table.add_row(*row, style=styles[number] if styles else None)
+    return table
 
 
-def notes(rows: list[dict]) -> list[str]:
-    """What there is to say about single rows, each once."""
-    return list(dict.fromkeys(f"{row['what']}: {row['note']}" for row in rows if "note" in row))
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[int]) -> list[str]:
+    """The lines of the same table in Markdown; `text` as for `terminal_table`."""
+    rule = "|".join("---" if number in text else "--:" for number in range(len(headings)))
+    return [_line(headings), f"|{rule}|", *map(_line, rows)]
 
 
-def command_line(result: dict) -> str:
-    """The subcommand and options that a result came from."""
-    words = [result["benchmark"]]
-    for name, value in result["options"].items():
-        words += [f"--{name}", *(value if isinstance(value, (list, tuple)) else [str(value)])]
-    return " ".join(words)
-
-
-def _groups(rows: list[dict], columns: dict[str, str]) -> list[tuple[str | None, list[dict], dict[str, str]]]:
-    """Title, rows, and the columns in which one of them has something."""
-    groups: dict[str | None, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(next((row[key] for key in _TITLES if key in row), None), []).append(row)
-    found = []
-    for title, members in groups.items():
-        used = {key for row in members for key, value in row.items() if value is not None}
-        found.append((title, members, {key: heading for key, heading in columns.items() if key in used}))
-    return found
-
-
-def _line(cells: list[str]) -> str:
+def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+def write_between_marks(path: Path, text: str, begin: str, end: str) -> None:
+    """Replace what stands between two marks of a file. A file without them is replaced completely."""
+    before, after = "", ""
+    if path.exists() and begin in (content := path.read_text()) and end in content:
+        before, after = content.split(begin)[0] + begin + "\n", end + content.split(end)[1]
+    write_synced(path, (before + text + after).encode())

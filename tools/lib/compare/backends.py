@@ -1,8 +1,7 @@
-"""What runs a model: PyTorch as it is or compiled, ONNX Runtime, OpenVINO, TensorRT; each as its users run it.
+"""The runtimes: PyTorch, eager or compiled, ONNX Runtime, OpenVINO and TensorRT, each as its users run it.
 
-A session is opened in a process of its own (tools/lib/compare/measuring.py). It holds normalised images and shows them
-to
-the model again and again: nothing is read, decoded or copied from a host.
+A session is opened in a process of its own (measuring.py). It holds normalised images and shows them to the model again
+and again: nothing is read, decoded or copied from a host.
 """
 
 import dataclasses
@@ -11,9 +10,11 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from pipelines.common.errors import UserError
 from tools.lib.common.onnx_file import IMAGES, LOGITS
@@ -40,7 +41,7 @@ class Opening:
     threads: int
 
     def images(self, count: int) -> torch.Tensor:
-        """float32 [count, 3, S, S] on the CPU, the reference's again and again."""
+        """float32 [count, 3, S, S] on the CPU: the reference's images, repeated."""
         images = torch.load(self.folder / REFERENCE, weights_only=True)["images"]
         return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
 
@@ -51,7 +52,7 @@ class Session(ABC):
     Attributes:
       batch: images a call.
       calls_at_once: calls that run beside each other; `run` is given multiples of it.
-      precision: in which it computes, as the runtime itself tells where it can be asked.
+      precision: the number format in which it computes; the runtime reports it where it can.
     """
 
     batch: int
@@ -60,11 +61,11 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, calls: int) -> None:
-        """Carry out so many calls, to the end of the last."""
+        """Make `calls` calls and wait for the last."""
 
     @abstractmethod
     def run_single(self) -> None:
-        """One image, with all cores for it, to its end."""
+        """Infer one image with all cores."""
 
     @abstractmethod
     def logits(self, images: torch.Tensor) -> np.ndarray:
@@ -74,8 +75,8 @@ class Session(ABC):
         """Bytes on the GPU since the session was opened, at most; None where the CPU's memory is what counts."""
         return None
 
-    def rest(self) -> None:  # noqa: B027  not every session has something to give back
-        """Give back what is not needed until the next turn, as the other models take theirs."""
+    def rest(self) -> None:  # noqa: B027  (Not every session has something to give back.)
+        """Give back what is not needed until the next timed run, while the other models are timed."""
 
 
 class TorchSession(Session):
@@ -90,18 +91,21 @@ class TorchSession(Session):
         self.precision = str(self._dtype).removeprefix("torch.")
         self.batch = opening.batch
         model, _ = build(opening.model)
-        self._model = compiler(model.to(self._device, self._dtype, memory_format=torch.channels_last))
+        model = model.to(self._device, self._dtype).to(memory_format=torch.channels_last)
+        self._model = compiler(model)
         self._images = self._placed(opening.images(self.batch))
 
     def _placed(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self._device, self._dtype, memory_format=torch.channels_last)
 
+    @override
     @torch.inference_mode()
     def run(self, calls: int) -> None:
         for _ in range(calls):
             self._model(self._images)
         self._finish()
 
+    @override
     @torch.inference_mode()
     def run_single(self) -> None:
         self._model(self._single)
@@ -111,14 +115,17 @@ class TorchSession(Session):
     def _single(self) -> torch.Tensor:
         return self._images[:1].clone(memory_format=torch.channels_last)
 
+    @override
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> np.ndarray:
-        # the batch that is there already: another one would be compiled anew
+        # Another batch would be compiled again, so it takes the one that it holds.
         return self._model(self._images).float().cpu().numpy()[: len(images)]
 
+    @override
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
 
+    @override
     def rest(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,7 +141,7 @@ def compiled_session(opening: Opening) -> TorchSession:
 
 
 class OnnxRuntimeSession(Session):
-    """ONNX Runtime on the CPU: float32, as the file is."""
+    """ONNX Runtime on the CPU in float32, like the file."""
 
     precision = "float32"
 
@@ -143,27 +150,33 @@ class OnnxRuntimeSession(Session):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = opening.threads
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 3  # It logs errors alone.
         path = str(opening.folder / ONNX)
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.batch = opening.batch
         self._images = opening.images(self.batch).numpy()
 
+    @override
     def run(self, calls: int) -> None:
         for _ in range(calls):
             self._session.run([LOGITS], {IMAGES: self._images})
 
+    @override
     def run_single(self) -> None:
         self._session.run([LOGITS], {IMAGES: self._images[:1]})
 
+    @override
     def logits(self, images: torch.Tensor) -> np.ndarray:
-        return self._session.run([LOGITS], {IMAGES: images.numpy()})[0]
+        return np.asarray(self._session.run([LOGITS], {IMAGES: images.numpy()})[0])
+
+
+_NO_COPY = {"share_inputs": True}  # OpenVINO reads the images in place.
 
 
 class OpenVinoSession(Session):
     """OpenVINO on the CPU as in the paper: an FP16 model, one image a call, as many streams as cores.
 
-    FP16 is asked for; a CPU that cannot compute in it takes bfloat16 or float32, and the compiled model says which.
+    FP16 is asked for; a CPU that cannot compute in it takes bfloat16 or float32, and the compiled model reports which.
     """
 
     batch = 1
@@ -193,28 +206,31 @@ class OpenVinoSession(Session):
             },
         )
 
+    @override
     def run(self, calls: int) -> None:
         for _ in range(calls):
-            self._queue.start_async([self._images], share_inputs=True)
+            self._queue.start_async([self._images], **_NO_COPY)
         self._queue.wait_all()
 
+    @override
     def run_single(self) -> None:
-        self._single.infer([self._images], share_inputs=True)
+        self._single.infer([self._images], **_NO_COPY)
 
     @functools.cached_property
     def _single(self):
-        """Compiled for latency, apart: made after the memory was measured."""
+        """The model compiled for latency. It is made after the memory was measured."""
         return self._compiled("LATENCY", 1).create_infer_request()
 
+    @override
     def logits(self, images: torch.Tensor) -> np.ndarray:
         shown = [self._single.infer([image[None]])[0].copy() for image in images.numpy()]
         return np.concatenate(shown)
 
 
 class TensorRtSession(Session):
-    """TensorRT as in the paper: FP16, which the ONNX file is already in, so that every version of TensorRT takes it.
+    """TensorRT in FP16 as in the paper. The ONNX file is in FP16 already, which every version of TensorRT takes.
 
-    Written after the documentation of TensorRT 10 and 11; not tested.
+    It follows the documentation of TensorRT 10 and 11 and is not tested.
     """
 
     precision = "float16"
@@ -227,8 +243,8 @@ class TensorRtSession(Session):
         self._stream = torch.cuda.Stream()
         self._many, self._logits = self._engine(self._reference)
 
-    def _engine(self, images: torch.Tensor) -> tuple[object, torch.Tensor]:
-        """A context that reads these images, and where its logits will be."""
+    def _engine(self, images: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """A context that reads these images, and the tensor that it writes their logits to."""
         import tensorrt
 
         logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -252,23 +268,27 @@ class TensorRtSession(Session):
         context.set_tensor_address(LOGITS, logits.data_ptr())
         return context, logits
 
+    @override
     def run(self, calls: int) -> None:
         for _ in range(calls):
             self._many.execute_async_v3(self._stream.cuda_stream)
         self._stream.synchronize()
 
+    @override
     def run_single(self) -> None:
         self._single[0].execute_async_v3(self._stream.cuda_stream)
         self._stream.synchronize()
 
     @functools.cached_property
-    def _single(self) -> tuple[object, torch.Tensor]:
+    def _single(self) -> tuple[Any, torch.Tensor]:
         return self._engine(self._reference[:1])
 
+    @override
     def logits(self, images: torch.Tensor) -> np.ndarray:
         self.run(1)
         return self._logits[: len(images)].float().cpu().numpy()
 
+    @override
     def peak_memory(self) -> int | None:
         return self._free - torch.cuda.mem_get_info()[0]
 
@@ -279,9 +299,9 @@ class Backend:
 
     Attributes:
       devices: on which it runs here.
-      open: gives a session; called in the session's own process.
-      package: what must be installed, as Python imports it, "" for nothing more; install: how.
-      file: of those that `prepare` writes, "" for none.
+      open: opens a session; called in the session's own process.
+      package: what must be installed, as Python imports it, "" for nothing more; install: the command for it.
+      file: the one that it reads of those that `prepare` writes, "" for none.
       preload: modules that are imported before the memory of a session is counted.
     """
 
@@ -311,12 +331,13 @@ BACKENDS = {
         Backend("eager", ("cuda", "cpu"), TorchSession),
     )
 }
-_ON_REQUEST = {("compiled", "cpu"), ("eager", "cpu")}  # slow to compile; slower than what there is besides
+# On a CPU, one is slow to compile and the other slower than the other runtimes.
+_ON_REQUEST = {("compiled", "cpu"), ("eager", "cpu")}
 BATCH = {"cpu": 4, "cuda": 256}
 
 
 def choose_backends(names: list[str] | None, device: str) -> tuple[list[Backend], list[str]]:
-    """The backends that are named, or those that are installed and sensible on a device; and what is worth saying.
+    """The backends that are named, or those that are installed and sensible on a device, and notes on what is left out.
 
     Raises:
       UserError: one that is named is unknown, not installed, or not for this device.

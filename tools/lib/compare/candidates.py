@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -25,24 +26,24 @@ from trainer.models.fold_batch_norm import fold_batch_norms
 
 ONNX, HALF_ONNX, OPENVINO = "model.onnx", "model-fp16.onnx", "model.xml"
 REFERENCE = "reference.pt"
-_NUM_CLASSES = 1000  # of models without weights: ImageNet's
-_IMAGE_SIZE = 224  # of those that do not say theirs
-_TIMMS = "timm's "  # begins the source of an evaluation of timm's pretrained weights
+_NUM_CLASSES = 1000  # Models without weights have ImageNet's classes,
+_IMAGE_SIZE = 224  # and this size if timm has none for them.
+_TIMMS = "timm's "  # The source of an evaluation of timm's pretrained weights begins like this.
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What somebody says of a model's accuracy.
+    """A model's accuracy, and who says so.
 
     Attributes:
-      model: timm's name, or a path; source: file of weights that an evaluation was of, "" for timm's own weights and
-        where none is named.
+      model: timm's name, or a path; source: the file of weights that was evaluated, "" for timm's own weights and where
+        none is named.
       top1: percent.
       image_size: pixels; None where it is not said.
       said_by: the file that says it, or where it was published.
       published: by the paper, not measured here.
-      split, digest: of the dataset that an evaluation was on, "" where there was none.
-      arguments: pairs of name and value that timm is given, so that it builds the model which the paper means.
+      split, digest: of the dataset of an evaluation, "" where there was none.
+      arguments: pairs of name and value with which timm builds the model that the paper means.
     """
 
     model: str
@@ -63,7 +64,7 @@ class Candidate:
     Attributes:
       label: what the user calls it.
       name: timm's name of it.
-      path: of its weights; None is random ones.
+      path: of its weights; None stands for random ones.
       image_size: side of its images, pixels: that of its accuracy, otherwise its own.
     """
 
@@ -76,7 +77,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What does not depend on the machine.
+    """The properties of a model that do not depend on the machine.
 
     Attributes:
       parameters: as trained, before folding.
@@ -102,13 +103,12 @@ def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Candidate]:
         different images.
     """
     paper = published()
-    said = {path: read_accuracies(path) for path in accuracies}
+    read = {path: read_accuracies(path) for path in accuracies}
     models = [_identified(word) for word in dict.fromkeys(words or (each.model for each in paper))]
-    found = [
-        _with_accuracy(model, source, [a for group in said.values() for a in group], paper) for model, source in models
-    ]
+    every = [accuracy for group in read.values() for accuracy in group]
+    found = [_with_accuracy(model, source, every, paper) for model, source in models]
     used = {model.accuracy for model in found}
-    for path, group in said.items():
+    for path, group in read.items():
         if not used & set(group):
             of = group[0].source or group[0].model
             others = f" and {len(group) - 1} more" if len(group) > 1 else ""
@@ -118,7 +118,7 @@ def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Candidate]:
 
 
 def _check_same_images(accuracies: Iterable[Accuracy]) -> None:
-    """Evaluations go on one front only if they were on the same images; of other accuracies that is not known."""
+    """Evaluations share a front only if they were on the same images; for other accuracies that is not known."""
     evaluated = [accuracy for accuracy in accuracies if accuracy.digest]
     for other in evaluated[1:]:
         if (other.split, other.digest) != (evaluated[0].split, evaluated[0].digest):
@@ -168,8 +168,8 @@ def _of_evaluation(path: Path, text: str) -> Accuracy:
         source = "" if report["source"].startswith(_TIMMS) else report["source"]
         size = int(report["view"]["image_size"])
         top1 = _percent(str(path), report["top1"])
-        on = {key: str(report[key]) for key in ("split", "digest")}
-        return Accuracy(report["model"], top1, size, str(path), source, **on)
+        split, digest = str(report["split"]), str(report["digest"])
+        return Accuracy(report["model"], top1, size, str(path), source, split=split, digest=digest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -185,7 +185,7 @@ def _of_row(where: str, row: dict, path: Path) -> Accuracy:
     return Accuracy((row["model"] or "").strip(), _percent(where, row["top1"]), int(size) if size else None, str(path))
 
 
-def _percent(where: str, value: object) -> float:
+def _percent(where: str, value: Any) -> float:
     try:
         top1 = float(value)
     except (ValueError, TypeError):
@@ -198,12 +198,12 @@ def _percent(where: str, value: object) -> float:
 def _identified(word: str) -> tuple[Candidate, str]:
     """A model without its accuracy, and the file that its weights come from, "" for random ones."""
     name = None
-    if not os.path.exists(word):  # also for what is too long to be a path
+    if not os.path.exists(word):
         with contextlib.suppress(UserError):
             name = known_name(word)
     if name is None:
         try:
-            trained = inference.load_named(word)  # or it says what is wrong with the word
+            trained = inference.load_named(word)  # Its error says what is wrong with the word.
         except inference.NamelessError as error:
             raise UserError(
                 f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
@@ -228,7 +228,7 @@ def _with_accuracy(model: Candidate, source: str, said: Iterable[Accuracy], pape
 
 
 def _is_of(accuracy: Accuracy, model: Candidate, source: str) -> bool:
-    """Trained models go by their file; timm's names by name, but not for what was trained to something else."""
+    """Trained models match by their file, timm's names by name, but not an evaluation of other weights."""
     if not source:
         return not accuracy.source and accuracy.model in (model.name, model.label)
     paths = {Path(path).resolve() for path in (accuracy.source, "" if accuracy.source else accuracy.model) if path}
@@ -251,7 +251,7 @@ def _built(model: Candidate) -> nn.Module:
         return inference.load_named(str(model.path), image_size=model.image_size).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        arguments = {} if model.accuracy is None else dict(model.accuracy.arguments)
+        arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)
         network = create_model(model.name, _NUM_CLASSES, model.image_size, arguments).eval().requires_grad_(False)
         _disturb(network)
     return network
@@ -259,7 +259,7 @@ def _built(model: Candidate) -> nn.Module:
 
 @torch.no_grad()
 def _disturb(network: nn.Module) -> None:
-    """Makes random weights as costly as trained ones: a runtime leaves out adding 0 and multiplying by 1."""
+    """Make random weights as costly as trained ones: a runtime leaves out adding 0 and multiplying by 1."""
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_floating_point() and tensor.numel() and tensor.min() == tensor.max():
             tensor.add_(torch.randn_like(tensor), alpha=0.02)
@@ -308,7 +308,7 @@ def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files:
       UserError: the model cannot be exported, or onnxruntime does not run its fused attention.
     """
     export_onnx(network, images, folder / ONNX)
-    if ONNX in files and has_fused_attention(network):  # without it there is no second attempt, and the backend reports
+    if ONNX in files and has_fused_attention(network):  # Otherwise the backend reports it.
         with in_one_line(f"run from {ONNX}"):
             onnx_runtime(folder / ONNX)(images)
     if OPENVINO in files:
@@ -317,7 +317,7 @@ def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files:
 
 
 def _convert(folder: Path) -> None:
-    """The ONNX file as OpenVINO's, its weights in FP16."""
+    """Convert the ONNX file for OpenVINO, with weights in FP16."""
     import openvino
 
     with quiet():

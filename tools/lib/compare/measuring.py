@@ -1,4 +1,4 @@
-"""Models measured in turns, each in a process of its own: speed, latency, memory, and whether it computes the same."""
+"""Models timed in turn, each in a process of its own: speed, latency, memory, and whether it computes the same."""
 
 import contextlib
 import ctypes
@@ -19,31 +19,33 @@ import torch
 
 from pipelines.common.errors import UserError
 from tools.lib.common.process_pool import end_with_parent, forkserver_context
+from tools.lib.common.terminal import one_line
 from tools.lib.compare.backends import BACKENDS, BATCH, Backend, Opening, Session
 from tools.lib.compare.candidates import REFERENCE, Candidate, Facts, prepare
 
-_RUN_S = 0.5  # of throughput; a call that takes longer is a turn
-_LATENCY_S = 0.2
-_FEWEST_SINGLE = 3  # images a turn
-_TRIES = 10  # calls, to find out how many a turn has
-_PATIENCE_S = 10  # for a process to end by itself
-MOST_DIFFERENT = 0.2  # of the logits' length: half precision of a random network is far below, another function above
+_RUN_S = 0.5  # A timed run measures the throughput for this long, or for one call that takes longer.
+_LATENCY_S = 0.2  # It measures the latency for this long,
+_FEWEST_SINGLE = 3  # and with this many images at least.
+_TRIES = 10  # At most this many calls show how many a timed run has.
+_PATIENCE_S = 10  # A process has this long to end by itself.
+# Half precision changes a random network's logits by a much smaller fraction, another function by a larger one.
+MOST_DIFFERENT = 0.2
 
 
 class FailedError(Exception):
-    """What a process could not do; the message says why, in a line."""
+    """A process could not do what it was asked for; the message says why, in a line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a session says of itself.
+    """What a session reports when it has been opened.
 
     Attributes:
-      batch, at_once: images a call, calls beside each other.
-      precision: in which it computes.
-      calls: of a turn.
-      memory: bytes at its fullest while it infers, above what the process held before the model was opened.
-      difference: length of the logits' difference from PyTorch's in float32, as a share of their length.
+      batch: images a call; at_once: calls beside each other.
+      precision: the number format in which it computes.
+      calls: how many a timed run has.
+      memory: peak bytes while it infers, above what the process held before the model was opened.
+      difference: length of the logits' difference from PyTorch's in float32, as a fraction of their length.
     """
 
     batch: int
@@ -59,7 +61,7 @@ class Measured:
     """A model on a backend.
 
     Attributes:
-      speeds: images/s of each turn; latencies: median seconds for an image, of each turn.
+      speeds: images/s of each timed run; latencies: the median seconds for one image in each.
       failed: why there are none.
     """
 
@@ -73,12 +75,12 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How it is measured.
+    """How the models are measured.
 
     Attributes:
       device: cpu or cuda.
-      batch: images a call where the backend takes several; None is the device's usual.
-      repeats: rounds, in each of which every model has a turn.
+      batch: images a call where the backend takes several; None is the device's default.
+      repeats: rounds, in each of which every model is timed once.
       threads: cores.
     """
 
@@ -88,8 +90,8 @@ class Plan:
     threads: int
 
 
-Prepared = dict[Candidate, Facts | str]  # or why there are none
-Progress = Callable[[str], None]  # called with what was done, after each piece of `pieces`
+Prepared = dict[Candidate, Facts | str]  # A text says why a model could not be prepared.
+Progress = Callable[[str], None]  # It is called after each piece of work with what was done.
 
 
 def pieces(models: int, backends: int, repeats: int) -> int:
@@ -100,9 +102,9 @@ def pieces(models: int, backends: int, repeats: int) -> int:
 def measure(
     models: Sequence[Candidate], backends: Sequence[Backend], plan: Plan, progress: Progress
 ) -> tuple[Prepared, list[Measured]]:
-    """All models on all backends, one backend after the other.
+    """Measure all models on all backends, one backend after the other.
 
-    Whatever fails is said in its place and disturbs nothing else.
+    What fails is noted in its place and disturbs nothing else.
     """
     with tempfile.TemporaryDirectory(prefix="usi-compare-") as scratch:
         folders = {model: Path(scratch) / str(number) for number, model in enumerate(models)}
@@ -114,7 +116,7 @@ def measure(
 
 
 def _prepared(folders: dict[Candidate, Path], files: list[str], workers: int, progress: Progress) -> Prepared:
-    """The models' files, made by a process for each, as many at a time as there are cores."""
+    """Let a process for each model write its files, as many at a time as there are cores."""
 
     def one(model: Candidate) -> Facts | str:
         folders[model].mkdir()
@@ -130,13 +132,13 @@ def _prepared(folders: dict[Candidate, Path], files: list[str], workers: int, pr
     try:
         return dict(zip(folders, pool.map(one, folders), strict=True))
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C those that have not begun
+        pool.shutdown(cancel_futures=True)  # After Ctrl-C no further model is begun.
 
 
 def _measured(
     backend: Backend, prepared: Prepared, folders: dict[Candidate, Path], plan: Plan, progress: Progress
 ) -> list[Measured]:
-    """All models on a backend, in turns; the second round goes the other way, so that drift cancels out."""
+    """Measure all models on a backend in turn; every second round goes the other way, so that drift cancels out."""
     found = [Measured(model, backend) for model in prepared]
     with contextlib.ExitStack() as stack:
         processes: dict[int, Process] = {}
@@ -150,12 +152,12 @@ def _measured(
                 processes[i] = stack.enter_context(Process(_serve_session, backend.name, opening))
                 row.opened = processes[i].answer()
             progress(f"{backend.name}: opened {row.model.label}")
-        for turn in range(plan.repeats + 1):
-            for i in sorted(range(len(found)), reverse=turn % 2 == 1):
+        for number in range(plan.repeats + 1):
+            for i in sorted(range(len(found)), reverse=number % 2 == 1):
                 if not found[i].failed:
                     with _noting_failure(found[i]):
-                        _take_turn(found[i], processes[i], warm_up=turn == 0)
-                progress(f"{backend.name}: round {turn} of {plan.repeats}")
+                        _time(found[i], processes[i], warm_up=number == 0)
+                progress(f"{backend.name}: round {number} of {plan.repeats}")
     return found
 
 
@@ -167,7 +169,7 @@ def _noting_failure(row: Measured) -> Iterator[None]:
         row.failed = str(error)
 
 
-def _take_turn(row: Measured, process: "Process", *, warm_up: bool) -> None:
+def _time(row: Measured, process: "Process", *, warm_up: bool) -> None:
     process.ask()
     speed, latency = process.answer()
     if not warm_up:
@@ -176,10 +178,11 @@ def _take_turn(row: Measured, process: "Process", *, warm_up: bool) -> None:
 
 
 class Process:
-    """A process that serves this one, forked from a server that has imported this module; its end ends it.
+    """A process that serves this one, forked from a server that has imported this module. It ends with this one.
 
     Args:
-      serve: importable; called in the process with a connection and the arguments. What it raises is its answer.
+      serve: an importable function, called in the process with a connection and the arguments. An error that it raises
+        is its answer.
     """
 
     def __init__(self, serve: Callable, *arguments):
@@ -235,17 +238,16 @@ def _served(connection: Connection, serve: Callable, *arguments) -> None:
     end_with_parent()
     try:
         serve(connection, *arguments)
-    except Exception as error:  # runtimes raise errors of many kinds, OSError too; each is a row of the table
-        with contextlib.suppress(OSError):  # nobody waits for an answer any more: the usual end, in `recv`
-            connection.send(FailedError(one_line(error)))
+    except Exception as error:  # Runtimes raise errors of many kinds, OSError too; each becomes a row of the table.
+        with contextlib.suppress(OSError):  # Nobody waits for an answer any more; this is the usual end, in `recv`.
+            connection.send(FailedError(reason(error)))
 
 
-def one_line(error: Exception) -> str:
-    """An error's message, its type before it unless it was written for users."""
-    message = " ".join(str(error).split())[:300]
+def reason(error: Exception) -> str:
+    """An error's message in a line, with its type unless it was written for users."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of the GPU's memory; use a smaller --batch"
-    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+    return one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _serve_preparation(connection: Connection, model: Candidate, folder: Path, files: Sequence[str]) -> None:
@@ -254,14 +256,14 @@ def _serve_preparation(connection: Connection, model: Candidate, folder: Path, f
 
 
 def _serve_session(connection: Connection, backend: str, opening: Opening) -> None:
-    """Open a session, say so, and take a turn whenever asked."""
+    """Open a session, report it, and make a timed run whenever asked."""
     for module in BACKENDS[backend].preload:
         importlib.import_module(module)
     before = _resident("VmRSS")
     session = BACKENDS[backend].open(opening)
     gc.collect()
     _forget_peak()
-    calls = _calls_of_a_turn(session)
+    calls = _calls_per_run(session)
     _run(session, calls)
     memory = session.peak_memory()
     memory = max(0, _resident("VmHWM") - before) if memory is None else memory
@@ -271,11 +273,11 @@ def _serve_session(connection: Connection, backend: str, opening: Opening) -> No
     while True:
         session.rest()
         connection.recv()
-        connection.send(_turn(session, calls))
+        connection.send(_timed_run(session, calls))
 
 
-def _calls_of_a_turn(session: Session) -> int:
-    """So many that they take _RUN_S, at the speed of the fastest of a few warm calls."""
+def _calls_per_run(session: Session) -> int:
+    """How many calls take _RUN_S, at the speed of the fastest of a few warm calls."""
     session.run(session.calls_at_once)
     taken_s = [_run(session, session.calls_at_once)]
     while len(taken_s) < _TRIES and sum(taken_s) < _RUN_S:
@@ -289,7 +291,7 @@ def _run(session: Session, calls: int) -> float:
     return time.perf_counter() - start_s
 
 
-def _turn(session: Session, calls: int) -> tuple[float, float]:
+def _timed_run(session: Session, calls: int) -> tuple[float, float]:
     """Images/s, and the median time in seconds of one image alone; each after a call that does not count."""
     session.run(session.calls_at_once)
     speed = calls * session.batch / _run(session, calls)
@@ -303,7 +305,7 @@ def _turn(session: Session, calls: int) -> tuple[float, float]:
 
 
 def _difference(session: Session, folder: Path) -> float:
-    """As Opened.difference.
+    """The value of Opened.difference.
 
     Raises:
       UserError: the backend computes something else.
@@ -318,7 +320,7 @@ def _difference(session: Session, folder: Path) -> float:
 
 
 def _resident(kind: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    """Bytes of this process in memory: VmRSS is the present value, VmHWM the largest so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
@@ -326,8 +328,8 @@ def _resident(kind: str) -> int:
 
 
 def _forget_peak() -> None:
-    """Give what is free back to the system, and let VmHWM begin at what is held now."""
+    """Give free memory back to the system, and let VmHWM begin at the present value."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # not in every C library
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # not in every container
+        ctypes.CDLL(None).malloc_trim(0)  # Not every C library has it.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # Not every container has it.
         file.write("5")

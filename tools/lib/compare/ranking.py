@@ -1,7 +1,7 @@
 """Which of several models is faster, and which are worth choosing: pure functions of what was measured.
 
-A shared machine's speed drifts by more than models differ. So models take turns, a turn is compared with the others of
-its round, and medians over the rounds pass over what disturbed single turns.
+A shared machine's speed drifts by more than models differ. So models are timed in turn, each timed run is compared with
+the others of its round, and medians over the rounds are not moved by single runs that were disturbed.
 """
 
 import itertools
@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-MARGIN = 0.03  # of the speed: a choice, for what a process's luck with its memory is worth in any number of rounds
+# Speeds within 3 % are a tie: processes differ that much (memory layout) however many rounds are run. It is a choice.
+MARGIN = 0.03
+NOISY = 0.10  # A larger spread of the speed is worth a warning.
 _CONFIDENCE = 0.95
-FEWEST_ROUNDS = 6  # of fewer not even the whole range holds the median with that confidence: nothing is told apart
-NOISY = 0.10  # of the speed: spread from which on there is a warning
+FEWEST_ROUNDS = 6  # With fewer not even the range of all rounds holds the median with that confidence.
 
-Speeds = Mapping[str, Sequence[float]]  # model -> images/s of its turns, as many for each
+Speeds = Mapping[str, Sequence[float]]  # model -> images/s of its timed runs, equally many for each
 
 
 def typical(speeds: Speeds) -> dict[str, float]:
@@ -28,16 +29,16 @@ def typical(speeds: Speeds) -> dict[str, float]:
     return dict(zip(speeds, np.exp(np.median(logs - drift, axis=1)).tolist(), strict=True))
 
 
-def spread(turns: Sequence[float]) -> float:
-    """The range of the middle half of the turns, as a share of their median."""
-    low, middle, high = np.percentile(turns, [25, 50, 75])
+def spread(speeds: Sequence[float]) -> float:
+    """The range of the middle half of the speeds, as a fraction of their median."""
+    low, middle, high = np.percentile(speeds, [25, 50, 75])
     return float((high - low) / middle)
 
 
 def surely_faster(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the model with turns `a` is faster than that with turns `b`, by more than MARGIN.
+    """Whether the model with speeds `a` is faster than that with speeds `b`, by more than MARGIN.
 
-    That is where the confidence interval of the median ratio of turns of the same round lies beyond it. Fewer than
+    It is if the confidence interval of the median ratio of timed runs of the same round lies beyond it. Fewer than
     FEWEST_ROUNDS give no such interval, and no model is surely faster.
     """
     if len(a) < FEWEST_ROUNDS:
@@ -53,15 +54,12 @@ def _skipped(rounds: int) -> int:
       rounds: FEWEST_ROUNDS or more.
     Source: the number of values below a median is binomial, (rounds, 1/2).
     """
-    outside, skipped = 0.5**rounds, 0
-    while 2 * (outside + math.comb(rounds, skipped + 1) * 0.5**rounds) <= 1 - _CONFIDENCE:
-        skipped += 1
-        outside += math.comb(rounds, skipped) * 0.5**rounds
-    return skipped
+    below = np.cumsum([math.comb(rounds, count) for count in range(rounds)]) * 0.5**rounds
+    return int(np.sum(2 * below <= 1 - _CONFIDENCE)) - 1
 
 
 def ranked(speeds: Speeds) -> dict[str, int]:
-    """Models from fast to slow with their ranks: 1, 2, 2, 4 where the second and third cannot be told apart.
+    """Models from fast to slow with their ranks: 1, 2, 2, 4 where the second and third are too close to call.
 
     A model has a lower rank only if every model above is surely faster, so each step in the order is one that was seen.
     Models of a rank are in the order of their names.

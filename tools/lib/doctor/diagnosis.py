@@ -1,13 +1,14 @@
-"""What the numbers of tools/doctor.py mean: pure functions of what stages.py measured."""
+"""What the numbers of tools/doctor.py mean: pure functions of the measured rates."""
 
 import dataclasses
 
 from tools.lib.doctor import stages
 from tools.lib.doctor.stages import Rate
+from trainer.builder import Run
 
 _CUMULATIVE = (stages.READING, stages.DECODING, stages.RESIZING, stages.PIPELINE)
 _PARTS = ("reading", "decoding", "crop, resize, flip", "RandAugment")
-_BUSY = 0.95  # of its speed on synthetic batches: a step that is fed this well is what limits
+_BUSY = 0.95  # A step that runs at this fraction of its speed on synthetic batches, or faster, is what limits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,18 +17,18 @@ class Diagnosis:
 
     Attributes:
       side: "input" or "step".
-      part: of that side, what takes the most time.
-      shares: of the time an image takes on that side, for each of its parts.
-      input_share: of all the work on cores that pipeline and step share, the pipeline's; where they share none, 1 if
-        the input limits, and 0.
-      headroom: the pipeline's speed alone over that of the whole; None without images.
+      part: the part of that side that takes the most time.
+      fractions: for each part of that side, its fraction of the time that an image takes there.
+      input_fraction: where pipeline and step share cores, the pipeline's fraction of all work; where they do not, 1 if
+        the input limits and 0 if the step does.
+      headroom: the pipeline's speed alone over that of the complete run; None without images.
       text: the same in a sentence or two.
     """
 
     side: str
     part: str
-    shares: dict[str, float]
-    input_share: float
+    fractions: dict[str, float]
+    input_fraction: float
     headroom: float | None
     text: str
 
@@ -36,50 +37,50 @@ def diagnose(rates: dict[str, Rate], *, shared_cores: bool, input_wait: float) -
     """Name what limits.
 
     Args:
-      rates: of the stages by their names in stages.py, as far as they were measured; the step and the whole always.
-      shared_cores: the step runs on the cores that decode, so that both take of the same time.
-      input_wait: share of the time in which the whole waited for its next batch.
+      rates: of the stages that were measured, by their names in stages.py; the step and the whole always were.
+      shared_cores: whether the step runs on the cores that decode.
+      input_wait: the fraction of the time in which the run waited for its next batch.
     """
     speed = {name: rate.images_per_s for name, rate in rates.items()}
-    input_share = _input_share(speed, shared_cores)
-    side = "input" if input_share > 0.5 else "step"
-    shares = input_shares(speed) if side == "input" else step_shares(speed)
-    part = max(shares, key=shares.get)
+    input_fraction = _input_fraction(speed, shared_cores)
+    side = "input" if input_fraction > 0.5 else "step"
+    fractions = input_fractions(speed) if side == "input" else step_fractions(speed)
+    part = max(fractions, key=lambda name: fractions[name])
     headroom = speed[stages.PIPELINE] / speed[stages.WHOLE] if stages.PIPELINE in speed else None
     if shared_cores and headroom is not None:
-        text = _shared_sentence(part, shares[part], input_share, input_wait)
+        text = _shared_sentence(part, fractions[part], input_fraction, input_wait)
     else:
-        text = _sentence(side, part, shares[part], speed, input_wait, headroom)
-    return Diagnosis(side, part, shares, input_share, headroom, text)
+        text = _sentence(side, part, fractions[part], speed, input_wait, headroom)
+    return Diagnosis(side, part, fractions, input_fraction, headroom, text)
 
 
-def input_shares(speed: dict[str, float]) -> dict[str, float]:
-    """The parts of the pipeline's time: what each adds to those before it. {} without images."""
+def input_fractions(speed: dict[str, float]) -> dict[str, float]:
+    """For each part of the pipeline, its fraction of the time: what it adds to those before it. {} without images."""
     if stages.PIPELINE not in speed:
         return {}
-    if speed.get(stages.TO_DEVICE, float("inf")) <= speed[stages.PIPELINE]:  # it goes on beside the rest
+    if speed.get(stages.TO_DEVICE, float("inf")) <= speed[stages.PIPELINE]:  # It is done beside the rest.
         return {stages.TO_DEVICE: 1.0}
     times, before_s = {}, 0.0
     for part, name in zip(_PARTS, _CUMULATIVE, strict=True):
         if name in speed:
             times[part] = max(0.0, 1 / speed[name] - before_s)
             before_s = max(before_s, 1 / speed[name])
-    return _shares(times)
+    return _fractions(times)
 
 
-def step_shares(speed: dict[str, float]) -> dict[str, float]:
-    """The parts of the step's time; the gradients travel while the student's are still computed."""
+def step_fractions(speed: dict[str, float]) -> dict[str, float]:
+    """For each part of the step, its fraction of the time. Gradients travel while later ones are computed."""
     if speed.get(stages.ALL_REDUCE, float("inf")) <= speed[stages.STUDENT]:
         return {stages.ALL_REDUCE: 1.0}
-    return _shares({name: 1 / speed[name] for name in (stages.TEACHER, stages.STUDENT) if name in speed})
+    return _fractions({name: 1 / speed[name] for name in (stages.TEACHER, stages.STUDENT) if name in speed})
 
 
-def _shares(times: dict[str, float]) -> dict[str, float]:
+def _fractions(times: dict[str, float]) -> dict[str, float]:
     return {name: seconds / sum(times.values()) for name, seconds in times.items()}
 
 
-def _input_share(speed: dict[str, float], shared_cores: bool) -> float:
-    """See Diagnosis."""
+def _input_fraction(speed: dict[str, float], shared_cores: bool) -> float:
+    """As described at Diagnosis.input_fraction."""
     if stages.PIPELINE not in speed:
         return 0.0
     if shared_cores:
@@ -87,29 +88,29 @@ def _input_share(speed: dict[str, float], shared_cores: bool) -> float:
     return float(speed[stages.WHOLE] < _BUSY * speed[stages.STEP])
 
 
-def _shared_sentence(part: str, share: float, input_share: float, input_wait: float) -> str:
-    side = "pipeline" if input_share > 0.5 else "step"
-    within = f"; most of the {side}'s is {part} ({share:.0%})" if share < 1 else ""
+def _shared_sentence(part: str, fraction: float, input_fraction: float, input_wait: float) -> str:
+    side = "pipeline" if input_fraction > 0.5 else "step"
+    within = f"; most of the {side}'s is {part} ({fraction:.0%})" if fraction < 1 else ""
     return (
-        f"Pipeline and step share the cores: of what each takes alone, {input_share:.0%} is the pipeline's and "
-        f"{1 - input_share:.0%} the step's{within}. {input_wait:.0%} waiting for input, which says little where they "
-        "share"
+        f"Pipeline and step share the cores: of what each takes alone, {input_fraction:.0%} is the pipeline's and "
+        f"{1 - input_fraction:.0%} the step's{within}. The step waits for input {input_wait:.0%} of the time, which "
+        "says little where they share cores"
     )
 
 
 def _sentence(
-    side: str, part: str, share: float, speed: dict[str, float], input_wait: float, headroom: float | None
+    side: str, part: str, fraction: float, speed: dict[str, float], input_wait: float, headroom: float | None
 ) -> str:
     whole, step = speed[stages.WHOLE], speed[stages.STEP]
     if headroom is None:
-        return f"The step limits, and in it the {part} ({share:.0%} of its time): the batches are synthetic"
+        return f"The step limits, and in it the {part} ({fraction:.0%} of its time): the batches are synthetic"
     waiting = f"the step waits for input {input_wait:.1%} of the time and runs at {whole / step:.2f} of its own speed"
     if side == "step":
         return (
-            f"The step limits, and in it the {part} ({share:.0%} of its time): {waiting}; the pipeline has headroom "
+            f"The step limits, and in it the {part} ({fraction:.0%} of its time): {waiting}; the pipeline has headroom "
             f"{headroom:.1f} x"
         )
-    return f"{_capital(part)} limits ({share:.0%} of the pipeline's time): {waiting}"
+    return f"{_capital(part)} limits ({fraction:.0%} of the pipeline's time): {waiting}"
 
 
 def _capital(text: str) -> str:
@@ -118,12 +119,12 @@ def _capital(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Remaining:
-    """What a run has before it.
+    """What a run still has to do.
 
     Attributes:
-      updates: at each image size (pixels).
-      evaluations: of the validation set.
-      to_the_end: whether it is not to stop before.
+      updates: how many at each image size (pixels).
+      evaluations: how many of the validation set.
+      to_the_end: whether the run continues to its end; False where run.stop_after_steps stops it earlier.
     """
 
     updates: dict[int, int]
@@ -131,8 +132,8 @@ class Remaining:
     to_the_end: bool = True
 
 
-def remaining(run) -> Remaining:
-    """What trainer.loop.Run `run` has before it, from its present step to where it stops."""
+def remaining(run: Run) -> Remaining:
+    """What a run still has to do, from its present step to where it stops."""
     per_epoch, updates = run.plan.steps_per_epoch, {}
     for epoch in range(run.state.step // per_epoch, -(-run.stop // per_epoch)):
         first, stop = max(run.state.step, epoch * per_epoch), min(run.stop, (epoch + 1) * per_epoch)
@@ -146,11 +147,11 @@ def remaining(run) -> Remaining:
 
 
 def seconds_left(work: Remaining, images_per_s: dict[int, float], global_batch: int, evaluation_s: float) -> float:
-    """The duration of what is left.
+    """The duration of what remains.
 
     Args:
-      images_per_s: of the whole, at each image size.
-      evaluation_s: of one evaluation.
+      images_per_s: the speed of the complete run at each image size.
+      evaluation_s: the duration of one evaluation.
     """
     updates_s = sum(count * global_batch / images_per_s[size] for size, count in work.updates.items())
     return updates_s + work.evaluations * evaluation_s

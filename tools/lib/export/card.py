@@ -10,7 +10,7 @@ import jinja2
 from timm.data import ImageNetInfo
 
 from pipelines.common.errors import UserError
-from pipelines.common.versions import package_versions
+from pipelines.common.machine import package_versions
 from tools.lib.common.evaluation import Report
 from tools.lib.common.onnx_file import OPSET, PACKAGES
 from trainer.evaluation.trained import TrainedModel

@@ -1,3 +1,5 @@
-"""The parts of tools/parity.py: rows.py (what is held to what), timm_reference.py (timm's own transforms, told what to
-draw), stages.py (each stage of a training image's way).
+"""The parts of tools/parity.py.
+
+stages.py compares each stage of an image's way with timm, timm_reference.py runs timm's own transforms with the plan's
+random numbers, and rows.py is one comparison.
 """

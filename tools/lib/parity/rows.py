@@ -38,7 +38,7 @@ class Row:
       images: how many were compared; 0 where the comparison could not be made.
       max: largest difference of a value.
       mean: mean difference over the values of the photograph where it is largest.
-      share: of the values off by more than 1.
+      off_by_more: the fraction of the values that are off by more than 1.
       tolerance: what is allowed.
       ok: whether it was kept.
       unit: of max and mean.
@@ -51,7 +51,7 @@ class Row:
     images: int
     max: float
     mean: float
-    share: float
+    off_by_more: float
     tolerance: str
     ok: bool
     unit: str = "levels of 255"

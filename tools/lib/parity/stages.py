@@ -6,17 +6,18 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
-from torchvision.transforms import functional as F
+from timm.data import create_dataset
+from torchvision.transforms import functional
 
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
-from pipelines.cpu import apply_op, decode, resized_crop
+from pipelines.ops.pil_ops import apply_op, decode, resized_crop
 from pipelines.ops.torch_ops import apply_ops
 from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
@@ -28,28 +29,35 @@ from tools.lib.common.opening import decode_path, first_device, opened
 from tools.lib.common.photos import photographs, write_photographs
 from tools.lib.parity import timm_reference
 from tools.lib.parity.rows import EXACT, Row, Tolerance, compare, not_compared
-from tools.lib.shards.job import BuildOptions, build
+from tools.lib.shards.build import BuildOptions, build
+from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
-from trainer.update.mixing import Normalize, mix_pixels
+from trainer.update.mixing import mix_pixels
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 CROP_PCT = 0.95
 MAGNITUDES = (3.0, 7.0, 10.0)
 KERNEL = "Triton kernel"
 CPU = torch.device("cpu")
-TINY = "tiny"  # the photograph of 9 x 7 pixels
-# PIL rounds between the two passes of a resize, DALI does not. It shows at sharp edges, and where 9 x 7 pixels are
-# blown up.
+hflip: Any = functional.hflip  # It takes PIL images, too.
+TINY = "tiny"  # This photograph has 9 x 7 pixels.
+# PIL rounds between the two passes of a resize, DALI does not. The difference shows at sharp edges, and where 9 x 7
+# pixels are enlarged.
 RESIZE, RESIZE_TINY = Tolerance(max=16, mean=0.25), Tolerance(max=16, mean=1.0)
-RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # the filter's weights have 16 bits there, 22 in PIL
+RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # The filter's weights have 16 bits in torch and 22 in PIL.
 # Where the sides stand in a simple ratio, many values lie exactly between two levels, and those bits decide.
 RESIZE_TIES = Tolerance(max=2, mean=0.06)
-TIE_SIZES = ((640, 480), (480, 480), (512, 512), (288, 480))  # width and height; to 384: 3/5, 4/5, 3/4, 4/3
+TIE_SIZES = (
+    (640, 480),
+    (480, 480),
+    (512, 512),
+    (288, 480),
+)  # Width and height stand to 384 like 5/3, 5/4, 4/3 and 3/4.
 # A level's difference before an operation may become many by it (posterize, solarize, equalize, auto-contrast).
 TRAINING, TRAINING_TORCH = Tolerance(max=None, mean=1.5), Tolerance(max=None, mean=0.1)
 ROUNDED_ARGUMENTS = Tolerance(max=1)
 ROUNDED_LAMBDA = Tolerance(max=1)
-GPU_DECODER_MEAN = 2.0  # what nvJPEG's chroma upsampling and inverse DCT may add
+GPU_DECODER_MEAN = 2.0  # nvJPEG's chroma upsampling and inverse DCT may add this much.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Photos:
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """One of our ways to carry a plan out."""
+    """One of our ways to carry out a plan."""
 
     name: str
     pipeline: str
@@ -80,7 +88,7 @@ class Executor:
         return batch.images.cpu().numpy()
 
     def allows(self, dali: Tolerance, ours: Tolerance) -> Tolerance:
-        """DALI may be as far off as `dali` says, and on a GPU by its decoder besides; the CPU pipeline by `ours`."""
+        """The tolerance: `dali` for DALI, on a GPU with what its decoder adds; `ours` for the CPU pipeline."""
         if self.pipeline == "torchvision":
             return ours
         if self.device.type == "cuda":
@@ -104,7 +112,7 @@ def open_photos(folder: Path) -> Photos:
     write_photographs(folder / "src")
     build(folder / "src", folder / "out", BuildOptions(samples_per_shard=4))
     index = read_index(folder / "out", "train")
-    dataset = create_dataset("", str(folder / "src" / "train"))
+    dataset: Any = create_dataset("", str(folder / "src" / "train"))  # timm annotates a union of many types.
     by_name = {Path(dataset.filename(i)).stem: dataset[i][0] for i in range(len(dataset))}
     names = [Path(key.decode()).name for key in index.samples["key"]]
     return Photos(index, names, [by_name[name] for name in names])
@@ -139,7 +147,7 @@ def report(photos: Photos, size: int = 224) -> Iterator[Row]:
 def _attempt(name: str, stage: Callable[..., Iterator[Row]], photos: Photos, way: Executor, *arguments) -> list[Row]:
     try:
         return list(stage(name, photos, way, *arguments))
-    except UserError as error:  # DALI is not installed, or cannot do it
+    except UserError as error:  # DALI is not installed, or cannot do this.
         return [not_compared(name, way.name, "timm", str(error))]
 
 
@@ -190,7 +198,7 @@ def _usual_fill() -> tuple[int, int, int]:
 
 
 def _by_size(stage: str, photos: Photos, way: Executor, sample: np.ndarray, pairs: list) -> Iterator[Row]:
-    """Two rows: the ordinary photographs, and the one that is blown up from 9 x 7 pixels."""
+    """Two rows: the ordinary photographs, and the one that is enlarged from 9 x 7 pixels."""
     tiny = [photos.names[row] == TINY for row in sample]
     for name, is_tiny, tolerance in ((stage, False, RESIZE), (f"{stage}, 9 x 7 px", True, RESIZE_TINY)):
         chosen = [i for i in range(len(pairs)) if tiny[i] is is_tiny]
@@ -207,7 +215,7 @@ def crop_resize(stage: str, photos: Photos, way: Executor, size: int, interpolat
 
 
 def training(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
-    """The whole training transform, from the uniforms on: crop, resize, flip, RandAugment."""
+    """The complete training transform, from the uniforms on: crop, resize, flip, RandAugment."""
     plan = _train_plan(photos, size)
     if way.pipeline == "torchvision":
         sample, pairs = _trained(photos, way, plan, steps=16, our_resize=True)
@@ -230,7 +238,7 @@ def flip(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
     plan = _train_plan(photos, size, flip=0.0, randaugment_ops=0).rows(0, len(photos))
     bare = way.pixels(photos, plan)
     flipped = way.pixels(photos, dataclasses.replace(plan, flip=np.ones(len(plan), dtype=bool)))
-    expected = [np.asarray(F.hflip(Image.fromarray(image))) for image in bare]
+    expected = [np.asarray(hflip(Image.fromarray(image))) for image in bare]
     yield compare(stage, way.name, "timm (torchvision)", zip(flipped, expected, strict=True), EXACT)
 
 
@@ -306,7 +314,7 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
 def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
     """Mixup of every pair of levels by timm with its own lambda, which a plan rounds to float32."""
     uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, draws.MIX_DRAWS)
-    lam, box = draws.mixes(uniforms, plan.image_size, plan.augment)
+    lam, box = draws.mixes(uniforms, plan.image_size_at(0), plan.augment)
     blended = np.flatnonzero(~box.any(axis=1))
     exact = draws.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
     # [2, 256, 256, 1]: two images in which each of the 65,536 pairs of levels meets
@@ -319,7 +327,7 @@ def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
     num_off = sum(int((one != other).sum()) for one, other in pairs)
     num_lambdas = sum(bool((one != other).any()) for one, other in pairs)
     num_values = len(pairs) * levels.size
-    note = f"{num_off} of {num_values:,} values are a level off, under {num_lambdas} of {len(pairs):,} lambdas"
+    note = f"{num_off} of {num_values:,} values differ by one level, with {num_lambdas} of {len(pairs):,} lambdas"
     return dataclasses.replace(row, note=note)
 
 
@@ -340,7 +348,9 @@ def _blended(images: np.ndarray, lam: np.float32) -> np.ndarray:
 def evaluation(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
     """Resize and centre crop of validation."""
     ours = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, interpolation).rows(0, len(photos)))
-    timms = create_transform(224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False)
+    timms = timm_reference.timm_transform(
+        224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False
+    )
     yield from _evaluated(stage, photos, way, ours, timms)
 
 
@@ -348,7 +358,7 @@ def squashed(stage: str, photos: Photos, way: Executor, interpolation: str) -> I
     """Both sides resized to 384 px, as the models with crop_mode squash have it."""
     ours = way.pixels(photos, EvalPlan(photos.index, 384, 1.0, interpolation, "squash").rows(0, len(photos)))
     how = {"interpolation": interpolation, "crop_pct": 1.0, "crop_mode": "squash", "normalize": False}
-    yield from _evaluated(stage, photos, way, ours, create_transform(384, is_training=False, **how))
+    yield from _evaluated(stage, photos, way, ours, timm_reference.timm_transform(384, is_training=False, **how))
 
 
 def _evaluated(
@@ -384,11 +394,11 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         torch.manual_seed(0)
         model = timm.create_model("resnet18")
     config = preprocessing(model)
-    timms = create_transform(224, is_training=False, interpolation=config.interpolation, crop_pct=CROP_PCT)
+    timms = timm_reference.timm_transform(224, is_training=False, interpolation=config.interpolation, crop_pct=CROP_PCT)
     expected = torch.stack([timms(image) for image in photos.timms])
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # statistics are those of the one batch
+            module.momentum = None  # The statistics are then those of this batch.
     model.train()(expected)
     model.eval()
     pixels = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, config.interpolation).rows(0, len(photos)))
@@ -402,9 +412,9 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         images=len(photos),
         max=off.max().item(),
         mean=off.mean(1).max().item(),
-        share=1.0 - same,
+        off_by_more=1.0 - same,
         tolerance="same class",
         ok=same == 1.0,
         unit="logits",
-        note=f"logits, whose standard deviation is {theirs.std(1).mean():.2g}; share: of images of another class",
+        note=f"logits (standard deviation {theirs.std(1).mean():.2g}); off by > 1: images whose best class differs",
     )

@@ -1,14 +1,15 @@
-"""timm's own transforms as installed, drawing from the plan's random numbers instead of Python's.
+"""The installed timm's own transforms, which draw from the plan's random numbers instead of Python's.
 
-Nothing of timm is rewritten: its modules are given another `random` while an image is transformed. So what is compared
-is everything, from uniform numbers to pixels: which crop, which operations, which arguments, and how they are done.
-One thing is made the plan's: a plan stores the arguments of operations in float32, timm computes them in float64. They
-are rounded here unless a caller wants to see what that does.
+Nothing of timm is rewritten: its modules get another `random` while an image is transformed. So everything is compared,
+from uniform numbers to pixels: which crop, which operations, which arguments, and how they are carried out. A plan
+stores the arguments of operations in float32, timm computes them in float64. They are rounded here, unless a caller
+wants to see the effect of that.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.mixup import FastCollateMixup
 
-from pipelines.cpu import resized_crop
+from pipelines.ops.pil_ops import resized_crop
 from pipelines.plan import draws as augment
 from pipelines.plan import rng
 from pipelines.plan.draws import AugmentConfig, Op
@@ -45,6 +46,11 @@ NAMES = {
 }
 
 
+# timm annotates the union of all that it may return, and floats and ints more narrowly than it takes them.
+timm_transform: Any = create_transform
+_AugmentOp: Any = AugmentOp
+
+
 class TimmTraining:
     """timm's training transform, for the positions of a plan. The plan's RandAugment is the recipe's, or none.
 
@@ -55,12 +61,12 @@ class TimmTraining:
     def __init__(self, plan: TrainPlan, *, our_resize: bool = False):
         self._plan = plan
         self._our_resize = our_resize
-        self._transform = create_transform(
+        self._transform = timm_transform(
             plan.image_size,
             is_training=True,
             auto_augment=RANDAUGMENT if plan.augment.randaugment_ops else None,
             color_jitter=None,
-            hflip=1.0,  # present; each image says below whether it is flipped
+            hflip=1.0,  # The step must be there; each image sets its probability below.
             interpolation=plan.augment.interpolation,
             normalize=False,
         )
@@ -86,13 +92,16 @@ class TimmTraining:
 
 
 class _PlannedRandom:
-    """Stands in for Python's `random` and numpy's `choice` in timm while one image is transformed. The layout of the
-    uniforms is that of `augment.resized_crops` and `augment.randaugment`.
+    """Stands in for Python's `random` and numpy's `choice` in timm while one image is transformed.
+
+    The layout of the uniforms is that of `augment.resized_crops` and `augment.randaugment`.
     """
 
     def __init__(self, crop: Sequence[float], operations: Sequence[float]):
         self._tries = iter(crop[: 2 * augment.CROP_TRIES])
         self._corner = iter(crop[2 * augment.CROP_TRIES :])
+        self._uniforms: Iterator[float] = iter(())  # The next draws of an operation: its gate, and its sign.
+        self._normal = 0.0  # The draw for its magnitude.
         # [operations, 5]: which, gate, two for the normal magnitude, sign
         self._operations = np.reshape(operations[: len(operations) // 5 * 5], (-1, 5))
 
@@ -116,9 +125,8 @@ class _PlannedRandom:
 
     def _drawn(self, operations: Sequence[AugmentOp], which: float, gate: float, one: float, two: float, sign: float):
         def apply(image: Image.Image) -> Image.Image:
-            self._uniforms = iter(
-                [gate, 1.0 - sign]
-            )  # timm negates where its draw is large, the plan where it is small
+            # timm negates where its draw is large, the plan where it is small.
+            self._uniforms = iter([gate, 1.0 - sign])
             self._normal = math.sqrt(-2.0 * math.log1p(-one)) * math.cos(2.0 * math.pi * two)
             return operations[int(which * len(operations))](image)
 
@@ -143,9 +151,9 @@ def _in_float32(level_fn: Callable | None) -> Callable | None:
 
 
 def operation(op: Op, magnitude: float, sign: int, fill: tuple[int, int, int], *, float32: bool = True):
-    """One of timm's operations at a magnitude from 0 to 10 and a sign: a function of a PIL image."""
+    """One of timm's operations at a magnitude from 0 to 10 and with a sign, as a function of a PIL image."""
     hparams = {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    timms = AugmentOp(NAMES[op], prob=1.0, magnitude=magnitude, hparams=hparams)
+    timms = _AugmentOp(NAMES[op], prob=1.0, magnitude=magnitude, hparams=hparams)
     timms.level_fn = _in_float32(timms.level_fn) if float32 else timms.level_fn
 
     def apply(image: Image.Image) -> Image.Image:

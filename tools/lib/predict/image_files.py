@@ -14,11 +14,10 @@ import numpy as np
 from pipelines.common.errors import UserError
 from pipelines.common.files import is_hidden
 from pipelines.common.machine import num_cores
-from pipelines.cpu import crop_resize, decode
+from pipelines.ops.pil_ops import crop_resize, decode
+from pipelines.prefetch import look_ahead
+from pipelines.shards.index import synthetic_index
 from pipelines.shards.jpeg import check_scans
-from pipelines.shards.reader import look_ahead
-from pipelines.synthetic import synthetic_index
-from tools.lib.shards.entries import EXTENSIONS, HIDDEN, Unused, is_image, printable
 from tools.lib.shards.images import (
     MAX_BYTES,
     RejectedImageError,
@@ -29,8 +28,9 @@ from tools.lib.shards.images import (
     read_jpeg_header,
     rejecting,
 )
-from tools.lib.shards.tars import tar_files
-from tools.lib.shards.walk import walk
+from tools.lib.shards.sources.contents import EXTENSIONS, is_image, printable, walk
+from tools.lib.shards.sources.source import HIDDEN, Unused
+from tools.lib.shards.sources.tars import tar_files
 from trainer.evaluation.trained import EvalTransform
 
 _IMAGE, _SHARD, _OTHER = "image", "shard", "other"

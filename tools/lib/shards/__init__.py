@@ -1,5 +1,7 @@
-"""The parts of tools/shard_imagenet.py, in the order in which they build on each other:
+"""The parts of tools/shard_imagenet.py, which makes datasets; each file builds on those before it.
 
-images.py (one image), tars.py (reading tars), sources.py (where images come from), shards.py (one shard), job.py (all
-shards, crash-safe), reindex.py (existing tars), verify.py (is it still what was written).
+images.py (one image), sources/ (where images come from), shard.py (one shard), manifest_builder.py (index, audit and
+manifest from the records of all shards), listing.py and conversion.py (an unfinished conversion on the disk), build.py
+(all shards, safe against crashes), reindex.py (existing tars), verify.py (is everything still as it was written),
+summary.py (what people want to know about a dataset).
 """

@@ -1,4 +1,4 @@
-"""One image on its way into a shard: looked at, repaired or refused, shrunk if asked."""
+"""One image on its way into a shard: it is checked, repaired or rejected, and shrunk if asked for."""
 
 import contextlib
 import dataclasses
@@ -14,8 +14,8 @@ from pipelines.common.files import instead_of_content
 from pipelines.shards.damage import open_with_pil
 from pipelines.shards.jpeg import MAX_PIXELS, JpegHeader, check_scans, is_plain, read_jpeg_header
 
-TINY_PX = 32  # a shorter side below this is reported
-MAX_BYTES = 4 * MAX_PIXELS  # of an encoded image; no more is read into memory
+TINY_PX = 32  # Images with a shorter side than this are reported.
+MAX_BYTES = 4 * MAX_PIXELS  # No encoded image has more; larger files are not read into memory.
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -25,7 +25,7 @@ class RejectedImageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What is done to an image; part of what a conversion is.
+    """What is done to each image. Another choice is another conversion.
 
     Attributes:
       audit: decode every image in full; without it only headers are read, and damage behind them stays unnoticed.
@@ -49,7 +49,7 @@ class CheckedImage:
     Attributes:
       jpeg: RGB or grayscale, baseline or progressive.
       height, width: pixels as stored.
-      repaired: what was wrong with the source, or None where its bytes were taken as they are or only shrunk.
+      repaired: what was wrong with the source, or None where nothing was: its bytes are unchanged, or only shrunk.
       resized: whether it was shrunk.
       orientation: EXIF orientation of the source, 1 where it has none; recorded, never applied (0 to 255).
     """
@@ -63,7 +63,7 @@ class CheckedImage:
 
 
 def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
-    """Look at an image file's content and make a plain JPEG of it.
+    """Check an image file's content and make a plain JPEG of it.
 
     RGB and grayscale JPEGs in baseline or progressive coding keep their bytes. Anything else that PIL decodes becomes
     an RGB JPEG of quality 95 without chroma subsampling, as `Image.convert("RGB")` gives it: what a loader of the image
@@ -77,15 +77,14 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
     if found := instead_of_content(content[:200]):
         raise RejectedImageError(found)
     header = read_jpeg_header(content)
-    plain = is_plain(header)
     with warnings.catch_warnings(), rejecting():
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
-        if plain and not options.audit and not 0 < options.resize_short < min(header.height, header.width):
+        if header is not None and is_plain(header) and not options.audit and not _is_shrunk(header, options):
             check_dimensions(header.width, header.height)
             check_scans(content)
             orientation = _orientation(open_with_pil(content)) if header.has_exif else 1
             return CheckedImage(content, header.height, header.width, None, False, orientation)
-        return _decode(content, header, plain, options)
+        return _decode(content, header, options)
 
 
 @contextlib.contextmanager
@@ -110,12 +109,16 @@ def opened(content: bytes) -> Image.Image:
     return image
 
 
-def _decode(content: bytes, header: JpegHeader | None, plain: bool, options: ImageOptions) -> CheckedImage:
+def _is_shrunk(image: JpegHeader | Image.Image, options: ImageOptions) -> bool:
+    return 0 < options.resize_short < min(image.height, image.width)
+
+
+def _decode(content: bytes, header: JpegHeader | None, options: ImageOptions) -> CheckedImage:
     image = opened(content)
     orientation = _orientation(image) if header is None or header.has_exif else 1
     image.load()
-    repaired = None if plain and image.mode in ("RGB", "L") else _misfit(image, header)
-    shrink = 0 < options.resize_short < min(image.size)
+    repaired = None if is_plain(header) and image.mode in ("RGB", "L") else _misfit(image, header)
+    shrink = _is_shrunk(image, options)
     if not repaired and not shrink:
         return CheckedImage(content, image.height, image.width, None, False, orientation)
     pixels = plain_image(image)
@@ -140,7 +143,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _misfit(image: Image.Image, header: JpegHeader | None) -> str:
-    """What keeps an image's bytes from being used as they are."""
+    """Say what keeps an image's bytes from being used unchanged."""
     if header is None or image.format not in ("JPEG", "MPO"):
         return f"{image.format} image, mode {image.mode}"
     if image.mode not in ("RGB", "L"):
@@ -160,5 +163,5 @@ def plain_image(image: Image.Image) -> Image.Image:
 
 def _shrink(image: Image.Image, short: int) -> Image.Image:
     scale = short / min(image.size)
-    size = tuple(max(short, round(side * scale)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(short, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

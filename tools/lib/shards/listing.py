@@ -8,13 +8,20 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 from pipelines.common.errors import UserError, grouped, named
 from pipelines.common.files import replacing, write_synced
-from tools.lib.shards.entries import MISPLACED, Entry, Source, Unused
+from tools.lib.shards.sources.source import MISPLACED, Entry, Source, Unused
 
-_START_BYTES = 8  # of a line's place in a listing
+_START_BYTES = 8  # The place of a line in a listing is stored in this many bytes.
+
+
+class ListingSummary(TypedDict):
+    """The listing of a split: the number of samples, and the hash of their lines."""
+
+    samples: int
+    sha256: str
 
 
 def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
@@ -37,7 +44,7 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
             source.root, (each for split in source.splits for each in read_unused(partial, split)), skip_bad
         )
         for split in source.splits:
-            if not num_listed(partial, split):
+            if not listed(partial, split)["samples"]:
                 left = [each.source for each in read_unused(partial, split) if each.kind == MISPLACED]
                 why = f"All that it holds was left out ({named(left, 3)}). Sort it" if left else "Add some"
                 raise UserError(f"{source.root}: no images in split {split}. {why}, or move the split away")
@@ -84,8 +91,8 @@ def path_of(partial: Path, split: str) -> Path:
     return partial / "listing" / f"{split}.json"
 
 
-def listed(partial: Path, split: str) -> dict:
-    """The number of samples of a split and the hash of its listing: samples, sha256."""
+def listed(partial: Path, split: str) -> ListingSummary:
+    """Read how many samples a split has, and the hash of its listing."""
     return json.loads(path_of(partial, split).read_text())
 
 
@@ -135,7 +142,7 @@ class Listing:
     def __init__(self, partial: Path, split: str):
         self._partial = partial
         # Not from the size of a file, which may have changed: the order of a split depends on its length.
-        self._samples = num_listed(partial, split)
+        self._samples = listed(partial, split)["samples"]
         # Both stay open as long as the worker. They are not mapped: that would end it with SIGBUS if they shrank.
         self._starts = open(partial / "listing" / f"{split}.starts", "rb")  # noqa: SIM115
         self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115
@@ -154,8 +161,3 @@ class Listing:
     def _check_complete(self, file: BinaryIO, is_complete: bool) -> None:
         if not is_complete:
             raise UserError(f"{file.name}: is cut off. Remove {self._partial} to begin the conversion again")
-
-
-def num_listed(partial: Path, split: str) -> int:
-    """How many samples a split has."""
-    return listed(partial, split)["samples"]

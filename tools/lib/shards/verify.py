@@ -1,4 +1,4 @@
-"""Is a dataset still what was written, and what is in it."""
+"""Is a dataset still what was written."""
 
 import dataclasses
 import hashlib
@@ -10,15 +10,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.common.errors import named
-from pipelines.common.files import sha256_of
-from pipelines.shards.index import AUDIT, INDEX, MANIFEST, class_order, read_manifest, read_rows
+from pipelines.common.files import is_hidden, sha256_of
+from pipelines.shards.index import read_rows
+from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST, Manifest, ShardEntry, read_manifest
 from tools.lib.common.process_pool import run_jobs
-from tools.lib.shards.class_notes import class_notes
-from tools.lib.shards.entries import is_hidden
 from tools.lib.shards.images import ImageOptions, RejectedImageError, check_image
-from tools.lib.shards.shards import LABEL_PARTS, dali_index, read_dali_index
-from tools.lib.shards.tars import BLOCK, first_not_zero, tar_header, tar_members
+from tools.lib.shards.shard import dali_index, read_dali_index
+from tools.lib.shards.sources.tars import BLOCK, first_not_zero, tar_header
+from tools.lib.shards.sources.webdataset import LABEL_PARTS, tar_members
 
 _NAMED = 20  # faults of one shard
 
@@ -69,14 +68,14 @@ def verify(
             start += shard["samples"]
             jobs.append((root, split, shard, rows, decode, manifest["source"]["kind"] != "webdataset", names))
     faults += _strangers(root, manifest, known)
-    found = {}
+    found: dict[int, list[Fault]] = {}
     for number, of_shard in run_jobs(_verify_shard, jobs, workers):
         found[number] = of_shard
         on_shard(len(found), len(jobs))
     return faults + [fault for number in sorted(found) for fault in found[number]]
 
 
-def _strangers(root: Path, manifest: dict, known: set[str]) -> Iterator[Fault]:
+def _strangers(root: Path, manifest: Manifest, known: set[str]) -> Iterator[Fault]:
     """Files that the manifest does not know; what lay beside indexed tars of another writer is fine."""
     is_foreign = manifest["source"]["kind"] == "webdataset"
     listed = {item["source"] for item in manifest["audit"].get("left_out", ())} if is_foreign else set()
@@ -103,7 +102,7 @@ def _verify_file(root: Path, name: str, sha256: str) -> list[Fault]:
 def _verify_shard(
     root: Path,
     split: str,
-    shard: dict,
+    shard: ShardEntry,
     span: tuple[int, int] | None,
     decode: bool,
     ours: bool,
@@ -128,7 +127,7 @@ def _verify_shard(
 
 
 def _verify_tar(
-    path: Path, name: str, shard: dict, rows: np.ndarray | None, ours: bool, names: dict[str, str]
+    path: Path, name: str, shard: ShardEntry, rows: np.ndarray | None, ours: bool, names: dict[str, str]
 ) -> list[Fault]:
     if not path.is_file():
         return [Fault(name, "", "missing")]
@@ -152,7 +151,7 @@ def _verify_tar(
     return faults + found or [unknown]
 
 
-def _verify_idx(root: Path, split: str, shard: dict, intact: bool) -> list[Fault]:
+def _verify_idx(root: Path, split: str, shard: ShardEntry, intact: bool) -> list[Fault]:
     name = f"{split}/{Path(shard['name']).with_suffix('.idx')}"
     faults = _verify_file(root, name, shard["idx_sha256"])
     if not faults or not intact or not (root / name).is_file():
@@ -246,57 +245,3 @@ def _decode(path: Path, name: str, rows: np.ndarray) -> list[Fault]:
                 size = f"{row['height']} x {row['width']}"
                 faults.append(Fault(name, where, f"is {image.height} x {image.width}, the index says {size}"))
     return faults
-
-
-def summarize(root: Path) -> dict[str, str]:
-    """What a dataset folder holds, for people: label -> text, in the order to be shown."""
-    manifest = read_manifest(root)
-    audit = manifest["audit"]
-    lines = {
-        "dataset": str(root),
-        "source": f"{manifest['source']['kind']}: {manifest['source']['name']}",
-        "options": ", ".join(f"{key} {value}" for key, value in manifest["options"].items()),
-        "classes": f"{len(manifest['classes']):,}, order {class_order(manifest)}",
-    }
-    lines |= {f"note {number}": note for number, note in enumerate(class_notes(manifest), 1)}
-    for split, entry in manifest["splits"].items():
-        counts = np.array(entry["class_counts"])
-        lines[split] = (
-            f"{entry['samples']:,} images in {len(entry['shards']):,} shards, {human_bytes(entry['bytes'])}; "
-            f"{counts.min():,} to {counts.max():,} a class"
-        )
-        if empty := [manifest["classes"][i] for i in np.flatnonzero(counts == 0)]:
-            lines[f"{split}: empty classes"] = named(empty)
-        lines[f"{split}: digest"] = entry["digest"][:16]
-    counts = audit["counts"]
-    leaks = sum(len({key.partition("/")[0] for key in group}) > 1 for group in audit["duplicates"])
-    for kind in ("repaired", "rejected"):
-        first = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
-        lines[kind] = f"{counts[kind]:,}" + (f": {first}" if first else "") + (" ..." if counts[kind] > 3 else "")
-    among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
-    lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
-    if counts.get("left_out"):
-        items = [f"{item['source']} ({item['reason']})" for item in audit.get("left_out", [])[:3]]
-        lines["left out"] = f"{counts['left_out']:,}: {'; '.join(items)}{' ...' if counts['left_out'] > 3 else ''}"
-    lines["hidden, passed over"] = f"{counts.get('hidden', 0):,}"
-    lines["tiny, oriented, resized"] = f"{counts['tiny']:,}, {counts['oriented']:,}, {counts['resized']:,}"
-    return lines
-
-
-def human_bytes(num: float) -> str:
-    """1234567 -> '1.23 MB'."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num < 1000:
-            return f"{num:.3g} {unit}" if unit != "bytes" else f"{num:.0f} bytes"
-        num /= 1000
-    return f"{num:,.3g} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """4000 -> '1 h 07 min'."""
-    if 0 < seconds < 1:
-        return f"{seconds:.2f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.common.errors import UserError, clipped
+from pipelines.common.files import sha256_of
 from pipelines.plan.plan import LARGEST_SIDE
 from trainer.config.model_arguments import Kwargs, check_sizes, without_reserved
+from trainer.config.sections import Config
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
@@ -224,3 +226,24 @@ def _check_values(path: Path, config: dict) -> None:
             raise UserError(
                 f"{path}: {key} is {clipped(config[key])}, not {words}. Correct it, or export the model again"
             )
+
+
+def model_contents(config: Config) -> dict[str, str | None]:
+    """Short hashes of the files that the student and every teacher come from: {"content of KEY": hash, or None}.
+
+    Weights on Hugging Face's hub are not read: they may have to be downloaded first, which takes longer than ranks wait
+    for each other. The revision of their repository stands for them.
+    """
+    found: dict[str, str | None] = {}
+    for key, model in [("student", config.student), *config.teacher.members]:
+        files = {f"{key}.checkpoint": model.checkpoint, f"{key}.classes": model.classes}
+        if folder := named_folder(model.name):
+            files[f"{key}.name ({CONFIG})"] = folder.path / CONFIG
+            is_random = key == "student" and not config.student.pretrained
+            if folder.is_on_hub:
+                found[f"revision of {key}.name"] = folder.path.name
+            elif model.checkpoint is None and not is_random:
+                files[f"{key}.name (weights)"] = folder.weights_file()
+        for name, path in files.items():
+            found[f"content of {name}"] = sha256_of(path)[:12] if path and path.is_file() else None
+    return found

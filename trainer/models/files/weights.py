@@ -12,8 +12,8 @@ import torch
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content
+from trainer.models.checkpoint_format import DamagedError, checked, is_of_trainer
 from trainer.models.files.torch_files import ClaimError, load_plain, memory_for, require_regular
-from trainer.state.checkpoint import DamagedError, checked, is_of_trainer
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {

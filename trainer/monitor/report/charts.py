@@ -5,11 +5,11 @@ import io
 
 import numpy as np
 
-# Okabe and Ito, Color Universal Design (2008), without the yellow, which is too light for a line on white
+# These are Okabe and Ito, Color Universal Design (2008), without the yellow: it is too light for a line on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = {"solid": "-", "dashed": (0, (4, 2))}
 _MARKS = {"session": ("restarted", (0, (4, 3))), "rollback": ("went back to a checkpoint", (0, (1, 1.5)))}
-_MANY_POINTS = 100  # of a noisy curve: from here on its moving average is drawn over it
+_MANY_POINTS = 100  # A noisy curve of at least this many points gets its moving average drawn over it.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Curve:
 
     Attributes:
       label: in the legend.
-      color: which one: curves of one run share theirs when several are compared.
+      color: its number; the curves of one run have the same one when several runs are compared.
       x, y: its points.
       style: solid or dashed.
     """
@@ -37,7 +37,7 @@ class Chart:
     Attributes:
       name: of its file, without the ending.
       title, x_label, y_label: with units.
-      marks: (kind of line in metrics.jsonl, color or None for gray, x) of what happened to a run.
+      marks: (kind of line in metrics.jsonl, color or None for gray, x) for each event of a run.
       noisy: moving averages are drawn over the curves.
       from_zero: the y axis begins at 0.
       rims: curves may be equal and hide each other; earlier ones are drawn wider, and show as rims.
@@ -56,11 +56,12 @@ class Chart:
 
 def draw(chart: Chart) -> bytes:
     """The chart as a PNG of 1120 x 640 pixels or a little more, for a legend of many runs."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no state, drawn by Agg
+    from matplotlib.figure import Figure  # Unlike pyplot it needs no window and has no state.
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     entries = len(chart.curves) + len({kind for kind, _, _ in chart.marks})
-    figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
     axes = figure.add_subplot()
     for kind, color, x in chart.marks:
         shade = "0.55" if color is None else _color(color)
@@ -95,11 +96,13 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
     }
     y = curve.y
     if chart.noisy and len(y) >= _MANY_POINTS:
-        if len(chart.curves) <= 2:  # more would hide each other
+        if len(chart.curves) <= 2:  # More curves would hide each other.
             axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
         y = moving_average(y)
     marker = "o" if len(y) <= 12 else None
-    width = 1.7 + 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve)) * chart.rims
+    width = 1.7
+    if chart.rims:
+        width += 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve))
     axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
 
 
@@ -119,12 +122,12 @@ def _dress(axes, chart: Chart) -> None:
 
 
 def _plain(label: str) -> str:
-    """A label that matplotlib shows as it is: no formula between dollars, and not left out for its underscore."""
+    """A label that matplotlib shows unchanged: no formula between dollars, and not left out for its underscore."""
     return (" " if label[:1] == "_" else "") + label.replace("$", r"\$")
 
 
 def _add_legend(figure, chart: Chart) -> None:
-    """Below the axes, where it hides nothing; none for a single curve that the title names."""
+    """Add a legend below the axes, where it hides nothing; a single curve needs none, because the title names it."""
     from matplotlib.lines import Line2D
 
     handles = []

@@ -1,6 +1,6 @@
 """The report on one run or several: a page that needs no other file, and its pictures beside it.
 
-Everything is read from the runs' folders, so a run may be going on, or have been killed.
+Everything is read from the runs' folders, so a run may be in progress, or have been killed.
 """
 
 import base64
@@ -30,20 +30,20 @@ from trainer.monitor.sample_grid import SAMPLES
 
 PAGE = "index.html"
 _NONE = "–"
-_MOST_DRAWN = 1e30  # larger numbers, and those that are not finite, have no place in a chart
+_MOST_DRAWN = 1e30  # Larger numbers, and those that are not finite, are left out of charts.
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder tells.
+    """What a run's folder holds.
 
     Attributes:
       name: in the report.
       config: config.yaml, {} without one.
       lines: of metrics.jsonl.
-      summary: of the latest session, {} unless it came to an end.
-      num_damaged: damaged images met.
-      unusable: what in these files is left out because it cannot be used, in words.
+      summary: of the latest session, {} unless it has ended.
+      num_damaged: how many damaged images were found.
+      unusable: the parts of these files that are left out because they cannot be used, in words.
     """
 
     folder: Path
@@ -60,11 +60,12 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """After which the log ends."""
+        """The step after which the log ends."""
         return self.lines[-1]["step"] if self.lines else 0
 
     @property
     def steps_per_epoch(self) -> int | None:
+        """None where the log does not say it."""
         return next((line["steps_per_epoch"] for line in self.of("session") if "steps_per_epoch" in line), None)
 
     @property
@@ -74,17 +75,17 @@ class RunRecord:
 
     @functools.cached_property
     def deviations(self) -> list[dict] | None:
-        """What differs from the recipe, as from `audit`; None where this version cannot tell."""
+        """The settings that differ from the recipe, as from `audit`; None where this version cannot read them."""
         if self.summary:
             return self.summary["deviations"]
         try:
             return audit(parse(["--config", str(self.folder / "config.yaml")]))
-        except UserError:  # written by another version
+        except UserError:  # Another version has written it.
             return None
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Raises a UserError if the folder is none of a run."""
+    """Read a run's folder. Raises a UserError if it is not one."""
     config, metrics, summary = folder / "config.yaml", folder / METRICS, folder / SUMMARY
     if not (config.is_file() or metrics.is_file()):
         raise UserError(f"{folder}: not the folder of a run, it has no config.yaml. Give what --run.out was")
@@ -96,7 +97,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
     ended = read_summary(summary)
     unusable += [SUMMARY] if ended is None else []
     if lines and ended and ended["step"] < lines[-1]["step"]:
-        ended = {}  # of an earlier session
+        ended = {}  # It is an earlier session's.
     try:
         settings = read_yaml(config) if config.is_file() else {}
     except UserError:
@@ -134,10 +135,10 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
 
 def report_or_reason(folder: Path) -> str:
-    """Write the report of a run to its folder. A line that names the page, or says why there is none."""
+    """Write the report of a run to its folder. Returns a line that names the page, or says why there is none."""
     try:
         return f"report: {write_report([folder], folder / 'report')}"
-    except Exception as error:  # whatever it is, a picture must not make a run fail that has been trained
+    except Exception as error:  # A picture must not make a run fail that has been trained.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"no report was drawn ({reason}); tools/report.py {folder} tries again"
 
@@ -177,7 +178,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         chart(
             "input_wait",
             "Waiting for input",
-            "share of the time (%)",
+            "fraction of the time (%)",
             ("train", "input_wait", None, 100, ""),
             noisy=True,
             from_zero=True,
@@ -197,14 +198,14 @@ def _curves(run: RunRecord, number: int, num_runs: int, in_epochs: bool, series:
         x, y = x[drawn], y[drawn]
         if not len(y):
             continue
-        names = [run.name] * (num_runs > 1) + [label] * bool(label)
+        names = [run.name, label] if num_runs > 1 else [label]
         color = i if num_runs == 1 else number
-        curves.append(Curve(", ".join(names), color, x, y, "dashed" if i else "solid"))
+        curves.append(Curve(", ".join(filter(None, names)), color, x, y, "dashed" if i else "solid"))
     return curves
 
 
 def numbers(run: RunRecord) -> dict[str, str]:
-    """What a run came to, in words, in the order of the page."""
+    """The results of a run in words, in the order of the page."""
     train, evals, sessions = run.of("train"), run.of("eval"), run.of("session")
     total = run.summary.get("total_steps") or next((s["total_steps"] for s in sessions[-1:] if "total_steps" in s), "?")
     last = evals[-1] if evals else {}
@@ -228,7 +229,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "restarts": str(len(run.restarts)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
         "ranks, latest session": _ranks(sessions[-1]) if sessions else _NONE,
-        "damaged images met": str(run.num_damaged),
+        "damaged images": str(run.num_damaged),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
 
@@ -298,15 +299,15 @@ def _template() -> jinja2.Template:
 
 
 def _setting(value: object) -> str:
-    """As the command line takes it."""
+    """A setting as the command line takes it."""
     return value if isinstance(value, str) else _json(value)
 
 
 def _json(value: object, indent: int | None = None) -> str:
-    """JSON, also of what a YAML file has and JSON has not, such as a date."""
+    """JSON, also of values that YAML has and JSON has not, such as a date."""
     try:
         return json.dumps(value, indent=indent, default=str)
-    except (TypeError, RecursionError):  # keys that are no text; lists in lists without end
+    except (TypeError, RecursionError):  # A key is not text, or a list contains itself.
         return clipped(value)
 
 

@@ -230,17 +230,19 @@ import resource, sys
 from pathlib import Path
 from pipelines.common.errors import UserError
 from tests.chaos.attempts import mapped_bytes
-from trainer import checkpoint
+from trainer.state import checkpoint, resume
 limit = mapped_bytes() + (40 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    checkpoint.{read}
+    {read}
 except UserError as error:
     print(type(error).__name__, error)
 """
 
 
-@pytest.mark.parametrize("read", ["newest_complete(Path(sys.argv[1]))", "prepare(Path(sys.argv[1]), 1)"])
+@pytest.mark.parametrize(
+    "read", ["checkpoint.newest_complete(Path(sys.argv[1]))", "resume.prepare(Path(sys.argv[1]), 1)"]
+)
 def test_a_checkpoint_that_memory_is_too_short_for_is_not_damaged(tmp_path, read):
     paths = folder_of_two(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in paths}

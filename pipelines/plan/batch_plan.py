@@ -1,0 +1,70 @@
+"""The rows of a plan: everything that an executor needs for B positions."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """What an executor carries out for B consecutive positions.
+
+    The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
+    `image_size` at `window`, flip, the operations from left to right, fill the box `erase`. Mixing follows in the
+    training step.
+
+    Attributes:
+      position: the position of the first row.
+      image_size: side of the square output, pixels.
+      interpolation: filter of the resize, bicubic or bilinear, antialiased.
+      fill: RGB that geometric operations put where the source has no pixel, and erasing everywhere in its box.
+      mix_group: rows that are mixed with each other, partner = the group reversed; 0 where none of these rows are.
+      sample: int32 [B], row of the ShardIndex.
+      crop: int32 [B, 4], top, left, height, width in source pixels.
+      resize: int32 [B, 2], height and width that the crop is resized to.
+      window: int32 [B, 2], top and left of the window in the resized crop.
+      flip: bool [B].
+      ops: uint8 [B, L], values of draws.Op.
+      args: float32 [B, L], their arguments.
+      erase: int32 [B, 4], top, left, height, width of the box that becomes the fill colour; zeros erase nothing.
+      lam: float32 [B], weight of the row's own label after mixing.
+      box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
+      valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
+      windowed: whether there is a window to cut out at all; without, every crop is resized to the output's size.
+      partners: the rows that these are mixed with, where these are only a part of a group; then mix_group is 0. None
+        elsewhere. Its own `position` means nothing.
+    """
+
+    position: int
+    image_size: int
+    interpolation: str
+    fill: tuple[int, int, int]
+    mix_group: int
+    sample: np.ndarray
+    crop: np.ndarray
+    resize: np.ndarray
+    window: np.ndarray
+    flip: np.ndarray
+    ops: np.ndarray
+    args: np.ndarray
+    erase: np.ndarray
+    lam: np.ndarray
+    box: np.ndarray
+    valid: np.ndarray
+    windowed: bool
+    partners: "BatchPlan | None" = None
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def split(self, size: int) -> Iterator["BatchPlan"]:
+        """The same rows, `size` at a time: the fixed cost of planning is paid once for all of them."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size), self.position + start)
+
+    def take(self, rows: slice | np.ndarray, position: int) -> "BatchPlan":
+        """Some of the rows, of which the first is at `position`."""
+        columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        partners = None if self.partners is None else self.partners.take(rows, self.partners.position)
+        return dataclasses.replace(self, position=position, partners=partners, **columns)

@@ -1,0 +1,54 @@
+"""The probe finds the decode path that works, whatever the other one does to its process."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+
+from pipelines import PipelineConfig, dali_probe
+from pipelines.common.errors import UserError
+from pipelines.dali_probe import probe_decode
+from support.executors import jpeg_of
+
+
+def test_the_probe_finds_region_decoding_where_it_works(photos):
+    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig()) == ("roi", "it works")
+
+
+def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
+    crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
+    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", crash)) == (
+        "full",
+        "decoding regions failed: it ended by SIGSEGV",
+    )
+
+
+def test_the_probe_says_that_nothing_works(photos):
+    wrong = "import sys; sys.exit(sys.argv[2] + ' is broken')"
+    with pytest.raises(
+        UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
+    ):
+        probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", wrong))
+
+
+def test_the_probe_takes_whole_images_where_the_gpu_lets_in_no_second_process(photos):
+    """In exclusive-process mode, in which the process that trains holds the GPU already."""
+    refused = "import sys; sys.exit('Traceback:\\nRuntimeError: CUDA-capable device(s) is/are busy or unavailable')"
+    decode_path, why = probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", refused))
+    assert decode_path == "full" and why.startswith("untried, since the GPU lets in no second process (RuntimeError")
+
+
+def test_the_probe_notices_wrong_pixels(photos, monkeypatch, tmp_path):
+    """An image whose regions are another image's."""
+    monkeypatch.setattr(
+        "pipelines.dali.decoded_regions", lambda jpeg, crops, *_: [np.zeros((*c[2:], 3)) for c in crops]
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(jpeg_of(photos).tobytes())))
+    with pytest.raises(SystemExit, match="its pixels differ by"):
+        dali_probe._main("cpu", "roi", "1.0")
+
+
+@pytest.mark.gpu
+def test_the_probe_finds_a_decode_path_on_the_gpu(photos):
+    assert probe_decode("cuda:0", jpeg_of(photos), PipelineConfig())[0] in ("roi", "full")

@@ -1,0 +1,135 @@
+"""The stages on the device, each alone, and the complete run: its updates fed by its pipeline."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.batch import Batch
+from pipelines.plan.plan import BatchPlan
+from pipelines.synthetic import SyntheticPipeline
+from tools.lib.common.timing import synchronize
+from tools.lib.doctor.input_stages import Feed, drop_from_cache
+from tools.lib.doctor.stages import NOTHING, Stage, take, timed_updates
+from trainer.builder import Run, build
+from trainer.config.sections import TeacherConfig
+from trainer.evaluation.predict import num_eval_batches
+from trainer.feed import batches_of, open_indices
+from trainer.monitor.clock import InputWait
+
+_BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
+
+
+def synthetic_batches(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Iterator[Batch]:
+    """The micro-batches of one update on the device, with noise for pixels, without end."""
+    return itertools.cycle(list(SyntheticPipeline(run.plan.index, device=run.world.device).batches(plans(1))))
+
+
+def step_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stage:
+    """The updates of a run on synthetic batches."""
+    batches = synthetic_batches(run, plans)
+    return lambda count: timed_updates(lambda: run.step(batches, run.state.step), count)
+
+
+def without_teacher(run: Run) -> Run:
+    """The same run with its student alone, from new weights."""
+    config = run.config
+    distill = dataclasses.replace(config.distill, label_weight=config.distill.label_weight or 1.0)
+    settings = dataclasses.replace(config.run, out=config.run.out / NOTHING, micro_batch=run.state.micro_batch)
+    alone = dataclasses.replace(config, teacher=TeacherConfig(name=None), distill=distill, run=settings)
+    return build(alone, run.world)
+
+
+def teacher_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stage:
+    """The teacher's forward passes of an update; its inputs lie on the device already."""
+    batch, step = next(synthetic_batches(run, plans)), run.step
+    assert step.teacher is not None  # Otherwise there is nothing to measure.
+    teacher = step.teacher
+    with torch.no_grad():
+        inputs = step.inputs(batch).teachers
+
+    @torch.no_grad()
+    def update() -> None:
+        for _ in range(step.num_micro_batches):
+            teacher(inputs)
+
+    return lambda count: timed_updates(update, count)
+
+
+def all_reduce_stage(run: Run) -> Stage:
+    """The gradients of an update, summed over the ranks while nothing else is computed."""
+    total = sum(p.numel() for p in run.state.student.parameters() if p.requires_grad)
+    gradients = torch.zeros(total, device=run.world.device).split(_BUCKET_BYTES // 4)
+
+    def update() -> None:
+        for work in [dist.all_reduce(bucket, async_op=True) for bucket in gradients]:
+            work.wait()
+
+    return lambda count: timed_updates(update, count)
+
+
+class WholeRun:
+    """The complete run as a stage: its updates, fed by its pipeline. It writes nothing, but the weights change.
+
+    Attributes:
+      waits: the fraction of each timed run in which the device had no work because no batch was ready.
+    """
+
+    def __init__(self, run: Run, feed: Feed, *, cold: bool = False):
+        self._run, self._feed, self._cold = run, feed, cold
+        self.waits: list[float] = []
+
+    def __call__(self, count: int) -> float:
+        """Seconds for `count` updates."""
+        run, feed = self._run, self._feed
+        updates = 1 + feed.ahead + count + feed.ahead
+        if self._cold:
+            drop_from_cache(feed.index, np.concatenate([plan.sample for plan in feed.plans(updates)]))
+        run.set_learning_rate(run.state.step)
+        with closing(batches_of(feed.pipeline, feed.plans(updates))) as batches:
+            watched = InputWait(batches, run.world.device)
+            for _ in range(1 + feed.ahead):
+                run.step(watched, run.state.step)
+            synchronize()
+            watched.take_s()
+            elapsed_s = timed_updates(lambda: run.step(watched, run.state.step), count)
+            self.waits.append(watched.take_s() / elapsed_s)
+            take(batches, feed.ahead * feed.per_update)
+        return elapsed_s
+
+
+def evaluation_seconds(run: Run, seconds: float) -> float:
+    """How long an evaluation of the run takes, judged by about `seconds` of it; a shorter one is run completely.
+
+    Every rank must call it.
+    """
+    _, val_index = open_indices(run.config.data)
+    assert val_index is not None  # Otherwise there is nothing to evaluate.
+    batches = num_eval_batches(len(val_index), run.config.run.eval_batch, run.world)
+    _, elapsed_s, done = _evaluated(run, 2)  # The first evaluation warms up.
+    most = run.world.broadcast_object(max(2, round(seconds / elapsed_s * done)))
+    starting_s, elapsed_s, done = _evaluated(run, most)
+    return starting_s + elapsed_s / done * batches
+
+
+def _evaluated(run: Run, most: int) -> tuple[float, float, int]:
+    """Seconds until an evaluation's first batch, seconds for the next ones, and how many these were, at most `most`."""
+    stamps: list[float] = []
+
+    def enough() -> bool:
+        if len(stamps) in (0, most):  # Otherwise the host does not wait for the device.
+            synchronize()
+        stamps.append(time.perf_counter())
+        return len(stamps) > most
+
+    assert run.evaluate is not None  # Otherwise there is nothing to measure.
+    start_s = time.perf_counter()
+    complete = bool(run.evaluate(interrupted=enough))
+    synchronize()
+    end_s = time.perf_counter() if complete else stamps[-1]
+    return stamps[0] - start_s, end_s - stamps[0], min(len(stamps), most)

@@ -1,0 +1,168 @@
+"""ImageNet as it is distributed: class tars in a tar, a tar of validation images, and a devkit with their labels."""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipelines.common.errors import UserError, clipped, named
+from pipelines.common.files import is_hidden
+from tools.lib.shards.sources.contents import beside_source, by_unique, is_image
+from tools.lib.shards.sources.source import (
+    HIDDEN,
+    MISPLACED,
+    Entry,
+    Source,
+    SourceOptions,
+    Unused,
+    sample_key,
+    slice_location,
+    slice_reader,
+)
+from tools.lib.shards.sources.tars import Readable, tar_files
+
+TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+_MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest that is read has 0.5 MB
+# These usually lie beside them and are for other tasks or the test, or are a cache of torchvision.
+_OTHERS = (
+    *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
+    *("ILSVRC2012_bbox_*.tar.gz", "ILSVRC2012_bbox_*.tgz", "meta.bin", "MD5SUMS", "*.md5"),
+)
+
+
+def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:
+    """The tars as image-net.org distributes them, read where they lie."""
+    for name in (TRAIN_TAR, DEVKIT):
+        if not (root / name).is_file():
+            raise UserError(f"{root / name}: not found. Expected {TRAIN_TAR}, {DEVKIT} and, for validation, {VAL_TAR}")
+    synsets, ground_truth = _read_devkit(root / DEVKIT)
+    # Classes are numbered by WordNet id, as every model of ImageNet expects; the devkit's own numbers are others.
+    classes = sorted(wnid for wnid, _ in synsets.values())
+    names = {wnid: words for wnid, words in synsets.values()}
+    splits = {"train": lambda: _list_train(root, options, classes)}
+    if (root / VAL_TAR).is_file():
+        numbers = {wnid: label for label, wnid in enumerate(classes)}
+        if strangers := sorted({*ground_truth} - {*synsets}):
+            raise UserError(f"{root / DEVKIT}: labels of no class: {named(strangers)}. Download it again")
+        labels = {i + 1: numbers[synsets[number][0]] for i, number in enumerate(ground_truth)}
+        splits["val"] = lambda: _list_val_tar(root / VAL_TAR, classes, labels)
+    files = {name: (root / name).stat().st_size for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if (root / name).is_file()}
+    return Source("ilsvrc", root, classes, [names[wnid] for wnid in classes], splits, slice_reader(root), files)
+
+
+def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
+    """The devkit's numbers -> (wnid, words) of the classes, and the number of each validation image in order."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UserError(f"{path}: reading meta.mat needs scipy: pip install scipy") from error
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            members = {Path(member.name).name: member for member in tar if member.isfile()}
+            meta = io.BytesIO(_content(tar, members["meta.mat"]))
+            truth = _content(tar, members["ILSVRC2012_validation_ground_truth.txt"]).decode()
+        rows = loadmat(meta, squeeze_me=True)["synsets"]
+        synsets = {
+            int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
+            for row in rows
+            if int(row["num_children"]) == 0  # the others are inner nodes of the hierarchy
+        }
+        return synsets, [int(line) for line in truth.split()]
+    except Exception as error:  # tarfile, zlib and scipy raise whatever damaged files lead them to
+        raise UserError(
+            f"{path}: not the ILSVRC2012 devkit, or damaged ({clipped(repr(error), 100)}). Download it again"
+        ) from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > _MAX_DEVKIT_FILE:  # compressed zeros, for instance
+        raise ValueError(f"{member.name} has {member.size:,} bytes")
+    with tar.extractfile(member) or io.BytesIO() as file:  # None stands for folders, which are no members here
+        return file.read()
+
+
+def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
+    """The images in the class tars in the tar, located by their bytes in the outer file: nothing is unpacked."""
+    yield from beside_source(root, options, (TRAIN_TAR, VAL_TAR, DEVKIT), _OTHERS)
+    path, numbers = root / TRAIN_TAR, {wnid: label for label, wnid in enumerate(classes)}
+    with open(path, "rb") as file:
+        members = yield from _members(path, file, lambda name: name.endswith(".tar"), "no tar of a class")
+        class_tars = yield from _unique(path, members, lambda member: Path(member.name).stem)
+        if different := sorted(set(class_tars) ^ set(numbers)):
+            where = "the devkit" if different[0] in class_tars else "the tar"
+            raise UserError(f"{path}: class {different[0]} is not in {where} ({len(different)} such). Restore both")
+        for wnid in sorted(class_tars):
+            start = class_tars[wnid].offset_data
+            inner, name = _Part(file, start, class_tars[wnid].size), path / class_tars[wnid].name
+            members = yield from _members(name, inner, is_image, "no image")
+            members = yield from _unique(name, members, lambda member: sample_key("", Path(member.name).stem))
+            for member in sorted(members.values(), key=lambda member: (member.name, member.offset_data)):
+                location = slice_location(path.name, start + member.offset_data, member.size)
+                source = f"{path.name}: {member.name}"
+                yield Entry(sample_key(wnid, Path(member.name).stem), numbers[wnid], location, source)
+
+
+def _members(
+    path: Path, file: Readable, is_wanted: Callable[[str], bool], otherwise: str
+) -> Generator[Unused, None, list[tarfile.TarInfo]]:
+    """Returns a tar's wanted files, and yields the others; `otherwise` says what those are."""
+    wanted = []
+    for member in tar_files(path, file):
+        if is_hidden(member.name):
+            yield Unused(HIDDEN, f"{path.name}: {member.name}")
+        elif is_wanted(member.name):
+            wanted.append(member)
+        else:
+            yield Unused(MISPLACED, f"{path.name}: {member.name}", f"{otherwise}: download the tar again")
+    return wanted
+
+
+def _unique(
+    path: Path, members: list[tarfile.TarInfo], key: Callable[[tarfile.TarInfo], str]
+) -> Generator[Unused, None, dict[str, tarfile.TarInfo]]:
+    """Returns a tar's files by their key, and yields those whose key another one has."""
+    found, alike = by_unique(members, key)
+    for member, first in alike:
+        yield Unused(MISPLACED, f"{path.name}: {member.name}", f"has the name of {first.name}: download the tar again")
+    return found
+
+
+class _Part(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(content)
+        return content
+
+
+def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:
+    with open(path, "rb") as file:
+        found = yield from _members(path, file, is_image, "no image")
+    found = yield from _unique(path, found, lambda member: sample_key("", Path(member.name).stem))
+    members = sorted((Path(member.name).name, member.offset_data, member.size) for member in found.values())
+    if len(members) != len(labels):
+        raise UserError(f"{path}: {len(members)} images, the devkit labels {len(labels)}. Download it again")
+    for name, offset, size in members:
+        number = re.search(r"(\d+)\.\w+$", name)
+        label = labels.get(int(number[1])) if number else None
+        if label is None:
+            raise UserError(f"{path}: {name} has no line in the devkit's ground truth. Download both again")
+        location = slice_location(path.name, offset, size)
+        yield Entry(sample_key(classes[label], Path(name).stem), label, location, f"{path.name}: {name}")

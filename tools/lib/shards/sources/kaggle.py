@@ -1,0 +1,114 @@
+"""Kaggle's copy of ImageNet: class folders for training, a list of the classes of the validation images."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.common.errors import UserError, clipped, named
+from tools.lib.shards.sources.contents import (
+    beside,
+    beside_source,
+    by_unique,
+    class_folders,
+    contents_of,
+    list_class,
+    misplaced,
+    unused_in,
+)
+from tools.lib.shards.sources.source import SPLITS, Entry, Source, SourceOptions, Unused, file_reader, sample_key
+
+KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
+KAGGLE_SOLUTION = "LOC_val_solution.csv"
+_KAGGLE_MAPPING = "LOC_synset_mapping.txt"
+# These lie beside the images in Kaggle's download and are for localization or the test.
+_BESIDE_ILSVRC = (
+    *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
+    *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
+)
+# folder, what is read of it, what else usually lies there
+_KAGGLE_FOLDERS = (
+    ("ILSVRC", ("Data",), ("Annotations", "ImageSets")),
+    ("ILSVRC/Data", ("CLS-LOC",), ()),
+    (str(KAGGLE_DATA), SPLITS, ("test",)),
+)
+
+
+def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
+    """Kaggle's download of imagenet-object-localization-challenge."""
+    train, solution = root / KAGGLE_DATA / "train", root / KAGGLE_SOLUTION
+    if not train.is_dir():
+        raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
+    classes = class_folders(train, options.class_order)
+    numbers = {wnid: label for label, wnid in enumerate(classes)}
+    splits = {"train": lambda: _list_kaggle_train(root, options, classes)}
+    if (root / KAGGLE_DATA / "val").is_dir():
+        if not solution.is_file():
+            raise UserError(
+                f"{solution}: not found, and it holds the classes of the images in {root / KAGGLE_DATA / 'val'}. Put "
+                "it there, or move that folder away"
+            )
+        splits["val"] = lambda: _list_kaggle_val(root, solution, numbers)
+    names = _kaggle_names(root / _KAGGLE_MAPPING, classes)
+    order = options.class_order or "unstated"
+    return Source("kaggle", root, classes, names, splits, file_reader(root), class_order=order)
+
+
+def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
+    """Words for the classes from a line 'WNID words' each; [] where there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({clipped(error)}). Restore it, or move it away") from error
+    words = dict(line.split(" ", 1) for line in lines if " " in line)
+    return [words.get(wnid, wnid) for wnid in classes] if words else []
+
+
+def _list_kaggle_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
+    yield from beside_source(root, options, ("ILSVRC", KAGGLE_SOLUTION, _KAGGLE_MAPPING), _BESIDE_ILSVRC)
+    for folder, used, others in _KAGGLE_FOLDERS:
+        yield from beside(contents_of(root / folder), folder, used, others)
+    train = KAGGLE_DATA / "train"
+    inside = contents_of(root / train)
+    yield from unused_in(inside, str(train))
+    yield from misplaced(str(train), inside.files, "a file beside the class folders: move it into its class, or away")
+    for label, wnid in enumerate(classes):
+        yield from list_class(root, train / wnid, wnid, label)
+
+
+def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Iterator[Entry | Unused]:
+    folder, labels = KAGGLE_DATA / "val", _read_solution(solution)
+    inside = contents_of(root / folder)
+    yield from unused_in(inside, str(folder))
+    yield from misplaced(str(folder), inside.folders, "a folder among the validation images: move it away")
+    files, alike = by_unique(inside.files, lambda name: Path(name).stem)
+    for name, first in alike:
+        yield from misplaced(str(folder), [name], f"would be the same image as {first}: rename one")
+    if different := sorted({*files} ^ {*labels}):
+        where = f"in {folder}" if different[0] in labels else "among its lines"
+        raise UserError(f"{solution}: {different[0]} is not {where} ({len(different)} such). Restore both")
+    if strangers := [f"{image} (class {wnid})" for image, wnid in sorted(labels.items()) if wnid not in numbers]:
+        raise UserError(f"{solution}: classes without a training folder: {named(strangers)}. Restore those folders")
+    for image, wnid in sorted(labels.items()):
+        location = str(folder / files[image])
+        yield Entry(sample_key(wnid, image), numbers[wnid], location, location)
+
+
+def _read_solution(path: Path) -> dict[str, str]:
+    """Kaggle's answers: image -> wnid of its class.
+
+    Raises:
+      UserError: it cannot be read, a line has no class, or an image has two.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            answers = [(row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({clipped(repr(error))}). "
+            "Download it again"
+        ) from error
+    _, later = by_unique(dict.fromkeys(answers), lambda answer: answer[0])
+    if later:
+        (image, wnid), first = later[0]
+        raise UserError(f"{path}: {clipped(image)} has two classes, {first[1]} and {wnid}. Download it again")
+    return dict(answers)

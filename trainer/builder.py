@@ -1,0 +1,351 @@
+"""Builds a run: checks everything, makes everything, and sets it to the newest checkpoint. Writes nothing."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from pipelines import Pipeline
+from pipelines.common.errors import UserError
+from pipelines.plan.plan import EvalPlan, TrainPlan
+from trainer.cluster.code_version import source_hash
+from trainer.cluster.preemption import Preemption
+from trainer.cluster.world import World, alone
+from trainer.config.recipe import audit
+from trainer.config.sections import Config, RunConfig, to_dict
+from trainer.evaluation.predict import EvalPass
+from trainer.feed import (
+    Feed,
+    Pipelines,
+    check_sizes_are_reached,
+    dataset_classes,
+    open_indices,
+    open_pipelines,
+    resolve_micro_batch,
+    train_plan,
+)
+from trainer.micro_batch import choose_micro_batch
+from trainer.models.batch_norm import synchronize_batch_norms
+from trainer.models.checks import check_student
+from trainer.models.class_names import order_doubt
+from trainer.models.ema import ModelEma
+from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
+from trainer.models.student import build_student
+from trainer.models.teacher import Teachers, build_teachers
+from trainer.monitor.run_files import Evaluation
+from trainer.monitor.sinks import Sink, open_sinks
+from trainer.state.resume import resume
+from trainer.state.train_state import TrainState
+from trainer.state.writer import CheckpointStore
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
+from trainer.update.inputs import Inputs
+from trainer.update.optimizer import build_optimizer, set_learning_rate
+from trainer.update.precision import allow_tf32, resolve_precision
+from trainer.update.schedule import learning_rate
+from trainer.update.step import TrainStep, gray_batch
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that a run is built of.
+
+    Attributes:
+      step: the update; state: what it changes.
+      evaluate: gives the metrics of the raw and the EMA weights; None without a validation set.
+      preemption: stops all ranks at the same step.
+      checkpoints: where the state is saved.
+      sinks: get every record that metrics.jsonl gets.
+      precision: of the forward passes.
+      total_steps: of the whole run.
+      notes: what the user should know before it begins, in sentences.
+      validation: digest of the validation set, "" without one.
+      source: hash of the source files.
+    """
+
+    config: Config
+    world: World
+    plan: TrainPlan
+    pipelines: Pipelines
+    state: TrainState
+    step: TrainStep
+    evaluate: "Evaluator | None"
+    preemption: Preemption
+    checkpoints: CheckpointStore
+    sinks: list[Sink]
+    precision: torch.dtype
+    total_steps: int
+    notes: list[str]
+    validation: str
+    source: str
+
+    @property
+    def stop(self) -> int:
+        """The step after which this process ends."""
+        return min(self.total_steps, self.config.run.stop_after_steps or self.total_steps)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True if the present weights are to be evaluated, and have not been."""
+        state, epoch_steps = self.state, self.plan.steps_per_epoch
+        if self.evaluate is None or state.step == 0 or state.step % epoch_steps or state.evaluated >= state.step:
+            return False
+        return state.step // epoch_steps % self.config.run.eval_every == 0 or state.step == self.total_steps
+
+    def feed(self, start: int, preview: Path | None = None) -> Feed:
+        """This rank's batches from update `start` on; close it to stop early.
+
+        Args:
+          preview: as for Feed.
+        """
+        return Feed(
+            self.plan,
+            self.pipelines.of["train"],
+            self.world,
+            micro_batch=self.state.micro_batch,
+            start=start,
+            stop=self.stop,
+            preview=preview,
+        )
+
+    def set_learning_rate(self, step: int) -> None:
+        """Set the optimizer to the learning rate of an update."""
+        epoch = step // self.plan.steps_per_epoch
+        set_learning_rate(self.state.optimizer, learning_rate(epoch, self.config.optim, self.config.schedule))
+
+
+def build(config: Config, world: World | None = None, preemption: Preemption | None = None) -> Run:
+    """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
+
+    Args:
+      world: the ranks; None is this process alone.
+      preemption: None makes one. Every rank must do the same.
+    Raises:
+      UserError: what the configuration asks for cannot be done.
+    """
+    world = world or alone(config.run.device)
+    preemption = preemption or Preemption(world)
+    check_writable(config.run.out)
+    sinks = open_sinks(config) if world.is_main else []
+    micro_batch = resolve_micro_batch(config, world)
+    check_sizes_are_reached(config)
+    index, val_index = open_indices(config.data)
+    classes = dataset_classes(config.data)
+    student, teachers = build_models(config, index.num_classes, classes, micro_batch, world)
+    expects = preprocessing(student)
+    plan = train_plan(config, index, expects.fill)
+    total_steps = plan.steps_per_epoch * config.schedule.total_epochs
+    pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
+    precision = set_precision(config.run, world.device)
+    place(student, teachers, precision, config.run, world)
+    normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
+    state = build_state(config, plan, student, precision, classes, world)
+    compiler, compiler_note = choose_compiler(config.run.compile, student, world)
+    notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
+    notes += resume(config.run, state, total_steps, world)
+    make_step = functools.partial(build_step, config, state, Inputs(normalize, teachers), teachers)
+    evaluator = None
+    if val_index is not None:
+        val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
+        evaluator = Evaluator(config.run, state, normalize, pipelines.of["val"], val_plan, precision, world)
+    if config.run.micro_batch == "auto":
+        evaluate_one_batch = evaluator.one_batch if evaluator is not None else None
+        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate_one_batch))
+    else:
+        state.micro_batch = micro_batch
+    step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
+    return Run(
+        config=config,
+        world=world,
+        plan=plan,
+        pipelines=pipelines,
+        state=state,
+        step=step,
+        evaluate=evaluator,
+        preemption=preemption,
+        checkpoints=CheckpointStore(config.run, world),
+        sinks=sinks,
+        precision=precision,
+        total_steps=total_steps,
+        notes=[note for note in [*notes, warm_up_note] if note],
+        validation=val_index.digest if val_index else "",
+        source=source_hash(),
+    )
+
+
+def check_writable(out: Path) -> None:
+    """Raise a UserError, before anything is built, if the run folder cannot be made."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --run.out")
+
+
+def build_models(
+    config: Config, num_classes: int, classes: list[str] | None, micro_batch: int, world: World
+) -> tuple[nn.Module, Teachers | None]:
+    """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
+
+    A model that takes one size only is built for the last one, or for teacher.image_size.
+
+    Args:
+      num_classes, classes: of the dataset.
+    """
+    torch.manual_seed(config.run.seed)
+    doubt = order_doubt(config.data.root)
+    student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
+    check_student(student, config, num_classes, micro_batch, world)
+    if config.run.batch_norm == "sync":
+        student = synchronize_batch_norms(student, world)
+    return student, build_teachers(config, num_classes, classes, doubt)
+
+
+def set_precision(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The type of the forward passes; sets up a GPU for float32 products and for shapes that stay the same."""
+    if device.type == "cuda":
+        allow_tf32(config.tf32)
+        torch.backends.cudnn.benchmark = True  # Shapes stay the same, so a search for the fastest algorithms pays.
+    return resolve_precision(config.precision, device)
+
+
+def place(
+    student: nn.Module, teachers: Teachers | None, precision: torch.dtype, config: RunConfig, world: World
+) -> None:
+    """Move the models to their device, into their memory format; the teachers into the type of the forward passes."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    for model in [student] if teachers is None else [student, teachers]:
+        model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+    if teachers is not None:
+        teachers.to_precision(precision)
+
+
+def build_state(
+    config: Config,
+    plan: TrainPlan,
+    student: nn.Module,
+    precision: torch.dtype,
+    classes: list[str] | None,
+    world: World,
+) -> TrainState:
+    """The state of a run that has not begun."""
+    settings = to_dict(config)
+    return TrainState(
+        student=student,
+        ema=ModelEma(student) if config.ema.decay else None,
+        optimizer=build_optimizer(student, config.optim),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16),
+        plan={
+            "student.name": config.student.name,
+            "student.kwargs": settings["student"]["kwargs"],
+            **plan.describe(),
+        },
+        config=settings,
+        audit=audit(config),
+        classes=classes,
+        ranks_differ=config.run.batch_norm == "none" and world.size > 1,
+    )
+
+
+def kernel_note(world: World) -> str:
+    """A note if Triton does not work on the GPU of some rank, else "". Every rank must call it."""
+    error = kernel_error(world)
+    return (
+        f"without Triton, which does not work here ({error}), mixing and DALI's RandAugment are slower" if error else ""
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the raw and the EMA weights of a run: `evaluator()`. Every rank must call it.
+
+    Args:
+      normalize: the student's own.
+      pipeline, plan: of the validation images.
+      precision: of the forward passes.
+    """
+
+    config: RunConfig
+    state: TrainState
+    normalize: Normalize
+    pipeline: Pipeline
+    plan: EvalPlan
+    precision: torch.dtype
+    world: World
+
+    def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+        """The metrics of each kind of weights; {} if `interrupted` returned True, on all ranks at once."""
+        return self._evaluate(self.plan, self.world, interrupted)
+
+    def one_batch(self) -> Evaluation:
+        """The metrics of the first validation images, on this rank alone."""
+        return self._evaluate(self.plan.first(self.config.eval_batch), self.world.by_itself())
+
+    def _evaluate(self, plan: EvalPlan, world: World, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+        weights = {"raw": self.state.student}
+        if self.state.ema is not None:
+            weights["ema"] = self.state.ema.module
+        eval_pass = EvalPass(self.normalize, self.pipeline, plan, self.config.eval_batch, self.precision, world)
+        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # The record of a run is plain.
+
+
+def build_step(
+    config: Config,
+    state: TrainState,
+    inputs: Inputs,
+    teachers: Teachers | None,
+    world: World,
+    micro_batch: int,
+    compiler: Compiler = uncompiled,
+) -> TrainStep:
+    """The update of a run, with each rank's own statistics, which DDP has replaced by those of rank 0."""
+    step = TrainStep(config, state, inputs, teachers, world, micro_batch=micro_batch, compiler=compiler)
+    state.restore_rank_statistics(world.rank, world.size)
+    return step
+
+
+def warmed_up_step(
+    make_step: Callable[..., TrainStep],
+    config: Config,
+    plan: TrainPlan,
+    state: TrainState,
+    world: World,
+    compiler: Compiler,
+) -> tuple[TrainStep, str]:
+    """The update, warmed up where it needs that.
+
+    DDP arranges its buckets again after the first backward pass. The order in which gradients are summed depends on
+    them, so without a warm-up a run that is resumed would differ from one that was never stopped. A compiler compiles
+    for the batches of the present epoch, before the run begins.
+
+    Args:
+      make_step: `build_step` of world, micro-batch and compiler.
+    Returns:
+      the update, and a note for the user, which may be "".
+    Raises:
+      UserError: it cannot be compiled though run.compile is true.
+    """
+    step = make_step(world, state.micro_batch, compiler)
+    size = plan.image_size_at(state.step // plan.steps_per_epoch)
+    if compiler is uncompiled:
+        if world.size > 1:
+            step.warm_up(gray_batch(2, size, 2, world.device))
+        return step, ""
+    world.heartbeat("compiling", COMPILE_PATIENCE_S)
+    try:
+        start_s = time.perf_counter()
+        step.warm_up(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+        return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
+    except TorchDynamoException as error:
+        reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
+        if config.run.compile != "auto":
+            raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
+    # The handler has ended: the error's traceback would keep the step and its memory alive, with the buckets of DDP.
+    del step
+    step, _ = warmed_up_step(make_step, config, plan, state, world, uncompiled)
+    return step, f"run.compile auto: not compiled, {reason}"

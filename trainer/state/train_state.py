@@ -1,0 +1,87 @@
+"""The state of a run: what an update changes, and what the run is."""
+
+import dataclasses
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from trainer.models.batch_norm import running_statistics
+from trainer.models.ema import ModelEma
+
+
+class Best(TypedDict, total=False):
+    """The best evaluation so far: after which update, of which weights (raw or ema), and their top-1 in percent."""
+
+    step: int
+    weights: str
+    top1: float
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a run needs to resume as if it had never stopped.
+
+    Attributes:
+      student, optimizer, scaler: each has its own state_dict; ema: None where no EMA is kept.
+      plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; a checkpoint of
+        another plan is refused.
+      config: the resolved configuration. audit: its deviations from USI. Both are informational.
+      classes: the dataset's class names in the order of the labels, None where it has none.
+      micro_batch: images of a forward pass on one rank; 0 as long as it is not known.
+      step: updates done.
+      evaluated: the update after which the weights were evaluated last; 0 is never.
+      ranks_differ: True if each rank keeps running statistics of its own (run.batch_norm none, several ranks).
+      rank_statistics: `local_statistics` of each rank, from a checkpoint; [] where ranks do not differ.
+      best: the best evaluation so far; {} without one.
+    """
+
+    student: nn.Module
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    plan: dict
+    config: dict
+    audit: list[dict]
+    classes: list[str] | None
+    micro_batch: int = 0
+    step: int = 0
+    evaluated: int = 0
+    ranks_differ: bool = False
+    rank_statistics: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
+    best: Best = dataclasses.field(default_factory=Best)
+
+    def local_statistics(self) -> list[torch.Tensor]:
+        """This rank's running statistics where ranks differ, else [].
+
+        Returns:
+          the student's, then the EMA's if there is one. A checkpoint must hold every rank's, for the student's own
+          state is that of one rank.
+        """
+        if not self.ranks_differ:
+            return []
+        return running_statistics(self.student) + (running_statistics(self.ema.module) if self.ema else [])
+
+    @torch.no_grad()
+    def set_local_statistics(self, statistics: list[torch.Tensor]) -> None:
+        """Continue from what `local_statistics` gave on this rank.
+
+        It must be called after TrainStep was made, because DDP then gives all ranks the buffers of rank 0.
+
+        Args:
+          statistics: the student's and the EMA's, or the student's alone. An EMA that has been switched on since begins
+            with the student's; one that has been switched off is ignored.
+        """
+        of_student = running_statistics(self.student)
+        saved_ema = statistics[len(of_student) :] or statistics
+        of_ema = running_statistics(self.ema.module) if self.ema else []
+        for values, saved in zip(of_student, statistics[: len(of_student)], strict=True):
+            values.copy_(saved)
+        if of_ema:
+            for values, saved in zip(of_ema, saved_ema, strict=True):
+                values.copy_(saved)
+
+    def restore_rank_statistics(self, rank: int, num_ranks: int) -> None:
+        """Give a rank its own statistics back, if the checkpoint is of as many ranks."""
+        if self.ranks_differ and len(self.rank_statistics) == num_ranks:
+            self.set_local_statistics(self.rank_statistics[rank])
