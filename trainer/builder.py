@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import World, alone
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
-from trainer.evaluation.predict import evaluate
+from trainer.evaluation.predict import EvalPass
 from trainer.feed import (
     Feed,
     Pipelines,
@@ -35,8 +36,9 @@ from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
-from trainer.models.factory import build_student, preprocessing
 from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
+from trainer.models.student import build_student
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.monitor.run_files import Evaluation
 from trainer.monitor.sinks import Sink, open_sinks
@@ -288,16 +290,8 @@ class Evaluator:
         weights = {"raw": self.state.student}
         if self.state.ema is not None:
             weights["ema"] = self.state.ema.module
-        return evaluate(
-            weights,
-            self.normalize,
-            self.pipeline,
-            plan,
-            batch=self.config.eval_batch,
-            precision=self.precision,
-            world=world,
-            interrupted=interrupted,
-        )
+        eval_pass = EvalPass(self.normalize, self.pipeline, plan, self.config.eval_batch, self.precision, world)
+        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # The record of a run is plain.
 
 
 def build_step(

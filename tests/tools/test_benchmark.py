@@ -26,8 +26,9 @@ from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
 from trainer.feed import dataset_classes
 from trainer.models.class_names import order_doubt
-from trainer.models.factory import create_model, preprocessing
+from trainer.models.factory import create_model
 from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
 
 
 @pytest.fixture(autouse=True)

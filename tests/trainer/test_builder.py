@@ -17,7 +17,7 @@ from support.tiny_runs import ONE
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.evaluation.predict import eval_plans, evaluate
+from trainer.evaluation.predict import EvalPass, eval_plans
 from trainer.feed import open_configured_pipeline, rank_plans
 from trainer.loop import train
 from trainer.models.normalize import Normalize
@@ -47,7 +47,7 @@ def test_the_ema_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
     (_, normalize, pipeline), plan = run.evaluate.args, run.evaluate.keywords["plan"]
     for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
-        alone = evaluate({"it": model}, normalize, pipeline, plan, batch=128, precision=torch.float32, world=ONE)
+        alone = EvalPass(normalize, pipeline, plan, 128, torch.float32, ONE).accuracy({"it": model})
         assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
     assert summary["evaluation"]["raw"]["loss"] != summary["evaluation"]["ema"]["loss"]
 
@@ -69,7 +69,7 @@ def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
     pipeline = open_configured_pipeline(parse(TINY).data, index, world=ONE, decode="roi", on_bad=pytest.fail)
     results = [
-        evaluate({"raw": model}, normalize, pipeline, plan, batch=batch, precision=torch.float32, world=ONE)["raw"]
+        EvalPass(normalize, pipeline, plan, batch, torch.float32, ONE).accuracy({"raw": model})["raw"]
         for batch in (96, 7, 100)
     ]
     assert model.training

@@ -57,8 +57,9 @@ from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer import loop
 from trainer.builder import Run
 from trainer.feed import batches_of, rank_plans
-from trainer.models.factory import create_model, preprocessing
-from trainer.models.weights import read_weights
+from trainer.models.factory import create_model
+from trainer.models.files.weights import read_weights
+from trainer.models.preprocessing import preprocessing
 from trainer.monitor.run_files import METRICS
 from trainer.state.writer import Writer
 from trainer.update.compiler import compiled, uncompiled

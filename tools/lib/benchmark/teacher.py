@@ -29,8 +29,9 @@ from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.config.sections import Config, parse
 from trainer.feed import batches_of
-from trainer.models.factory import create_model, preprocessing
+from trainer.models.factory import create_model
 from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.update.inputs import Inputs
 from trainer.update.precision import PRECISIONS, allow_tf32

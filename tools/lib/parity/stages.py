@@ -31,8 +31,8 @@ from tools.lib.common.photos import photographs, write_photographs
 from tools.lib.parity import timm_reference
 from tools.lib.parity.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.lib.shards.build import BuildOptions, build
-from trainer.models.factory import preprocessing
 from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
 from trainer.update.mixing import mix_pixels
 
 INTERPOLATIONS = ("bicubic", "bilinear")
