@@ -67,7 +67,7 @@ SPANS = [span for path in DOCUMENTS for span in spans(path)]
 
 @dataclasses.dataclass(frozen=True)
 class Called:
-    """A program of this repository with its arguments, on so many ranks."""
+    """A program of this repository with its arguments, on `ranks` ranks."""
 
     program: str
     arguments: list[str]

@@ -76,7 +76,7 @@ def weights_in(out: Path) -> str:
 
 
 def run_to(out: Path, step: int) -> dict:
-    """Begin the run, or go on with it, until it has done so many updates. Returns its summary."""
+    """Start the run, or resume it, until it has done `step` updates. Returns its summary."""
     torch.set_num_threads(1)
     settings = {**RUN, "run.out": out, "run.stop_after_steps": step}
     arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]

@@ -1,4 +1,4 @@
-"""A version of the code gives the bits of the one before it, keeps its settings, and goes on with its checkpoints."""
+"""A version of the code gives the bits of the one before it, keeps its settings, and resumes from its checkpoints."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ same_machine = pytest.mark.skipif(measure.where() != BITS["where"], reason="meas
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The run that the golden checkpoint is of, gone on with by today's code: its folder and its summary."""
+    """The run of the golden checkpoint, resumed by today's code: its folder and its summary."""
     out = tmp_path_factory.mktemp("golden") / "run"
     (out / "checkpoints").mkdir(parents=True)
     shutil.copy(measure.FOLDER / "step-00000006.pt", out / "checkpoints")
