@@ -21,7 +21,7 @@ from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models import model_folders
 from trainer.models.factory import build_student
-from trainer.models.model_folders import _any_hub_file, named_folder, source_name
+from trainer.models.model_folders import _any_hub_file, model_contents, named_folder, source_name
 from trainer.models.teacher import build_teacher
 
 NAME = "test_vit"
@@ -419,9 +419,9 @@ def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp
 
 def changed_facts(config, change) -> set[str]:
     """The names of the facts that differ once something has been changed."""
-    before = facts(config)
+    before = {**facts(config), **model_contents(config)}
     change()
-    after = facts(config)
+    after = {**facts(config), **model_contents(config)}
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
@@ -469,7 +469,7 @@ def test_ranks_compare_the_revisions_of_repositories_without_downloading_their_w
         (repository / "refs" / "main").write_text("b" * 40)
         _any_hub_file.cache_clear()
 
-    assert facts(config)["revision of teacher.name"] == "a" * 40
+    assert model_contents(config)["revision of teacher.name"] == "a" * 40
     assert changed_facts(config, update) == {"revision of teacher.name"}
     with pytest.raises(UserError, match=f"someone/small@{'b' * 40}: model.safetensors cannot be had"):
         build_teacher(config.teacher, 7, 160)
