@@ -34,7 +34,7 @@ from pipelines.common.files import check_parent_folder, replacing
 from pipelines.prefetch import read_ahead
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.opening import first_device
+from tools.lib.common.hardware import first_device
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.evaluation.trained import Trained, descriptions, load
 from trainer.models.checks import check_logits
