@@ -26,11 +26,11 @@ def test_the_facts_hold_the_data_the_code_the_versions_and_the_weights(digits, t
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"1")
     arguments = [*TINY, "--data.root", str(digits), "--student.checkpoint", str(weights)]
-    found = facts(parse(arguments))
+    found = facts_to_compare(parse(arguments), ONE.device)
     assert found["version of torch"] and found["source file trainer/cluster/rendezvous.py"]
     assert len(found["dataset digest of 'train'"]) == len(found["dataset digest of 'val'"]) == 12
     weights.write_bytes(b"2")
-    now = facts(parse(arguments))
+    now = facts_to_compare(parse(arguments), ONE.device)
     assert {name for name in found if found[name] != now[name]} == {"content of student.checkpoint"}
 
 

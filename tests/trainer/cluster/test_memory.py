@@ -4,13 +4,13 @@ import os
 import platform
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
-from support.forked_python import executable
 from trainer.cluster.memory import is_out_of_memory
 
 
@@ -47,7 +47,7 @@ def page_faults(**variables: str) -> int:
     """The page faults of a process that fills eight tensors of 64 MiB one after the other, having done so before."""
     kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", **variables}
-    command = [executable(), "-c", PAGE_FAULTS]
+    command = [sys.executable, "-c", PAGE_FAULTS]
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
