@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores; before 
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of most runs here)
@@ -26,7 +28,8 @@ from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
-    *("test_preemption", "test_backbones", "test_run", "test_chaos", "test_export", "test_teacher", "test_oracle"),
+    *("test_exact_resume", "test_resume", "test_preemption", "test_backbones", "test_resume_ranks", "test_chaos"),
+    *("test_export", "test_teacher", "test_oracle", "test_run", "test_nonfinite", "test_writer", "test_batch_norm"),
     *(
         "test_compiler",
         "test_doctor",
@@ -124,6 +127,8 @@ TINY = [
     *("--augment.mix_group", "32", "--run.global_batch", "64", "--ema.decay", "0.9", "--run.device", "cpu"),
     *("--schedule.epochs", "4", "--schedule.warmup_epochs", "1", "--schedule.cooldown_epochs", "0"),
 ]
+DROPOUT = ["--student.kwargs.drop_rate", "0.2", "--student.kwargs.drop_path_rate", "0.1"]
+EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +138,39 @@ def tiny_run(digits, tmp_path_factory) -> Path:
     settings = {"schedule.epochs": 6, "optim.lr": 0.01, "run.checkpoint_every": 10, "run.keep_checkpoints": 3}
     train_here(digits, out, *(text for key, value in settings.items() for text in (f"--{key}", value)))
     return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits, tmp_path_factory) -> Path:
+    """The folder of a run of 20 steps that nothing has stopped. Tests copy what they change."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train_here(digits, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> list[str]:
+    """Arguments for a teacher with weights of its own (not a good one)."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": timm.create_model("test_resnet", num_classes=10).state_dict()}, path)
+    return ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(path)]
+
+
+@pytest.fixture(scope="session")
+def distilled(digits, teacher, tmp_path_factory) -> Path:
+    """The folder of a run of 20 steps (4 epochs of 5) that was never stopped, with dropout and a teacher."""
+    out = tmp_path_factory.mktemp("runs") / "distilled"
+    train_here(digits, out, *teacher, *DROPOUT, *EVERY_3)
+    return out
+
+
+@pytest.fixture
+def one_machine(monkeypatch):
+    """This process is rank 0 of two on one machine."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
 
 
 def train_here(root: Path, out: Path, *arguments) -> dict:

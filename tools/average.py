@@ -12,8 +12,9 @@ import collections
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,21 +31,22 @@ from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_use
 from pipelines.common.files import check_parent_folder, sha256_of
 from pipelines.shards.index import read_index
 from pipelines.shards.manifest import read_manifest
-from tools.evaluate import EvalConfig, EvalDataConfig, outputs_of, predict_split
 from tools.lib.common.arguments import path_argument
+from tools.lib.common.evaluation import ForwardConfig, predict_split
 from trainer.cluster.world import alone
+from trainer.config.sections import ImagesConfig
+from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import metrics
-from trainer.evaluation import trained as inference
-from trainer.evaluation.trained import KINDS, Trained
+from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, load
 from trainer.models.checkpoint_format import is_of_trainer, not_finite
 from trainer.models.class_names import order_doubt
-from trainer.models.weights import read_file, select_weights
+from trainer.models.files.weights import read_file, select_weights
 from trainer.state import checkpoint
 from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import with_defaults
 
 Weights = dict[str, torch.Tensor]
-# What OUT.pt takes over from one of the checkpoints: what they say of their run.
+# The fields about their run that OUT.pt takes over from one of the checkpoints.
 _OF_THE_RUN = ("step", "format_version", "plan", "config", "audit", "classes", "software")
 _SUFFIXES = (".pt", ".pth")
 
@@ -54,17 +56,34 @@ class Ingredient:
     """A checkpoint's weights.
 
     Attributes:
-      path: of the file.
+      path: the file.
       weights: by name; `kind` says which ones of the file: ema or raw.
-      origin: what the file says of its run (_OF_THE_RUN).
+      origin: the file's fields about its run (_OF_THE_RUN).
       differ: settings in which the files differ that it is an average of; [] for a run's own checkpoint.
     """
 
     path: Path
     weights: Weights
     kind: str
-    origin: dict
+    origin: dict[str, Any]
     differ: list[str]
+
+
+class Row(TypedDict("_Share", {"share": float})):
+    """A checkpoint that was considered, as OUT.pt records it; `share` is its weight in the mean."""
+
+    file: str
+    sha256: str
+    step: int
+    weights: str
+
+
+class ScoredRow(Row):
+    """A row of the greedy soup: top-1 of the checkpoint alone and of the mean with it, in percent."""
+
+    alone: float
+    together: float
+    kept: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +91,18 @@ class Average:
     """Averaged weights.
 
     Attributes:
-      weights: by name, of the types that the checkpoints have.
+      weights: by name, with the types that the checkpoints have.
       kind: ema or raw.
-      origin: as an Ingredient's, of the checkpoint that stands for all.
-      table: for each checkpoint that was looked at what is to be told of it, the share that it has among them.
-      found: what else OUT.pt says of how it came about.
+      origin: the Ingredient's of the checkpoint that stands for all.
+      table: a row for each checkpoint that was considered.
+      found: what else OUT.pt records about the average.
     """
 
     weights: Weights
     kind: str
-    origin: dict
-    table: list[dict]
-    found: dict = dataclasses.field(default_factory=dict)
+    origin: dict[str, Any]
+    table: Sequence[Row]
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,11 +116,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     modes = parser.add_subparsers(dest="mode", required=True)
     helps = {
         "uniform": "all of them count alike",
-        "ema": "a run's raw weights, as a moving average with another decay would have weighted them",
+        "ema": "a run's raw weights, as an EMA with another decay would have weighted them",
         "greedy": "the best on the validation split, and each next that does not make the mean worse",
     }
     for mode, says in helps.items():
@@ -111,9 +130,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             "checkpoints", type=path_argument, nargs="+", metavar="CHECKPOINT", help="or a run's folder"
         )
         if mode == "ema":
-            command.add_argument("--decay", type=float, required=True, help="of an update; in [0, 1)")
+            command.add_argument("--decay", type=float, required=True, help="decay of an update, in [0, 1)")
         else:
-            command.add_argument("--weights", choices=KINDS, default="auto", help="auto: the averaged, if there are")
+            command.add_argument("--weights", choices=KINDS, default="auto", help="auto: the EMA if there is one")
         if mode == "greedy":
             command.add_argument(
                 "--data", type=path_argument, required=True, metavar="DATASET", help="its split val decides"
@@ -121,6 +140,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@spelling_settings("--", lacking=("name", "checkpoint", "kwargs", "classes"))
 def average(options: argparse.Namespace) -> None:
     """Check, read, average, write, and print what was done."""
     paths = files_of(options.checkpoints)
@@ -132,10 +152,10 @@ def average(options: argparse.Namespace) -> None:
     else:
         found = greedy(paths, options.weights, options.data)
     content = content_of(options.mode, found)
-    inference.check_fits(paths[0], content)  # all have the shapes of the first one
+    check_fits(paths[0], content)  # All have the shapes of the first one.
     try:
         checkpoint.write(options.out, content)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{options.out}: cannot be written ({reason}). {advice_against(error, ROOM)}") from error
     _show(found)
@@ -171,8 +191,8 @@ def check_output(out: Path, inputs: list[Path]) -> None:
     check_parent_folder(out, str(out))
 
 
-def content_of(mode: str, found: Average) -> dict:
-    """What OUT.pt holds but its digest: as best.pt, and how it came about."""
+def content_of(mode: str, found: Average) -> dict[str, Any]:
+    """The content of OUT.pt without its digest: that of a best.pt, and how the average was made."""
     how = {"how": mode, **found.found, "of": found.table}
     return {**found.origin, "weights": found.kind, "state_dict": found.weights, "average": how}
 
@@ -180,24 +200,24 @@ def content_of(mode: str, found: Average) -> dict:
 # --- reading ---
 
 
-def read(path: Path, which: str) -> Ingredient:
+def read(path: Path, which: Kind) -> Ingredient:
     """One checkpoint's weights.
 
     Raises:
       UserError: it cannot be read, is damaged or not of this trainer, or its weights are not finite.
     """
-    content = read_file(path)
+    content: dict[str, Any] = read_file(path)
     if not is_of_trainer(content):
         raise UserError(f"{path}: not a checkpoint of this trainer. Give step-N.pt, best.pt or a run's folder")
     weights, kind = select_weights(path, content, which)
     if name := not_finite(weights.items()):
         raise UserError(f"{path}: '{name}' is not finite, and no average with it would be. Leave the file out")
-    differ = content.get("average", {}).get("differ", [])
+    differ: list[str] = content.get("average", {}).get("differ", [])
     return Ingredient(path, weights, kind, {key: content[key] for key in _OF_THE_RUN if key in content}, differ)
 
 
-def read_alike(paths: list[Path], which: str) -> Iterator[Ingredient]:
-    """The checkpoints one after the other, only one of them and the first in the memory.
+def read_alike(paths: list[Path], which: Kind) -> Iterator[Ingredient]:
+    """The checkpoints one after the other; only one of them and the first are in memory.
 
     Raises:
       UserError: as `read`, or one of them is not of the first one's model, or its weights not of the same kind.
@@ -239,7 +259,7 @@ def _check_equal(what: str, ours: object, theirs: object, path: str, other: str)
 
 
 def differing(parts: list[Ingredient]) -> list[str]:
-    """In what the runs of checkpoints differ: run.seed, optim.lr, ...; plan.dataset is the dataset's digest.
+    """The settings in which the runs of checkpoints differ: run.seed, optim.lr, ...; plan.dataset is the dataset.
 
     Runs that differ in nothing else have another run.out; [] says that the checkpoints are of one run.
     """
@@ -259,45 +279,50 @@ def _settings(each: Ingredient) -> dict[str, object]:
 # --- averaging ---
 
 
-def plus(sums: Weights, weights: Weights, share: float) -> Weights:
-    """Sums + share x weights in float64; tensors that are not floating are those of the weights.
+def plus(sums: Weights, weights: Weights, factor: float) -> Weights:
+    """Sums + factor x weights in float64; tensors that are not floating are those of the weights.
 
-    BatchNorm's statistics are floating, and averaged like weights, as in the trainer's own moving average.
+    BatchNorm's statistics are floating, and averaged like weights, as in the trainer's EMA.
     """
     return {
-        name: sums.get(name, 0.0) + share * value.double() if value.is_floating_point() else value
+        name: sums.get(name, 0.0) + factor * value.double() if value.is_floating_point() else value
         for name, value in weights.items()
     }
 
 
 def divided(sums: Weights, total: float, like: Weights) -> Weights:
-    """What `plus` made, divided by the sum of the shares, in the types of `like`."""
+    """Sums of `plus`, divided by the sum of the factors, in the types of `like`."""
     return {
         name: (value / total).to(like[name].dtype) if like[name].is_floating_point() else value
         for name, value in sums.items()
     }
 
 
-def mean(paths: list[Path], shares: list[float], which: str) -> Average:
+def mean(paths: list[Path], factors: list[float], which: Kind) -> Average:
     """The weighted mean; the last checkpoint stands for all."""
-    sums, table, seen = {}, [], []
-    for each, share in zip(read_alike(paths, which), shares, strict=True):
-        sums = plus(sums, each.weights, share)
-        table.append({**_row(each), "share": share / sum(shares)})
+    sums: Weights = {}
+    table: list[Row] = []
+    seen: list[Ingredient] = []
+    weights: Weights = {}
+    for each, factor in zip(read_alike(paths, which), factors, strict=True):
+        weights = each.weights
+        sums = plus(sums, weights, factor)
+        table.append(_row(each, factor / sum(factors)))
         seen.append(dataclasses.replace(each, weights={}))
-    return Average(divided(sums, sum(shares), each.weights), each.kind, each.origin, table, {"differ": differing(seen)})
+    last = seen[-1]
+    return Average(divided(sums, sum(factors), weights), last.kind, last.origin, table, {"differ": differing(seen)})
 
 
-def uniform(paths: list[Path], which: str) -> Average:
-    """All checkpoints count alike."""
+def uniform(paths: list[Path], which: Kind) -> Average:
+    """All checkpoints have the same weight."""
     return mean(paths, [1.0] * len(paths), which)
 
 
 def ema(paths: list[Path], decay: float) -> Average:
-    """A run's raw weights, as `ema_weights` weights them.
+    """A run's raw weights with the factors of `ema_weights`.
 
     Raises:
-      UserError: the decay is none, or the files are not all of one run.
+      UserError: the decay is out of its range, or the files are not all of one run.
     """
     if not 0 <= decay < 1:
         raise UserError(f"--decay is {decay}; it must lie in [0, 1)")
@@ -308,14 +333,14 @@ def ema(paths: list[Path], decay: float) -> Average:
             )
     paths = sorted(paths, key=checkpoint.step_of)
     steps = [checkpoint.step_of(path) for path in paths]
-    shares = ema_weights(steps, decay)
-    if len(steps) > 1 and shares[0] > 0.5:
+    factors = ema_weights(steps, decay)
+    if len(steps) > 1 and factors[0] > 0.5:
         print(
-            f"warning: {paths[0]}: gets {shares[0]:.0%}, as it stands for all steps before it, which --decay {decay} "
+            f"warning: {paths[0]}: gets {factors[0]:.0%}, as it stands for all steps before it, which --decay {decay} "
             "needs. Keep more checkpoints with run.keep_every, or give a lower --decay",
             file=sys.stderr,
         )
-    found = mean(paths, shares, "raw")
+    found = mean(paths, factors, "raw")
     for row, step in zip(found.table, steps, strict=True):
         if row["step"] != step:
             raise UserError(f"{row['file']}: holds step {row['step']}. Give it the name that the run gave it")
@@ -323,10 +348,10 @@ def ema(paths: list[Path], decay: float) -> Average:
 
 
 def ema_weights(steps: list[int], decay: float) -> list[float]:
-    """How much each checkpoint of a run counts in place of all the weights that an average with this decay saw.
+    """The weight of each checkpoint of a run in place of all the weights that an EMA with this decay saw.
 
-    The average after step T holds the weights of step t with the share (1 - d) d^(T - t), and d^T of the initial ones.
-    A checkpoint stands for the steps after the one before it, (s_before, s], the first for all up to its own:
+    The EMA after step T holds the weights of step t with the factor (1 - d) d^(T - t), and d^T of the initial ones.
+    A checkpoint stands for the steps after the previous one, (s_before, s], the first for all up to its own:
 
         the sum of (1 - d) d^(T - t) over t in (s_before, s] = d^(T - s) - d^(T - s_before),
 
@@ -336,10 +361,10 @@ def ema_weights(steps: list[int], decay: float) -> list[float]:
       steps: increasing; T is the last.
     """
     upto = [decay ** (steps[-1] - step) for step in steps]
-    return [share - before for share, before in zip(upto, [0.0, *upto[:-1]], strict=True)]
+    return [factor - before for factor, before in zip(upto, [0.0, *upto[:-1]], strict=True)]
 
 
-def greedy(paths: list[Path], which: str, data: Path) -> Average:
+def greedy(paths: list[Path], which: Kind, data: Path) -> Average:
     """The greedy soup: from the best checkpoint on, each is kept whose mean with those before is not worse.
 
     The best one stands for all.
@@ -349,38 +374,45 @@ def greedy(paths: list[Path], which: str, data: Path) -> Average:
     Source: Wortsman et al. 2022, arXiv 2203.05482, recipe 1; held-out accuracy is top-1 on the split val.
     """
     scorer = Scorer(data)
-    rows, seen = [], {}
-    for each in read_alike(paths, which):
-        scorer.check_classes_are_known(each)
-        alone = scorer.top1(inference.load(None, each.path, weights=which))
-        rows.append({**_row(each), "alone": alone})
-        seen[str(each.path)] = dataclasses.replace(each, weights={})
-        print(f"{each.path}: top-1 {alone:.2f} %", file=sys.stderr)
-    rows.sort(key=lambda row: -row["alone"])  # stable: of equals the one that was given first
-    by_name = {str(path): path for path in paths}
-    best = read(by_name[rows[0]["file"]], which)
-    soup = inference.load(None, best.path, weights=which)
-    sums, kept, top1 = plus({}, best.weights, 1.0), 1, rows[0]["alone"]
-    rows[0].update(together=top1, kept=True)
-    for row in rows[1:]:
-        tried = plus(sums, read(by_name[row["file"]], which).weights, 1.0)
-        soup.model.load_state_dict(divided(tried, kept + 1, best.weights))
+    scored, seen = _scored_alone(paths, which, scorer)
+    best_row, *other_rows = scored
+    best = read(Path(best_row["file"]), which)
+    soup = load(None, best.path, weights=which)
+    sums, kept, top1 = plus({}, best.weights, 1.0), 1, best_row["alone"]
+    table: list[ScoredRow] = [{**best_row, "kept": True}]
+    for row in other_rows:
+        tried = plus(sums, read(Path(row["file"]), which).weights, 1.0)
+        soup.module.load_state_dict(divided(tried, kept + 1, best.weights))
         together = scorer.top1(soup)
-        row.update(together=together, kept=together >= top1)
-        if row["kept"]:
+        is_kept = together >= top1
+        table.append({**row, "together": together, "kept": is_kept})
+        if is_kept:
             sums, kept, top1 = tried, kept + 1, together
-    table = [{**row, "share": row["kept"] / kept} for row in rows]
-    weights = divided(sums, kept, best.weights)
+    table = [{**row, "share": 1 / kept if row["kept"] else 0.0} for row in table]
     differ = differing([seen[row["file"]] for row in table if row["kept"]])
     found = {"dataset": scorer.digest, "top1": top1, "differ": differ}
-    return Average(weights, best.kind, best.origin, table, found)
+    return Average(divided(sums, kept, best.weights), best.kind, best.origin, table, found)
+
+
+def _scored_alone(paths: list[Path], which: Kind, scorer: "Scorer") -> tuple[list[ScoredRow], dict[str, Ingredient]]:
+    """A row for each checkpoint with its own top-1, best first, and the checkpoints without weights by file."""
+    rows: list[ScoredRow] = []
+    seen: dict[str, Ingredient] = {}
+    for each in read_alike(paths, which):
+        scorer.check_classes_are_known(each)
+        alone = scorer.top1(load(None, each.path, weights=which))
+        rows.append({**_row(each, 0.0), "alone": alone, "together": alone, "kept": False})
+        seen[str(each.path)] = dataclasses.replace(each, weights={})
+        print(f"{each.path}: top-1 {alone:.2f} %", file=sys.stderr)
+    # The sort is stable: of equals, the one that was given first stays first.
+    return sorted(rows, key=lambda row: -row["alone"]), seen
 
 
 class Scorer:
-    """Top-1 on a dataset's validation split, as `python tools/evaluate.py` finds it.
+    """Top-1 on a dataset's validation split, as `python tools/evaluate.py` measures it.
 
     Attributes:
-      digest: of the split.
+      digest: the split's.
     """
 
     def __init__(self, data: Path):
@@ -396,35 +428,36 @@ class Scorer:
                 f"{each.path}: does not know class '{unknown[0]}' of {self._data}. Give a dataset of its own"
             )
 
-    def top1(self, trained: Trained) -> float:
-        """In percent; damaged images count, in gray, and are told."""
-        damaged: dict[int, str] = {}
-        world = alone()
-        config = EvalConfig(data=EvalDataConfig(root=self._data))
-        order = outputs_of(self._names, trained, self._doubt, option="")
-        found = metrics.summary(predict_split(trained, self._index, order, config, world, damaged))
+    def top1(self, trained: TrainedModel) -> float:
+        """In percent; damaged images count, in gray, and are reported."""
+        order = trained.order_of(self._names, self._doubt)
+        images = ImagesConfig(root=self._data)
+        predictions, damaged = predict_split(
+            trained, self._index, order, images=images, forward=ForwardConfig(), world=alone()
+        )
         for sample, error in sorted(damaged.items()):
             print(f"counted in gray: {self._index.name(sample)}: {error}", file=sys.stderr)
-        return found["top1"]
+        return metrics.accuracy(predictions)["top1"]
 
 
-# --- telling ---
+# --- the table ---
 
 
-def _row(each: Ingredient) -> dict:
+def _row(each: Ingredient, weight: float) -> Row:
     digest = sha256_of(each.path)
-    return {"file": str(each.path), "sha256": digest, "step": each.origin["step"], "weights": each.kind}
+    step = each.origin["step"]
+    return {"file": str(each.path), "sha256": digest, "step": step, "weights": each.kind, "share": weight}
 
 
 def _show(found: Average) -> None:
     table = Table(box=box.SIMPLE_HEAD)
-    scored = "alone" in found.table[0]
-    for name in ("checkpoint", "step", "weights", "share %", *(("top-1 % alone", "top-1 % with it") if scored else ())):
+    scored = ("top-1 % alone", "top-1 % with it") if "alone" in found.table[0] else ()
+    for name in ("checkpoint", "step", "weights", "share %", *scored):
         table.add_column(name, justify="left" if name in ("checkpoint", "weights") else "right", overflow="fold")
     for row in found.table:
-        share = f"{100 * row['share']:.2f}" if row["share"] else "-"
-        scores = [f"{row[name]:.2f}" for name in ("alone", "together")] if scored else []
-        table.add_row(escape(row["file"]), f"{row['step']:,}", row["weights"], share, *scores)
+        percent = f"{100 * row['share']:.2f}" if row["share"] else "-"
+        scores = [f"{value:.2f}" for name, value in row.items() if name in ("alone", "together")]
+        table.add_row(escape(row["file"]), f"{row['step']:,}", row["weights"], percent, *scores)
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
 

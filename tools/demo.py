@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +29,7 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
-from trainer.state.checkpoint import checkpoints
+from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER, STUDENT = "test_resnet", "test_byobnet"
@@ -40,7 +41,7 @@ def write_digits(folder: Path, num_train: int = 1437, num_val: int = 360) -> Non
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
+    data: Any = load_digits()
     train, val = train_test_split(
         np.arange(len(data.target)), train_size=num_train, test_size=num_val, random_state=0, stratify=data.target
     )
@@ -91,7 +92,7 @@ def _run(title: str, *command) -> None:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    return checkpoints(run / "checkpoints")[-1]
+    return checkpoints(checkpoints_folder(run))[-1]
 
 
 def _top1(run: Path) -> float:
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "folder", type=path_argument, nargs="?", default=REPOSITORY / "runs" / "demo", help="(default runs/demo)"
     )

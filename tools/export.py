@@ -38,7 +38,8 @@ from tools.lib.common.onnx_file import (
 from tools.lib.export.card import MODEL_CARD, ONNX, PROGRAM, card, read_evaluation
 from tools.lib.export.timm_folder import noise, write_folder
 from tools.lib.export.torch_file import export_program, torch_program
-from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, Trained, load_named
+from trainer.config.setting_names import spelling_settings
+from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_named
 from trainer.models.fold_batch_norm import fold_batch_norms
 
 _CHECKED = 3  # images at once, beside one alone
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = _parse(arguments)
     try:
-        with exit_on_user_error():
+        with exit_on_user_error(), spelling_settings("--", lacking=("checkpoint", "kwargs")):
             check_options(options)
             wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
             trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "model", type=model_argument, metavar="MODEL", help="checkpoint, run folder, exported folder, or timm's name"
     )
@@ -123,7 +124,7 @@ def check_new_folder(out: Path) -> None:
 
 
 def export(
-    trained: Trained, out: Path, wanted: list[str], *, fold: bool = False, evaluation: Path | None = None
+    trained: TrainedModel, out: Path, wanted: list[str], *, fold: bool = False, evaluation: Path | None = None
 ) -> dict[str, str]:
     """Make the folder `out`, all of it or nothing.
 
@@ -152,17 +153,17 @@ def export(
     return {**files, MODEL_CARD: "the model card"}
 
 
-def computations(trained: Trained, folder: Path, wanted: list[str], *, fold: bool) -> dict[str, str]:
+def computations(trained: TrainedModel, folder: Path, wanted: list[str], *, fold: bool) -> dict[str, str]:
     """Write the formats of `export`, compare each with the model, and say what each file is."""
     if not wanted:
         return {}
     images = noise(trained, _CHECKED)
-    model, folded = folded_copy(trained, images) if fold else (trained.model, "")
+    model, folded = folded_copy(trained, images) if fold else (trained.module, "")
     files = {}
     for file in wanted:
 
         def attempt(candidate: nn.Module, file: str = file) -> Difference:
-            return written_and_checked(candidate, trained.model, images, folder / file, fold=fold)
+            return written_and_checked(candidate, trained.module, images, folder / file, fold=fold)
 
         difference, plain = fused_or_plain(model, attempt)
         attention = f", {PLAIN_ATTENTION}" if plain else ""
@@ -191,9 +192,9 @@ def written_and_checked(
     return difference
 
 
-def folded_copy(trained: Trained, images: torch.Tensor) -> tuple[nn.Module, str]:
+def folded_copy(trained: TrainedModel, images: torch.Tensor) -> tuple[nn.Module, str]:
     """A copy of the model without the BatchNorms that can be folded, and words about it."""
-    model = copy.deepcopy(trained.model)
+    model = copy.deepcopy(trained.module)
     try:
         count = fold_batch_norms(model, images)
     except RuntimeError as error:

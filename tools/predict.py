@@ -1,10 +1,9 @@
-"""What a trained model says of images: of files, of folders, of shards.
+"""Predicts the classes of images with a trained model: of files, of folders, of shards.
 
     python tools/predict.py --checkpoint CKPT-OR-RUN PATH [PATH ...] [--out FILE.csv]
 
 PATH is an image, a shard (.tar), or a folder, which stands for all images and shards below it in the order of their
-names. The model sees of an image what it sees in evaluation. An image that cannot be read or decoded is a row that says
-why; the others go on.
+names. Images are transformed as in evaluation. An image that cannot be read or decoded becomes a row that says why.
 """
 
 import argparse
@@ -34,9 +33,11 @@ from pipelines.common.files import check_parent_folder, replacing
 from pipelines.prefetch import read_ahead
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.opening import first_device
+from tools.lib.common.evaluation import in_memory_format
+from tools.lib.common.hardware import first_device
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
-from trainer.evaluation.trained import Trained, descriptions, load
+from trainer.config.setting_names import spelling_settings
+from trainer.evaluation.trained import TrainedModel, descriptions, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt
 from trainer.update.precision import allow_tf32, resolve_precision
@@ -47,11 +48,11 @@ _ROW_GROUP = 8192  # rows that a parquet file is written by
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is written of an image.
+    """The prediction for an image.
 
     Attributes:
       file: its path, SHARD.tar/KEY in a shard.
-      error: why nothing can be said of it, "" if something can.
+      error: why there is no prediction, "" if there is one.
       top: (class, words, probability) of the best classes, best first.
     """
 
@@ -65,14 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         with exit_on_user_error(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # of large images and odd EXIF
+            warnings.filterwarnings("ignore", module="PIL")  # It warns of large images and odd EXIF data.
             predict(options)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     where = "an image, a shard (.tar), or a folder with some at any depth; of a dataset give OUT/val"
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help=where)
     parser.add_argument(
@@ -87,24 +88,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@spelling_settings("--", lacking=("weights", "kwargs"))
 def predict(options: argparse.Namespace) -> None:
-    """Check, load, look at every image, write."""
+    """Check, load, predict every image, write."""
     check_options(options)
     found = survey(options.paths)
-    trained = load(options.name, options.checkpoint, classes=options.classes, key="")
+    trained = load(options.name, options.checkpoint, classes=options.classes)
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
-    check_logits(trained.model, trained.name, trained.num_outputs, trained.view.image_size, "Use another model")
+    image_size = trained.transform.image_size
+    check_logits(trained.module, trained.name, trained.num_outputs, image_size, "Use another model")
     check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)
     top_k, counts = min(options.top_k, trained.num_outputs), collections.Counter()
     items = (item for path in options.paths for item in items_of(path))
     rows = _counted(predictions(trained, items, top_k, options.batch, device), counts)
-    on_screen = options.out is None and sys.stdout.isatty()  # where the rows themselves are shown
+    on_screen = options.out is None and sys.stdout.isatty()  # The rows themselves are shown there.
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=on_screen or not console.is_terminal) as progress:
-        write(progress.track(rows, found.num_images, description="predicting"), top_k, options.out)
+        write(iter(progress.track(rows, found.num_images, description="predicting")), top_k, options.out)
     failed = f", {counts['failed']} of them could not be used: see the column error" if counts["failed"] else ""
     print(f"{counts['images']:,} images{failed}{f': {options.out}' if options.out else ''}", file=sys.stderr)
     if found.no_images:
@@ -128,19 +131,19 @@ def check_options(options: argparse.Namespace) -> None:
         _pyarrow()
 
 
-def check_datasets(paths: list[Path], trained: Trained) -> None:
-    """Raise a UserError if the outputs have no names and a path lies in a dataset whose class order is in doubt."""
+def check_datasets(paths: list[Path], trained: TrainedModel) -> None:
+    """Raise a SettingError if the outputs have no names and a path lies in a dataset whose class order is in doubt."""
     for root in {folder for path in paths for folder in (path, *path.absolute().parents)}:
         if not (root / MANIFEST).is_file():
             continue
         try:
             names, doubt = read_manifest(root)["classes"], order_doubt(root)
-        except UserError:  # of another program, or of no dataset that is to be opened here
+        except UserError:  # The manifest is of another program, or of a dataset that cannot be opened here.
             continue
-        check_order_stated("" if trained.has_names_for(names) else doubt, trained.source, "--classes")
+        check_order_stated("" if trained.has_names_for(names) else doubt, trained.source)
 
 
-def _title(trained: Trained, device: torch.device) -> str:
+def _title(trained: TrainedModel, device: torch.device) -> str:
     kind = f", {trained.weights} weights" if trained.weights else ""
     precision = str(resolve_precision("auto", device)).removeprefix("torch.")
     outputs = f"{trained.num_outputs:,} classes"
@@ -148,19 +151,23 @@ def _title(trained: Trained, device: torch.device) -> str:
         outputs = f"{trained.num_outputs:,} outputs without names, here their numbers (--classes FILE names them)"
     elif trained.classes_guessed:
         outputs += " taken to be ImageNet's (--classes FILE names others)"
-    return f"{trained.name} ({trained.source}{kind}), {trained.view.image_size} px, {outputs}, {device}, {precision}"
+    return (
+        f"{trained.name} ({trained.source}{kind}), {trained.transform.image_size} px, {outputs}, {device}, {precision}"
+    )
 
 
-# --- what the model says ---
+# --- predictions ---
 
 
-def predictions(trained: Trained, items: Iterator[Item], top_k: int, batch: int, device: torch.device) -> Iterator[Row]:
+def predictions(
+    trained: TrainedModel, items: Iterator[Item], top_k: int, batch: int, device: torch.device
+) -> Iterator[Row]:
     """A row for each image, in order.
 
     Raises:
       UserError: a batch does not fit into the GPU's memory.
     """
-    model = trained.model.to(device, memory_format=torch.channels_last)
+    model = in_memory_format(trained.module.to(device), torch.channels_last)
     precision = resolve_precision("auto", device)
     if device.type == "cuda":
         allow_tf32(True)
@@ -175,20 +182,20 @@ def predictions(trained: Trained, items: Iterator[Item], top_k: int, batch: int,
         top = logits.float().softmax(1).topk(top_k, dim=1)
         return (list(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
-    for looked in read_ahead(decoded_batches(items, trained.view, batch), _BATCHES_AHEAD):
-        usable = [pixels for _, pixels, _ in looked if pixels is not None]
+    for decoded in read_ahead(decoded_batches(items, trained.transform, batch), _BATCHES_AHEAD):
+        usable = [pixels for _, pixels, _ in decoded if pixels is not None]
         try:
             found = best(np.stack(usable)) if usable else iter(())
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(f"--batch is {batch}: it does not fit into the GPU's memory. Give a smaller one") from error
-        for name, pixels, error in looked:
+        for name, pixels, error in decoded:
             yield Row(name, error, []) if pixels is None else _row(name, next(found), names, words)
 
 
 def _row(name: str, best: list[tuple[int, float]], names: list[str], words: list[str]) -> Row:
     if any(probability != probability for _, probability in best):
         return Row(name, "the model's outputs are not finite", [])
-    return Row(name, "", [(names[output], words[output], float(f"{share:.6g}")) for output, share in best])
+    return Row(name, "", [(names[output], words[output], float(f"{probability:.6g}")) for output, probability in best])
 
 
 def _counted(rows: Iterator[Row], counts: collections.Counter) -> Iterator[Row]:
@@ -203,7 +210,7 @@ def _counted(rows: Iterator[Row], counts: collections.Counter) -> Iterator[Row]:
 
 
 def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
-    """The rows as a file, all or nothing, or on standard output as they come.
+    """Write the rows as a file, all or nothing, or to standard output one by one.
 
     Raises:
       UserError: the file cannot be written.
@@ -223,7 +230,7 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
 
 
 def columns(top_k: int) -> list[str]:
-    """Of tables: class_1, words_1 and probability_1 are those of the best class."""
+    """The columns of a table; class_1, words_1 and probability_1 are those of the best class."""
     return ["file", "error", *(f"{name}_{i + 1}" for i in range(top_k) for name in ("class", "words", "probability"))]
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import World, alone
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
-from trainer.evaluation.predict import evaluate
+from trainer.evaluation.predict import EvalPass
 from trainer.feed import (
     Feed,
     Pipelines,
@@ -35,8 +36,9 @@ from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
-from trainer.models.factory import build_student, preprocessing
 from trainer.models.normalize import Normalize
+from trainer.models.preprocessing import preprocessing
+from trainer.models.student import build_student
 from trainer.models.teacher import Teachers, build_teachers
 from trainer.monitor.run_files import Evaluation
 from trainer.monitor.sinks import Sink, open_sinks
@@ -142,10 +144,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
     pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
     precision = set_precision(config.run, world.device)
-    place(student, config.run, world)
-    if teachers is not None:
-        place(teachers, config.run, world)
-        teachers.to_precision(precision)
+    place(student, teachers, precision, config.run, world)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
@@ -215,10 +214,15 @@ def set_precision(config: RunConfig, device: torch.device) -> torch.dtype:
     return resolve_precision(config.precision, device)
 
 
-def place(model: nn.Module, config: RunConfig, world: World) -> None:
-    """Move a model to its device and into its memory format."""
+def place(
+    student: nn.Module, teachers: Teachers | None, precision: torch.dtype, config: RunConfig, world: World
+) -> None:
+    """Move the models to their device, into their memory format; the teachers into the type of the forward passes."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+    for model in [student] if teachers is None else [student, teachers]:
+        model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+    if teachers is not None:
+        teachers.to_precision(precision)
 
 
 def build_state(
@@ -286,16 +290,8 @@ class Evaluator:
         weights = {"raw": self.state.student}
         if self.state.ema is not None:
             weights["ema"] = self.state.ema.module
-        return evaluate(
-            weights,
-            self.normalize,
-            self.pipeline,
-            plan,
-            batch=self.config.eval_batch,
-            precision=self.precision,
-            world=world,
-            interrupted=interrupted,
-        )
+        eval_pass = EvalPass(self.normalize, self.pipeline, plan, self.config.eval_batch, self.precision, world)
+        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # The record of a run is plain.
 
 
 def build_step(

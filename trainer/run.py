@@ -36,7 +36,7 @@ from trainer.config.sections import Config, parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import one_value_is_reported
-from trainer.models.model_folders import model_contents
+from trainer.models.files.model_folders import model_contents
 from trainer.monitor.run_files import reporting_full_disk
 from trainer.update.precision import resolve_precision
 

@@ -150,7 +150,7 @@ def setting(
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
-def natures(kind: type) -> dict[str, Nature]:
+def natures(kind: Any) -> dict[str, Nature]:
     """The nature of each field of a section, or of a dataclass that is an item of a setting, by the field's name."""
     found = {}
     for field in dataclasses.fields(kind):
@@ -262,7 +262,10 @@ def _noun(hint: object) -> str:
         return " or ".join(map(str, inner))
     if origin is tuple:
         return f"a list of {len(inner)} numbers"
-    return "a list" if origin is list else _NOUNS.get(origin or hint, "keys")
+    if origin is list:
+        is_of_choices = typing.get_origin(inner[0]) is typing.Literal
+        return f"a list of {_noun(inner[0])}" if is_of_choices else "a list"
+    return _NOUNS.get(origin or hint, "keys")
 
 
 def _shown(value: object) -> str:

@@ -224,7 +224,7 @@ def another_file(file: Path, chance: random.Random) -> None:
 SPOILS = (cut_off, byte_changed, another_file, packed, claiming, deep)
 
 
-def change_file(name: str, file: Path, turn: int, chance: random.Random) -> str:
+def change_file(name: str, file: Path, attempt: int, chance: random.Random) -> str:
     """Change a file, or a folder's description or weights.
 
     Args:
@@ -234,7 +234,7 @@ def change_file(name: str, file: Path, turn: int, chance: random.Random) -> str:
       what was done.
     """
     if name == "config.json":
-        change = CHANGES[turn % len(CHANGES)]
+        change = CHANGES[attempt % len(CHANGES)]
         said = json.loads((file / "config.json").read_text())
         change(said, chance)
         (file / "config.json").write_text(json.dumps(said))
@@ -242,7 +242,7 @@ def change_file(name: str, file: Path, turn: int, chance: random.Random) -> str:
     file = file / "model.safetensors" if file.is_dir() else file
     is_archive = file.suffix != ".safetensors"
     spoils = SPOILS if is_archive else SPOILS[:3]
-    which = turn % (len(CHANGES) + len(spoils) + is_archive)
+    which = attempt % (len(CHANGES) + len(spoils) + is_archive)
     if which >= len(CHANGES) + is_archive:
         spoil = spoils[which - len(CHANGES) - is_archive]
         spoil(file, chance)

@@ -26,7 +26,7 @@ from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.config.sections import StudentConfig, TeacherConfig
 from trainer.models.checkpoint_format import digest_of
-from trainer.models.factory import build_student
+from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher
 from trainer.state.host_copy import to_host
 
@@ -73,7 +73,7 @@ class Place:
         )
 
     def expected(self, name: str, command: Command) -> str:
-        """What a command comes to with an unchanged file."""
+        """The result of a command with an unchanged file."""
         if (name, command) not in self._expected:
             self._expected[name, command] = _result(_tried(self, name, command, lambda _: "")[1])
         return self._expected[name, command]
@@ -101,14 +101,14 @@ def _write_images(folder: Path, counts: dict[str, int]) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
-# --- commands: each prints what it came to, which is compared with what it comes to with the unchanged file ---
+# --- commands: each prints its result, which is compared with the result for the unchanged file ---
 
 
 def resume(place: Place, _file: Path) -> None:
     """Go on with the run whose newest checkpoint was changed."""
     place.train(place.tried, STEPS)
     content = torch.load(place.tried / "checkpoints" / f"step-{STEPS:08d}.pt", weights_only=True)
-    _came_to({part: content[part] for part in ("step", "student", "ema", "optimizer")})
+    _print_result({part: content[part] for part in ("step", "student", "ema", "optimizer")})
 
 
 def predict_image(place: Place, file: Path) -> None:
@@ -130,14 +130,14 @@ def evaluate_split(place: Place, file: Path) -> None:
 def average_alone(place: Place, file: Path) -> None:
     """Average a single file."""
     average.main(["uniform", str(place.tried / "out.pt"), str(file)])
-    _came_to(torch.load(place.tried / "out.pt", weights_only=True)["state_dict"])
+    _print_result(torch.load(place.tried / "out.pt", weights_only=True)["state_dict"])
 
 
 def export_again(place: Place, file: Path) -> None:
     """Export it."""
     named = ["--name", NAME] if file.name == place.plain.name else []
     export.main([str(file), str(place.tried / "out"), *named])
-    _came_to(load_file(place.tried / "out" / "model.safetensors"))
+    _print_result(load_file(place.tried / "out" / "model.safetensors"))
 
 
 def compare(_place: Place, file: Path) -> None:
@@ -151,20 +151,20 @@ def start_student(_place: Place, file: Path) -> None:
     folder = {"name": f"local-dir:{file}", "pretrained": True}
     with exit_on_user_error():
         config = StudentConfig(**folder) if file.is_dir() else StudentConfig(NAME, file)
-        _came_to(build_student(config, 10, SIZE, [str(digit) for digit in range(10)]).state_dict())
+        _print_result(build_student(config, 10, SIZE, [str(digit) for digit in range(10)]).state_dict())
 
 
 def have_teacher(_place: Place, file: Path) -> None:
     """Learn from it."""
     with exit_on_user_error():
         config = TeacherConfig(f"local-dir:{file}") if file.is_dir() else TeacherConfig(NAME, file)
-        _came_to(build_teacher(config, 10, SIZE, names=[str(digit) for digit in range(10)]).model.state_dict())
+        _print_result(build_teacher(config, 10, SIZE, names=[str(digit) for digit in range(10)]).model.state_dict())
 
 
-def _came_to(values: dict) -> None:
+def _print_result(values: dict) -> None:
     values = {name: value for name, value in to_host(values).items() if not name.startswith(_CLASSIFIER)}
     values = {name: value for name, value in values.items() if not name.endswith(_COUNT)}
-    print(f"came to {digest_of(values)}")
+    print(f"result {digest_of(values)}")
 
 
 _EVERYWHERE = (predict_image, start_student, evaluate_split, have_teacher, export_again)
@@ -191,15 +191,15 @@ def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
     for number in itertools.count():
         chance = random.Random(f"{seed} {number}")
         name = [*COMMANDS][number % len(COMMANDS)]
-        turn = number // len(COMMANDS)
-        command = COMMANDS[name][turn % len(COMMANDS[name])]
-        fell, kind = _attempt(place, name, command, turn, chance)
+        attempt = number // len(COMMANDS)
+        command = COMMANDS[name][attempt % len(COMMANDS[name])]
+        fell, kind = _attempt(place, name, command, attempt, chance)
         yield Attempt(f"{name}: {kind}", fell and f"{words(command)} (seed {seed}, number {number}): {fell}")
 
 
-def _attempt(place: Place, name: str, command: Command, turn: int, chance: random.Random) -> tuple[str, str]:
+def _attempt(place: Place, name: str, command: Command, attempt: int, chance: random.Random) -> tuple[str, str]:
     """Change a file and call a command. Returns how it broke the promise, and what was done."""
-    kind, ended = _tried(place, name, command, lambda file: change_file(name, file, turn, chance))
+    kind, ended = _tried(place, name, command, lambda file: change_file(name, file, attempt, chance))
     fell = ended.complaint()
     if "ran" in ended.text.splitlines():
         fell = "what the file names was run"
@@ -227,5 +227,5 @@ def _tried(place: Place, name: str, command: Command, change: Callable[[Path], s
 
 
 def _result(ended: Ended) -> str:
-    """What a command says that it came to."""
-    return next((line for line in ended.text.splitlines() if line.startswith("came to ")), "")
+    """The result that a command prints."""
+    return next((line for line in ended.text.splitlines() if line.startswith("result ")), "")

@@ -28,7 +28,7 @@ from trainer import run as trainer
 from trainer.cluster.preemption import REQUEUE
 from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.run_files import METRICS, SUMMARY
-from trainer.state.checkpoint import BEST, checkpoints, read
+from trainer.state.checkpoint import BEST, checkpoints, checkpoints_folder, read
 
 PROMISE = (
     "Runs of 20 steps with 2 ranks are interrupted at one or two random moments and started again. They end with "
@@ -67,14 +67,14 @@ def preempt(ranks: list[int], chance: random.Random, _: Path) -> None:
 def truncate_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
     """SIGKILL to all ranks, and the newest checkpoint is truncated."""
     kill_all(ranks, chance, out)
-    for path in checkpoints(out / "checkpoints")[-1:]:
+    for path in checkpoints(checkpoints_folder(out))[-1:]:
         os.truncate(path, chance.randrange(path.stat().st_size))
 
 
 def change_newest(ranks: list[int], chance: random.Random, out: Path) -> None:
     """SIGKILL to all ranks, and a byte of the newest checkpoint changes."""
     kill_all(ranks, chance, out)
-    for path in checkpoints(out / "checkpoints")[-1:]:
+    for path in checkpoints(checkpoints_folder(out))[-1:]:
         with open(path, "r+b") as file:
             place = chance.randrange(path.stat().st_size)
             file.seek(place)
@@ -165,7 +165,7 @@ def disturbed(
     for fault in [first, *chance.sample(FAULTS, chance.choice([0, 0, 1]))]:
         before = num_sessions(out)
         ranks = start(arguments, log)
-        done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(out / "checkpoints")), default=0)
+        done = max((int(path.stem.removeprefix("step-")) for path in checkpoints(checkpoints_folder(out))), default=0)
         time.sleep(chance.uniform(0, duration_s * max(0.3, 1 - done / STEPS)))
         begun = num_sessions(out) > before
         if running(ranks):
@@ -181,7 +181,7 @@ def disturbed(
 
 def compare(expected: Path, found: Path) -> list[str]:
     """How two runs that should be equal are not: weights, average, optimizer, log, quarantine."""
-    a, b = (read(checkpoints(out / "checkpoints")[-1]) for out in (expected, found))
+    a, b = (read(checkpoints(checkpoints_folder(out))[-1]) for out in (expected, found))
     wrong = [part for part in ("step", "student", "ema", "optimizer", "best") if not equal(a[part], b[part])]
     for kind, key in (("train", "loss"), ("eval", "raw")):
         lines = [

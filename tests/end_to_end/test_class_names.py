@@ -17,13 +17,15 @@ from pipelines.shards.manifest import manifest_bytes, read_manifest, sorted_clas
 from support.processes import without_workers
 from tools import evaluate, predict
 from tools.average import Scorer
+from tools.lib.evaluate.report import show
 from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import StudentConfig, TeacherConfig, parse
+from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import trained as inference
 from trainer.models.class_names import order_doubt
-from trainer.models.factory import build_student
+from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher, build_teachers
 
 NAME, SIZE = "test_resnet", 32
@@ -149,7 +151,7 @@ def test_an_evaluation_in_the_wrong_order_warns_by_the_confusion(stated, weights
     found = evaluated(stated, weights)
     assert found["top1"] < 20
     assert "the model consistently takes 10 of 12 classes for one other each ('10' for '8'" in found["order_warning"]
-    evaluate.show(found)
+    show(found)
     assert "warning: the model consistently takes 10 of 12 classes" in capsys.readouterr().out
 
 
@@ -165,25 +167,26 @@ def test_predict_refuses_outputs_without_names_for_images_of_such_a_dataset_alon
     rows = [line.split(",") for line in say(doubtful / "val", classes=listed).splitlines()[1:]]
     assert len(rows) == 36 and all(Path(file).parts[-2] == best for file, _, best, *_ in rows)
     Image.fromarray(pixels(11, 0)).save(tmp_path / "loose.png")
-    (tmp_path / "manifest.json").write_text("{}")  # of another program
+    (tmp_path / "manifest.json").write_text("{}")  # Another program wrote this one.
     assert ",11," in say(tmp_path / "loose.png")
 
 
 def test_a_greedy_soup_refuses_outputs_without_names(doubtful, stated, weights):
     trained = inference.load(NAME, weights, image_size=SIZE)
-    with refused(f"w.pth: its outputs have no names, and {DOUBT}.*To settle it, {REBUILD}$"):
+    without_names = refused(f"w.pth: its outputs have no names, and {DOUBT}.*To settle it, {REBUILD}$")
+    with without_names, spelling_settings("--", lacking=("classes",)):
         Scorer(doubtful).top1(trained)
     assert Scorer(stated).top1(trained) < 20
 
 
 def test_guessed_names_count_only_where_they_are_the_datasets(doubtful):
     model = timm.create_model(NAME, num_classes=1000)
-    view = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
-    trained = inference.Trained(model, NAME, {}, view, [f"n{i}" for i in range(1000)], "w.pth", classes_guessed=True)
-    names = [f"n{i}" for i in reversed(range(1000))]
-    assert evaluate.outputs_of(names, trained, "DOUBT")[:2] == [999, 998]
+    transform = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
+    guessed = [f"n{i}" for i in range(1000)]
+    trained = inference.TrainedModel(model, NAME, {}, transform, guessed, "w.pth", classes_guessed=True)
+    assert trained.order_of(guessed[::-1], "DOUBT")[:2] == [999, 998]
     with refused("w.pth: its outputs have no names, and DOUBT"):
-        evaluate.outputs_of(sorted_classes([str(i) for i in range(1000)], "text"), trained, "DOUBT")
+        trained.order_of(sorted_classes([str(i) for i in range(1000)], "text"), "DOUBT")
 
 
 # --- the student's classifier ---
@@ -251,7 +254,7 @@ def test_weights_of_as_many_other_classes_get_a_new_classifier(weights, tmp_path
 
 
 def test_a_classifier_that_cannot_be_moved_is_refused(weights, listed, monkeypatch):
-    monkeypatch.setattr("trainer.models.factory._classifiers", lambda model: ("conv1",))
+    monkeypatch.setattr("trainer.models.student.classifier_layers", lambda model: ("conv1",))
     with refused("numeric.txt: names the classes in another order .* cannot be put into the dataset's. Build the"):
         build_student(StudentConfig(NAME, weights, classes=listed), 12, SIZE, TEXT)
 
@@ -285,7 +288,7 @@ def test_a_checkpoint_must_name_every_output_and_the_advice_helps(weights, liste
 
 def test_names_of_a_file_that_contradict_the_checkpoints_are_refused(weights, listed, tmp_path):
     torch.save({"student": torch.load(weights, weights_only=True), "classes": TEXT}, tmp_path / "own.pt")
-    with refused("numeric.txt: names the classes in another order than .*own.pt, .* Leave student.classes out"):
+    with refused("numeric.txt: names the classes in another order than .*own.pt, .* Leave --student.classes out"):
         build_student(StudentConfig(NAME, tmp_path / "own.pt", classes=listed), 12, SIZE, TEXT)
 
 
@@ -306,8 +309,8 @@ def test_classes_of_one_name_are_matched_by_place_where_both_lists_are_equal(tmp
     assert teacher.order is None
     student = build_student(StudentConfig(NAME, tmp_path / "own.pt"), 4, SIZE, CRANES)
     assert torch.equal(student.fc.weight, model.fc.weight) and student.start_note == ""
-    view = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
-    assert evaluate.outputs_of(CRANES, inference.Trained(model, NAME, {}, view, CRANES, "own.pt"), "") is None
+    transform = inference.EvalTransform(SIZE, 1.0, "center", "bicubic")
+    assert inference.TrainedModel(model, NAME, {}, transform, CRANES, "own.pt").order_of(CRANES, "") is None
 
 
 @pytest.mark.parametrize(
@@ -315,9 +318,9 @@ def test_classes_of_one_name_are_matched_by_place_where_both_lists_are_equal(tmp
 )
 def test_classes_of_one_name_in_another_order_are_refused(tmp_path, other):
     torch.save({"student": timm.create_model(NAME, num_classes=4).state_dict(), "classes": other}, tmp_path / "own.pt")
-    for refuse in (
+    for made in (
         lambda: build_teacher(TeacherConfig(NAME, tmp_path / "own.pt"), 4, SIZE, names=CRANES),
         lambda: build_student(StudentConfig(NAME, tmp_path / "own.pt"), 4, SIZE, CRANES),
     ):
         with refused("class 'crane' is named 2 times, for the outputs . and ."):
-            refuse()
+            made()

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError, exit_on_user_error, reason_of, shortened, system_error_text
-from tools import evaluate, shard_imagenet
+from tools import shard_imagenet
+from tools.lib.evaluate.report import show
 
 COMMANDS = [path.stem for path in sorted((REPOSITORY / "tools").glob("*.py")) if "def main(" in path.read_text()]
 
@@ -70,7 +71,7 @@ def test_an_error_of_the_system_is_one_line_with_the_file_and_what_helps(system_
         (OSError(errno.EIO, "Input/output error"), "error: Input/output error. Look at the disk"),
         (OSError("cannot identify this"), "error: cannot identify this. USI_TRACEBACK=1 in the environment shows"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "error: Connection reset by peer. USI"),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "error: Broken pipe. USI"),  # of another pipe than the output
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "error: Broken pipe. USI"),  # The pipe is not the output.
         (UserError("a:\n b. Do\tc"), "error: a: b. Do c\n"),
     ],
 )
@@ -100,7 +101,7 @@ def test_a_long_message_loses_its_middle_and_keeps_its_advice(capsys):
         assert shortened(text) == text
 
 
-def test_an_error_without_words_is_told_by_the_line_that_raised_it():
+def test_an_error_without_words_is_named_by_the_line_that_raised_it():
     with pytest.raises(AssertionError) as silent:
         raise AssertionError
     assert re.fullmatch(r"test_errors.py:\d+: raise AssertionError", reason_of(silent.value))
@@ -204,12 +205,10 @@ def test_classes_of_any_name_are_built_shown_and_evaluated_on_an_ascii_terminal(
     shard_imagenet.main(["verify", str(out), "--workers", "1"])
     row = {"words": "\u732b", "images": 2, "top1": 50.0, "taken_for": [{"class": names[1], "percent": 50.0}]}
     numbers = {"top1": 50.0, "top5": 100.0, "loss": 0.7, "ece": 1.0, "images": 4, "outputs": 2, "order_warning": ""}
-    view = {"image_size": 8, "crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic"}
-    found = {"model": "m", "source": str(tmp_path / "\xfc"), "weights": "ema", "view": view, "dataset": str(out)}
+    transform = {"image_size": 8, "crop_mode": "center", "crop_pct": 1.0, "interpolation": "bicubic"}
+    found = {"model": "m", "source": str(tmp_path / "\xfc"), "weights": "ema", "view": transform, "dataset": str(out)}
     with exit_on_user_error():
-        evaluate.show(
-            {**found, **numbers, "classes": [{"class": name, **row} for name in names], "damaged": ["\xe9: x"]}
-        )
+        show({**found, **numbers, "classes": [{"class": name, **row} for name in names], "damaged": ["\xe9: x"]})
     assert (out / "manifest.json").is_file() and "d\\xe4ta: 4 train, 4 val" in written()
 
 

@@ -49,8 +49,8 @@ def test_a_run_whose_disk_is_full_names_the_file_and_ends_after_the_same_command
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", full)
-        told = pytest.raises(UserError, match=rf"{name}.*cannot be written .*No space left.* Make room")
-        with told, reporting_full_disk():
+        refused = pytest.raises(UserError, match=rf"{name}.*cannot be written .*No space left.* Make room")
+        with refused, reporting_full_disk():
             train_here(digits, out, *SHORT)
     assert not list(out.rglob("*.partial"))
     summary = train_here(digits, out, *SHORT)

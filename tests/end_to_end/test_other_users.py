@@ -110,8 +110,8 @@ def test_an_image_of_another_user_is_a_row_of_predict_that_says_so(place):
 
     def rows() -> None:
         survey([place / "images"])
-        view = EvalTransform(32, 1.0, "center", "bicubic")
-        print([decoded(item, view)[2] for item in items_of(place / "images" / "train" / "0")])
+        transform = EvalTransform(32, 1.0, "center", "bicubic")
+        print([decoded(item, transform)[2] for item in items_of(place / "images" / "train" / "0")])
 
     ended = by_nobody(rows)
     assert ended.code == 0 and ended.text.count("cannot be read (Permission denied)") == 1, ended.text

@@ -27,7 +27,7 @@ from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
 from trainer.feed import rank_plans
 from trainer.loop import train
-from trainer.models.factory import preprocessing
+from trainer.models.preprocessing import preprocessing
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 STEPS, PER_EPOCH, BATCH, DECAY = 50, 5, 64, 0.9

@@ -6,6 +6,6 @@ generation are real. So a trainer starts, compiles, searches for its micro-batch
 evaluates, saves and ends, and only the numbers mean nothing.
 
 The tests here run in a process that was started on the stand-in: `tests/end_to_end/test_gpu_stub.py` starts one in
-`make test`, `make gpu-stub` runs the long ones, too. What only a device can tell is left to the tests marked `gpu`:
+`make test`, `make gpu-stub` runs the long ones, too. The tests marked `gpu` decide what needs a device:
 DALI itself, whose static runtime refuses the stand-in, pixels, NCCL, speed, and cuDNN with its memory.
 """

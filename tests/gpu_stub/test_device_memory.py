@@ -185,4 +185,4 @@ def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     del free
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 64 * MIB
     pipeline._build(_Shape(16, 224, "bicubic", False))
-    assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # what is left of segments that are in use
+    assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # Segments that are in use keep the rest.

@@ -14,7 +14,7 @@ from pipelines.plan.plan import EvalPlan
 from pipelines.shards.index import synthetic_index
 from pipelines.synthetic import SyntheticPipeline
 from trainer.evaluation import metrics
-from trainer.evaluation.predict import predict
+from trainer.evaluation.predict import EvalPass
 from trainer.models.normalize import Normalize
 from trainer.models.teacher import resize_pixels
 
@@ -114,6 +114,6 @@ def test_an_evaluation_waits_at_its_end_alone(monkeypatch, no_host_sync):
                 yield batch
 
     pipeline = SyntheticPipeline(index, device=GPU.device)
-    how = {"batch": 16, "precision": torch.bfloat16, "world": GPU, "shown": watched}
-    predict({"raw": model}, normalize, pipeline, EvalPlan(index, 32, 0.95, "bicubic"), **how)
+    eval_pass = EvalPass(normalize, pipeline, EvalPlan(index, 32, 0.95, "bicubic"), 16, torch.bfloat16, GPU)
+    eval_pass.predict({"raw": model}, shown=watched)
     assert seen == [40]

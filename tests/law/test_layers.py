@@ -32,6 +32,7 @@ ORDER = {
         ("feed",),
         ("micro_batch",),
         ("builder",),
+        ("session",),
         ("loop",),
         ("run",),
     ),

@@ -37,7 +37,7 @@ def noting_batches(out: Path) -> None:
 
 
 def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
-    """Go on until `stop` with so many ranks."""
+    """Start or resume a run on `ranks` ranks until `stop`."""
     if not os.fork():
         noting_batches(out)
         arguments = [*runs.SETTINGS, *LENGTH, *more, "--data.root", str(root), "--run.out", str(out)]
@@ -48,7 +48,7 @@ def run(root: Path, out: Path, ranks: int, stop: int, *more: str) -> None:
 
 
 def copy_checkpoint(source: Path, step: int, out: Path) -> None:
-    """What is needed to go on from there, of a run that went further."""
+    """Copy what a run needs to resume there, from one that went further."""
     (out / "checkpoints").mkdir(parents=True)
     shutil.copy(path_of(source / "checkpoints", step), out / "checkpoints")
 

@@ -58,3 +58,67 @@ def run_ranks(size: int, *arguments) -> str:
     text = "\n".join(out + error for _, out, error in ends)
     assert [code for code, *_ in ends] == [0] * size, text
     return text
+
+
+def one_line(end: tuple[int, str, str], rank: int) -> str:
+    """The message of a rank that ended with exit code 1 and one line."""
+    code, _, error = end
+    assert code == 1 and error.startswith(f"[rank {rank}] error: ") and error.count("\n") == 1, error
+    return error
+
+
+# A rank that joins the others with the facts in FACTS, or with an error that is given there.
+JOIN = """
+import json, os, sys
+from pipelines.common.errors import UserError, exit_on_user_error
+from trainer.cluster.world import join_world
+
+def facts(_device):
+    found = json.loads(os.environ["FACTS"])
+    if os.environ["RANK"] in found:
+        raise UserError(found[os.environ["RANK"]])
+    return found
+
+with exit_on_user_error(), join_world("cpu", facts, float(sys.argv[1])) as world:
+    print("joined", world.rank, world.size)
+"""
+
+# A rank that updates for ever. The command line says what happens at step 20, and on which rank.
+LOOP = """
+import os, signal, sys, time
+import torch
+from pipelines.common.errors import exit_on_user_error
+from trainer.cluster.world import join_world
+from trainer.cluster.watchdog import HeartbeatIterator, watched
+
+seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def inputs(world):
+    for step in range(10**9):
+        if step == 20 and world.rank == rank:
+            print("now", flush=True)
+            if what == "sleep":
+                time.sleep(1000)
+            if what == "error":
+                raise IndexError("no such sample")
+            if what in ("KILL", "STOP"):
+                os.kill(os.getpid(), signal.Signals["SIG" + what])
+        time.sleep(0.05)
+        yield step
+
+def checkpoint(world):
+    world.heartbeat("checkpoint", 4 * seconds)
+    if world.is_main:
+        time.sleep(3 * seconds)
+    world.barrier()
+
+with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
+    for step in HeartbeatIterator(inputs(world), world.heartbeat, lambda: ("step", 0)):
+        world.all_reduce_sum(torch.ones(1))
+        if what == "exit" and step == 20:
+            sys.exit(75)
+        if what == "slow" and step == 20:
+            checkpoint(world)
+            break
+print("over")
+"""

@@ -19,7 +19,7 @@ from trainer.config.sections import StudentConfig, parse
 from trainer.evaluation import trained as inference
 from trainer.feed import dataset_classes
 from trainer.models.ema import ModelEma
-from trainer.models.factory import build_student
+from trainer.models.student import build_student
 from trainer.state import checkpoint
 
 CPU = World(0, 1, 1, torch.device("cpu"))
@@ -95,7 +95,7 @@ def test_the_result_says_what_it_was_made_of(tiny_run, steps, tmp_path):
         assert row == {"file": str(path), "sha256": digest, "step": step, "weights": "ema", "share": 0.5}
 
 
-def test_the_shares_of_an_average_are_those_of_the_steps_that_each_checkpoint_stands_for():
+def test_the_weights_of_an_average_are_those_of_the_steps_that_each_checkpoint_stands_for():
     decay, steps = 0.5, [2, 3, 6]
     by_hand = [
         sum((1 - decay) * decay ** (6 - t) for t in range(low, high)) for low, high in ((-99, 3), (3, 4), (4, 7))
@@ -104,7 +104,7 @@ def test_the_shares_of_an_average_are_those_of_the_steps_that_each_checkpoint_st
     assert ema_weights(steps, decay) == pytest.approx(by_hand)
 
 
-def test_the_shares_of_an_average_at_the_limits():
+def test_the_weights_of_an_average_at_the_limits():
     steps = [10, 20, 30]
     assert ema_weights(steps, 0.0) == [0, 0, 1]
     assert ema_weights(steps, 1e-9) == pytest.approx([0, 0, 1])
@@ -171,7 +171,7 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     weights = averaged(out, "uniform", tiny_run)["state_dict"]
     trained = inference.load(None, out)
     assert trained.name == "tiny_cnn" and trained.weights == "ema" and trained.classes == list(map(str, range(10)))
-    assert trained.view == inference.load(None, tiny_run).view
+    assert trained.transform == inference.load(None, tiny_run).transform
     assert 0 < evaluated(out, digits) < 100
     student = build_student(StudentConfig(name="tiny_cnn", checkpoint=out), 10, 32)
     as_teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(out), "--data.root", str(digits)]
@@ -179,9 +179,9 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     _, teachers = build_models(config, 10, dataset_classes(config.data), 64, CPU)
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(student.eval()(pixels), trained.model(pixels))
+        torch.testing.assert_close(student.eval()(pixels), trained.module(pixels))
     assert teachers is not None
-    for model in (trained.model, student):
+    for model in (trained.module, student):
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     export.main([str(out), str(tmp_path / "exported")])
     assert inference.load(None, tmp_path / "exported").digest() == trained.digest()
@@ -203,16 +203,16 @@ def test_the_card_of_an_average_says_what_was_averaged_and_nothing_of_one_run_al
         return (tmp_path / name / "README.md").read_text()
 
     text = card("uniform", "uniform", tiny_run, "--weights", "ema")
-    each = "of each the running average of the weights"
+    each = "of each the EMA of the weights"
     assert f"| weights | mean of the weights of 3 checkpoints, {each}, of steps 10, 20, 30 |" in text
     assert "| seed | 0 |" in text
     text = card("ema", "ema", tiny_run, "--decay", 0.9)
-    assert "| weights | moving average with decay 0.9 over 3 checkpoints, of steps 10, 20, 30 |" in text
+    assert "| weights | EMA with decay 0.9 over 3 checkpoints, of steps 10, 20, 30 |" in text
     config = content_of(steps[0])["config"]
     runs = {**config["run"], "seed": 7, "out": "elsewhere"}
     other = changed(steps[0], tmp_path / "other.pt", config={**config, "run": runs})
     text = card("two", "uniform", steps[2], other, "--weights", "raw")
-    assert "of 2 checkpoints of several runs, of each the weights as trained, not averaged |" in text
+    assert "of 2 checkpoints of several runs, of each the raw weights, not averaged |" in text
     assert "The averaged checkpoints differ in `run.seed`." in text and "| seed |" not in text
     text = card("again", "uniform", tmp_path / "two.pt", "--weights", "raw")
     assert "of several runs" in text and "| seed |" not in text

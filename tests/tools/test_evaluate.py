@@ -20,6 +20,9 @@ from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
 from support.processes import without_workers
 from tools import evaluate
+from tools.lib.evaluate.ranks import check_ranks_agree
+from tools.lib.evaluate.real_labels import read_real_labels
+from tools.lib.evaluate.report import show, write_and_show
 from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
@@ -70,7 +73,7 @@ def three_classes(digits_folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("pipeline", "tolerance"), [("torchvision", 0.01), ("dali", 0.05)])
 @pytest.mark.parametrize(
-    ("name", "view"),
+    ("name", "changed"),
     [
         ("test_resnet", {}),
         ("test_vit", {}),
@@ -79,31 +82,33 @@ def three_classes(digits_folder, tmp_path_factory) -> Path:
     ],
 )
 def test_a_model_says_what_it_says_of_the_images_of_timms_own_validation(
-    photos, tmp_path, name, view, pipeline, tolerance
+    photos, tmp_path, name, changed, pipeline, tolerance
 ):
     """The tolerance is in units of how much the logits of these images differ from each other."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    trained = inference.load(name, tmp_path / "weights.pth", **view)
-    size = view.get("image_size", model.pretrained_cfg.get("test_input_size", model.pretrained_cfg["input_size"])[-1])
-    settings = {"img_size": size, **{key: view.get(key) for key in ("crop_pct", "crop_mode")}}
+    trained = inference.load(name, tmp_path / "weights.pth", **changed)
+    size = changed.get(
+        "image_size", model.pretrained_cfg.get("test_input_size", model.pretrained_cfg["input_size"])[-1]
+    )
+    settings = {"img_size": size, **{key: changed.get(key) for key in ("crop_pct", "crop_mode")}}
     transform = timm.data.create_transform(**timm.data.resolve_data_config(settings, model=model, use_test_size=True))
     encoded = ShardReader(photos).read(np.arange(len(photos)))
     with torch.no_grad():
         expected = model(torch.stack([transform(Image.open(io.BytesIO(each)).convert("RGB")) for each in encoded]))
 
     opened = open_configured_pipeline(
-        config_of("--data.pipeline", pipeline).data, photos, world=HERE, decode="roi", on_bad=_refuse
+        config_of("--data.pipeline", pipeline).data, photos, world=HERE, decode="roi", on_bad=_fail
     )
-    batches = list(opened.batches(eval_plans(trained.view.plan(photos), 8, HERE)))
+    batches = list(opened.batches(eval_plans(trained.transform.plan(photos), 8, HERE)))
     with torch.no_grad():
-        found = torch.cat([trained.model(trained.normalize()(batch.images))[batch.valid] for batch in batches])
+        found = torch.cat([trained.module(trained.normalize()(batch.images))[batch.valid] for batch in batches])
     assert (found - expected).abs().max() < tolerance * expected.std(0).mean()
     assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
-def _refuse(sample: int, error: str) -> None:
+def _fail(sample: int, error: str) -> None:
     raise AssertionError((sample, error))
 
 
@@ -152,10 +157,10 @@ def test_two_ranks_find_what_one_finds_and_write_it(last, digits, tmp_path):
     assert sum(row["images"] for row in one["classes"]) == 96
 
 
-def test_fewer_classes_than_the_model_knows_are_told_apart_among_themselves(last, three_classes, capsys):
+def test_fewer_classes_than_the_model_knows_are_compared_among_themselves(last, three_classes, capsys):
     found = report("--data.root", three_classes, "--student.checkpoint", last)
     assert [row["class"] for row in found["classes"]] == ["2", "5", "7"] and found["outputs"] == 10
-    evaluate.show(found)
+    show(found)
     assert "told apart among 3 of its 10 classes" in capsys.readouterr().out
 
     trained = inference.load(None, last)
@@ -163,14 +168,14 @@ def test_fewer_classes_than_the_model_knows_are_told_apart_among_themselves(last
     index = evaluate.read_index(three_classes, "val")
     with torch.no_grad():
         logits, labels = [], []
-        pipeline = open_configured_pipeline(config.data, index, world=HERE, decode="roi", on_bad=_refuse)
-        for batch in pipeline.batches(eval_plans(trained.view.plan(index), 32, HERE)):
-            logits.append(trained.model(trained.normalize()(batch.images))[batch.valid])
+        pipeline = open_configured_pipeline(config.data, index, world=HERE, decode="roi", on_bad=_fail)
+        for batch in pipeline.batches(eval_plans(trained.transform.plan(index), 32, HERE)):
+            logits.append(trained.module(trained.normalize()(batch.images))[batch.valid])
             labels.append(batch.labels[batch.valid])
     among = torch.cat(logits)[:, [2, 5, 7]]
     assert found["top1"] == pytest.approx(100 * (among.argmax(1) == torch.cat(labels)).float().mean().item())
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(among, torch.cat(labels)).item(), rel=1e-5)
-    assert found["top5"] == 100  # of three classes
+    assert found["top5"] == 100  # There are three classes.
 
 
 def test_outputs_are_found_by_the_names_in_a_file(last, three_classes, tmp_path):
@@ -218,7 +223,7 @@ def test_several_labels_of_an_image_and_none(last, digits, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(own))
     found = report(*given)
     assert found["real"] == {"top1": pytest.approx(found["top1"]), "images": 96}
-    own[keys[3]] = ["2", "11"]  # by name
+    own[keys[3]] = ["2", "11"]  # This label is a name.
     (tmp_path / "real.json").write_text(json.dumps(own))
     with pytest.raises(UserError, match=f"real.json: sample {keys[3]} has the label '11', which is no class of the"):
         report(*given)
@@ -239,13 +244,13 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
     samples = np.zeros(2, dtype=[("key", "S60")])
     samples["key"] = [f"n01440764/{name}".encode() for name in names]
     index = type(photos)(photos.paths, samples, 1000, "")
-    labels = evaluate.read_real_labels(Path("imagenet"), index, timm.data.ImageNetInfo().label_names())
+    labels = read_real_labels(Path("imagenet"), index, timm.data.ImageNetInfo().label_names())
     known = timm.data.RealLabelsImagenet([""] * 50_000).real_labels
     assert labels == [known[f"{name}.JPEG"] for name in names]
     with pytest.raises(
         UserError, match="imagenet: a list goes by ImageNet's 1,000 classes, and the dataset has others"
     ):
-        evaluate.read_real_labels(Path("imagenet"), index, ["n01440764", "n01443537"])
+        read_real_labels(Path("imagenet"), index, ["n01440764", "n01443537"])
 
 
 # --- what cannot be evaluated ---
@@ -255,7 +260,7 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
     ("arguments", "message"),
     [
         ([], "--data.root is missing"),
-        (["--data.root", "DIGITS"], r"which model\? Give a checkpoint or run folder with --student.checkpoint"),
+        (["--data.root", "DIGITS"], "no model is named. Give a checkpoint or run folder with --student.checkpoint"),
         (["--data.root", "DIGITS", "--student.checkpoint", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--data.root", "DIGITS", "--student.checkpoint", "FOLDER"], "neither a run's folder with checkpoints nor"),
         (["--data.root", "DIGITS", "--student.checkpoint", "LAST", "--student.name", "resnet18"], "is of model 'tiny_"),
@@ -272,7 +277,7 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
         (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: not a file in a folder"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_in_a_line(arguments, message, digits, run, last, tmp_path):
+def test_what_cannot_be_evaluated_is_an_error_of_one_line(arguments, message, digits, run, last, tmp_path):
     content = torch.load(last, weights_only=True)
     content["student"]["head.fc.bias"] += 1
     torch.save(content, tmp_path / "damaged.pt")
@@ -304,9 +309,7 @@ def test_a_model_without_finite_outputs_has_no_accuracy(last, digits, tmp_path):
         report(*given, "--data.image_size", "32")
 
 
-def test_ranks_that_are_about_to_evaluate_different_things_are_told(last, digits, three_classes):
-    trained = inference.load(None, last)
-    index, other = (evaluate.read_index(root, "val") for root in (digits, three_classes))
+def test_ranks_that_are_about_to_evaluate_different_things_are_refused():
     said: list[dict] = []
 
     class Rank(World):
@@ -316,18 +319,20 @@ def test_ranks_that_are_about_to_evaluate_different_things_are_told(last, digits
             said.extend(values)
             return [said[0], *values]
 
-    config = config_of()
-    evaluate.check_ranks_agree(Rank(0, 2, 2, torch.device("cpu")), trained, trained.digest(), index, None, config)
+    facts = {"run.batch": 128, "the dataset's digest": "abc"}
+    check_ranks_agree(Rank(0, 2, 2, torch.device("cpu")), facts)
     second = Rank(1, 2, 2, torch.device("cpu"))
-    evaluate.check_ranks_agree(second, trained, trained.digest(), index, None, config)
-    with pytest.raises(UserError, match="the dataset's digest is not the same on all ranks: .* on rank 1"):
-        evaluate.check_ranks_agree(second, trained, trained.digest(), other, None, config)
+    check_ranks_agree(second, facts)
+    with pytest.raises(
+        UserError, match="the dataset's digest is not the same on all ranks: abc on rank 0, def on rank 1"
+    ):
+        check_ranks_agree(second, {**facts, "the dataset's digest": "def"})
 
 
-def test_a_report_that_cannot_be_written_is_shown_and_told(last, digits, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_is_shown(last, digits, tmp_path, capsys):
     found = report("--data.root", digits, "--student.checkpoint", last)
     with pytest.raises(UserError, match="run.json is .*: cannot be written"):
-        evaluate.tell(found, tmp_path / "gone" / "report.json")
+        write_and_show(found, tmp_path / "gone" / "report.json")
     assert "Classes that are found least" in capsys.readouterr().out
 
 
@@ -335,9 +340,9 @@ def test_a_checkpoint_of_this_trainer_says_all_that_belongs_to_it(last):
     trained = inference.load(None, last)
     assert (trained.name, trained.weights, trained.origin["step"]) == ("tiny_cnn", "ema", 30)
     assert trained.classes == [str(label) for label in range(10)]
-    assert trained.view.image_size == int(TINY[TINY.index("--data.image_size") + 1])
+    assert trained.transform.image_size == int(TINY[TINY.index("--data.image_size") + 1])
     content = torch.load(last, weights_only=True)
-    assert all(torch.equal(value, content["ema"][name]) for name, value in trained.model.state_dict().items())
+    assert all(torch.equal(value, content["ema"][name]) for name, value in trained.module.state_dict().items())
     assert digest_of(content["ema"]) != digest_of(content["student"])
 
 
@@ -367,7 +372,7 @@ def said(top: list[list[int]], label: list[int], confidence: list[float]) -> Pre
 def test_the_calibration_error_by_hand():
     correct = np.array([True, False, True, True])
     confidence = np.array([0.9, 0.95, 0.62, 1.0], np.float32)
-    # of ten bins: 0.62 alone; 0.9 alone, for a bin holds its upper end; 0.95 and 1.0 together
+    # There are ten bins: 0.62 is alone; 0.9 is alone, since a bin holds its upper end; 0.95 and 1.0 are together.
     expected = (abs(1 - 0.62) + abs(1 - 0.9) + abs(1 - 1.95)) / 4
     assert metrics.calibration_error(confidence, correct, bins=10) == pytest.approx(expected)
     assert metrics.calibration_error(np.ones(3, np.float32), np.ones(3, bool)) == 0

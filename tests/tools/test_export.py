@@ -1,6 +1,5 @@
 """tools/export.py: what is exported is the model, for timm alone, for onnxruntime and for torch.export."""
 
-import copy
 import dataclasses
 import json
 import os
@@ -19,20 +18,17 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from conftest import TINY
-from pipelines.common.errors import UserError
-from pipelines.common.files import is_empty, making
+from pipelines.common.files import making
 from support.models import with_statistics
 from tools import compare, evaluate, export
-from tools.lib.common.attention import fused_or_plain, has_fused_attention
-from tools.lib.common.onnx_file import Difference, export_onnx, largest_difference, onnx_runtime
+from tools.lib.common.onnx_file import onnx_runtime
 from tools.lib.export.card import card
 from tools.lib.export.timm_folder import timm_model
 from tools.lib.export.torch_file import export_program, torch_program
 from trainer.config.recipe import audit
 from trainer.config.sections import parse, to_dict
 from trainer.evaluation import trained as inference
-from trainer.models.factory import preprocessing
-from trainer.models.fold_batch_norm import fold_batch_norms
+from trainer.models.preprocessing import preprocessing
 from trainer.state import checkpoint
 from trainer.state.checkpoint import best_content_of
 from trainer.state.train_state import TrainState
@@ -52,7 +48,7 @@ CASES = {  # models of each way to be built: of any size, of one size that is no
 
 
 def write_checkpoint(path: Path, name: str, settings: list[str], seed: int = 0) -> Path:
-    """A best.pt of a model with random weights and statistics that tells digits."""
+    """A best.pt of a model with random weights and statistics that recognises digits."""
     config = parse([*TINY, "--student.name", name, "--data.root", str(path.parent), *settings])
     torch.manual_seed(seed)
     size = {} if name != "test_vit" else {"img_size": config.data.train_sizes[-1]}
@@ -131,14 +127,14 @@ def alone(exported, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_timm_alone_in_a_fresh_process_gives_the_same_logits_and_view(exported, alone, case):
+def test_timm_alone_in_a_fresh_process_gives_the_same_logits_and_transform(exported, alone, case):
     trained, found = inference.load(None, exported[case][0]), alone[case]
-    size = trained.view.image_size
+    size = trained.transform.image_size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(found["logits"], trained.model(images))
+    assert torch.equal(found["logits"], trained.module(images))
     config = {**found["config"], "image_size": found["config"]["input_size"][-1]}
-    assert {key: config[key] for key in dataclasses.asdict(trained.view)} == dataclasses.asdict(trained.view)
-    assert tuple(config["mean"]) == trained.model.pretrained_cfg["mean"]
+    assert {key: config[key] for key in dataclasses.asdict(trained.transform)} == dataclasses.asdict(trained.transform)
+    assert tuple(config["mean"]) == trained.module.pretrained_cfg["mean"]
     assert found["own"]["label_names"] == DIGITS and found["own"]["num_classes"] == 10
 
 
@@ -150,10 +146,10 @@ def test_the_size_to_train_on_is_kept_beside_the_size_to_look_at(alone):
 @pytest.mark.parametrize("case", CASES)
 def test_an_exported_folder_opens_as_its_checkpoint_does(exported, case):
     before, after = (inference.load(None, path) for path in exported[case])
-    assert (after.view, after.classes, after.weights) == (before.view, DIGITS, "raw")
+    assert (after.transform, after.classes, after.weights) == (before.transform, DIGITS, "raw")
     assert after.digest() == before.digest()
-    images = torch.randn(1, 3, before.view.image_size, before.view.image_size)
-    assert torch.equal(after.model(images), before.model(images))
+    images = torch.randn(1, 3, before.transform.image_size, before.transform.image_size)
+    assert torch.equal(after.module(images), before.module(images))
 
 
 def test_an_exported_folder_is_exported_again_as_it_is(exported, tmp_path):
@@ -166,7 +162,7 @@ def test_an_exported_folder_is_exported_again_as_it_is(exported, tmp_path):
 
 @pytest.mark.parametrize(("file", "read"), [("model.onnx", onnx_runtime), ("model.pt2", torch_program)])
 def test_the_computation_in_a_file_is_the_models_for_any_batch(cnn, file, read):
-    reference, other = inference.load(None, cnn[0]).model, read(cnn[1] / file)
+    reference, other = inference.load(None, cnn[0]).module, read(cnn[1] / file)
     for batch in (1, 2, 3, 7):
         images = torch.randn(batch, 3, 96, 96)
         expected = reference(images)
@@ -176,7 +172,7 @@ def test_the_computation_in_a_file_is_the_models_for_any_batch(cnn, file, read):
 def test_folding_leaves_no_batch_norm_in_the_program_and_all_of_it_in_the_weights(cnn):
     program = torch.export.load(cnn[1] / "model.pt2")
     assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
-    norms = inference.load(None, cnn[1]).model.modules()
+    norms = inference.load(None, cnn[1]).module.modules()
     assert sum(isinstance(module, nn.BatchNorm2d) for module in norms) == 15
     assert "15 BatchNorms folded" in (cnn[1] / "README.md").read_text()
 
@@ -184,7 +180,7 @@ def test_folding_leaves_no_batch_norm_in_the_program_and_all_of_it_in_the_weight
 def test_the_cards_snippets_work_as_they_stand_and_agree(cnn, alone):
     trained = inference.load(None, cnn[0])
     transform = create_transform(**resolve_model_data_config(timm_model(cnn[1]), use_test_size=True))
-    expected = trained.model(transform(Image.fromarray(PICTURE))[None])
+    expected = trained.module(transform(Image.fromarray(PICTURE))[None])
     for library in ("timm", "onnxruntime", "PyTorch"):
         assert (alone[library] - expected).abs().max() <= 1e-4 * expected.abs().max(), library
 
@@ -200,9 +196,9 @@ def test_the_cards_pixels_without_torch_are_timms(cnn, tmp_path, monkeypatch, mo
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    view = dataclasses.asdict(trained.view)
-    expects = preprocessing(trained.model)
-    transform = create_transform(view.pop("image_size"), **view, mean=expects.mean, std=expects.std)
+    fields = dataclasses.asdict(trained.transform)
+    expects = preprocessing(trained.module)
+    transform = create_transform(fields.pop("image_size"), **fields, mean=expects.mean, std=expects.std)
     expected = transform(Image.open(tmp_path / "image.jpg"))[None]
     assert np.array_equal(names["images"], expected.numpy())
 
@@ -212,7 +208,7 @@ def test_the_card_says_how_it_was_trained_and_measured_and_not_where(cnn):
     assert text.startswith("---\nlibrary_name: timm\n")
     assert "| teacher | none: labels alone |" in text
     assert "| `run.global_batch` | 1024 | 64 | images an update" in text
-    assert "weights as trained, not averaged, after step 1,234" in text
+    assert "raw weights, not averaged, after step 1,234" in text
     assert "On the 80 validation images of the run" in text and "| 61.25 | 95.00 | 1.5000 |" in text
     assert "opset 18" in text and str(cnn[0].parent) not in text
 
@@ -265,7 +261,7 @@ def failed(arguments: list, capsys, tool=export) -> str:
 def test_bad_input_is_one_line_that_says_what_to_do_and_writes_nothing(cnn, tmp_path, capsys, arguments, message):
     (tmp_path / "three.txt").write_text("a\nb\nc\n")
     (tmp_path / "list.json").write_text("[]")
-    torch.save(inference.load(None, cnn[0]).model.state_dict(), tmp_path / "raw.pth")
+    torch.save(inference.load(None, cnn[0]).module.state_dict(), tmp_path / "raw.pth")
     before = sorted(tmp_path.iterdir())
     places = {"MODEL": str(cnn[0]), "OUT": str(tmp_path / "out"), "TMP": str(tmp_path)}
     words = [re.sub(r"^(MODEL|OUT|TMP)", lambda found: places[found[0]], word) for word in arguments]
@@ -304,7 +300,7 @@ def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
     data = {key: value for key, value in content["config"]["data"].items() if key != "eval_image_size"}
     config = {"data": data, "student": content["config"]["student"]}
     young = altered(cnn[0], tmp_path / "young.pt", config=config, plan={}, audit=None, software=None)
-    assert inference.load(None, young).view.image_size == 64
+    assert inference.load(None, young).transform.image_size == 64
     export.main([str(young), str(tmp_path / "out")])
     assert "| epochs + cool-down | 300 + 10 |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -333,7 +329,7 @@ def test_an_exported_folder_with_an_odd_configuration_or_other_weights_is_refuse
 
 def test_timms_name_has_one_kind_of_weights(tmp_path, capsys):
     message = failed(["resnet18", tmp_path / "out", "--weights", "raw"], capsys)
-    assert "--weights is 'raw', but timm has one kind of weights for 'resnet18'. Leave it out" in message
+    assert "timm has one kind of weights for 'resnet18', and 'raw' was asked for. Leave --weights out" in message
 
 
 def test_a_name_with_the_tag_of_pretrained_weights_is_the_same_model(cnn):
@@ -374,7 +370,7 @@ def test_weights_that_are_not_finite_are_not_exported(cnn, tmp_path, capsys):
 
 
 def test_weights_of_a_file_without_a_name_and_classes_are_exported(cnn, tmp_path):
-    model = inference.load(None, cnn[0]).model
+    model = inference.load(None, cnn[0]).module
     torch.save(model.state_dict(), tmp_path / "raw.pth")
     export.main([str(tmp_path / "raw.pth"), str(tmp_path / "out"), "--name", "test_resnet"])
     assert "label_names" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -400,133 +396,6 @@ def test_a_file_that_is_not_the_model_is_refused_and_nothing_is_left(cnn, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-class Undecided(nn.Module):
-    """A model whose code asks for the value of a pixel, which no exporter can know."""
-
-    def forward(self, images):
-        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
-
-
-@pytest.mark.parametrize("write", [export_onnx, export_program])
-def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
-    with pytest.raises(UserError, match="^the model cannot be exported .*: .*Leave this file out, or use") as error:
-        write(Undecided().eval(), torch.randn(2, 3, 8, 8), tmp_path / "file")
-    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
-
-
-# This one has a single stage, which attends within windows, so its tensors have five dimensions. Nothing is pooled.
-HIERA = {
-    **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
-    **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},
-}
-
-
-def tiny_hiera() -> inference.Trained:
-    """A Hiera that tells ten classes, with random weights."""
-    torch.manual_seed(0)
-    model = timm.create_model("hiera_tiny_224", num_classes=10, **HIERA).eval().requires_grad_(False)
-    nn.init.normal_(model.head.fc.weight)
-    return inference.Trained(
-        model, "hiera_tiny_224", HIERA, inference.EvalTransform(32, 0.9, "center", "bicubic"), None, "hiera.pt"
-    )
-
-
-def test_a_model_whose_fused_attention_is_not_exported_gets_plain_attention_and_output_and_card_say_so(tmp_path):
-    trained = tiny_hiera()
-    files = export.export(trained, tmp_path / "out", ["model.onnx", "model.pt2"])
-    said = "with timm's plain attention, because the fused one cannot be exported; its logits are off by up to "
-    assert said in files["model.onnx"] and "attention" not in files["model.pt2"]
-    assert (tmp_path / "out" / "README.md").read_text().count(said) == 1
-    images = torch.randn(5, 3, 32, 32)
-    assert largest_difference(trained.model, onnx_runtime(tmp_path / "out" / "model.onnx"), images).is_small
-    assert has_fused_attention(trained.model) and has_fused_attention(timm_model(tmp_path / "out"))
-
-
-class Windows(nn.Module):
-    """Attention within windows, as timm's layers have it, whose tensors have five dimensions."""
-
-    def __init__(self, mixes: bool = False):
-        super().__init__()
-        self.fused_attn, self.mixes = True, mixes
-
-    def forward(self, images):
-        x = images.unflatten(2, (2, -1)).transpose(1, 2)[:, None]  # [B, 1, windows, 3, H / 2, W] -> five below
-        x = x.flatten(-2)
-        mixed = nn.functional.scaled_dot_product_attention(x, x, x) if self.fused_attn else self._plain(x)
-        return mixed.mean((1, 2, 3)) if not self.mixes or images.sum() > 0 else mixed.amax((1, 2, 3))
-
-    @staticmethod
-    def _plain(x):
-        return (x * x.shape[-1] ** -0.5 @ x.transpose(-2, -1)).softmax(-1) @ x
-
-
-class Reshaped(nn.Module):
-    """A step between layers that a function of the tensor takes."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def nest_layer() -> nn.Module:
-    """NesT's own attention, on rows of pixels in two blocks: its tensors have five dimensions."""
-    blocks = Reshaped(lambda images: images.unflatten(2, (2, -1)).transpose(1, 2).flatten(2, 3))
-    return nn.Sequential(blocks, nn.Linear(8, 8), timm.models.nest.Attention(dim=8, num_heads=2), nn.Flatten(1))
-
-
-def sam_layer() -> nn.Module:
-    """SAM's own attention, on pixels: its tensors have three dimensions."""
-    layer = timm.models.vision_transformer_sam.Attention(dim=8, num_heads=2)
-    return nn.Sequential(Reshaped(lambda images: images.permute(0, 2, 3, 1)), nn.Linear(3, 8), layer, nn.Flatten(1))
-
-
-@pytest.mark.parametrize("build", [Windows, nest_layer, sam_layer])
-def test_fused_attention_in_other_than_four_dimensions_falls_back_to_plain_attention_for_onnx(build, tmp_path):
-    model, images, path = build().eval(), torch.randn(3, 3, 8, 8), tmp_path / "model.onnx"
-    _, plain = fused_or_plain(model, lambda candidate: export_onnx(candidate, images, path))
-    assert plain and has_fused_attention(model)
-    assert largest_difference(model, onnx_runtime(path), images).is_small
-
-
-def test_attention_that_is_exported_stays_fused(tmp_path):
-    model = timm.create_model("test_vit", num_classes=10).eval()
-    _, plain = fused_or_plain(
-        model, lambda candidate: export_program(candidate, torch.randn(2, 3, 160, 160), tmp_path / "f")
-    )
-    assert has_fused_attention(model) and not plain
-
-
-@pytest.mark.parametrize("fails", ["load", "run", "differ"])
-def test_a_runtime_that_does_not_load_or_run_fused_attention_or_computes_something_else_gets_plain_attention(
-    fails, tmp_path, monkeypatch
-):
-    model = Windows().eval()
-
-    def read(path: Path):
-        """A runtime that has no fused attention."""
-        program = torch.export.load(path)
-        if not any("scaled_dot_product" in str(node.target) for node in program.graph.nodes):
-            return program.module()
-        if fails == "load":
-            raise RuntimeError("no kernel for this graph")
-        return lambda images: program.module()(images[:, :2] if fails == "run" else -images)
-
-    monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("a program", export_program, read))
-    trained = dataclasses.replace(tiny_hiera(), model=model)
-    files = export.computations(trained, tmp_path, ["model.pt2"], fold=False)
-    assert "with timm's plain attention" in files["model.pt2"] and has_fused_attention(model)
-
-
-@pytest.mark.parametrize("model", [Windows(mixes=True), Undecided()])
-def test_a_model_that_fails_with_both_kinds_of_attention_keeps_its_one_line(model, tmp_path):
-    trained = dataclasses.replace(tiny_hiera(), model=model.eval())
-    with pytest.raises(
-        UserError, match="^the model cannot be exported with torch.export: .*Leave this file out"
-    ) as error:
-        export.computations(trained, tmp_path, ["model.pt2"], fold=False)
-    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
-
-
 def test_a_runtime_that_fails_without_any_attention_is_one_line(cnn, tmp_path, capsys, monkeypatch):
     def read(path: Path):
         raise RuntimeError(
@@ -537,25 +406,6 @@ def test_a_runtime_that_fails_without_any_attention_is_one_line(cnn, tmp_path, c
     message = failed([cnn[0], tmp_path / "out", "--torch-export"], capsys)
     assert message.startswith("error: the model cannot be run from model.pt2: RuntimeError: [ONNXRuntimeError] : 9")
     assert len(message) <= 310 and not list(tmp_path.iterdir())
-
-
-def test_a_difference_is_of_the_largest_logit_and_nan_is_never_small():
-    images = torch.ones(2, 3, 1, 1)
-    found = largest_difference(lambda x: -10 * x, lambda x: -10 * x - 0.002 * (len(x) > 1), images)
-    assert found.absolute == pytest.approx(0.002, rel=1e-3) and found.relative == pytest.approx(2e-4, rel=1e-3)
-    assert not found.is_small and Difference(9e-4, 10).is_small
-    assert not largest_difference(lambda x: x, lambda x: x * torch.nan, images).is_small
-
-
-def test_a_folder_is_made_in_full_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError), making(tmp_path / "out") as folder:
-        (folder / "half").write_text("")
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "out").mkdir()
-    with making(tmp_path / "out") as folder:
-        (folder / "whole").write_text("x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
 
 
 def test_an_existing_folder_that_is_empty_but_for_hidden_entries_stays_the_same_folder(cnn, tmp_path, monkeypatch):
@@ -571,19 +421,6 @@ def test_an_existing_folder_that_is_empty_but_for_hidden_entries_stays_the_same_
     assert inference.load(None, Path()).digest() == inference.load(None, cnn[0]).digest()
 
 
-def test_nothing_half_is_seen_in_an_existing_folder_and_a_failure_leaves_it_as_empty_as_before(tmp_path):
-    with pytest.raises(ZeroDivisionError), making(tmp_path) as folder:
-        (folder / "half").write_text("")
-        assert is_empty(tmp_path) and folder.parent == tmp_path
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(FileExistsError), making(tmp_path) as folder:
-        for name in "abc":
-            (folder / name).write_text("mine")
-        (tmp_path / "b").write_text("another process's")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b", "another process's")]
-
-
 def test_what_a_killed_export_leaves_in_an_existing_folder_does_not_stop_the_next(cnn, tmp_path):
     pid = os.fork()
     if pid == 0:
@@ -594,31 +431,3 @@ def test_what_a_killed_export_leaves_in_an_existing_folder_does_not_stop_the_nex
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
     export.main([str(cnn[0]), str(tmp_path)])
     assert (tmp_path / "config.json").is_file()
-
-
-FAMILIES = (
-    *("resnet18", "resnet50", "tresnet_m", "regnety_002", "repvgg_a0", "densenet121", "mobilenetv3_small_100"),
-    *("efficientnet_b0", "tf_efficientnet_b0", "convnext_atto", "edgenext_xx_small", "mobilevit_xxs"),
-    *("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s", "mixer_s32_224", "coatnet_nano_rw_224"),
-)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_of_models_are_exported_folded_within_the_tolerance(name, tmp_path):
-    """Prints a row of the table in docs/after-training.md (pytest -m long -s)."""
-    model = timm.create_model(name)
-    size = model.pretrained_cfg["input_size"][-1]
-    model = with_statistics(model, size)
-    for layer in model.modules():  # classifiers that start at zero would agree in any file
-        if isinstance(layer, nn.Linear) and not layer.weight.any():
-            nn.init.normal_(layer.weight, std=0.02)
-    images = torch.randn(3, 3, size, size)
-    folded = copy.deepcopy(model)
-    count, row = fold_batch_norms(folded, images), [f"{size} px"]
-    for file, write, read in (("a.onnx", export_onnx, onnx_runtime), ("a.pt2", export_program, torch_program)):
-        write(folded, images, tmp_path / file)
-        found = largest_difference(model, read(tmp_path / file), images)
-        row += [f"{found.absolute:.1e}", f"{found.relative:.1e}"]
-        assert found.is_small and found.largest > 0
-    print(f"\n| `{name}` | {' | '.join([row[0], str(count), *row[1:]])} |")

@@ -24,10 +24,11 @@ from conftest import REPOSITORY
 from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.hand_made import put
-from tools.evaluate import EvalConfig, EvalDataConfig, predict_split
+from tools.lib.common.evaluation import ForwardConfig, predict_split
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, pixels_of, shown, survey
 from tools.predict import main
 from trainer.cluster.world import World
+from trainer.config.sections import ImagesConfig
 from trainer.evaluation import trained as inference
 from trainer.evaluation.trained import EvalTransform
 
@@ -55,10 +56,10 @@ def refused(capsys, *arguments) -> str:
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run, digits) -> dict[str, tuple[list[str], float, str]]:
-    """What evaluation says, by key: the names of the best five classes, the first one's probability, and the label."""
-    index, config = read_index(digits, "val"), EvalConfig(data=EvalDataConfig(root=digits))
-    trained = inference.load(None, tiny_run)
-    found = predict_split(trained, index, None, config, World(0, 1, 1, torch.device("cpu")), {})
+    """The predictions of an evaluation, by key: names of the best five classes, probability of the first, and label."""
+    index, images = read_index(digits, "val"), ImagesConfig(root=digits)
+    trained, world = inference.load(None, tiny_run), World(0, 1, 1, torch.device("cpu"))
+    found, _ = predict_split(trained, index, None, images=images, forward=ForwardConfig(), world=world)
     keys = [key.decode() for key in index.samples["key"].tolist()]
     top = [[trained.classes[output] for output in row] for row in found.top.tolist()]
     labels = [trained.classes[label] for label in found.label.tolist()]
@@ -96,7 +97,7 @@ def jpeg(side: int = 40, **options) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes that says it has so many pixels."""
+    """A PNG of a hundred bytes that claims to have this many pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -283,7 +284,7 @@ def test_exif_orientation_is_not_applied():
 
 
 @pytest.mark.parametrize(("mode", "sees"), [("center", 255), ("squash", 0)])
-def test_an_image_is_cropped_as_the_view_says(mode, sees):
+def test_an_image_is_cropped_as_the_transform_says(mode, sees):
     pixels = np.full((64, 256, 3), 255, dtype=np.uint8)
     pixels[:, :64] = pixels[:, -64:] = 0  # beside the centre
     found = shown(pixels, EvalTransform(32, 1.0, mode, "bilinear"))
@@ -336,7 +337,7 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
     assert words["n01440764"].startswith("tench") and words["class 4"] == "class 4"
 
 
-def test_a_model_that_gives_no_numbers_is_told_in_each_row(tiny_run, digits_folder, tmp_path):
+def test_a_model_that_gives_no_numbers_is_an_error_in_each_row(tiny_run, digits_folder, tmp_path):
     """Finite weights whose products are not."""
     weights = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)["state_dict"]
     torch.save({**weights, "head.fc.weight": torch.full_like(weights["head.fc.weight"], 1e38)}, tmp_path / "broken.pth")
@@ -361,7 +362,7 @@ def test_what_cannot_be_done_is_one_line_and_no_output_is_touched(tiny_run, digi
         ((*known, image, "--top-k", 0), "--top-k is 0; it must be at least 1"),
         ((*known, image, "--out", tmp_path / "out.xlsx"), "ends in none of .csv, .jsonl, .parquet"),
         ((*known, image, "--out", tmp_path / "no" / "out.csv"), "not a file in a folder that is there"),
-        (("--out", out, image), "which model? Give a checkpoint or run folder with --checkpoint, or --name"),
+        (("--out", out, image), "no model is named. Give a checkpoint or run folder with --checkpoint, or --name"),
         ((*known, image, "--checkpoint", tmp_path / "nope"), f"{tmp_path}/nope: cannot be read"),
     ):
         assert says in refused(capsys, *arguments)

@@ -1,6 +1,7 @@
 """What a researcher uses from a notebook: Config, build, train, load_model."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,17 @@ def test_a_single_update_can_be_made_by_hand(digits, tmp_path):
     feed.close()
     assert metrics.loss.isfinite() and len(metrics.bad) == 64
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_documented_example_runs(digits, tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "training.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "OUT").symlink_to(digits)
+    short = '"run.out": "RUN", "run.stop_after_steps": 1, "schedule.epochs": 6, "run.device": "cpu"}'
+    found = {}
+    exec(example.replace('"run.out": "RUN"}', short), found)
+    assert found["summary"]["step"] == 1 and found["model"].classes == found["run"].state.classes
 
 
 def test_importing_the_trainer_imports_no_torch():

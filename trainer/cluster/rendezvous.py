@@ -25,17 +25,12 @@ from pipelines.common.files import parsed_json
 from pipelines.common.launcher import launched
 from pipelines.shards.manifest import read_manifest
 from trainer.cluster.code_version import code_version
-from trainer.config.sections import Config, to_dict
+from trainer.config.sections import Config, shared_settings
 
 # The checks done, a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. The watchdog finds a rank that hangs; this is the bound where it is off.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 
-# What may differ between the machines of one run: where things are, and what changes no result.
-MAY_DIFFER = {
-    *("data.root", "data.threads", "data.prefetch", "data.hw_decoder_load", "data.decoder_padding_mib"),
-    *("student.checkpoint", "student.classes", "teacher.checkpoint", "teacher.classes", "run.out", "run.device"),
-}
 _POLL_S = 0.1
 _GRACE_S = 5.0  # The others wait a little longer than rank 0, so that they can read its verdict.
 _SHOWN = 3  # One message names at most this many differences.
@@ -48,15 +43,13 @@ _LIBUV_TAKES_SOCKETS = "2.14"
 def facts(config: Config) -> dict[str, object]:
     """What must be equal on all ranks: {name: value}, values as JSON has them.
 
-    The configuration without MAY_DIFFER, the digests of the dataset, a hash of every source file, and versions.
+    The configuration without what each machine has of its own, the digests of the dataset, a hash of every source file,
+    and versions.
 
     Raises:
       UserError: there is no dataset here, or it is damaged.
     """
-    settings = {f"{section}.{name}": value for section, keys in to_dict(config).items() for name, value in keys.items()}
-    found = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    for other in found["teacher.others"]:
-        del other["checkpoint"], other["classes"]  # the contents are compared, as for the first teacher
+    found = shared_settings(config)
     if config.data.root is not None:
         splits = read_manifest(config.data.root)["splits"]
         found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}

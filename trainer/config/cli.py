@@ -12,7 +12,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -24,14 +24,15 @@ T = TypeVar("T")
 _LISTS = "a list is written [1,2], a list of pairs [[0,128],[100,160]], a list of items with keys [{name: resnet50}]"
 _ITEM = "is not an item with keys: write {name: resnet50}"
 _GOT = r"Got value: ?(.*)"
-_IN_WORDS = [  # what jsonargparse says, and what it means
+# The messages of jsonargparse, and what is printed instead.
+_IN_WORDS = [
     (f"Expected a <class 'int'>. {_GOT}", r"'\1' is not a whole number"),
     (f"Expected a <class 'float'>. {_GOT}", r"'\1' is not a number"),
     (f"Expected a <class 'bool'>. {_GOT}", r"'\1' is neither true nor false"),
     (f"Expected a <class 'str'>. {_GOT}", r"'\1' is not text: in YAML, put it in quotes"),
     (f"Expected a <class 'dict'>. {_GOT}", r"'\1' is not a mapping: write {key: value}"),
     (f"Expected a <class '(?:list|tuple)'>. {_GOT}", rf"'\1' is not a list: {_LISTS}"),
-    (rf"Expected a typing\.Literal\[(.*)\]. {_GOT}", r"'\2' is not one of \1"),
+    (rf"Expected a typing.Literal\[(?:'', )?(.*)\]. {_GOT}", lambda found: _not_among(found[1], found[2])),
     (f"Expected a tuple with (\\d+) elements. {_GOT}", r"'\2' is not a list of \1 values"),
     (f"Not a valid subclass of .*?{_GOT} Subclass types .*", rf"'\1' {_ITEM}"),
     ("Expected a dot import path string: (.*)", rf"'\1' {_ITEM}"),
@@ -71,7 +72,7 @@ def parse_settings(
         raise UserError(f"{keys.file_of(str(error))}{error}") from error
     finally:
         vars(parser).pop("print_config", None)  # an error leaves it set, and the parser is used again
-    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+    return kind(**{name: values[name] for name in _sections(kind)})
 
 
 @functools.cache
@@ -85,10 +86,10 @@ def _parser(kind: type, prog: str | None, description: str, flags: tuple[tuple[s
     return parser
 
 
-def _with_home_folders(value: object) -> object:
+def _with_home_folders(value: Any) -> Any:
     """Parsed settings with the home folder in place of ~ in every path; namespaces are changed in place."""
     if isinstance(value, Path):
-        return value if "\0" in str(value) else expanded(value)  # the section refuses it, and names its key
+        return value if "\0" in str(value) else expanded(value)  # The section refuses a zero byte and names its key.
     if isinstance(value, Namespace):
         for key, item in vars(value).items():
             setattr(value, key, _with_home_folders(item))
@@ -108,6 +109,11 @@ def _reason(message: str, item_fields: list[str]) -> str:
     return reason
 
 
+def _not_among(choices: str, value: str) -> str:
+    """Words for a value that is none of the choices, which are given as 'one', 'other'."""
+    return f"'{value}' is not one of " + choices.replace("'", "")
+
+
 def _item_fields(kind: type) -> list[str]:
     """The keys that items of lists have, where they have keys."""
     hints = [hint for section in _sections(kind).values() for hint in typing.get_type_hints(section).values()]
@@ -121,11 +127,14 @@ def _unknown_in_item(key: str, known: list[str]) -> str:
     return f"unknown key '{key}' in an item; {hint}"
 
 
-_MOST_BYTES = 2**18  # of a file of settings; all of them together take two thousandths of that
+_MOST_BYTES = 2**18  # A file of settings may be this large; all settings take a five-hundredth of it.
 _MOST_VALUES = 10_000
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
     """Plain values alone, and no key twice in a section: the first one would be lost in silence.
 
     What `<<` merges into a section may stand there as well: the section's own value wins.
@@ -223,7 +232,8 @@ def _keys_of(path: str, content: dict, sections: dict[str, type]) -> Iterator[st
             raise UserError(f"{path}: section '{section}' holds {clipped(keys)}, not keys with values")
 
 
-def _sections(kind: type) -> dict[str, type]:
+def _sections(kind: Any) -> dict[str, Any]:
+    """The dataclass of each section by its name."""
     return {field.name: field.default_factory for field in dataclasses.fields(kind)}
 
 

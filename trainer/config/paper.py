@@ -1,4 +1,4 @@
-"""The models of the USI paper: what they reached, and what the installed timm has to be told to build them."""
+"""The models of the USI paper: their accuracy, and the arguments with which the installed timm builds them."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ class PaperModel:
 @functools.cache
 def paper_models() -> tuple[PaperModel, ...]:
     """Those that timm has."""
-    text = (importlib.resources.files(__package__) / "usi_paper.csv").read_text()
+    text = (importlib.resources.files("trainer.config") / "usi_paper.csv").read_text()
     return tuple(
         PaperModel(
             name=row["model"],

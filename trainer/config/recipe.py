@@ -1,23 +1,12 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
-import dataclasses
 from collections.abc import Iterable
 
 from docstring_parser import parse as parse_docstring
 
 from trainer.config.paper import paper_arguments
-from trainer.config.sections import Config, to_dict
+from trainer.config.sections import Config, section_types, setting_natures, to_dict
 
-# Where a run reads, computes and writes, and what it starts from: the scheme leaves these open. All others are its own.
-_OPEN = {
-    *("data.root", "data.pipeline", "data.decode", "data.hw_decoder_load", "data.decoder_padding_mib", "data.threads"),
-    *("data.prefetch", "data.max_bad_fraction", "data.window_shards"),
-    *("data.synthetic_samples", "data.synthetic_classes"),
-    *("student.name", "student.classes", "teacher.checkpoint", "teacher.classes"),
-    *("run.out", "run.seed", "run.device", "run.tf32", "run.channels_last", "run.eval_every"),
-    *("run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.on_nonfinite", "run.log_every"),
-    *("run.eval_batch", "run.loggers", "run.stop_after_steps", "run.ready_s", "run.watchdog_s"),
-}
 # Where the recipe's own file leaves the authors' code on purpose: key -> what the authors' code does, and why not here.
 _ON_PURPOSE = {
     "run.batch_norm": (
@@ -35,12 +24,12 @@ def audit(config: Config) -> list[dict]:
       for each {"key": "section.name", "usi": its value in the recipe, "here": the one in use, "meaning": what the
       setting is}; [] for the recipe itself, which is what all defaults are (docs/recipe.md).
     """
-    usi, here = to_dict(Config()), to_dict(config)
+    usi, here, natures = to_dict(Config()), to_dict(config), setting_natures()
     rows = []
     for section, values in here.items():
         for name, value in values.items():
             key, alike = f"{section}.{name}", [usi[section][name]]
-            if key not in _OPEN and value not in alike + _authors(key, config):
+            if natures[key].recipe and value not in alike + _authors(key, config):
                 rows.append({"key": key, "usi": alike[0], "here": value, "meaning": _meaning(section, name)})
     return rows
 
@@ -73,6 +62,7 @@ def _authors(key: str, config: Config) -> list:
 
 def _meaning(section: str, name: str) -> str:
     """What the configuration's own documentation says of a setting."""
-    (field,) = (field for field in dataclasses.fields(Config) if field.name == section)
-    described = {param.arg_name: param.description for param in parse_docstring(field.default_factory.__doc__).params}
-    return " ".join(described[name].split())
+    described = {
+        param.arg_name: param.description for param in parse_docstring(section_types()[section].__doc__).params
+    }
+    return " ".join((described[name] or "").split())

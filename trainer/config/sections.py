@@ -7,18 +7,20 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from pipelines import PipelineConfig
 from pipelines.common.errors import UserError, naming_settings
-from pipelines.common.settings import Section, check, setting
+from pipelines.common.settings import Nature, Section, check, natures, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
 
+Device = Literal["auto", "cuda", "cpu"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 _MOST_EPOCHS = 10**6
 
 
@@ -60,14 +62,14 @@ class DataConfig(ImagesConfig):
       synthetic_classes: its classes.
     """
 
-    max_bad_fraction: float = setting(0.001, at_least=0, at_most=1)
-    shuffle: str = setting("global", among=("global", "window"))
-    window_shards: int = setting(16, at_least=1)
-    image_size: int | list[tuple[int, int]] = 224
+    max_bad_fraction: float = setting(0.001, at_least=0, at_most=1, recipe=False)
+    shuffle: Literal["global", "window"] = setting("global", on_resume="refused", plan_field="window_shards")
+    window_shards: int = setting(16, at_least=1, recipe=False, on_resume="refused", plan_field="window_shards")
+    image_size: int | list[tuple[int, int]] = setting(224, on_resume="refused", plan_field="image_size")
     eval_image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     eval_crop_pct: float = setting(0.95, above=0, at_most=1)
-    synthetic_samples: int = setting(1_281_167, at_least=1, at_most=10**8)
-    synthetic_classes: int = setting(1000, at_least=1, at_most=10**6)
+    synthetic_samples: int = setting(1_281_167, at_least=1, at_most=10**8, recipe=False)
+    synthetic_classes: int = setting(1000, at_least=1, at_most=10**6, recipe=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,11 +103,11 @@ class StudentConfig(Section):
     """
 
     key = "student"
-    name: str = "resnet50"
-    checkpoint: Path | None = None
+    name: str = setting("resnet50", recipe=False, on_resume="refused")
+    checkpoint: Path | None = setting(None, per_machine=True)
     pretrained: bool = False
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    classes: Path | None = None
+    kwargs: Kwargs = setting(factory=dict, on_resume="refused")
+    classes: Path | None = setting(None, recipe=False, per_machine=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,10 +136,10 @@ class OtherTeacher:
     """
 
     name: str
-    checkpoint: Path | None = None
+    checkpoint: Path | None = setting(None, per_machine=True)
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = None
+    classes: Path | None = setting(None, per_machine=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +160,12 @@ class TeacherConfig(Section):
         learns from the mean of all probabilities.
     """
 
-    key = "teacher"
+    key, on_resume = "teacher", "reported"
     name: str | None = "tresnet_v2_l"
-    checkpoint: Path | None = None
+    checkpoint: Path | None = setting(None, recipe=False, per_machine=True)
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = None
+    classes: Path | None = setting(None, recipe=False, per_machine=True)
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -180,13 +182,13 @@ class TeacherConfig(Section):
     @property
     def members(self) -> "list[tuple[str, TeacherConfig | OtherTeacher]]":
         """Every teacher under its key: the first one, without its others, is `teacher`."""
-        first = [("teacher", self)] if self.name is not None else []
+        first: list[tuple[str, TeacherConfig | OtherTeacher]] = [("teacher", self)] if self.name is not None else []
         return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
 
     @property
     def title(self) -> str | None:
         """All names in one."""
-        return " + ".join(teacher.name for _, teacher in self.members) or None
+        return " + ".join(teacher.name for _, teacher in self.members if teacher.name) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +199,10 @@ class DistillConfig(Section):
       weight: of the divergence from the teacher.
       label_weight: of the cross-entropy with the mixed labels; 0 learns from the teacher alone.
       temperature: divides both models' logits in the divergence.
-      label_smoothing: share of each label that is spread evenly over all classes, in the cross-entropy.
+      label_smoothing: fraction of each label that is spread evenly over all classes, in the cross-entropy.
     """
 
-    key = "distill"
+    key, on_resume = "distill", "reported"
     weight: float = setting(5.0, at_least=0)
     label_weight: float = setting(1.0, at_least=0)
     temperature: float = setting(1.0, above=0)
@@ -224,11 +226,11 @@ class OptimConfig(Section):
       eps: added to the root of the second moment.
       weight_decay: decoupled; none on 1-D parameters, biases and what the model itself excludes.
       clip_norm: norm that the gradients of all parameters together are cut to; 0 cuts nothing.
-      clip_agc: adaptive clipping: share of the norm of each unit's weights that the norm of its gradient is cut to, the
-        classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
+      clip_agc: adaptive clipping: fraction of the norm of each unit's weights that the norm of its gradient is cut to,
+        the classifier left out (0.01 in arXiv 2102.06171); 0 cuts nothing. Not together with clip_norm.
     """
 
-    key = "optim"
+    key, on_resume = "optim", "reported"
     lr: float = setting(2e-3, at_least=0)
     betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
     eps: float = setting(1e-8, at_least=0)
@@ -256,7 +258,7 @@ class ScheduleConfig(Section):
       cooldown_epochs: added after the cosine.
     """
 
-    key = "schedule"
+    key, on_resume = "schedule", "reported"
     epochs: int = setting(300, at_least=1, at_most=_MOST_EPOCHS)
     warmup_epochs: int = setting(5, at_least=0)
     warmup_lr: float = setting(1e-4, at_least=0)
@@ -272,6 +274,7 @@ class ScheduleConfig(Section):
 
     @property
     def total_epochs(self) -> int:
+        """Epochs of the whole run, with the cooldown."""
         return self.epochs + self.cooldown_epochs
 
 
@@ -285,7 +288,7 @@ class EmaConfig(Section):
         are soon forgotten.
     """
 
-    key = "ema"
+    key, on_resume = "ema", "reported"
     decay: float = setting(0.99996, at_least=0, below=1)
     warmup: bool = False
 
@@ -315,9 +318,9 @@ class RunConfig(Section):
       eval_batch: validation images a forward pass on one rank; micro_batch auto makes room for them.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest are kept; the best weights are in best.pt besides.
-      keep_every: of the checkpoints, each so-many-th is kept for good; 0 keeps none.
+      keep_every: keep every n-th checkpoint permanently; 0 keeps none.
       on_nonfinite: what a loss that is not finite does: stop ends the run; rollback goes back to the newest checkpoint
-        and tries again, and ends the run if it comes to nothing.
+        and tries again once, then ends the run.
       log_every: steps between lines in metrics.jsonl.
       loggers: who gets these lines, too: tensorboard, wandb.
       stop_after_steps: end early, with a checkpoint, once the run has done this many steps in all; 0 never does.
@@ -326,30 +329,30 @@ class RunConfig(Section):
     """
 
     key = "run"
-    out: Path = Path("runs/default")
-    seed: int = setting(0, at_least=0, below=2**63)
-    device: str = setting("auto", among=("auto", "cuda", "cpu"))
-    global_batch: int = setting(1024, at_least=1)
-    micro_batch: int | Literal["auto"] = setting(0, at_least=0)
-    precision: str = setting("auto", among=("auto", "bf16", "fp16", "fp32"))
+    out: Path = setting(Path("runs/default"), recipe=False, per_machine=True)
+    seed: int = setting(0, at_least=0, below=2**63, recipe=False, on_resume="refused", plan_field="seed")
+    device: Device = setting("auto", recipe=False, per_machine=True)
+    global_batch: int = setting(1024, at_least=1, on_resume="refused", plan_field="global_batch")
+    micro_batch: int | Literal["auto"] = setting(0, at_least=0, on_resume="reported")
+    precision: Precision = setting("auto", on_resume="reported")
     # The recipe computes in half precision, and what autocast leaves in float32 loses no more than that: TF32 has the
     # 10 bits of fp16's mantissa and float32's range. PyTorch's own default is true for convolutions and false for
     # products; the authors left both alone, on cards without TF32.
-    tf32: bool = True
-    batch_norm: str = setting("reduce", among=("reduce", "broadcast", "none", "sync"))
-    channels_last: bool = True
+    tf32: bool = setting(True, recipe=False, on_resume="reported")
+    batch_norm: Literal["reduce", "broadcast", "none", "sync"] = setting("reduce", on_resume="reported")
+    channels_last: bool = setting(True, recipe=False)
     compile: bool | Literal["auto"] = "auto"
-    eval_every: int = setting(1, at_least=1)
-    eval_batch: int = setting(128, at_least=1)
-    checkpoint_every: int = setting(1000, at_least=1)
-    keep_checkpoints: int = setting(2, at_least=1)
-    keep_every: int = setting(0, at_least=0)
-    on_nonfinite: str = setting("stop", among=("stop", "rollback"))
-    log_every: int = setting(50, at_least=1)
-    loggers: list[str] = setting(factory=list, among=("tensorboard", "wandb"))
-    stop_after_steps: int = setting(0, at_least=0)
-    ready_s: float = setting(60, above=0)
-    watchdog_s: float = setting(900, at_least=0)
+    eval_every: int = setting(1, at_least=1, recipe=False)
+    eval_batch: int = setting(128, at_least=1, recipe=False)
+    checkpoint_every: int = setting(1000, at_least=1, recipe=False)
+    keep_checkpoints: int = setting(2, at_least=1, recipe=False)
+    keep_every: int = setting(0, at_least=0, recipe=False)
+    on_nonfinite: Literal["stop", "rollback"] = setting("stop", recipe=False)
+    log_every: int = setting(50, at_least=1, recipe=False)
+    loggers: list[Literal["tensorboard", "wandb"]] = setting(factory=list, recipe=False)
+    stop_after_steps: int = setting(0, at_least=0, recipe=False)
+    ready_s: float = setting(60, above=0, recipe=False)
+    watchdog_s: float = setting(900, at_least=0, recipe=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -399,16 +402,27 @@ class Config:
         return parse(arguments)
 
 
+def section_types() -> dict[str, Any]:
+    """The dataclass of each section by its name."""
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+def setting_natures() -> dict[str, Nature]:
+    """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
+    kinds = section_types().items()
+    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
+
+
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """The configuration of a command line, as `parse_settings`; `--audit` is a flag that it lets pass."""
     flags = {"audit": "list what differs from the USI recipe, and train nothing"}
     return parse_settings(Config, arguments, prog=prog, description="Train a student from a teacher.", flags=flags)
 
 
-def to_dict(config: Config) -> dict:
+def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain values for YAML, JSON and checkpoints."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -421,3 +435,19 @@ def to_dict(config: Config) -> dict:
 def to_yaml(config: Config) -> str:
     """The configuration as a file that `--config` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration as plain values by SECTION.NAME."""
+    return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What the machines of a run must have in common, as plain values by SECTION.NAME."""
+    nature_of, nature_of_item = setting_natures(), natures(OtherTeacher)
+    found = {key: value for key, value in flat(config).items() if not nature_of[key].per_machine}
+    found["teacher.others"] = [
+        {name: value for name, value in other.items() if not nature_of_item[name].per_machine}
+        for other in found["teacher.others"]
+    ]
+    return found

@@ -1,16 +1,45 @@
-"""What an evaluation comes to: pure functions of what a model said of each image."""
+"""The metrics of an evaluation: pure functions of a model's predictions.
+
+A new metric is a function here and a key of `Accuracy`, where a run logs it, or of `Summary`, where only
+tools/evaluate.py reports it.
+"""
 
 import dataclasses
+from typing import TypedDict
 
 import numpy as np
 
-BINS = 15  # of the calibration error; Guo et al. 2017, arXiv 1706.04599, section 4
-TOP = 5  # classes that are kept of each image
+# The calibration error has this many bins. Source: Guo et al. 2017, arXiv 1706.04599, section 4.
+BINS = 15
+# This many of the best classes are kept for each image.
+TOP = 5
+
+
+class Accuracy(TypedDict):
+    """The metrics that a run logs: top1 and top5 in percent, the mean cross-entropy, and the number of images."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+class Summary(Accuracy):
+    """The accuracy, and the expected calibration error in percent."""
+
+    ece: float
+
+
+class RealAccuracy(TypedDict):
+    """The accuracy under several labels: top1 in percent, and how many images have a label and count."""
+
+    top1: float
+    images: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a model says of N images.
+    """A model's predictions for N images.
 
     Attributes:
       sample: int64 [N], row of the ShardIndex; each image once.
@@ -36,15 +65,15 @@ class Predictions:
 
 
 def joined(parts: list[Predictions], num_samples: int) -> Predictions:
-    """Predictions of several ranks in the order of the samples; asserts that each sample is there once."""
+    """Join the predictions of several ranks in the order of the samples; asserts that each sample is there once."""
     columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(parts[0])]
     order = np.argsort(columns[0], kind="stable")
     assert np.array_equal(columns[0][order], np.arange(num_samples))
     return Predictions(*(column[order] for column in columns))
 
 
-def accuracy(predictions: Predictions) -> dict[str, float]:
-    """top1 and top5 in percent, the mean loss, and how many images."""
+def accuracy(predictions: Predictions) -> Accuracy:
+    """The metrics that a run logs."""
     in_top = (predictions.top == predictions.label[:, None]).any(1)
     return {
         "top1": 100 * float(predictions.correct.mean()),
@@ -54,8 +83,8 @@ def accuracy(predictions: Predictions) -> dict[str, float]:
     }
 
 
-def summary(predictions: Predictions) -> dict[str, float]:
-    """The accuracy, and the calibration error, "ece", in percent."""
+def summary(predictions: Predictions) -> Summary:
+    """The metrics that tools/evaluate.py reports."""
     error = calibration_error(predictions.confidence, predictions.correct)
     return {**accuracy(predictions), "ece": 100 * error}
 
@@ -74,7 +103,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = B
 
 
 def per_class(predictions: Predictions, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of each class and the share of them that is found, NaN where there are none: int64 and float64 [C]."""
+    """Images of each class, and the fraction of them that is found, NaN without images: int64 and float64 [C]."""
     images = np.bincount(predictions.label, minlength=num_classes)
     hits = np.bincount(predictions.label[predictions.correct], minlength=num_classes)
     with np.errstate(invalid="ignore"):
@@ -82,7 +111,7 @@ def per_class(predictions: Predictions, num_classes: int) -> tuple[np.ndarray, n
 
 
 def confusions(predictions: Predictions, label: int, most: int = 3) -> list[tuple[int, float]]:
-    """The other classes that images of a class are most often taken for, and the share of its images."""
+    """The other classes that images of a class are most often taken for, each with the fraction of its images."""
     taken_for = predictions.top[predictions.label == label, 0]
     counts = np.bincount(taken_for, minlength=label + 1)
     counts[label] = 0
@@ -90,13 +119,13 @@ def confusions(predictions: Predictions, label: int, most: int = 3) -> list[tupl
     return [(int(other), float(counts[other] / len(taken_for))) for other in order if counts[other]]
 
 
-def real_accuracy(predictions: Predictions, labels: list[list[int]]) -> dict[str, float]:
+def real_accuracy(predictions: Predictions, labels: list[list[int]]) -> RealAccuracy:
     """Accuracy where an image may have several labels, or none, and then does not count.
 
+    The best class is right if it is one of the labels.
+
     Args:
-      labels: of each sample; one at least has some.
-    Returns:
-      top1 in percent (the best class is one of the labels), and the images that count.
+      labels: each sample's; at least one sample has some.
     Source: Beyer et al. 2020, arXiv 2006.07159.
     """
     best = predictions.top[:, 0].tolist()

@@ -17,13 +17,13 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import misfit
 from trainer.config.recipe import are_audit_rows
-from trainer.config.sections import Config
+from trainer.config.sections import section_types
 from trainer.models.batch_norm import running_statistics
-from trainer.models.torch_files import memory_for
+from trainer.models.files.torch_files import memory_for
 
 FORMAT_VERSION = 1
 _MOST_STEPS = 10**12
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW has these two for each parameter.
 
 
 class DamagedError(UserError):
@@ -41,7 +41,7 @@ class Field:
     Attributes:
       fits: whether a value is that; words: the same for people.
       is_required: without it a file cannot be used at all.
-      resumes: a run cannot go on without it.
+      resumes: a run cannot be resumed without it.
     """
 
     fits: Callable[[object], bool]
@@ -100,11 +100,11 @@ def _is_kind(value: object) -> bool:
 
 
 def _is_percentage(value: object) -> bool:
-    return is_number(value) and 0 <= value <= 100
+    return isinstance(value, (int, float)) and is_number(value) and 0 <= value <= 100
 
 
 def _are_metrics(value: object) -> bool:
-    """A loss may be infinite or NaN beside an accuracy that is good, and is written as it is."""
+    """True for the metrics of an evaluation; the loss may be infinite or NaN, which is written unchanged."""
     if not isinstance(value, dict) or not is_count(value.get("images")):
         return False
     return all(isinstance(each, float) or is_number(each) for each in value.values())
@@ -114,7 +114,7 @@ def _are_settings(value: object) -> bool:
     """Whether a value is sections of settings; what types they had is the business of the version that wrote them."""
     if not isinstance(value, dict) or not is_plain(value):
         return False
-    return all(isinstance(value.get(section.name, {}), dict) for section in dataclasses.fields(Config))
+    return all(isinstance(value.get(section, {}), dict) for section in section_types())
 
 
 def _is_average(value: object) -> bool:
@@ -164,7 +164,7 @@ def _are_statistics(value: object) -> bool:
 
 _COUNT = "a whole number, 0 or more"
 _WEIGHTS = "tensors by name"
-# What each field is for: trainer.state.checkpoint.TrainState. `step` and `config` also tell these files from others.
+# TrainState documents what each field is for. `step` and `config` also distinguish these files from others.
 FIELDS = {
     "step": Field(is_count, _COUNT, is_required=True, resumes=True),
     "config": Field(_are_settings, "sections of plain settings", is_required=True, resumes=True),
@@ -202,7 +202,7 @@ def check_fields(content: dict) -> None:
 
 
 def check_resumable(content: dict, step: int) -> None:
-    """Raise a FieldError if a run cannot go on from what a file holds, of which `check_fields` has seen each part.
+    """Raise a FieldError if a run cannot be resumed from the content of a file, each part of which is checked.
 
     Args:
       step: that the file's name says.
@@ -288,7 +288,7 @@ def wrong_setting(config: dict, names: Iterable[str]) -> str:
       config: as `check_fields` has let it pass; sections and settings that it lacks are left alone.
       names: SECTION.NAME of each.
     """
-    kinds = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    kinds = section_types()
     for section, name in (each.split(".") for each in names):
         values = {key: value for key, value in config.get(section, {}).items() if key == name}
         if misfit(values, kinds[section]):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from pipelines.common.errors import UserError, reason_of
 from trainer.cluster.world import World
 from trainer.config.sections import Config
-from trainer.models.model_folders import layer_names
+from trainer.models.files.model_folders import layer_names
 
 _STUDENT_SIZE = (
     "Change data.image_size or data.eval_image_size, or use another model; some of timm's take any size with "
@@ -91,7 +92,7 @@ def check_logits(model: nn.Module, name: str, num_classes: int, image_size: int,
         )
 
 
-def _shape_in_words(outputs: object) -> str:
+def _shape_in_words(outputs: Any) -> str:
     return f"{list(outputs.shape)}" if torch.is_tensor(outputs) else f"{len(outputs)} outputs"
 
 

@@ -1,28 +1,27 @@
 """Names of classes: files that list them, and where a dataset's lie among a model's outputs."""
 
 import collections
-import re
 from pathlib import Path
 
 from pipelines.common.errors import UserError
 from pipelines.shards.manifest import class_order_doubt, read_manifest
+from trainer.config.setting_names import SettingError, Spelling
 
 
-def class_order(names: list[str], listed: list[str], source: Path | str, key: str) -> list[int]:
+def class_order(names: list[str], listed: list[str], source: Path | str) -> list[int]:
     """Where each of the dataset's classes lies in a model's list.
 
     Args:
       names: the dataset's, in the order of the labels.
       listed: the model's, in the order of its outputs; `source` is the file that they come from.
-      key: of the model in the configuration, for errors: student, teacher, teacher.others[1].
     Returns:
-      for each of `names` its place in `listed`.
+      for each of `names` its index in `listed`.
     Raises:
-      UserError: a name is not in the list, or twice; the first one in the dataset's order is named.
+      SettingError: a name is not in the list, or twice; the first one in the dataset's order is named.
     """
-    if names == listed:  # so every class has its place, even where two have one name
+    if names == listed:  # Every class has its output, even where two have one name.
         return list(range(len(names)))
-    counts, owner = collections.Counter(listed), re.split(r"\W", key)[0]
+    counts = collections.Counter(listed)
     for name in names:
         if counts[name] > 1:
             first = listed.index(name)
@@ -31,12 +30,18 @@ def class_order(names: list[str], listed: list[str], source: Path | str, key: st
                 f"{listed.index(name, first + 1)} (the first is 0). Every output needs a name of its own"
             )
         if not counts[name]:
-            raise UserError(
-                f"{source}: class '{name}' of the dataset is not among the {owner}'s {len(listed)}. Name its outputs "
-                f"as the dataset's manifest.json does in a file for {key}.classes, or use a {owner} that knows them all"
+            raise SettingError(
+                f"{source}: class '{name}' of the dataset is not among the model's {len(listed)}", _advice_to_name_all
             )
-    places = {name: place for place, name in enumerate(listed)}
-    return [places[name] for name in names]
+    outputs = {name: output for output, name in enumerate(listed)}
+    return [outputs[name] for name in names]
+
+
+def _advice_to_name_all(spelled: Spelling) -> str:
+    if classes := spelled("classes"):
+        named = f"Name its outputs as the dataset's manifest.json does in a file for {classes}"
+        return f"{named}, or use a model that knows them all"
+    return "Use a model that knows them all"
 
 
 def order_doubt(root: Path | None) -> str:
@@ -44,40 +49,40 @@ def order_doubt(root: Path | None) -> str:
     return class_order_doubt(read_manifest(root)) if root is not None else ""
 
 
-def check_order_stated(doubt: str, source: Path | str, option: str) -> None:
-    """Raise a UserError if outputs without names meet a dataset whose order of classes is in doubt.
+def check_order_stated(doubt: str, source: Path | str) -> None:
+    """Raise a SettingError if outputs without names meet a dataset whose order of classes is in doubt.
 
     Args:
       doubt: as `order_doubt`.
       source: the weights, for the message.
-      option: the setting that names their outputs, as it is typed; "" where there is none.
     """
+
+    def advice(spelled: Spelling) -> str:
+        classes = spelled("classes")
+        name = f"name the outputs with {classes} FILE, or " if classes else ""
+        return f"To settle it, {name}build the dataset with --class-order text or numeric"
+
     if doubt:
-        name = f"name the outputs with {option} FILE, or " if option else ""
-        raise UserError(
-            f"{source}: its outputs have no names, and {doubt}. To settle it, {name}build the dataset with "
-            "--class-order text or numeric"
-        )
+        raise SettingError(f"{source}: its outputs have no names, and {doubt}", advice)
 
 
-def listed_outputs(
-    file: Path | None, own: list[str] | None, source: Path | str, key: str
-) -> tuple[list[str] | None, Path | str]:
+def listed_outputs(file: Path | None, own: list[str] | None, source: Path | str) -> tuple[list[str] | None, Path | str]:
     """The names of a model's outputs, and where they were found.
 
     Args:
-      file: names them, as the setting `key`.classes; own: those that the weights' file `source` holds itself.
+      file: names them, as the setting `classes`; own: those that the weights' file `source` holds itself.
     Returns:
       None as names where nothing names them.
     Raises:
-      UserError: both name them, in different orders.
+      SettingError: both name them, in different orders.
     """
     if file is None:
         return own, source
     listed = read_classes(file)
     if own and own != listed and sorted(own) == sorted(listed):
-        raise UserError(
-            f"{file}: names the classes in another order than {source}, which names its own. Leave {key}.classes out"
+        raise SettingError(
+            f"{file}: names the classes in another order than {source}, which names its own",
+            lambda spelled: f"Leave {spelled('classes')} out",
         )
     return listed, file
 
@@ -89,7 +94,7 @@ def read_classes(path: Path) -> list[str]:
       UserError: the file cannot be read, holds nothing, or has an empty line between names.
     """
     try:
-        # utf-8-sig: editors on Windows begin a file with a byte order mark
+        # Editors on Windows begin a file with a byte order mark, which utf-8-sig removes.
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). It should name one class on a line") from error

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-_PER_CLASS = 10  # images that are looked at, on average over the classes
-_FEWEST = 200  # images in all, where the classes are few
-_LEAST = 2  # images of a class that are taken for the same other one
-_SIGMA = 3
+_PER_CLASS = 10  # The check sees this many images of a class on average,
+_FEWEST = 200  # but at least this many images in all.
+_LEAST = 2  # At least this many images of a class must be taken for the same other one.
+_SIGMA = 3  # The excess of wrong classes must be this many standard deviations of chance.
 
 
 def num_images_needed(num_classes: int) -> int:
@@ -20,7 +20,7 @@ def taken_for(labels: np.ndarray, best: np.ndarray, num_classes: int) -> list[tu
 
     At least a third of such a class's images, and more than are found to be of it, are taken for the other one, which
     the model finds in few images but these, its own among them. So a model that gives all images the same class has no
-    such pair, and neither has one that cannot tell two classes apart.
+    such pair, and neither has one that confuses two classes with each other.
 
     Args:
       labels, best: int64 [N], the class of each image and the class that the model finds most likely.
@@ -34,7 +34,7 @@ def taken_for(labels: np.ndarray, best: np.ndarray, num_classes: int) -> list[tu
     own, times, other = (np.zeros(num_classes, np.int64) for _ in range(3))
     right = label == guess
     own[label[right]] = counts[right]
-    rising = np.argsort(counts[~right], kind="stable")  # of equal indices the last one is assigned: the largest count
+    rising = np.argsort(counts[~right], kind="stable")  # For equal indices the last value, so the largest count, wins.
     times[label[~right][rising]] = counts[~right][rising]
     other[label[~right][rising]] = guess[~right][rising]
     is_taken = (times >= _LEAST) & (3 * times >= images) & (times > own)

@@ -1,11 +1,11 @@
 """Models from timm, with weights from files, folders, Hugging Face's hub or timm itself."""
 
 import contextlib
-import dataclasses
 import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -14,174 +14,15 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.model_arguments import Kwargs
-from trainer.config.sections import StudentConfig
+from trainer.config.setting_names import SettingError, Spelling
 from trainer.models.checkpoint_format import not_finite
-from trainer.models.checks import check_size
-from trainer.models.class_names import check_order_stated, class_order, listed_outputs
-from trainer.models.model_folders import ModelFolder, layer_names, named_folder
-from trainer.models.weights import Checkpoint, read_checkpoint, read_weights
+from trainer.models.files.model_folders import ModelFolder, layer_names, named_folder
+from trainer.models.files.weights import Checkpoint, read_checkpoint, read_weights
+from trainer.models.preprocessing import timm_config
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
-_MANY_CLASSES = 100_000  # a classifier of more is made only for weights that have as many rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """What a model expects of its pixels, from its timm configuration.
-
-    Attributes:
-      mean, std: normalisation of RGB in [0, 1].
-      interpolation: of the resize in validation, bicubic or bilinear.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-
-    @property
-    def fill(self) -> tuple[int, int, int]:
-        """The colour of nothing: what geometric augmentation puts where the source has no pixel.
-
-        Source: timm.data.transforms_factory, img_mean = min(255, round(255 x mean)).
-        """
-        return tuple(min(255, round(255 * value)) for value in self.mean)
-
-
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """A timm model's preprocessing; bicubic where it names a filter that the pipelines do not have."""
-    config = model.pretrained_cfg
-    interpolation = config.get("interpolation", "bicubic")
-    return Preprocessing(
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
-    )
-
-
-def build_student(
-    config: StudentConfig, num_classes: int, image_size: int, names: list[str] | None = None, doubt: str = ""
-) -> nn.Module:
-    """The model to train, in training mode.
-
-    A classifier of the dataset's classes in another order is put into the dataset's; one of other classes is replaced
-    by a random one. The model's attribute `start_note` says so in a sentence; it is "" elsewhere.
-
-    Args:
-      num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
-      doubt: as trainer.models.class_names.order_doubt.
-    Raises:
-      UserError: an unknown model, a checkpoint that does not fit, weights that cannot be downloaded, or a classifier
-        that may be in another order.
-    """
-    name = named_folder(config.name) or config.name
-    saved = starting_weights(name, config.checkpoint) if config.pretrained or config.checkpoint else None
-    if saved is None and not config.pretrained:
-        model = create_model(name, num_classes, image_size, config.kwargs)
-        model.start_note = ""
-        return model.train()
-    known = num_outputs(name, saved.weights) if saved else pretrained_outputs(config.name, "student")
-    start = _match_classifier(config, saved, known, num_classes, names, doubt)
-    # timm itself replaces a classifier of another size that it has downloaded
-    outputs = num_classes if saved is None and start.outputs != num_classes else start.outputs
-    if saved is None:
-        model = download(config.name, outputs, image_size, config.kwargs, "student")
-    else:
-        model = create_model(name, outputs, image_size, config.kwargs, saved.weights, saved.source)
-    if start.is_fresh and outputs == start.outputs:
-        model = _with_new_classifier(name, config.kwargs, model, num_classes, image_size)
-    if start.order is not None:
-        check_size(model, config.name, image_size)
-        permute_classifier(model, start.order, start.source, image_size)
-    model.start_note = start.note
-    if start.is_fresh:
-        model.start_note += f": the classifier ({', '.join(_classifiers(model))}) starts from scratch"
-    return model.train()
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierStart:
-    """The decision about the classifier of a student that starts from weights.
-
-    Attributes:
-      outputs: how many classes the weights have.
-      order: for each class of the dataset, which output it is; None where nothing is to be moved.
-      is_fresh: the weights are of other classes, so the classifier starts from scratch.
-      source: what names the outputs, for messages.
-      note: why it is not the classifier of the weights; "" where it is.
-    """
-
-    outputs: int
-    source: Path | str
-    order: list[int] | None = None
-    is_fresh: bool = False
-    note: str = ""
-
-
-def _match_classifier(
-    config: StudentConfig,
-    saved: Checkpoint | None,
-    known: int | None,
-    num_classes: int,
-    names: list[str] | None,
-    doubt: str,
-) -> ClassifierStart:
-    """Decide how the classifier of a student begins that starts from weights.
-
-    Args:
-      known: how many classes the weights tell apart; None where their classifier is not known.
-      num_classes, names, doubt: as for `build_student`.
-    Raises:
-      UserError: the names are not as many as the outputs, or nothing says in which order these are.
-    """
-    source = saved.source if saved else f"student '{config.name}': timm's weights"
-    listed, where = listed_outputs(config.classes, saved and saved.classes, source, "student")
-    outputs = known or (num_classes if listed is None else len(listed))
-    if listed is not None and len(listed) != outputs:
-        raise UserError(
-            f"{where}: names {len(listed)} classes, {source} has {outputs} outputs. Name every output, one on a line, "
-            f"in their order{'' if config.classes else ', with --student.classes FILE'}"
-        )
-    if outputs != num_classes:
-        note = f"they are of {outputs} classes, the dataset has {num_classes}"
-        return ClassifierStart(outputs, where, is_fresh=True, note=note)
-    if names is None or listed == names:
-        return ClassifierStart(outputs, where)
-    if listed is None:
-        check_order_stated(doubt, source, "--student.classes")
-        return ClassifierStart(outputs, where)
-    if sorted(listed) == sorted(names):
-        note = f"their classes are in another order, so the classifier is put into the dataset's by name ({where})"
-        return ClassifierStart(outputs, where, class_order(names, listed, where, "student"), note=note)
-    other = next(name for name in names if names.count(name) > listed.count(name))
-    note = f"they are of other classes, '{clipped(other)}' of the dataset is not among them"
-    return ClassifierStart(outputs, where, is_fresh=True, note=note)
-
-
-@torch.no_grad()
-def permute_classifier(model: nn.Module, order: list[int], source: Path | str, image_size: int) -> None:
-    """Put a model's outputs into another order, by the rows of its classifier.
-
-    Args:
-      order: for each output that the model is to have, which one of the present ones it is.
-      source: what names the outputs, for the message.
-    Raises:
-      UserError: timm does not say which layers the classifier is, or they do not decide the order alone.
-    """
-    model.eval()
-    which = torch.tensor(order)
-    images = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    expected = model(images).index_select(1, which)
-    modules = dict(model.named_modules())
-    for layer in _classifiers(model):
-        for values in modules[layer].parameters() if layer in modules else ():
-            if values.shape[:1] == (len(order),):
-                values.copy_(values.index_select(0, which))
-    if not torch.allclose(model(images), expected, rtol=1e-3, atol=1e-4):
-        raise UserError(
-            f"{source}: names the classes in another order than the dataset, and the classifier of this model cannot "
-            "be put into the dataset's. Build the dataset with its classes in the order of the weights"
-        )
+_MANY_CLASSES = 100_000  # A classifier of more classes is made only for weights that have as many rows.
 
 
 def create_model(
@@ -191,35 +32,39 @@ def create_model(
     kwargs: Kwargs,
     weights: dict[str, torch.Tensor] | None = None,
     source: Path | str = "",
-    **pretrained,
+    *,
+    pretrained: bool = False,
 ) -> nn.Module:
     """A timm model, with weights if there are some; timm renames the keys of older and foreign files.
 
     Args:
       name: timm's, or hf-hub:ORGANISATION/REPOSITORY or local-dir:FOLDER for the architecture that is described there.
       weights, source: what was read, of `num_classes` classes, and from where.
-      pretrained: further arguments for timm.create_model.
+      pretrained: download timm's weights.
     Raises:
       UserError: an unknown model or argument, or weights that do not fit.
     """
     folder = named_folder(name)
     name = architecture(folder or name)
     kwargs = with_size(name, image_size, {**(folder.kwargs if folder else {}), **kwargs})
+    overlay = None
     if weights is not None:
         check_num_outputs(name, weights, num_classes, source)
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
-        pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     try:
         with all_weights_required() if weights is not None else contextlib.nullcontext():
-            model = timm.create_model(name, **{"num_classes": num_classes, **kwargs}, **pretrained)
-    except Exception as error:  # every model checks its arguments in its own way
+            has_weights = pretrained or weights is not None
+            model = timm.create_model(name, pretrained=has_weights, pretrained_cfg_overlay=overlay, **arguments)
+    except Exception as error:  # Every model checks its arguments in its own way.
         if weights is None and pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
-            raise  # an error of the download
+            raise  # The download failed.
         raise UserError(_why_not_made(name, image_size, weights, source, error)) from error
     if weights is not None:
         check_values(model, weights, source)
-    model.pretrained_cfg.pop("state_dict", None)
-    model.pretrained_cfg.update(folder.config if folder else {})
+    config = timm_config(model)
+    config.pop("state_dict", None)
+    config.update(folder.config if folder else {})
     return model
 
 
@@ -266,7 +111,7 @@ def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     """Raise a UserError if what a model has taken from weights is not finite, or was whole numbers."""
     own = model.state_dict()
     for name, value in own.items():
-        given = weights.get(name, value)
+        given = weights[name] if name in weights else value
         if value.is_floating_point() and not given.is_floating_point():
             kind = str(given.dtype).removeprefix("torch.")
             raise UserError(
@@ -329,38 +174,6 @@ def with_size(name: str | ModelFolder, image_size: int, kwargs: Kwargs) -> Kwarg
     return {"img_size": image_size, **kwargs}
 
 
-def _with_new_classifier(
-    name: str | ModelFolder, kwargs: Kwargs, source: nn.Module, num_classes: int, image_size: int
-) -> nn.Module:
-    """The model of `source`, with its weights, but with a classifier of other classes.
-
-    `source` has taken the file's weights, every one of them. Of a second model, as random as one that is trained from
-    scratch, exactly the classifier stays, and what else depends on the number of classes.
-    """
-    model = create_model(name, num_classes, image_size, kwargs)
-    random, weights = model.state_dict(), source.state_dict()
-    replaced = {name for name, value in weights.items() if value.shape != random[name].shape}
-    if source.num_classes == num_classes:  # other classes, but as many
-        layers = tuple(f"{layer}." for layer in _classifiers(source))
-        replaced = {
-            name for name, value in weights.items() if name.startswith(layers) and value.shape[:1] == (num_classes,)
-        }
-        if not replaced:
-            raise UserError(
-                f"student '{name}': its weights are of other classes than the dataset, and timm does not say "
-                "which layer its classifier is. Use another model"
-            )
-    kept = {name: value for name, value in weights.items() if name not in replaced}
-    model.load_state_dict({**random, **kept})
-    model.pretrained_cfg = source.pretrained_cfg
-    return model
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """The layers that give a model's logits: timm names one, or several, or none."""
-    return layer_names(model.pretrained_cfg.get("classifier"))
-
-
 def starting_weights(name: str | ModelFolder, checkpoint: Path | None) -> Checkpoint | None:
     """The weights of a checkpoint, or of the folder or repository that a model is named by; None for timm's own."""
     if checkpoint is not None:
@@ -370,10 +183,15 @@ def starting_weights(name: str | ModelFolder, checkpoint: Path | None) -> Checkp
     return None
 
 
+def classifier_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that give a model's logits: timm names one, or several, or none."""
+    return layer_names(timm_config(model).get("classifier"))
+
+
 def architecture(name: str | ModelFolder) -> str:
     """Timm's name of a model that is named in any way: by timm's name, a folder, or a repository of the hub."""
     folder = named_folder(name)
-    return known_name(folder.architecture if folder else name)
+    return known_name(folder.architecture if folder else str(name))
 
 
 def known_name(name: str) -> str:
@@ -393,42 +211,34 @@ def num_outputs(name: str | ModelFolder, weights: dict[str, torch.Tensor]) -> in
     return next((len(weight) for weight in found if weight is not None and weight.ndim), None)
 
 
-def pretrained_outputs(name: str, key: str) -> int:
-    """How many classes timm's pretrained weights of a model tell apart.
+def pretrained_outputs(name: str) -> int:
+    """How many classes timm's pretrained weights of a model distinguish.
 
-    Args:
-      key: as for `download`.
     Raises:
-      UserError: there are none.
+      SettingError: there are none.
     """
     source = timm.get_pretrained_cfg(known_name(name))
     if source is None or not source.has_weights:
-        raise UserError(f"{_owner(key)} '{name}': timm has no pretrained weights for it. {_give_weights(key)}")
+        raise SettingError(f"model '{name}': timm has no pretrained weights for it", _advice_to_give_weights)
     return source.num_classes
 
 
-def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs, key: str) -> nn.Module:
+def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs) -> nn.Module:
     """A model with timm's pretrained weights.
 
-    Args:
-      key: of the model in the configuration: student, teacher, teacher.others; "" where it is in none.
     Raises:
-      UserError: they cannot be downloaded.
+      SettingError: they cannot be downloaded.
     """
     try:
         return create_model(name, num_classes, image_size, kwargs, pretrained=True)
     except UserError:
         raise
-    except Exception as error:  # whatever the download library raises
+    except Exception as error:  # The download library has errors of many types.
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{_owner(key)} '{name}': its weights cannot be downloaded ({reason[0]}). {_give_weights(key)}"
-        ) from error
+        problem = f"model '{name}': its weights cannot be downloaded ({reason[0]})"
+        raise SettingError(problem, _advice_to_give_weights) from error
 
 
-def _owner(key: str) -> str:
-    return key.partition(".")[0] or "model"
-
-
-def _give_weights(key: str) -> str:
-    return f"Give its weights with {key}.checkpoint FILE" if key else "Give a file or folder with its weights instead"
+def _advice_to_give_weights(spelled: Spelling) -> str:
+    checkpoint = spelled("checkpoint")
+    return f"Give its weights with {checkpoint} FILE" if checkpoint else "Give a file or folder with its weights"

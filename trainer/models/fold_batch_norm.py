@@ -1,6 +1,7 @@
-"""BatchNorm folded into the convolutions before it: the same function in evaluation, with less to compute."""
+"""Folds BatchNorms into the convolutions before them: evaluation computes the same function with less work."""
 
 import collections
+from typing import cast
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
@@ -16,12 +17,12 @@ _BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> int:
-    """Fold each BatchNorm whose only input is what one convolution gives to it alone, in place.
+    """Fold each BatchNorm whose only input is the output of one convolution that nothing else reads, in place.
 
-    Which those are is seen in a forward pass, so it holds for whatever a model's code does.
+    A forward pass shows which those are, so this holds for whatever a model's code does.
 
     Args:
-      model: in evaluation mode, and staying in it; it gives the same outputs afterwards, but for rounding.
+      model: in evaluation mode; it gives the same outputs afterwards, but for rounding.
       images: float32 [B, 3, S, S], noise, for that pass and another one.
     Returns:
       how many were folded.
@@ -37,6 +38,7 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> int:
     if not pairs:
         return 0
     for convolution, norm in pairs:
+        assert norm.running_mean is not None and norm.running_var is not None
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
             convolution.weight,
             convolution.bias,
@@ -54,30 +56,35 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> int:
     return len(pairs)
 
 
-def _rest(norm: nn.Module) -> nn.Module:
+def _rest(norm: nn.BatchNorm2d) -> nn.Module:
     """What a layer does besides normalising."""
-    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.Identity()
+    return nn.Sequential(cast(nn.Module, norm.drop), cast(nn.Module, norm.act))
 
 
-def _foldable(model: nn.Module, images: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
-    """Convolutions and the BatchNorms after them, both called once, with nothing else that reads what is between.
+def _foldable(model: nn.Module, images: torch.Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], torch.Tensor]:
+    """Find convolutions and BatchNorms that are called once, where only the BatchNorm reads the convolution's output.
 
-    And the model's outputs.
+    Returns:
+      These pairs, and the model's outputs.
     """
     uses = _Uses()
-    made: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # by id; kept, so that no later tensor has the same id
-    calls: dict[nn.Module, int] = {}
-    met: list[tuple[int, nn.Module]] = []
+    # By the id of the output. Keeping the output prevents that a later tensor gets the same id.
+    made: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
+    calls: dict[nn.Module, int] = collections.Counter()
+    met: list[tuple[int, nn.BatchNorm2d]] = []
 
+    # The hooks are registered on modules of _CONVOLUTIONS and _BATCH_NORMS alone.
     def after_convolution(module: nn.Module, _, output: torch.Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        made[id(output)] = (module, output)
+        calls[module] += 1
+        made[id(output)] = (cast(nn.Conv2d, module), output)
         uses.of[id(output)] = 0
 
     def before_norm(module: nn.Module, inputs: tuple) -> None:
-        calls[module] = calls.get(module, 0) + 1
+        calls[module] += 1
         if inputs and id(inputs[0]) in made:
-            met.append((id(inputs[0]), module))
+            met.append((id(inputs[0]), cast(nn.BatchNorm2d, module)))
 
     hooks = [m.register_forward_hook(after_convolution) for m in model.modules() if type(m) in _CONVOLUTIONS]
     hooks += [

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from pipelines.common.errors import UserError
 from trainer.config.sections import Config, OtherTeacher, TeacherConfig
+from trainer.config.setting_names import SettingError, Spelling, prefix_of, spelling_settings
 from trainer.models.checks import check_logits, check_size
 from trainer.models.class_names import check_order_stated, class_order, listed_outputs
 from trainer.models.class_order import order_warning
@@ -19,14 +18,14 @@ from trainer.models.factory import (
     create_model,
     download,
     num_outputs,
-    preprocessing,
     pretrained_outputs,
     starting_weights,
 )
+from trainer.models.files.model_folders import named_folder
+from trainer.models.files.weights import Checkpoint
 from trainer.models.fold_batch_norm import fold_batch_norms
-from trainer.models.model_folders import named_folder
 from trainer.models.normalize import Normalize
-from trainer.models.weights import Checkpoint
+from trainer.models.preprocessing import preprocessing
 
 
 class Teacher(nn.Module):
@@ -34,12 +33,14 @@ class Teacher(nn.Module):
 
     Args:
       model: in evaluation mode.
-      image_size: side of the image it sees, pixels; 0 leaves every image as it is.
+      image_size: side of the image it sees, pixels; 0 takes every image unchanged.
       order: for each class of the dataset, which output of the model it is; None where they are the same.
-      note: what is worth saying of it; "" is nothing.
+      note: a sentence about it for the log; "" is none.
       num_outputs: how many logits the model gives.
-      unnamed: the setting that would name its outputs, as it is typed; "" where they have names.
+      has_names: whether something names its outputs; without names they are taken to be in the dataset's order.
     """
+
+    order: torch.Tensor | None
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Teacher(nn.Module):
         order: list[int] | None = None,
         note: str = "",
         num_outputs: int = 0,
-        unnamed: str = "",
+        has_names: bool = True,
     ):
         super().__init__()
         expects = preprocessing(model)
@@ -57,7 +58,7 @@ class Teacher(nn.Module):
         self.image_size = image_size
         self.note = note
         self.num_outputs = num_outputs
-        self.unnamed = unnamed
+        self.has_names = has_names
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -77,30 +78,33 @@ class Teachers(nn.Module):
 
     Args:
       members: at least one.
-      temperature: at which their probabilities are averaged.
+      temperature: the probabilities are averaged at this temperature.
+      unnamed: the settings that would name the outputs of those members whose outputs have no names.
     """
 
-    def __init__(self, members: list[Teacher], temperature: float):
+    def __init__(self, members: list[Teacher], temperature: float, unnamed: Sequence[str] = ()):
         super().__init__()
-        self.members = nn.ModuleList(members)
-        self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # the pixels as they are, for those that see another size
+        self._members = nn.ModuleList(members)
+        self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # Gives unchanged pixels, for members that see another size.
+        self.unnamed = list(unnamed)
         self._temperature = temperature
         self._precision = torch.float32
 
     @property
-    def notes(self) -> list[str]:
-        """What is worth saying of them."""
-        return [teacher.note for teacher in self.members if teacher.note]
+    def members(self) -> list[Teacher]:
+        """The teachers one by one."""
+        return [member for member in self._members if isinstance(member, Teacher)]
 
     @property
-    def unnamed(self) -> list[str]:
-        """The settings that would name the outputs of those whose outputs have no names."""
-        return [teacher.unnamed for teacher in self.members if teacher.unnamed]
+    def notes(self) -> list[str]:
+        """Sentences about them for the log."""
+        return [teacher.note for teacher in self.members if teacher.note]
 
     def to_precision(self, precision: torch.dtype) -> "Teachers":
-        """Compute in this type. In bfloat16 throughout: frozen weights need no float32 beside it.
+        """Compute in this type.
 
-        In float16 by autocast, which keeps in float32 what might be too large for it.
+        bfloat16 is used throughout, because frozen weights need no float32 beside it; float16 by autocast, which keeps
+        in float32 what might be too large for it.
         """
         self._precision = precision
         if precision == torch.bfloat16:
@@ -121,13 +125,13 @@ def mean_logits(logits: list[torch.Tensor], temperature: float) -> torch.Tensor:
     """Logits whose softmax at the temperature is the mean of the given ones' softmax at the temperature.
 
     Args:
-      logits: [B, C] each; a single one is returned as it is.
+      logits: [B, C] each; a single one is returned unchanged.
     Returns:
       [B, C]; T x log(mean of the probabilities), in float32, computed without leaving the logarithm.
     """
     if len(logits) == 1:
         return logits[0]
-    log_probabilities = torch.stack([F.log_softmax(each.float() / temperature, dim=1) for each in logits])
+    log_probabilities = torch.stack([nn.functional.log_softmax(each.float() / temperature, dim=1) for each in logits])
     return temperature * (log_probabilities.logsumexp(0) - math.log(len(logits)))
 
 
@@ -147,7 +151,7 @@ def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
         return pixels
     images = pixels.permute(0, 3, 1, 2).float()
     for shape in ((pixels.shape[1], size), (size, size)):
-        images = F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
+        images = nn.functional.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
         images = (images + 0.5).floor().clamp(0, 255)
     return images.permute(0, 2, 3, 1).contiguous()
 
@@ -163,16 +167,16 @@ def agreement(
 
     Args:
       student, teacher: logits [B, C].
-      labels, partner_labels: int64 [B]; lam: float32 [B], the share of `labels` in the mixed image.
+      labels, partner_labels: int64 [B]; lam: float32 [B], the weight of `labels` in the mixed image.
     Returns:
-      float32 [2], shares of the images: where the teacher's best class is the label with the larger share (its own, if
-      both have a half), and where it is the student's best class.
+      float32 [2], fractions of the images: where the teacher's best class is the label with the larger weight (the
+      image's own, if both have a half), and where it is the student's best class.
       int32 [2, B]: these labels, and the teacher's best classes.
     """
     best = teacher.argmax(1)
     label = torch.where(lam >= 0.5, labels, partner_labels)
-    shares = torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
-    return shares, torch.stack([label, best]).int()
+    fractions = torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
+    return fractions, torch.stack([label, best]).int()
 
 
 def teacher_warning(
@@ -181,7 +185,7 @@ def teacher_warning(
     """The warning about teachers from which the student would learn nonsense without any error; "" for others.
 
     Args:
-      pairs: of each rank int32 [2, N], of mixed images: the label with the larger share, and the teachers' best class.
+      pairs: each rank's int32 [2, N], for N mixed images: the label with the larger weight, the teachers' best class.
       names: as for trainer.models.class_order.order_warning.
       unnamed: as Teachers.unnamed: the order of these teachers' outputs may be another one.
     """
@@ -194,10 +198,10 @@ def teacher_warning(
 def chance_warning(hits: int, images: int, num_classes: int) -> str:
     """The warning about a teacher that knows the labels hardly better than chance; "" for others.
 
-    The bar is twice chance, but with few classes no more than a quarter of the way from chance to all.
+    The limit is twice chance, but with few classes no more than a quarter of the way from chance to all.
 
     Args:
-      hits: mixed images where the teacher's best class was the label with the larger share; of `images`.
+      hits: how many of `images` mixed images had the label with the larger weight as the teacher's best class.
     """
     chance = 1 / num_classes
     if hits / images >= chance + min(chance, (1 - chance) / 4):
@@ -214,7 +218,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
     Their BatchNorms are folded into the convolutions, as the authors do.
 
     Args:
-      num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+      num_classes, names: the dataset's classes; names in the order of the labels, None where it has no names.
       doubt: as trainer.models.class_names.order_doubt.
     Returns:
       None where the configuration names no teacher.
@@ -222,20 +226,33 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
       UserError: as `build_teacher`; or a model that does not take a size.
     """
     sizes = config.data.train_sizes
-    members = []
+    members, unnamed = [], []
     for key, each in config.teacher.members:
-        teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt, key=key)
-        advice = (
-            f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
-            f"dynamic_img_size true in {key}.kwargs"
-        )
+        with spelling_settings(prefix_of(key)):
+            teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt)
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
-        for size in seen:
-            check_size(teacher.model, each.name, size, advice)
-        check_logits(teacher.model, each.name, teacher.num_outputs, seen[0], f"Change {key}.kwargs or {key}.name")
+        _check_images(teacher, model_name(each), key, seen)
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
-    return Teachers(members, config.distill.temperature) if members else None
+        unnamed += [] if teacher.has_names else [f"{prefix_of(key)}classes"]
+    return Teachers(members, config.distill.temperature, unnamed) if members else None
+
+
+def _check_images(teacher: Teacher, name: str, key: str, sizes: list[int]) -> None:
+    """Raise a UserError if a teacher does not take images of these sizes, or gives no logits for them."""
+    advice = (
+        f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
+        f"dynamic_img_size true in {key}.kwargs"
+    )
+    for size in sizes:
+        check_size(teacher.model, name, size, advice)
+    check_logits(teacher.model, name, teacher.num_outputs, sizes[0], f"Change {key}.kwargs or {key}.name")
+
+
+def model_name(config: TeacherConfig | OtherTeacher) -> str:
+    """The name of a teacher's model, which a member of the configuration's teachers has."""
+    assert config.name is not None
+    return config.name
 
 
 def build_teacher(
@@ -245,38 +262,36 @@ def build_teacher(
     *,
     names: list[str] | None = None,
     doubt: str = "",
-    key: str = "teacher",
 ) -> Teacher:
     """One frozen teacher.
 
     Args:
-      num_classes, names: of the dataset's classes; names in the order of the labels, None where it has no names.
+      num_classes, names: the dataset's classes; names in the order of the labels, None where it has no names.
       doubt: as trainer.models.class_names.order_doubt.
       image_size: the student's, pixels.
-      key: of the teacher in the configuration, for errors.
     Raises:
       UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
     """
-    name = named_folder(config.name) or config.name
+    given = model_name(config)
+    name = named_folder(given) or given
     saved = starting_weights(name, config.checkpoint)
-    outputs = match_outputs(config, saved, num_classes, names, key)
+    outputs = match_outputs(config, saved, num_classes, names)
     if saved is None:
-        found, owner = pretrained_outputs(config.name, key), f"teacher '{config.name}': timm's weights"
+        found, owner = pretrained_outputs(given), f"teacher '{given}': timm's weights"
     else:
         found, owner = num_outputs(name, saved.weights), f"{saved.source}: its weights"
     if found not in (None, outputs.count):
-        raise UserError(f"{owner} have {found} classes, {outputs.expectation(key)}")
-    option = f"{key}.classes" if "[" in key else f"--{key}.classes"
+        raise SettingError(f"{owner} have {found} classes, {outputs.expectation}", outputs.advice)
     if outputs.source is None and names is not None:
-        check_order_stated(doubt, saved.source if saved else owner, option)
+        check_order_stated(doubt, saved.source if saved else owner)
     size = config.image_size or image_size
     if saved is None:
-        model = download(config.name, outputs.count, size, config.kwargs, key)
+        model = download(given, outputs.count, size, config.kwargs)
     else:
         model = create_model(name, outputs.count, size, config.kwargs, saved.weights, saved.source)
     model.eval().requires_grad_(False)
-    unnamed = option if outputs.source is None else ""
-    return Teacher(model, config.image_size, outputs.order, outputs.note(config.name), outputs.count, unnamed)
+    has_names = outputs.source is not None
+    return Teacher(model, config.image_size, outputs.order, outputs.note(given), outputs.count, has_names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,32 +308,38 @@ class Outputs:
     order: list[int] | None = None
     source: Path | str | None = None
 
-    def expectation(self, key: str) -> str:
+    @property
+    def expectation(self) -> str:
         """The end of the error about a teacher with another number of outputs."""
-        if self.source is None:
-            return (
-                f"the dataset has {self.count}. Give weights trained on the same classes with {key}.checkpoint FILE, "
-                f"or name all their classes with {key}.classes FILE"
-            )
-        return f"{self.source} names {self.count}. Name every output, one on a line, in their order"
+        return f"the dataset has {self.count}" if self.source is None else f"{self.source} names {self.count}"
+
+    def advice(self, spelled: Spelling) -> str:
+        """The advice about a teacher with another number of outputs."""
+        if self.source is not None:
+            return "Name every output, one on a line, in their order"
+        return (
+            f"Give weights trained on the same classes with {spelled('checkpoint')} FILE, or name all their classes "
+            f"with {spelled('classes')} FILE"
+        )
 
     def note(self, name: str) -> str:
-        """What is worth saying of the order."""
+        """A sentence about the order for the log; "" where it is the dataset's."""
         if self.order is None:
             return ""
         return f"teacher '{name}': {len(self.order)} of its {self.count} classes are found by name ({self.source})"
 
 
 def match_outputs(
-    config: TeacherConfig | OtherTeacher, saved: Checkpoint | None, num_classes: int, names: list[str] | None, key: str
+    config: TeacherConfig | OtherTeacher, saved: Checkpoint | None, num_classes: int, names: list[str] | None
 ) -> Outputs:
-    """How a teacher's outputs lie to the dataset's classes: from teacher.classes, or as its checkpoint names them.
+    """Match a teacher's outputs to the dataset's classes: by teacher.classes, or as its checkpoint names them.
 
     Raises:
-      UserError: a class of the dataset is not among the outputs, or twice.
+      SettingError: a class of the dataset is not among the outputs, or twice.
     """
-    listed, source = listed_outputs(config.classes, saved and saved.classes, saved.source if saved else "", key)
-    if listed is None or names is None:  # a synthetic dataset's classes have numbers alone
+    own, file = (saved.classes, saved.source) if saved else (None, "")
+    listed, source = listed_outputs(config.classes, own, file)
+    if listed is None or names is None:  # A synthetic dataset's classes have only numbers.
         return Outputs(num_classes)
-    order = class_order(names, listed, source, key)
+    order = class_order(names, listed, source)
     return Outputs(len(listed), None if listed == names else order, source)

@@ -107,7 +107,8 @@ def _place(line: dict) -> _Place:
 
 def _append(path: Path, lines: list[dict]) -> None:
     with naming(path), open(path, "a") as file:
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()

@@ -23,7 +23,7 @@ from trainer.models.checkpoint_format import (
     checked,
     digest_of,
 )
-from trainer.models.torch_files import load_plain
+from trainer.models.files.torch_files import load_plain
 from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
 from trainer.state.host_copy import to_host
 from trainer.state.train_state import TrainState

@@ -6,28 +6,19 @@ from pathlib import Path
 from pipelines import PIXELS_VERSION
 from pipelines.common.errors import UserError
 from pipelines.common.machine import package_versions
-from trainer.config.sections import Config, to_dict
+from trainer.config.sections import Config, setting_natures, to_dict
 from trainer.models.checkpoint_format import wrong_setting
 
 
 def changes(saved: dict, current: dict) -> list[str]:
     """What of the training differs from the checkpoint's configuration, in words."""
-    keys = [
-        (section, name) for section in ("teacher", "distill", "optim", "schedule", "ema") for name in current[section]
-    ]
-    keys += [
-        ("data", "pipeline"),
-        ("data", "decode"),
-        ("data", "hw_decoder_load"),
-        *(("run", name) for name in ("precision", "tf32", "batch_norm")),
-        ("run", "micro_batch"),
-    ]
     before = with_defaults(saved)
-    return [
-        f"{section}.{name} was {before[section][name]}, now it is {current[section][name]}"
-        for section, name in keys
-        if before[section][name] != current[section][name]
-    ]
+    found = []
+    for key, nature in setting_natures().items():
+        section, name = key.split(".")
+        if nature.on_resume == "reported" and before[section][name] != current[section][name]:
+            found.append(f"{key} was {before[section][name]}, now it is {current[section][name]}")
+    return found
 
 
 def check_settings(path: Path | str, config: dict, names: Iterable[str]) -> None:
@@ -63,21 +54,12 @@ def newer_software(saved: dict[str, str]) -> list[str]:
     ]
 
 
-# Fields of a plan that are a setting under another name.
-_KEYS = {
-    "seed": "run.seed",
-    "global_batch": "run.global_batch",
-    "image_size": "data.image_size",
-    "window_shards": "data.window_shards (0 is data.shuffle global)",
-}
-
-
 def check_same_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:
         if saved.get(name) != current.get(name):
-            key = _KEYS.get(name, name)
+            settings = [key for key, nature in setting_natures().items() if nature.plan_field == name]
             raise UserError(
-                f"{path}: belongs to another plan: {key} was {saved.get(name)}, now it is {current.get(name)}. "
-                "Use the same settings and data, or start a new run with another --run.out"
+                f"{path}: belongs to another plan: {' and '.join(settings) or name} was {saved.get(name)}, now it is "
+                f"{current.get(name)}. Use the same settings and data, or start a new run with another --run.out"
             )

@@ -24,7 +24,7 @@ from tools.demo import write_digits
 from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.evaluation.predict import evaluate
+from trainer.evaluation.predict import EvalPass
 from trainer.feed import open_configured_pipeline
 from trainer.models.normalize import Normalize
 
@@ -53,29 +53,22 @@ def evaluate_as(rank: int, dataset: Path, folder: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10)
     pipeline = open_configured_pipeline(
-        parse(TINY).data, index, world=World(0, 1, 1, torch.device("cpu")), decode="roi", on_bad=_refuse
+        parse(TINY).data, index, world=World(0, 1, 1, torch.device("cpu")), decode="roi", on_bad=_fail
     )
     for size in (size for size in SIZES if size > rank):
         world = World(rank, size, size, torch.device("cpu"))
         if size > 1:
             dist.init_process_group("gloo", init_method=f"file://{folder}/join-{size}", rank=rank, world_size=size)
         noting = Noting(pipeline, [])
-        metrics = evaluate(
-            {"raw": model},
-            Normalize((0.5,) * 3, (0.5,) * 3),
-            noting,
-            EvalPlan(index, 32, 0.95, "bicubic"),
-            batch=32,
-            precision=torch.float32,
-            world=world,
-        )
+        plan, normalize = EvalPlan(index, 32, 0.95, "bicubic"), Normalize((0.5,) * 3, (0.5,) * 3)
+        metrics = EvalPass(normalize, noting, plan, 32, torch.float32, world).accuracy({"raw": model})
         if size > 1:
             dist.destroy_process_group()
         found = {"metrics": metrics["raw"], "samples": noting.samples}
         (folder / f"rank-{rank}-of-{size}.json").write_text(json.dumps(found))
 
 
-def _refuse(sample: int, reason: str) -> None:
+def _fail(sample: int, reason: str) -> None:
     raise AssertionError(f"sample {sample}: {reason}")
 
 
@@ -110,7 +103,7 @@ def test_counts_and_loss_are_those_of_one_rank(found, size):
     (alone,) = (rank["metrics"] for rank in found[1])
     assert 0 < alone["top1"] < alone["top5"] < 100
     for rank in found[size]:
-        for name in ("top1", "top5"):  # of integer counts
+        for name in ("top1", "top5"):  # These are quotients of integers.
             assert rank["metrics"][name] * IMAGES / 100 == pytest.approx(round(alone[name] * IMAGES / 100), abs=1e-9)
         assert rank["metrics"] == alone  # the loss, too: it is summed in the order of the samples
 

@@ -51,8 +51,8 @@ BACKBONES = {
     ),  # blocks that share layers, under several names
 }
 
-# What the machine leaves no choice in: ImageNet, 224 px and 1024 images an update take two cores minutes for one update
-# of ResNet-50. Smaller images and fewer of them take seconds, for the same number of updates and forward passes.
+# The machine leaves no choice in these: with 224 px and 1024 images, one update of ResNet-50 takes two cores minutes.
+# Smaller images and fewer of them take seconds, for the same number of updates and forward passes.
 MACHINE = {"data.image_size", "run.global_batch", "augment.mix_group"}
 OVERRIDES = [
     *("--config", str(REPOSITORY / "configs" / "usi.yaml"), "--run.device", "cpu", "--run.log_every", "1"),
@@ -100,7 +100,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
     assert sum(moved) > 0.9 * len(moved)
     assert all(weights.isfinite().all() for weights in after["student"].values())
     lines = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
-    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 4.8e-4])  # of the recipe's first two epochs
+    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 4.8e-4])  # The recipe's first two epochs have these.
     assert all(0 < line["loss"] < 100 for line in lines)
     for weights in ("raw", "ema"):
         assert summary["evaluation"][weights]["images"] == 16
@@ -114,7 +114,7 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
 
 
 @pytest.mark.long
-def test_a_model_that_shares_layers_trains_alike_on_one_rank_and_on_two(small, tmp_path):
+def test_a_model_that_uses_layers_twice_trains_alike_on_one_rank_and_on_two(small, tmp_path):
     arguments = [*small, *student(*BACKBONES["CoaT"]), "--run.stop_after_steps", "3", "--run.out"]
     train(build(parse([*arguments, str(tmp_path / "1")]), ONE))
     run_trainer(*arguments, tmp_path / "2", ranks=2)

@@ -107,7 +107,7 @@ def test_every_configuration_that_can_be_written_is_read_as_one():
 
 
 def test_a_setting_that_had_another_type_before_keeps_nobody_from_weights_that_do_not_depend_on_it(tiny_run, tmp_path):
-    """A run goes on under today's settings, and tells which were others."""
+    """A run resumes under today's settings, and reports which were others."""
     content = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     content.pop("digest")
     config = content["config"]
@@ -144,7 +144,7 @@ def test_infinities_and_nans_are_found_and_large_sums_are_not_taken_for_them():
     assert not_finite([("a", torch.zeros(0)), ("b", largest.half() / 9)]) == "b"
 
 
-# --- what a run goes on from ---
+# --- what a run resumes from ---
 
 
 def made(step: int = 2, seed: int = 0) -> TrainState:
@@ -230,7 +230,7 @@ def test_what_no_run_can_go_on_from_is_damage_and_the_checkpoint_before_is_taken
 
 
 @pytest.mark.parametrize("what", [what for what in DAMAGED if "not finite" in what])
-def test_what_a_reader_would_refuse_as_not_finite_is_not_written(what, tmp_path):
+def test_what_a_reader_would_reject_as_not_finite_is_not_written(what, tmp_path):
     content = saved()
     change, message = DAMAGED[what]
     change(content)

@@ -88,7 +88,7 @@ class ByKeyword(TwoNames):
 
 
 @pytest.mark.parametrize("make", [TwoNames, ByKeyword])
-def test_what_cannot_be_told_for_certain_is_not_folded(make):
+def test_what_is_uncertain_is_not_folded(make):
     model = with_statistics(make(), 8)
     images = torch.randn(2, 3, 8, 8)
     expected = model(images)

@@ -3,76 +3,31 @@
 import contextlib
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import TINY
 from pipelines.common.errors import UserError
-from pipelines.common.files import read_json_lines
-from pipelines.shards.manifest import read_manifest
-from support.ranks import run_ranks
+from support.teachers import ONE, VIT, arguments, first_teacher, other, train_here
 from trainer.builder import build
-from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig, OtherTeacher, TeacherConfig, parse, to_yaml
-from trainer.feed import dataset_classes, rank_plans
-from trainer.loop import train
-from trainer.models.class_names import class_order, read_classes
-from trainer.models.factory import preprocessing
+from trainer.feed import rank_plans
+from trainer.models.preprocessing import preprocessing
 from trainer.models.teacher import (
-    agreement,
-    build_teacher,
     build_teachers,
-    chance_warning,
     mean_logits,
     resize_pixels,
-    teacher_warning,
 )
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import mix_pixels, partners
 
-ONE = World(0, 1, 1, torch.device("cpu"))
-VIT = {"depth": 1}  # of vit_tiny_patch16_224, which takes one size of image
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    """Weights of three models of ten classes, none of which has learned anything."""
-    folder = tmp_path_factory.mktemp("teachers")
-    torch.manual_seed(5)
-    models = {
-        "test_resnet": timm.create_model("test_resnet", num_classes=10),
-        "resnet18": timm.create_model("resnet18", num_classes=10),
-        "vit_tiny_patch16_224": timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=48, **VIT),
-    }
-    for name, model in models.items():
-        torch.save(model.state_dict(), folder / f"{name}.pth")
-    return {name: folder / f"{name}.pth" for name in models}
-
-
-def arguments(digits: Path, out: Path, *more) -> list[str]:
-    return [*TINY, "--data.root", str(digits), "--run.out", str(out), *map(str, more)]
-
-
-def train_here(digits: Path, out: Path, *more) -> list[dict]:
-    """The train lines of a run in this process."""
-    train(build(parse(arguments(digits, out, "--run.log_every", 1, *more)), ONE))
-    return [line for line in read_json_lines(out / "metrics.jsonl") if line["kind"] == "train"]
-
-
-def first_teacher(files, name="test_resnet") -> list[str]:
-    return ["--teacher.name", name, "--teacher.checkpoint", str(files[name])]
-
-
-def other(files, name, **more) -> str:
-    return json.dumps([{"name": name, "checkpoint": str(files[name]), **more}])
+pytest_plugins = ["support.teachers"]
 
 
 def first_batch(run):
@@ -171,8 +126,8 @@ def test_a_run_learns_from_the_mean_of_its_teachers(digits, files, tmp_path):
             model.load_state_dict(torch.load(files[name], weights_only=True))
             probabilities = probabilities + (logits(name, model) / 2).softmax(1) / 2
         student = logits("test_vit", run.state.student)
-    own = F.cross_entropy(student, batch.labels, reduction="none")
-    partner = F.cross_entropy(student, partners(batch.labels, batch.mix_group), reduction="none")
+    own = torch.nn.functional.cross_entropy(student, batch.labels, reduction="none")
+    partner = torch.nn.functional.cross_entropy(student, partners(batch.labels, batch.mix_group), reduction="none")
     lam = batch.lam.double()
     divergence = (probabilities * (probabilities.log() - (student / 2).log_softmax(1))).sum(1).mean()
     expected = (lam * own + (1 - lam) * partner).mean() + 5 * 4 * divergence
@@ -183,7 +138,7 @@ def test_a_run_learns_from_the_mean_of_its_teachers(digits, files, tmp_path):
     assert "teacher.others" in [item["key"] for item in summary["deviations"]]
 
 
-def test_a_run_with_several_teachers_resumes_bit_equal_and_tells_that_they_changed(digits, files, tmp_path, capsys):
+def test_a_run_with_several_teachers_resumes_bit_equal_and_reports_that_they_changed(digits, files, tmp_path, capsys):
     setting = [*first_teacher(files), "--teacher.others", other(files, "resnet18", image_size=24)]
     for name, stops in (("whole", (4,)), ("stopped", (2, 4))):
         for steps in stops:
@@ -244,7 +199,7 @@ def test_no_teacher():
 
 
 def test_a_run_may_learn_from_the_teacher_alone(digits, files, tmp_path):
-    """No label counts: with other labels the weights are the same to the bit, and the log still tells everything."""
+    """No label counts: with other labels the weights are the same to the bit, and the log still has everything."""
     alone = [*first_teacher(files), "--distill.label_weight", 0, "--run.stop_after_steps", 3]
     lines = train_here(digits, tmp_path / "alone", *alone)
     assert all(math.isfinite(line["loss"]) and 0 <= line["teacher_top1"] <= 100 for line in lines)
@@ -348,293 +303,6 @@ def test_a_teacher_is_tried_at_its_own_size_and_not_at_the_students(files):
     assert teachers([inputs]).shape == (2, 10)
     object.__setattr__(config, "teacher", TeacherConfig("test_resnet", files["test_resnet"], image_size=0))
     assert build_teachers(config, 10, None).members[0].image_size == 0
-
-
-# --- classes ---
-
-
-def write_lines(path: Path, names: list[str]) -> Path:
-    path.write_text("".join(f"{name}\n" for name in names))
-    return path
-
-
-def reordered(files, path: Path, places: list[int], **more) -> Path:
-    """test_resnet's weights with its outputs in another order: output i is what was places[i], random for -1."""
-    weights = torch.load(files["test_resnet"], weights_only=True)
-    for name in ("fc.weight", "fc.bias"):
-        extra = torch.randn(1, *weights[name].shape[1:])
-        weights[name] = torch.cat([weights[name], extra])[places]
-    torch.save({"student": weights, **more}, path)
-    return path
-
-
-@pytest.mark.parametrize("extra", [0, 3])
-def test_the_order_of_classes_puts_every_output_where_the_dataset_has_it(extra):
-    generator = np.random.default_rng(extra)
-    names = [f"n{i:08d}" for i in range(100)]
-    listed = list(generator.permutation(names + [f"x{i}" for i in range(extra)]))
-    order = class_order(names, listed, Path("c.txt"), "teacher")
-    assert [listed[place] for place in order] == names
-
-
-def test_a_class_that_is_missing_or_doubled_is_named():
-    with pytest.raises(UserError) as error:
-        class_order(["cat", "dog", "emu"], ["emu", "cat", "fox", "gnu"], Path("c.txt"), "teacher.others[1]")
-    assert "c.txt: class 'dog' of the dataset is not among the teacher's 4" in str(error.value)
-    assert "in a file for teacher.others[1].classes" in str(error.value)
-    with pytest.raises(UserError, match=r"c.txt: class 'cat' is named 2 times, for the outputs 0 and 2 \(the first is"):
-        class_order(["dog", "cat"], ["cat", "dog", "cat"], Path("c.txt"), "teacher")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "c.txt: cannot be read .No such file"),
-        (b"", "c.txt: is empty"),
-        (b"cat\n\ndog\n", "c.txt: line 2 is empty. Every output"),
-        (b"\xff\xfe", "c.txt: not a text file"),
-    ],
-)
-def test_files_that_name_no_classes(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "c.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_classes(tmp_path / "c.txt")
-
-
-def test_names_are_read_whatever_ends_their_lines(tmp_path):
-    (tmp_path / "c.txt").write_bytes(b"cat\r\n dog \nemu\n\n")
-    assert read_classes(tmp_path / "c.txt") == ["cat", "dog", "emu"]
-
-
-def test_the_names_of_the_datasets_classes_are_the_manifests(digits):
-    assert dataset_classes(parse(["--data.root", str(digits)]).data) == read_manifest(digits)["classes"]
-    assert dataset_classes(parse(["--data.pipeline", "synthetic"]).data) is None
-
-
-SHUFFLED = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-WITH_MORE = [-1, *SHUFFLED, -1]
-
-
-@pytest.mark.parametrize("places", [SHUFFLED, WITH_MORE], ids=["shuffled", "with more classes"])
-@pytest.mark.parametrize("told_by", ["file", "checkpoint"])
-def test_outputs_in_another_order_are_found_by_name(digits, files, tmp_path, capsys, places, told_by):
-    """The training is as with the teacher whose outputs lie in the dataset's order."""
-    classes = [*read_manifest(digits)["classes"], "unknown"]
-    listed = [classes[place] for place in places]
-    if told_by == "file":
-        teacher = ["--teacher.checkpoint", reordered(files, tmp_path / "t.pt", places)]
-        teacher += ["--teacher.classes", write_lines(tmp_path / "c.txt", listed)]
-    else:
-        teacher = ["--teacher.checkpoint", reordered(files, tmp_path / "t.pt", places, classes=listed)]
-    teacher += ["--teacher.name", "test_resnet", "--run.stop_after_steps", 2]
-    lines = train_here(digits, tmp_path / "run", *teacher)
-    said = f"teacher 'test_resnet': 10 of its {len(places)} classes are found by name ("
-    assert said in capsys.readouterr().out
-    expected = train_here(digits, tmp_path / "plain", *first_teacher(files), "--run.stop_after_steps", 2)
-    for name in ("loss", "teacher_top1", "agreement"):
-        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
-    assert "found by name" not in capsys.readouterr().out
-
-
-def test_a_checkpoint_with_the_datasets_own_classes_needs_no_order(digits, files, tmp_path):
-    classes = read_manifest(digits)["classes"]
-    path = reordered(files, tmp_path / "t.pt", list(range(10)), classes=classes)
-    teacher = build_teacher(TeacherConfig("test_resnet", path), 10, 32, names=classes)
-    assert teacher.order is None and teacher.note == ""
-
-
-def test_a_checkpoint_of_other_classes_is_refused(digits, files, tmp_path):
-    path = reordered(files, tmp_path / "t.pt", list(range(10)), classes=[*"012345678", "ten"])
-    more = ["--teacher.name", "test_resnet", "--teacher.checkpoint", path]
-    with pytest.raises(UserError, match="t.pt: class '9' of the dataset is not among the teacher's 10"):
-        train_here(digits, tmp_path / "run", *more)
-    assert not (tmp_path / "run").exists()
-    # what the user says goes before what the file says
-    names = write_lines(tmp_path / "c.txt", read_manifest(digits)["classes"])
-    train_here(digits, tmp_path / "run", *more, "--teacher.classes", names, "--run.stop_after_steps", 1)
-
-
-def test_weights_of_another_number_of_classes_than_the_file_names_are_refused(files, tmp_path):
-    names = [str(i) for i in range(10)]
-    listed = write_lines(tmp_path / "c.txt", [*names, "more"])
-    with pytest.raises(UserError, match="test_resnet.pth: its weights have 10 classes, .*c.txt names 11. Name every"):
-        build_teacher(TeacherConfig("test_resnet", files["test_resnet"], classes=listed), 10, 32, names=names)
-    with pytest.raises(UserError, match="timm's weights have 1000 classes, .*c.txt names 11"):
-        build_teacher(TeacherConfig("tresnet_v2_l", classes=listed), 10, 32, names=names)
-    with pytest.raises(UserError, match=r"has 5. Give weights .* or name all their classes with teacher.classes FILE"):
-        build_teacher(TeacherConfig("test_resnet", files["test_resnet"]), 5, 32, names=names[:5])
-
-
-def test_a_dataset_without_names_needs_the_number_alone(files, tmp_path):
-    path = reordered(files, tmp_path / "t.pt", list(range(10)), classes=list("abcdefghij"))
-    assert build_teacher(TeacherConfig("test_resnet", path), 10, 32, names=None).order is None
-    with pytest.raises(UserError, match="its weights have 10 classes, the dataset has 7"):
-        build_teacher(TeacherConfig("test_resnet", path), 7, 32, names=None)
-
-
-# --- agreement ---
-
-
-def test_agreement_counts_the_label_with_the_larger_share_and_the_best_classes():
-    best = torch.eye(4)
-    teacher = best[[0, 1, 2, 3, 0, 1]]
-    student = best[[0, 1, 0, 0, 0, 0]]
-    labels = torch.tensor([0, 0, 2, 1, 0, 3])
-    partner_labels = torch.tensor([3, 1, 1, 3, 1, 1])
-    lam = torch.tensor([0.9, 0.3, 0.5, 0.6, 0.4, 0.0])
-    # shown: 0, 1, 2, 1, 1, 1
-    found, pairs = agreement(student, teacher, labels, partner_labels, lam)
-    assert found.dtype == torch.float32 and found.tolist() == pytest.approx([4 / 6, 3 / 6])
-    assert pairs.dtype == torch.int32 and pairs.tolist() == [[0, 1, 2, 1, 1, 1], [0, 1, 2, 3, 0, 1]]
-
-
-def test_the_log_tells_how_often_teacher_and_labels_and_student_agree(digits, files, tmp_path):
-    """In percent, counted plainly over the batches of each step; whatever the micro-batches and log_every."""
-    setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 4]
-    lines = train_here(digits, tmp_path / "16", *setting)
-    run = build(parse(arguments(digits, tmp_path / "none", *setting, "--run.micro_batch", 64)), ONE)
-    counted = []
-    with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 4, ONE, 64))) as batches:
-        for batch in batches:
-            labels, partner = batch.labels.tolist(), partners(batch.labels, batch.mix_group).tolist()
-            shown = [a if lam >= 0.5 else b for a, b, lam in zip(labels, partner, batch.lam.tolist(), strict=True)]
-            best = run.step.teacher(run.step.inputs(batch)[1]).argmax(1).tolist()
-            counted.append(100 * np.mean(np.array(shown) == np.array(best)))
-    assert [line["teacher_top1"] for line in lines] == pytest.approx(counted)
-    (line,) = train_here(digits, tmp_path / "64", *setting, "--run.micro_batch", 64, "--run.log_every", 4)
-    assert line["teacher_top1"] == pytest.approx(np.mean(counted))
-    assert line["agreement"] == pytest.approx(np.mean([line["agreement"] for line in lines]), abs=0.5)
-
-
-def test_a_student_that_is_its_teacher_agrees_with_it(digits, tmp_path):
-    """Without dropout and batch normalisation, and with a learning rate of 0."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=10, img_size=32)
-    torch.nn.init.normal_(model.head.weight)
-    torch.save(model.state_dict(), tmp_path / "same.pth")
-    same = ["--student.name", "test_vit", "--teacher.name", "test_vit"]
-    same += ["--student.checkpoint", tmp_path / "same.pth", "--teacher.checkpoint", tmp_path / "same.pth"]
-    rate = ["--optim.lr", 0, "--schedule.warmup_lr", 0, "--schedule.min_lr", 0, "--run.stop_after_steps", 2]
-    lines = train_here(digits, tmp_path / "run", *same, *rate, "--distill.label_weight", 0)
-    assert [line["agreement"] for line in lines] == [100.0, 100.0]
-    assert [line["loss"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
-
-
-def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, tmp_path, capsys):
-    setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 4]
-    setting += ["--augment.mix_group", 16]  # two micro-batches on each rank
-    one = train_here(digits, tmp_path / "1", *setting)
-    warned = re.findall("the teacher finds the label of .*", capsys.readouterr().out)
-    said = run_ranks(2, "--data.root", digits, "--run.out", tmp_path / "2", "--run.log_every", 1, *setting)
-    assert len(warned) == 1 and re.findall("the teacher finds the label of .*", said) == warned
-    two = [line for line in read_json_lines(tmp_path / "2" / "metrics.jsonl") if line["kind"] == "train"]
-    assert [line["teacher_top1"] for line in one] == pytest.approx([line["teacher_top1"] for line in two])
-    assert one[0]["agreement"] == pytest.approx(two[0]["agreement"])
-
-
-def test_without_a_teacher_nothing_is_told_of_it(digits, tmp_path, capsys):
-    lines = train_here(digits, tmp_path, "--run.stop_after_steps", 2)
-    assert not {"teacher_top1", "agreement"} & set(lines[0])
-    assert "the teacher" not in capsys.readouterr().out
-
-
-# --- a teacher that does not know the classes, or has them in another order ---
-
-
-@pytest.mark.parametrize(
-    ("hits", "images", "classes", "warns"),
-    [
-        (0, 10_000, 1000, True),
-        (19, 10_000, 1000, True),
-        (20, 10_000, 1000, False),
-        (6_000, 10_000, 1000, False),
-        (19, 100, 10, True),
-        (20, 100, 10, False),
-        (499, 1000, 3, True),
-        (500, 1000, 3, False),
-        (120, 200, 2, True),  # chance is a half, twice that would be all
-        (130, 200, 2, False),
-        (100, 100, 1, False),
-    ],
-)
-def test_the_bar_for_a_teacher(hits, images, classes, warns):
-    assert bool(chance_warning(hits, images, classes)) == warns
-
-
-def test_a_teacher_no_better_than_chance_is_warned_of_in_other_words_than_one_in_another_order():
-    labels = np.arange(1000).repeat(10)
-    random = np.random.default_rng(0).permutation(labels)
-    said = teacher_warning([np.stack([labels, random])], 1000, None)
-    assert "finds the label of 0." in said and "order" not in said
-    assert "chance is 0.10%: it hardly knows these classes. Check teacher.checkpoint, teacher.kwargs" in said
-    rolled = teacher_warning([np.stack([labels, (labels + 1) % 1000])], 1000, None)
-    assert rolled.startswith(
-        "the teacher consistently takes 1000 of 1000 classes for one other each ('0' for '1', '1' for"
-    )
-    assert "hardly" not in rolled and not teacher_warning([np.stack([labels, labels])], 1000, None)
-
-
-def test_the_images_of_all_ranks_decide_about_the_warning():
-    """Classes 3 and 4 are taken for each other, and each rank has images of one of them."""
-    labels = np.arange(10, dtype=np.int32).repeat(16)
-    swapped = np.where(labels == 3, 4, np.where(labels == 4, 3, labels)).astype(np.int32)
-    ranks = [np.stack([labels, swapped])[:, labels != missing] for missing in (4, 3)]
-    assert [teacher_warning([each], 10, None) for each in ranks] == ["", ""]
-    assert "takes 2 of 10 classes for one other each ('3' for '4', '4' for '3')" in teacher_warning(ranks, 10, None)
-
-
-@pytest.mark.parametrize("named", [[], [0], [1], [0, 1, 2]])
-def test_the_warning_names_the_classes_settings_of_the_teachers_whose_outputs_have_no_names(digits, files, named):
-    names = read_manifest(digits)["classes"]
-    listed = [{"name": "test_resnet", "checkpoint": str(files["test_resnet"])} for _ in range(3)]
-    for i in named:
-        listed[i]["classes"] = str(files["test_resnet"].with_name("names.txt"))
-    files["test_resnet"].with_name("names.txt").write_text("\n".join(names))
-    first = [text for key, value in listed[0].items() for text in (f"--teacher.{key}", value)]
-    teachers = build_teachers(parse([*TINY, *first, "--teacher.others", json.dumps(listed[1:])]), 10, names)
-    keys = ["--teacher.classes", "teacher.others[0].classes", "teacher.others[1].classes"]
-    assert teachers.unnamed == [key for i, key in enumerate(keys) if i not in named]
-    labels = np.arange(10).repeat(20)
-    said = teacher_warning([np.stack([labels, (labels + 1) % 10])], 10, names, teachers.unnamed)
-    assert f"Name them with {' or '.join(teachers.unnamed) or keys[0]} FILE" in said
-
-
-GENTLE = ["--augment.randaugment_ops", 0, "--augment.flip", 0, "--augment.repeats", 1, "--augment.crop_area", "[0.7,1]"]
-
-
-@pytest.fixture(scope="module")
-def good_teacher(digits, tmp_path_factory) -> Path:
-    """A checkpoint that knows most digits: a short training on hardly augmented images."""
-    out = tmp_path_factory.mktemp("good") / "run"
-    plain = ["--augment.mix_prob", 0, "--optim.lr", "1e-2", "--schedule.epochs", 6, "--ema.decay", 0]
-    plain += ["--student.name", "test_resnet", "--augment.mix_group", 16]  # learns faster than tiny_cnn
-    summary = train(build(parse(arguments(digits, out, *GENTLE, *plain)), ONE))
-    assert summary["evaluation"]["raw"]["top1"] > 70
-    return out / "checkpoints" / "step-00000030.pt"
-
-
-def test_a_teacher_whose_classes_are_in_another_order_is_noticed_once(digits, good_teacher, tmp_path, capsys):
-    """Without their names nothing else would tell; with them the teacher is as good as it is."""
-    content = torch.load(good_teacher, weights_only=True)
-    weights = {**content["student"]}
-    for name in ("fc.weight", "fc.bias"):
-        weights[name] = weights[name].roll(1, 0)
-    torch.save(weights, tmp_path / "rolled.pth")
-    steps = [*GENTLE, "--teacher.name", "test_resnet", "--run.stop_after_steps", 6]
-    good = train_here(digits, tmp_path / "good", *steps, "--teacher.checkpoint", good_teacher)
-    assert "the teacher" not in capsys.readouterr().out
-    rolled = train_here(digits, tmp_path / "rolled", *steps, "--teacher.checkpoint", tmp_path / "rolled.pth")
-    assert (said := capsys.readouterr().out).count("of 10 classes for one other each") == 1
-    assert "the teacher finds" not in said
-    classes = read_manifest(digits)["classes"]
-    listed = write_lines(tmp_path / "c.txt", [classes[-1], *classes[:-1]])
-    mended = ["--teacher.checkpoint", tmp_path / "rolled.pth", "--teacher.classes", listed]
-    told = train_here(digits, tmp_path / "told", *steps, *mended)
-    assert "the teacher consistently" not in capsys.readouterr().out
-    top1 = [np.mean([line["teacher_top1"] for line in lines]) for lines in (good, rolled, told)]
-    assert top1[0] == pytest.approx(top1[2]) and top1[0] > 30 and top1[1] < 20
-    assert [line["loss"] for line in told] == pytest.approx([line["loss"] for line in good], rel=1e-4)
 
 
 def test_the_configuration_of_the_recipe_has_one_teacher():

@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_names_nothing_twice(damaged, stopped, tmp_path):
 
 
 def test_the_limit_counts_what_earlier_sessions_found(damaged, stopped, tmp_path):
-    """It is not passed by stopping and going on, if only for a step."""
+    """It is not passed by stopping and resuming, if only for a step."""
     run = shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(UserError, match="5 of the 320 images in 'train' are damaged"):
         train_here(damaged[0], run, *EACH, "--data.max_bad_fraction", "0.01", "--run.stop_after_steps", 6)

@@ -1,4 +1,4 @@
-"""The report on runs: finished, going on, killed, compared; and the images that the student saw first."""
+"""The report on runs: finished, in progress, killed, compared; and the images that the student saw first."""
 
 import ast
 import base64
@@ -209,7 +209,7 @@ def test_a_number_that_is_not_finite_or_not_there_leaves_a_gap(tmp_path):
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_path, finished):
+def test_several_runs_are_in_the_same_pictures_and_the_page_lists_what_differs(tmp_path, finished):
     other = logged(tmp_path / "lower lr", 9, "--optim.lr", 1e-4, "--student.kwargs.drop_rate", 0.1)
     page = Page(write_report([finished, other], tmp_path / "out"))
     runs = [read_run(finished, "finished"), read_run(other, "lower lr")]
@@ -228,7 +228,7 @@ def test_several_runs_share_the_pictures_and_the_page_tells_what_differs(tmp_pat
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_by_their_folders(tmp_path):
     runs = [logged(tmp_path / parent / "run", 1) for parent in "ab"]
     page = Page(write_report(runs, tmp_path / "out"))
     assert str(runs[0]) in page.text and str(runs[1]) in page.text
@@ -243,7 +243,7 @@ def test_names_are_shown_and_never_obeyed(tmp_path):
 
 
 @pytest.mark.usefixtures("without_drawings")
-def test_what_is_not_a_run_or_not_writable_is_told(tmp_path):
+def test_what_is_not_a_run_or_not_writable_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"not the folder of a run, it has no config.yaml. Give what --run.out was"):
         write_report([tmp_path], tmp_path / "out")
     run = logged(tmp_path / "run", 1)

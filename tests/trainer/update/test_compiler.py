@@ -101,10 +101,10 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_do(monkeypatch):
 
 
 def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arguments, monkeypatch):
-    def refuse(graph, inputs):
+    def fail(graph, inputs):
         raise NotImplementedError("an operation without a lowering")
 
-    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=refuse, dynamic=False))
+    monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=fail, dynamic=False))
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
         builder.build(parse([*arguments, "--run.compile", "true"]), ONE)

@@ -1,6 +1,6 @@
 """The whole training against a plain loop made of timm's and PyTorch's own parts, given the same batches.
 
-The loop below shares no code with `trainer/` but the pipeline that its uint8 images come from. It mixes in float64,
+The loop below has no code in common with `trainer/` but the pipeline of its uint8 images. It mixes in float64,
 normalises as one reads it in a paper, and takes the mean over the global batch in one piece.
 """
 
@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
+from torch.nn import functional
 
 from conftest import TINY
 from pipelines.batch import Batch
@@ -50,7 +50,7 @@ def mixed(batch: Batch) -> np.ndarray:
 
 def targets(batch: Batch) -> torch.Tensor:
     """Soft labels of one group: float32 [B, 10]."""
-    own, lam = F.one_hot(batch.labels, 10).double(), batch.lam.double()[:, None]
+    own, lam = functional.one_hot(batch.labels, 10).double(), batch.lam.double()[:, None]
     return (lam * own + (1 - lam) * own.flip(0)).float()
 
 
@@ -91,7 +91,7 @@ class PlainLoop:
         with torch.no_grad():
             soft = self.teacher(normalized(pixels, self.teacher)).softmax(1)
         loss = SoftTargetCrossEntropy()(logits, torch.cat([targets(group) for group in groups]))
-        loss = loss + 5.0 * F.kl_div(logits.log_softmax(1), soft, reduction="batchmean")
+        loss = loss + 5.0 * functional.kl_div(logits.log_softmax(1), soft, reduction="batchmean")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -209,7 +209,7 @@ def _identified(word: str) -> tuple[Candidate, str]:
                 f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
                 "--name NAME, and give DIR"
             ) from error
-        return Candidate(word, trained.name, Path(word), trained.view.image_size), trained.source
+        return Candidate(word, trained.name, Path(word), trained.transform.image_size), trained.source
     config = timm.get_pretrained_cfg(name)
     return Candidate(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
 
@@ -248,7 +248,7 @@ def build(model: Candidate) -> tuple[nn.Module, int]:
 
 def _built(model: Candidate) -> nn.Module:
     if model.path is not None:
-        return inference.load_named(str(model.path), image_size=model.image_size).model
+        return inference.load_named(str(model.path), image_size=model.image_size).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)

@@ -1,39 +1,41 @@
 """The card of an exported model: README.md as people and Hugging Face's hub read it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
+from typing import Any
 
 import jinja2
 from timm.data import ImageNetInfo
 
 from pipelines.common.errors import UserError
 from pipelines.common.machine import package_versions
+from tools.lib.common.evaluation import Report
 from tools.lib.common.onnx_file import OPSET, PACKAGES
-from trainer.evaluation.trained import Trained
-from trainer.models.factory import preprocessing
+from trainer.evaluation.trained import TrainedModel
+from trainer.models.preprocessing import preprocessing
 from trainer.state.checkpoint_settings import check_settings
 
 MODEL_CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
 _TEMPLATE = Path(__file__).with_name("card.md")
-_KINDS = {"ema": "running average of the weights", "raw": "weights as trained, not averaged"}
+_KINDS = {"ema": "EMA of the weights", "raw": "raw weights, not averaged"}
 _COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "ece": "ECE %"}
 
 
-def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> str:
+def card(trained: TrainedModel, files: dict[str, str], evaluation: Report | None) -> str:
     """The card's text, Markdown.
 
     Args:
-      files: what each of the folder's files is.
-      evaluation: as `read_evaluation` gives it; without it the accuracy is the one that best.pt was kept for.
+      files: descriptions of the folder's files by name.
+      evaluation: a report of `read_evaluation`; without it the card has the accuracy of best.pt in the run.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     measured, metrics = _accuracy(trained, evaluation)
     return template.render(
         name=trained.name,
-        parameters=f"{sum(p.numel() for p in trained.model.parameters()) / 1e6:.2f}",
+        parameters=f"{sum(p.numel() for p in trained.module.parameters()) / 1e6:.2f}",
         outputs=trained.num_outputs,
         outputs_named=_outputs_named(trained),
         dataset_id="imagenet-1k" if _is_imagenet(trained) else None,
@@ -53,15 +55,15 @@ def card(trained: Trained, files: dict[str, str], evaluation: dict | None) -> st
     )
 
 
-def read_evaluation(path: Path, trained: Trained) -> dict:
-    """What `python tools/evaluate.py --run.json FILE` wrote about this model.
+def read_evaluation(path: Path, trained: TrainedModel) -> Report:
+    """Read what `python tools/evaluate.py --run.json FILE` wrote about this model.
 
     Raises:
       UserError: the file cannot be read, is something else, or is about other weights.
     """
     again = "Write it with python tools/evaluate.py --run.json FILE"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report: Report = json.loads(path.read_text(encoding="utf-8"))
         model, digest = report["model"], report["weights_digest"]
         _metrics(report), _shown(report)
     except OSError as error:
@@ -78,40 +80,40 @@ def read_evaluation(path: Path, trained: Trained) -> dict:
     return report
 
 
-def _accuracy(trained: Trained, evaluation: dict | None) -> tuple[str, dict[str, str]]:
-    """A sentence that says on what it was measured, and the numbers by name; {} without any."""
+def _accuracy(trained: TrainedModel, evaluation: Report | None) -> tuple[str, dict[str, str]]:
+    """A sentence about the images that were evaluated, and the metrics by name; {} without any."""
     if evaluation is not None:
         return _shown(evaluation), _metrics(evaluation)
     metrics = trained.origin.get("metrics")
     if not metrics:
         return "", {}
-    return f"On the {metrics['images']:,} validation images of the run, in training, when it was best:", _metrics(
-        metrics
-    )
+    measured = f"On the {metrics['images']:,} validation images of the run, in training, when it was best:"
+    return measured, _metrics(metrics)
 
 
-def _shown(report: dict) -> str:
-    view, classes = report["view"], len(report["classes"])
+def _shown(report: Report) -> str:
+    transform, classes = report["view"], len(report["classes"])
     among = (
         "" if classes == report["outputs"] else f"told apart among {classes:,} of its {report['outputs']:,} classes, "
     )
     return (
         f"On the {report['images']:,} images of split {_code(report['split'])} of "
         f"{_cell(PurePath(report['dataset']).name)} (digest of that split {_code(report['digest'][:12])}), {among}"
-        f"{_cell(view['image_size'])} px, {_cell(view['crop_mode'])} crop {view['crop_pct']:g}, "
-        f"{_cell(view['interpolation'])}, in {_cell(report['precision'])} on {_cell(report['device'])}, "
+        f"{_cell(transform['image_size'])} px, {_cell(transform['crop_mode'])} crop {transform['crop_pct']:g}, "
+        f"{_cell(transform['interpolation'])}, in {_cell(report['precision'])} on {_cell(report['device'])}, "
         "each image once:"
     )
 
 
-def _metrics(numbers: dict) -> dict[str, str]:
+def _metrics(numbers: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics as text by their titles."""
     found = {title: numbers[key] for key, title in _COLUMNS.items() if key in numbers}
     if real := numbers.get("real"):
         found["ReaL top-1 %"] = real["top1"]
     return {title: f"{value:.4f}" if title == "loss" else f"{value:.2f}" for title, value in found.items()}
 
 
-# The facts about a run that one asks first, and the settings that each is made of.
+# The first facts about a run, and the settings that each is made of.
 _FACTS = {
     "student": ("student.name",),
     "teacher": ("teacher.name", "teacher.others"),
@@ -123,8 +125,8 @@ _FACTS = {
 }
 
 
-def _recipe(trained: Trained) -> dict[str, str]:
-    """What of the facts holds for all that the weights come from; {} for weights that are not of a run."""
+def _recipe(trained: TrainedModel) -> dict[str, str]:
+    """The facts that hold for all runs that the weights come from; {} for weights that are not of a run."""
     if not trained.origin:
         return {}
     check_settings(trained.source, trained.origin["config"], ("teacher.name", "teacher.others"))
@@ -143,7 +145,7 @@ def _recipe(trained: Trained) -> dict[str, str]:
     return {**same, "weights": _weights(trained)}
 
 
-def _differ(trained: Trained) -> set[str]:
+def _differ(trained: TrainedModel) -> set[str]:
     """Settings that the averaged files do not share, run.out for files of several runs; empty where all are shared."""
     average = trained.origin.get("average")
     if not average:
@@ -151,15 +153,15 @@ def _differ(trained: Trained) -> set[str]:
     return set(average.get("differ", ("run.out",)))  # earlier files do not say it
 
 
-def _weights(trained: Trained) -> str:
-    """Which weights they are, and of what they are the average."""
-    average, kind = trained.origin.get("average"), _KINDS.get(trained.weights, "as they were found")
+def _weights(trained: TrainedModel) -> str:
+    """Words for the kind of the weights, and for the checkpoints of which they are the average."""
+    average, kind = trained.origin.get("average"), _KINDS.get(trained.weights, "kind not known")
     if not average:
         return f"{kind}, after step {trained.origin['step']:,}"
     rows = [row for row in average["of"] if row.get("kept", True)]
     how = {
         "uniform": f"mean of the weights of {len(rows)} checkpoints",
-        "ema": f"moving average with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
+        "ema": f"EMA with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
         "greedy": f"greedy soup of {len(rows)} of {len(average['of'])} checkpoints",
     }.get(average["how"], f"average of {len(rows)} checkpoints")
     each = f", of each the {kind}" if average["how"] != "ema" and trained.weights in _KINDS else ""
@@ -169,7 +171,7 @@ def _weights(trained: Trained) -> str:
     return f"{how}{each}, of step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
 
 
-def _audit(trained: Trained) -> list[dict[str, str]]:
+def _audit(trained: TrainedModel) -> list[dict[str, str]]:
     """The settings that are not the recipe's, but for those in which averaged files differ."""
     rows, differ = trained.origin.get("audit") or [], _differ(trained)
     return [
@@ -179,13 +181,13 @@ def _audit(trained: Trained) -> list[dict[str, str]]:
     ]
 
 
-def _pixels(trained: Trained) -> dict:
-    view, expects = trained.view, preprocessing(trained.model)
-    resize = int(view.image_size / view.crop_pct)
-    side = "Both sides are" if view.crop_mode == "squash" else "The short side is"
+def _pixels(trained: TrainedModel) -> dict:
+    transform, expects = trained.transform, preprocessing(trained.module)
+    resize = int(transform.image_size / transform.crop_pct)
+    side = "Both sides are" if transform.crop_mode == "squash" else "The short side is"
     return {
-        "view": view,
-        "size": view.image_size,
+        "transform": transform,
+        "size": transform.image_size,
         "resize": resize,
         "resized": f"{side} resized to {resize} pixels",
         "mean": list(expects.mean),
@@ -193,7 +195,7 @@ def _pixels(trained: Trained) -> dict:
     }
 
 
-def _outputs_named(trained: Trained) -> str:
+def _outputs_named(trained: TrainedModel) -> str:
     if trained.classes is None:
         return "Nothing names its outputs."
     if trained.classes_guessed:
@@ -201,12 +203,13 @@ def _outputs_named(trained: Trained) -> str:
     return "`label_names` in `config.json` names them in their order."
 
 
-def _is_imagenet(trained: Trained) -> bool:
-    known = trained.classes is not None and not trained.classes_guessed
-    return known and set(trained.classes) == set(ImageNetInfo().label_names())
+def _is_imagenet(trained: TrainedModel) -> bool:
+    if trained.classes is None or trained.classes_guessed:
+        return False
+    return set(trained.classes) == set(ImageNetInfo().label_names())
 
 
-# What Markdown, or the HTML in it, would take for more than text.
+# Characters that Markdown, or the HTML in it, would take for more than text.
 _MARKS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]\\"})
 
 
@@ -221,7 +224,7 @@ def _code(value: object) -> str:
 
 
 def _without_folders(value: object) -> object:
-    """The same without the folders of paths in it: where a machine keeps its files is nobody's business."""
+    """The value without the folders of paths in it, since others need not know where a machine keeps its files."""
     if isinstance(value, dict):
         return {key: _without_folders(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -11,38 +11,39 @@ from torch import nn
 
 from pipelines.common.errors import UserError
 from trainer.config.sections import DataConfig
-from trainer.evaluation.trained import CONFIG, WEIGHTS, Trained, descriptions
+from trainer.evaluation.trained import CONFIG, WEIGHTS, TrainedModel, descriptions
 from trainer.models.checkpoint_format import not_finite
-from trainer.models.factory import preprocessing
+from trainer.models.preprocessing import preprocessing, timm_config
 
-# What of timm's own configuration of a model is about the architecture, not about the weights that timm has for it.
+# These keys of timm's configuration of a model describe the architecture, not the weights that timm has for it.
 _OF_ARCHITECTURE = ("first_conv", "classifier", "min_input_size")
 
 
-def write_folder(trained: Trained, folder: Path) -> None:
+def write_folder(trained: TrainedModel, folder: Path) -> None:
     """Write model.safetensors and config.json into a folder, and see that timm makes the same model of them.
 
     Raises:
       UserError: weights are not finite, or timm makes another model of the files.
     """
-    if name := not_finite(trained.model.state_dict().items()):
+    if name := not_finite(trained.module.state_dict().items()):
         raise UserError(f"{trained.source}: '{name}' is not finite. Export a checkpoint from before that")
-    # clones: tensors that share memory, which the format does not have, become independent
-    tensors = {name: value.detach().clone().contiguous() for name, value in trained.model.state_dict().items()}
+    # Cloned tensors share no memory; the format cannot say that they do.
+    tensors = {name: value.detach().clone().contiguous() for name, value in trained.module.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(hub_config(trained), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _check_same_logits(trained, folder)
 
 
-def hub_config(trained: Trained) -> dict:
+def hub_config(trained: TrainedModel) -> dict:
     """What config.json holds; timm.models.save_config_for_hf has the meaning of the keys.
 
     Written here and not by that function, which in older versions keeps what timm's own weights are evaluated with.
     """
-    own, size = trained.model.pretrained_cfg, _trained_with(trained)
+    own, size = timm_config(trained.module), _trained_with(trained)
     arguments, known = dict(trained.kwargs), timm.get_pretrained_cfg(trained.name)
-    is_fixed = known is not None and known.fixed_input_size  # of the architecture, whatever a description says
-    if is_fixed and size != to_2tuple(trained.view.image_size):
+    # The architecture decides it, whatever a description says.
+    is_fixed = known is not None and known.fixed_input_size
+    if is_fixed and size != to_2tuple(trained.transform.image_size):
         arguments.setdefault("img_size", size[0])
     adapts = arguments.get("dynamic_img_size") or not arguments.get("strict_img_size", True)
     config = {
@@ -62,19 +63,19 @@ def hub_config(trained: Trained) -> dict:
     return {**config, **_labels(trained)}
 
 
-def _pixels(trained: Trained) -> dict:
-    view, expects = trained.view, preprocessing(trained.model)
+def _pixels(trained: TrainedModel) -> dict:
+    transform, expects = trained.transform, preprocessing(trained.module)
     return {
-        "test_input_size": [3, view.image_size, view.image_size],
-        "interpolation": view.interpolation,
-        "crop_pct": view.crop_pct,
-        "crop_mode": view.crop_mode,
+        "test_input_size": [3, transform.image_size, transform.image_size],
+        "interpolation": transform.interpolation,
+        "crop_pct": transform.crop_pct,
+        "crop_mode": transform.crop_mode,
         "mean": list(expects.mean),
         "std": list(expects.std),
     }
 
 
-def _labels(trained: Trained) -> dict:
+def _labels(trained: TrainedModel) -> dict:
     """Names of the outputs and words for them; nothing if they were guessed, which timm does itself."""
     if trained.classes is None or trained.classes_guessed:
         return {}
@@ -83,13 +84,15 @@ def _labels(trained: Trained) -> dict:
     return {"label_names": trained.classes, **({"label_descriptions": words} if described else {})}
 
 
-def _trained_with(trained: Trained) -> tuple[int, int]:
+def _trained_with(trained: TrainedModel) -> tuple[int, int]:
     """The image size that the model was trained with or built for, pixels: a hint for whoever trains it further."""
     if size := trained.kwargs.get("img_size"):
-        return to_2tuple(size)
-    if trained.origin:
-        return to_2tuple(DataConfig(image_size=trained.origin["config"]["data"]["image_size"]).train_sizes[-1])
-    return tuple(trained.model.pretrained_cfg["input_size"][1:])
+        height, width = (int(side) for side in to_2tuple(size))
+    elif trained.origin:
+        height = width = DataConfig(image_size=trained.origin["config"]["data"]["image_size"]).train_sizes[-1]
+    else:
+        height, width = timm_config(trained.module)["input_size"][1:]
+    return height, width
 
 
 def timm_model(folder: Path) -> nn.Module:
@@ -98,13 +101,13 @@ def timm_model(folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def _check_same_logits(trained: Trained, folder: Path) -> None:
+def _check_same_logits(trained: TrainedModel, folder: Path) -> None:
     images = noise(trained, 2)
-    if not torch.equal(timm_model(folder)(images), trained.model(images)):
+    if not torch.equal(timm_model(folder)(images), trained.module(images)):
         raise UserError(f"{trained.source}: timm makes a model with other logits of the exported files. Report this")
 
 
-def noise(trained: Trained, count: int) -> torch.Tensor:
+def noise(trained: TrainedModel, count: int) -> torch.Tensor:
     """Images of a model's size, float32 [count, 3, S, S], like normalised pixels; the same ones each time."""
-    size = trained.view.image_size
+    size = trained.transform.image_size
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,1 @@
+"""Parts of tools/predict.py: the images that it reads, and the files that it writes."""

@@ -148,12 +148,12 @@ def _members(path: str) -> Iterator[Item]:
 
 
 def decoded_batches(
-    items: Iterator[Item], view: EvalTransform, size: int
+    items: Iterator[Item], transform: EvalTransform, size: int
 ) -> Iterator[list[tuple[str, np.ndarray | None, str]]]:
     """The result of `decoded` for each image, in order, `size` at a time; a pool of threads works so far ahead."""
     with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
         try:
-            futures = (pool.submit(decoded, item, view) for item in items)
+            futures = (pool.submit(decoded, item, transform) for item in items)
             looked = (future.result() for future in look_ahead(futures, size, lambda _: None))
             while batch := list(itertools.islice(looked, size)):
                 yield batch
@@ -161,12 +161,12 @@ def decoded_batches(
             pool.shutdown(cancel_futures=True)
 
 
-def decoded(item: Item, view: EvalTransform) -> tuple[str, np.ndarray | None, str]:
+def decoded(item: Item, transform: EvalTransform) -> tuple[str, np.ndarray | None, str]:
     """An image's name, its pixels, uint8 [S, S, 3], and why there are none, "" if there are some. Raises nothing."""
     try:
         if item.error:
             raise RejectedImageError(item.error)
-        return item.name, shown(pixels_of(read(item)), view), ""
+        return item.name, shown(pixels_of(read(item)), transform), ""
     except RejectedImageError as error:
         reason = str(error)
     except OSError as error:
@@ -207,15 +207,15 @@ def pixels_of(content: bytes) -> np.ndarray:
         raise RejectedImageError("empty file")
     header = read_jpeg_header(content)
     with rejecting():
-        if is_plain(header):
+        if header is not None and is_plain(header):
             check_dimensions(header.width, header.height)
             check_scans(content)
             return decode(np.frombuffer(content, dtype=np.uint8))
         return np.asarray(plain_image(opened(content)).convert("RGB"))
 
 
-def shown(pixels: np.ndarray, view: EvalTransform) -> np.ndarray:
+def shown(pixels: np.ndarray, transform: EvalTransform) -> np.ndarray:
     """The pixels that evaluation shows the model: uint8 [S, S, 3]."""
     height, width = pixels.shape[:2]
-    plan = view.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
+    plan = transform.plan(synthetic_index(1, 1, height, width)).rows(0, 1)
     return crop_resize(pixels, plan, 0)

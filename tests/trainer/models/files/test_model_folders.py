@@ -1,11 +1,8 @@
 """Models named by a folder (local-dir:) or a repository of the hub (hf-hub:, hf_hub:), wherever timm's names are."""
 
-import json
 import math
 import shutil
-from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -13,56 +10,18 @@ from safetensors.torch import save_file
 
 from conftest import train_here
 from pipelines.common.errors import UserError
+from support.model_folder import CLASSES, NAME, write_folder
 from tools.evaluate import EvalStudentConfig
 from tools.lib.compare.candidates import _identified
 from tools.lib.compare.candidates import build as built_candidate
-from trainer.cluster.rendezvous import facts
 from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
-from trainer.models import model_folders
-from trainer.models.factory import build_student
-from trainer.models.model_folders import _any_hub_file, named_folder, source_name
+from trainer.models.files import model_folders
+from trainer.models.files.model_folders import named_folder, source_name
+from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher
 
-NAME = "test_vit"
-CLASSES = list("abcdefg")
-
-
-def write_folder(folder: Path, model: torch.nn.Module, **changed) -> Path:
-    """A folder as timm's save_for_hf writes it."""
-    folder.mkdir(parents=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    own = timm.get_pretrained_cfg(NAME).to_dict()
-    own = {key: own[key] for key in ("mean", "std", "input_size", "interpolation", "crop_pct", "fixed_input_size")}
-    said = {"architecture": NAME, "num_classes": 7, "model_args": {"depth": 2}, "pretrained_cfg": own}
-    (folder / "config.json").write_text(json.dumps({**said, "label_names": CLASSES, **changed}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    torch.manual_seed(4)
-    made = timm.create_model(NAME, num_classes=7, depth=2).eval()
-    torch.nn.init.normal_(made.head.weight)
-    return made
-
-
-@pytest.fixture
-def folder(model, tmp_path) -> Path:
-    return write_folder(tmp_path / "there", model)
-
-
-@pytest.fixture
-def hub(model, tmp_path, monkeypatch) -> str:
-    """A repository in the hub's cache, without a network: as `hf download` leaves it."""
-    repository = tmp_path / "hub" / "models--someone--small"
-    write_folder(repository / "snapshots" / ("a" * 40), model)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    _any_hub_file.cache_clear()
-    return "someone/small"
+pytest_plugins = ["support.model_folder"]
 
 
 def logits(model) -> torch.Tensor:
@@ -83,7 +42,7 @@ def test_a_name_with_a_source_is_taken_however_it_is_spelled(named, model):
     loaded = trained.load(named, None)
     by_word = trained.load_named(named)
     candidate, _ = _identified(named)
-    for found in (teacher.model, student, loaded.model, by_word.model):
+    for found in (teacher.model, student, loaded.module, by_word.module):
         assert torch.equal(logits(found), expected)
     assert torch.allclose(logits(built_candidate(candidate)[0]), expected, atol=1e-4)
     assert (loaded.name, loaded.classes, loaded.kwargs["depth"]) == (NAME, CLASSES, 2)
@@ -128,7 +87,7 @@ RESERVED = {
 def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(model, tmp_path):
     folder = named_folder(f"local-dir:{write_folder(tmp_path / 'evil', model, model_args={'depth': 2, **RESERVED})}")
     assert folder.kwargs == {"depth": 2}
-    assert torch.equal(logits(trained.load(f"local-dir:{folder.path}", None).model), logits(model))
+    assert torch.equal(logits(trained.load(f"local-dir:{folder.path}", None).module), logits(model))
 
 
 def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
@@ -139,7 +98,7 @@ def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
     torch.save(saved, tmp_path / "own.pt")
     found = trained.load(None, tmp_path / "own.pt")
     assert found.kwargs["depth"] == 2 and not {*RESERVED, "in_chans"} & {*found.kwargs}
-    assert torch.equal(logits(found.model), logits(model))
+    assert torch.equal(logits(found.module), logits(model))
     trained.check_fits(tmp_path / "own.pt", saved)
     assert _identified(str(tmp_path / "own.pt"))[0].name == NAME
     assert build_teacher(TeacherConfig(NAME, tmp_path / "own.pt", {"depth": 2}), 7, 160).num_outputs == 7
@@ -371,9 +330,9 @@ def test_null_in_a_description_is_as_if_the_key_were_not_there(model, tmp_path):
         "null": write_folder(tmp_path / "null", model, pretrained_cfg={**own, **null}, model_args={"depth": 2}),
     }
     found = {name: trained.load(None, folder) for name, folder in folders.items()}
-    assert found["null"].view == found["absent"].view and found["null"].num_outputs == 7
+    assert found["null"].transform == found["absent"].transform and found["null"].num_outputs == 7
     for name, folder in folders.items():
-        assert torch.equal(logits(found[name].model), logits(model))
+        assert torch.equal(logits(found[name].module), logits(model))
         assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160, names=CLASSES).num_outputs == 7
 
 
@@ -403,8 +362,8 @@ def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp
         lambda: build_teacher(TeacherConfig(name), 7, 160, names=CLASSES).model,
         lambda: build_student(StudentConfig(name, pretrained=True), 7, 160, CLASSES),
         lambda: build_student(StudentConfig(name, tmp_path / "own.pt"), 7, 160, CLASSES),
-        lambda: trained.load(name, None).model,
-        lambda: trained.load(None, tmp_path / "own.pt").model,
+        lambda: trained.load(name, None).module,
+        lambda: trained.load(None, tmp_path / "own.pt").module,
     ):
         (folder / "config.json").write_text(text)
         assert torch.equal(logits(opened()), logits(model))
@@ -412,64 +371,3 @@ def test_a_model_is_built_from_one_reading_of_its_description(folder, model, tmp
     assert build_student(StudentConfig(name, pretrained=True), 7, 160, list("hijklmn")).num_classes == 7
     (folder / "config.json").write_text(text)
     assert len(build_student(StudentConfig(name), 5, 160).blocks) == 2
-
-
-# --- several ranks ---
-
-
-def changed_facts(config, change) -> set[str]:
-    """The names of the facts that differ once something has been changed."""
-    before = facts(config)
-    change()
-    after = facts(config)
-    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-
-
-def test_ranks_compare_the_contents_of_every_file_that_student_and_teachers_come_from(model, tmp_path):
-    """A folder by its description and weights, each further teacher by its weights and names, as the first one."""
-    folders = {key: write_folder(tmp_path / key, model) for key in ("student", "first", "third")}
-    for name in ("w.pth", "c.txt"):
-        (tmp_path / name).write_text("1")
-    others = [
-        {"name": NAME, "checkpoint": str(tmp_path / "w.pth"), "classes": str(tmp_path / "c.txt")},
-        {"name": f"local_dir:{folders['third']}"},
-    ]
-    given = ["--student.name", f"local-dir:{folders['student']}", "--teacher.name", f"local-dir:{folders['first']}"]
-    given += ["--teacher.others", json.dumps(others), "--data.pipeline", "synthetic"]
-    config, started = parse(given), parse([*given, "--student.pretrained", "true"])
-
-    def grown(path: Path):
-        return lambda: path.write_bytes(path.read_bytes() + b" ")
-
-    assert changed_facts(config, lambda: None) == set()
-    for key, folder in (("teacher.name", "first"), ("teacher.others[1].name", "third")):
-        for file, part in (("config.json", "config.json"), ("model.safetensors", "weights")):
-            assert changed_facts(config, grown(folders[folder] / file)) == {f"content of {key} ({part})"}
-    assert changed_facts(config, grown(tmp_path / "w.pth")) == {"content of teacher.others[0].checkpoint"}
-    assert changed_facts(config, grown(tmp_path / "c.txt")) == {"content of teacher.others[0].classes"}
-    assert changed_facts(config, grown(folders["student"] / "config.json")) == {"content of student.name (config.json)"}
-    assert changed_facts(config, grown(folders["student"] / "model.safetensors")) == set()  # it begins at random
-    assert changed_facts(started, grown(folders["student"] / "model.safetensors")) == {
-        "content of student.name (weights)"
-    }
-    moved = [{**others[0], "checkpoint": str(shutil.copy(tmp_path / "w.pth", tmp_path / "moved.pth"))}, others[1]]
-    assert (
-        facts(parse([*given, "--teacher.others", json.dumps(moved)]))["teacher.others"]
-        == facts(config)["teacher.others"]
-    )
-
-
-def test_ranks_compare_the_revisions_of_repositories_without_downloading_their_weights(hub, tmp_path):
-    repository = tmp_path / "hub" / "models--someone--small"
-    config = parse(["--teacher.name", f"hf-hub:{hub}", "--data.pipeline", "synthetic"])
-
-    def update():
-        shutil.copytree(repository / "snapshots" / ("a" * 40), repository / "snapshots" / ("b" * 40))
-        (repository / "snapshots" / ("b" * 40) / "model.safetensors").unlink()
-        (repository / "refs" / "main").write_text("b" * 40)
-        _any_hub_file.cache_clear()
-
-    assert facts(config)["revision of teacher.name"] == "a" * 40
-    assert changed_facts(config, update) == {"revision of teacher.name"}
-    with pytest.raises(UserError, match=f"someone/small@{'b' * 40}: model.safetensors cannot be had"):
-        build_teacher(config.teacher, 7, 160)

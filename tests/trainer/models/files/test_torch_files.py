@@ -23,8 +23,8 @@ from chaos.runs import equal
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from support.forked_python import executable
-from trainer.models.torch_files import ClaimError, check_content, load_plain
-from trainer.models.weights import read_file, read_weights
+from trainer.models.files.torch_files import ClaimError, check_content, load_plain
+from trainer.models.files.weights import read_file, read_weights
 from trainer.state import checkpoint
 
 TIED = torch.arange(12.0).reshape(3, 4)
@@ -50,7 +50,7 @@ def test_whatever_torch_saves_of_dense_tensors_and_plain_data_is_loaded(what, zi
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_that_share_memory_in_a_file_share_it_afterwards_and_keep_their_order_in_it(tmp_path, zipped):
+def test_tensors_in_common_memory_have_it_in_common_afterwards_and_keep_their_order_in_it(tmp_path, zipped):
     last = HONEST["channels last"]
     torch.save({"a": TIED, "b": TIED, "c": last}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     found = load_plain(tmp_path / "w.pth")
@@ -217,7 +217,7 @@ def state(step: int, **more) -> dict:
 
 
 def folder_of_two(folder: Path) -> list[Path]:
-    """Two whole checkpoints; the newer one is large."""
+    """Two intact checkpoints; the newer one is large."""
     folder.mkdir()
     for step, size in ((1, 1), (2, 1 << 24)):
         checkpoint.write(checkpoint.path_of(folder, step), state(step, more=torch.zeros(size)))

@@ -1,10 +1,12 @@
 """Models in folders, and in repositories of Hugging Face's hub, as timm writes them: config.json beside weights."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import sha256_of
@@ -58,7 +60,8 @@ class ModelFolder:
             if (self.path / file).is_file():
                 return self.path / file
         if self.is_on_hub:
-            return _any_hub_file(f"{self.name.partition('@')[0]}@{self.path.name}", WEIGHTS)  # of the same revision
+            repository, revision = self.name.partition("@")[0], self.path.name  # The revision of config.json.
+            return _any_hub_file(f"{repository}@{revision}", WEIGHTS)
         raise UserError(f"{self.path}: has no weights ({', '.join(WEIGHTS)}). Put one of these beside {CONFIG}")
 
 
@@ -100,13 +103,12 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
 
     repository, _, revision = name.removeprefix(_HUB).partition("@")
     try:
-        for file in files:
-            try:
+        *others, last = files
+        for file in others:
+            with contextlib.suppress(EntryNotFoundError):
                 return Path(hf_hub_download(repository, file, revision=revision or None))
-            except EntryNotFoundError as error:
-                missing = error
-        raise missing
-    except Exception as error:  # the hub's library, its network's and the file system's all have their own
+        return Path(hf_hub_download(repository, last, revision=revision or None))
+    except Exception as error:  # The hub's library, its network's and the file system's all have errors of their own.
         raise UserError(
             f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
             "network, or give a folder on this machine as local-dir:FOLDER"
@@ -144,7 +146,8 @@ def read_folder(path: Path, name: str) -> ModelFolder:
             f"{path / CONFIG}: a model of images with {other[0]} channels, and images have 3 here (gray ones, too). "
             "Use a model of RGB images"
         )
-    outputs, kind = config["num_classes"], said.get("weights", "")
+    outputs: Any = config["num_classes"]  # _check_values has checked it.
+    kind = said.get("weights", "")
     classes = _names_of_outputs(path / CONFIG, said.get("label_names"), outputs)
     kind = kind if isinstance(kind, str) else ""
     return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)

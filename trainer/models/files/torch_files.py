@@ -18,17 +18,20 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch.save before version 1.6. Source: torch.serialization
-_DEEPEST = 100  # containers in containers; checkpoints have about ten
-_MOST_BITS = 4096  # of a whole number: NumPy's generators have 128, and Python shows up to 14,000 as text
-_OFTEN = 16  # how often shared values may be met on a walk, on average: several parts of a file may be one and the same
+# A file of torch.save before version 1.6 begins with this number. Source: torch.serialization.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_DEEPEST = 100  # Containers may be nested this deep; checkpoints have about ten levels.
+# A whole number may have this many bits: NumPy's generators have 128, and Python shows up to 14,000 as text.
+_MOST_BITS = 4096
+# A walk may meet shared values this often, on average: several parts of a file may be one and the same.
+_OFTEN = 16
 
 
 class ClaimError(ValueError):
@@ -43,7 +46,7 @@ def load_plain(path: Path, types: tuple = ()):
     Raises:
       ClaimError: loading it would take more than the file can hold.
       OSError: it is no regular file, or cannot be read.
-      UserError: the machine's memory is too short for the file, which stays as it is.
+      UserError: the machine's memory is too short for the file, which stays unchanged.
       Exception: torch, pickle, zipfile and the system each raise their own for other files.
     """
     with memory_for(path):
@@ -66,7 +69,7 @@ def memory_for(path: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{path}: memory is too short to read it ({reason_of(error)}). Free some memory "
-            "and run the same command again; the file stays as it is"
+            "and run the same command again; the file stays unchanged"
         ) from error
 
 
@@ -96,7 +99,7 @@ def check_claims(path: Path) -> int:
         try:
             return _check_archive(file, size)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what comes of seeking a place before the file, as a changed offset names
+            if error.errno != errno.EINVAL:  # Seeking to an offset before the file, which a changed file may name.
                 raise
             raise ClaimError("its directory names places outside of it") from error
 
@@ -138,7 +141,7 @@ def _records(entries: list[zipfile.ZipInfo], size: int) -> dict[str, int]:
 
 def _check_legacy(file: BinaryIO, size: int) -> int:
     """As `check_claims`, of the format before torch 1.6: pickles, then the values of all storages."""
-    if tarfile.is_tarfile(file):  # of another format, which torch would unpack
+    if tarfile.is_tarfile(file):  # torch would unpack this other format.
         raise ClaimError("a tar file of torch 0.1.1, which is not loaded")
     file.seek(0)
     if file.read(1) != pickle.PROTO:
@@ -171,7 +174,7 @@ class _Nothing:
 
 
 class _Sized(_Nothing):
-    """Stands for a type that makes as many bytes as it is told."""
+    """Stands for a type that allocates the number of bytes that it is given."""
 
     def __init__(self, *args, **_named):
         if any(isinstance(each, int) for each in args):
@@ -198,12 +201,14 @@ class _Bounded:
         return self._file.read(count)
 
 
-def _reject_bytearray(_unpickler: pickle._Unpickler) -> None:
-    raise ClaimError("asks for memory instead of holding values")  # Python makes it before it reads
+def _reject_bytearray(_: Any) -> None:
+    raise ClaimError("asks for memory instead of holding values")  # Python allocates it before it reads.
 
 
-class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what a file says that it will remember
+class _Claims(pickle._Unpickler):
     """Goes through a pickle, in which every name stands for nothing, and notes what its tensors claim.
+
+    It is based on the unpickler in Python, since the one in C allocates what a file claims to remember.
 
     Attributes:
       storages: claimed bytes by key.
@@ -233,9 +238,9 @@ class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what
             return self._rebuilder(name)
         return _Nothing
 
-    def persistent_load(self, claimed: object) -> object:
+    def persistent_load(self, pid: Any) -> object:
         """A storage as torch.save refers to it: ("storage", type, key, device, number of values, ...)."""
-        kind, *details = claimed
+        kind, *details = pid
         if kind != "storage":
             return _Nothing()
         itemsize, key, _, count = details[:4]
@@ -275,7 +280,7 @@ class _Claims(pickle._Unpickler):  # the one in Python: that in C allocates what
 
 
 def check_content(content: object, pickled: int, size: int) -> None:
-    """Raise a ClaimError about content that no walk would come to the end of, or that is not plain.
+    """Raise a ClaimError about content that no walk would finish, or that is not plain.
 
     Args:
       pickled: bytes of the pickle that it comes from; size: of the file.

@@ -16,8 +16,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pipelines.common.errors import UserError
 from trainer.config.sections import TeacherConfig
+from trainer.models.files.weights import PlainData, read_file, read_weights, select_weights, unwrapped
 from trainer.models.teacher import build_teacher
-from trainer.models.weights import PlainData, read_file, read_weights, select_weights, unwrapped
 
 NAME = "test_resnet"
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -12,7 +13,7 @@ import torch
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import instead_of_content
 from trainer.models.checkpoint_format import DamagedError, checked, is_of_trainer
-from trainer.models.torch_files import ClaimError, load_plain, memory_for, require_regular
+from trainer.models.files.torch_files import ClaimError, load_plain, memory_for, require_regular
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {
@@ -134,7 +135,7 @@ class PlainData:
     def __init__(self, *_args):
         pass
 
-    def __new__(cls, *_args):
+    def __new__(cls, *_args):  # noqa: D102
         return super().__new__(cls)
 
     def __setstate__(self, _state):
@@ -144,14 +145,14 @@ class PlainData:
 class PlainMapping:
     """Stands for a dictionary of another type: what is made of it is an OrderedDict, which gets the items."""
 
-    def __new__(cls, *_args):
+    def __new__(cls, *_args):  # noqa: D102
         return collections.OrderedDict()
 
 
 def _plain_types() -> tuple[tuple[type, str], ...]:
     """The types that training scripts save beside weights, by their full names, and what stands for each."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-    cores = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
+    cores = ("numpy.core.multiarray", "numpy._core.multiarray")  # The name changed with numpy 2.
     values = [
         *("argparse.Namespace", "types.SimpleNamespace", "typing.Any"),
         *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),  # in defaultdicts
@@ -170,7 +171,7 @@ def _plain_types() -> tuple[tuple[type, str], ...]:
     return (*((PlainData, name) for name in values), *((PlainMapping, name) for name in mappings))
 
 
-def read_file(path: Path):
+def read_file(path: Path) -> Any:
     """Load what a file of weights holds, plain data alone; nothing in it is run.
 
     A checkpoint of this trainer is checked, and comes without its digest.
@@ -187,7 +188,7 @@ def read_file(path: Path):
         raise UserError(f"{error}. Copy it again, or give another one") from error
 
 
-def _load(path: Path):
+def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

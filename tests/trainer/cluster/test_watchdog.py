@@ -1,0 +1,216 @@
+"""A rank that hangs, is lost or ends with an error is named, and the run ends."""
+
+import datetime
+import json
+import re
+import signal
+import threading
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from conftest import REPOSITORY, TINY
+from support.ranks import LOOP, Ranks, one_line
+from trainer.cluster.rendezvous import serve_store
+from trainer.cluster.watchdog import HeartbeatIterator, Seen, State, Watchdog, judge, lost
+from trainer.cluster.world import World
+
+ONE = World(0, 1, 1, torch.device("cpu"))
+
+
+SECONDS = datetime.timedelta(seconds=20)
+
+
+def test_a_watchdog_reads_no_state_that_is_none(one_machine):
+    watchdog = Watchdog(World(0, 2, 2, torch.device("cpu")), 60)
+    watchdog._store = serve_store(0, SECONDS)
+    for content in ("[]", "{", '{"number": "x"}', json.dumps({**asdict(State(1, 1, "", 0, "host")), "heartbeats": []})):
+        watchdog._store.set("rank/1", content)
+        watchdog._lead()
+        assert 1 not in watchdog._seen
+    watchdog._store.set("rank/1", json.dumps(asdict(State(1, 7, "step 3: input", 0, "host"))))
+    watchdog._lead()
+    assert watchdog._seen[1].state.heartbeats == 7
+
+
+def seen(*ranks: tuple, now_s: float = 0) -> dict[int, Seen]:
+    """Ranks as (heartbeats, where, seconds silent, seconds without progress[, patience[, ended]])."""
+    return {
+        r: Seen(
+            State(1, heartbeats, where, more[0] if more else 0.0, f"host{r}", *more[1:]), now_s - silent, now_s - still
+        )
+        for r, (heartbeats, where, silent, still, *more) in enumerate(ranks)
+    }
+
+
+def test_the_rank_that_is_behind_is_to_blame_not_those_that_wait():
+    ranks = seen((30, "step 12: update", 1, 70), (29, "step 12: input", 1, 71), (30, "step 12: update", 1, 70))
+    verdict = judge(ranks, 0, 60)
+    assert verdict.ranks == [1]
+    assert verdict.line.startswith(
+        "no progress on rank 1 on host1 in 'step 12: input' for 71 s, ranks 0, 2 waiting in 'step 12: update'. "
+    )
+
+
+def test_nobody_is_blamed_while_the_slowest_still_moves_or_has_been_given_time():
+    assert judge(seen((30, "update", 1, 500), (29, "input", 1, 59)), 0, 60) is None
+    assert judge(seen((30, "checkpoint", 1, 500), (29, "checkpoint", 1, 500, 600.0)), 0, 60) is None
+    assert judge(seen((30, "checkpoint", 1, 601), (29, "checkpoint", 1, 601, 600.0)), 0, 60).ranks == [1]
+    assert judge(seen((9, "step 2: update", 1, 10), (30, "the end", 500, 500, 0.0, "")), 0, 60) is None
+
+
+def test_ranks_in_the_same_place_are_named_together():
+    verdict = judge(seen((8, "update", 1, 61), (8, "update", 1, 62)), 0, 60)
+    assert (
+        verdict.ranks == [0, 1] and "all ranks stand still: no progress on rank 0 on host0 in 'update'" in verdict.line
+    )
+
+
+def test_silence_comes_before_standing_still_and_an_error_is_passed_on():
+    ranks = seen((30, "update", 1, 70), (29, "input", 1, 71), (30, "update", 65, 70))
+    assert (
+        judge(ranks, 0, 60).ranks == [2]
+        and "lost rank 2 on host2 in 'update': last heard 65 s ago" in judge(ranks, 0, 60).line
+    )
+    ended = seen((30, "update", 1, 31), (29, "input", 31, 31, 0.0, "OutOfMemoryError: CUDA"))
+    assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in judge(ended, 0, 60).line
+    assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in lost(ended, 0, 2)
+    assert lost(seen((1, "a", 1, 1), (1, "a", 7, 7)), 0, 2) == ""
+    assert "lost rank 1 on host1" in lost(seen((1, "a", 1, 1), (1, "a", 9, 9)), 0, 2)
+
+
+def test_a_rank_that_ended_while_all_were_set_up_is_named_and_one_that_had_done_its_part_is_not():
+    assert (
+        "rank 1 on host1 ended in 'setting up': without an error"
+        in judge(seen((0, "setting up", 1, 40, 3600.0), (0, "setting up", 31, 31, 0.0, "")), 0, 60).line
+    )
+    done = seen((0, "setting up", 31, 31, 0.0, ""), (0, "setting up", 31, 31, 0.0, ""))
+    assert judge(done, 0, 60) is None
+
+
+def test_heartbeats_say_who_waits_for_input_and_who_works():
+    heartbeats = []
+    for item in HeartbeatIterator(iter([1, 2]), lambda where, _: heartbeats.append(where), lambda: ("step 1", 0)):
+        heartbeats.append(item)
+    assert heartbeats == ["step 1: input", "step 1: update", 1, "step 1: input", "step 1: update", 2, "step 1: input"]
+
+
+def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_heartbeats():
+    before = threading.active_count()
+    with Watchdog(ONE, 0) as watchdog:
+        watchdog.heartbeat("step 1")
+        assert threading.active_count() == before
+    with Watchdog(ONE, 60) as watchdog:
+        watchdog.heartbeat("step 1")
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def stop(rank: int, what: str, size: int = 2, seconds: float = 3) -> list[tuple[int, str, str]]:
+    """The ends of ranks of which one stops at step 20; also asserts that all end soon after."""
+    with Ranks(["-c", LOOP, seconds, rank, what], size) as ranks:
+        assert ranks.await_line(rank) == "now\n"
+        start = time.monotonic()
+        others = [process for r, process in enumerate(ranks.processes) if r != rank or what != "STOP"]
+        for process in others:
+            process.wait(30)
+        assert time.monotonic() - start < 15
+        if what == "STOP":
+            ranks.processes[rank].kill()
+        return ranks.end()
+
+
+def test_a_rank_that_hangs_is_named_on_rank_0_and_shows_its_stack():
+    waiting, hanging = stop(1, "sleep")
+    assert re.search(
+        r"watchdog: no progress on rank 1 on \S+ in 'step: input' for \d+ s, rank 0 waiting in 'step: upd",
+        one_line(waiting, 0),
+    )
+    assert hanging[0] == 1 and "[rank 1] watchdog: stacks of this process, in 'step: input':" in hanging[2]
+    assert re.search(r'File "<string>", line \d+ in inputs', hanging[2]) and "error" not in hanging[2]
+
+
+@pytest.mark.long
+def test_a_rank_0_that_hangs_names_itself():
+    hanging, waiting = stop(0, "sleep")
+    assert "stacks of this process" in hanging[2] and "watchdog: no progress on rank 0 on" in hanging[2]
+    assert waiting[0] == 1
+
+
+def test_one_rank_alone_says_where_it_hangs():
+    ((code, _, error),) = stop(0, "sleep", size=1)
+    assert code == 1 and re.search(r"line \d+ in inputs", error)
+    assert re.search(r"error: watchdog: no progress on rank 0 on \S+ in 'step: input' for \d+ s. Its stack", error)
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_that_is_killed_is_named_by_the_other(rank, other):
+    ends = stop(rank, "KILL")
+    assert ends[rank][0] == -signal.SIGKILL
+    assert re.search(
+        rf"\[rank {other}\] error: lost rank {rank} on \S+ in 'step: (input|update)': last heard", ends[other][2]
+    )
+    assert ends[other][0] == 1 and "Traceback" not in ends[other][2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), (1, 0)])
+def test_a_rank_whose_process_is_stopped_is_named_by_the_other(rank, other):
+    ends = stop(rank, "STOP")
+    assert re.search(
+        rf"\[rank {other}\] error: watchdog: lost rank {rank} on \S+ in 'step: (input|update)'", ends[other][2]
+    )
+    assert ends[other][0] == 1
+
+
+@pytest.mark.parametrize(("rank", "other"), [(0, 1), pytest.param(1, 0, marks=pytest.mark.long)])
+def test_a_rank_that_ends_with_an_error_is_named_with_it_by_the_other(rank, other):
+    ends = stop(rank, "error")
+    assert ends[rank][0] == 1 and "IndexError: no such sample" in ends[rank][2] and "Traceback" in ends[rank][2]
+    expected = rf"error: rank {rank} on \S+ ended in 'step: input': IndexError: no such sample. The run resumes from"
+    assert re.search(expected, one_line(ends[other], other))
+
+
+def test_ranks_that_end_together_keep_their_exit_code_and_say_nothing():
+    with Ranks(["-c", LOOP, 5, 0, "exit"], 2) as ranks:
+        assert ranks.end() == [(75, "now\n", ""), (75, "", "")]
+
+
+@pytest.mark.long
+def test_a_slow_checkpoint_is_not_a_hang():
+    with Ranks(["-c", LOOP, 2, 0, "slow"], 2) as ranks:
+        assert [(code, out, error) for code, out, error in ranks.end()] == [(0, "now\nover\n", ""), (0, "over\n", "")]
+
+
+def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
+    arguments = ["--data.root", digits, "--run.out", tmp_path, "--run.log_every", 1, "--run.watchdog_s", 10]
+    trainer = [REPOSITORY / "trainer" / "run.py", *TINY, *arguments]
+    with Ranks([*trainer, "--schedule.epochs", 400, "--run.eval_every", 400], 2) as ranks:
+        while "step 40/" not in (line := ranks.await_line(0)):
+            assert line, ranks.end()[0][2]
+        ranks.processes[1].kill()
+        _, error = ranks.processes[0].communicate(timeout=60)
+        assert ranks.processes[0].returncode == 1
+    named = (
+        r"\[rank 0\] error: lost rank 1 on \S+ in 'step \d+: (input|update)': last heard .* The run resumes from its"
+    )
+    assert re.fullmatch(named + ".*\n", error), error
+
+
+RANK = """
+import os, signal, sys, time
+signalled = []
+signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
+from pipelines.common.errors import exit_on_user_error
+from trainer.cluster.world import join_world
+with exit_on_user_error(), join_world("cpu") as world:
+    open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")
+    open(f"ready-{world.rank}", "w").close()
+    while sys.argv[1] == "75" and not signalled:
+        time.sleep(0.05)
+    world.barrier()
+    time.sleep(world.rank)  # they do not end at once
+sys.exit(int(sys.argv[1]))
+"""

@@ -1,0 +1,84 @@
+"""A run may resume on another number of ranks: every step sees the same samples and pixels."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from chaos import runs
+from chaos.runs import equal
+from conftest import REPOSITORY
+from pipelines.common.files import read_json_lines
+from support.forked_python import executable
+from support.tiny_runs import assert_same_end, newest
+from trainer.state import checkpoint
+from trainer.state.checkpoint import read
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    command = [executable(), str(REPOSITORY / "tests" / "support" / "elastic_runs.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(elastic):
+    """2 ranks all along, and 4, then 1 from the tenth step on."""
+    steady, changing = (
+        sorted(map(json.loads, (elastic / f"{name}.positions.jsonl").read_text().splitlines()))
+        for name in ("steady", "changing")
+    )
+    assert [position for position, *_ in steady] == list(range(0, 20 * 64, 16))
+    assert steady[len(steady) // 2 :] == changing
+    a, b = newest(elastic / "steady")["student"], newest(elastic / "changing")["student"]
+    assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-3, atol=1e-3) for name in a)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
+    """It then is the run of two ranks that lost none."""
+    arguments = [*runs.SETTINGS, "--data.root", str(elastic / "dataset")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "2", str(REPOSITORY / "trainer" / "run.py"), *arguments, "--run.out", str(tmp_path)]
+    forked = {**os.environ, "PYTHON_EXEC": executable()}  # torchrun starts the ranks with it.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=forked)
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and any(line["step"] >= 7 for line in read_json_lines(metrics))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "run.py"], capture_output=True, text=True).stdout
+    os.kill(int(ranks.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert re.search(r"resuming after step (6|9|12)\b", output)
+    assert_same_end(elastic / "steady", tmp_path)
+
+
+def test_the_gradients_are_the_same_on_1_2_and_4_ranks(elastic):
+    """AdamW's first moment after one update is a tenth of the gradient."""
+    firsts = [checkpoint.path_of(elastic / name / "checkpoints", 1) for name in ("alone", "steady", "four")]
+    one, *others = (read(path)["optimizer"]["state"] for path in firsts)
+    for other in others:
+        for index, state in one.items():
+            gradient, found = 10 * state["exp_avg"], 10 * other[index]["exp_avg"]
+            assert torch.allclose(gradient, found, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-7)
+
+
+def test_four_ranks_resume_bit_equal(elastic):
+    """With more than two, the order in which gradients are summed depends on DDP's buckets."""
+    assert_same_end(elastic / "four", elastic / "four-resumed")
+
+
+def test_ranks_with_statistics_of_their_own_resume_bit_equal(elastic):
+    runs = [elastic / name for name in ("own-statistics", "own-statistics-resumed")]
+    assert_same_end(*runs)
+    a, b = (newest(run)["rank_statistics"] for run in runs)
+    assert len(a) == 2 and equal(a, b) and not equal(a[0], a[1])

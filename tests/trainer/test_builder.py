@@ -1,0 +1,146 @@
+"""What a run is built of, and what is refused before anything is written."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from conftest import TINY, train_here
+from pipelines.common.errors import UserError
+from pipelines.plan.plan import EvalPlan
+from pipelines.shards.index import read_index
+from support.tiny_runs import ONE
+from trainer.builder import build
+from trainer.cluster.world import World
+from trainer.config.sections import parse
+from trainer.evaluation.predict import EvalPass, eval_plans
+from trainer.feed import open_configured_pipeline, rank_plans
+from trainer.loop import train
+from trainer.models.normalize import Normalize
+from trainer.run import main
+
+
+def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path, teacher):
+    """resnet18's mean and std are ImageNet's, test_resnet's are 0.5."""
+    seen = {}
+    arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path), "--student.name", "resnet18", *teacher]
+    run = build(parse(arguments), ONE)
+    for name, model in (("student", run.state.student), ("teacher", run.step.teacher.members[0].model)):
+        model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
+    with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 32))) as batches:
+        run.step(batches, 0)
+
+    def raw(images, mean, std):
+        return images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+
+    student = raw(seen["student"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert torch.allclose(student, raw(seen["teacher"], (0.5,) * 3, (0.5,) * 3), atol=1e-6)
+    assert not run.step.teacher.members[0].model.training and run.state.student.training
+
+
+def test_the_ema_is_evaluated_beside_the_raw_weights(digits, tmp_path):
+    summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
+    (_, normalize, pipeline), plan = run.evaluate.args, run.evaluate.keywords["plan"]
+    for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
+        alone = EvalPass(normalize, pipeline, plan, 128, torch.float32, ONE).accuracy({"it": model})
+        assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
+    assert summary["evaluation"]["raw"]["loss"] != summary["evaluation"]["ema"]["loss"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_divide_the_validation_set_each_image_once(digits, ranks):
+    plan = EvalPlan(read_index(digits, "val"), 32, 0.95, "bicubic")
+    slices = [list(eval_plans(plan, 10, World(rank, ranks, ranks, ONE.device))) for rank in range(ranks)]
+    assert len({len(part) for part in slices}) == 1
+    shown = np.concatenate([rows.sample[rows.valid] for part in slices for rows in part])
+    assert np.array_equal(np.sort(shown), np.arange(96))
+
+
+def test_evaluation_is_the_plain_computation_whatever_the_batch(digits):
+    index = read_index(digits, "val")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    plan = EvalPlan(index, 32, 0.95, "bicubic")
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    pipeline = open_configured_pipeline(parse(TINY).data, index, world=ONE, decode="roi", on_bad=pytest.fail)
+    results = [
+        EvalPass(normalize, pipeline, plan, batch, torch.float32, ONE).accuracy({"raw": model})["raw"]
+        for batch in (96, 7, 100)
+    ]
+    assert model.training
+    (batch,) = pipeline.batches([plan.rows(0, 96)])
+    with torch.no_grad():
+        logits = model.eval()(normalize(batch.images))
+    top5 = logits.topk(5).indices == batch.labels[:, None]
+    expected = {
+        "top1": 100 * top5[:, 0].double().mean().item(),
+        "top5": 100 * top5.any(1).double().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits, batch.labels).item(),
+        "images": 96,
+    }
+    for result in results:
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
+def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
+    def mistake(out: Path, *arguments) -> str:
+        with pytest.raises(SystemExit) as done:
+            main([*TINY, "--run.out", str(out), *map(str, arguments)])
+        assert done.value.code == 1
+        assert not out.exists()
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    out = tmp_path / "run"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    truncated = shutil.copytree(digits, tmp_path / "truncated")
+    index = truncated / "train" / "index.npy"
+    index.write_bytes(index.read_bytes()[:-100])
+    assert "none/manifest.json: not found" in mistake(out, "--data.root", tmp_path / "none")
+    assert "empty/manifest.json: not found" in mistake(out, "--data.root", empty)
+    assert "index.npy: truncated, damaged or stale" in mistake(out, "--data.root", truncated)
+    data = ("--data.root", digits)
+    assert "unknown model 'resnet5O'; did you mean" in mistake(out, *data, "--student.name", "resnet5O")
+    assert "has 320 images, fewer than one global batch of 1024" in mistake(out, *data, "--run.global_batch", 1024)
+    assert "run.global_batch is 50; it must be a multiple of augment.mix_group, 32" in mistake(
+        out, *data, "--run.global_batch", 50
+    )
+    assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
+    assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
+
+
+def test_a_model_that_cannot_take_the_images_is_refused_at_once(digits, tmp_path):
+    fixed = ["--student.name", "vit_tiny_patch16_224", "--student.kwargs.depth", 1, "--data.eval_image_size", 48]
+    with pytest.raises(UserError, match="model 'vit_tiny_patch16_224' cannot take images of 48 px"):
+        train_here(digits, tmp_path / "run", *fixed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_one_size_is_refused_where_sizes_change_unless_it_takes_any(digits, tmp_path):
+    vit = {"model_name": "vit_tiny_patch16_224", "depth": 1}
+    sizes = ["--data.image_size", "[[0,16],[1,32]]", "--run.stop_after_steps", 6]
+    student = [*sizes, "--student.name", vit["model_name"], "--student.kwargs.depth", 1]
+    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* take any size with --student.kwargs.dynamic"
+    with pytest.raises(UserError, match=fixed):
+        train_here(digits, tmp_path / "run", *student)
+    weights = tmp_path / "teacher.pth"
+    torch.save(timm.create_model(**vit, num_classes=10, img_size=32).state_dict(), weights)
+    teacher = ["--teacher.name", vit["model_name"], "--teacher.kwargs.depth", 1, "--teacher.checkpoint", weights]
+    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* Give it a size of its own with teacher.image_size"
+    with pytest.raises(UserError, match=fixed):
+        train_here(digits, tmp_path / "run", *sizes, *teacher)
+    assert not (tmp_path / "run").exists()
+    train_here(digits, tmp_path / "run", *student, "--student.kwargs.dynamic_img_size", "true")
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_built(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder that can be written. Change --run.out"):
+        train(build(parse([*TINY, "--run.out", str(tmp_path / "file" / "run")]), ONE))

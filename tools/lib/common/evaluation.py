@@ -1,0 +1,148 @@
+"""Predictions of a trained model for a split, and the report about them, for commands that make or read one."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from pipelines.batch import Batch
+from pipelines.common.settings import Section, setting
+from pipelines.shards.index import ShardIndex
+from trainer.cluster.world import World
+from trainer.config.sections import Device, ImagesConfig, Precision
+from trainer.evaluation.metrics import Predictions, RealAccuracy, Summary
+from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
+from trainer.evaluation.trained import TrainedModel
+from trainer.feed import open_configured_pipeline, tried_decode
+from trainer.update.precision import allow_tf32, resolve_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig(Section):
+    """The forward pass.
+
+    Attributes:
+      device: auto, cuda or cpu.
+      precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
+      tf32: GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32.
+      channels_last: memory format.
+      batch: images a forward pass on one rank.
+    """
+
+    key = "run"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    tf32: bool = True
+    channels_last: bool = True
+    batch: int = setting(128, at_least=1)
+
+
+class TakenFor(TypedDict("_Class", {"class": str})):
+    """A class that images of another class are taken for, and how many percent of these."""
+
+    percent: float
+
+
+class ClassRow(TypedDict("_Class", {"class": str})):
+    """A class: its words, number of images, top-1 in percent (None without images), and what it is taken for."""
+
+    words: str
+    images: int
+    top1: float | None
+    taken_for: list[TakenFor]
+
+
+class Origin(TypedDict("_Transform", {"view": dict[str, Any]})):
+    """What the numbers of a report belong to.
+
+    The fields of the EvalTransform are under `view`; `weights` is ema, raw or "", and `digest` is the split's.
+    """
+
+    model: str
+    source: str
+    weights: str
+    weights_digest: str
+    step: int | None
+    parameters: int
+    outputs: int
+    dataset: str
+    split: str
+    digest: str
+    pipeline: str
+    precision: str
+    device: str
+    ranks: int
+    software: dict[str, str]
+
+
+class _Real(TypedDict, total=False):
+    real: RealAccuracy  # A report has it if its labels were given.
+
+
+class Report(Origin, Summary, _Real):
+    """What tools/evaluate.py writes with --run.json."""
+
+    classes: list[ClassRow]
+    order_warning: str
+    damaged: list[str]
+
+
+def predict_split(
+    trained: TrainedModel,
+    index: ShardIndex,
+    order: list[int] | None,
+    *,
+    images: ImagesConfig,
+    forward: ForwardConfig,
+    world: World,
+) -> tuple[Predictions, dict[int, str]]:
+    """Predictions for every image of a split, the same on every rank. Every rank must call it.
+
+    Args:
+      order: as of TrainedModel.order_of.
+    Returns:
+      The predictions; and the samples that any rank has replaced by gray, with what is wrong with them.
+    """
+    precision = resolve_precision(forward.precision, world.device)
+    if world.device.type == "cuda":
+        allow_tf32(forward.tf32)
+    mine: dict[int, str] = {}
+
+    def note_damage(sample: int, error: str) -> None:
+        mine.setdefault(sample, error)
+
+    decode = tried_decode(images, index, world, {})["decode"]
+    pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=note_damage)
+    memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
+    module = in_memory_format(trained.module.to(world.device), memory_format)
+    normalize = trained.normalize(precision).to(world.device)
+    eval_pass = EvalPass(normalize, pipeline, trained.transform.plan(index), forward.batch, precision, world)
+    total = num_eval_batches(len(index), forward.batch, world)
+    found = eval_pass.predict(
+        {"": _in_order(module, order, world.device)}, shown=functools.partial(_shown, total=total, world=world)
+    )
+    return found[""], dict(world.all_gather(sorted(mine.items())))
+
+
+def in_memory_format(module: torch.nn.Module, memory_format: torch.memory_format) -> torch.nn.Module:
+    """The module, with its parameters in this format of memory."""
+    return module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]: torch's stubs lack this argument
+
+
+def _in_order(module: torch.nn.Module, order: list[int] | None, device: torch.device) -> Classifier:
+    """The module with its outputs in the dataset's order of classes."""
+    if order is None:
+        return module
+    outputs = torch.tensor(order, device=device)
+    return lambda pixels: module(pixels).index_select(1, outputs)
+
+
+def _shown(batches: Iterator[Batch], total: int, world: World) -> Iterator[Batch]:
+    """The same batches, with a progress bar on a terminal."""
+    console = Console(stderr=True, quiet=not world.is_main)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(batches, total, description="evaluating")

@@ -1,0 +1,1 @@
+"""Files that models come from: files of weights, and folders that also describe their model."""
