@@ -70,7 +70,7 @@ class Shard(NamedTuple):
         return f"{self.split}-{self.number:05d}"
 
     def rows(self, samples: int, samples_per_shard: int) -> range:
-        """Which of the split's samples it holds, in the order in which they are written."""
+        """The rows of the split that it holds, in the order in which they are written."""
         start = self.number * samples_per_shard
         return range(start, min(start + samples_per_shard, samples))
 
@@ -91,7 +91,7 @@ class Conversion:
 
     @property
     def is_assembled(self) -> bool:
-        """Whether its manifest is there, so that only its final name is missing."""
+        """Return whether its manifest is there, so that only its final name is missing."""
         return (self.partial / MANIFEST).is_file()
 
     def shards(self, split: str) -> list[Shard]:
@@ -100,7 +100,7 @@ class Conversion:
         return [Shard(split, number) for number in range(count)]
 
     def is_done(self, shard: Shard) -> bool:
-        """Whether a shard is complete."""
+        """Return whether a shard is complete."""
         return (self.partial / "records" / shard.split / f"{shard.name}.json").is_file()
 
 

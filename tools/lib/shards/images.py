@@ -25,7 +25,7 @@ class RejectedImageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """What is done to each image. Another choice is another conversion.
+    """Options of how each image is converted. With other options a conversion is another one.
 
     Attributes:
       audit: decode every image in full; without it only headers are read, and damage behind them stays unnoticed.

@@ -22,7 +22,7 @@ _EXAMPLES = 1000  # The manifest has this many remarks of each kind; audit.jsonl
 
 
 class SourceDescription(SourceEntry, total=False):
-    """What identifies a source besides its kind and name, as `Source` has it."""
+    """A source with the files and columns that identify it besides its kind and name, as `Source` has them."""
 
     files: dict[str, int]
     columns: list[str]

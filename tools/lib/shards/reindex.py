@@ -232,7 +232,7 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> D
 
 
 def _grouped_by_cause(rejected: list[Rejection]) -> str:
-    """Rejected samples by cause: a few names, and values found, of each of the first causes."""
+    """Name a few rejected samples, and a few of the values found, for each of the first causes."""
     values: dict[str, list[str]] = collections.defaultdict(
         list
     )  # The keys are causes with VALUE in place of the value.

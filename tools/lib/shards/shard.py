@@ -43,7 +43,7 @@ class Rejection(Remark):
 
 
 class Notes(TypedDict):
-    """What the audit says about the samples of a shard.
+    """Remarks of the audit on the samples of a shard.
 
     `tiny` has keys, and `resized` is a number of samples. Only tars of another writer have `hidden` members, which are
     passed over, and `parts` that are not read: the number of each extension.
@@ -59,7 +59,7 @@ class Notes(TypedDict):
 
 @dataclasses.dataclass
 class ShardRecord:
-    """What is known of a finished shard, with its samples in the order of the tar."""
+    """The record of a finished shard, with its samples in the order of the tar."""
 
     entry: ShardEntry
     rows: list[SampleRow]

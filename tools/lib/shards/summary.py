@@ -1,4 +1,4 @@
-"""What people want to know about a dataset: what it holds, and notes about its classes."""
+"""Describes a dataset for people: its content, and notes about its classes."""
 
 import collections
 from pathlib import Path
@@ -34,7 +34,7 @@ def class_notes(manifest: ClassList) -> list[str]:
 
 
 def summarize(root: Path) -> dict[str, str]:
-    """What a dataset folder holds, for people: label -> text, in the order to be shown."""
+    """Describe the content of a dataset folder: label -> text, in the order to be shown."""
     manifest = read_manifest(root)
     audit = manifest["audit"]
     lines = {

@@ -220,7 +220,7 @@ def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
 
 
 def _labels(idx: Path) -> dict[int, tuple[int, int]]:
-    """Where the labels lie, from an .idx file: offset of each part of a sample -> (offset, bytes) of its label."""
+    """Read from an .idx file where the labels lie: offset of each part of a sample -> (offset, bytes) of its label."""
     labels = {}
     for parts in read_dali_index(idx.read_bytes()) if idx.is_file() else []:
         spans = {extension: (offset, size) for extension, offset, size in parts}

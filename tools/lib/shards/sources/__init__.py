@@ -1,4 +1,4 @@
-"""Where images come from: image folders, ImageNet's own tars, Kaggle's copy, parquet files, tars of another writer.
+"""The sources of images: image folders, ImageNet's own tars, Kaggle's copy, parquet files, tars of another writer.
 
 A source lists its samples once, in an order that depends on nothing but the data, and reads any of them by the location
 that the listing holds. Listing never holds more than one class (or one file) in memory. `open_source` recognises the

@@ -88,7 +88,7 @@ def _remembered(scratch: Path, job: dict) -> tuple[list[str], str] | None:
 
 
 def has_parquet(folder: Path) -> bool:
-    """True if parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/.
+    """Return whether parquet files lie in a folder, or in folders as the hub's data/, CONFIG/ and CONFIG/train/.
 
     Arrow files of `save_to_disk` count as well: `open_parquet` says how they become parquet files.
     """
@@ -100,7 +100,7 @@ def has_parquet(folder: Path) -> bool:
 
 
 def _is_saved_to_disk(folder: Path) -> bool:
-    """True for a split as `save_to_disk` of Hugging Face's datasets library writes it, which must be exported first."""
+    """Recognise a split as `save_to_disk` of Hugging Face's datasets library writes it. It must be exported."""
     return (folder / "state.json").is_file() and any(folder.glob("*.arrow"))
 
 
@@ -288,7 +288,7 @@ def _check_columns(path: Path, schema, options: SourceOptions) -> None:
 
 
 def _holds_images(kind) -> bool:
-    """True for a pyarrow type of bytes, and for a struct with a field `bytes` of them."""
+    """Return True for a pyarrow type of bytes, and for a struct with a field `bytes` of them."""
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
@@ -298,7 +298,7 @@ def _holds_images(kind) -> bool:
 
 
 def _is_bytes(kind) -> bool:
-    """True for a pyarrow type of bytes, dictionary-encoded or not."""
+    """Return True for a pyarrow type of bytes, dictionary-encoded or not."""
     import pyarrow
 
     types = pyarrow.types

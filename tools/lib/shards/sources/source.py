@@ -1,4 +1,4 @@
-"""What every source is made of: samples, entries that are no samples, and how the bytes of a sample are read.
+"""The parts of every source: samples, entries that are no samples, and functions that read the bytes of a sample.
 
 Nothing that a person can see is left out in silence. Every visible entry of a source becomes a sample or an `Unused`,
 and hidden and system files are passed over and counted, by the same rule in every source.

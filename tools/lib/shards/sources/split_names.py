@@ -50,7 +50,7 @@ def sorting_commands(names: list[str]) -> str:
 
 
 def missing_files(taken: Iterable[str], there: Iterable[str]) -> Iterator[Unused]:
-    """Yields the files that the names of others count, as train-00000-of-00002 does, and that are not there.
+    """Yield the files that the names of others count, as train-00000-of-00002 does, and that are not there.
 
     Numbers begin at 0; at 1, if that makes the set complete at its end.
 

@@ -207,7 +207,7 @@ def first_not_zero(file: Readable, start: int) -> int | None:
 
 
 def _behind_hole(file: Readable, start: int) -> int:
-    """Where a hole of the disk at `start` ends: gigabytes of zeros that nobody wrote need not be read."""
+    """Return the end of a sparse hole at `start`: gigabytes of zeros that nobody wrote need not be read."""
     try:
         descriptor = file.fileno()
         before = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -244,7 +244,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def why_not_a_file(member: tarfile.TarInfo) -> str:
-    """Why a member of a tar has no content of its own there, and what helps; "" if it is a regular file."""
+    """Say why a member of a tar has no content of its own there, and what helps; "" if it is a regular file."""
     if member.issparse():
         return "stored as a sparse file. Pack the tar again without --sparse"
     if member.isreg():

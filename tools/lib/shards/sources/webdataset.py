@@ -60,7 +60,7 @@ def find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
 
 
 def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
-    """Yields the entries of ROOT beside train/ and val/, except our own files."""
+    """Yield the entries of ROOT beside train/ and val/, except our own files."""
     yield from _without_our_own(unused_in(inside, ""))
     for name in inside.visible:
         own = name in (MANIFEST, AUDIT) or is_leftover(root / name)
@@ -82,7 +82,7 @@ def _beside_splits(root: Path, inside: Contents) -> Iterator[Unused]:
 
 
 def _beside_shards(split: str, shards: Contents) -> Iterator[Unused]:
-    """Yields the entries of a split's folder beside its tars, except .idx files and our own."""
+    """Yield the entries of a split's folder beside its tars, except .idx files and our own."""
     yield from _without_our_own(unused_in(shards, split))
     idx = {Path(name).with_suffix(".idx").name for name in shards.files if name.endswith(".tar")}
     for name in (*shards.folders, *shards.files):
@@ -110,7 +110,7 @@ def _without_our_own(unused: Iterator[Unused]) -> Iterator[Unused]:
 
 
 def is_leftover(path: Path) -> bool:
-    """True if a file was left by an `index` that was killed."""
+    """Return whether a file was left by an `index` that was killed."""
     target = path.name.rpartition(".partial")[0].rpartition(".")[0]
     ours = target in (MANIFEST, AUDIT, INDEX) or target.endswith(".idx")
     return ours and _LEFTOVER.fullmatch(path.name) is not None
@@ -228,7 +228,7 @@ def read_sample(file: BinaryIO, parts: Parts, options: ImageOptions, in_class: b
 
 
 def _misnamed(parts: Collection[str], images: list[str], labels: list[str], in_class: bool) -> str:
-    """Why a sample's parts are not one image and one class number, and what helps; "" where they are.
+    """Say why a sample's parts are not one image and one class number, and what helps; "" where they are.
 
     Args:
       in_class: whether its folder may be its class.
