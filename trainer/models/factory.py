@@ -111,8 +111,8 @@ def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
     """Raise a UserError if what a model has taken from weights is not finite, or was whole numbers."""
     own = model.state_dict()
     for name, value in own.items():
-        given: torch.Tensor = weights.get(name, value)
-        if value.is_floating_point() and not given.is_floating_point():
+        given = weights.get(name)
+        if given is not None and value.is_floating_point() and not given.is_floating_point():
             kind = str(given.dtype).removeprefix("torch.")
             raise UserError(
                 f"{source}: '{clipped(name)}' holds {kind}, not floating numbers. Give the file as it was saved"
