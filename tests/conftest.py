@@ -95,7 +95,7 @@ def photos(tmp_path_factory) -> ShardIndex:
 
 @pytest.fixture
 def jobs_in_this_process() -> Iterator[None]:
-    """Jobs of `build`, `index` and `verify` run here: test_shard_imagenet.py and test_shard_faults.py use workers."""
+    """Jobs of `build`, `index` and `verify` run here: test_build.py and test_shard_faults.py use workers."""
     with without_workers():
         yield
 

@@ -38,7 +38,7 @@ from tools.lib.benchmark.results import (
     terminal_tables,
 )
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.opening import first_device
+from tools.lib.common.hardware import first_device
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive, check_result_file
 

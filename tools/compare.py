@@ -29,8 +29,7 @@ from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import model_argument, path_argument
-from tools.lib.common.hardware import machine
-from tools.lib.common.opening import first_device
+from tools.lib.common.hardware import first_device, machine
 from tools.lib.common.terminal import console
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import BACKENDS, EXTRA, Backend, choose_backends

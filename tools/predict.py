@@ -34,7 +34,7 @@ from pipelines.prefetch import read_ahead
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import in_memory_format
-from tools.lib.common.opening import first_device
+from tools.lib.common.hardware import first_device
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.config.setting_names import spelling_settings
 from trainer.evaluation.trained import TrainedModel, descriptions, load

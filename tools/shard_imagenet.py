@@ -1,18 +1,19 @@
 """Turns images into WebDataset shards with the index that training reads.
 
-    python tools/shard_imagenet.py build SRC OUT     convert; run it again to go on after an interruption
+    python tools/shard_imagenet.py build SRC OUT     convert; run it again to resume after an interruption
     python tools/shard_imagenet.py merge OUT         finish a conversion that several machines shared
     python tools/shard_imagenet.py index ROOT        index existing WebDataset tars without rewriting them
-    python tools/shard_imagenet.py verify OUT        find whatever is not as it was written
+    python tools/shard_imagenet.py verify OUT        find every file that differs from what was written
     python tools/shard_imagenet.py info OUT          what a dataset holds
 
-docs/sharding.md tells about sources, formats and guarantees.
+docs/sharding.md describes sources, formats and guarantees.
 """
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
@@ -20,7 +21,7 @@ if not __package__:  # A script finds the packages of its own repository, instal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
@@ -94,42 +95,36 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: {_counts(manifest)}")
 
 
-def _shown() -> Callable[[ProgressBar, TaskID, int, int], None]:
-    """Shows finished shards in a bar, or in lines."""
+@contextlib.contextmanager
+def _shard_progress() -> Iterator[Callable[[int, int], None]]:
+    """A function that shows how many shards are done, of how many, in a bar or in lines."""
     say = _Lines()
+    with _bar() as bar:
+        task = bar.add_task("shards", total=None)
 
-    def show(bar: ProgressBar, task: TaskID, done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        say(f"{done:,} of {total:,} shards")
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            say(f"{done:,} of {total:,} shards")
 
-    return show
+        yield show
 
 
 def _index(options: argparse.Namespace) -> None:
-    show = _shown()
-    with _bar() as bar:
-        task = bar.add_task("shards", total=None)
+    with _shard_progress() as show:
         manifest = index_webdataset(
             options.root,
             out=options.out,
             audit=options.audit,
             skip_bad=options.on_bad == "skip",
             workers=options.workers,
-            on_shard=lambda done, total: show(bar, task, done, total),
+            on_shard=show,
         )
     print(f"{options.out or options.root}: {_counts(manifest)}")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    show = _shown()
-    with _bar() as bar:
-        task = bar.add_task("shards", total=None)
-        faults = verify(
-            options.out,
-            decode=options.decode,
-            workers=options.workers,
-            on_shard=lambda done, total: show(bar, task, done, total),
-        )
+    with _shard_progress() as show:
+        faults = verify(options.out, decode=options.decode, workers=options.workers, on_shard=show)
     for fault in faults:
         print(fault)
     if faults:
@@ -164,7 +159,7 @@ def _counts(manifest: Manifest) -> str:
 
 
 class _Lines:
-    """Says how far things are in plain lines, now and then, where there is no terminal to show a bar."""
+    """Prints the progress in plain lines every now and then, where there is no terminal to show a bar."""
 
     def __init__(self, every_s: float = 30.0):
         self._every_s = 0.0 if sys.stderr.isatty() else every_s
@@ -185,7 +180,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    build_parser = commands.add_parser("build", help="convert; run it again to go on after an interruption")
+    build_parser = commands.add_parser("build", help="convert; run it again to resume after an interruption")
     build_parser.add_argument(
         "src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files"
     )
@@ -215,7 +210,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     build_parser.add_argument(
         "--label-column", default="label", metavar="NAME", help="of parquet files (default label)"
     )
-    build_parser.add_argument("--part", type=_part, metavar="I/N", help="one machine's share")
+    build_parser.add_argument("--part", type=_part, metavar="I/N", help="the part that one machine converts")
     build_parser.set_defaults(run=_build)
 
     merge_parser = commands.add_parser("merge", help="finish a conversion that several machines shared")
@@ -228,7 +223,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     index.add_argument("--out", type=path_argument, metavar="DIR", help=where)
     index.set_defaults(run=_index)
 
-    check = commands.add_parser("verify", help="find whatever is not as it was written")
+    check = commands.add_parser("verify", help="find every file that differs from what was written")
     check.add_argument("out", type=path_argument)
     check.add_argument("--decode", action="store_true", help="also decode every image")
     check.set_defaults(run=_verify)
@@ -256,7 +251,7 @@ def _positive(text: str) -> int:
     return number
 
 
-_positive.__name__ = "positive number"  # argparse shows it
+_positive.__name__ = "positive number"  # argparse shows this name.
 
 
 def _seed(text: str) -> int:
@@ -277,7 +272,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _part_from_environment() -> tuple[int, int]:
-    """This process's share of a conversion that torchrun or srun started it for; the whole elsewhere."""
+    """The part of a conversion that torchrun or srun started this process for; elsewhere all of it."""
     this = launched(by_hand=False)
     if this.ignored:
         write_error_line(f"note: {this.ignored}. --part I/N divides a conversion")

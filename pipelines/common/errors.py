@@ -63,7 +63,7 @@ def naming_settings(**settings: str) -> Iterator[None]:
     """Errors about an argument name the setting that the argument is filled from.
 
     Args:
-      settings: the setting of each argument, such as global_batch="run.global_batch".
+      settings: the setting of each argument, as SECTION.NAME.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def reason_of(error: BaseException, most: int = 120) -> str:
-    """Return what an error says, clipped. If it says nothing, the line that raised it is named, or its type."""
+    """Return an error's message, clipped. If it has none, return the line that raised it, or its type."""
     if text := clipped(error, most):
         return text
     for frame in traceback.extract_tb(error.__traceback__)[-1:]:
@@ -101,7 +101,7 @@ def with_escaped_bytes(text: str) -> str:
 
 
 def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
-    """Names by their reason, 'a, b: why; c: why not', of at most three reasons, and how many more there are.
+    """Names by their reason, 'a, b: why; c: why not', for at most three reasons, and how many more there are.
 
     Args:
       most: names that are shown of a single reason; of several, two each.
@@ -115,8 +115,8 @@ def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
 
 
 def write_error_line(line: str) -> None:
-    """Write a line to stderr in one piece: other ranks write there, too, and print() may write the line's end apart."""
-    with contextlib.suppress(OSError, AttributeError):  # nobody reads it any more, or there is no stderr
+    """Write a line to stderr in one piece. Other ranks write there, too, and print() may write the line's end apart."""
+    with contextlib.suppress(OSError, AttributeError):  # Nobody reads it any more, or there is no stderr.
         sys.stderr.write(f"{line}\n")
 
 
@@ -132,7 +132,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe is an error of the command
+            sys.stdout.flush()  # A full disk or a closed pipe is an error of the command, so it is raised here.
     except (UserError, OSError) as error:
         quiet = isinstance(error, BrokenPipeError) and _stdout_has_no_reader()
         _discard_broken_stdout()
@@ -148,7 +148,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def shortened(message: str, most: int = 600) -> str:
-    """A message without its middle, if it is longer than `most`: its beginning and the advice at its end remain."""
+    """Cut out the middle of a message that is longer than `most`. Its beginning and the advice at its end remain."""
     return message if len(message) <= most else f"{message[: most // 2]} [...] {message[-(most // 2) :]}"
 
 
@@ -179,7 +179,7 @@ def _stdout_has_no_reader() -> bool:
 
 
 def _discard_broken_stdout() -> None:
-    """Let what cannot be written to standard output go nowhere: Python would try and fail once more at its end."""
+    """Discard output that cannot be written. Python would try to write it once more at its end, and fail again."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, and stay when the power goes."""
+"""Writes files that are complete or absent, and that survive a power cut."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ _SYSTEM_NAMES = {
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path`, on the disk, when the block ends.
+    """Open a file to write that replaces `path`, and is on the disk, when the block ends.
 
     If the block fails nothing has changed. A process that dies inside leaves a file whose name ends in `.partial`. A
     pipe or a device, such as /dev/stdout, is written to directly.
@@ -47,13 +47,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_parent_folder(path: Path, named: str) -> None:
-    """Raise a UserError, in which the path is called `named`, if no file can be at `path`."""
+    """Raise a UserError, which calls the path `named`, if no file can be written at `path`."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{named}: not a file in a folder that is there. Make the folder, or name another")
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Replace a file's content, all or nothing, and on the disk when this returns."""
+    """Replace a file's content completely or not at all; it is on the disk when this returns."""
     with replacing(path) as file:
         file.write(content)
 
@@ -80,7 +80,7 @@ def is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def making(path: Path, last: str = "") -> Iterator[Path]:
-    """A folder to fill; when the block ends its files are in `path`, on the disk. Before, `path` is missing or empty.
+    """Make a folder to fill. When the block ends its files are in `path`, which was missing or empty, on the disk.
 
     A folder that exists stays the same folder, because it may be a mount point or the one that a shell stands in: the
     files move into it, each of them complete. If the block fails nothing has changed. A process that dies inside leaves
@@ -118,10 +118,8 @@ def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None
     """
     moved = []
     try:
-        for entry in sorted(
-            source.iterdir(), key=lambda entry: (*(entry.name == name for name in reversed(last)), entry.name)
-        ):
-            if os.path.lexists(target / entry.name):  # somebody has put it there meanwhile
+        for entry in sorted(source.iterdir(), key=lambda entry: (_rank_in(last, entry.name), entry.name)):
+            if os.path.lexists(target / entry.name):  # Somebody has put it there in the meantime.
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / entry.name))
             moved.append(entry.rename(target / entry.name))
         source.rmdir()
@@ -129,6 +127,11 @@ def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None
         for entry in moved:
             entry.rename(source / entry.name)
         raise
+
+
+def _rank_in(names: tuple[str, ...], name: str) -> int:
+    """The index of a name from 1 on; 0 for others."""
+    return names.index(name) + 1 if name in names else 0
 
 
 def read_json(path: Path) -> dict:
@@ -141,14 +144,19 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The lines of a log, [] if there is none; one that was cut off, or lost when the power went, is left out."""
+    """The lines of a log, [] if there is none. A line that a crash or a power cut has damaged is left out."""
     return split_json_lines(path, lambda line: isinstance(line, dict))[0]
 
 
 def split_json_lines(path: Path, is_usable: Callable[[object], bool]) -> tuple[list[dict], list[bytes]]:
-    """The usable lines of a JSON lines file, and all others that are not empty as they stand; none without a file."""
+    """The usable lines of a JSON lines file, parsed, and the bytes of all other lines that are not empty.
+
+    Both are empty where `path` is no file.
+    """
     usable, others = [], []
-    for content in path.read_bytes().split(b"\n") if path.is_file() else ():  # a device may have no end
+    if not path.is_file():  # A device may have no end.
+        return usable, others
+    for content in path.read_bytes().split(b"\n"):
         line = parsed_json(content)
         if is_usable(line):
             usable.append(line)
@@ -161,7 +169,7 @@ def parsed_json(content: bytes) -> object:
     """Parse JSON; return None if the content is not JSON."""
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):  # ValueError: also of bytes that are no UTF-8
+    except (ValueError, RecursionError):  # Bytes that are no UTF-8 raise a ValueError, too.
         return None
 
 
@@ -198,7 +206,7 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """The descriptor of a file to lock, which is never written; a link is not followed, and a pipe not waited for.
+    """Open a file to lock, which is never written, and return its descriptor. Links are not followed, pipes not read.
 
     Raises:
       UserError: something else than a regular file has its name.
@@ -216,12 +224,12 @@ def _open_lock(path: Path) -> int:
     return descriptor
 
 
-# Some file systems on networks, in user space and on USB sticks cannot sync a folder, and answer so.
+# Some file systems on networks, in user space and on USB sticks cannot sync a folder, and answer with these errors.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EPERM, errno.EACCES)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was renamed or removed in a folder last, where the file system can sync folders."""
+    """Put renames and removals in a folder on the disk, where the file system can sync folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -234,7 +242,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file's content, in hex."""
+    """The sha256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Finds which process this is among those that one launcher started: torchrun, srun, or a script that sets RANK.
+"""Finds this process's rank among those that one launcher started: torchrun, srun, or a script that sets RANK.
 
 Variables of a launcher outlive it: a shell inside an allocation, a pod, or a line in somebody's profile hands them to
 programs that were started once and alone. So they count only where they are complete and sane, and where that launcher
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-_LAST_STEP = 0xFFFFFFF0  # SLURM's higher numbers mark batch scripts, interactive shells and the like: no step of srun
+# SLURM's higher numbers mark batch scripts, interactive shells and the like, which are no steps of srun.
+_LAST_STEP = 0xFFFFFFF0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def launched(
     Args:
       environment: os.environ by default.
       by_hand: whether RANK and WORLD_SIZE count where torchrun did not set them. Scripts and the pods of Kubernetes set
-        them for training; a conversion in such a pod is nobody's share.
+        them for training; a conversion in such a pod is no part of a larger one.
       proc: where the system lists processes.
     """
     environment = os.environ if environment is None else environment
@@ -77,7 +78,7 @@ def _by_ranks(environment: Mapping[str, str], by_hand: bool) -> Launch | str:
 
 
 def _insane(texts: Mapping[str, str]) -> str:
-    """Why RANK and its companions cannot be a launcher's; "" where they can."""
+    """Why RANK and its companions cannot come from a launcher; "" where they can."""
     for name, text in texts.items():
         if _number(text) is None:
             return f"{name} is not a whole number"
@@ -123,7 +124,7 @@ def _ancestors(proc: Path) -> Iterator[int]:
     while pid > 0:
         yield pid
         try:
-            # PID (NAME) STATE PARENT ...; the name may hold spaces and brackets
+            # The file holds PID (NAME) STATE PARENT ..., and the name may hold spaces and brackets.
             pid = int((proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             return

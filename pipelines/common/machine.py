@@ -35,15 +35,16 @@ def _quotas(cgroup: Path, groups: Path) -> Iterator[int]:
     """The CPU quotas in cores, each at least 1, of this process's cgroups and all groups above them."""
     for line in _text(groups).splitlines():
         _, controllers, group = (*line.split(":", 2), "", "")[:3]
-        if not controllers:  # version 2
+        if not controllers:  # This is a group of version 2.
             roots, read = (cgroup, cgroup / "unified"), _quota_v2
         elif "cpu" in controllers.split(","):
             roots, read = (cgroup / controllers, cgroup / "cpu"), _quota_v1
         else:
             continue
         parts = [part for part in group.split("/") if part]
-        parts = [] if ".." in parts else parts  # the group lies outside of what is mounted here
-        for root in roots:  # in a container the root itself may be this process's group, whatever it is called outside
+        if ".." in parts:  # The group lies outside of the mounted folders.
+            parts = []
+        for root in roots:  # In a container the root itself may be this process's group, whatever its name is outside.
             for depth in range(len(parts) + 1):
                 quota, period = read(root.joinpath(*parts[:depth]))
                 if quota > 0 and period > 0:
@@ -51,7 +52,7 @@ def _quotas(cgroup: Path, groups: Path) -> Iterator[int]:
 
 
 def _quota_v2(folder: Path) -> tuple[int, int]:
-    """Microseconds of CPU time, and in how many microseconds of a clock; 0 where there is no limit."""
+    """Microseconds of CPU time, and the microseconds of the clock that they are for; 0 where there is no limit."""
     return _numbers(_text(folder / "cpu.max"))
 
 
@@ -62,7 +63,7 @@ def _quota_v1(folder: Path) -> tuple[int, int]:
 def _numbers(text: str) -> tuple[int, int]:
     try:
         quota, period = map(int, text.split())
-    except ValueError:  # "max", or no such file
+    except ValueError:  # It is "max", or there is no such file.
         return 0, 0
     return quota, period
 
@@ -90,7 +91,7 @@ def package_versions() -> dict[str, str]:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with a user's home folder in place of ~ or ~USER at its beginning, as a shell writes it.
+    """Put a user's home folder in place of ~ or ~USER at the beginning of a path, as a shell does.
 
     Raises:
       UserError: the system knows no such home folder; or no path can have this name.

@@ -1,7 +1,7 @@
-"""Uniform draws -> crops, flips, operations, erased boxes and mixes. Vectorised numpy, no state.
+"""Maps uniform draws to crops, flips, operations, erased boxes and mixes. Vectorised NumPy, no state.
 
-Every function maps a row of uniforms to physical values (pixels, degrees, factors), so that the two pipelines carry
-out the same numbers. The distributions are those of timm's PIL transforms, which the recipe was published with.
+Every function maps a row of uniforms to physical values (pixels, degrees, factors), so that all executors carry out the
+same numbers. The distributions are those of timm's PIL transforms, which the recipe was published with.
 """
 
 import dataclasses

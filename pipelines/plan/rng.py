@@ -1,7 +1,7 @@
 """Counter-based random numbers: every draw is a function of (seed, stream, position), never of history.
 
-Only raw 64-bit words of Philox are used. numpy guarantees those to stay the same over its versions, which it does not
-for the methods of Generator; a run resumed under another numpy must not see other data.
+Only raw 64-bit words of Philox are used. NumPy guarantees that those stay the same over its versions, but not the
+methods of Generator; a run resumed under another NumPy must not see other data.
 """
 
 import enum
@@ -14,14 +14,14 @@ _WORDS_PER_COUNT = 4  # Philox4x64 emits four 64-bit words for each value of its
 class Stream(enum.IntEnum):
     """Independent sequences under one seed. The numbers are part of the plan: never renumber them."""
 
-    ORDER = 0  # the permutation of an epoch: one row an epoch
+    ORDER = 0  # the permutation of an epoch: one row for each epoch
     CROP = 1  # crop and flip
     RANDAUGMENT = 2
     MIX = 3  # one row for each mixing group
     MODEL = 4  # seeds for dropout and the like
     SHARDS = 5  # the order in which samples are written to shards
     SYNTHETIC = 6
-    SHARD_ORDER = 7  # the order of the shards in an epoch: one row an epoch
+    SHARD_ORDER = 7  # the order of the shards in an epoch: one row for each epoch
     WINDOW_ORDER = 8  # the order of the samples in a window of shards: one row for each window of an epoch
     COLOR_JITTER = 9
     THREE_AUGMENT = 10
@@ -64,15 +64,15 @@ def uniforms(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.nda
 
 
 def permute(seed: int, stream: Stream, epoch: int, n: int, index: np.ndarray, *, part: int = 0) -> np.ndarray:
-    """Where a random order of range(n), one for each part of each epoch, sends an index.
+    """The images of indices under a random permutation of range(n). Each part of each epoch has its own.
 
-    The order is never held: an entry costs the same for a thousand samples and for a billion, and a run resumed in the
-    middle of an epoch has nothing to catch up on.
+    The permutation is never held in memory: an index costs the same for a thousand samples and for a billion, and a run
+    resumed in the middle of an epoch has nothing to catch up on.
 
     Args:
       epoch: 0 <= epoch < 2**63.
       index: integers [...] in [0, n).
-      part: which of an epoch's orders, where it is permuted in several; 0 <= part < 2**64.
+      part: the number of one of an epoch's permutations, where there are several; 0 <= part < 2**64.
     Returns:
       int64, same shape; over all of range(n) each value occurs once. Depends only on (seed, stream, epoch, part, n,
       index).
@@ -95,6 +95,7 @@ _ROUNDS = 8
 
 
 def _feistel(value: np.ndarray, keys: np.ndarray, half_bits: np.uint64) -> np.ndarray:
+    """Permute the numbers below 4**half_bits, with a round for each key: uint64 [n], uint64 [rounds] -> uint64 [n]."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = value >> half_bits, value & mask
     for key in keys:

@@ -154,12 +154,9 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     with open(path, "rb") as file:
         first, _, dtype = _npy_header(file)
         begin, end = (first + row * dtype.itemsize for row in (start, stop))
-        content = b""
-        if (
-            end <= os.fstat(file.fileno()).st_size
-        ):  # Otherwise read() would allocate memory for bytes that do not exist.
-            file.seek(begin)
-            content = file.read(end - begin)
+        is_there = end <= os.fstat(file.fileno()).st_size  # read() allocates memory for bytes that do not exist.
+        file.seek(begin)
+        content = file.read(end - begin) if is_there else b""
     if len(content) != end - begin:
         raise OSError(errno.EIO, "has become shorter", str(path))
     return np.frombuffer(content, dtype)
@@ -177,7 +174,7 @@ def _check_rows(path: Path, samples: np.ndarray, shard_bytes: np.ndarray, num_cl
 
 
 def _fine(rows: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Which rows make sense in each respect: bool [n]."""
+    """The rows that make sense, in each respect: bool [n]."""
     shard, offset, nbytes = rows["shard"], rows["offset"], rows["nbytes"]
     in_range = (shard >= 0) & (shard < len(shard_bytes))
     ends = shard_bytes[np.where(in_range, shard, 0)]

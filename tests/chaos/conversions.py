@@ -35,10 +35,10 @@ def shard(*arguments: object) -> Callable[[], None]:
 
 def tree(folder: Path) -> dict[str, str]:
     """Everything below a folder: path -> hash of a file's content, target of a link, or what it is."""
-    return {str(path.relative_to(folder)): _told(path) for path in sorted(folder.rglob("*"))}
+    return {str(path.relative_to(folder)): _content_of(path) for path in sorted(folder.rglob("*"))}
 
 
-def _told(path: Path) -> str:
+def _content_of(path: Path) -> str:
     if path.is_symlink():
         return f"-> {os.readlink(path)}"
     if path.is_file():

@@ -30,7 +30,7 @@ Damage = Callable[[Path, random.Random], None]
 
 
 def write_run(folder: Path) -> None:
-    """A run's files as a run that went on twice and has ended leaves them."""
+    """A run's files as a run leaves them that was resumed twice and has ended."""
     folder.mkdir()
     train = {"epoch": 0, "loss": 2.0, "lr": 1e-3, "images_per_s": 100.0, "input_wait": 0.1, "agreement": 50.0}
     accuracy = {"top1": 50.0, "top5": 90.0, "loss": 1.0, "images": 96}
@@ -112,8 +112,8 @@ def replace_a_file(folder: Path, chance: random.Random) -> None:
 DAMAGES = (change_a_value, change_the_summary, change_bytes, replace_a_file, change_a_value, change_the_configuration)
 
 
-def _tell(folder: Path) -> None:
-    """Everything that a page tells of a run, beside an undamaged one, but for the drawing of pictures."""
+def _report(folder: Path) -> None:
+    """Everything that a page reports about a run, beside an undamaged one, except the drawing of pictures."""
     with exit_on_user_error():
         runs = [read_run(folder, "it"), read_run(folder.parent / "good", "good")]
         for some in (runs[:1], runs):
@@ -126,7 +126,7 @@ def _tell(folder: Path) -> None:
 def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
     """Damage one run after the other; every 30th is drawn as well, under some name."""
     write_run(folder / "good")
-    _tell(folder / "good")  # what the first call imports and caches is then shared by the forks
+    _report(folder / "good")  # The forks then have what the first call imports and caches.
     for number in itertools.count(1):
         chance = random.Random(f"{seed} {number}")
         damage, drawn = DAMAGES[number % len(DAMAGES)], number % 30 == 0
@@ -134,6 +134,6 @@ def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
         write_run(run)
         damage(run, chance)
         command = functools.partial(main, [str(run), str(folder / "good"), "--out", str(folder / "out")])
-        complaint = isolated(command if drawn else functools.partial(_tell, run), seconds=60).complaint()
+        complaint = isolated(command if drawn else functools.partial(_report, run), seconds=60).complaint()
         shutil.rmtree(run)
         yield Attempt(damage.__doc__, f"attempt {number}: {complaint}" if complaint else "")

@@ -36,7 +36,7 @@ _SMALL_RUN = [
 ]
 
 
-_ENDS_IT = ("run", "stop_after_steps")  # without it such a run goes on for long
+_ENDS_IT = ("run", "stop_after_steps")  # Such a run would take long without it.
 
 
 @functools.cache
@@ -197,6 +197,6 @@ def _kinds(folder: Path) -> Iterator[tuple[str, Callable[[random.Random], str]]]
 
 def attempts(folder: Path, seed: int) -> Iterator[Attempt]:
     """Try one value or file after the other; `folder` is empty."""
-    parse([])  # what the first call imports and caches is then shared by the forks
+    parse([])  # The forks then have what the first call imports and caches.
     for number, (kind, tried) in enumerate(_kinds(folder)):
         yield Attempt(kind, tried(random.Random(f"{seed} {number}")))

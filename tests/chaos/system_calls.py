@@ -39,7 +39,7 @@ class Counter:
 
     Args:
       spoil: called before each call with its kind, `write`, `fsync` or an audit event, and its number. What it raises
-        is what the call raises; ShortWrite makes a write incomplete.
+        is what the call raises; ShortWriteError makes a write incomplete.
     """
 
     def __init__(self, folder: Path, spoil: Callable[[str, int], None]):
@@ -84,7 +84,7 @@ class _CountedFile(io.FileIO):
         part = memoryview(content).cast("B")[: len(content) // 2]
         try:
             self.count("write")
-        except ShortWrite:
+        except ShortWriteError:
             return super().write(part) if len(part) else super().write(content)
         except OSError:
             super().write(part)  # a disk that fails has written something before
@@ -92,7 +92,7 @@ class _CountedFile(io.FileIO):
         return super().write(content)
 
 
-class ShortWrite(Exception):
+class ShortWriteError(Exception):
     """The system has written a part."""
 
 
@@ -119,7 +119,7 @@ def fill(kind: str, call: int, n: int) -> None:
 def shorten(kind: str, call: int, n: int) -> None:
     """a write is not complete"""
     if call >= n and kind == "write":
-        raise ShortWrite
+        raise ShortWriteError
 
 
 FAULTS: dict[str, Callable[[str, int, int], None]] = {
@@ -208,7 +208,7 @@ class Case:
 
     def __init__(self, folder: Path, prepare: Callable[[Path], tuple[list, Path]]):
         self.home, self.prepared, self.what = folder / "work", folder / f"prepared-{prepare.__name__}", prepare.__doc__
-        shutil.rmtree(self.home, ignore_errors=True)  # of the case before
+        shutil.rmtree(self.home, ignore_errors=True)  # The case before has left it.
         self.home.mkdir()
         self.command, self.out = prepare(self.home)
         for name, content in _STRANGERS.items():
@@ -245,7 +245,7 @@ class Case:
         if ended.code:
             again = self.run(lambda kind, call: None)
             if again.code and not (self.command[0] == "index" and (self.out / MANIFEST).exists()):
-                return f"does not go on: {again.complaint() or again.last_line[:300]} (after: {ended.last_line[:200]})"
+                return f"does not resume: {again.complaint() or again.last_line[:300]} (after: {ended.last_line[:200]})"
         found = tree(self.home)
         found.pop(f"{self.out.name}/.index.lock", None)  # hidden, empty, and used again
         different = sorted(set(found.items()) ^ set(self.undisturbed.items()))

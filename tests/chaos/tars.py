@@ -86,7 +86,7 @@ def zero(tar: bytes, chance: random.Random) -> Spoiled:
     """blocks zeroed"""
     start = chance.randrange(len(tar) // BLOCK) * BLOCK
     stop = min(len(tar), start + BLOCK * chance.choice([1, 2, 5, 1000]))
-    to_the_end = not tar[stop:].strip(b"\0")  # what is lost there cannot be seen: docs/field.md
+    to_the_end = not tar[stop:].strip(b"\0")  # A loss there cannot be seen: docs/field.md.
     return Spoiled(tar[:start] + bytes(stop - start) + tar[stop:], hidden=_NUM * to_the_end)
 
 

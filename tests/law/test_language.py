@@ -51,8 +51,8 @@ NAMES = {
     "settle": "a verb with its object",
     "conduct": "a verb with its object",
 }
-# After a dot, `view` is NumPy's or torch's and `tell` is a file's.
-METHODS = {"view", "memoryview", "tell"}
+# After a dot, `view` is NumPy's, torch's or pyarrow's and `tell` is a file's.
+METHODS = {"view", "memoryview", "tell", "binary_view", "is_binary_view", "string_view"}
 SOURCES = [
     path for folder in ("pipelines", "trainer", "tools", "tests") for path in (REPOSITORY / folder).rglob("*.py")
 ]

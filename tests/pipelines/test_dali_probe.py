@@ -1,6 +1,7 @@
 """The probe finds the decode path that works, whatever the other one does to its process."""
 
 import io
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ from pipelines import PipelineConfig, dali_probe
 from pipelines.common.errors import UserError
 from pipelines.dali_probe import probe_decode
 from support.executors import jpeg_of
+from trainer.config.sections import DataConfig
 
 
 def test_the_probe_finds_region_decoding_where_it_works(photos):
@@ -22,6 +24,17 @@ def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
         "full",
         "decoding regions failed: it ended by SIGSEGV",
     )
+
+
+def test_what_helps_is_worded_as_the_options_are_given(photos):
+    """As arguments in a notebook, as flags on the command line."""
+    wrong = (sys.executable, "-c", "import sys; sys.exit('broken')")
+    for config, advice in (
+        (PipelineConfig(), "or use hw_decoder_load=0 or pipeline='torchvision'"),
+        (DataConfig(), "or use --data.hw_decoder_load 0 or --data.pipeline torchvision"),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(advice)}$"):
+            probe_decode("cpu", jpeg_of(photos), config, wrong)
 
 
 def test_the_probe_says_that_nothing_works(photos):

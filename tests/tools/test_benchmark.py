@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from pipelines import PipelineConfig, resolve_decode
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from support.forked_python import executable
@@ -20,7 +21,6 @@ from tools.lib.benchmark import step as steps
 from tools.lib.benchmark import teacher as teachers
 from tools.lib.benchmark.results import markdown, read_result
 from tools.lib.benchmark.runs import Setting
-from tools.lib.common.opening import decode_path
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
@@ -86,7 +86,7 @@ def test_loader_measures_every_row(tmp_path):
 def test_a_package_that_is_missing_is_a_row_that_says_so(photos, tmp_path, monkeypatch, module, what):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
-    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
+    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), PipelineConfig(threads=1, decode="roi"))
     rows = [row for row in loaders.candidates(setting) if what in row.what]
     assert rows
     for row in rows:
@@ -99,7 +99,7 @@ def test_a_loader_that_fails_is_a_row_that_says_so(photos, tmp_path):
         raise RuntimeError("no such\ndecoder")
         yield
 
-    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), "roi")
+    setting = loaders.Setting(tmp_path, photos, 1, 1, torch.device("cpu"), PipelineConfig(threads=1, decode="roi"))
     reason = loaders.missing(loaders.Candidate("theirs", loaders.BARE, fails), setting)
     assert reason == "failed, RuntimeError: no such decoder"
 
@@ -108,7 +108,7 @@ def test_tools_probe_the_gpu_as_a_run_does(photos, monkeypatch):
     """No GPU is needed: the command that would probe it is only noted."""
     commands = []
     monkeypatch.setattr("pipelines.dali_probe._try", lambda command, jpeg: commands.append(command) or "")
-    assert decode_path(photos, torch.device("cuda", 0)) == ("roi", "it works")
+    assert resolve_decode(PipelineConfig(), photos, torch.device("cuda", 0)) == ("roi", "it works")
     assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
 
 
@@ -200,7 +200,7 @@ def test_train_takes_torchvision_where_dali_cannot_be_used_and_says_why(run, mon
     def fail(*_):
         raise UserError("DALI can decode neither regions nor whole images")
 
-    monkeypatch.setattr("tools.lib.benchmark.train.decode_path", fail)
+    monkeypatch.setattr("tools.lib.benchmark.train.resolve_decode", fail)
     rows, printed = run("train", *TINY, "--compile", "no", "--images", "16")
     assert [row["what"] for row in rows] == ["synthetic", "torchvision alone", "real (torchvision)"]
     assert {row["note"] for row in rows} == {"without DALI: DALI can decode neither regions nor whole images"}

@@ -133,7 +133,7 @@ def _check_launch(this: Launch) -> None:
 def alone(device: str = "auto") -> World:
     """This process and no other, whatever torchrun's variables say; `device` as for join_world.
 
-    It sets the process up as join_world does; tools.lib.common.opening.first_device only looks for the device.
+    It sets the process up as join_world does; tools.lib.common.hardware.first_device only looks for the device.
     """
     return World(0, 1, 1, _prepared_device(device, 0))
 

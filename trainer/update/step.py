@@ -98,7 +98,7 @@ class TrainStep:
         self._student = state.student
         self._model = compiler(state.student)
         if world.size > 1:
-            self._model = _data_parallel(self._model)
+            self._model = data_parallel(self._model)
         self._parameters = list(state.student.parameters())
         self._optimizer = state.optimizer
         self._scaler = state.scaler
@@ -211,7 +211,7 @@ class MetricsSum:
         )
 
 
-def _data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
+def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
     """The model with its gradients averaged over the ranks.
 
     It has no find_unused_parameters: in timm 1.0.31 no classifier with its default arguments has a parameter without a

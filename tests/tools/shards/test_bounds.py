@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import add
 
 from chaos.attempts import mapped_bytes
 from chaos.tars import CLASS, IMAGES, devkit
@@ -21,6 +20,7 @@ from pipelines.common.files import locked
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
 from support.hand_made import jpeg, keys, listed, put, refused, samples, tar_of
+from support.small_sources import add
 from tools.demo import write_digits
 from tools.lib.predict.image_files import decoded, items_of, pixels_of
 from tools.lib.shards import build as build_module
@@ -168,9 +168,9 @@ def test_a_sample_of_absurdly_many_scans_in_an_older_dataset_becomes_gray(many_s
     with monkeypatch.context() as older:
         older.setattr("pipelines.shards.jpeg.MAX_SCANS", 1000)
         index_webdataset(tmp_path, audit=audit)
-    told = []
-    CheckedReader(read_index(tmp_path, "train"), lambda _, why: told.append(why)).read(np.arange(1))
-    assert told == ["cannot be decoded (more than 200 scans, which no encoder writes)"]
+    reasons = []
+    CheckedReader(read_index(tmp_path, "train"), lambda _, why: reasons.append(why)).read(np.arange(1))
+    assert reasons == ["cannot be decoded (more than 200 scans, which no encoder writes)"]
 
 
 def test_scans_are_those_that_a_decoder_finds(many_scans):
@@ -187,7 +187,7 @@ def test_scans_are_those_that_a_decoder_finds(many_scans):
 # --- what is left, and when ---
 
 
-def test_an_index_elsewhere_goes_on_after_a_kill_between_a_folder_and_its_first_link(tmp_path):
+def test_an_index_elsewhere_resumes_after_a_kill_between_a_folder_and_its_first_link(tmp_path):
     put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(3)))
     put(tmp_path / "set" / "val" / "a.tar", tar_of(samples(1)))
     (tmp_path / "index" / "train").mkdir(parents=True)
@@ -246,7 +246,7 @@ def test_two_indexings_at_once_keep_each_other_out_and_leave_no_lock(tmp_path):
 
 
 def test_a_description_is_on_the_disk_before_it_has_its_name(tmp_path, digits_images, monkeypatch):
-    """Otherwise a power failure leaves an empty job.json, with which no command goes on."""
+    """Otherwise a power failure leaves an empty job.json, with which no command resumes."""
     done, fsync, rename = [], os.fsync, Path.rename
 
     def synced(file) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_shard_imagenet import TOOL, convert, tree
 
 from pipelines.common.errors import UserError
 from pipelines.shards.index import read_index
+from support.small_sources import TOOL, convert, tree
 from tools.lib.common.photos import photographs
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.build import merge
@@ -75,7 +75,7 @@ def kill_at_random_moments(many, folder: Path, count: int, seed: int) -> int:
         out = folder / str(i)
         process = start(many.command, out)
         time.sleep(moments.uniform(0, many.duration_s))
-        # all of its processes, or the first alone: its workers must notice
+        # Either all of its processes are killed, or the first one alone, which its workers must notice.
         (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.wait()
         cut_short += not out.exists()
@@ -116,7 +116,7 @@ def test_finished_shards_are_not_written_again(many, tmp_path):
 
 def test_ctrl_c_keeps_what_is_finished_and_says_so(many, tmp_path):
     _, command, clean, _ = many
-    # where the tests were started in the background, the shell has had Ctrl-C ignored
+    # If the tests were started in the background, the shell has made this process ignore Ctrl-C.
     process = start(command, tmp_path / "out", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -163,7 +163,7 @@ def test_an_error_of_a_job_arrives_with_its_place_in_the_worker():
     assert "Traceback" in str(error.value.__cause__)
 
 
-def test_a_lost_worker_is_told_and_nothing_is_lost(many, tmp_path):
+def test_a_lost_worker_is_reported_and_nothing_is_lost(many, tmp_path):
     _, command, clean, _ = many
     process = start(command, tmp_path / "out")
     while len(workers := workers_of(process)) < 2:  # one may be a program that the server is about to run, importing
@@ -176,7 +176,7 @@ def test_a_lost_worker_is_told_and_nothing_is_lost(many, tmp_path):
     assert_clean(tmp_path / "out", clean)
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(many, tmp_path):
+def test_a_full_disk_is_reported_and_nothing_is_lost(many, tmp_path):
     """A limit on the size of files stands for the full disk: write() fails in the same place."""
     _, command, clean, _ = many
 
@@ -208,7 +208,7 @@ def test_two_at_once_do_not_get_into_each_others_way(many, tmp_path, capsys):
 
 def test_a_process_killed_between_its_last_actions_is_completed(many, tmp_path):
     src, command, clean, _ = many
-    # after the manifest, before the renaming
+    # It was killed after it wrote the manifest and before it renamed the folder.
     convert(src, tmp_path / "jobs", samples_per_shard=10, part=(0, 24))
     job = tmp_path / "jobs.partial" / "job.json"
     for finish in (lambda out: complete(command, out), merge):
@@ -216,7 +216,7 @@ def test_a_process_killed_between_its_last_actions_is_completed(many, tmp_path):
         shutil.copy(job, tmp_path / "out.partial" / "job.json")
         finish(tmp_path / "out")
         assert_clean(tmp_path / "out", clean)
-        # after the renaming
+        # It was killed after it renamed the folder.
         shutil.copy(job, tmp_path / "out" / "job.json")
         finish(tmp_path / "out")
         assert_clean(tmp_path / "out", clean)

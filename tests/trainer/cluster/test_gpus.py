@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from conftest import REPOSITORY, TINY, run_trainer, train_here
 from pipelines.common.files import read_json_lines
@@ -22,7 +21,7 @@ from trainer.cluster import rendezvous
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import rank_plans
-from trainer.update.step import TrainStep
+from trainer.update.step import TrainStep, data_parallel
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 GPUS = pytest.param(
@@ -74,7 +73,7 @@ def gradients_of_an_update(digits: Path, out: Path, device: torch.device, *, ddp
     world = World(0, 1, 1, device)
     run = build(parse([str(text) for text in arguments]), world)
     if ddp:
-        run.step._model = DistributedDataParallel(run.step._model, gradient_as_bucket_view=True)
+        run.step._model = data_parallel(run.step._model)
     plans = rank_plans(run.plan, 0, 1, world, run.state.micro_batch)
     assert run.config.run.global_batch == 2 * run.state.micro_batch
     with contextlib.closing(run.pipelines.of["train"].batches(plans)) as batches:

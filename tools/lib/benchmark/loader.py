@@ -31,10 +31,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from pipelines import PipelineConfig, open_pipeline, resolve_decode
 from pipelines.common.errors import UserError
 from pipelines.common.machine import num_cores, use_short_socket_names
 from pipelines.plan.draws import AugmentConfig
@@ -42,7 +43,7 @@ from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex
 from tools.lib.benchmark.photographs import endless, photograph_index, recipe_plan
 from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
-from tools.lib.common.opening import decode_path, first_device, opened
+from tools.lib.common.hardware import first_device
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize
 from trainer.feed import batches_of
@@ -63,7 +64,7 @@ _NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # These are the arguments of DALI's and 
 _JPEG_QUALITY = 92  # FFCV encodes the images again, in the quality of tools/lib/common/photos.py.
 # Workers that are forked from a process with DALI's and our threads sometimes end by SIGSEGV.
 _CLEAN_PROCESSES = "forkserver"
-_OURS = {"dali": "ours on DALI", "torchvision": "ours on torchvision"}
+_OURS: dict[Literal["dali", "torchvision"], str] = {"dali": "ours on DALI", "torchvision": "ours on torchvision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Setting:
       folder: of the images as files; index: the same images as shards.
       batch: images a batch.
       workers: threads or processes.
-      decode: DALI's decode path in our pipeline.
+      config: of our pipelines.
     """
 
     folder: Path
@@ -82,7 +83,7 @@ class Setting:
     batch: int
     workers: int
     device: torch.device
-    decode: str
+    config: PipelineConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,9 @@ def loader(images: int, repeats: int, batch: int) -> Iterator[Row]:
         num_images = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
         index = photograph_index(Path(scratch), num_images, samples_per_shard=-(-num_images // (4 * workers)))
         device = first_device()
-        decode, _ = decode_path(index, device)
-        setting = Setting(Path(scratch) / "src" / "train", index, batch, workers, device, decode)
+        decode, _ = resolve_decode(PipelineConfig(), index, device)
+        config = PipelineConfig(threads=workers, decode=decode)
+        setting = Setting(Path(scratch) / "src" / "train", index, batch, workers, device, config)
         for _, group in itertools.groupby(candidates(setting), lambda candidate: candidate.augmentation):
             yield from _rows(list(group), setting, repeats, lead, num_batches)
 
@@ -197,11 +199,12 @@ def _start_clean_process() -> None:
 # --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---
 
 
-def _ours(setting: Setting, name: str, augmentation: str, repeats: int) -> Images:
+def _ours(setting: Setting, name: Literal["dali", "torchvision"], augmentation: str, repeats: int) -> Images:
     augment = dataclasses.replace(_RANDAUGMENT[augmentation], mix_group=setting.batch, repeats=repeats)
     size = _GROUPS * setting.batch
     plan: TrainPlan = recipe_plan(setting.index, setting.batch, SIZE_PX, augment=augment, global_batch=size)
-    pipeline = opened(name, setting.index, device=setting.device, threads=setting.workers, decode=setting.decode)
+    config = dataclasses.replace(setting.config, pipeline=name)
+    pipeline = open_pipeline(setting.index, config, device=setting.device)
     with closing(batches_of(pipeline, endless(plan, setting.batch))) as batches:
         for batch in batches:
             yield batch.images

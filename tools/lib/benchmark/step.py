@@ -51,7 +51,7 @@ from tools.lib.benchmark.runs import (
     teacher_or_none,
     updates_per_timed_run,
 )
-from tools.lib.common.opening import first_device
+from tools.lib.common.hardware import first_device
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer import loop
@@ -245,7 +245,7 @@ class Ours:
 class Discarding(Writer):
     """Stands for a run's writer of checkpoints: a timed loop ends with one, which nobody measures or reads."""
 
-    def submit(self, *_) -> None:
+    def submit(self, path: Path, content: dict, then: Callable[[], None] = lambda: None) -> None:
         """Write nothing."""
 
     def wait(self) -> None:
@@ -345,7 +345,7 @@ def _timm_task(setting: Setting, student: nn.Module, run: Run) -> "TrainingTask"
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch.nn.Module.to takes both.)
+    return model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (It lacks this overload.)
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipelines import PipelineConfig, open_pipeline
 from pipelines.batch import Batch
 from pipelines.common.machine import expanded, num_cores
 from tools.lib.benchmark.photographs import photograph_index, recipe_plan
 from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
 from tools.lib.benchmark.runs import CLASSES, updates_per_timed_run
-from tools.lib.common.opening import first_device, opened
+from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer.config.sections import Config, parse
 from trainer.feed import batches_of
@@ -87,7 +88,7 @@ def _photographs(folder: Path, images: int, batch: int, size: int, device: torch
     """Augmented photographs on the device, in full batches. They are decoded on the CPU, which works everywhere."""
     index = photograph_index(folder, images)
     plan = recipe_plan(index, batch, size)
-    pipeline = opened("torchvision", index, device=device, threads=num_cores(), decode="full")
+    pipeline = open_pipeline(index, PipelineConfig(pipeline="torchvision", threads=num_cores()), device=device)
     plans = (plan.rows(start, start + batch) for start in range(0, plan.steps_per_epoch * batch, batch))
     with closing(batches_of(pipeline, plans)) as batches:
         return list(batches)

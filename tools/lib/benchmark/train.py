@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines import Pipeline, resolve_pipeline
+from pipelines import Pipeline, PipelineConfig, resolve_decode, resolve_pipeline
 from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline
@@ -36,7 +36,7 @@ from tools.lib.benchmark.runs import (
     teacher_or_none,
     updates_per_timed_run,
 )
-from tools.lib.common.opening import decode_path, first_device
+from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import BATCHES_IN_WORK, interleaved, ratio, speeds, synchronize, timed_on_device
 from trainer.builder import Run
 from trainer.config.sections import DataConfig
@@ -99,7 +99,7 @@ def train(
 def _pipeline_here(index: ShardIndex, device: torch.device) -> tuple[str, str, Measured]:
     """A run's pipeline and DALI's decode path; torchvision where DALI cannot be used, with a "note" that says why."""
     try:
-        return resolve_pipeline("auto", device), decode_path(index, device)[0], {}
+        return resolve_pipeline("auto", device), resolve_decode(PipelineConfig(), index, device)[0], {}
     except UserError as error:
         return "torchvision", "full", {"note": f"without DALI: {error}"}
 

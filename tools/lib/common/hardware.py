@@ -1,17 +1,28 @@
-"""What a measured number depends on: processor, cores, GPU, driver, and the versions of packages."""
+"""The device that commands use, and what a measured number depends on: processor, cores, GPU, driver, packages."""
 
 import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.common.machine import num_cores
+
+if TYPE_CHECKING:  # Commands that need no torch start faster without it.
+    import torch
 
 Machine = dict[str, str | int]  # "cpu", "cores", "gpu", "python", and the version of each package
 _PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # One of the two is enough.
 _NOT_INSTALLED = "not installed"
+
+
+def first_device() -> "torch.device":
+    """The GPU if there is one, otherwise the CPU."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def machine(packages: Sequence[str] = ()) -> Machine:

@@ -41,7 +41,7 @@ def write_photographs(folder: Path) -> dict[str, Path]:
 
 def write_common_photographs(folder: Path, count: int, classes: int = 10) -> list[Path]:
     """`count` JPEGs of ImageNet's common size (500 x 375, quality 92) in FOLDER/train/CLASS, `classes` of them."""
-    digits = max(2, len(str(classes - 1)))  # the classes are in the same order as text and by number
+    digits = max(2, len(str(classes - 1)))  # The classes have one order, as text and by number.
     paths = [folder / "train" / f"class{i % classes:0{digits}d}" / f"{i:06d}.jpg" for i in range(count)]
     for parent in {path.parent for path in paths}:
         parent.mkdir(parents=True, exist_ok=True)

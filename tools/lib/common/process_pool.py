@@ -25,7 +25,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.machine import use_short_socket_names
 
 T = TypeVar("T")
-_PATIENCE_S = 0.2  # between two calls of `on_wait`
+_PATIENCE_S = 0.2  # `on_wait` is called this often.
 _starting = threading.Lock()  # One thread at a time starts the server, since the environment is changed for it.
 
 
@@ -115,7 +115,7 @@ def forkserver_context(*modules: str) -> ForkServerContext:
     # Ctrl-C goes to every process of the terminal, and this one alone is to answer it: the server and the workers
     # inherit that the signal is blocked.
     use_short_socket_names()
-    resource_tracker.ensure_running()  # the server would start it, and that unblocks the signal
+    resource_tracker.ensure_running()  # Otherwise the server starts it, which unblocks the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with _starting, _this_copy_first():
@@ -152,8 +152,8 @@ def end_with_parent() -> None:
 
 
 def _work(connection: Connection, function: Callable, start: Callable[[int], None] | None, number: int) -> None:
-    end_with_parent()  # it must not go on writing beside the next attempt
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody waits for a result any more
+    end_with_parent()  # It must not keep writing beside the next attempt.
+    with contextlib.suppress(EOFError, ConnectionError):  # Nobody waits for a result any more.
         while True:
             index, job = connection.recv()
             try:

@@ -74,7 +74,8 @@ def compare(
     pairs = list(pairs)
     photographs = range(len(pairs)) if photographs is None else photographs
     largest, num_off, num_values = 0, 0, 0
-    totals: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(2))  # sum of differences, number of values
+    # For each photograph, the sum of the differences and the number of values.
+    totals: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for (one, other), photograph in zip(pairs, photographs, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype == np.uint8, (stage, one.shape, other.shape)
         off = np.abs(one.astype(np.int16) - other)

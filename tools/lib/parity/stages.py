@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.transforms import functional
 
+from pipelines import PipelineConfig, open_pipeline, resolve_decode
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.ops.pil_ops import apply_op, decode, resized_crop
@@ -25,7 +26,7 @@ from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.reader import ShardReader
-from tools.lib.common.opening import decode_path, first_device, opened
+from tools.lib.common.hardware import first_device
 from tools.lib.common.photos import photographs, write_photographs
 from tools.lib.parity import timm_reference
 from tools.lib.parity.rows import EXACT, Row, Tolerance, compare, not_compared
@@ -77,13 +78,14 @@ class Executor:
     """One of our ways to carry out a plan."""
 
     name: str
-    pipeline: str
+    pipeline: Literal["dali", "torchvision"]
     device: torch.device
-    decode: str = "roi"
+    decode: Literal["roi", "full"] = "roi"
 
     def pixels(self, photos: Photos, plan: BatchPlan) -> np.ndarray:
         """The plan carried out: uint8 [B, S, S, 3]."""
-        pipeline = opened(self.pipeline, photos.index, device=self.device, threads=2, decode=self.decode)
+        config = PipelineConfig(pipeline=self.pipeline, threads=2, decode=self.decode)
+        pipeline = open_pipeline(photos.index, config, device=self.device)
         (batch,) = pipeline.batches([plan])
         return batch.images.cpu().numpy()
 
@@ -121,7 +123,7 @@ def open_photos(folder: Path) -> Photos:
 def report(photos: Photos, size: int = 224) -> Iterator[Row]:
     """All comparisons, stage by stage, with training images of `size` pixels."""
     ways = executors()
-    path, why = decode_path(photos.index, ways[1].device)
+    path, why = resolve_decode(PipelineConfig(), photos.index, ways[1].device)
     if path == "full":
         yield not_compared("decode", ways.pop(1).name, "timm", why)
     for way in ways:

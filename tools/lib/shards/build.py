@@ -43,7 +43,7 @@ _NAMED = 5  # An error names this many rejected images; a longer list goes into 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the shards are: images and source bytes that this command has done, and its images in all."""
+    """The images and source bytes that this command has converted, and the number of its images in all."""
 
     images: int
     nbytes: int
@@ -68,11 +68,11 @@ def build(
       part: (i, n): write every n-th shard, beginning with i. With n > 1 `merge` finishes the dataset.
       skip_bad: leave out images that cannot be used, and what of the source is not understood, instead of failing.
       on_progress: called a few times a second.
-      on_note: called with what is worth knowing before the conversion takes its time.
+      on_note: called with remarks about the source before the conversion begins.
     Returns:
       The manifest, or None where parts remain to be merged.
     Raises:
-      UserError: the source, OUT or images are not as they must be; OUT does not exist then, finished shards are kept.
+      UserError: the source, OUT or images cannot be used. OUT does not exist then, and finished shards are kept.
     """
     if src.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"{out}: lies inside its own source. Choose a folder outside {src}")
@@ -87,7 +87,7 @@ def build(
         claim(conversion)
         busy = f"another process is already working on {partial}, part {part[0] + 1}"
         with locked(partial / f".lock-{part[0]}-{part[1]}", busy):
-            if not conversion.is_assembled:  # else an earlier command was interrupted at its very end
+            if not conversion.is_assembled:  # Otherwise an earlier command was interrupted at its very end.
                 with locked(partial / ".lock-listing", "", wait=True), nothing_left_behind(partial):
                     list_source(partial, source, skip_bad)
                 mine = [shard for split in source.splits for shard in conversion.shards(split)][part[0] :: part[1]]
@@ -153,7 +153,7 @@ def _write_shards(
         return
     samples = {split: listed(partial, split)["samples"] for split in source.splits}
     total = sum(len(shard.rows(samples[shard.split], options.samples_per_shard)) for shard in shards)
-    counters = RawArray(ctypes.c_ulonglong, 2 * workers)  # images and bytes of each worker; nothing is locked
+    counters = RawArray(ctypes.c_ulonglong, 2 * workers)  # Each worker counts its images and bytes without a lock.
     start = functools.partial(_start_worker, partial, source.root, source_options, options, counters)
 
     def report() -> None:
@@ -168,7 +168,7 @@ def _write_shards(
 
 
 class _Worker:
-    """Opens once what a worker process reads again and again; `counters` belong to all workers."""
+    """Writes shards in a worker process, and opens the source and the listings once. All workers have `counters`."""
 
     def __init__(
         self,
@@ -247,11 +247,11 @@ def _finish(conversion: Conversion) -> Manifest:
             entry["listing_sha256"] = listed(partial, split)["sha256"]
         write_synced(partial / MANIFEST, manifest_bytes(manifest))
     for leftover in ("listing", "records", "scratch"):
-        if (partial / leftover).exists():  # an error ends the command here, and the same command removes the rest
+        if (partial / leftover).exists():  # If this fails, the same command removes the rest.
             shutil.rmtree(partial / leftover)
     for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
         path.unlink(missing_ok=True)
-    if out.is_dir():  # it was there, empty; with the manifest it is a dataset
+    if out.is_dir():  # The folder was there, empty; the manifest makes it a dataset.
         try:
             move_entries(partial, out, (MANIFEST, JOB))
         except FileExistsError as error:

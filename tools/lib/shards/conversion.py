@@ -35,7 +35,7 @@ JOB = "job.json"
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What a conversion is; the same options and source give the same bytes.
+    """How a source is converted. The same options and source give the same bytes.
 
     Attributes:
       seed: decides the order of the training samples.
@@ -142,7 +142,7 @@ def claim(conversion: Conversion) -> None:
         _check_free(partial, conversion.out)
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / ".lock-claim", "", wait=True):
-            if not path.is_file():  # the first of several machines writes the description
+            if not path.is_file():  # The first of several machines writes the description.
                 write_synced(path, json.dumps(conversion.job).encode())
     if different := _difference(read_job(partial), conversion.job):
         raise UserError(
@@ -173,7 +173,7 @@ def read_job(partial: Path) -> Job:
 
 
 def finished(conversion: Conversion, source: Source) -> Manifest:
-    """The manifest of a conversion that an earlier command has finished.
+    """Return the manifest of a conversion that an earlier command has finished.
 
     Raises:
       UserError: the dataset in OUT was made from another source or with other options; the difference is named.
@@ -184,7 +184,10 @@ def finished(conversion: Conversion, source: Source) -> Manifest:
     order = class_order(manifest)
     there: dict[str, Any] = {key: manifest.get(key) for key in job}
     there |= {"splits": list(manifest["splits"]), "class_order": order}
-    if {order, source.class_order} <= {"text", "unstated"}:  # the same order, whether somebody has stated it or not
+    if {order, source.class_order} <= {
+        "text",
+        "unstated",
+    }:  # The order is the same, whether somebody has stated it or not.
         there["class_order"] = source.class_order
     different = _difference(there, job)
     if not different and not source.copies:

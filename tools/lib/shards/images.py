@@ -78,7 +78,7 @@ def check_image(content: bytes, options: ImageOptions) -> CheckedImage:
         raise RejectedImageError(found)
     header = read_jpeg_header(content)
     with warnings.catch_warnings(), rejecting():
-        warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; both are dealt with here
+        warnings.simplefilter("ignore")  # PIL warns of large images and unusual EXIF. Both are handled here.
         if header is not None and is_plain(header) and not options.audit and not _is_shrunk(header, options):
             check_dimensions(header.width, header.height)
             check_scans(content)
@@ -98,7 +98,7 @@ def rejecting() -> Iterator[None]:
         raise RejectedImageError("not an image") from error
     except Image.DecompressionBombError as error:
         raise RejectedImageError(f"absurd dimensions: {error}") from error
-    except Exception as error:  # PIL's plugins raise whatever a damaged file leads them to
+    except Exception as error:  # PIL's plugins raise errors of nearly any type about damaged files.
         raise RejectedImageError(f"cannot be decoded: {error}") from error
 
 
@@ -154,7 +154,7 @@ def _misfit(image: Image.Image, header: JpegHeader | None) -> str:
 def plain_image(image: Image.Image) -> Image.Image:
     """RGB in 8 bits; grayscale JPEGs stay grayscale."""
     if image.mode.startswith("I"):
-        # 16 bits a pixel: PIL would cut off at 255 where everybody expects the upper eight bits
+        # These have 16 bits a pixel. PIL would clip at 255 where everybody expects the upper eight bits.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "L" and image.format == "JPEG":
         return image

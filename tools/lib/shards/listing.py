@@ -1,4 +1,4 @@
-"""The listing of a conversion: each sample of a source, written down once, and what of the source is no sample."""
+"""The listing of a conversion: all samples of a source, written once, and what of the source is no sample."""
 
 import contextlib
 import dataclasses
@@ -49,7 +49,7 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
                 why = f"All that it holds was left out ({named(left, 3)}). Sort it" if left else "Add some"
                 raise UserError(f"{source.root}: no images in split {split}. {why}, or move the split away")
     except UserError:
-        for split in new:  # no shard was written from it, and the person may now change the source
+        for split in new:  # No shard was written from it, and the user may now change the source.
             path_of(partial, split).unlink(missing_ok=True)
         raise
 
@@ -98,7 +98,7 @@ def listed(partial: Path, split: str) -> ListingSummary:
 
 def read_unused(partial: Path, split: str) -> list[Unused]:
     """Read what the listing of a split found that is no sample."""
-    path = path_of(partial, split).with_suffix(".unused.jsonl")  # older conversions have none
+    path = path_of(partial, split).with_suffix(".unused.jsonl")  # Older conversions have none.
     return [Unused(*json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -141,9 +141,9 @@ class Listing:
 
     def __init__(self, partial: Path, split: str):
         self._partial = partial
-        # Not from the size of a file, which may have changed: the order of a split depends on its length.
+        # The length does not come from the size of a file, which may have changed: the order of a split depends on it.
         self._samples = listed(partial, split)["samples"]
-        # Both stay open as long as the worker. They are not mapped: that would end it with SIGBUS if they shrank.
+        # Both stay open as long as the worker lives. They are not memory-mapped: SIGBUS would end it if they shrank.
         self._starts = open(partial / "listing" / f"{split}.starts", "rb")  # noqa: SIM115
         self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115
 

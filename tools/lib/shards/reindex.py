@@ -32,8 +32,8 @@ from tools.lib.shards.sources.webdataset import (
     tar_members,
 )
 
-_MAX_IDX_LINE = 1 << 16  # of a sample in an .idx file
-_VALUE = re.compile(r"'[^']*'")  # the reason why a sample is rejected quotes what was found first
+_MAX_IDX_LINE = 1 << 16  # No line of an .idx file, which describes a sample, has more bytes.
+_VALUE = re.compile(r"'[^']*'")  # A reason for rejecting a sample quotes first what was found.
 
 
 def index_webdataset(
@@ -89,7 +89,7 @@ def _check_new(home: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """Keep others from indexing into the same folder meanwhile. Raises a UserError if somebody does, or has done so."""
+    """Lock a folder against other indexing processes. Raises a UserError if one is at work there, or has finished."""
     with locked(home / INDEX_LOCK, f"another process is already indexing {home}"):
         try:
             _check_new(home)
@@ -109,7 +109,7 @@ def _index(
     on_shard: Callable[[int, int], None],
 ) -> Manifest:
     records = home / INDEX_RECORDS
-    if records.exists():  # an earlier call was killed
+    if records.exists():  # An earlier call was killed.
         shutil.rmtree(records)
     for split in found:
         (records / split).mkdir(parents=True)
@@ -126,7 +126,7 @@ def _index(
         shards = {split: [path.stem for path in paths] for split, paths in found.items()}
         _make_links(links)
         manifest = assemble(home, records, description, shards, [*unused, *_unused_members(paths)])
-        for _, idx, record, _ in jobs:  # not before all tars are accepted: they may still be packed again
+        for _, idx, record, _ in jobs:  # Until all tars are accepted they may still be packed again.
             if not os.path.lexists(idx):
                 write_synced(idx, record.with_suffix(".idx").read_bytes())
     finally:
@@ -165,7 +165,7 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-# --- the folder ---
+# --- an index elsewhere ---
 
 
 def _links(root: Path, found: dict[str, list[Path]], out: Path) -> dict[Path, Path]:
@@ -233,7 +233,9 @@ def _describe(root: Path, records: list[Path], audit: bool, skip_bad: bool) -> D
 
 def _grouped_by_cause(rejected: list[Rejection]) -> str:
     """Rejected samples by cause: a few names, and values found, of each of the first causes."""
-    values: dict[str, list[str]] = collections.defaultdict(list)  # cause, with VALUE for the value -> values
+    values: dict[str, list[str]] = collections.defaultdict(
+        list
+    )  # The keys are causes with VALUE in place of the value.
     names: dict[str, list[str]] = collections.defaultdict(list)
     for item in rejected:
         value = _VALUE.search(item["reason"])
@@ -245,7 +247,7 @@ def _grouped_by_cause(rejected: list[Rejection]) -> str:
 
 
 def _unused_members(records: list[Path]) -> Iterator[Unused]:
-    """Yields what in the tars is not read: hidden members by name, parts of samples by number and extension."""
+    """Yield what in the tars is not read: hidden members by name, parts of samples by number and extension."""
     parts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for path in records:
         notes = read_record(path).notes
@@ -297,7 +299,7 @@ def _idx_of(there: Path, samples: dict[str, Parts]) -> bytes:
     """
     if not os.path.lexists(there):
         return dali_index(samples)
-    if not there.is_file():  # reading from a pipe would wait for ever
+    if not there.is_file():  # Reading from a pipe would wait for ever.
         raise UserError(f"{there}: not a regular file. Move it away to have it written")
     is_far_too_long = there.stat().st_size > _MAX_IDX_LINE * (len(samples) + 1)
     if is_far_too_long or not describes(there.read_bytes(), samples):

@@ -169,7 +169,7 @@ def write_shard(
 
 
 class _HashingFile:
-    """Hashes what is written to a file on its way."""
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -186,7 +186,7 @@ def _write_sample(tar: TarWriter, entry: Entry, jpeg: bytes) -> Parts:
     """Write one sample. Returns extension -> (offset, bytes) of its parts."""
     label, start = str(entry.label).encode(), tar.tarstream.offset
     tar.write({"__key__": entry.key, "cls": label, "jpg": jpeg})
-    # header, label in one block, header as long as the first (their names are), JPEG in whole blocks
+    # The tar now ends with a header, the label in one block, a header of the same size and the JPEG in whole blocks.
     padded = len(jpeg) + -len(jpeg) % BLOCK
     header = (tar.tarstream.offset - start - BLOCK - padded) // 2
     return {"cls": (start + header, len(label)), "jpg": (tar.tarstream.offset - padded, len(jpeg))}
@@ -240,10 +240,10 @@ def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
 
 
 def describes(idx: bytes, members: dict[str, Parts]) -> bool:
-    """True if an .idx file of any version lists the parts of a tar, each once, and no others."""
+    """Return whether an .idx file of any version lists the parts of a tar, each once, and no others."""
     listed = [part for sample in read_dali_index(idx) for part in sample]
     parts = {span: name for sample in members.values() for name, span in sample.items()}
     strange = [part for part in listed if parts.get(part[1:]) not in (part[0], "")]
-    needed = [span for span, name in parts.items() if name]  # DALI's own tool has a name of its own for those without
+    needed = [span for span, name in parts.items() if name]  # DALI's own tool makes up names for parts without one.
     found = {part[1:] for part in listed}
     return not strange and found.issuperset(needed) and len(found) == len(listed)

@@ -1,4 +1,4 @@
-"""Is a dataset still what was written."""
+"""Compares a dataset with what was written: every bit that has changed is found, and located where possible."""
 
 import dataclasses
 import hashlib
@@ -19,16 +19,16 @@ from tools.lib.shards.shard import dali_index, read_dali_index
 from tools.lib.shards.sources.tars import BLOCK, first_not_zero, tar_header
 from tools.lib.shards.sources.webdataset import LABEL_PARTS, tar_members
 
-_NAMED = 20  # faults of one shard
+_NAMED = 20  # This many faults of one shard are named.
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Something that is not as it was written.
+    """A file, or a part of one, that differs from what was written.
 
     Attributes:
       file: relative to the dataset folder.
-      where: sample and bytes, as closely as they can be told.
+      where: sample and bytes, as precisely as they are known.
       what: what was found.
     """
 
@@ -47,7 +47,7 @@ def verify(
 
     Args:
       decode: also decode every image.
-      on_shard: told how many shards are done, of how many.
+      on_shard: called with the number of finished shards and of all shards.
     Returns:
       The faults, [] if there are none.
     Raises:
@@ -76,7 +76,7 @@ def verify(
 
 
 def _strangers(root: Path, manifest: Manifest, known: set[str]) -> Iterator[Fault]:
-    """Files that the manifest does not know; what lay beside indexed tars of another writer is fine."""
+    """Yield files that the manifest does not know, except what lay beside indexed tars of another writer."""
     is_foreign = manifest["source"]["kind"] == "webdataset"
     listed = {item["source"] for item in manifest["audit"].get("left_out", ())} if is_foreign else set()
     for path in sorted(root.rglob("*")):
@@ -113,7 +113,7 @@ def _verify_shard(
     Args:
       span: which rows of the index are its own, if the index can be used.
       ours: whether `write_shard` made it.
-      names: hash -> name of all shards of the split, to tell which one was put in its place.
+      names: hash -> name of all shards of the split; a shard in the place of another is recognised by it.
     """
     path, name = root / split / shard["name"], f"{split}/{shard['name']}"
     try:
@@ -142,7 +142,7 @@ def _verify_tar(
     if rows is None:
         return [
             *faults,
-            Fault(name, "", "damaged or swapped; without the index the place cannot be told"),
+            Fault(name, "", "damaged or swapped; without the index the place is not known"),
         ]
     found = list(_locate(path, name, rows) if ours else _locate_images(path, name, rows))
     unknown = Fault(name, "", "not the file of the manifest: damaged outside its samples, or rewritten")
@@ -157,7 +157,7 @@ def _verify_idx(root: Path, split: str, shard: ShardEntry, intact: bool) -> list
     if not faults or not intact or not (root / name).is_file():
         return faults
     found, expected = (root / name).read_bytes(), dali_index(tar_members(root / split / shard["name"]).samples)
-    if hashlib.sha256(expected).hexdigest() != shard["idx_sha256"]:  # another program wrote it: its offset is not known
+    if hashlib.sha256(expected).hexdigest() != shard["idx_sha256"]:  # Another program wrote it.
         return faults
     shorter = min(len(found), len(expected))
     first = next((i for i in range(shorter) if found[i] != expected[i]), shorter)
@@ -166,7 +166,7 @@ def _verify_idx(root: Path, split: str, shard: ShardEntry, intact: bool) -> list
 
 
 def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
-    """Where in a damaged shard the damage is: the samples, headers and padding that are not as they were."""
+    """Yield the damaged parts of a shard: samples, headers and padding that differ from what was written."""
     with open(path, "rb") as file:
         nbytes, position = os.fstat(file.fileno()).st_size, 0
         for row in rows:
@@ -193,7 +193,7 @@ def _locate(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
 
 
 def _slice(file: BinaryIO, start: int, stop: int) -> bytes:
-    """Bytes of a file; those that are no longer there are left out, where a memory map would end the process."""
+    """Bytes of a file. Those that are no longer there are missing, where a memory map would end the process."""
     file.seek(start)
     return file.read(stop - start)
 
@@ -205,7 +205,7 @@ def _check_zeros(file: BinaryIO, name: str, what: str, start: int, stop: int) ->
 
 
 def _locate_images(path: Path, name: str, rows: np.ndarray) -> Iterator[Fault]:
-    """As `_locate` for tars of another writer: images by their checksums, labels where the .idx says they are."""
+    """Do the same for tars of another writer: check images by their checksums, labels where the .idx has them."""
     labels = _labels(path.with_suffix(".idx"))
     with open(path, "rb") as file:
         for row in rows:

@@ -109,7 +109,7 @@ def contents_of(folder: Path) -> Contents:
             continue
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError as error:  # links in a circle, for one
+        except OSError as error:  # Links in a circle are one cause.
             found.others[entry.name] = f"{error.strerror}: move it away"
             continue
         if is_folder:
@@ -129,7 +129,7 @@ def _kind_of(entry: os.DirEntry) -> str:
 
 
 def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str | Unused]:
-    """Visible files at any depth, as paths relative to `root` sorted by their parts; everything else is an Unused.
+    """Yield visible files at any depth, as paths relative to `root` sorted by their parts; all else is an Unused.
 
     A link to a folder that it lies in is an Unused, too, whether it leads there at once or through other links.
 
@@ -238,7 +238,7 @@ def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[
         yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
     broken = [file for file in inside.files if not is_utf8(file)]
     yield from misplaced(str(folder), broken, "a name that is not UTF-8: rename it")
-    # A name that is no image's is looked at as well, and rejected with its name.
+    # A file whose name is no image's is read as well, and rejected by its name.
     files, alike = by_unique(
         (file for file in inside.files if is_utf8(file)),
         lambda file: sample_key(class_id, Path(file).stem if is_image(file) else file),

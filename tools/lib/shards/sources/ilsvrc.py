@@ -1,12 +1,10 @@
 """ImageNet as it is distributed: class tars in a tar, a tar of validation images, and a devkit with their labels."""
 
 import io
-import os
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import is_hidden
@@ -22,11 +20,11 @@ from tools.lib.shards.sources.source import (
     slice_location,
     slice_reader,
 )
-from tools.lib.shards.sources.tars import Readable, tar_files
+from tools.lib.shards.sources.tars import FilePart, Readable, tar_files
 
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-_MAX_DEVKIT_FILE = 64 << 20  # bytes; the largest that is read has 0.5 MB
-# These usually lie beside them and are for other tasks or the test, or are a cache of torchvision.
+_MAX_DEVKIT_FILE = 64 << 20  # The largest file that is read has 0.5 MB.
+# These files usually lie beside them. They are for other tasks or the test, or a cache of torchvision.
 _OTHERS = (
     *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
     *("ILSVRC2012_bbox_*.tar.gz", "ILSVRC2012_bbox_*.tgz", "meta.bin", "MD5SUMS", "*.md5"),
@@ -68,19 +66,19 @@ def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
         synsets = {
             int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
             for row in rows
-            if int(row["num_children"]) == 0  # the others are inner nodes of the hierarchy
+            if int(row["num_children"]) == 0  # The others are inner nodes of the hierarchy.
         }
         return synsets, [int(line) for line in truth.split()]
-    except Exception as error:  # tarfile, zlib and scipy raise whatever damaged files lead them to
+    except Exception as error:  # tarfile, zlib and scipy raise errors of nearly any type about damaged files.
         raise UserError(
             f"{path}: not the ILSVRC2012 devkit, or damaged ({clipped(repr(error), 100)}). Download it again"
         ) from error
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > _MAX_DEVKIT_FILE:  # compressed zeros, for instance
+    if member.size > _MAX_DEVKIT_FILE:  # Compressed zeros would fill the memory.
         raise ValueError(f"{member.name} has {member.size:,} bytes")
-    with tar.extractfile(member) or io.BytesIO() as file:  # None stands for folders, which are no members here
+    with tar.extractfile(member) or io.BytesIO() as file:  # It is None for folders alone.
         return file.read()
 
 
@@ -96,7 +94,7 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
             raise UserError(f"{path}: class {different[0]} is not in {where} ({len(different)} such). Restore both")
         for wnid in sorted(class_tars):
             start = class_tars[wnid].offset_data
-            inner, name = _Part(file, start, class_tars[wnid].size), path / class_tars[wnid].name
+            inner, name = FilePart(file, start, class_tars[wnid].size), path / class_tars[wnid].name
             members = yield from _members(name, inner, is_image, "no image")
             members = yield from _unique(name, members, lambda member: sample_key("", Path(member.name).stem))
             for member in sorted(members.values(), key=lambda member: (member.name, member.offset_data)):
@@ -128,28 +126,6 @@ def _unique(
     for member, first in alike:
         yield Unused(MISPLACED, f"{path.name}: {member.name}", f"has the name of {first.name}: download the tar again")
     return found
-
-
-class _Part(io.RawIOBase):
-    """A range of a file as a file of its own."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int):
-        self._file, self._start, self._size, self._position = file, start, size, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        self._file.seek(self._start + self._position)
-        content = self._file.read(left if size < 0 else min(size, left))
-        self._position += len(content)
-        return content
 
 
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:

@@ -1,8 +1,4 @@
-"""Where images come from: image folders, ImageNet as it is distributed, Kaggle's copy, Hugging Face's parquet files.
-
-A source lists its samples once, in an order that depends on nothing but the data, and reads any of them by the location
-that the listing holds. Listing never holds more than one class (or one file) in memory.
-"""
+"""Recognises what kind of source a folder is, and says what helps if it is none."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +11,14 @@ from tools.lib.shards.sources.kaggle import KAGGLE_DATA, open_kaggle
 from tools.lib.shards.sources.parquet import has_parquet, open_parquet
 from tools.lib.shards.sources.source import VAL_NAMES, Source, SourceOptions
 
-# kind -> (does a folder look like it, open it); the first that fits is taken
+# Each kind has a function that recognises its folder and one that opens it. The first kind that fits is taken.
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, SourceOptions, Path], Source]]] = {
     "ilsvrc": (lambda root: (root / TRAIN_TAR).is_file(), open_ilsvrc),
     "kaggle": (lambda root: (root / KAGGLE_DATA).is_dir(), open_kaggle),
     "folder": (lambda root: (root / "train").is_dir() and not has_parquet(root / "train"), open_folder),
     "parquet": (lambda root: has_parquet(root) or has_parquet(root / "train"), open_parquet),
 }
-# Names of folders that hold the images of all classes, or something else about them.
+# Folders of these names hold the images of all classes, or something else about them.
 _NO_CLASSES = ("images", "image", "img", "imgs", "jpegimages", "annotations", "labels", "masks", "data", "photos")
 _EXPECTED = (
     f"Expected a folder with train/CLASS/*.jpg; or {TRAIN_TAR}, {VAL_TAR} and {DEVKIT}; or Kaggle's "

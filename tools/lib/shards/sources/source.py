@@ -15,7 +15,7 @@ from typing import Final, Literal
 from tools.lib.shards.images import MAX_BYTES, RejectedImageError
 
 SPLITS = ("train", "val")
-VAL_NAMES = ("val", "valid", "validation")  # usual names of the validation split's folder or files
+VAL_NAMES = ("val", "valid", "validation")  # The validation split's folder or files usually have one of these names.
 UnusedKind = Literal["hidden", "expected", "misplaced"]
 HIDDEN: Final = "hidden"
 EXPECTED: Final = "expected"

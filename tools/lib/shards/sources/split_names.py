@@ -7,7 +7,11 @@ from fnmatch import fnmatchcase
 from tools.lib.shards.sources.contents import printable
 from tools.lib.shards.sources.source import MISPLACED, VAL_NAMES, Unused
 
-SPLIT_WORDS = {"train": "train", "test": "test", **dict.fromkeys(VAL_NAMES, "val")}  # word in a name -> split
+SPLIT_WORDS = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(VAL_NAMES, "val"),
+}  # These words in a name mean a split.
 _NUMBER = re.compile(r"(\d{1,6})([-_]of[-_])(\d{1,6})(?!\d)")
 _MISSING = "not there, though the names of the others count it: download it"
 

@@ -8,7 +8,7 @@ import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, grouped, named
 from pipelines.common.files import instead_of_content
@@ -16,16 +16,16 @@ from tools.lib.shards.sources.contents import printable
 
 BLOCK = 512
 Parts = dict[str, tuple[int, int]]  # The parts of a sample in a tar: extension -> (offset, bytes) of the content.
-_END = 2 * BLOCK  # a writer ends an archive with two blocks of zeros
+_END = 2 * BLOCK  # A writer ends an archive with two blocks of zeros.
 # Writers fill the file with zeros up to a multiple of their record. It has 20 blocks unless the person chose another
 # size, as `tar -b 128` does for tapes and file servers; usual choices are powers of two from 32 KiB to 1 MiB.
 _RECORD = 20 * BLOCK
 _LARGER_RECORDS = tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
 _ZEROS = bytes(_CHUNK)
-_MAX_HEADER = 1 << 20  # before one member: names and remarks of any usual archive are far shorter
-_VOLUME_LABEL = b"V"  # written by `tar --label`
-# The first bytes of compressed files: suffix and the tool that unpacks them.
+_MAX_HEADER = 1 << 20  # The headers before one member, with names and remarks, are far shorter in any usual archive.
+_VOLUME_LABEL = b"V"  # `tar --label` writes it.
+# Compressed files are recognised by their first bytes; each kind has a suffix and a tool that unpacks it.
 COMPRESSED = {
     b"\x1f\x8b": (".gz", "gunzip"),
     b"BZh": (".bz2", "bunzip2"),
@@ -34,24 +34,28 @@ COMPRESSED = {
 }
 
 
-class Readable(Protocol):
-    """A file, or a part of one, that is read from any place."""
+class FilePart(io.RawIOBase):
+    """A range of a file as a file of its own."""
 
-    def seek(self, offset: int, whence: int = ..., /) -> int:
-        """Move to a place."""
-        ...
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
 
-    def tell(self) -> int:
-        """The present place."""
-        ...
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset in the range."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
 
-    def read(self, size: int = ..., /) -> bytes:
-        """Bytes from there on."""
-        ...
+    def read(self, size: int = -1) -> bytes:
+        """Read from there on, at most to the end of the range."""
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if size < 0 else min(size, left))
+        self._position += len(content)
+        return content
 
-    def fileno(self) -> int:
-        """The descriptor. Raises an OSError where there is none."""
-        ...
+
+Readable = BinaryIO | FilePart
 
 
 def tar_files(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
@@ -89,7 +93,7 @@ def tar_entries(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 headers.left = _MAX_HEADER
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all of them otherwise
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # Otherwise it keeps all.
                 if member.size < 0 or tar.offset <= member.offset:
                     raise tarfile.ReadError(f"{clipped(printable(member.name))} has {member.size} bytes")
                 if not member.isdir() and member.type != _VOLUME_LABEL:
@@ -97,7 +101,7 @@ def tar_entries(path: Path, file: Readable) -> Iterator[tarfile.TarInfo]:
             end = tar.offset
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). Look at that file or disk") from error
-    except Exception as error:  # damaged headers bring tarfile to raise nearly anything
+    except Exception as error:  # tarfile raises errors of nearly any type about damaged headers.
         raise UserError(f"{path}: {_why_no_tar(path, file, nbytes, error)}") from error
     _check_end(path, file, end, nbytes)
 
@@ -113,9 +117,6 @@ class _Headers(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
 
     def read(self, nbytes: int = -1) -> bytes:
         if not 0 <= nbytes <= self.left:
@@ -145,7 +146,10 @@ def check_compressed(root: Path, tars: list[Path]) -> None:
     """
     found: dict[str, list[Path]] = {}
     for path in tars:
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # reading it says what is wrong
+        with (
+            contextlib.suppress(OSError),
+            open(path, "rb", buffering=0) as file,
+        ):  # An error is reported when the tar is read.
             head = file.read(BLOCK)
             for magic, (_, tool) in COMPRESSED.items():
                 if head.startswith(magic) and not _is_header(head):
@@ -207,14 +211,14 @@ def _behind_hole(file: Readable, start: int) -> int:
     try:
         descriptor = file.fileno()
         before = os.lseek(descriptor, 0, os.SEEK_CUR)
-    except OSError:  # a part of a file has no descriptor
+    except OSError:  # A part of a file has no descriptor.
         return start
     try:
         return os.lseek(descriptor, start, os.SEEK_DATA)
     except OSError as error:
-        return os.fstat(descriptor).st_size if error.errno == errno.ENXIO else start  # nothing but a hole follows
+        return os.fstat(descriptor).st_size if error.errno == errno.ENXIO else start  # Only a hole follows.
     finally:
-        os.lseek(descriptor, before, os.SEEK_SET)  # where the buffer of `file` believes it to be
+        os.lseek(descriptor, before, os.SEEK_SET)  # The buffer of `file` expects it there.
 
 
 def _what_follows(path: Path, file: Readable, end: int, begin: int) -> str:

@@ -20,14 +20,14 @@ from tools.lib.shards.sources.split_names import missing_files, named_split, of_
 from tools.lib.shards.sources.tars import COMPRESSED, Parts, tar_entries, why_not_a_file
 
 _DOCUMENTS = ("README*", "LICENSE*", "*.md", "MD5SUMS", "SHA256SUMS", "_info.json")
-LABEL_PARTS = ("cls", "class", "label")  # usual names of a sample's class number, in order of preference
+LABEL_PARTS = ("cls", "class", "label")  # usual names of class numbers, the preferred one first
 INDEX_RECORDS, INDEX_LOCK = ".index.partial", ".index.lock"
 # pipelines.common.files.replacing makes these names, and leaves the file when its process is killed. The pattern
 # repeats the spelling, so that no file of a person is taken for such a leftover.
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{8}\.partial")
 _IMAGE_PARTS = frozenset(extension[1:] for extension in EXTENSIONS)
-_MAX_LABEL_BYTES = 32  # a class number may have spaces around it
-_MAX_DIGITS = 18  # larger class numbers need not fit into 64 bits
+_MAX_LABEL_BYTES = 32  # A class number may have spaces around it.
+_MAX_DIGITS = 18  # Larger class numbers need not fit into 64 bits.
 
 
 def find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
@@ -96,7 +96,7 @@ def _why_no_shard(name: str, is_folder: bool) -> str:
         return "a folder among the tars: move tars that it holds up, or move it away"
     for suffix, tool in COMPRESSED.values():
         if name.endswith(suffix) or (name.endswith(".tgz") and suffix == ".gz"):
-            tool += " --rm" if suffix == ".zst" else ""  # it keeps the compressed file otherwise
+            tool += " --rm" if suffix == ".zst" else ""  # Otherwise it keeps the compressed file.
             return f"compressed, so nothing in it can be read alone: unpack it with {tool}"
     if name.endswith(".idx"):
         return "describes a tar that is not there: move it away"

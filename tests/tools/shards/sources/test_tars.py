@@ -12,8 +12,7 @@ from pipelines.shards.index import read_index
 from support.hand_made import keys, listed, put, refused, run, samples, tar_of
 from tools.lib.predict.image_files import items_of
 from tools.lib.shards.reindex import index_webdataset
-from tools.lib.shards.sources.ilsvrc import _Part
-from tools.lib.shards.sources.tars import tar_files
+from tools.lib.shards.sources.tars import FilePart, tar_files
 from tools.lib.shards.sources.webdataset import tar_members
 
 pytestmark = pytest.mark.usefixtures("jobs_in_this_process")
@@ -297,5 +296,5 @@ def test_a_tar_inside_a_tar_is_read_to_its_end_too(tmp_path):
         path = put(tmp_path / "outer.tar", tar_of({"n01.tar": content, "n02.tar": inner}))
         with open(path, "rb") as file:
             member = next(tar_files(path, file))
-            part = _Part(file, member.offset_data, member.size)
+            part = FilePart(file, member.offset_data, member.size)
             assert message in refused(list, tar_files(path / member.name, part))
