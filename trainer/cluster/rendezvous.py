@@ -25,7 +25,8 @@ from pipelines.common.files import parsed_json
 from pipelines.common.launcher import launched
 from pipelines.shards.manifest import read_manifest
 from trainer.cluster.code_version import code_version
-from trainer.config.sections import Config, shared_settings
+from trainer.config.natures import shared_settings
+from trainer.config.sections import Config
 
 # The checks done, a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. The watchdog finds a rank that hangs; this is the bound where it is off.

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from docstring_parser import parse as parse_docstring
 
+from trainer.config.natures import section_types, setting_natures
 from trainer.config.paper import paper_arguments
-from trainer.config.sections import Config, section_types, setting_natures, to_dict
+from trainer.config.sections import Config, to_dict
 
 # Where the recipe's own file leaves the authors' code on purpose: key -> what the authors' code does, and why not here.
 _ON_PURPOSE = {

@@ -13,7 +13,7 @@ import yaml
 
 from pipelines import PipelineConfig
 from pipelines.common.errors import UserError, naming_settings
-from pipelines.common.settings import Nature, Section, check, natures, setting
+from pipelines.common.settings import Section, check, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
 from trainer.config.cli import parse_settings
@@ -402,17 +402,6 @@ class Config:
         return parse(arguments)
 
 
-def section_types() -> dict[str, Any]:
-    """The dataclass of each section by its name."""
-    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
-
-
-def setting_natures() -> dict[str, Nature]:
-    """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
-    kinds = section_types().items()
-    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
-
-
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """The configuration of a command line, as `parse_settings`; `--audit` is a flag that it lets pass."""
     flags = {"audit": "list what differs from the USI recipe, and train nothing"}
@@ -435,19 +424,3 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The configuration as a file that `--config` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """The configuration as plain values by SECTION.NAME."""
-    return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}
-
-
-def shared_settings(config: Config) -> dict[str, Any]:
-    """What the machines of a run must have in common, as plain values by SECTION.NAME."""
-    nature_of, nature_of_item = setting_natures(), natures(OtherTeacher)
-    found = {key: value for key, value in flat(config).items() if not nature_of[key].per_machine}
-    found["teacher.others"] = [
-        {name: value for name, value in other.items() if not nature_of_item[name].per_machine}
-        for other in found["teacher.others"]
-    ]
-    return found

@@ -16,8 +16,8 @@ from torch import nn
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import misfit
+from trainer.config.natures import section_types
 from trainer.config.recipe import are_audit_rows
-from trainer.config.sections import section_types
 from trainer.models.batch_norm import running_statistics
 from trainer.models.files.torch_files import memory_for
 

@@ -110,10 +110,10 @@ def check_num_outputs(name: str, weights: dict[str, torch.Tensor], num_classes: 
 def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
     """Raise a UserError if what a model has taken from weights is not finite, or was whole numbers."""
     own = model.state_dict()
-    given = {**own, **weights}
     for name, value in own.items():
-        if value.is_floating_point() and not given[name].is_floating_point():
-            kind = str(given[name].dtype).removeprefix("torch.")
+        given = weights.get(name)
+        if given is not None and value.is_floating_point() and not given.is_floating_point():
+            kind = str(given.dtype).removeprefix("torch.")
             raise UserError(
                 f"{source}: '{clipped(name)}' holds {kind}, not floating numbers. Give the file as it was saved"
             )

@@ -1,0 +1,1 @@
+"""Parts of tools/average.py: the checkpoints that it averages."""

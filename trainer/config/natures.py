@@ -1,0 +1,34 @@
+"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Nature)."""
+
+import dataclasses
+from typing import Any
+
+from pipelines.common.settings import Nature, natures
+from trainer.config.sections import Config, OtherTeacher, to_dict
+
+
+def section_types() -> dict[str, Any]:
+    """The dataclass of each section by its name."""
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+def setting_natures() -> dict[str, Nature]:
+    """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
+    kinds = section_types().items()
+    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration as plain values by SECTION.NAME."""
+    return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What the machines of a run must have in common, as plain values by SECTION.NAME."""
+    nature_of, nature_of_item = setting_natures(), natures(OtherTeacher)
+    found = {key: value for key, value in flat(config).items() if not nature_of[key].per_machine}
+    found["teacher.others"] = [
+        {name: value for name, value in other.items() if not nature_of_item[name].per_machine}
+        for other in found["teacher.others"]
+    ]
+    return found
