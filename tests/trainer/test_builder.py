@@ -45,7 +45,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
 def test_the_ema_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
-    (_, normalize, pipeline), plan = run.evaluate.args, run.evaluate.keywords["plan"]
+    normalize, pipeline, plan = run.evaluate.normalize, run.evaluate.pipeline, run.evaluate.plan
     for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
         alone = evaluate({"it": model}, normalize, pipeline, plan, batch=128, precision=torch.float32, world=ONE)
         assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
@@ -112,7 +112,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "run.global_batch is 50; it must be a multiple of augment.mix_group, 32" in mistake(
         out, *data, "--run.global_batch", 50
     )
-    assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
+    assert "data.pipeline: 'ffcv' is not one of 'auto', 'dali'" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
 
