@@ -45,7 +45,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
 def test_the_ema_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)
-    (_, normalize, pipeline), plan = run.evaluate.args, run.evaluate.keywords["plan"]
+    normalize, pipeline, plan = run.evaluate.normalize, run.evaluate.pipeline, run.evaluate.plan
     for name, model in (("raw", run.state.student), ("ema", run.state.ema.module)):
         alone = EvalPass(normalize, pipeline, plan, 128, torch.float32, ONE).accuracy({"it": model})
         assert alone["it"] == pytest.approx(summary["evaluation"][name], rel=1e-5), name
