@@ -112,7 +112,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "run.global_batch is 50; it must be a multiple of augment.mix_group, 32" in mistake(
         out, *data, "--run.global_batch", 50
     )
-    assert "data.pipeline is 'ffcv', not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
+    assert "data.pipeline: 'ffcv' is not one of auto, dali" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key '--run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
 
