@@ -179,39 +179,8 @@ def _bar() -> ProgressBar:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-
     build_parser = commands.add_parser("build", help="convert; run it again to resume after an interruption")
-    build_parser.add_argument(
-        "src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files"
-    )
-    build_parser.add_argument("out", type=path_argument, help="dataset folder to make")
-    build_parser.add_argument(
-        "--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)"
-    )
-    build_parser.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
-    build_parser.add_argument(
-        "--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)"
-    )
-    build_parser.add_argument(
-        "--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX"
-    )
-    build_parser.add_argument(
-        "--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)"
-    )
-    build_parser.add_argument(
-        "--class-order",
-        choices=CLASS_ORDERS,
-        default="",
-        help="order of class folders: text (torchvision's, the default) or numeric (timm's: 2 before 10)",
-    )
-    build_parser.add_argument(
-        "--image-column", default="image", metavar="NAME", help="of parquet files (default image)"
-    )
-    build_parser.add_argument(
-        "--label-column", default="label", metavar="NAME", help="of parquet files (default label)"
-    )
-    build_parser.add_argument("--part", type=_part, metavar="I/N", help="the part that one machine converts")
-    build_parser.set_defaults(run=_build)
+    _add_build_options(build_parser)
 
     merge_parser = commands.add_parser("merge", help="finish a conversion that several machines shared")
     merge_parser.add_argument("out", type=path_argument)
@@ -243,6 +212,30 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.command == "build" and options.part is None:
         options.part = _part_from_environment()
     return options
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "src", type=path_argument, help="image folder, ILSVRC2012 tars, Kaggle's copy, or parquet files"
+    )
+    parser.add_argument("out", type=path_argument, help="dataset folder to make")
+    parser.add_argument(
+        "--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
+    parser.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
+    parser.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
+    parser.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
+    parser.add_argument(
+        "--class-order",
+        choices=CLASS_ORDERS,
+        default="",
+        help="order of class folders: text (torchvision's, the default) or numeric (timm's: 2 before 10)",
+    )
+    parser.add_argument("--image-column", default="image", metavar="NAME", help="of parquet files (default image)")
+    parser.add_argument("--label-column", default="label", metavar="NAME", help="of parquet files (default label)")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="the part that one machine converts")
+    parser.set_defaults(run=_build)
 
 
 def _positive(text: str) -> int:

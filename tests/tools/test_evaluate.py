@@ -272,7 +272,10 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
             ["--data.crop_pct", "1.5", "--data.root", "DIGITS", "--student.checkpoint", "LAST"],
             "crop_pct is 1.5; .* black",
         ),
-        (["--data.crop_mode", "border", "--data.root", "DIGITS", "--student.checkpoint", "LAST"], "not center or squa"),
+        (
+            ["--data.crop_mode", "border", "--data.root", "DIGITS", "--student.checkpoint", "LAST"],
+            "not one of center, squash",
+        ),
         (["--student.wieghts", "ema"], "unknown key '--student.wieghts'; did you mean '--student.weights'"),
         (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: not a file in a folder"),
     ],

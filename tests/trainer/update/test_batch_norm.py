@@ -162,7 +162,7 @@ def test_an_ema_that_is_switched_on_or_off_later_takes_what_there_is(digits, tmp
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(UserError, match="run.batch_norm is 'mean', not one of reduce, broadcast, none, sync"):
+    with pytest.raises(UserError, match="run.batch_norm: 'mean' is not one of reduce, broadcast, none, sync"):
         parse(["--run.batch_norm", "mean"])
 
 
