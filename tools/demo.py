@@ -96,7 +96,7 @@ def _newest_checkpoint(run: Path) -> Path:
 
 
 def _top1(run: Path) -> float:
-    """Top-1 of the averaged weights, in percent."""
+    """Top-1 of the EMA weights, in percent."""
     return round(json.loads((run / SUMMARY).read_text())["evaluation"]["ema"]["top1"], 2)
 
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     start_s = time.perf_counter()
     with exit_on_user_error():
         summary = demo(folder)
-    table = Table(title="Top-1 of the averaged weights on 360 digits that none of them has seen")
+    table = Table(title="Top-1 of the EMA weights on 360 digits that none of them has seen")
     table.add_column("model")
     table.add_column("learned from")
     table.add_column("top-1 %", justify="right")

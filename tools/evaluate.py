@@ -40,7 +40,7 @@ from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.trained import TrainedModel, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import order_doubt
-from trainer.models.class_order import order_warning
+from trainer.models.order_warning import order_warning
 from trainer.update.precision import resolve_precision
 
 

@@ -42,7 +42,7 @@ from trainer.config.setting_names import spelling_settings
 from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_named
 from trainer.models.fold_batch_norm import fold_batch_norms
 
-_CHECKED = 3  # images at once, beside one alone
+_CHECKED = 3  # Each export is checked on one image, and on a batch of this many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +89,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to make, or an empty one")
     parser.add_argument("--name", help="timm's name, for a file that does not say which model it is of")
-    parser.add_argument("--weights", choices=KINDS, default="auto", help="of a checkpoint (default: the EMA)")
+    parser.add_argument(
+        "--weights",
+        choices=KINDS,
+        default="auto",
+        help="the weights that are exported; by default a checkpoint's EMA, and a run's best weights",
+    )
     parser.add_argument("--classes", type=path_argument, metavar="FILE", help="names of the outputs, one on a line")
     parser.add_argument("--onnx", action="store_true", help=f"write {ONNX}, for any batch")
     parser.add_argument("--torch-export", action="store_true", help=f"write {PROGRAM}, for any batch")
-    parser.add_argument("--fold", action="store_true", help="without BatchNorm in these two")
+    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions of these two")
     parser.add_argument(
-        "--evaluation", type=path_argument, metavar="FILE", help="of tools.evaluate's --run.json, for the card"
+        "--evaluation",
+        type=path_argument,
+        metavar="FILE",
+        help="a file that tools/evaluate.py --run.json wrote, for the card",
     )
     return parser.parse_args(arguments)
 

@@ -291,7 +291,7 @@ class Evaluator:
         if self.state.ema is not None:
             weights["ema"] = self.state.ema.module
         eval_pass = EvalPass(self.normalize, self.pipeline, plan, self.config.eval_batch, self.precision, world)
-        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # The record of a run is plain.
+        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # metrics.jsonl stores it as a plain dict.
 
 
 def build_step(
@@ -303,7 +303,7 @@ def build_step(
     micro_batch: int,
     compiler: Compiler = uncompiled,
 ) -> TrainStep:
-    """The update of a run, with each rank's own statistics, which DDP has replaced by those of rank 0."""
+    """Make the update, then restore each rank's statistics: DDP overwrites them with rank 0's when it is built."""
     step = TrainStep(config, state, inputs, teachers, world, micro_batch=micro_batch, compiler=compiler)
     state.restore_rank_statistics(world.rank, world.size)
     return step
@@ -334,7 +334,7 @@ def warmed_up_step(
     size = plan.image_size_at(state.step // plan.steps_per_epoch)
     if compiler is uncompiled:
         if world.size > 1:
-            step.warm_up(gray_batch(2, size, 2, world.device))
+            step.warm_up(gray_batch(2, size, 2, world.device))  # Two images are the smallest mixing group.
         return step, ""
     world.heartbeat("compiling", COMPILE_PATIENCE_S)
     try:

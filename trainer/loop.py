@@ -57,7 +57,7 @@ def train(run: Run) -> Summary:
 
 
 def updates_with_rollback(run: Run, monitor: Monitor) -> Outcome:
-    """All updates; after a loss that is not finite once more from the last checkpoint, if the configuration says so."""
+    """Run all updates. With run.on_nonfinite rollback, return to the last checkpoint once after a non-finite loss."""
     retried_step = -1
     while True:
         try:
@@ -88,14 +88,16 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
       NonFiniteError: on every rank, if a loss or gradient is not finite.
     """
     config, state = run.config.run, run.state
+    # The step was built for this session's number of ranks and micro-batch.
     assert run.step.num_micro_batches * state.micro_batch * run.world.size == run.plan.global_batch
-    is_saved, evaluation = True, Evaluation()
+    is_saved, evaluation = True, Evaluation()  # The state is that of its checkpoint, or no update has changed it.
     # Restore the last update's learning rate: a checkpoint may be saved before the next update sets it.
     run.set_learning_rate(max(state.step - 1, 0))
     preview = config.out / SAMPLES if run.world.is_main else None
     with contextlib.closing(run.feed(state.step, preview)) as batches:
         monitor.watch(batches.wait)
         while True:
+            # All ranks get the answer to the question of one step ago, so that nobody waits for it.
             agreed = run.preemption.agree(bool(run.checkpoints.writer.failure))
             if agreed.failed:
                 run.checkpoints.check()
@@ -113,6 +115,7 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
                 run.checkpoints.save(state)
                 is_saved = True
             if is_end:
+                # A signal after the last update stops nothing: the run is complete.
                 is_complete = state.step == run.stop and not run.evaluation_due
                 return Outcome(evaluation, 0 if is_complete else agreed.signal)
             run.set_learning_rate(state.step)
@@ -126,7 +129,7 @@ def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:
     """The metrics of the present weights, {} if a signal came; the best weights so far are saved."""
     assert run.evaluate is not None
     state = run.state
-    with monitor.evaluating():
+    with monitor.evaluating():  # A checkpoint that could not be written is reported by the next call of agree().
         results = run.evaluate(interrupted=lambda: bool(run.preemption.agree(False).signal))
     if not results:
         return {}

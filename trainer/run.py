@@ -7,7 +7,9 @@ torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root
 import os
 import signal
 
-if __name__ == "__main__":  # The imports take seconds, and there is nothing to save yet: end without a traceback.
+# The imports take seconds, and there is nothing to save yet: a signal ends the process without a traceback. 130 and 75
+# are INTERRUPTED and REQUEUE of trainer/cluster/preemption.py, which cannot be imported yet.
+if __name__ == "__main__":
     for _number, _code in ((signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
@@ -35,7 +37,7 @@ from trainer.config.recipe import audit_table
 from trainer.config.sections import Config, parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
-from trainer.models.checks import one_value_is_reported
+from trainer.models.checks import reporting_one_value_per_channel
 from trainer.models.files.model_folders import model_contents
 from trainer.monitor.run_files import reporting_full_disk
 from trainer.update.precision import resolve_precision
@@ -44,6 +46,7 @@ from trainer.update.precision import resolve_precision
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a run that a signal has stopped ends the process with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # From here on Ctrl-C raises KeyboardInterrupt again, which reporting_errors reports.
     with handling({signal.SIGINT: signal.default_int_handler}), reporting_errors():
         config = parse(arguments, prog="trainer/run.py")
         if "--audit" in arguments:
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         with joined(config) as world:
             preemption = Preemption(world)
-            with preemption.catching_signals():
+            with preemption.catching_signals():  # A signal during build() stops the run before its first update.
                 summary = train(build(config, world, preemption))
     if stopped_by := summary["session"].get("stopped_by"):
         sys.exit(exit_code(signal.Signals[stopped_by]))
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 def reporting_errors() -> Iterator[None]:
     """Inside, an error that the user can fix ends the process with one line, and Ctrl-C with another."""
     try:
-        with exit_on_user_error(), reporting_out_of_memory(), one_value_is_reported():
+        with exit_on_user_error(), reporting_out_of_memory(), reporting_one_value_per_channel():
             yield
     except KeyboardInterrupt:
         message = "interrupted. Run the same command again: it resumes from the newest checkpoint, if there is one"
@@ -71,7 +74,7 @@ def reporting_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[World]:
-    """The ranks of a run, watched. Inside, signals end the process until something else handles them."""
+    """Join the ranks and start the watchdog. Inside, signals end the process until something else handles them."""
     with (
         reporting_full_disk(),
         requeueing_on_signals(),

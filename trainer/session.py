@@ -81,7 +81,7 @@ def ended_summary(run: Run, monitor: Monitor) -> Summary | None:
         return None
     monitor.say(f"nothing to do: the run has done {run.state.step} of {run.total_steps} steps")
     if run.world.is_main and summary["finished"] and not (out / "report" / PAGE).exists():
-        monitor.say(report_or_reason(out))  # The disk was full when the run ended.
+        monitor.say(report_or_reason(out))  # It could not be written when the run ended, on a full disk for example.
     return summary
 
 

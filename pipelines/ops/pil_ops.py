@@ -1,6 +1,6 @@
 """The reference: libjpeg, torch's resize and timm's own PIL operations, one image at a time.
 
-The other forms of the operations, and DALI's decoder, are held to these pixels.
+The other forms of the operations, and DALI's decoder, must equal these pixels.
 """
 
 from collections.abc import Callable, Sequence

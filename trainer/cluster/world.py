@@ -21,7 +21,7 @@ def _ignore(where: str, patience_s: float = 0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all of the run.
+    """This process's place among the run's ranks.
 
     Attributes:
       rank, size: among all processes.
@@ -93,7 +93,7 @@ def join_world(
       device: auto, cuda or cpu; auto is cuda where there is one. One rank a GPU; NCCL between GPUs, Gloo between CPUs.
       facts: gives, for a rank's device, what must be equal on all (trainer/cluster/rendezvous.py); it is called where
         there are several ranks.
-      ready_s: within which the ranks must have met, and after that have made their first collective.
+      ready_s: seconds that the ranks have for meeting, and again for their first collective.
     Raises:
       UserError: a GPU was asked for and there is none for this rank; ranks are missing, differ, or do not connect; srun
         started copies that do not know of each other.

@@ -283,7 +283,7 @@ class EmaConfig(Section):
     """The exponential moving average of the weights, BatchNorm buffers included.
 
     Attributes:
-      decay: of the average, at every update; 0 keeps none.
+      decay: decay of the EMA at every update; 0 keeps no EMA.
       warmup: lower at first, (1 + t) / (10 + t) after t updates until that reaches decay, so that the initial weights
         are soon forgotten.
     """
@@ -337,7 +337,7 @@ class RunConfig(Section):
     precision: Precision = setting("auto", on_resume="reported")
     # The recipe computes in half precision, and what autocast leaves in float32 loses no more than that: TF32 has the
     # 10 bits of fp16's mantissa and float32's range. PyTorch's own default is true for convolutions and false for
-    # products; the authors left both alone, on cards without TF32.
+    # products; the authors left both alone, on GPUs without TF32.
     tf32: bool = setting(True, recipe=False, on_resume="reported")
     batch_norm: Literal["reduce", "broadcast", "none", "sync"] = setting("reduce", on_resume="reported")
     channels_last: bool = setting(True, recipe=False)

@@ -23,7 +23,8 @@ from trainer.models.files.torch_files import memory_for
 
 FORMAT_VERSION = 1
 _MOST_STEPS = 10**12
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW has these two for each parameter.
+# AdamW keeps these two tensors for each parameter, and the count "step". An optimizer with others changes this line.
+OPTIMIZER_TENSORS = ("exp_avg", "exp_avg_sq")
 
 
 class DamagedError(UserError):
@@ -145,9 +146,13 @@ def _is_optimizer(value: object) -> bool:
 
 def _is_state(value: object) -> bool:
     """Whether a value is what AdamW knows of a parameter."""
-    if not isinstance(value, dict) or {*value} != {"step", *_MOMENTS} or not all(map(torch.is_tensor, value.values())):
+    if (
+        not isinstance(value, dict)
+        or {*value} != {"step", *OPTIMIZER_TENSORS}
+        or not all(map(torch.is_tensor, value.values()))
+    ):
         return False
-    return value["step"].numel() == 1 and all(value[name].is_floating_point() for name in _MOMENTS)
+    return value["step"].numel() == 1 and all(value[name].is_floating_point() for name in OPTIMIZER_TENSORS)
 
 
 def _is_scaler(value: object) -> bool:
@@ -215,7 +220,7 @@ def check_resumable(content: dict, step: int) -> None:
     if content.get("evaluated", 0) > step:
         raise FieldError(f"'evaluated' is {content['evaluated']:,}, and 'step' is {step:,}")
     if content["ema"] is None and content["config"].get("ema", {}).get("decay"):
-        raise FieldError("'ema' is null, and its settings say that an average is kept")
+        raise FieldError("'ema' is null, and its settings say that an EMA is kept")
     states = content["optimizer"]["state"]
     if late := [number for number, state in states.items() if not 0 <= state["step"].item() <= step]:
         raise FieldError(f"'optimizer' has done {states[late[0]]['step'].item():,} steps")
@@ -229,7 +234,7 @@ def first_not_finite(content: dict) -> str:
         if name := not_finite((content.get(part) or {}).items()):
             return f"'{name}' in '{part}'"
     for number, state in content.get("optimizer", {}).get("state", {}).items():
-        if name := not_finite((name, state[name]) for name in _MOMENTS if name in state):
+        if name := not_finite((name, state[name]) for name in OPTIMIZER_TENSORS if name in state):
             return f"'{name}' of parameter {number} in 'optimizer'"
     return ""
 

@@ -106,12 +106,12 @@ def check_batch_norm(student: nn.Module, micro_batch: int, image_sizes: list[int
         return
     with torch.random.fork_rng(devices=[]):  # a copy: BatchNorm's statistics stay what they are
         for size in sorted({*image_sizes}):
-            with one_value_is_reported(size):
+            with reporting_one_value_per_channel(size):
                 copy.deepcopy(student).train()(torch.zeros(1, 3, size, size))
 
 
 @contextlib.contextmanager
-def one_value_is_reported(image_size: int | None = None) -> Iterator[None]:
+def reporting_one_value_per_channel(image_size: int | None = None) -> Iterator[None]:
     """Inside, a normalisation over a single value is a UserError."""
     try:
         yield

@@ -12,7 +12,7 @@ class ModelEma:
     """Exponential moving average of a model's parameters and BatchNorm statistics; other buffers are copied.
 
     Attributes:
-      module: the model with the averaged weights, in evaluation mode.
+      module: the model with the EMA weights, in evaluation mode.
 
     Args:
       model: the unwrapped model; the EMA starts from its present weights.

@@ -13,7 +13,6 @@ from trainer.config.sections import Config, OtherTeacher, TeacherConfig
 from trainer.config.setting_names import SettingError, Spelling, prefix_of, spelling_settings
 from trainer.models.checks import check_logits, check_size
 from trainer.models.class_names import check_order_stated, class_order, listed_outputs
-from trainer.models.class_order import order_warning
 from trainer.models.factory import (
     create_model,
     download,
@@ -25,6 +24,7 @@ from trainer.models.files.model_folders import named_folder
 from trainer.models.files.weights import Checkpoint
 from trainer.models.fold_batch_norm import fold_batch_norms
 from trainer.models.normalize import Normalize
+from trainer.models.order_warning import order_warning
 from trainer.models.preprocessing import preprocessing
 
 
@@ -186,7 +186,7 @@ def teacher_warning(
 
     Args:
       pairs: each rank's int32 [2, N], for N mixed images: the label with the larger weight, the teachers' best class.
-      names: as for trainer.models.class_order.order_warning.
+      names: as for trainer.models.order_warning.order_warning.
       unnamed: as Teachers.unnamed: the order of these teachers' outputs may be another one.
     """
     labels, best = np.concatenate(pairs, axis=1)

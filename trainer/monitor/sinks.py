@@ -42,7 +42,7 @@ def scalars(record: dict) -> Iterator[tuple[str, float]]:
 
 
 class TensorBoard:
-    """Writes event files to RUN/tensorboard. Where a run goes back, TensorBoard drops the steps after that one."""
+    """Writes event files to RUN/tensorboard. After a rollback, TensorBoard drops the later steps."""
 
     def __init__(self, config: Config):
         try:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from trainer.cluster.world import World
-from trainer.models.class_order import num_images_needed
+from trainer.models.order_warning import num_images_needed
 from trainer.models.teacher import teacher_warning
 
 

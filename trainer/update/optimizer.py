@@ -11,7 +11,11 @@ from trainer.config.sections import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on 1-D parameters, biases and what `model.no_weight_decay()` names."""
+    """AdamW without weight decay on 1-D parameters, biases and what `model.no_weight_decay()` names.
+
+    trainer/models/checkpoint_format.py lists the tensors that it keeps for each parameter. Checkpoints are checked
+    against that list, and the warm-up of an update allocates as many.
+    """
     no_weight_decay = getattr(model, "no_weight_decay", None)
     excluded = no_weight_decay() if no_weight_decay is not None else ()
     groups = param_groups_weight_decay(model, weight_decay=config.weight_decay, no_weight_decay_list=excluded)

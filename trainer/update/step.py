@@ -14,6 +14,7 @@ from pipelines.batch import Batch
 from pipelines.plan import rng
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig
+from trainer.models.checkpoint_format import OPTIMIZER_TENSORS
 from trainer.models.teacher import Teachers, agreement
 from trainer.state.train_state import TrainState
 from trainer.update.batch_norm import StatisticsAverage
@@ -64,11 +65,11 @@ class StepMetrics:
 
 
 class TrainStep:
-    """The update of a student, `step(batches, number)`; it is made once a run.
+    """The update of a student, `step(batches, number)`.
 
     Attributes:
       inputs: makes what the models see of a Batch.
-      teacher: maps their inputs to logits, all teachers as one, compiled if the student is; None without.
+      teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
       num_micro_batches: forward passes an update on this rank.
 
     Args:
@@ -137,11 +138,11 @@ class TrainStep:
         with torch.no_grad():
             student_input, teacher_inputs = self.inputs(batch)
             # The teachers go first, so that their activations are gone when the student's must be kept.
-            teacher = self.teacher(teacher_inputs) if self.teacher is not None else None
+            teacher_logits = self.teacher(teacher_inputs) if self.teacher is not None else None
             del teacher_inputs  # The student's activations can use this memory, too.
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            student = self._model(student_input)
-        return self._loss_and_agreement(student, teacher, batch.labels, batch.lam, batch.mix_group)
+            student_logits = self._model(student_input)
+        return self._loss_and_agreement(student_logits, teacher_logits, batch.labels, batch.lam, batch.mix_group)
 
     def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
         """Inside, DDP averages the gradients over the ranks only if this is an update's last micro-batch."""
@@ -167,8 +168,9 @@ class TrainStep:
         buffers = list(self._student.buffers())
         before = [buffer.clone() for buffer in buffers]
         held = []
-        if not self._optimizer.state:  # AdamW allocates its two moments in the first update.
-            held += [torch.empty_like(parameter) for parameter in self._parameters + self._parameters]
+        if not self._optimizer.state:  # The optimizer allocates its tensors in the first update.
+            for _ in OPTIMIZER_TENSORS:
+                held += [torch.empty_like(parameter) for parameter in self._parameters]
         # The gradients of earlier micro-batches are held, too, unless DDP holds them in its buckets.
         if self.num_micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
             held += [torch.empty_like(parameter) for parameter in self._parameters]

@@ -13,7 +13,13 @@ from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, TeacherConfig, parse
 from trainer.evaluation import trained as inference
 from trainer.feed import resolve_micro_batch
-from trainer.models.checks import check_batch_norm, check_outputs, check_size, check_student, one_value_is_reported
+from trainer.models.checks import (
+    check_batch_norm,
+    check_outputs,
+    check_size,
+    check_student,
+    reporting_one_value_per_channel,
+)
 from trainer.models.factory import all_weights_required
 from trainer.models.files.weights import read_checkpoint, read_weights
 from trainer.models.preprocessing import preprocessing
@@ -325,7 +331,7 @@ def test_the_smallest_size_of_a_growing_image_is_tried():
     check_batch_norm(student, 1, [96])
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     message = r"BatchNorm would see a single value of a channel \(images, run.micro_batch"
-    with pytest.raises(UserError, match=message), one_value_is_reported():
+    with pytest.raises(UserError, match=message), reporting_one_value_per_channel():
         torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
 
 

@@ -110,7 +110,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
     for said in (
         "finished",
         "steps done 20 of 20",
-        f"top-1, averaged weights (EMA) {summary['evaluation']['ema']['top1']:.2f} %",
+        f"top-1, EMA weights {summary['evaluation']['ema']['top1']:.2f} %",
         f"top-1, raw weights {summary['evaluation']['raw']['top1']:.2f} %",
         "restarts 2",
         "damaged images 0",
@@ -219,9 +219,9 @@ def test_several_runs_are_in_the_same_pictures_and_the_page_lists_what_differs(t
     drawn = {chart.name: chart for chart in charts(runs)}
     assert [curve.label for curve in drawn["loss"].curves] == ["finished", "lower lr"]
     assert [(curve.label, curve.color) for curve in drawn["top1"].curves] == [
-        ("finished, averaged weights (EMA)", 0),
+        ("finished, EMA weights", 0),
         ("finished, raw weights", 0),
-        ("lower lr, averaged weights (EMA)", 1),
+        ("lower lr, EMA weights", 1),
         ("lower lr, raw weights", 1),
     ]
     assert (tmp_path / "out" / "samples-1.png").read_bytes() == (finished / "samples.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Clipping of gradients."""
+"""What the optimizer keeps of each parameter, and clipping of gradients."""
 
 import copy
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from pipelines.common.errors import UserError
 from trainer.config.sections import OptimConfig, parse
-from trainer.update.optimizer import clip_adaptively, gradient_clipping
+from trainer.models.checkpoint_format import FIELDS, OPTIMIZER_TENSORS
+from trainer.update.optimizer import build_optimizer, clip_adaptively, gradient_clipping
 
 
 def gradients(model: nn.Module) -> torch.Tensor:
@@ -25,6 +26,18 @@ def with_gradients(name: str, scale: float = 1.0) -> nn.Module:
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = scale * 10.0 ** (i % 7 - 5) * torch.randn_like(parameter)
     return model
+
+
+def test_a_checkpoint_takes_what_the_optimizer_keeps_of_each_parameter():
+    """Another optimizer fails here unless OPTIMIZER_TENSORS names its tensors."""
+    model = with_gradients("test_resnet")
+    optimizer = build_optimizer(model, OptimConfig())
+    optimizer.step()
+    assert all({*state} == {"step", *OPTIMIZER_TENSORS} for state in optimizer.state.values())
+    assert FIELDS["optimizer"].fits(optimizer.state_dict())
+    other = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    other.step()
+    assert not FIELDS["optimizer"].fits(other.state_dict())
 
 
 def test_nothing_is_clipped_by_default():

@@ -1,4 +1,7 @@
-"""Accuracy over speed, and the front: a picture, and a page to hover over. Plotting packages are imported when used."""
+"""Draws accuracy over speed with the Pareto front, as a PNG and as an interactive page.
+
+Plotting packages are imported when they are used.
+"""
 
 import html
 import io

@@ -157,7 +157,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         curves = [curve for i, run in enumerate(runs) for curve in _curves(run, i, len(runs), in_epochs, series)]
         return Chart(name, title, "epoch" if in_epochs else "step", y_label, curves, marks, **looks)
 
-    weights = ("eval", "ema", "top1", 1, "averaged weights (EMA)"), ("eval", "raw", "top1", 1, "raw weights")
+    weights = ("eval", "ema", "top1", 1, "EMA weights"), ("eval", "raw", "top1", 1, "raw weights")
     teacher = (
         ("train", "teacher_top1", None, 1, "teacher with labels"),
         ("train", "agreement", None, 1, "student with teacher"),
@@ -219,7 +219,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "student": section["student"].get("name", _NONE),
         "teacher": section["teacher"].get("name") or "none, labels alone",
         "steps done": f"{run.step:,} of {total:,}" if total != "?" else f"{run.step:,}",
-        "top-1, averaged weights (EMA)": _percent(last["ema"]["top1"]) if "ema" in last else _NONE,
+        "top-1, EMA weights": _percent(last["ema"]["top1"]) if "ema" in last else _NONE,
         "top-1, raw weights": _percent(last["raw"]["top1"]) if "raw" in last else _NONE,
         "best top-1": f"{_percent(best[0])} ({best[1]}, epoch {best[2]})" if best else _NONE,
         "training loss, last line": f"{train[-1]['loss']:.4f}" if train else _NONE,

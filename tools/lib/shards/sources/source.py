@@ -69,7 +69,7 @@ class Source:
       read: location -> the file's bytes.
       files: what identifies the source besides its kind: relative path and bytes of each container file.
       copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
-      class_order: who decided the order of the classes, as pipelines.shards.index.class_order returns it.
+      class_order: who decided the order of the classes, as pipelines.shards.manifest.class_order returns it.
       columns: names of a table's columns that were read, where they are not the usual ones.
     """
 

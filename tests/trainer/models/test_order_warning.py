@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.shards.manifest import sorted_classes
-from trainer.models.class_order import num_images_needed, order_warning, taken_for
+from trainer.models.order_warning import num_images_needed, order_warning, taken_for
 
 
 def looked_at(num_classes: int, accuracy: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
