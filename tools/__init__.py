@@ -1,3 +1,3 @@
-"""The commands around training, `python tools/NAME.py`; lib/NAME has its parts, lib/common what several share."""
+"""The commands around training: NAME.py is one, lib/NAME has its parts, lib/common what several share."""
 
-import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+import pipelines  # noqa: F401  (It must come before torch: it sets how OpenMP's threads wait.)

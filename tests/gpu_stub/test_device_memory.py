@@ -13,10 +13,11 @@ from gpu_stub.stand_in import DeviceMemory
 from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex, synthetic_index
 from pipelines.synthetic import SyntheticPipeline
-from trainer import run
+from trainer import builder
 from trainer.builder import Run, build
 from trainer.config.sections import parse
 from trainer.evaluation import metrics
+from trainer.evaluation.predict import EvalPass
 from trainer.feed import Pipelines, rank_plans
 from trainer.update.step import TrainStep, gray_batch
 
@@ -84,7 +85,7 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
     monkeypatch.setenv("CUDA_STUB_MIB", str(DEVICE_MIB))
     index = synthetic_index(256, 10)
     val = synthetic_index(64, 10)
-    monkeypatch.setattr(run, "open_indices", lambda config: (index, val))
+    monkeypatch.setattr(builder, "open_indices", lambda config: (index, val))
     monkeypatch.setattr(metrics, "joined", lambda parts, num_samples: None)
     monkeypatch.setattr(metrics, "accuracy", lambda predictions: {"top1": 0.0})
     pipelines = {}
@@ -94,8 +95,8 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
         pipelines.update({split: LikeDali(each) for split, each in indices.items()})
         return Pipelines(pipelines, real.quarantine, real.decode)
 
-    real_open = run.open_pipelines
-    monkeypatch.setattr(run, "open_pipelines", opened)
+    real_open = builder.open_pipelines
+    monkeypatch.setattr(builder, "open_pipelines", opened)
     return pipelines
 
 
@@ -137,13 +138,13 @@ def test_the_search_takes_the_largest_that_fits(like_dali, tmp_path):
 
 def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path, monkeypatch):
     """They are there between two updates. Before the search it is tried without them, to say what is at fault."""
-    held, evaluate = [], run.evaluate
+    held, accuracy = [], EvalPass.accuracy
 
     def noted(*args, **how):
         held.append(torch.cuda.memory_allocated())
-        return evaluate(*args, **how)
+        return accuracy(*args, **how)
 
-    monkeypatch.setattr(run, "evaluate", noted)
+    monkeypatch.setattr(EvalPass, "accuracy", noted)
     found = built(tmp_path / "run", SETTINGS)
     alone, *_, beside = held
     assert beside - alone >= 3 * sum(parameter.nbytes for parameter in found.state.student.parameters())

@@ -126,3 +126,15 @@ def test_folders_files_and_functions_stay_small():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno + 1 < 60, (path, node.name)
+
+
+def test_no_two_test_files_have_the_same_name():
+    """Pytest imports them by their names alone."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
+def test_no_test_file_imports_another():
+    """What two of them need is in tests/support; another folder's test file is not found when it runs alone."""
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) test_", path.read_text(), re.M), path

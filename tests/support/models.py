@@ -1,7 +1,10 @@
 """Models as tests need them."""
 
+import timm
 import torch
 from torch import nn
+
+from trainer.evaluation.trained import EvalTransform, TrainedModel
 
 
 def with_statistics(model: nn.Module, size: int) -> nn.Module:
@@ -14,3 +17,18 @@ def with_statistics(model: nn.Module, size: int) -> nn.Module:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+# This one has a single stage, which attends within windows, so its tensors have five dimensions. Nothing is pooled.
+HIERA = {
+    **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
+    **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},
+}
+
+
+def tiny_hiera() -> TrainedModel:
+    """A Hiera of ten classes with random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("hiera_tiny_224", num_classes=10, **HIERA).eval().requires_grad_(False)
+    nn.init.normal_(model.head.fc.weight)
+    return TrainedModel(model, "hiera_tiny_224", HIERA, EvalTransform(32, 0.9, "center", "bicubic"), None, "hiera.pt")

@@ -17,10 +17,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_export import tiny_hiera
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
+from support.models import tiny_hiera
 from tools import compare
 from tools.lib.compare import backends, candidates, measuring, results
 from tools.lib.compare.candidates import Candidate

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from pipelines.common.errors import UserError
+from support.models import tiny_hiera
 from tools import export
 from tools.lib.common.attention import fused_or_plain, has_fused_attention
 from tools.lib.common.onnx_file import export_onnx, largest_difference, onnx_runtime
 from tools.lib.export.timm_folder import timm_model
 from tools.lib.export.torch_file import export_program
-from trainer.evaluation import trained as inference
 
 
 class Undecided(nn.Module):
@@ -29,23 +29,6 @@ def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
     with pytest.raises(UserError, match="^the model cannot be exported .*: .*Leave this file out, or use") as error:
         write(Undecided().eval(), torch.randn(2, 3, 8, 8), tmp_path / "file")
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300
-
-
-# This one has a single stage, which attends within windows, so its tensors have five dimensions. Nothing is pooled.
-HIERA = {
-    **{"img_size": [32, 32], "embed_dim": 8, "num_heads": 1, "stages": [1], "q_pool": 0},
-    **{"mask_unit_size": [4, 4], "mask_unit_attn": [True]},
-}
-
-
-def tiny_hiera() -> inference.TrainedModel:
-    """A Hiera of ten classes with random weights."""
-    torch.manual_seed(0)
-    model = timm.create_model("hiera_tiny_224", num_classes=10, **HIERA).eval().requires_grad_(False)
-    nn.init.normal_(model.head.fc.weight)
-    return inference.TrainedModel(
-        model, "hiera_tiny_224", HIERA, inference.EvalTransform(32, 0.9, "center", "bicubic"), None, "hiera.pt"
-    )
 
 
 def test_a_model_whose_fused_attention_is_not_exported_gets_plain_attention_and_output_and_card_say_so(tmp_path):
@@ -129,14 +112,14 @@ def test_a_runtime_that_does_not_load_or_run_fused_attention_or_computes_somethi
         return lambda images: program.module()(images[:, :2] if fails == "run" else -images)
 
     monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("a program", export_program, read))
-    trained = dataclasses.replace(tiny_hiera(), model=model)
+    trained = dataclasses.replace(tiny_hiera(), module=model)
     files = export.computations(trained, tmp_path, ["model.pt2"], fold=False)
     assert "with timm's plain attention" in files["model.pt2"] and has_fused_attention(model)
 
 
 @pytest.mark.parametrize("model", [Windows(mixes=True), Undecided()])
 def test_a_model_that_fails_with_both_kinds_of_attention_keeps_its_one_line(model, tmp_path):
-    trained = dataclasses.replace(tiny_hiera(), model=model.eval())
+    trained = dataclasses.replace(tiny_hiera(), module=model.eval())
     with pytest.raises(
         UserError, match="^the model cannot be exported with torch.export: .*Leave this file out"
     ) as error:

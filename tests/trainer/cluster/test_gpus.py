@@ -139,9 +139,9 @@ def test_after_auto_a_run_evaluates_and_changes_its_size_as_with_the_same_micro_
 def test_the_probe_is_the_only_process_that_a_rank_starts():
     """Another one could open the GPU, which exclusive-process mode refuses, and would take memory in any mode."""
     starting = {"subprocess", "Popen", "Process", "fork", "posix_spawn", "ProcessPoolExecutor"}
-    for path in [path for folder in ("pipelines", "trainer") for path in sorted((REPOSITORY / folder).glob("*.py"))]:
+    for path in [path for folder in ("pipelines", "trainer") for path in sorted((REPOSITORY / folder).rglob("*.py"))]:
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(ast.parse(path.read_text()))}
-        assert not names & starting or path.name == "probe.py", f"{path.name}: {names & starting}"
+        assert not names & starting or path.name == "dali_probe.py", f"{path.name}: {names & starting}"
 
 
 def test_what_starts_the_parts_of_the_first_ten_minutes_leaves_the_gpu_alone(tmp_path, monkeypatch):

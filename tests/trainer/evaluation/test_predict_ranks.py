@@ -82,7 +82,11 @@ def found(tmp_path_factory) -> dict[int, list[dict]]:
     # a fresh interpreter, which imports everything once and forks the ranks before it has a thread
     command = [executable(), __file__, str(folder / "dataset"), str(folder)]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300
+        command,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return {

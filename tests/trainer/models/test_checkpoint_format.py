@@ -7,12 +7,12 @@ import math
 import pytest
 import timm
 import torch
-from test_torch_files import state as least
 
 from chaos.runs import equal
 from conftest import TINY
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
+from support.checkpoints import least_content as least
 from trainer.config.sections import Config, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models.checkpoint_format import FIELDS, FieldError, check_fields, not_finite, wrong_setting

@@ -115,7 +115,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
         "restarts 2",
         "damaged images 0",
         f"settings other than the recipe's {len(summary['deviations'])}",
-        "ema.decay 0.99996 0.9 of the average, at every update",
+        "ema.decay 0.99996 0.9 decay of the EMA at every update",
         "teacher.name tresnet_v2_l null",
     ):
         assert said in page.text, said
@@ -308,7 +308,7 @@ def test_a_full_disk_while_the_report_is_written_leaves_a_reason_and_no_half_of_
 
 
 def test_matplotlib_is_imported_only_inside_the_functions_that_draw():
-    for path in (REPOSITORY / "trainer").glob("*.py"):
+    for path in (REPOSITORY / "trainer").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in getattr(node, "names", [])] + [getattr(node, "module", "") or ""]
             assert not any(str(name).startswith("matplotlib") for name in names), path

@@ -94,7 +94,7 @@ def test_a_logger_that_is_not_installed_is_reported_before_anything_is_written(t
 @pytest.mark.parametrize(
     ("loggers", "message"),
     [
-        ("[tensorbord]", r"run.loggers is \['tensorbord'\], not tensorboard or wandb"),
+        ("[tensorbord]", r"run.loggers: 'tensorbord' is not one of tensorboard, wandb"),
         ("[wandb,wandb]", "name each once"),
     ],
 )

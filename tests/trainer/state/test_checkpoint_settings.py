@@ -65,7 +65,9 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(dig
     assert build(parse(arguments), ONE).notes == []
     smooth = build(parse([*arguments, "--distill.label_smoothing", "0.1"]), ONE)
     assert smooth.notes == ["changed since the checkpoint: distill.label_smoothing was 0.0, now it is 0.1"]
-    with pytest.raises(UserError, match="belongs to another plan: data.window_shards .* was 0, now it is 16"):
+    with pytest.raises(
+        UserError, match="belongs to another plan: window_shards .*data.window_shards.* was 0, now it is 16"
+    ):
         train_here(digits, tmp_path, "--data.shuffle", "window")
     assert train_here(digits, tmp_path, "--run.stop_after_steps", 3)["session"]["start_step"] == 2
 

@@ -9,18 +9,23 @@ import pytest
 from pipelines.common.errors import UserError
 from support.model_folder import NAME, write_folder
 from trainer.cluster.rendezvous import facts
-from trainer.config.sections import parse
-from trainer.models.files.model_folders import _any_hub_file
+from trainer.config.sections import Config, parse
+from trainer.models.files.model_folders import _any_hub_file, model_contents
 from trainer.models.teacher import build_teacher
 
 pytest_plugins = ["support.model_folder"]
 
 
+def facts_and_contents(config: Config) -> dict:
+    """What trainer/run.py compares, without the device."""
+    return {**facts(config), **model_contents(config)}
+
+
 def changed_facts(config, change) -> set[str]:
     """The names of the facts that differ once something has been changed."""
-    before = facts(config)
+    before = facts_and_contents(config)
     change()
-    after = facts(config)
+    after = facts_and_contents(config)
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
@@ -68,7 +73,7 @@ def test_ranks_compare_the_revisions_of_repositories_without_downloading_their_w
         (repository / "refs" / "main").write_text("b" * 40)
         _any_hub_file.cache_clear()
 
-    assert facts(config)["revision of teacher.name"] == "a" * 40
+    assert model_contents(config)["revision of teacher.name"] == "a" * 40
     assert changed_facts(config, update) == {"revision of teacher.name"}
     with pytest.raises(UserError, match=f"someone/small@{'b' * 40}: model.safetensors cannot be had"):
         build_teacher(config.teacher, 7, 160)

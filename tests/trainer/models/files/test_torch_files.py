@@ -22,6 +22,7 @@ from chaos.changed_weights import HARMFUL, claiming, deep, packed
 from chaos.runs import equal
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
+from support.checkpoints import least_content
 from support.forked_python import executable
 from trainer.models.files.torch_files import ClaimError, check_content, load_plain
 from trainer.models.files.weights import read_file, read_weights
@@ -203,24 +204,11 @@ def test_a_tar_is_never_unpacked(tmp_path):
 # --- memory ---
 
 
-def state(step: int, **more) -> dict:
-    """The least that a run's checkpoint holds."""
-    content = {
-        "format_version": 1,
-        "step": step,
-        "config": {},
-        "plan": {},
-        "student": {"w": torch.zeros(2)},
-        "ema": None,
-    }
-    return {**content, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, **more}
-
-
 def folder_of_two(folder: Path) -> list[Path]:
     """Two intact checkpoints; the newer one is large."""
     folder.mkdir()
     for step, size in ((1, 1), (2, 1 << 24)):
-        checkpoint.write(checkpoint.path_of(folder, step), state(step, more=torch.zeros(size)))
+        checkpoint.write(checkpoint.path_of(folder, step), least_content(step, more=torch.zeros(size)))
     return checkpoint.checkpoints(folder)
 
 

@@ -104,7 +104,7 @@ def test_a_long_message_loses_its_middle_and_keeps_its_advice(capsys):
 def test_an_error_without_words_is_named_by_the_line_that_raised_it():
     with pytest.raises(AssertionError) as silent:
         raise AssertionError
-    assert re.fullmatch(r"test_errors.py:\d+: raise AssertionError", reason_of(silent.value))
+    assert re.fullmatch(r"test_error_lines.py:\d+: raise AssertionError", reason_of(silent.value))
     assert reason_of(ValueError("no such size")) == "no such size" and reason_of(MemoryError()) == "MemoryError"
 
 
