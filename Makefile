@@ -62,7 +62,7 @@ fidelity: setup .fidelity/.complete
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --project pyproject.toml
 
 clean:
 	rm -rf .venv .fidelity .pytest_cache .ruff_cache
