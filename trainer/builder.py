@@ -15,6 +15,7 @@ from torch._dynamo.exc import TorchDynamoException
 from pipelines import Pipeline
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import EvalPlan, TrainPlan
+from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import World, alone
@@ -181,7 +182,11 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
 
 
 def check_writable(out: Path) -> None:
-    """Raise a UserError, before anything is built, if the run folder cannot be made."""
+    """Raise a UserError, before anything is built, if the run folder cannot be made or holds a dataset."""
+    if (out / MANIFEST).exists():
+        raise UserError(
+            f"{out}: is a dataset, for it has a {MANIFEST}. Give the run a folder of its own with --run.out"
+        )
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --run.out")

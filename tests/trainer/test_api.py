@@ -68,6 +68,7 @@ def test_the_documented_example_runs(digits, tmp_path, monkeypatch):
     found = {}
     exec(example.replace('"run.out": "RUN"}', short), found)
     assert found["summary"]["step"] == 1 and found["model"].classes == found["run"].state.classes
+    assert found["logits"].shape == (4, 10) and found["logits"].isfinite().all()
 
 
 def test_importing_the_trainer_imports_no_torch():

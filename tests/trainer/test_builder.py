@@ -144,3 +144,11 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is_built(tm
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is not a folder that can be written. Change --run.out"):
         train(build(parse([*TINY, "--run.out", str(tmp_path / "file" / "run")]), ONE))
+
+
+def test_a_dataset_is_no_run_folder(digits):
+    """A run would write its files beside the shards, and `verify` would call them faults."""
+    before = sorted(path.name for path in digits.iterdir())
+    with pytest.raises(UserError, match="is a dataset, for it has a manifest.json. Give the run a folder of its own"):
+        train_here(digits, digits)
+    assert sorted(path.name for path in digits.iterdir()) == before
