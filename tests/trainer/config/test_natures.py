@@ -70,7 +70,7 @@ def test_the_settings_that_are_refused_are_what_a_plan_is_made_of():
     ("field", "settings"),
     [
         ("seed", "run.seed"),
-        ("window_shards", "data.shuffle and data.window_shards"),
+        ("window_shards", r"window_shards \(from data.shuffle and data.window_shards\)"),
         ("augment.flip", "augment.flip"),
         ("dataset", "dataset"),
     ],
