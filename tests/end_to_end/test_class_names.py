@@ -121,7 +121,7 @@ def test_a_run_refuses_outputs_without_names_and_takes_them_with_names(
         train_here(doubtful, tmp_path / "refused", *steps, *given)
     assert len(str(error.value)) - len(str(weights)) < 330 and not (tmp_path / "refused").exists()
     train_here(doubtful, tmp_path / "named", *steps, *given, f"--{who}.classes", listed)
-    train_here(stated, tmp_path / "stated", *steps, *given)
+    train_here(stated, tmp_path / "run", *steps, *given)
 
 
 def test_every_teacher_is_asked(doubtful, weights, listed):
