@@ -49,6 +49,22 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert [part for part in STATE if not equal(found[part], expected[part])] == []
 
 
+def assert_equal_states(a, b, path="") -> None:
+    """Two nested states are bit-equal, tensor by tensor."""
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_states(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
 def all_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     """True if the tensors are bit-equal, pair by pair."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -223,20 +223,3 @@ def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["joined again 0", "joined again 1"]
-
-
-RANK = """
-import os, signal, sys, time
-signalled = []
-signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
-from pipelines.common.errors import exit_on_user_error
-from trainer.cluster.world import join_world
-with exit_on_user_error(), join_world("cpu") as world:
-    open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")
-    open(f"ready-{world.rank}", "w").close()
-    while sys.argv[1] == "75" and not signalled:
-        time.sleep(0.05)
-    world.barrier()
-    time.sleep(world.rank)  # they do not end at once
-sys.exit(int(sys.argv[1]))
-"""

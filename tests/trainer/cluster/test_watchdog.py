@@ -197,20 +197,3 @@ def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
         r"\[rank 0\] error: lost rank 1 on \S+ in 'step \d+: (input|update)': last heard .* The run resumes from its"
     )
     assert re.fullmatch(named + ".*\n", error), error
-
-
-RANK = """
-import os, signal, sys, time
-signalled = []
-signal.signal(signal.SIGUSR1, lambda *_: signalled.append(1))
-from pipelines.common.errors import exit_on_user_error
-from trainer.cluster.world import join_world
-with exit_on_user_error(), join_world("cpu") as world:
-    open(f"rank-{world.rank}", "w").write(f"{world.size} {world.local_size} {os.environ['LOCAL_RANK']} {sys.argv[2:]}")
-    open(f"ready-{world.rank}", "w").close()
-    while sys.argv[1] == "75" and not signalled:
-        time.sleep(0.05)
-    world.barrier()
-    time.sleep(world.rank)  # they do not end at once
-sys.exit(int(sys.argv[1]))
-"""

@@ -9,6 +9,7 @@ import torch
 
 from conftest import train_here
 from pipelines.common.errors import UserError
+from support.models import logits
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, TeacherConfig, parse
 from trainer.evaluation import trained as inference
@@ -51,12 +52,6 @@ def test_weights_are_required_of_the_whole_model_and_not_of_each_part_that_loads
         with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "part.bias"'):
             model.load_state_dict(weights, strict=False)
     assert torch.nn.Module.load_state_dict is load
-
-
-def logits(model) -> torch.Tensor:
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(images)
 
 
 @pytest.fixture

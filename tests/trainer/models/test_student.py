@@ -8,16 +8,11 @@ import timm
 import torch
 
 from pipelines.common.errors import UserError
+from support.models import logits
 from trainer.config.sections import StudentConfig
 from trainer.models.student import build_student
 
 NAME = "test_resnet"
-
-
-def logits(model) -> torch.Tensor:
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(images)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from conftest import DROPOUT, TINY, train_here
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
-from support.tiny_runs import ONE
+from support.tiny_runs import ONE, assert_equal_states
 from tools.lib.shards.build import BuildOptions
 from tools.lib.shards.build import build as build_dataset
 from trainer.builder import build
@@ -33,22 +33,6 @@ def test_changes_of_these_settings_are_reported(digits, tmp_path):
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert not {"run.tf32", "run.batch_norm"} & {deviation["key"] for deviation in summary["deviations"]}
-
-
-def assert_equal_states(a, b, path="") -> None:
-    """Bit-equal, tensor by tensor."""
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal_states(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_states(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(digits, tmp_path):

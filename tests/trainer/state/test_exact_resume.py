@@ -8,26 +8,10 @@ import torch
 
 from conftest import DROPOUT, EVERY_3, TINY, run_trainer, train_here
 from pipelines.common.errors import UserError
-from support.tiny_runs import ONE, newest
+from support.tiny_runs import ONE, assert_equal_states, newest
 from trainer.builder import build
 from trainer.config.sections import parse
 from trainer.loop import train
-
-
-def assert_equal_states(a, b, path="") -> None:
-    """Bit-equal, tensor by tensor."""
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal_states(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_states(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 def test_a_run_stopped_at_step_7_and_resumed_is_bit_equal_to_one_that_was_not(digits, teacher, distilled, tmp_path):
