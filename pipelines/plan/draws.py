@@ -9,7 +9,7 @@ import enum
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,6 @@ ERASE_DRAWS = 24  # uniforms a position: whether, (area, aspect) for each try, t
 MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
 _OP_DRAWS = 5  # uniforms an operation: which, gate, two for the normal magnitude, sign
 MAX_MAGNITUDE = 10.0
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +55,15 @@ class AugmentConfig(Section):
     repeats: int = setting(3, at_least=1)
     crop_area: tuple[float, float] = setting((0.08, 1.0), above=0)
     crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
-    interpolation: str = setting("bicubic", among=INTERPOLATIONS)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = setting(0.5, at_least=0, at_most=1)
     randaugment_ops: int = setting(2, at_least=0, at_most=100)
     randaugment_prob: float = setting(0.5, at_least=0, at_most=1)
     randaugment_magnitude: float = setting(7.0, at_least=0, at_most=MAX_MAGNITUDE)
     randaugment_std: float = setting(0.5, at_least=0)
-    three_augment: bool = setting(False, in_old_plans=False)
-    color_jitter: float = setting(0.0, at_least=0, in_old_plans=0.0)
-    erase_prob: float = setting(0.0, at_least=0, at_most=1, in_old_plans=0.0)
+    three_augment: bool = False
+    color_jitter: float = setting(0.0, at_least=0)
+    erase_prob: float = setting(0.0, at_least=0, at_most=1)
     mixup_alpha: float = setting(0.8, at_least=0, at_most=1000)
     cutmix_alpha: float = setting(1.0, at_least=0, at_most=1000)
     mix_prob: float = setting(1.0, at_least=0, at_most=1)
