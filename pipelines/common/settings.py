@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -129,7 +129,7 @@ def _name_of(hint: Any) -> str:
     return hint.__name__ if type(hint) is type else str(hint)
 
 
-def misfit(values: dict, kind: Any) -> str:
+def misfit(values: Mapping, kind: Any) -> str:
     """The first key that a dictionary of plain values lacks or has with a value of another type; "" for none.
 
     Args:
