@@ -149,16 +149,14 @@ def read_manifest(root: Path | str) -> Manifest:
         content = path.read_bytes()
         manifest = json.loads(content, parse_int=_count)
         version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _check_manifest(manifest, content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}). Restore it, or build the dataset again") from error
+        raise UserError(
+            f"{path}: damaged, or not of this program ({clipped(error, 120)}). Restore it, or build the dataset again"
+        ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
-    if manifest_bytes(manifest) != content:
-        raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
-    try:
-        _check_manifest(manifest)
-    except ValueError as error:
-        raise UserError(f"{path}: not of this program ({clipped(error, 120)}). Build the dataset again") from error
     return manifest
 
 
@@ -169,8 +167,10 @@ def _count(digits: str) -> int:
     return int(digits)
 
 
-def _check_manifest(manifest: Manifest) -> None:
+def _check_manifest(manifest: Manifest, content: bytes) -> None:
     """Raise a ValueError unless it has all that a command reads, and names files in the folders of its splits."""
+    if manifest_bytes(manifest) != content:
+        raise ValueError("its hash is another")
     if key := misfit(manifest, Manifest):
         raise ValueError(f"'{key}' is missing or of another kind")
     for split, entry in manifest["splits"].items():
@@ -220,12 +220,10 @@ def class_order_doubt(manifest: ClassList) -> str:
     if class_order(manifest) != "unstated":
         return ""
     text, numeric = (sorted_classes(manifest["classes"], order) for order in CLASS_ORDERS)
-    differing = [label for label, (one, other) in enumerate(zip(text, numeric, strict=True)) if one != other]
-    if not differing:
+    first = next((label for label, name in enumerate(text) if name != numeric[label]), None)
+    if first is None:
         return ""
-    first = differing[0]
     return (
         f"the order of the classes was not stated: class {first} is '{clipped(text[first], 30)}' in text order "
-        f"(torchvision's, taken here) and '{clipped(numeric[first], 30)}' in numeric order (timm's); "
-        f"{len(differing)} of {len(text)} classes differ"
+        f"(torchvision's, taken here) and '{clipped(numeric[first], 30)}' in numeric order (timm's)"
     )
