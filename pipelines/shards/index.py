@@ -87,9 +87,15 @@ def read_index(root: Path, split: str, manifest: Manifest | None = None) -> Shar
     path = root / split / INDEX
     samples = _read_samples(path, entry["index_sha256"], entry["samples"])
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
-    for shard_path, shard in zip(paths, entry["shards"], strict=True):
-        _check_size(shard_path, shard["bytes"])
-    _check_rows(path, samples, np.array([shard["bytes"] for shard in entry["shards"]]), len(manifest["classes"]))
+    shard_bytes = [shard["bytes"] for shard in entry["shards"]]
+    for shard_path, expected in zip(paths, shard_bytes, strict=True):
+        try:
+            found = shard_path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{shard_path}: cannot be read ({error.strerror}). {_REBUILD}") from error
+        if found != expected:
+            raise UserError(f"{shard_path}: {found} bytes, the manifest says {expected}. {_REBUILD}")
+    _check_rows(path, samples, np.array(shard_bytes), len(manifest["classes"]))
     return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"], manifest["options"]["audit"])
 
 
@@ -153,12 +159,3 @@ def _fine(rows: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> dict[s
         "label": (rows["label"] >= 0) & (rows["label"] < num_classes),
         "size": (rows["height"] > 0) & (rows["width"] > 0) & (pixels <= MAX_PIXELS),
     }
-
-
-def _check_size(path: Path, num_bytes: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
-    if found != num_bytes:
-        raise UserError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")

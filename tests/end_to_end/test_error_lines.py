@@ -45,10 +45,10 @@ def system_errors(tmp_path) -> dict[str, OSError]:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     return {
         "missing: No such file or directory. Look whether": of_system((tmp_path / "missing").read_bytes),
-        f"{tmp_path}: Is a directory. A file is needed": of_system(tmp_path.read_bytes),
-        "file/x: Not a directory. A folder is needed": of_system((tmp_path / "file" / "x").read_bytes),
-        "circle: Too many levels of symbolic links. Its links": of_system((tmp_path / "circle").read_bytes),
-        "File name too long. Use a shorter": of_system((tmp_path / ("x" * 300)).read_bytes),
+        f"{tmp_path}: Is a directory. Name another place": of_system(tmp_path.read_bytes),
+        "file/x: Not a directory. Name another place": of_system((tmp_path / "file" / "x").read_bytes),
+        "circle: Too many levels of symbolic links. Name another": of_system((tmp_path / "circle").read_bytes),
+        "File name too long. Name another": of_system((tmp_path / ("x" * 300)).read_bytes),
         "file: File exists. Name another place": of_system((tmp_path / "file").mkdir),
         f"missing -> {tmp_path}/b: No such file": of_system(lambda: (tmp_path / "missing").rename(tmp_path / "b")),
     }
