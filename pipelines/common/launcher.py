@@ -64,7 +64,7 @@ def array_task(environment: Mapping[str, str] | None = None) -> Launch:
     task, first, step, count = (_number(environment.get(f"SLURM_ARRAY_{name}", "")) for name in names)
     if task is None or first is None or step is None or count is None or count < 2:
         return Launch()
-    # A list such as 1,2,7 has no step. Its tasks cannot tell which of them comes first.
+    # A list such as 1,2,7 has no step. Nothing says which of its tasks comes first.
     index, rest = divmod(task - first, step) if step else (count, 0)
     if rest or not 0 <= index < count:
         return Launch(ignored=f"SLURM_ARRAY_TASK_ID={task} is ignored (--array is no range): this process works alone")
