@@ -18,6 +18,7 @@ from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
+from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World, alone
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
@@ -37,6 +38,7 @@ from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
+from trainer.models.files.model_folders import model_contents
 from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
@@ -179,6 +181,12 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
         validation=val_index.digest if val_index else "",
         source=source_hash(),
     )
+
+
+def facts_to_compare(config: Config, device: torch.device) -> dict:
+    """What must be equal on all ranks: the configuration, data, models and code, and what `auto` resolves to."""
+    precision = resolve_precision(config.run.precision, device)
+    return {**facts(config), **model_contents(config), "the precision": str(precision)}
 
 
 def check_writable(out: Path) -> None:
