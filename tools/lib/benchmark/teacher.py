@@ -33,7 +33,7 @@ from trainer.models.factory import create_model
 from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
 from trainer.models.teacher import Teachers, build_teachers
-from trainer.update.inputs import Inputs
+from trainer.update.inputs import model_inputs
 from trainer.update.precision import PRECISIONS, allow_tf32
 
 COLUMNS = SPEED_COLUMNS | {
@@ -118,7 +118,9 @@ def _forward_pass(config: Config, precision: str, batches: list[Batch]) -> list[
     assert teachers is not None  # The configuration names one.
     teachers = teachers.to(device).to(memory_format=torch.channels_last).to_precision(dtype)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3, dtype).to(device)  # It stands for a student's, which is not used.
-    return [functools.partial(_logits, teachers, Inputs(normalize, teachers)(batch).teachers) for batch in batches]
+    return [
+        functools.partial(_logits, teachers, model_inputs(normalize, teachers, batch).teachers) for batch in batches
+    ]
 
 
 @torch.no_grad()
