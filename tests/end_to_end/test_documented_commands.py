@@ -55,7 +55,7 @@ STAND_INS = {
     **{
         "--section.key": "--optim.lr",
         "value": "0.001",
-        "NAME": "decode",
+        "NAME": "loader",
         "--OPTION": "--repeats",
         "VALUE": "3",
         "PART": "tests",
