@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any, TypedDict
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from pipelines.batch import Batch
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import Section, setting
 from pipelines.shards.index import ShardIndex
 from trainer.cluster.world import World
@@ -19,6 +22,8 @@ from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
 from trainer.evaluation.trained import TrainedModel
 from trainer.feed import open_configured_pipeline, tried_decode
 from trainer.update.precision import allow_tf32, resolve_precision
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,23 @@ class Report(Origin, Summary, _Real):
     classes: list[ClassRow]
     order_warning: str
     damaged: list[str]
+
+
+def read_report(path: Path, use: Callable[[Report], T]) -> T:
+    """Return what `use` makes of a file that tools/evaluate.py wrote with --run.json.
+
+    Raises:
+      UserError: the file cannot be read, or has not what `use` needs.
+    """
+    try:
+        return use(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else clipped(repr(error), 80)
+        raise UserError(
+            f"{clipped(path, 120)}: not an evaluation ({reason}). Write it with python tools/evaluate.py --run.json"
+        ) from error
 
 
 def predict_split(
