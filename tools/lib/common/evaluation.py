@@ -121,24 +121,20 @@ def predict_split(
     images: ImagesConfig,
     forward: ForwardConfig,
     world: World,
-) -> tuple[Predictions, dict[int, str]]:
+) -> tuple[Predictions, list[str]]:
     """Predictions for every image of a split, the same on every rank. Every rank must call it.
 
     Args:
       order: as of TrainedModel.order_of.
     Returns:
-      The predictions; and the samples that any rank has replaced by gray, with what is wrong with them.
+      The predictions; and a line for each sample that any rank has replaced by gray, with what is wrong with it.
     """
     precision = resolve_precision(forward.precision, world.device)
     if world.device.type == "cuda":
         allow_tf32(forward.tf32)
-    mine: dict[int, str] = {}
-
-    def note_damage(sample: int, error: str) -> None:
-        mine.setdefault(sample, error)
-
+    mine: list[tuple[int, str]] = []
     decode = tried_decode(images, index, world, {})["decode"]
-    pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=note_damage)
+    pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=lambda *bad: mine.append(bad))
     memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
     module = in_memory_format(trained.module.to(world.device), memory_format)
     normalize = trained.normalize(precision).to(world.device)
@@ -147,7 +143,8 @@ def predict_split(
     found = eval_pass.predict(
         {"": _in_order(module, order, world.device)}, shown=functools.partial(_shown, total=total, world=world)
     )
-    return found[""], dict(world.all_gather(sorted(mine.items())))
+    everywhere = dict(world.all_gather(mine))
+    return found[""], [f"{index.name(sample)}: {error}" for sample, error in sorted(everywhere.items())]
 
 
 def in_memory_format(module: torch.nn.Module, memory_format: torch.memory_format) -> torch.nn.Module:
