@@ -184,7 +184,7 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
         **metrics.summary(predictions),
         "classes": class_rows(predictions, names),
         "order_warning": order_warning(predictions.label, best, len(names), names, "the model", "--student.classes"),
-        "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
+        "damaged": damaged,
     }
     if real is not None:
         report["real"] = metrics.real_accuracy(predictions, real)
