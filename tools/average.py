@@ -34,7 +34,6 @@ from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, predict_split
 from trainer.cluster.world import alone
 from trainer.config.sections import ImagesConfig
-from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import metrics
 from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, load
 from trainer.models.class_names import order_doubt
@@ -115,7 +114,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@spelling_settings("--", lacking=("name", "checkpoint", "kwargs", "classes"))
 def average(options: argparse.Namespace) -> None:
     """Check, read, average, write, and print what was done."""
     paths = files_of(options.checkpoints)

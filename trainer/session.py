@@ -47,10 +47,10 @@ def make_monitor(run: Run) -> Monitor:
         sinks=run.sinks,
         validation=run.validation,
     )
-    unnamed = run.step.teacher.unnamed if run.step.teacher is not None else None
+    has_teacher = run.step.teacher is not None
     name_samples = functools.partial(sample_names, run.plan, run.world)
     quarantine = run.pipelines.quarantine
-    return Monitor(run.config, run.world, run.plan, run.state, telemetry, quarantine, unnamed, name_samples)
+    return Monitor(run.config, run.world, run.plan, run.state, telemetry, quarantine, has_teacher, name_samples)
 
 
 def describe(run: Run, monitor: Monitor) -> None:

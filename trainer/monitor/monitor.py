@@ -23,7 +23,7 @@ class Monitor:
     Args:
       state: its step and learning rate are logged.
       quarantine: collects the damaged samples.
-      unnamed: Teachers.unnamed; None without a teacher.
+      has_teacher: whether the student learns from a teacher.
       name_samples: as for trainer.monitor.nonfinite.nonfinite_error.
     """
 
@@ -35,7 +35,7 @@ class Monitor:
         state: TrainState,
         telemetry: Telemetry,
         quarantine: Quarantine,
-        unnamed: list[str] | None,
+        has_teacher: bool,
         name_samples: NameSamples,
     ):
         self._config = config
@@ -44,7 +44,7 @@ class Monitor:
         self._state = state
         self._telemetry = telemetry
         self._quarantine = quarantine
-        self._unnamed = unnamed
+        self._has_teacher = has_teacher
         self._window = MetricsWindow(config, world, name_samples)
         self._teacher: TeacherWatch | None = None
         self._input_wait: InputWait | None = None
@@ -62,9 +62,8 @@ class Monitor:
     def watch(self, input_wait: InputWait) -> None:
         """Start watching updates that take their batches from `input_wait`."""
         self._input_wait = input_wait
-        if self._unnamed is not None:
-            num_classes, classes = self._plan.index.num_classes, self._state.classes
-            self._teacher = TeacherWatch(num_classes, self._plan.global_batch, classes, self._unnamed, self._world)
+        if self._has_teacher:
+            self._teacher = TeacherWatch(self._plan.index.num_classes, self._plan.global_batch, self._world)
         self._restart()
 
     def _restart(self) -> None:

@@ -1,12 +1,9 @@
 """Checks, on the first images of a session, that the teacher knows the dataset's classes."""
 
-from collections.abc import Sequence
-
 import torch
 
 from trainer.cluster.world import World
-from trainer.models.order_warning import num_images_needed
-from trainer.models.teacher import teacher_warning
+from trainer.models.teacher import num_images_needed, teacher_warning
 
 
 class TeacherWatch:
@@ -15,18 +12,12 @@ class TeacherWatch:
     Args:
       num_classes: of the dataset.
       global_batch: images an update, over all ranks.
-      classes: the dataset's class names in the order of the labels, None where it has none.
-      unnamed: Teachers.unnamed.
       world: the ranks.
     """
 
-    def __init__(
-        self, num_classes: int, global_batch: int, classes: list[str] | None, unnamed: Sequence[str], world: World
-    ):
+    def __init__(self, num_classes: int, global_batch: int, world: World):
         self._num_classes = num_classes
         self._global_batch = global_batch
-        self._classes = classes
-        self._unnamed = unnamed
         self._world = world
         self._num_needed = num_images_needed(num_classes)  # over all ranks
         self._pairs: list[torch.Tensor] = []
@@ -43,7 +34,7 @@ class TeacherWatch:
             return ""
         pairs = self._world.all_gather([torch.cat(self._pairs, 1).cpu().numpy()])
         self._pairs, self._is_done = [], True
-        return teacher_warning(pairs, self._num_classes, self._classes, self._unnamed)
+        return teacher_warning(pairs, self._num_classes)
 
     def _has_enough(self) -> bool:
         return len(self._pairs) * self._global_batch >= self._num_needed

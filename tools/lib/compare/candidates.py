@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import json
 import os
-import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,13 +201,7 @@ def _identified(word: str) -> tuple[Candidate, str]:
         with contextlib.suppress(UserError):
             name = known_name(word)
     if name is None:
-        try:
-            trained = inference.load_named(word)  # Its error says what is wrong with the word.
-        except inference.NamelessError as error:
-            raise UserError(
-                f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
-                "--name NAME, and give DIR"
-            ) from error
+        trained = inference.load_model(word)  # Its error says what is wrong with the word.
         return Candidate(word, trained.name, Path(word), trained.transform.image_size), trained.source
     config = timm.get_pretrained_cfg(name)
     return Candidate(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
@@ -248,7 +241,7 @@ def build(model: Candidate) -> tuple[nn.Module, int]:
 
 def _built(model: Candidate) -> nn.Module:
     if model.path is not None:
-        return inference.load_named(str(model.path), image_size=model.image_size).module
+        return inference.load_model(str(model.path), image_size=model.image_size).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)
