@@ -46,8 +46,8 @@ def make_monitor(run: Run) -> Monitor:
         sinks=run.sinks,
         validation=run.validation,
     )
-    unnamed = run.step.teacher.unnamed if run.step.teacher is not None else None
-    return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, unnamed)
+    has_teacher = run.step.teacher is not None
+    return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, has_teacher)
 
 
 def describe(run: Run, monitor: Monitor) -> None:
