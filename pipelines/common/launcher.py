@@ -56,6 +56,23 @@ def launched(
     return Launch(ignored=f"{shown} ignored (incomplete, or not for this process): this process works alone")
 
 
+def array_task(environment: Mapping[str, str] | None = None) -> Launch:
+    """This process as a task of SLURM's job array, such as `sbatch --array=1-8` starts; elsewhere a process of its own.
+
+    A training is no such task: the tasks of an array start at different times and do not know of each other.
+    """
+    environment = os.environ if environment is None else environment
+    names = ("TASK_ID", "TASK_MIN", "TASK_STEP", "TASK_COUNT")
+    task, first, step, count = (_number(environment.get(f"SLURM_ARRAY_{name}", "")) for name in names)
+    if task is None or first is None or step is None or count is None or count < 2:
+        return Launch()
+    # A list such as 1,2,7 has no step. Nothing says which of its tasks comes first.
+    index, rest = divmod(task - first, step) if step else (count, 0)
+    if rest or not 0 <= index < count:
+        return Launch(ignored=f"SLURM_ARRAY_TASK_ID={task} is ignored (--array is no range): this process works alone")
+    return Launch("SLURM's job array", index, count)
+
+
 def _by_ranks(environment: Mapping[str, str], by_hand: bool) -> Launch | None:
     """The launch that RANK and its companions describe; None where they are incomplete, insane or of one process."""
     rank, size, local_rank, local_size = (_number(environment.get(name) or alone) for name, alone in _RANKS.items())

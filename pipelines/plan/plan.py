@@ -17,6 +17,7 @@ from pipelines.plan import draws, order, rng
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.explain import explain, explain_mix
+from pipelines.plan.pairs import Division
 from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex
 
@@ -181,18 +182,21 @@ class TrainPlan:
     ) -> Iterator[BatchPlan]:
         """The global batches [start_step, stop_step), or one rank's slice of each.
 
-        The ranks' slices lie one after the other in the global batch, so any number of ranks carries out the same plan.
+        Any number of ranks carries out the same plan: each row comes once, in a batch with its partner (pairs.py).
 
         Args:
           rank, ranks: whose slice it is, and of how many.
-          micro_batch: rows at a time, a divisor of the slice; the slice by default.
+          micro_batch: the most rows at a time; the whole slice by default.
         Raises:
-          UserError: the ranks cannot divide the groups equally.
+          UserError: there are more ranks than pairs of rows.
         """
-        rows, rest = divmod(self.global_batch, ranks)
-        if rest or rows % self.augment.mix_group:
-            groups = self.global_batch // self.augment.mix_group
-            raise UserError(f"ranks is {ranks}; {groups} groups cannot be divided among them equally", argument="ranks")
+        division = Division(self.global_batch, self.augment.mix_group, ranks, micro_batch)
+        if not division.has_whole_groups:
+            micro_batches, unmixed = division.rows(rank), division.unmixed()
+            for step in range(start_step, stop_step):
+                yield from self._paired(step * self.global_batch, micro_batches, unmixed)
+            return
+        rows = self.global_batch // ranks
         # The slices of one rank alone are without gaps, so several steps of an epoch can be planned together.
         together = max(1, _PLANNED_ROWS // self.global_batch) if ranks == 1 else 1
         step = start_step
@@ -202,6 +206,18 @@ class TrainPlan:
             first = step * self.global_batch + rank * rows
             yield from self.rows(first, first + num_steps * rows).split(micro_batch or rows)
             step += num_steps
+
+    def _paired(self, start: int, micro_batches: list[np.ndarray], unmixed: np.ndarray) -> Iterator[BatchPlan]:
+        """The rows of micro-batches in the global batch at position `start`, each of which is mixed as one group."""
+        group = self.augment.mix_group
+        rows = np.concatenate(micro_batches)
+        first = int(rows.min()) // group * group
+        planned = self.rows(start + first, start + (int(rows.max()) // group + 1) * group)
+        # A row that is its own partner here lies beside another one, which it must not be mixed with.
+        alone = unmixed[(unmixed >= first) & (unmixed < first + len(planned))] - first
+        planned.lam[alone], planned.box[alone] = 1, 0
+        for part in micro_batches:
+            yield dataclasses.replace(planned.take(part - first, start + int(part[0])), mix_group=len(part))
 
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, crop, flip, operations with arguments, mixing and partner."""

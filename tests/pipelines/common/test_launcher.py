@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.launcher import Launch, launched
+from pipelines.common.launcher import Launch, array_task, launched
 from tools.shard_imagenet import main
 from trainer.cluster.world import join_world
 
@@ -28,7 +28,9 @@ STEP = {
     "SLURM_STEP_ID": "0",
     "SLURM_TASK_PID": OWN,
 }
-NAMES = [*TORCHRUN, *STEP, "SLURM_PTY_PORT"]
+ARRAY = {"SLURM_ARRAY_" + name: text for name, text in [("TASK_ID", "5"), ("TASK_MIN", "1"), ("TASK_STEP", "2")]}
+ARRAY |= {"SLURM_ARRAY_TASK_COUNT": "4"}  # sbatch --array=1-7:2
+NAMES = [*TORCHRUN, *STEP, *ARRAY, "SLURM_PTY_PORT"]
 
 
 @pytest.fixture
@@ -211,3 +213,30 @@ def test_only_a_conversion_asks_for_its_launcher(environment, tmp_path, capsys, 
     with pytest.raises(SystemExit):
         main([*command, str(tmp_path)])
     assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_job_array_divides_a_conversion_and_no_training(environment):
+    environment(**ARRAY)
+    assert array_task() == Launch("SLURM's job array", 2, 4)
+    assert launched() == Launch()
+    environment(**{**ARRAY, "SLURM_ARRAY_TASK_COUNT": "1"})
+    assert array_task() == Launch()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_ARRAY_TASK_ID": "4"}, {"SLURM_ARRAY_TASK_ID": "9"}, {"SLURM_ARRAY_TASK_STEP": "0"}]
+)
+def test_an_array_that_is_no_range_is_named_and_ignored(environment, variables):
+    environment(**{**ARRAY, **variables})
+    assert array_task().size == 1 and "is ignored (--array is no range)" in array_task().ignored
+
+
+def test_a_task_of_a_job_array_converts_its_part_and_says_so(environment, digits_folder, tmp_path, capsys):
+    environment(**ARRAY)
+    main(["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"])
+    out, err = capsys.readouterr()
+    assert "this is part 3/4, for SLURM's job array started 4 processes" in err and "part 3/4 is done" in out
+    environment(**ARRAY, **STEP)
+    with pytest.raises(SystemExit):
+        main(["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"])
+    assert "Divide the work with --part I/N" in capsys.readouterr().err

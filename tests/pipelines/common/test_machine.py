@@ -17,7 +17,7 @@ from tools.lib.common.arguments import model_argument, path_argument
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import DataConfig, parse
-from trainer.evaluation.trained import load_named
+from trainer.evaluation.trained import load_model
 from trainer.feed import rank_threads
 
 AFFINITY = 64
@@ -127,7 +127,7 @@ def test_the_home_folder_is_put_in_the_paths_of_all_tools(home):
     assert model_argument("resnet50.a1_in1k") == "resnet50.a1_in1k" and model_argument("hf_hub:a/b") == "hf_hub:a/b"
     (home / "run").mkdir()
     with pytest.raises(UserError, match=f"^{home}/run: neither a run's folder"):
-        load_named("~/run")
+        load_model("~/run")
 
 
 @pytest.mark.parametrize("path", ["~nobodyhere/data", "~nobodyhere"])
