@@ -13,6 +13,7 @@ from typing import Literal
 
 from pipelines.common.launcher import launched
 
+_LONGEST_LINE = 600
 ROOM = "Make room there, and run the same command again"
 # What helps against errors of the operating system.
 _ADVICE = {
@@ -135,13 +136,11 @@ def exit_on_user_error() -> Iterator[None]:
             rank = f"[rank {this.rank}] " if this.size > 1 else ""
             is_users = isinstance(error, UserError)
             message = f"{error}{_COMMANDS[error.help_with]}" if is_users else system_error_text(error)
-            write_error_line(f"{rank}error: {shortened(' '.join(message.split()))}")
+            message = " ".join(message.split())
+            if len(message) > _LONGEST_LINE:  # The beginning and the advice at the end remain.
+                message = f"{message[: _LONGEST_LINE // 2]} [...] {message[-_LONGEST_LINE // 2 :]}"
+            write_error_line(f"{rank}error: {message}")
         sys.exit(1)
-
-
-def shortened(message: str, most: int = 600) -> str:
-    """Cut out the middle of a message that is longer than `most`. Its beginning and the advice at its end remain."""
-    return message if len(message) <= most else f"{message[: most // 2]} [...] {message[-(most // 2) :]}"
 
 
 def system_error_text(error: OSError) -> str:

@@ -110,23 +110,13 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
         Op.SHARPNESS: kernel.SHARPNESS,
     }
     kinds = np.array([kind_of.get(op, kernel.COPY).value for op in ops.tolist()], dtype=np.int32)
-    kernel.launch(
-        images,
-        out,
-        kinds=_to_device(kinds, device),
-        factors=_to_device(args, device),
-        tables=_all_tables(images, ops, args),
-    )
+    factors, tables = _to_device(args, device), _all_tables(images, ops, args)
+    kernel.launch(kernel.augment, images, out, _to_device(kinds, device), factors, tables)
     affine = np.flatnonzero(kinds == kernel.AFFINE.value)
     if len(affine):
         matrices = _host_matrices(ops[affine], args[affine], images.shape[1])
-        kernel.launch_affine(
-            images,
-            out,
-            rows=_to_device(affine.astype(np.int32), device),
-            matrices=_to_device(matrices, device),
-            fill=_colour(fill, device),
-        )
+        rows, matrices = _to_device(affine.astype(np.int32), device), _to_device(matrices, device)
+        kernel.launch(kernel.augment_affine, images, out, rows, matrices, _colour(fill, device))
     blurred = np.flatnonzero(ops == Op.GAUSSIAN_BLUR)
     if len(blurred):
         rows = _to_device(blurred, device)

@@ -1,7 +1,6 @@
 """Reads the bytes of samples from shards."""
 
 import contextlib
-import errno
 import os
 import resource
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, advice_against
 from pipelines.shards.index import ShardIndex
 
 # File descriptors that are left to the rest of the process; half of the limit, where that is less.
@@ -85,8 +84,8 @@ class ShardReader:
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            more = ". Allow more open files: 'ulimit -n 4096'" if error.errno == errno.EMFILE else ""
-            raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from error
+            advice = advice_against(error, "Restore the shard")
+            raise UserError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
         # Samples are read in random order, and `will_need` asks for those that are needed.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         if file <= self._highest:
