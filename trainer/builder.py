@@ -49,7 +49,6 @@ from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
 from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
-from trainer.update.inputs import Inputs
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -153,7 +152,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
-    make_step = functools.partial(build_step, config, state, Inputs(normalize, teachers), teachers)
+    make_step = functools.partial(build_step, config, state, normalize, teachers)
     evaluator = None
     if val_index is not None:
         val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
@@ -310,14 +309,14 @@ class Evaluator:
 def build_step(
     config: Config,
     state: TrainState,
-    inputs: Inputs,
+    normalize: Normalize,
     teachers: Teachers | None,
     world: World,
     micro_batch: int,
     compiler: Compiler = uncompiled,
 ) -> TrainStep:
     """Make the update, then restore each rank's statistics: DDP overwrites them with rank 0's when it is built."""
-    step = TrainStep(config, state, inputs, teachers, world, micro_batch=micro_batch, compiler=compiler)
+    step = TrainStep(config, state, normalize, teachers, world, micro_batch=micro_batch, compiler=compiler)
     state.restore_rank_statistics(world.rank, world.size)
     return step
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import replacing
 from pipelines.plan.plan import BEFORE
 from trainer.models.checkpoint_format import (
@@ -20,7 +20,6 @@ from trainer.models.checkpoint_format import (
     check_moments,
     check_resumable,
     check_statistics,
-    check_weights,
     checked,
     digest_of,
 )
@@ -179,15 +178,14 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     check_same_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     ema = content["ema"] or content["student"]  # An EMA that was switched on since starts from the student.
     try:
-        check_weights(content["student"], state.student)
-        check_weights(ema, state.student)
         check_moments(content["optimizer"], state.optimizer)
         check_statistics(content.get("rank_statistics", []), state.student)
-    except FieldError as error:
-        raise UserError(f"{path}: of another model ({error}). Start a new run with another --run.out") from error
-    state.student.load_state_dict(content["student"])
-    if state.ema is not None:
-        state.ema.module.load_state_dict(ema)
+        state.student.load_state_dict(content["student"])
+        if state.ema is not None:
+            state.ema.module.load_state_dict(ema)
+    except (FieldError, RuntimeError) as error:  # PyTorch's is about weights that are not the model's.
+        reason = clipped(error, 200)
+        raise UserError(f"{path}: of another model ({reason}). Start a new run with another --run.out") from error
     _load_optimizer(state.optimizer, content["optimizer"])
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
