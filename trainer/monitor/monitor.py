@@ -61,19 +61,13 @@ class Monitor:
 
     def _restart(self) -> None:
         """Forget the metrics so far."""
-        self._sums = torch.zeros(3, device=self._world.device)  # loss, teacher_top1, agreement
-        self._bad: list[torch.Tensor] = []  # For each step: bool [images of this rank].
-        self._bad_gradients: list[torch.Tensor] = []  # For each step: bool scalar.
+        self._updates: list[StepMetrics] = []
         self._start_s = time.perf_counter()
         self._input_wait.take_s()
 
     def add(self, metrics: StepMetrics) -> None:
         """Add the metrics of the update that the state has counted last, without waiting for the device."""
-        self._sums += torch.cat([metrics.loss.view(1), metrics.agreement])
-        self._bad.append(metrics.bad)
-        self._bad_gradients.append(metrics.bad_gradients)
-        if self._teacher_pairs is not None:
-            self._teacher_pairs.append(metrics.teacher_pairs)
+        self._updates.append(metrics)
         self.telemetry.advance(self._state.step)
 
     def flush(self) -> None:
@@ -83,7 +77,7 @@ class Monitor:
           NonFiniteError: on every rank, if some rank's loss or gradient was not finite.
           UserError: too many samples are damaged.
         """
-        if self._bad:
+        if self._updates:
             self.telemetry.train(self._mean())
             self._check_teacher()
             self._restart()
@@ -91,12 +85,12 @@ class Monitor:
 
     def _mean(self) -> TrainRecord:
         """Means over all images of the updates since the last line, on all ranks."""
-        step, num_steps = self._state.step, len(self._bad)
-        bad = torch.stack([rows.any() for rows in self._bad] + self._bad_gradients).any()
-        sums = self._world.all_reduce_sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
-        loss, teacher_top1, agreement = (total / self._world.size / num_steps for total in sums[:3])
-        if sums[3] or not math.isfinite(loss):
-            raise nonfinite_error(step, self._bad, self._bad_gradients, self._plan, self._world)
+        step, num_steps = self._state.step, len(self._updates)
+        values = [torch.stack([each.loss, *each.agreement, each.bad.any().float()]) for each in self._updates]
+        sums = self._world.all_reduce_sum(torch.stack(values).sum(0)) / self._world.size / num_steps
+        loss, teacher_top1, agreement, bad = sums.tolist()
+        if bad or not math.isfinite(loss):
+            raise nonfinite_error(step, self._updates, self._plan, self._world)
         elapsed_s = time.perf_counter() - self._start_s
         record = TrainRecord(
             step=step,
@@ -113,11 +107,14 @@ class Monitor:
 
     def _check_teacher(self) -> None:
         """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so."""
-        pairs, num_classes = self._teacher_pairs, self._plan.index.num_classes
-        if pairs is None or len(pairs) * self._plan.global_batch < num_images_needed(num_classes):
+        num_classes = self._plan.index.num_classes
+        if self._teacher_pairs is None:
             return
+        self._teacher_pairs += [update.teacher_pairs for update in self._updates]
+        if len(self._teacher_pairs) * self._plan.global_batch < num_images_needed(num_classes):
+            return
+        of_all_ranks = self._world.all_gather([torch.cat(self._teacher_pairs, 1).cpu().numpy()])
         self._teacher_pairs = None
-        of_all_ranks = self._world.all_gather([torch.cat(pairs, 1).cpu().numpy()])
         if warning := teacher_warning(of_all_ranks, num_classes, self._state.classes, self._unnamed or ()):
             self.say(warning)
 

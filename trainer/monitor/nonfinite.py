@@ -1,10 +1,11 @@
 """The error about an update with a loss or gradient that is not finite, and the samples behind it."""
 
-import torch
+from collections.abc import Sequence
 
 from pipelines.common.errors import UserError, named
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.world import World
+from trainer.update.step import StepMetrics
 
 _ADVICE = "Lower optim.lr or change run.precision; the run resumes from its newest checkpoint, if there is one"
 _SHOWN = 3  # An error names at most this many samples.
@@ -18,25 +19,23 @@ class NonFiniteError(UserError):
         self.step = step
 
 
-def nonfinite_error(
-    stop: int, bad: list[torch.Tensor], bad_gradients: list[torch.Tensor], plan: TrainPlan, world: World
-) -> NonFiniteError:
+def nonfinite_error(stop: int, updates: Sequence[StepMetrics], plan: TrainPlan, world: World) -> NonFiniteError:
     """The error about the first bad update of any rank, or the last update if none is known. Every rank must call it.
 
     Args:
       stop: updates done in the run.
-      bad, bad_gradients: for each of the last updates StepMetrics.bad and .bad_gradients of this rank.
+      updates: the last ones, on this rank.
     """
     mine: list[tuple[int, list[str]]] = []  # This rank's first bad update, and the samples whose logits are bad in it.
-    for step, (bad_rows, is_bad_gradient) in enumerate(zip(bad, bad_gradients, strict=True), start=stop - len(bad)):
-        if bad_rows.any() or is_bad_gradient:
+    for step, update in enumerate(updates, start=stop - len(updates)):
+        if update.bad.any() or not update.loss.isfinite():
             (rows,) = plan.batches(step, step + 1, rank=world.rank, ranks=world.size)
-            mine = [(step, [plan.index.name(int(sample)) for sample in rows.sample[bad_rows.cpu().numpy()]])]
+            mine = [(step, [plan.index.name(int(sample)) for sample in rows.sample[update.bad.cpu().numpy()]])]
             break
     found = world.all_gather(mine)
     first = min((step for step, _ in found), default=stop - 1)
     names = [name for step, samples in found if step == first for name in samples]
     if not names:
-        return NonFiniteError("the gradient is not finite, or the loss is not though all logits are", first)
+        return NonFiniteError("the gradient or the loss is not finite, though all logits are", first)
     what = f"the logits of the student or a teacher are not finite for {len(names)} of {plan.global_batch} images"
     return NonFiniteError(f"{what}: {named(names, _SHOWN)}", first)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import split_json_lines, write_synced
@@ -83,11 +83,9 @@ class Telemetry:
         self._latest = ""  # The latest numbers, for the progress line.
         screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
         self._console = Console(file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True)
-        bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
         # The time left follows from the pace of this session, evaluations and all, without its first log line.
-        self._progress = Progress(
-            *bar, TextColumn("{task.description}"), console=self._console, speed_estimate_period=math.inf
-        )
+        column = TextColumn("{task.description}")
+        self._progress = Progress(column, console=self._console, speed_estimate_period=math.inf)
         self._task = self._progress.add_task("", total=total_steps, completed=step)
 
     @contextlib.contextmanager

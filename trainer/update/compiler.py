@@ -39,19 +39,17 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
     if setting is False or (setting == "auto" and world.device.type != "cuda"):
         return uncompiled, ""
     if setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in student.modules()):
-        return uncompiled, (
-            "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
-            "the GPU, and would cut the model into pieces that are compiled one by one"
-        )
-    reason = next(iter(world.all_gather([why for why in [why_not(world.device)] if why])), "")
+        reason = "because each SyncBatchNorm of run.batch_norm sync makes the host wait for the GPU"
+    else:
+        error = next(filter(None, world.all_gather([why_not(world.device)])), "")
+        reason = f"torch.compile does not work here ({error})" if error else ""
     if not reason:
         torch._dynamo.config.cache_size_limit = _MOST_SHAPES
         return compiled, ""
     if setting == "auto":
-        return uncompiled, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
+        return uncompiled, f"run.compile auto: not compiled, {reason}"
     raise UserError(
-        f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
-        "C compiler are needed; or use --run.compile false"
+        f"run.compile is true, and {reason}. Triton, its driver and a C compiler are needed; or use --run.compile false"
     )
 
 
