@@ -39,7 +39,6 @@ from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import reporting_one_value_per_channel
 from trainer.models.files.model_folders import model_contents
-from trainer.monitor.run_files import reporting_full_disk
 from trainer.update.precision import resolve_precision
 
 
@@ -76,7 +75,6 @@ def reporting_errors() -> Iterator[None]:
 def joined(config: Config) -> Iterator[World]:
     """Join the ranks and start the watchdog. Inside, signals end the process until something else handles them."""
     with (
-        reporting_full_disk(),
         requeueing_on_signals(),
         join_world(config.run.device, functools.partial(facts_to_compare, config), config.run.ready_s) as world,
         watched(world, config.run.watchdog_s) as watched_world,

@@ -5,14 +5,12 @@ summary.json says how the latest session ended. The functions here return only l
 """
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from pipelines.common.errors import ROOM, UserError, advice_against
 from pipelines.common.files import parsed_json, split_json_lines, write_synced
 from trainer.config.recipe import are_audit_rows
 from trainer.state.train_state import Best
@@ -89,20 +87,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-@contextlib.contextmanager
-def reporting_full_disk() -> Iterator[None]:
-    """Inside, a full disk is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error, ROOM)}. The "
-            "same command then resumes from the newest checkpoint, if there is one"
-        ) from error
 
 
 def append_synced(path: Path, lines: list[bytes]) -> None:

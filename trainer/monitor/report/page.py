@@ -66,11 +66,6 @@ class RunRecord:
         """None where the log does not say it."""
         return next((line["steps_per_epoch"] for line in self.of("session") if line.get("steps_per_epoch")), None)
 
-    @property
-    def restarts(self) -> list[dict]:
-        """The session lines but the first."""
-        return self.of("session")[1:]
-
     @functools.cached_property
     def deviations(self) -> list[dict] | None:
         """The settings that differ from the recipe, as from `audit`; None where this version cannot read them."""
@@ -150,7 +145,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     for i, run in enumerate(runs):
         scale = run.steps_per_epoch if in_epochs and run.steps_per_epoch else 1
         color = None if len(runs) == 1 else i
-        marks += [(line["kind"], color, line["step"] / scale) for line in run.restarts + run.of("rollback")]
+        marks += [(line["kind"], color, line["step"] / scale) for line in run.of("session")[1:] + run.of("rollback")]
         for chart in CHARTS:
             curves[chart.name] += _curves(chart, run, color, scale)
     x_label = "epoch" if in_epochs else "step"
@@ -198,7 +193,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "images/s, median": f"{statistics.median(speeds):,.0f}" if speeds else _NONE,
         "waiting for input, mean": _percent(100 * statistics.mean(waits), 1) if waits else _NONE,
         "from the first line to the last": _duration(run.lines),
-        "restarts": str(len(run.restarts)),
+        "restarts": str(max(0, len(sessions) - 1)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
         "ranks, latest session": _ranks(sessions[-1]) if sessions else _NONE,
         "damaged images": str(run.num_damaged),
@@ -253,7 +248,7 @@ def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: 
         differing=differing_settings(runs),
         pictures={title: _embedded(content) for title, content in pictures.values()},
         strips={name: _embedded(content) for name, content in strips.items()},
-        summaries={run.name: _json(run.summary, indent=1) for run in runs if run.summary},
+        summaries={run.name: _text(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
 
@@ -261,20 +256,15 @@ def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: 
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": _clock, "setting": _setting, "ranks": _ranks}
+    environment.filters |= {"clock": _clock, "setting": _text, "ranks": _ranks}
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
-def _setting(value: object) -> str:
-    """A setting as the command line takes it."""
-    return value if isinstance(value, str) else _json(value)
-
-
-def _json(value: object, indent: int | None = None) -> str:
-    """JSON, also of values that YAML has and JSON has not, such as a date."""
+def _text(value: object, indent: int | None = None) -> str:
+    """A setting as the command line takes it: JSON, also of values that JSON has not, such as a date."""
     try:
-        return json.dumps(value, indent=indent, default=str)
-    except (TypeError, RecursionError):  # A key is not text, or a list contains itself.
+        return value if isinstance(value, str) else json.dumps(value, indent=indent, default=str)
+    except (TypeError, ValueError, RecursionError):  # A key is not text, or a list contains itself.
         return clipped(value)
 
 
