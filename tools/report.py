@@ -20,9 +20,7 @@ from trainer.monitor.report.page import PAGE, write_report
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "runs", type=path_argument, nargs="+", metavar="RUN", help="folder of a run: what --run.out was"
-    )
+    parser.add_argument("runs", type=path_argument, nargs="+", metavar="RUN", help="a run's folder, --run.out")
     where = f"for {PAGE} and the pictures (default: RUN/report for one run, ./report for several)"
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help=where)
     options = parser.parse_args(arguments)

@@ -7,17 +7,28 @@ from collections.abc import Iterator
 
 import torch
 
+from pipelines.common.errors import UserError, named
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.world import World
 from trainer.models.order_warning import num_images_needed
 from trainer.models.teacher import teacher_warning
 from trainer.monitor.clock import InputWait
-from trainer.monitor.nonfinite import nonfinite_error
 from trainer.monitor.quarantine import Quarantine
 from trainer.monitor.run_files import TrainRecord
 from trainer.monitor.telemetry import Telemetry
 from trainer.state.train_state import TrainState
 from trainer.update.step import StepMetrics
+
+_ADVICE = "Lower optim.lr or change run.precision; the run resumes from its newest checkpoint, if there is one"
+_SHOWN = 3  # An error names at most this many samples.
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not finite, at update `step`, which metrics.jsonl calls step + 1."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(f"step {step + 1}: {message}. {_ADVICE}")
+        self.step = step
 
 
 class Monitor:
@@ -90,7 +101,7 @@ class Monitor:
         sums = self._world.all_reduce_sum(torch.stack(values).sum(0)) / self._world.size / num_steps
         loss, teacher_top1, agreement, bad = sums.tolist()
         if bad or not math.isfinite(loss):
-            raise nonfinite_error(step, self._updates, self._plan, self._world)
+            raise self._nonfinite_error()
         elapsed_s = time.perf_counter() - self._start_s
         record = TrainRecord(
             step=step,
@@ -104,6 +115,23 @@ class Monitor:
             record["teacher_top1"] = 100 * teacher_top1
             record["agreement"] = 100 * agreement
         return record
+
+    def _nonfinite_error(self) -> NonFiniteError:
+        """The error about the first bad update of any rank, the last one if none is known. Every rank must call it."""
+        stop, plan, world = self._state.step, self._plan, self._world
+        mine: list[tuple[int, list[str]]] = []  # This rank's first bad update, and the samples with bad logits in it.
+        for step, update in enumerate(self._updates, start=stop - len(self._updates)):
+            if update.bad.any() or not update.loss.isfinite():
+                (rows,) = plan.batches(step, step + 1, rank=world.rank, ranks=world.size)
+                mine = [(step, [plan.index.name(int(sample)) for sample in rows.sample[update.bad.cpu().numpy()]])]
+                break
+        found = world.all_gather(mine)
+        first = min((step for step, _ in found), default=stop - 1)
+        names = [name for step, samples in found if step == first for name in samples]
+        if not names:
+            return NonFiniteError("the gradient or the loss is not finite, though all logits are", first)
+        what = f"the logits of the student or a teacher are not finite for {len(names)} of {plan.global_batch} images"
+        return NonFiniteError(f"{what}: {named(names, _SHOWN)}", first)
 
     def _check_teacher(self) -> None:
         """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so."""

@@ -137,15 +137,16 @@ def is_quarantine_line(line: object) -> bool:
 def read_summary(path: Path) -> dict:
     """The summary of a session as Summary; {} without one."""
     summary = parsed_json(path.read_bytes()) if path.is_file() else None
-    if not isinstance(summary, dict) or not isinstance(summary.get("deviations"), list):
-        return {}
-    is_summary = (
-        isinstance(summary.get("finished"), bool)
+    if (
+        isinstance(summary, dict)
+        and isinstance(summary.get("finished"), bool)
         and isinstance(summary.get("session"), dict)
         and all(_is_count(summary.get(name)) for name in ("step", "total_steps"))
+        and isinstance(summary.get("deviations"), list)
         and are_audit_rows(summary["deviations"])
-    )
-    return summary if is_summary else {}
+    ):
+        return summary
+    return {}
 
 
 def write_summary(path: Path, summary: Summary) -> None:

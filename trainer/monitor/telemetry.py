@@ -53,7 +53,6 @@ class Telemetry:
 
     Args:
       folder: of the run.
-      world: the ranks.
       step: the run resumes after this step. Later lines of metrics.jsonl are dropped, because they will be written
         again.
       total_steps, steps_per_epoch: of the whole run.
@@ -91,30 +90,31 @@ class Telemetry:
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
         """A session: inside the block records are written and, on a terminal, the progress line is shown."""
-        if not self._world.is_main:
-            yield
-            return
         with contextlib.ExitStack() as closing:
-            for sink in self._sinks:
-                closing.callback(sink.close)
-            self._open_log(self._step)
-            closing.callback(self._close_log)
-            self._write(
-                {
-                    "kind": "session",
-                    "step": self._step,
-                    "total_steps": self._total_steps,
-                    "steps_per_epoch": self._steps_per_epoch,
-                    "ranks": self._world.size,
-                    "host": socket.gethostname(),
-                    "device": self._world.device_name,
-                    "validation": self._validation,
-                }
-            )
-            if self._console.is_terminal:
-                closing.enter_context(self._progress)
-            self._show()
+            if self._world.is_main:
+                self._begin(closing)
             yield
+
+    def _begin(self, closing: contextlib.ExitStack) -> None:
+        for sink in self._sinks:
+            closing.callback(sink.close)
+        self._open_log(self._step)
+        closing.callback(self._close_log)
+        self._write(
+            {
+                "kind": "session",
+                "step": self._step,
+                "total_steps": self._total_steps,
+                "steps_per_epoch": self._steps_per_epoch,
+                "ranks": self._world.size,
+                "host": socket.gethostname(),
+                "device": self._world.device_name,
+                "validation": self._validation,
+            }
+        )
+        if self._console.is_terminal:
+            closing.enter_context(self._progress)
+        self._show()
 
     def _open_log(self, step: int) -> None:
         """Open the log at its end, without the lines of steps later than `step`, after which the run resumes.

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from pipelines.common.errors import UserError
-from pipelines.ops import torch_ops
 from trainer.cluster.world import World
 
 COMPILE_PATIENCE_S = 3600  # The watchdog waits this long: compiling a large model is no hang.
@@ -53,20 +52,10 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
     )
 
 
-def kernel_error(world: World) -> str:
-    """Why some rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
-    mine = torch_ops.kernel_error() if world.device.type == "cuda" else ""
-    return next(filter(None, world.all_gather([mine])), "")
-
-
 def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
     try:
-        torch.compile(_squared)(torch.ones(2, 16, 16, device=device))
+        torch.compile(lambda matrices: (2 * matrices).bmm(matrices))(torch.ones(2, 16, 16, device=device))
     except Exception as error:  # A missing compiler or driver leads to errors of many types.
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
-
-
-def _squared(matrices: torch.Tensor) -> torch.Tensor:
-    return (2 * matrices).bmm(matrices)

@@ -38,6 +38,5 @@ def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None =
 
     assert batch.images.is_contiguous() and len({model.dtype for model in models}) == 1
     outs = [torch.empty_like(batch.images, dtype=model.dtype) for model in models]
-    scale, shift = (torch.stack([getattr(model, name) for model in models]) for name in ("scale", "shift"))
-    launch(batch, outs, scale, shift)
+    launch(batch, outs, torch.stack([model.scale for model in models]), torch.stack([model.shift for model in models]))
     return [out.permute(0, 3, 1, 2) for out in outs]

@@ -99,8 +99,10 @@ class TrainStep:
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
                 seed_dropout(self._config.run.seed, batch.position, self._device)
+                # DDP averages the gradients over the ranks with the last micro-batch only.
                 is_last = micro_batch == self.num_micro_batches - 1
-                with self._gradient_sync(is_last):
+                waits = isinstance(self._model, DistributedDataParallel) and not is_last
+                with self._model.no_sync() if waits else contextlib.nullcontext():
                     metrics = self._forward(batch)
                     self._scaler.scale(metrics.loss / self.num_micro_batches).backward()
                 self._statistics.end_micro_batch()
@@ -127,12 +129,6 @@ class TrainStep:
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
             student_logits = self._model(student_input)
         return self._loss_and_agreement(student_logits, teacher_logits, batch.labels, batch.lam, batch.mix_group)
-
-    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Inside, DDP averages the gradients over the ranks only if this is an update's last micro-batch."""
-        if isinstance(self._model, DistributedDataParallel) and not is_last:
-            return self._model.no_sync()
-        return contextlib.nullcontext()
 
     def _is_gradient_finite(self) -> torch.Tensor:
         """Bool scalar on the device."""

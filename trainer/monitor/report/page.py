@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.report.charts import CHARTS, Chart, Curve, draw
 from trainer.monitor.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_summary
 from trainer.monitor.sample_grid import SAMPLES
+from trainer.monitor.sinks import scalars
 
 PAGE = "index.html"
 _NONE = "–"
@@ -55,11 +55,6 @@ class RunRecord:
     def of(self, *kinds: str) -> list[dict]:
         """The lines of these kinds."""
         return [line for line in self.lines if line["kind"] in kinds]
-
-    @property
-    def step(self) -> int:
-        """The step after which the log ends."""
-        return self.lines[-1]["step"] if self.lines else 0
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -158,40 +153,38 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def _curves(chart: Chart, run: RunRecord, color: int | None, scale: int) -> Iterator[Curve]:
     """A run's curves in a chart; without a color of the run each curve gets its own."""
-    for i, (label, keys) in enumerate(chart.series.items()):
-        values = [(line["step"] / scale, _number(line, keys)) for line in run.lines]
-        points = [(x, y * chart.factor) for x, y in values if abs(y) < _MOST_DRAWN]
+    for i, (label, key) in enumerate(chart.series.items()):
+        values = [(line["step"] / scale, dict(scalars(line)).get(key)) for line in run.lines]
+        points = [(x, y) for x, y in values if y is not None and abs(y) < _MOST_DRAWN]
         if points:
             x, y = np.array(points).T
             name = label if color is None else ", ".join(filter(None, (run.name, label)))
-            yield Curve(name, i if color is None else color, x, y, "dashed" if i else "solid")
-
-
-def _number(line: dict, keys: tuple[str, ...]) -> float:
-    """A number in a line, nan where it is not there."""
-    value = functools.reduce(lambda part, key: part.get(key) or {}, keys[:-1], line).get(keys[-1])
-    return math.nan if value is None else float(value)
+            yield Curve(name, i if color is None else color, x, y, is_dashed=i > 0)
 
 
 def numbers(run: RunRecord) -> dict[str, str]:
     """The results of a run in words, in the order of the page."""
     train, evals, sessions = run.of("train"), run.of("eval"), run.of("session")
-    total = run.summary.get("total_steps") or next((s["total_steps"] for s in sessions[-1:] if "total_steps" in s), "?")
+    total = next((each["total_steps"] for each in (run.summary, *sessions[-1:]) if "total_steps" in each), None)
+    step = run.lines[-1]["step"] if run.lines else 0
+    state = f"not finished; last line {_clock(run.lines[-1].get('time'))}" if run.lines else "not finished"
+    if run.summary:
+        state = "finished" if run.summary["finished"] else f"stopped after step {step:,}"
     last = evals[-1] if evals else {}
     speeds, waits = ([line[key] for line in train] for key in ("images_per_s", "input_wait"))
     best = max(((e[w]["top1"], w, e["epoch"]) for e in evals for w in ("ema", "raw") if w in e), default=None)
     section = {name: run.config.get(name, {}) for name in ("student", "teacher")}
     return {
-        "state": _state(run),
+        "state": state,
         "student": section["student"].get("name", _NONE),
         "teacher": section["teacher"].get("name") or "none, labels alone",
-        "steps done": f"{run.step:,} of {total:,}" if total != "?" else f"{run.step:,}",
-        "top-1, EMA weights": _percent(last["ema"]["top1"]) if "ema" in last else _NONE,
-        "top-1, raw weights": _percent(last["raw"]["top1"]) if "raw" in last else _NONE,
-        "best top-1": f"{_percent(best[0])} ({best[1]}, epoch {best[2]})" if best else _NONE,
+        "steps done": f"{step:,} of {total:,}" if total else f"{step:,}",
+        "top-1, EMA weights": f"{last['ema']['top1']:.2f} %" if "ema" in last else _NONE,
+        "top-1, raw weights": f"{last['raw']['top1']:.2f} %" if "raw" in last else _NONE,
+        "best top-1": f"{best[0]:.2f} % ({best[1]}, epoch {best[2]})" if best else _NONE,
         "training loss, last line": f"{train[-1]['loss']:.4f}" if train else _NONE,
         "images/s, median": f"{statistics.median(speeds):,.0f}" if speeds else _NONE,
-        "waiting for input, mean": _percent(100 * statistics.mean(waits), 1) if waits else _NONE,
+        "waiting for input, mean": f"{100 * statistics.mean(waits):.1f} %" if waits else _NONE,
         "from the first line to the last": _duration(run.lines),
         "restarts": str(max(0, len(sessions) - 1)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
@@ -199,18 +192,6 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "damaged images": str(run.num_damaged),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
-
-
-def _percent(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f} %"
-
-
-def _state(run: RunRecord) -> str:
-    if run.summary:
-        return "finished" if run.summary["finished"] else f"stopped after step {run.step:,}"
-    if not run.of("train"):
-        return "not finished; no line of training yet"
-    return f"not finished; last line {_clock(run.lines[-1].get('time'))}"
 
 
 def _ranks(session: dict) -> str:
