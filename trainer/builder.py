@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from pipelines import Pipeline
 from pipelines.common.errors import UserError
+from pipelines.ops.torch_ops import kernel_error
 from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
@@ -48,7 +49,7 @@ from trainer.monitor.sinks import Sink, open_sinks
 from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
-from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, uncompiled
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -266,7 +267,8 @@ def build_state(
 
 def kernel_note(world: World) -> str:
     """A note if Triton does not work on the GPU of some rank, else "". Every rank must call it."""
-    error = kernel_error(world)
+    mine = kernel_error() if world.device.type == "cuda" else ""
+    error = next(filter(None, world.all_gather([mine])), "")
     return (
         f"without Triton, which does not work here ({error}), mixing and DALI's RandAugment are slower" if error else ""
     )
