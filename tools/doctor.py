@@ -40,11 +40,10 @@ from tools.lib.doctor.output import (
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Stage, rates
 from tools.lib.doctor.step_stages import WholeRun
-from trainer.builder import Run, build
+from trainer.builder import Run, build, facts_to_compare
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.micro_batch import reporting_out_of_memory
-from trainer.run import facts_to_compare
 
 _NEGLIGIBLE = 0.1  # Little can be gained on a side that does less than this fraction of the work.
 
