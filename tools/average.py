@@ -30,7 +30,6 @@ from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
 from trainer.cluster.world import alone
 from trainer.config.sections import ImagesConfig
-from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import metrics
 from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, load
 from trainer.models.class_names import order_doubt
@@ -91,7 +90,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@spelling_settings("--", lacking=("name", "checkpoint", "kwargs", "classes"))
 def average(options: argparse.Namespace) -> None:
     """Check, read, average, write, and print what was done."""
     paths = files_of(options.checkpoints)

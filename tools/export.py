@@ -27,8 +27,7 @@ from tools.lib.common.onnx_file import TOLERANCE, Difference, in_one_line, large
 from tools.lib.export.card import MODEL_CARD, card, read_measured
 from tools.lib.export.formats import FORMATS, Format
 from tools.lib.export.timm_folder import noise, write_folder
-from trainer.config.setting_names import spelling_settings
-from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_named
+from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_model
 from trainer.models.fold_batch_norm import fold_batch_norms
 
 _CHECKED = 3  # Each export is checked on one image, and on a batch of this many.
@@ -38,11 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = _parse(arguments)
     try:
-        with exit_on_user_error(), spelling_settings("--", lacking=("checkpoint", "kwargs")):
+        with exit_on_user_error():
             check_new_folder(options.out)
             if options.fold and not options.formats:
                 raise UserError(f"--fold changes {' and '.join(FORMATS)} alone. Add one of them")
-            trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
+            trained = load_model(options.model, options.name, weights=options.weights, classes=options.classes)
             formats = [FORMATS[file] for file in options.formats]
             files = export(trained, options.out, formats, fold=options.fold, evaluation=options.evaluation)
             print(f"{trained.name} from {trained.source} is exported to {options.out}")

@@ -93,7 +93,6 @@ class Report(Origin, Summary, _Real):
     """What tools/evaluate.py writes with --run.json."""
 
     classes: list[ClassRow]
-    order_warning: str
     damaged: list[str]
 
 

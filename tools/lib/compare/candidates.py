@@ -19,7 +19,7 @@ from tools.lib.common.attention import fused_or_plain, has_fused_attention
 from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer.config.paper import paper_models
-from trainer.evaluation.trained import load_named
+from trainer.evaluation.trained import load_model
 from trainer.models.factory import create_model, known_name
 from trainer.models.fold_batch_norm import fold_batch_norms
 
@@ -169,7 +169,7 @@ def _candidate(word: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -
         found = [each for each in said if not each.source and each.model in (name, word)]
         papers = [each for each in paper if each.model == name]
     else:
-        trained = load_named(word)  # Its error says what is wrong with the word.
+        trained = load_model(word)  # Its error says what is wrong with the word.
         model = Candidate(with_escaped_bytes(word), trained.name, word, trained.transform.image_size)
         files = {Path(word).resolve(), Path(trained.source).resolve()}
         found, papers = [each for each in said if Path(each.source or each.model).resolve() in files], []
@@ -192,7 +192,7 @@ def build(model: Candidate) -> nn.Module:
 def unfolded(model: Candidate) -> nn.Module:
     """The network in evaluation mode as it was trained, or with random weights."""
     if model.weights:
-        return load_named(model.weights, image_size=model.image_size).module
+        return load_model(model.weights, image_size=model.image_size).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)
