@@ -110,14 +110,11 @@ class _Average(_AverageOptions):
     of: list[_AverageRow]
 
 
-class _Always(TypedDict):
-    step: _Count
-    config: Annotated[dict[str, dict], is_plain]
-
-
-class Content(_Always, total=False):
+class Content(TypedDict, total=False):
     """The fields of this trainer's files; TrainState documents what each is for. Other fields are left alone."""
 
+    step: _Count
+    config: Annotated[dict[str, dict], is_plain]
     plan: Annotated[dict[str, Any], is_plain]
     audit: list[_AuditRow] | None
     classes: list[str] | None
@@ -138,7 +135,7 @@ class Content(_Always, total=False):
 
 
 # A run cannot be resumed without these.
-RESUMED = ("plan", "student", "ema", "optimizer", "scaler")
+RESUMED = ("step", "config", "plan", "student", "ema", "optimizer", "scaler")
 
 
 def check_fields(content: dict) -> None:

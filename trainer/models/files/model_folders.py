@@ -140,11 +140,10 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
 
     repository, _, revision = name.removeprefix(_HUB).partition("@")
     try:
-        *others, last = files
-        for file in others:
+        for file in files:
             with contextlib.suppress(EntryNotFoundError):
                 return Path(hf_hub_download(repository, file, revision=revision or None))
-        return Path(hf_hub_download(repository, last, revision=revision or None))
+        raise FileNotFoundError(f"none of {', '.join(files)}")
     except Exception as error:  # The hub's library, its network's and the file system's all have errors of their own.
         raise UserError(
             f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
@@ -177,7 +176,8 @@ def read_folder(path: Path, name: str) -> ModelFolder:
     if wrong := wrong_part({**said, "pretrained_cfg": config}, _Description):
         raise UserError(f"{file}: {wrong}. Correct it, or export the model again")
     config.pop("architecture", None)
-    names, kind, outputs = said.get("label_names"), said.get("weights"), config["num_classes"]
+    names, kind = said.get("label_names"), said.get("weights")
+    outputs: Any = config["num_classes"]
     classes = [str(each) for each in names] if isinstance(names, list) else None  # A dictionary has words for classes.
     if classes is not None and len(classes) != outputs:
         raise UserError(
