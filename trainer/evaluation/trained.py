@@ -46,7 +46,6 @@ from trainer.state.checkpoint_settings import check_settings, with_defaults
 WEIGHTS = "model.safetensors"
 Kind = Literal["auto", "ema", "raw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_LONGEST_NAME = 100  # The longest name of a timm model has about 60 characters.
 # The settings of a checkpoint that are used; those of `data` are checked where a DataConfig is made of them.
 _USED = ("student.name", "student.kwargs")
 # The fields of a checkpoint that hold weights and moments.
@@ -151,7 +150,7 @@ def load_model(source: Path | str, name: str | None = None, **settings: Any) -> 
     path = expanded(text)
     if os.path.exists(path):  # This is False also for text that is too long to be a path.
         return load(name, path, **settings)
-    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1 or len(text) > _LONGEST_NAME:
+    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
         raise UserError(
             f"{clipped(text, 120)}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name"
         )

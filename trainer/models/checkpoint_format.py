@@ -176,14 +176,6 @@ def first_not_finite(content: dict) -> str:
     return ""
 
 
-def lacks_moments(content: dict) -> bool:
-    """True if the optimizer knows something of some parameters and nothing of others."""
-    optimizer = content.get("optimizer", {"state": {}})
-    return bool(optimizer["state"]) and len(optimizer["state"]) < sum(
-        len(group["params"]) for group in optimizer["param_groups"]
-    )
-
-
 def check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
     """Raise a FieldError if what an optimizer knows is not of the parameters that another one has."""
     groups, present = saved["param_groups"], optimizer.param_groups
@@ -288,7 +280,9 @@ def checked(path: Path, content: dict) -> dict:
                 raise FieldError(f"its content does not have the hash {clipped(digest, 15)} it was written with")
         check_fields(content)
         # Parameters without a gradient have no moments, so only files without a digest are refused for that.
-        if digest is None and lacks_moments(content):
+        optimizer = content.get("optimizer", {"state": {}, "param_groups": []})
+        num_parameters = sum(len(group["params"]) for group in optimizer["param_groups"])
+        if digest is None and 0 < len(optimizer["state"]) < num_parameters:
             raise FieldError("'optimizer' has lost the moments of some parameters")
     except FieldError as error:
         raise DamagedError(f"{path}: damaged ({error})") from error

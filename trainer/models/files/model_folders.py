@@ -45,16 +45,13 @@ class _Configuration(TypedDict, total=False):
     num_classes: Annotated[int, lambda value: 0 <= value < 1e6]
 
 
-class _DescriptionOptions(TypedDict, total=False):
-    model_args: dict[str, Any] | None
-    label_names: list[str | int] | dict | None
-
-
-class _Description(_DescriptionOptions):
+class _Description(TypedDict, total=False):
     """What config.json holds; other keys are left alone."""
 
     architecture: str
     pretrained_cfg: _Configuration
+    model_args: dict[str, Any] | None
+    label_names: list[str | int] | dict | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +85,7 @@ class ModelFolder:
         return self.name.startswith(_HUB)
 
     def weights_file(self) -> Path:
-        """The file of its weights.
-
-        Raises:
-          UserError: there is none.
-        """
+        """The file of its weights; a UserError if there is none."""
         for file in WEIGHTS:
             if (self.path / file).is_file():
                 return self.path / file
@@ -169,6 +162,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
         config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
         config["num_classes"] = said.get("num_classes", config.get("num_classes"))
+        architecture = said["architecture"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
@@ -185,7 +179,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
         )
     kwargs = kwargs_of_file(file, said.get("model_args") or {})
     kind = kind if isinstance(kind, str) else ""
-    return ModelFolder(path, name, said["architecture"], config, kwargs, outputs, classes, kind)
+    return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
 
 
 def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:

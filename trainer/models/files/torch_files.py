@@ -1,4 +1,4 @@
-"""Files of torch.save, loaded within the memory that their size allows and with nothing in them run.
+"""Files of tensors, loaded within the memory that their size allows and with nothing in them run.
 
 torch.load believes a file: that a record unpacks to terabytes, that a record holds the values of its tensors. Here the
 archive's directory and the pickle are looked at first, and a file that could not keep its word is refused by what it
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
@@ -59,6 +60,8 @@ class _PlainMapping:
 def load_plain(path: Path) -> Any:
     """Load plain data and tensors, in memory of their own, on the CPU. Other things become PlainData.
 
+    Args:
+      path: a file of torch.save; a file of safetensors has their suffix.
     Raises:
       ClaimError: loading it would take more than the file can hold, or it is not of torch.save.
       OSError: it is no regular file, or cannot be read.
@@ -67,6 +70,8 @@ def load_plain(path: Path) -> Any:
     """
     require_regular(path)
     with memory_for(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
