@@ -176,7 +176,7 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
         **facts,
         **metrics.summary(predictions),
         "classes": class_rows(predictions, names),
-        "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
+        "damaged": damaged,
     }
     if real is not None:
         report["real"] = metrics.real_accuracy(predictions, real)

@@ -6,6 +6,7 @@ covers all it holds.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,6 @@ from trainer.models.checkpoint_format import (
 )
 from trainer.models.files.torch_files import load_plain
 from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
-from trainer.state.host_copy import to_host
 from trainer.state.train_state import TrainState
 
 BEST = "best.pt"
@@ -35,6 +35,17 @@ _OWN_NAME = re.compile(r"step-\d{8,}\.pt")
 def checkpoints_folder(run: Path) -> Path:
     """Where a run's folder has its checkpoints; `run` may be that folder itself."""
     return run if run.name == _FOLDER else run / _FOLDER
+
+
+def to_host(value: Any) -> Any:
+    """A copy in host memory of nested dictionaries, lists and tensors."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_host, value))
+    return value
 
 
 def content_of(state: TrainState) -> dict:

@@ -12,8 +12,7 @@ from conftest import train_here
 from pipelines.common.errors import UserError
 from support.model_folder import CLASSES, NAME, write_folder
 from tools.evaluate import EvalStudentConfig
-from tools.lib.compare.candidates import _identified
-from tools.lib.compare.candidates import build as built_candidate
+from tools.lib.compare import candidates
 from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models.files import model_folders
@@ -41,10 +40,10 @@ def test_a_name_with_a_source_is_taken_however_it_is_spelled(named, model):
     student = build_student(StudentConfig(named, pretrained=True), 7, 160, CLASSES)
     loaded = trained.load(named, None)
     by_word = trained.load_model(named)
-    candidate, _ = _identified(named)
+    (candidate,) = candidates.choose([named], [])
     for found in (teacher.model, student, loaded.module, by_word.module):
         assert torch.equal(logits(found), expected)
-    assert torch.allclose(logits(built_candidate(candidate)[0]), expected, atol=1e-4)
+    assert torch.allclose(logits(candidates.build(candidate)), expected, atol=1e-4)
     assert (loaded.name, loaded.classes, loaded.kwargs["depth"]) == (NAME, CLASSES, 2)
     random = build_student(StudentConfig(named), 5, 160)
     assert len(random.blocks) == 2 and random.num_classes == 5
@@ -100,7 +99,7 @@ def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
     assert found.kwargs["depth"] == 2 and not {*RESERVED, "in_chans"} & {*found.kwargs}
     assert torch.equal(logits(found.module), logits(model))
     trained.check_fits(tmp_path / "own.pt", saved)
-    assert _identified(str(tmp_path / "own.pt"))[0].name == NAME
+    assert candidates.choose([str(tmp_path / "own.pt")], [])[0].name == NAME
     assert build_teacher(TeacherConfig(NAME, tmp_path / "own.pt", {"depth": 2}), 7, 160).model.num_classes == 7
 
 
@@ -168,7 +167,7 @@ def test_weights_that_are_not_finite_are_named_whoever_reads_them(model, tmp_pat
         lambda: trained.load(None, folder),
         lambda: trained.load(None, tmp_path / "own.pt"),
         lambda: trained.load(NAME, tmp_path / "plain.pth", kwargs=two),
-        lambda: _identified(str(folder)),
+        lambda: candidates.choose([str(folder)], []),
     ):
         with pytest.raises(
             UserError, match="(there|safetensors|own.pt|plain.pth): 'norm.weight' is not finite: it holds NaN"
