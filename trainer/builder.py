@@ -141,7 +141,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     check_sizes_are_reached(config)
     index, val_index = open_indices(config.data)
     classes = dataset_classes(config.data)
-    student, teachers = build_models(config, index.num_classes, classes, micro_batch, world)
+    student, teachers = build_models(config, index.num_classes, classes, world)
     expects = preprocessing(student)
     plan = train_plan(config, index, expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -201,7 +201,7 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, micro_batch: int, world: World
+    config: Config, num_classes: int, classes: list[str] | None, world: World
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
@@ -213,7 +213,7 @@ def build_models(
     torch.manual_seed(config.run.seed)
     doubt = order_doubt(config.data.root)
     student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
-    check_student(student, config, num_classes, micro_batch, world)
+    check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
     return student, build_teachers(config, num_classes, classes, doubt)
