@@ -249,15 +249,9 @@ def failed(arguments: list, capsys, tool=export) -> str:
         (["MODEL", "OUT", "--name", "resnet18"], "is of model 'test_resnet', not of 'resnet18'. Leave the name out"),
         (["MODEL", "OUT", "--weights", "ema"], "holds no ema weights, only raw ones"),
         (["MODEL", "OUT", "--classes", "TMP/three.txt"], "three.txt: names 3 classes, .* has 10 outputs. Name every"),
-<<<<<<< HEAD
         (["MODEL", "OUT", "--evaluation", "TMP/no.json"], "no.json: not an evaluation .No such file.* --run.json"),
         (["MODEL", "OUT", "--evaluation", "TMP/list.json"], "list.json: not an evaluation .* --run.json"),
         (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it (option name)"),
-=======
-        (["MODEL", "OUT", "--evaluation", "TMP/no.json"], "no.json: cannot be read .* --run.json FILE"),
-        (["MODEL", "OUT", "--evaluation", "TMP/list.json"], "list.json: not an evaluation .* --run.json FILE"),
-        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it .option name"),
->>>>>>> cut-models
         (["TMP/raw.pth", "OUT", "--name", "test_byobnet"], "does not fit model 'test_byobnet' .* it was saved from"),
         (["TMP/nothing.pt", "OUT"], "not found. Give a checkpoint, a run's folder, an exported folder, or timm's"),
         (["resnet8", "OUT"], "unknown model 'resnet8'; did you mean resnet18"),
