@@ -19,8 +19,9 @@ from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import World, alone
+from trainer.config.cli import to_dict
 from trainer.config.recipe import audit
-from trainer.config.sections import Config, RunConfig, to_dict
+from trainer.config.sections import Config, RunConfig
 from trainer.evaluation.predict import EvalPass
 from trainer.feed import (
     Feed,

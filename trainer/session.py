@@ -11,7 +11,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
-from trainer.config.sections import to_yaml
+from trainer.config.cli import to_yaml
 from trainer.feed import DECODE, sample_names
 from trainer.monitor.description import opening_lines
 from trainer.monitor.monitor import Monitor

@@ -1,21 +1,20 @@
-"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Nature)."""
+"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (pipelines.common.settings)."""
 
-import dataclasses
 from typing import Any
 
-from pipelines.common.settings import Nature, natures
-from trainer.config.sections import Config, OtherTeacher, to_dict
+from pipelines.common.settings import natures
+from trainer.config.cli import sections_of, to_dict
+from trainer.config.sections import Config, OtherTeacher
 
 
 def section_types() -> dict[str, Any]:
     """The dataclass of each section by its name."""
-    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    return sections_of(Config)
 
 
-def setting_natures() -> dict[str, Nature]:
+def setting_natures() -> dict[str, Any]:
     """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
-    kinds = section_types().items()
-    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
+    return {f"{key}.{name}": nature for key, kind in section_types().items() for name, nature in natures(kind).items()}
 
 
 def flat(config: Config) -> dict[str, Any]:

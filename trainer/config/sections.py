@@ -4,19 +4,16 @@ Every default stands here (or beside what it configures) once; the defaults are 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from pipelines import PipelineConfig
 from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.settings import Section, check, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
-from trainer.config.cli import parse_settings
+from trainer.config.cli import filled, parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -125,26 +122,7 @@ class StudentConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OtherTeacher:
-    """A further teacher: its settings are those of the first (TeacherConfig).
-
-    Attributes:
-      name: any timm model.
-      checkpoint: its weights; without it timm's pretrained weights are downloaded.
-      kwargs: passed to timm.create_model.
-      image_size: side of the image it sees, pixels; 0 is the student's.
-      classes: text file that names its outputs.
-    """
-
-    name: str
-    checkpoint: Path | None = setting(None, per_machine=True)
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = setting(None, per_machine=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig(Section):
-    """The frozen model, or models, that are learned from.
+    """A frozen model that is learned from.
 
     Attributes:
       name: any timm model, the authors' tresnet_l_v2, hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER; no teacher
@@ -156,16 +134,26 @@ class TeacherConfig(Section):
       classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names
         them; it may have more classes than the dataset. Without it a checkpoint of this trainer names them itself, and
         the outputs of any other are taken to be in the dataset's order.
+    """
+
+    name: str | None
+    checkpoint: Path | None = setting(None, recipe=False, per_machine=True)
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
+    classes: Path | None = setting(None, recipe=False, per_machine=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(OtherTeacher, Section):
+    """The frozen model, or models, that are learned from.
+
+    Attributes:
       others: further teachers, each with name, checkpoint, kwargs, image_size and classes of its own; the student
         learns from the mean of all probabilities.
     """
 
     key, on_resume = "teacher", "reported"
     name: str | None = "tresnet_v2_l"
-    checkpoint: Path | None = setting(None, recipe=False, per_machine=True)
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = setting(None, recipe=False, per_machine=True)
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -173,6 +161,7 @@ class TeacherConfig(Section):
         for key, teacher in self.members:
             check(teacher, key)
             check_kwargs(key, teacher.kwargs)
+            _require(teacher.name is not None, f"{key}.name is null: name the model, or leave the teacher out")
         for name in ("checkpoint", "image_size", "classes", "others"):
             _require(
                 self.name is not None or not getattr(self, name),
@@ -180,9 +169,9 @@ class TeacherConfig(Section):
             )
 
     @property
-    def members(self) -> "list[tuple[str, TeacherConfig | OtherTeacher]]":
+    def members(self) -> list[tuple[str, OtherTeacher]]:
         """Every teacher under its key: the first one, without its others, is `teacher`."""
-        first: list[tuple[str, TeacherConfig | OtherTeacher]] = [("teacher", self)] if self.name is not None else []
+        first: list[tuple[str, OtherTeacher]] = [("teacher", self)] if self.name is not None else []
         return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
 
     @property
@@ -391,36 +380,14 @@ class Config:
         """The configuration in a YAML file, or the defaults, with some settings changed.
 
         Args:
-          overrides: SECTION.NAME -> value, as Python has it.
+          overrides: SECTION.NAME -> value, as Python or the command line has it.
         Raises:
-          UserError: as for the command line.
+          UserError: as trainer.config.cli.filled.
         """
-        arguments = [] if path is None else ["--config", str(path)]
-        for name, value in (overrides or {}).items():
-            text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)  # JSON is YAML.
-            arguments.append(f"--{name}={text}")
-        return parse(arguments)
+        return filled(cls, [*([] if path is None else [("config", str(path))]), *(overrides or {}).items()])
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """The configuration of a command line, as `parse_settings`; `--audit` is a flag that it lets pass."""
     flags = {"audit": "list what differs from the USI recipe, and train nothing"}
     return parse_settings(Config, arguments, prog=prog, description="Train a student from a teacher.", flags=flags)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain values for YAML, JSON and checkpoints."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: Config) -> str:
-    """The configuration as a file that `--config` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_synced
-from trainer.config.sections import Config, to_dict
+from trainer.config.cli import to_dict
+from trainer.config.sections import Config
 
 WANDB_ID = "wandb-id.txt"
 
