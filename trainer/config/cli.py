@@ -225,7 +225,7 @@ def _of_text(text: str, hint: Any) -> Any:
     if (shown := with_escaped_bytes(text)) != text:
         raise UserError(f"{shown}: not UTF-8. Rename it, or make a link to it")
     kinds = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else [hint]
-    if str in kinds or Path in kinds:
+    if str in kinds or Path in kinds or not text:
         return None if text == "null" and type(None) in kinds else text
     try:
         return _loaded(text)

@@ -374,6 +374,12 @@ class Config:
             self.teacher.name is not None or self.distill.label_weight > 0,
             "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
         )
+        epoch, size = size_schedule(self.data.image_size)[-1]
+        _require(
+            epoch < self.schedule.total_epochs,
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{self.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs",
+        )
 
     @classmethod
     def load(cls, path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> "Config":

@@ -17,7 +17,7 @@ from trainer.config.sections import Device, ImagesConfig, Precision
 from trainer.evaluation.metrics import Predictions, RealAccuracy, Summary
 from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
 from trainer.evaluation.trained import TrainedModel
-from trainer.feed import open_configured_pipeline, tried_decode
+from trainer.feed import choose_decode, open_configured_pipeline
 from trainer.update.precision import allow_tf32, resolve_precision
 
 
@@ -115,7 +115,7 @@ def predict_split(
     def note_damage(sample: int, error: str) -> None:
         mine.setdefault(sample, error)
 
-    decode = tried_decode(images, index, world, {})["decode"]
+    decode = choose_decode(images, index, world)["decode"]
     pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=note_damage)
     memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
     module = in_memory_format(trained.module.to(world.device), memory_format)
