@@ -18,6 +18,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
+from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World, alone
 from trainer.config.cli import to_dict
 from trainer.config.recipe import audit
@@ -29,6 +30,7 @@ from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
+from trainer.models.files.model_folders import model_contents
 from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
@@ -39,7 +41,6 @@ from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
 from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
-from trainer.update.inputs import Inputs
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -136,7 +137,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
-    make_step = functools.partial(TrainStep, config, state, Inputs(normalize, teachers), teachers)
+    make_step = functools.partial(TrainStep, config, state, normalize, teachers)
     evaluator = None
     if "val" in splits:
         val_plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
@@ -166,6 +167,12 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
         validation=splits["val"].digest if "val" in splits else "",
         source=source_hash(),
     )
+
+
+def facts_to_compare(config: Config, device: torch.device) -> dict:
+    """What must be equal on all ranks: the configuration, data, models and code, and what `auto` resolves to."""
+    precision = resolve_precision(config.run.precision, device)
+    return {**facts(config), **model_contents(config), "the precision": str(precision)}
 
 
 def check_writable(out: Path) -> None:

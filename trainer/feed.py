@@ -33,12 +33,6 @@ def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batc
     yield from pipeline.batches(plans)
 
 
-def sample_names(plan: TrainPlan, world: World, step: int, rows: list[int]) -> list[str]:
-    """The names of the samples in some of this rank's rows of an update."""
-    (batch,) = rank_plans(plan, step, step + 1, world, plan.global_batch // world.size)
-    return [plan.index.name(int(batch.sample[row])) for row in rows]
-
-
 class Feed(Iterator[Batch]):
     """This rank's batches of the updates [start, stop); close it to stop early.
 
