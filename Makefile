@@ -25,7 +25,7 @@ test: setup
 # These two set nothing up: a machine with an NVIDIA GPU may be one that can download nothing. The tests take that Python's
 # own pytest; DALI is missed by the parts that need it, which say so.
 PYTHON_THERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-NEEDED := torch torchvision timm numpy PIL yaml docstring_parser webdataset rich jinja2 sklearn pytest
+NEEDED := torch torchvision timm numpy PIL yaml jsonargparse docstring_parser webdataset rich jinja2 sklearn pytest
 RESULTS ?= docs/results
 
 # What needs an NVIDIA GPU; `make test` skips it where there is none.

@@ -20,9 +20,8 @@ from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
 from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World, alone
-from trainer.config.cli import to_dict
 from trainer.config.recipe import audit
-from trainer.config.sections import Config, RunConfig
+from trainer.config.sections import Config, RunConfig, to_dict
 from trainer.evaluation.predict import EvalPass
 from trainer.feed import Feed, Pipelines, open_pipelines, open_splits
 from trainer.micro_batch import choose_micro_batch, resolve_micro_batch

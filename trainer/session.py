@@ -9,7 +9,7 @@ from typing import cast
 from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
-from trainer.config.cli import to_yaml
+from trainer.config.sections import to_yaml
 from trainer.feed import DECODE
 from trainer.monitor.description import opening_lines
 from trainer.monitor.monitor import Monitor

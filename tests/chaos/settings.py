@@ -94,7 +94,7 @@ DOCUMENTS: dict[str, bytes] = {
     "aliases that grow": _bomb().encode(),
     "an alias of itself": b"student: {kwargs: &a {x: *a}}\n",
     "an alias to nothing": b"optim: {lr: *nothing}\n",
-    "an anchor": b"optim: &o {lr: 0.5, weight_decay: 0.1}\n",
+    "an anchor that is used": b"optim: &o {lr: 0.5, weight_decay: 0.1}\n",
     "a merge": b"optim: {<<: {lr: 0.5}, eps: 0.1}\n",
     "a merge of another value": b"optim: {<<: {lr: 0.1}, lr: 0.5}\n",
     "merges in merges": b"optim: " + b"{<<: " * 15 + b"{lr: 0.5}" + b"}" * 15 + b"\n",
@@ -117,7 +117,7 @@ DOCUMENTS: dict[str, bytes] = {
 
 
 # Those that are no mistake; each says that the learning rate is 0.5.
-_GOOD = {"a byte order mark", "an anchor", "a merge"}
+_GOOD = {"a byte order mark", "an anchor that is used", "a merge", "a merge of another value"}
 
 
 def _document(folder: Path, content: bytes, is_good: bool = False) -> str:
@@ -154,10 +154,11 @@ def _place(folder: Path, chance: random.Random) -> str:
     place = chance.choice(
         [str(folder), f"/dev/fd/{read}", "/dev/null", "/dev/zero", "", "x" * 5000, "missing", "~nobody/x"]
     )
-    ended = isolated(lambda: _parsed(Config, ["--config", place]))
+    option = chance.choice(["--config", "--optim"])
+    ended = isolated(lambda: _parsed(Config, [option, place]))
     os.close(read)
     complaint = ended.complaint()
-    return f"{place[:40]}: {complaint}" if complaint else ""
+    return f"{option} {place[:40]}: {complaint}" if complaint else ""
 
 
 def _run(folder: Path, chance: random.Random) -> str:

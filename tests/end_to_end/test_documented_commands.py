@@ -27,8 +27,8 @@ from tools import average, benchmark, compare, demo, doctor, evaluate, export, p
 from tools.evaluate import EvalConfig
 from trainer import run
 from trainer.cluster.world import World
-from trainer.config.cli import parse_settings, to_yaml
-from trainer.config.sections import Config, parse
+from trainer.config.cli import parse_settings
+from trainer.config.sections import Config, parse, to_yaml
 from trainer.micro_batch import resolve_micro_batch
 
 TOOLS = {

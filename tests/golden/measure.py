@@ -24,8 +24,7 @@ from tools.lib.common.photos import write_photographs
 from tools.lib.shards.build import BuildOptions, build
 from trainer.builder import build as build_run
 from trainer.cluster.world import World
-from trainer.config.cli import to_yaml
-from trainer.config.sections import parse
+from trainer.config.sections import parse, to_yaml
 from trainer.loop import train
 from trainer.state import checkpoint
 

@@ -25,9 +25,8 @@ from tools.lib.common.onnx_file import onnx_runtime
 from tools.lib.export.card import card
 from tools.lib.export.timm_folder import timm_model
 from tools.lib.export.torch_file import export_program, torch_program
-from trainer.config.cli import to_dict
 from trainer.config.recipe import audit
-from trainer.config.sections import parse
+from trainer.config.sections import parse, to_dict
 from trainer.evaluation import trained as inference
 from trainer.models.preprocessing import preprocessing
 from trainer.state import checkpoint

@@ -111,7 +111,7 @@ def test_mistakes_leave_nothing_written(digits, tmp_path, capsys):
     assert "unknown model 'resnet5O'; did you mean" in mistake(out, *data, "--student.name", "resnet5O")
     assert "has 320 images, fewer than one global batch of 1024" in mistake(out, *data, "--run.global_batch", 1024)
     assert "run.global_batch is 50; it must be a multiple of" in mistake(out, *data, "--run.global_batch", 50)
-    assert "data.pipeline is 'ffcv'" in mistake(out, *data, "--data.pipeline", "ffcv")
+    assert "data.pipeline: Expected one of ['auto', 'dali'" in mistake(out, *data, "--data.pipeline", "ffcv")
     assert "unknown key 'run.global_bach'" in mistake(out, *data, "--run.global_bach", 50)
 
 
@@ -132,7 +132,7 @@ def test_a_model_of_one_size_is_refused_where_sizes_change_unless_it_takes_any(d
     weights = tmp_path / "teacher.pth"
     torch.save(timm.create_model(**vit, num_classes=10, img_size=32).state_dict(), weights)
     teacher = ["--teacher.name", vit["model_name"], "--teacher.kwargs.depth", 1, "--teacher.checkpoint", weights]
-    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* Give it a size of its own with teacher.image_size"
+    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* Change teacher.image_size"
     with pytest.raises(UserError, match=fixed):
         train_here(digits, tmp_path / "run", *sizes, *teacher)
     assert not (tmp_path / "run").exists()

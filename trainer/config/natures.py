@@ -1,20 +1,21 @@
-"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (pipelines.common.settings)."""
+"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Setting)."""
 
+import dataclasses
 from typing import Any
 
-from pipelines.common.settings import natures
-from trainer.config.cli import sections_of, to_dict
-from trainer.config.sections import Config, OtherTeacher
+from pipelines.common.settings import Setting, natures
+from trainer.config.sections import Config, OtherTeacher, to_dict
 
 
 def section_types() -> dict[str, Any]:
     """The dataclass of each section by its name."""
-    return sections_of(Config)
+    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
 
-def setting_natures() -> dict[str, Any]:
+def setting_natures() -> dict[str, Setting]:
     """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
-    return {f"{key}.{name}": nature for key, kind in section_types().items() for name, nature in natures(kind).items()}
+    kinds = section_types().items()
+    return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from trainer.config.cli import meanings
+from docstring_parser import parse as parse_docstring
+
 from trainer.config.natures import flat, section_types, setting_natures
 from trainer.config.paper import paper_arguments
 from trainer.config.sections import Config
@@ -26,9 +27,16 @@ def audit(config: Config) -> list[dict]:
     for key, here in flat(config).items():
         if natures[key].recipe and here not in (usi[key], authors.get(key, usi[key])):
             section, name = key.split(".")
-            meaning = meanings(section_types()[section])[name]
-            rows.append({"key": key, "usi": usi[key], "here": here, "meaning": meaning})
+            rows.append(
+                {"key": key, "usi": usi[key], "here": here, "meaning": _meaning(section_types()[section], name)}
+            )
     return rows
+
+
+def _meaning(section: type, name: str) -> str:
+    """What the documentation of a section, or of the dataclass that it extends, says of a setting."""
+    params = [param for kind in section.__mro__ for param in parse_docstring(kind.__doc__ or "").params]
+    return next(" ".join((param.description or "").split()) for param in params if param.arg_name == name)
 
 
 def are_audit_rows(rows: Iterable[object]) -> bool:

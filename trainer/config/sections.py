@@ -4,16 +4,19 @@ Every default stands here (or beside what it configures) once; the defaults are 
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from pipelines import PipelineConfig
 from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.settings import Section, check, setting
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import LARGEST_SIDE, size_schedule
-from trainer.config.cli import filled, parse_settings
+from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
 
 Device = Literal["auto", "cuda", "cpu"]
@@ -386,14 +389,36 @@ class Config:
         """The configuration in a YAML file, or the defaults, with some settings changed.
 
         Args:
-          overrides: SECTION.NAME -> value, as Python or the command line has it.
+          overrides: SECTION.NAME -> value, as Python has it.
         Raises:
-          UserError: as trainer.config.cli.filled.
+          UserError: as for the command line.
         """
-        return filled(cls, [*([] if path is None else [("config", str(path))]), *(overrides or {}).items()])
+        arguments = [] if path is None else ["--config", str(path)]
+        for name, value in (overrides or {}).items():
+            text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)  # JSON is YAML.
+            arguments.append(f"--{name}={text}")
+        return parse(arguments)
 
 
 def parse(arguments: list[str] | None = None, prog: str | None = None) -> Config:
     """The configuration of a command line, as `parse_settings`; `--audit` is a flag that it lets pass."""
     flags = {"audit": "list what differs from the USI recipe, and train nothing"}
     return parse_settings(Config, arguments, prog=prog, description="Train a student from a teacher.", flags=flags)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values for YAML, JSON and checkpoints."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a file that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -10,8 +10,7 @@ from typing import Any
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_synced
-from trainer.config.cli import to_dict
-from trainer.config.sections import Config
+from trainer.config.sections import Config, to_dict
 
 WANDB_ID = "wandb-id.txt"
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from pipelines import PIXELS_VERSION
 from pipelines.common.errors import UserError
 from pipelines.common.machine import package_versions
-from trainer.config.cli import to_dict
 from trainer.config.natures import setting_natures
-from trainer.config.sections import Config
+from trainer.config.sections import Config, to_dict
 from trainer.models.checkpoint_format import wrong_setting
 
 

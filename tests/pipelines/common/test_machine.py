@@ -98,8 +98,9 @@ def test_the_home_folder_is_put_in_every_path_of_the_settings(home):
         "data: {root: ~/data}\n"
         "teacher: {name: resnet50, others: [{name: resnet18, checkpoint: ~/a.pt, classes: ~/b}]}\n"
     )
+    (home / "student.yaml").write_text("checkpoint: ~/s.pt\n")
     config = parse(
-        ["--config=~/mine.yaml", "--run.out=~/runs/a", "--teacher.checkpoint", "~/t.pt", "--student.checkpoint=~/s.pt"]
+        ["--config=~/mine.yaml", "--run.out=~/runs/a", "--teacher.checkpoint", "~/t.pt", "--student=~/student.yaml"]
     )
     assert config.data.root == home / "data" and config.run.out == home / "runs" / "a"
     assert config.student.checkpoint == home / "s.pt" and config.teacher.checkpoint == home / "t.pt"

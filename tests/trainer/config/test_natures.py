@@ -7,10 +7,9 @@ import pytest
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import synthetic_index
-from trainer.config.cli import to_dict
 from trainer.config.natures import setting_natures, shared_settings
 from trainer.config.recipe import audit
-from trainer.config.sections import Config, OtherTeacher
+from trainer.config.sections import Config, OtherTeacher, to_dict
 from trainer.state.checkpoint_settings import changes, check_same_plan
 
 NATURES = setting_natures()

@@ -13,11 +13,10 @@ from timm.scheduler import CosineLRScheduler
 from conftest import REPOSITORY
 from pipelines.batch import Batch
 from support.authors_defaults import ABSENT, table
-from trainer.config.cli import to_dict
 from trainer.config.natures import setting_natures
 from trainer.config.paper import paper_models
 from trainer.config.recipe import audit, audit_table
-from trainer.config.sections import Config, DistillConfig, OptimConfig, ScheduleConfig, parse
+from trainer.config.sections import Config, DistillConfig, OptimConfig, ScheduleConfig, parse, to_dict
 from trainer.models.ema import ModelEma
 from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing

@@ -14,8 +14,7 @@ from conftest import TINY
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
 from support.checkpoints import least_content as least
-from trainer.config.cli import to_dict
-from trainer.config.sections import Config, parse
+from trainer.config.sections import Config, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models.checkpoint_format import RESUMED, Content, FieldError, check_fields, not_finite, wrong_setting
 from trainer.models.ema import ModelEma

@@ -23,8 +23,7 @@ from pipelines.common.files import read_json_lines
 from tools.report import main
 from trainer.builder import build
 from trainer.cluster.world import World
-from trainer.config.cli import to_yaml
-from trainer.config.sections import parse
+from trainer.config.sections import parse, to_yaml
 from trainer.feed import rank_plans
 from trainer.loop import train
 from trainer.monitor.report.charts import moving_average

@@ -13,8 +13,7 @@ from pipelines.common.errors import UserError
 from support.model_folder import CLASSES, NAME, write_folder
 from tools.evaluate import EvalStudentConfig
 from tools.lib.compare import candidates
-from trainer.config.cli import to_dict
-from trainer.config.sections import StudentConfig, TeacherConfig, parse
+from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
 from trainer.models.files import model_folders
 from trainer.models.files.model_folders import named_folder, source_name
