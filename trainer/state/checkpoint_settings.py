@@ -53,6 +53,6 @@ def check_same_plan(path: Path, saved: dict, current: dict) -> None:
             settings = [key for key, nature in setting_natures().items() if nature.plan_field == name]
             what = f"{name} (from {' and '.join(settings)})" if len(settings) > 1 else (settings or [name])[0]
             raise UserError(
-                f"{path}: belongs to another plan: {what} was {saved.get(name)}, now it is "
+                f"{path}: belongs to another run: {what} was {saved.get(name)}, now it is "
                 f"{current.get(name)}. Use the same settings and data, or start a new run with another --run.out"
             )
