@@ -143,7 +143,7 @@ def find_duplicates(records: list[Path]) -> list[list[str]]:
     passes = max(1, -(-sum(len(_hashes(path)) for path in records) // _HASHES_AT_A_TIME))
     groups: dict[bytes, list[str]] = {}
     for current in range(passes):
-        found = [hashes[_first_bytes(hashes) % passes == current] for hashes in map(_hashes, records)]
+        found = [hashes[hashes.view(np.uint8)[::HASH_BYTES] % passes == current] for hashes in map(_hashes, records)]
         unique, counts = np.unique(np.concatenate(found), return_counts=True)
         groups |= {content: [] for content in unique[counts > 1].tolist()}
     for path in records:
@@ -158,7 +158,3 @@ def find_duplicates(records: list[Path]) -> list[list[str]]:
 def _hashes(record: Path) -> np.ndarray:
     """The hashes of a shard's sources, as bytes without the zeros at their ends."""
     return np.frombuffer(record.with_suffix(".sha256").read_bytes(), dtype=f"S{HASH_BYTES}")
-
-
-def _first_bytes(hashes: np.ndarray) -> np.ndarray:
-    return hashes.view(np.uint8).reshape(-1, HASH_BYTES)[:, 0]

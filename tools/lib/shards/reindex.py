@@ -72,26 +72,18 @@ def index_webdataset(
         if not (partial / MANIFEST).is_file():
             if out and contents_of(out).visible:
                 raise UserError(f"--out {out}: holds something else. Choose a new folder")
-            for split in found:
+            jobs = []
+            for split, paths in found.items():
+                records = partial / "records" / split
                 (partial / split).mkdir()
-                (partial / "records" / split).mkdir(parents=True)
-            jobs = [
-                (
-                    path,
-                    home / split / idx,
-                    partial / split / idx,
-                    partial / "records" / split / f"{path.stem}.json",
-                    audit,
-                )
-                for split, paths in found.items()
-                for path, idx in ((path, f"{path.stem}.idx") for path in paths)
-            ]
+                records.mkdir(parents=True)
+                for path in paths:
+                    if out:
+                        (partial / split / path.name).symlink_to(path.resolve())
+                    jobs.append((path, home / split, partial / split, records / f"{path.stem}.json", audit))
             for done, _ in enumerate(run_jobs(_read_shard, jobs, workers), 1):
                 on_shard(done, len(jobs))
             _assemble(home, partial, found, unused, audit, skip_bad)
-            for split, paths in found.items() if out else ():
-                for path in paths:
-                    (partial / split / path.name).symlink_to(path.resolve())
         _move_up(partial, home)
     return read_manifest(home)
 
@@ -176,11 +168,11 @@ def _assemble(
     write_synced(partial / MANIFEST, manifest_bytes(manifest))
 
 
-def _read_shard(path: Path, there: Path, idx_path: Path, record: Path, audit: bool) -> None:
+def _read_shard(path: Path, home: Path, partial: Path, record: Path, audit: bool) -> None:
     """Record what a tar holds; misfits are rejected, since they cannot be repaired without rewriting it.
 
     Args:
-      there: where its .idx file may be already; if not, it is written to `idx_path`.
+      home: the folder in which its .idx file may be already; if not, it is written to `partial`.
       record: the file to write.
     """
     found, unread = RecordBuilder(), collections.Counter()
@@ -200,9 +192,10 @@ def _read_shard(path: Path, there: Path, idx_path: Path, record: Path, audit: bo
             unread.update(set(parts) - {image_part, label_part})
     found.notes["hidden"] = [f"{source}: {name}" for name in hidden]
     found.notes["parts"] = unread
+    there = home / f"{path.stem}.idx"
     idx = _idx_of(there, samples)
     if not there.exists():
-        write_synced(idx_path, idx)
+        write_synced(partial / there.name, idx)
     found.write(record, path, idx)
 
 

@@ -105,13 +105,13 @@ class RecordBuilder:
         Args:
           idx: the content of the tar's .idx file.
         """
-        entry: ShardEntry = {
-            "name": tar.name,
-            "bytes": tar.stat().st_size,
-            "samples": len(self._rows),
-            "sha256": sha256_of(tar),
-            "idx_sha256": hashlib.sha256(idx).hexdigest(),
-        }
+        entry = ShardEntry(
+            name=tar.name,
+            bytes=tar.stat().st_size,
+            samples=len(self._rows),
+            sha256=sha256_of(tar),
+            idx_sha256=hashlib.sha256(idx).hexdigest(),
+        )
         write_synced(path.with_suffix(".sha256"), b"".join(self._hashes))
         write_synced(path, json.dumps(vars(ShardRecord(entry, self._rows, self.notes))).encode())
 
@@ -122,11 +122,7 @@ def read_record(path: Path) -> ShardRecord:
 
 
 def write_shard(
-    path: Path,
-    records: Path,
-    entries: Iterable[Entry],
-    read: Callable[[str], bytes],
-    options: ImageOptions,
+    path: Path, records: Path, entries: Iterable[Entry], read: Callable[[str], bytes], options: ImageOptions
 ) -> None:
     """Write a shard and then its record, the same bytes on every machine.
 

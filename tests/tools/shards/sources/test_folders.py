@@ -128,6 +128,17 @@ def test_all_entries_are_named_at_once_ten_at_the_most(src, tmp_path):
     assert str(caught.value).count("nested") == 10
 
 
+def test_after_the_person_has_moved_things_the_same_command_converts(src, tmp_path):
+    """Advice is tried: a nested folder's images moved up, a stray file moved away."""
+    put_images(src, "train/ant/more/x.jpg", "notes.txt")
+    with pytest.raises(UserError, match="would be left out: notes.txt: .*; train/ant/more: "):
+        convert(src, tmp_path / "out")
+    (src / "train/ant/more/x.jpg").rename(src / "train/ant/x.jpg")
+    (src / "train/ant/more").rmdir()
+    (src / "notes.txt").rename(tmp_path / "notes.txt")
+    assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 7
+
+
 def test_images_in_folders_inside_a_class_are_never_replaced_by_the_advised_move(tmp_path):
     src = make_folder(tmp_path / "src", splits=("train",))
     put_images(src, *(f"train/ant/{day}/{i}.jpg" for day in ("monday", "tuesday") for i in range(3)))

@@ -26,14 +26,14 @@ def test_a_zeroed_header_anywhere_in_a_tar_is_found(tmp_path):
     assert len(listed(put(tmp_path / "a.tar", whole))) == 9
     for header in headers[:-1]:
         spoiled = put(tmp_path / "a.tar", whole[:header] + bytes(512) + whole[header + 512 :])
-        assert f"zeros at byte {header}, and more content" in refused(listed, spoiled)
+        assert f"zeros at byte {header}, and " in refused(listed, spoiled)
 
 
 @pytest.mark.parametrize("junk", [b"x", b"<html>", b"\0" * 700 + b"x", b"\xff" * 5000, bytes(30000) + b"end"])
 def test_bytes_behind_the_end_of_a_tar_are_found(tmp_path, junk):
     whole = tar_of(samples(3))
     message = refused(listed, put(tmp_path / "a.tar", whole + junk))
-    assert message.startswith(str(tmp_path / "a.tar")) and "more content from byte" in message
+    assert message.startswith(str(tmp_path / "a.tar")) and "several tars joined: zeros at byte" in message
 
 
 def end_of(tar: bytes) -> int:
@@ -45,9 +45,11 @@ def test_a_tar_whose_rest_is_lost_or_zeros_is_named(tmp_path):
     whole = tar_of(samples(3))
     end = end_of(whole)
     assert f"cut off at byte {end}" in refused(listed, put(tmp_path / "a.tar", whole[:end]))
-    path = put(tmp_path / "a.tar", whole)
-    os.truncate(path, end + (2 << 20))
-    assert f"zeros from byte {end} to its end, 2,097,152 bytes" in refused(listed, path)
+    for hole in (2 << 20, 1 << 40):  # Terabytes of holes are not read.
+        path = put(tmp_path / "a.tar", whole)
+        os.truncate(path, end + hole)
+        assert f"zeros at byte {end}, and {hole:,} bytes from there to its end" in refused(listed, path)
+        assert [bool(item.error) for item in items_of(path)] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -65,7 +67,7 @@ def test_what_gnu_tar_writes_is_taken(tmp_path, options):
         put(tmp_path / "in" / name, content)
     files = "." if options == "." else f"{options} *"
     run(f"tar -cf ../a.tar {files}", tmp_path / "in")
-    assert len(tar_members(tmp_path / "a.tar").samples) == 3
+    assert len(tar_members(tmp_path / "a.tar")[0]) == 3
 
 
 @pytest.mark.parametrize("blocks", [1, 20, 2048])
@@ -80,7 +82,7 @@ def test_tars_of_any_usual_record_size_are_taken_and_joined_ones_are_found(tmp_p
     index_webdataset(tmp_path)
     assert keys(tmp_path) == ["0000", "0001", "0002", "0003"]
     joined = put(tmp_path / "joined.tar", whole + other)
-    assert f"several tars joined: zeros at byte {end_of(whole)}, and more content" in refused(listed, joined)
+    assert f"several tars joined: zeros at byte {end_of(whole)}, and " in refused(listed, joined)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +112,8 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 def test_members_without_content_of_their_own_are_named(tmp_path, kind):
     members = samples(2) | {"9999.jpg": special("9999.jpg", kind, "0000.jpg"), "9999.cls": b"1"}
     path = put(tmp_path / "train" / "a.tar", tar_of(members, format=tarfile.GNU_FORMAT))
-    reason = "a link, a sparse or a special file"
-    assert "9999.jpg" in (message := refused(listed, path)) and reason in message
-    message = refused(index_webdataset, tmp_path)
-    assert "samples cannot be used: train/a.tar: 9999: " in message and reason in message
-    assert index_webdataset(tmp_path, skip_bad=True)["audit"]["counts"]["rejected"] == 1
-    assert keys(tmp_path) == ["0000", "0001"]
+    reason = "links, sparse or special files: 9999.jpg. Pack the tar again"
+    assert reason in refused(listed, path) and reason in refused(index_webdataset, tmp_path)
     *rows, last = items_of(path)
     assert len(rows) == 2 and reason in last.error
 
@@ -179,7 +177,11 @@ def test_a_tar_inside_a_tar_is_read_to_its_end_too(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         header = tar.getmembers()[3].offset
     zeroed = inner[:header] + bytes(512) + inner[header + 512 :]
-    for content, message in ((zeroed, "zeros at byte"), (inner + inner, "more content"), (inner[:3000], "damaged")):
+    for content, message in (
+        (zeroed, "zeros at byte"),
+        (inner + inner, "several tars joined"),
+        (inner[:3000], "damaged"),
+    ):
         path = put(tmp_path / "outer.tar", tar_of({"n01.tar": content, "n02.tar": inner}))
         with open(path, "rb") as file:
             member = next(tar_files(path, file))

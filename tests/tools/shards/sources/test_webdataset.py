@@ -84,6 +84,22 @@ def test_documents_beside_tars_are_listed_and_no_error(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "other"), [("train/in-val-0.tar", "train/in-train-0.tar"), ("val/x.train.3.tar", "val/0.tar")]
+)
+def test_a_tar_among_others_whose_name_says_another_split_is_named(tmp_path, name, other):
+    for path in (name, other, "train/in-train-9.tar"):
+        put(tmp_path / path, tar_of(samples(2)))
+    assert f"would be left out: {name}: its name says another split" in refused(index_webdataset, tmp_path)
+
+
+def test_a_folder_in_which_all_names_have_a_split_s_word_is_taken(tmp_path):
+    for number in range(2):
+        put(tmp_path / "train" / f"road-test-{number}.tar", tar_of(samples(2, start=2 * number)))
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
     ("names", "missing", "pattern"),
     [
         (["train/a-00000-of-00002.tar"], "train/a-00001-of-00002.tar", "train/a-*-of-00002*: 1 of 2 files"),

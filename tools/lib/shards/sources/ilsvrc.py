@@ -26,10 +26,7 @@ from tools.lib.shards.sources.tars import tar_files
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _MAX_DEVKIT_FILE = 64 << 20  # The largest file that is read has 0.5 MB.
 # These files usually lie beside them. They are for other tasks or the test, or a cache of torchvision.
-_OTHERS = (
-    *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
-    *("ILSVRC2012_bbox_*.tar.gz", "ILSVRC2012_bbox_*.tgz", "meta.bin", "MD5SUMS", "*.md5"),
-)
+_OTHERS = ("ILSVRC2012_img_test*.tar", "ILSVRC2012_*_t3.tar*", "ILSVRC2012_bbox_*", "meta.bin", "MD5SUMS", "*.md5")
 
 
 def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:

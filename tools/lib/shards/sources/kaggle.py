@@ -30,10 +30,7 @@ KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _KAGGLE_MAPPING = "LOC_synset_mapping.txt"
 # These files lie beside the images in Kaggle's download. They are for localization or the test.
-_BESIDE_ILSVRC = (
-    *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
-    *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
-)
+_BESIDE_ILSVRC = ("LOC_*.csv", "imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz")
 # Each has a folder, the names that are read in it, and those that usually lie there for other purposes.
 _KAGGLE_FOLDERS = (
     ("ILSVRC", ("Data",), ("Annotations", "ImageSets")),

@@ -22,3 +22,13 @@ def missing_files(paths: Iterable[str]) -> Iterator[Unused]:
         total = int(re.findall(r"\d+", pattern)[-1])
         if count < total:
             yield Unused(MISPLACED, printable(pattern), f"{count} of {total} files are there: download the others")
+
+
+def of_other_splits(names: list[str], split: str) -> list[str]:
+    """The names that state another split than that of their folder.
+
+    Where all of the folder do, the word is taken for the dataset's own name.
+    """
+    stated = {name: {SPLIT_WORDS.get(word) for word in re.findall("[a-z]+", name.lower())} - {None} for name in names}
+    others = [name for name, splits in stated.items() if len(splits) == 1 and split not in splits]
+    return others if len(others) < len(names) else []

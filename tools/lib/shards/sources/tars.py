@@ -95,10 +95,8 @@ def _damage_at_end(file: BinaryIO, end: int, stop: int) -> str:
     found = file.read(min(BLOCK, max(0, stop - end)))
     if found != bytes(BLOCK):
         return f"damaged or cut off at byte {end}, where its end or a header is expected"
-    if (begin := first_not_zero(file, end + BLOCK, stop)) is not None:
-        return f"damaged, or several tars joined: zeros at byte {end}, and more content from byte {begin} on"
-    if stop - end > _END + _LARGEST_RECORD:
-        return f"zeros from byte {end} to its end, {stop - end:,} bytes, as if its rest were lost"
+    if stop - end > _END + _LARGEST_RECORD or first_not_zero(file, end + BLOCK, stop) is not None:
+        return f"damaged, or several tars joined: zeros at byte {end}, and {stop - end:,} bytes from there to its end"
     return ""
 
 

@@ -12,7 +12,7 @@ from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST
 from tools.lib.shards.images import CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.contents import EXTENSIONS, contents_of, printable, unused_in
 from tools.lib.shards.sources.source import MISPLACED, SPLITS, Unused, check_size
-from tools.lib.shards.sources.split_names import missing_files
+from tools.lib.shards.sources.split_names import missing_files, of_other_splits
 from tools.lib.shards.sources.tars import Parts, tar_files
 
 INDEX_PARTIAL, INDEX_LOCK = ".index.partial", ".index.lock"
@@ -40,8 +40,12 @@ def find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
         indices = [Path(name).with_suffix(".idx").name for name in tars]
         unused += unused_in(shards, split, {*tars, *indices, INDEX}, _STRANGER)
         unused += missing_files(f"{split}/{name}" for name in tars)
+        others = of_other_splits(tars, split)
+        for name in others:
+            reason = "its name says another split: move it there, or away, or rename it"
+            unused.append(Unused(MISPLACED, printable(f"{split}/{name}"), reason))
         if tars:
-            found[split] = [root / split / name for name in tars]
+            found[split] = [root / split / name for name in tars if name not in others]
         else:
             unused.append(Unused(MISPLACED, split, "a folder without tars: put them there, or move it away"))
     return found, unused
