@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from pipelines.batch import Batch
 from support.processes import REPOSITORY
 
 CAPABILITIES = 80, 90, 100  # A100, H100 and H200, B200
@@ -143,15 +144,17 @@ def launch_mixing(pixels: torch.Tensor, models: int, dtype: torch.dtype, mix_gro
     from trainer.update.mixing_triton import launch
 
     empty, rows = functools.partial(torch.empty, device="meta"), len(pixels)
-    launch(
-        pixels,
-        [torch.empty_like(pixels, dtype=dtype) for _ in range(models)],
+    batch = Batch(
+        images=pixels,
+        labels=empty(rows, dtype=torch.int64),
         lam=empty(rows),
         box=empty(rows, 4, dtype=torch.int32),
+        valid=empty(rows, dtype=torch.bool),
+        position=0,
         mix_group=mix_group,
-        scale=empty(models, 3),
-        shift=empty(models, 3),
     )
+    outs = [torch.empty_like(pixels, dtype=dtype) for _ in range(models)]
+    launch(batch, outs, empty(models, 3), empty(models, 3))
 
 
 class RecordingDriver:
