@@ -35,7 +35,6 @@ from trainer.config.sections import parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import reporting_one_value_per_channel
-from trainer.monitor.run_files import reporting_full_disk
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
             return
         agree = functools.partial(facts_to_compare, config)
         with (
-            reporting_full_disk(),
             join_world(config.run.device, agree, config.run.ready_s) as joined,
             Watchdog(joined, config.run.watchdog_s) as world,
         ):
