@@ -13,7 +13,7 @@ from pipelines.shards.index import ShardIndex
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B consecutive positions, carried out, on the device.
+    """B positions, carried out, on the device.
 
     Attributes:
       images: uint8 [B, S, S, 3], RGB; permuted to [B, 3, S, S] it is channels-last without a copy.

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from typing import cast
 
-from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
@@ -27,10 +26,7 @@ def claimed(run: Run) -> Iterator[None]:
         yield
         return
     out = run.config.run.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}). Change --run.out") from error
+    out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"{out}: another run is working in it"):
         yield
 
@@ -46,8 +42,8 @@ def make_monitor(run: Run) -> Monitor:
         sinks=run.sinks,
         validation=run.validation,
     )
-    unnamed = run.step.teacher.unnamed if run.step.teacher is not None else None
-    return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, unnamed)
+    has_teacher = run.step.teacher is not None
+    return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, has_teacher)
 
 
 def describe(run: Run, monitor: Monitor) -> None:

@@ -7,19 +7,17 @@ epoch has len(index) // G steps, and the images that are left over are dropped. 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import numpy as np
 
 from pipelines.common.errors import UserError
-from pipelines.common.settings import setting, values_in_old_plans
 from pipelines.plan import draws, order, rng
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.explain import explain, explain_mix
+from pipelines.plan.pairs import Division
 from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex
 
@@ -44,24 +42,15 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
       UserError: the first epoch is not 0, epochs do not increase, or a size is not in [1, LARGEST_SIDE].
     """
     pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
-    if reason := _size_error(pairs):
+    epochs, sizes = [epoch for epoch, _ in pairs], [size for _, size in pairs]
+    if epochs[:1] != [0] or epochs != sorted({*epochs}) or not all(1 <= size <= LARGEST_SIDE for size in sizes):
         shown = image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]
-        raise UserError(f"image_size is {shown}; {reason}", argument="image_size")
+        raise UserError(
+            f"image_size is {shown}; it must be a size from 1 to {LARGEST_SIDE}, or [epoch, size] pairs whose epochs "
+            "increase from 0 on, like [[0,128],[100,160]]",
+            argument="image_size",
+        )
     return pairs
-
-
-def _size_error(pairs: SizeSchedule) -> str:
-    if not pairs:
-        return "it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]"
-    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
-        return "the epochs of its [epoch, size] pairs must increase"
-    if pairs[0][0] != 0:
-        return "the first [epoch, size] must be of epoch 0"
-    if any(size < 1 for _, size in pairs):
-        return "a size must be at least 1"
-    if any(size > LARGEST_SIDE for _, size in pairs):
-        return f"a size must be at most {LARGEST_SIDE}"
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +79,7 @@ class TrainPlan:
     global_batch: int = 1024
     image_size: int | SizeSchedule = 224
     fill: tuple[int, int, int] = IMAGENET_MEAN_RGB
-    window_shards: int = setting(0, in_old_plans=0)
+    window_shards: int = 0
 
     def __post_init__(self):
         size_schedule(self.image_size)
@@ -125,7 +114,10 @@ class TrainPlan:
             "image_size": sizes[0][1] if len(sizes) == 1 else [list(pair) for pair in sizes],
             "fill": list(self.fill),
             "window_shards": self.window_shards,
-            **{f"augment.{name}": _plain(value) for name, value in dataclasses.asdict(self.augment).items()},
+            **{
+                f"augment.{name}": list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(self.augment).items()
+            },
         }
 
     def rows(self, start: int, stop: int) -> BatchPlan:
@@ -164,7 +156,6 @@ class TrainPlan:
             lam=np.repeat(lam, group),
             box=np.repeat(box, group, axis=0),
             valid=np.ones(num, dtype=bool),
-            windowed=False,
         )
 
     def __getitem__(self, positions: int | slice) -> BatchPlan:
@@ -179,8 +170,7 @@ class TrainPlan:
         whole = dataclasses.replace(whole, mix_group=0)
         return dataclasses.replace(whole.take(rows, start), partners=whole.take(self.partner(rows), first))
 
-    def __iter__(self) -> NoReturn:
-        raise TypeError("a plan has no end; take plan[start:stop], or plan.batches(start_step, stop_step)")
+    __iter__ = None  # A plan has no end: take plan[start:stop], or plan.batches(start_step, stop_step).
 
     def partner(self, positions: np.ndarray) -> np.ndarray:
         """The position that each position is mixed with: the groups reversed. Same shape."""
@@ -192,18 +182,21 @@ class TrainPlan:
     ) -> Iterator[BatchPlan]:
         """The global batches [start_step, stop_step), or one rank's slice of each.
 
-        The ranks' slices lie one after the other in the global batch, so any number of ranks carries out the same plan.
+        Any number of ranks carries out the same plan: each row comes once, in a batch with its partner (pairs.py).
 
         Args:
           rank, ranks: whose slice it is, and of how many.
-          micro_batch: rows at a time, a divisor of the slice; the slice by default.
+          micro_batch: the most rows at a time; the whole slice by default.
         Raises:
-          UserError: the ranks cannot divide the groups equally.
+          UserError: there are more ranks than pairs of rows.
         """
-        rows, rest = divmod(self.global_batch, ranks)
-        if rest or rows % self.augment.mix_group:
-            groups = self.global_batch // self.augment.mix_group
-            raise UserError(f"ranks is {ranks}; {groups} groups cannot be divided among them equally", argument="ranks")
+        division = Division(self.global_batch, self.augment.mix_group, ranks, micro_batch)
+        if not division.has_whole_groups:
+            micro_batches, unmixed = division.rows(rank), division.unmixed()
+            for step in range(start_step, stop_step):
+                yield from self._paired(step * self.global_batch, micro_batches, unmixed)
+            return
+        rows = self.global_batch // ranks
         # The slices of one rank alone are without gaps, so several steps of an epoch can be planned together.
         together = max(1, _PLANNED_ROWS // self.global_batch) if ranks == 1 else 1
         step = start_step
@@ -213,6 +206,18 @@ class TrainPlan:
             first = step * self.global_batch + rank * rows
             yield from self.rows(first, first + num_steps * rows).split(micro_batch or rows)
             step += num_steps
+
+    def _paired(self, start: int, micro_batches: list[np.ndarray], unmixed: np.ndarray) -> Iterator[BatchPlan]:
+        """The rows of micro-batches in the global batch at position `start`, each of which is mixed as one group."""
+        group = self.augment.mix_group
+        rows = np.concatenate(micro_batches)
+        first = int(rows.min()) // group * group
+        planned = self.rows(start + first, start + (int(rows.max()) // group + 1) * group)
+        # A row that is its own partner here lies beside another one, which it must not be mixed with.
+        alone = unmixed[(unmixed >= first) & (unmixed < first + len(planned))] - first
+        planned.lam[alone], planned.box[alone] = 1, 0
+        for part in micro_batches:
+            yield dataclasses.replace(planned.take(part - first, start + int(part[0])), mix_group=len(part))
 
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, crop, flip, operations with arguments, mixing and partner."""
@@ -262,11 +267,8 @@ class TrainPlan:
         return order.shard_starts(self.index)
 
 
-# Values of fields of TrainPlan.describe() that files of this version's first plans lack.
-BEFORE = {
-    **values_in_old_plans(TrainPlan),
-    **{f"augment.{name}": value for name, value in values_in_old_plans(AugmentConfig).items()},
-}
+# What plans did before these fields of TrainPlan.describe() existed; their files lack them.
+BEFORE = {"window_shards": 0, "augment.three_augment": False, "augment.color_jitter": 0.0, "augment.erase_prob": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +297,7 @@ class EvalPlan:
         """As `rows`, of a position or of consecutive ones."""
         return self.rows(*_range(positions))
 
-    def __iter__(self) -> NoReturn:
-        raise TypeError("take plan[start:stop]; positions beyond the last image are filled up")
+    __iter__ = None  # Positions beyond the last image are filled up, without end.
 
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, resized part and window."""
@@ -337,7 +338,6 @@ class EvalPlan:
             lam=np.ones(num, dtype=np.float32),
             box=np.zeros((num, 4), dtype=np.int32),
             valid=valid,
-            windowed=True,
         )
 
 
@@ -353,10 +353,6 @@ def _middle(height: np.ndarray, width: np.ndarray, crop_mode: str) -> np.ndarray
 def _scaled(side: np.ndarray, other: np.ndarray, short: int) -> np.ndarray:
     """A side's length after the shorter of the two became `short` pixels; the longer one is rounded down."""
     return np.where(side <= other, short, short * side // other)
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _range(positions: int | slice) -> tuple[int, int]:

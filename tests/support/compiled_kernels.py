@@ -131,13 +131,13 @@ def images(number: int, size: int) -> torch.Tensor:
 
 
 def launch_randaugment(pixels: torch.Tensor) -> None:
-    from pipelines.ops.triton_ops import launch, launch_affine
+    from pipelines.ops.triton_ops import augment, augment_affine, launch
 
     empty, rows, out = functools.partial(torch.empty, device="meta"), len(pixels), torch.empty_like(pixels)
     tables = empty(rows, 3, 256, dtype=torch.uint8)
-    launch(pixels, out, kinds=empty(rows, dtype=torch.int32), factors=empty(rows), tables=tables)
+    launch(augment, pixels, out, empty(rows, dtype=torch.int32), empty(rows), tables)
     chosen, matrices = empty(rows, dtype=torch.int32), empty(rows, 6, dtype=torch.float64)
-    launch_affine(pixels, out, rows=chosen, matrices=matrices, fill=empty(3, dtype=torch.uint8))
+    launch(augment_affine, pixels, out, chosen, matrices, empty(3, dtype=torch.uint8))
 
 
 def launch_mixing(pixels: torch.Tensor, models: int, dtype: torch.dtype, mix_group: int) -> None:

@@ -1,11 +1,11 @@
 """Stopping together: signals and failures of any rank reach all of them at the same step."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,43 +13,13 @@ import torch.distributed as dist
 from trainer.cluster.rendezvous import COLLECTIVE_TIMEOUT
 from trainer.cluster.world import World
 
+# The exit codes of a run that a signal stopped.
 REQUEUE = 75  # EX_TEMPFAIL: run the same command again.
-INTERRUPTED = 130  # Shells report SIGINT so.
+INTERRUPTED = 130  # After SIGINT, as shells report it.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed.
 
 
-def exit_code(signal_number: int) -> int:
-    """The exit code of a run that a signal stopped: 130 for Ctrl-C, 75 for all others, which ask it to resume."""
-    return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
-
-
-@contextlib.contextmanager
-def requeueing_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once, because there is nothing to save yet."""
-
-    def end(_number: int, _frame) -> None:
-        sys.exit(REQUEUE)
-
-    with handling({signal.SIGTERM: end, signal.SIGUSR1: end}):
-        yield
-
-
-@contextlib.contextmanager
-def handling(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Inside, signals have these handlers. Only the main thread may set handlers; in another nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """What happened on some rank, as all ranks agree on it.
 
     Attributes:
@@ -70,12 +40,7 @@ class Preemption:
     """
 
     def __init__(self, world: World):
-        self._world = world
-        self._group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            assert isinstance(group, dist.ProcessGroup)  # It would be an int on ranks outside the group.
-            self._group = group
+        self._group: Any = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
         self._signal = 0
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -83,11 +48,20 @@ class Preemption:
     def catching_signals(self) -> Iterator[None]:
         """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once.
 
-        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. Only the main thread
+        may handle signals; in another nothing changes.
         """
-        noted = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-        with handling(dict.fromkeys(noted, self._note)):
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        noted = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]
+        if threading.current_thread() is not threading.main_thread():
+            noted = []
+        for number in noted:
+            signal.signal(number, self._note)
+        try:
             yield
+        finally:
+            for number in noted:
+                signal.signal(number, handlers[number])
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

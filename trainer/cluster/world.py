@@ -27,8 +27,9 @@ class World:
       rank, size: among all processes.
       local_size: processes on this machine.
       device: of this process.
-      heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). All ranks
-        must call it alike; heartbeat(where, seconds) reports a place where rank 0 may take long on its own.
+      heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). It costs
+        nothing, and all ranks must call it alike; heartbeat(where, seconds) reports a place that may take that long.
+      store: rank 0's, which all have; None for a single rank.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class World:
     local_size: int
     device: torch.device
     heartbeat: Callable[..., None] = _ignore
+    store: dist.TCPStore | None = None
 
     @property
     def is_main(self) -> bool:
@@ -111,11 +113,7 @@ def join_world(
     store = rendezvous.meet(this.rank, this.size, describe, ready_s)
     own_device = _prepared_device(device, this.local_rank)
     rendezvous.connect(store, this.rank, this.size, own_device, ready_s)
-    try:
-        yield World(this.rank, this.size, this.local_size, own_device)
-    except SystemExit:  # All ranks end early, on purpose.
-        dist.destroy_process_group()
-        raise
+    yield World(this.rank, this.size, this.local_size, own_device, store=store)
     dist.destroy_process_group()  # After an error it could wait for ranks that are gone.
 
 
@@ -131,10 +129,7 @@ def _check_launch(this: Launch) -> None:
 
 
 def alone(device: str = "auto") -> World:
-    """This process and no other, whatever torchrun's variables say; `device` as for join_world.
-
-    It sets the process up as join_world does; tools.lib.common.hardware.first_device only looks for the device.
-    """
+    """This process and no other, whatever torchrun's variables say; `device` as for join_world."""
     return World(0, 1, 1, _prepared_device(device, 0))
 
 

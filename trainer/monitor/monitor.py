@@ -10,8 +10,7 @@ import torch
 from pipelines.common.errors import UserError, named
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.world import World
-from trainer.models.order_warning import num_images_needed
-from trainer.models.teacher import teacher_warning
+from trainer.models.teacher import num_images_needed, teacher_warning
 from trainer.monitor.clock import InputWait
 from trainer.monitor.quarantine import Quarantine
 from trainer.monitor.run_files import TrainRecord
@@ -40,7 +39,7 @@ class Monitor:
     Args:
       state: its step and learning rate are logged.
       quarantine: collects the damaged samples.
-      unnamed: Teachers.unnamed; None without a teacher.
+      has_teacher: whether the student learns from a teacher.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class Monitor:
         state: TrainState,
         telemetry: Telemetry,
         quarantine: Quarantine,
-        unnamed: list[str] | None,
+        has_teacher: bool,
     ):
         self.telemetry = telemetry
         self._world = world
         self._plan = plan
         self._state = state
         self._quarantine = quarantine
-        self._unnamed = unnamed
+        self._has_teacher = has_teacher
 
     def say(self, text: str) -> None:
         """Print a line for the user."""
@@ -67,7 +66,7 @@ class Monitor:
         """Start watching updates that take their batches from `input_wait`."""
         self._input_wait = input_wait
         # Labels and the teacher's best classes in the first updates; None when they need not be compared (any more).
-        self._teacher_pairs: list[torch.Tensor] | None = None if self._unnamed is None else []
+        self._teacher_pairs: list[torch.Tensor] | None = [] if self._has_teacher else None
         self._restart()
 
     def _restart(self) -> None:
@@ -111,7 +110,7 @@ class Monitor:
             images_per_s=num_steps * self._plan.global_batch / elapsed_s,
             input_wait=self._input_wait.take_s() / elapsed_s,
         )
-        if self._unnamed is not None:
+        if self._has_teacher:
             record["teacher_top1"] = 100 * teacher_top1
             record["agreement"] = 100 * agreement
         return record
@@ -143,7 +142,7 @@ class Monitor:
             return
         of_all_ranks = self._world.all_gather([torch.cat(self._teacher_pairs, 1).cpu().numpy()])
         self._teacher_pairs = None
-        if warning := teacher_warning(of_all_ranks, num_classes, self._state.classes, self._unnamed or ()):
+        if warning := teacher_warning(of_all_ranks, num_classes):
             self.say(warning)
 
     def report_damage(self) -> None:

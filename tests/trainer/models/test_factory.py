@@ -1,28 +1,17 @@
-import contextlib
-import copy
 import re
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 
 from conftest import train_here
 from pipelines.common.errors import UserError
 from support.models import logits
-from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, TeacherConfig, parse
 from trainer.evaluation import trained as inference
-from trainer.feed import resolve_micro_batch
-from trainer.models.checks import (
-    check_batch_norm,
-    check_outputs,
-    check_size,
-    check_student,
-    reporting_one_value_per_channel,
-)
+from trainer.models.checks import check_images, reporting_one_value_per_channel
 from trainer.models.factory import all_weights_required
-from trainer.models.files.weights import read_checkpoint, read_weights
+from trainer.models.files.weights import named_outputs, read_file, read_weights
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher, build_teachers
@@ -146,9 +135,7 @@ def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_pat
         torch.save({"model": Payload()}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(
-        UserError, match="teacher.pth: (damaged, or no file of weights|an empty file|holds 'print', which is no plain)"
-    ):
+    with pytest.raises(UserError, match="teacher.pth: (damaged, or no file of weights|holds no weights)"):
         read_weights(path)
     assert "never run" not in capsys.readouterr().out
 
@@ -164,12 +151,12 @@ def test_a_missing_file_and_a_file_without_tensors(tmp_path):
 def test_a_checkpoint_of_this_trainer_has_the_names_of_its_classes(source, tmp_path):
     content = {"student": source.state_dict(), "ema": None, "classes": list("abcdefg")}
     torch.save(content, tmp_path / "run.pt")
-    assert read_checkpoint(tmp_path / "run.pt").classes == list("abcdefg")
+    assert named_outputs(read_file(tmp_path / "run.pt")) == list("abcdefg")
     for classes in (None, 7, {"a": 0}, [0, 1]):  # A synthetic dataset has no names, nor have files of others.
         torch.save({**content, "classes": classes}, tmp_path / "other.pt")
-        assert read_checkpoint(tmp_path / "other.pt").classes is None
+        assert named_outputs(read_file(tmp_path / "other.pt")) is None
     torch.save(source.state_dict(), tmp_path / "plain.pt")
-    assert read_checkpoint(tmp_path / "plain.pt").classes is None
+    assert named_outputs(read_file(tmp_path / "plain.pt")) is None
 
 
 def test_an_unknown_model_names_its_neighbours():
@@ -180,7 +167,7 @@ def test_an_unknown_model_names_its_neighbours():
 def test_a_models_own_arguments_are_passed_on_and_wrong_ones_refused():
     model = build_student(StudentConfig(name="test_vit", kwargs={"depth": 2}), 10, 64)
     assert len(model.blocks) == 2
-    with pytest.raises(UserError, match=r"model 'test_resnet' does not take these arguments .*no_such"):
+    with pytest.raises(UserError, match=r"model 'test_resnet' cannot be built .*no_such"):
         build_student(StudentConfig(name=NAME, kwargs={"no_such": 1}), 10, 64)
 
 
@@ -191,12 +178,14 @@ def test_models_of_fixed_size_are_built_for_the_image_size():
 
 def test_a_teacher_without_weights_to_download_is_refused():
     without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
-    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with `checkpoint`"):
+    with pytest.raises(UserError, match="has no pretrained weights for it. Give a file with its weights"):
         build_teacher(TeacherConfig(name=without), 1000, 224)
 
 
 def test_downloaded_weights_of_other_classes_are_refused_before_the_download():
-    with pytest.raises(UserError, match="timm's weights have 1000 classes, the dataset has 10"):
+    with pytest.raises(
+        UserError, match="timm's weights of 'tresnet_v2_l': its weights have 1000 classes, the dataset has 10"
+    ):
         build_teacher(TeacherConfig(name="tresnet_v2_l"), 10, 64)
 
 
@@ -239,8 +228,7 @@ def made(name: str, key: str, value) -> str:
     """The message about an argument of a student; "" if it is taken."""
     try:
         student = build_student(StudentConfig(name, kwargs={key: value}), 10, 64)
-        check_size(student, name, 64)
-        check_outputs(student, name, 10, 64)
+        check_images(student, name, 64, "")
     except UserError as error:
         assert len(str(error)) < 320, str(error)
         return str(error)
@@ -261,73 +249,20 @@ def test_arguments_that_a_model_cannot_take_are_one_line(name):
 
 @pytest.mark.parametrize("section", ["student", "teacher"])
 def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
-    with pytest.raises(
-        UserError, match=rf"{section}.kwargs.in_chans is 1, and images have 3 channels here, .* Leave it"
-    ):
+    with pytest.raises(UserError, match=f"{section}.kwargs.in_chans: decided by the dataset, whose images have 3 chan"):
         parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
-    parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
-    with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
-        check_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
-def test_weights_of_images_of_one_channel_say_so_and_the_advice_helps(tmp_path, name):
-    source = timm.create_model(name, in_chans=1, num_classes=7).eval()
-    weights, first = source.state_dict(), f"{source.pretrained_cfg['first_conv']}.weight"
-    torch.save(weights, tmp_path / "gray.pth")
-    config = TeacherConfig(name, tmp_path / "gray.pth")
-    with pytest.raises(
-        UserError, match=rf"gray.pth: was trained on images of one channel.*'{first}', w, by w.repeat\(1"
-    ):
-        build_teacher(config, 7, 160)
-    weights[first] = weights[first].repeat(1, 3, 1, 1) / 3
-    torch.save(weights, tmp_path / "gray.pth")
-    images = torch.rand(2, 1, 160, 160)
-    with torch.no_grad():
-        found = build_teacher(config, 7, 160).model(images.expand(-1, 3, -1, -1))
-        assert torch.allclose(found, source(images), rtol=1e-3, atol=1e-4)
-
-
-ONE_VALUE = "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)"
 SMALL = ["--run.global_batch", 4, "--augment.mix_group", 1, "--augment.repeats", 1, "--data.image_size", 32]
 
 
 @pytest.mark.parametrize("more", [["--run.micro_batch", 2], ["--data.image_size", 96]], ids=["images", "pixels"])
-def test_batch_norm_over_one_value_is_refused_before_anything_is_written_and_the_advice_helps(digits, tmp_path, more):
+def test_batch_norm_over_one_value_is_one_line_and_the_advice_helps(digits, tmp_path, more):
     settings = [*SMALL, "--student.name", NAME, "--run.stop_after_steps", 1]
-    with pytest.raises(UserError, match=re.escape(ONE_VALUE)) as error:
-        train_here(digits, tmp_path / "run", *settings)
-    assert not (tmp_path / "run").exists() and len(str(error.value)) < 300
-    train_here(digits, tmp_path / "run", *settings, *more)
-
-
-@pytest.mark.parametrize("name", [NAME, "test_byobnet", "resnet18", "test_vit"])
-@pytest.mark.parametrize("micro", [1, 0, "auto"])
-def test_a_micro_batch_of_one_image_is_found_however_it_was_chosen(name, micro):
-    """By its number, as one group, or by trying, of which a GPU tries the largest first."""
-    config = parse([str(text) for text in [*SMALL, "--student.name", name, "--run.micro_batch", micro]])
-    student = build_student(config.student, 10, 32)
-    cpu, gpu = (World(0, 1, 1, torch.device(name)) for name in ("cpu", "cuda"))
-    has_none = name == "test_vit"
-    with contextlib.nullcontext() if has_none else pytest.raises(UserError, match=re.escape(ONE_VALUE)):
-        check_student(student, config, 10, resolve_micro_batch(config, cpu), cpu)
-    check_student(student, config, 10, 2, cpu)
-    if micro == "auto":
-        check_student(student, config, 10, resolve_micro_batch(config, gpu), gpu)
-
-
-def test_the_smallest_size_of_a_growing_image_is_tried():
-    student = build_student(StudentConfig("resnet18"), 10, 96)
-    check_batch_norm(student, 2, [32, 96])
-    check_batch_norm(student, 1, [96])
-    with pytest.raises(UserError, match="images of 32 px"):
-        check_batch_norm(student, 1, [96, 32])
-    before = copy.deepcopy(student.state_dict())
-    check_batch_norm(student, 1, [96])
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    message = r"BatchNorm would see a single value of a channel \(images, run.micro_batch"
+    message = "BatchNorm would see a single value of a channel"
     with pytest.raises(UserError, match=message), reporting_one_value_per_channel():
-        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+        train_here(digits, tmp_path / "run", *settings)
+    train_here(digits, tmp_path / "more", *settings, *more)
 
 
 def test_a_teacher_that_gives_features_is_refused(tmp_path):
@@ -335,7 +270,7 @@ def test_a_teacher_that_gives_features_is_refused(tmp_path):
     teacher = ["--teacher.name", "test_vit", "--teacher.checkpoint", str(tmp_path / "w.pth")]
     config = parse([*teacher, "--teacher.kwargs.global_pool", "", "--data.image_size", "64"])
     with pytest.raises(
-        UserError, match=r"model 'test_vit' gives \[1, 17, 10\] for an image, not \[1, 10\]: it is no classifier"
+        UserError, match=r"model 'test_vit' gives \[2, 17, 10\] for 2 images in evaluation, not \[2, 10\]: it is no"
     ):
         build_teachers(config, 10, None)
 
@@ -354,9 +289,7 @@ def test_a_file_that_names_its_model_and_its_classes_is_opened_by_both(tmp_path)
 OTHER_FILES = {
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "a web page": (b"<!DOCTYPE html><html>", "a web page"),
-    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG image, not a file of weights"),
-    "nothing": (b"", "an empty file"),
-    "safetensors": (safetensors.torch.save({"a": torch.zeros(1)}), "Rename it so that it ends in .safetensors"),
+    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "damaged, or no file of weights"),
 }
 
 
@@ -365,21 +298,3 @@ def test_a_file_of_another_kind_in_place_of_weights_is_called_what_it_is(tmp_pat
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "w.pth")
-
-
-def test_a_folder_of_another_training_script_names_the_files_in_it(tmp_path):
-    for name in ("last.pth.tar", "model_best.pth.tar", "args.yaml"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"Give one of the files in it: last.pth.tar, model_best.pth.tar$"):
-        read_weights(tmp_path)
-
-
-def test_weights_of_a_part_of_a_larger_model_fit_once_saved_as_the_message_says(tmp_path):
-    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
-    inner = {f"net.backbone.{name}": value for name, value in weights.items()}
-    torch.save(inner, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="all its names begin with 'backbone.'") as caught:
-        inference.load("test_resnet", tmp_path / "w.pth")
-    saved = eval(re.search(r"\{k.partition.*\}", str(caught.value))[0], {"weights": inner})
-    torch.save(saved, tmp_path / "w.pth")
-    assert inference.load("test_resnet", tmp_path / "w.pth").num_outputs == 3
