@@ -39,8 +39,8 @@ class StatisticsAverage:
         self._total = torch.zeros_like(self._before)
         yield
         with torch.no_grad():
-            # An update counts as one batch, however it was split.
-            torch._foreach_sub_(self._counters, self._num_micro_batches - 1)
+            if self._counters:  # An update counts as one batch, however it was split.
+                torch._foreach_sub_(self._counters, self._num_micro_batches - 1)
             mean = self._total / self._num_micro_batches
             if self._mode == "reduce":
                 mean = self._world.all_reduce_sum(mean) / self._world.size
