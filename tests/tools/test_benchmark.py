@@ -85,11 +85,13 @@ def test_a_loader_that_fails_is_a_row_that_says_so():
 
 
 def test_tools_probe_the_gpu_as_a_run_does(photos, monkeypatch):
-    """No GPU is needed: the command that would probe it is only noted."""
-    commands = []
-    monkeypatch.setattr("pipelines.dali_probe._try", lambda command, jpeg: commands.append(command) or "")
+    """No GPU is needed: what would be tried on it is only noted."""
+    tried = []
+    monkeypatch.setattr(
+        "pipelines.dali_probe.decode_failure", lambda device, _, *how: tried.append((device, *how)) or ""
+    )
     assert resolve_decode(PipelineConfig(), photos, torch.device("cuda", 0)) == ("roi", "it works")
-    assert commands[0][-3:] == ["cuda:0", "roi", str(DataConfig().hw_decoder_load)]
+    assert tried == [("cuda:0", "roi", DataConfig().hw_decoder_load)]
 
 
 TINY = ("--models", "test_byobnet", "--teacher", "test_resnet", "--size", "32", "--batch", "8", "--seconds", "0.05")
