@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from typing_extensions import NotRequired
 
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError, clipped
@@ -47,19 +48,12 @@ class ForwardConfig(Section):
     batch: int = setting(128, at_least=1)
 
 
-class TakenFor(TypedDict("_Class", {"class": str})):
-    """A class that images of another class are taken for, and how many percent of these."""
-
-    percent: float
-
-
-class ClassRow(TypedDict("_Class", {"class": str})):
-    """A class: its words, number of images, top-1 in percent (None without images), and what it is taken for."""
-
-    words: str
-    images: int
-    top1: float | None
-    taken_for: list[TakenFor]
+# A class that images of another class are taken for, and how many percent of these.
+TakenFor = TypedDict("TakenFor", {"class": str, "percent": float})
+# A class: its words, number of images, top-1 in percent (None without images), and what it is taken for.
+ClassRow = TypedDict(
+    "ClassRow", {"class": str, "words": str, "images": int, "top1": float | None, "taken_for": list[TakenFor]}
+)
 
 
 class Origin(TypedDict("_Transform", {"view": dict[str, Any]})):
@@ -85,13 +79,10 @@ class Origin(TypedDict("_Transform", {"view": dict[str, Any]})):
     software: dict[str, str]
 
 
-class _Real(TypedDict, total=False):
-    real: RealAccuracy  # A report has it if its labels were given.
+class Report(Origin, Summary):
+    """What tools/evaluate.py writes with --run.json; `real` where labels for it were given."""
 
-
-class Report(Origin, Summary, _Real):
-    """What tools/evaluate.py writes with --run.json."""
-
+    real: NotRequired[RealAccuracy]
     classes: list[ClassRow]
     damaged: list[str]
 
