@@ -39,7 +39,6 @@ from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import check_positive
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.evaluation.trained import TrainedModel, descriptions, load
-from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt
 
 _BATCHES_AHEAD = 2
@@ -95,8 +94,6 @@ def predict(options: argparse.Namespace) -> None:
     trained = load(options.name, options.checkpoint, classes=options.classes)
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
-    image_size = trained.transform.image_size
-    check_logits(trained.module, trained.name, image_size, "Use another model")
     check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)

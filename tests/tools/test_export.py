@@ -307,7 +307,7 @@ def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
 
 def test_a_foreign_file_with_a_format_version_needs_a_name_as_any_other(cnn, tmp_path, capsys):
     foreign = altered(cnn[0], tmp_path / "foreign.pt", config=None)
-    assert "does not say which model it is of. Name it (option name)" in failed([foreign, tmp_path / "out"], capsys)
+    assert "does not say which model it is of. Name it .option name" in failed([foreign, tmp_path / "out"], capsys)
     assert inference.load("test_resnet", foreign).origin == {}
 
 

@@ -21,7 +21,7 @@ from trainer.config.sections import Device, ImagesConfig, Precision
 from trainer.evaluation.metrics import Predictions, RealAccuracy, Summary
 from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
 from trainer.evaluation.trained import TrainedModel
-from trainer.feed import open_configured_pipeline, tried_decode
+from trainer.feed import choose_decode, open_configured_pipeline
 from trainer.models.normalize import Normalize
 from trainer.update.precision import allow_tf32, resolve_precision
 
@@ -122,7 +122,7 @@ def predict_split(
     """
     module, normalize, precision = on_device(trained, world.device, forward)
     mine: list[tuple[int, str]] = []
-    decode = tried_decode(images, index, world, {})["decode"]
+    decode = choose_decode(images, index, world)["decode"]
     pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=lambda *bad: mine.append(bad))
     eval_pass = EvalPass(normalize, pipeline, trained.transform.plan(index), forward.batch, precision, world)
     total = num_eval_batches(len(index), forward.batch, world)
