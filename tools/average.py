@@ -36,8 +36,6 @@ from trainer.models.class_names import order_doubt
 from trainer.state import checkpoint
 from trainer.state.checkpoint import checkpoints_folder
 
-_SUFFIXES = (".pt", ".pth")
-
 
 class Row(TypedDict):
     """A checkpoint that was considered, as OUT.pt records it.
@@ -132,12 +130,12 @@ def files_of(paths: list[Path]) -> list[Path]:
 
 def check_output(out: Path, inputs: list[Path]) -> None:
     """Raise a UserError, before anything is read, if OUT.pt cannot or must not be written."""
-    if any(out.resolve() == path.resolve() for path in inputs):
-        raise UserError(f"{out}: is one of the checkpoints to average. Name another file")
-    if out.name == checkpoint.BEST or out.match("step-*"):
-        raise UserError(f"{out}: a name that runs give to their own checkpoints. Name another file")
-    if out.suffix not in _SUFFIXES:
-        raise UserError(f"{out}: a checkpoint's name ends in {' or '.join(_SUFFIXES)}. Name it so")
+    is_input = any(out.resolve() == path.resolve() for path in inputs)
+    if is_input or out.name == checkpoint.BEST or out.match("step-*") or out.suffix not in (".pt", ".pth"):
+        raise UserError(
+            f"{out}: must be a new name that ends in .pt or .pth, neither one of the checkpoints to average nor a name "
+            f"that runs give to their own, step-N.pt or {checkpoint.BEST}. Name another file"
+        )
     check_parent_folder(out, str(out))
 
 

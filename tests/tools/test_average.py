@@ -293,10 +293,10 @@ def test_the_output_is_never_one_of_the_inputs_or_of_a_runs_own_files(tiny_run, 
     before = mine.read_bytes()
     (tmp_path / "link.pt").symlink_to(mine)
     for out, says in (
-        (mine, "is one of the checkpoints to average"),
-        (tmp_path / "link.pt", "is one of the checkpoints to average"),
-        (tiny_run / "checkpoints" / "best.pt", "a name that runs give to their own checkpoints"),
-        (tmp_path / "step-00000040.pt", "a name that runs give to their own checkpoints"),
+        (mine, "neither one of the checkpoints to average"),
+        (tmp_path / "link.pt", "neither one of the checkpoints to average"),
+        (tiny_run / "checkpoints" / "best.pt", "nor a name that runs give to their own"),
+        (tmp_path / "step-00000040.pt", "nor a name that runs give to their own"),
         (tmp_path / "out.safetensors", "ends in .pt or .pth"),
         (tmp_path / "no" / "out.pt", "not a file in a folder that is there"),
     ):

@@ -13,8 +13,10 @@ if TYPE_CHECKING:  # Commands that need no torch start faster without it.
     import torch
 
 Machine = dict[str, str | int]  # "cpu", "cores", "gpu", "python", and the version of each package
-_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
-_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # One of the two is enough.
+_PACKAGES = (
+    *("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv"),
+    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # One of the two is enough.
+)
 
 
 def first_device() -> "torch.device":
@@ -26,7 +28,7 @@ def first_device() -> "torch.device":
 
 def machine(packages: Sequence[str] = ()) -> Machine:
     """Describe this machine; `packages` are listed besides the usual ones."""
-    versions = {name: _version(name) for name in (*_PACKAGES, *_DALI, *packages)}
+    versions = {name: _version(name) for name in (*_PACKAGES, *packages)}
     return {"cpu": _cpu(), "cores": num_cores(), **_gpu(), "python": platform.python_version(), **versions}
 
 
