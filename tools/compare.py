@@ -21,7 +21,7 @@ if not __package__:  # A script finds the packages of its own repository, instal
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
@@ -31,9 +31,9 @@ from tools.lib.common.hardware import first_device, machine
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive
 from tools.lib.compare import charts, results
-from tools.lib.compare.backends import BACKENDS, BATCH, EXTRA, Backend, Plan, choose_backends
-from tools.lib.compare.candidates import Candidate, choose
-from tools.lib.compare.measuring import Measured, measure, pieces
+from tools.lib.compare.backends import BACKENDS, BATCH, EXTRA, Plan, choose_backends
+from tools.lib.compare.candidates import choose
+from tools.lib.compare.measuring import measure
 from tools.lib.compare.results import FailedRow, Row
 
 REPEATS = 15
@@ -94,7 +94,9 @@ def compare(options: argparse.Namespace) -> None:
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
-    rows, failed = results.rows_of(_with_progress(models, backends, plan))
+    with Console(stderr=True).status("starting") as status:  # It shows nothing where there is no terminal.
+        measured = measure(models, backends, plan, lambda done: status.update(escape(done)))
+    rows, failed = results.rows_of(measured)
     notes = results.notes(rows)
     for table in results.tables(rows, failed):
         screen.print(table)
@@ -104,15 +106,6 @@ def compare(options: argparse.Namespace) -> None:
     screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     if not rows:
         raise UserError(f"nothing could be measured; the first reason: {failed[0].failed}")
-
-
-def _with_progress(models: list[Candidate], backends: list[Backend], plan: Plan) -> list[Measured]:
-    """`measure` with a line of progress on a terminal."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    shown = Console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
-        task = progress.add_task("starting", total=pieces(len(models), len(backends), plan.repeats))
-        return measure(models, backends, plan, lambda done: progress.update(task, advance=1, description=done))
 
 
 def write(out: Path, rows: list[Row], failed: list[FailedRow], remarks: list[str], plan: Plan) -> list[str]:
