@@ -175,5 +175,4 @@ def fits(value: object, hint: Any, is_plain: bool = False) -> bool:
         return isinstance(value, list) and all(map(each, value, inner * len(value)))
     if origin is dict:
         return isinstance(value, dict) and all(map(each, value.values(), inner[1:] * len(value)))
-    is_number_or_other = hint is bool or not isinstance(value, bool)
-    return is_number_or_other and isinstance(value, (int, float) if hint is float else hint)
+    return (hint is bool or not isinstance(value, bool)) and isinstance(value, (int, float) if hint is float else hint)
