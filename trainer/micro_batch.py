@@ -1,7 +1,6 @@
-"""The largest micro-batch that fits, found by trying."""
+"""The micro-batch: whether the configured one divides the global batch, and the largest that fits, found by trying."""
 
 import contextlib
-import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipelines.common.errors import UserError
-from pipelines.plan.plan import TrainPlan
+from pipelines.plan.plan import BatchPlan, TrainPlan
 from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.world import World
 from trainer.config.sections import Config
@@ -18,14 +17,34 @@ from trainer.state.train_state import TrainState
 from trainer.update.step import TrainStep
 
 
+def resolve_micro_batch(config: Config, world: World) -> int:
+    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
+
+    It is one group where the configuration leaves it open; `choose_micro_batch` may then find a larger one.
+    """
+    group, total = config.augment.mix_group, config.run.global_batch
+    if total % (group * world.size):
+        raise UserError(
+            f"run.global_batch is {total}; it must be a multiple of augment.mix_group times the number of ranks, "
+            f"{group} x {world.size}. Change one of the three"
+        )
+    micro_batch = group if config.run.micro_batch == "auto" else config.run.micro_batch or group
+    if micro_batch % group or (total // world.size) % micro_batch:
+        raise UserError(
+            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
+            f"rank's slice of the global batch, {total // world.size}"
+        )
+    return micro_batch
+
+
 def choose_micro_batch(
     config: Config,
     plan: TrainPlan,
     state: TrainState,
     pipelines: Pipelines,
     world: World,
-    make_step: Callable[[World, int], TrainStep],
-    evaluate_one_batch: Callable[[], object] | None,
+    make_step: Callable[..., TrainStep],
+    evaluate: Callable[[], object],
 ) -> str:
     """Set `state.micro_batch` where the configuration leaves it open. Returns a sentence about the choice.
 
@@ -33,10 +52,10 @@ def choose_micro_batch(
     the largest that fits; a CPU gets one group, because more would not be faster.
 
     Args:
-      make_step: (world, micro-batch) -> the update. It is not compiled, which would take long and no more memory.
-      evaluate_one_batch: evaluates the first validation images on this rank alone; None without a validation set.
+      make_step: makes the update of a world and a `micro_batch`, not compiled: that takes long and no more memory.
+      evaluate: evaluates the first validation images, if there are any, on this rank alone.
     Raises:
-      UserError: an evaluation does not fit, or not even one group.
+      UserError: not even one group fits.
     """
     rank_batch = config.run.global_batch // world.size
     if state.micro_batch and rank_batch % state.micro_batch == 0:
@@ -44,19 +63,28 @@ def choose_micro_batch(
     if world.device.type != "cuda":
         state.micro_batch = config.augment.mix_group
         return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
-    evaluate = evaluate_one_batch or (lambda: None)
-    if not on_every_rank(memory_suffices(evaluate, pipelines), world):
-        raise UserError(
-            f"run.eval_batch is {config.run.eval_batch}: an evaluation does not fit into the GPU's memory. Lower it, "
-            "data.eval_image_size or data.prefetch"
-        )
 
-    def update_fits(micro_batch: int) -> bool:
-        step = make_step(world.by_itself(), micro_batch)  # One rank may fail alone, so the ranks must not communicate.
-        warm_up = functools.partial(warm_up_updates, config, plan, pipelines, world, step, micro_batch, evaluate)
-        return memory_suffices(warm_up, pipelines)
+    def fits(micro_batch: int) -> bool:
+        step = make_step(
+            world.by_itself(), micro_batch=micro_batch
+        )  # One rank may fail alone, so the ranks must not communicate.
+        try:
+            plans = largest_plans(config, plan, world, micro_batch)
+            with contextlib.closing(batches_of(pipelines.of["train"], plans)) as batches:
+                step.warm_up(next(batches), then=evaluate)
+                step.warm_up(next(batches))
+            return True
+        except (RuntimeError, UserError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            gc.collect()  # Free what Python holds first, so that DALI can release it.
+            for pipeline in pipelines.of.values():
+                pipeline.forget()
+            torch.cuda.empty_cache()
 
-    state.micro_batch = largest_micro_batch(config, world, update_fits)
+    state.micro_batch = largest_micro_batch(config, world, fits)
     return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {rank_batch} images"
 
 
@@ -70,57 +98,26 @@ def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool
     """
     group, rank_batch = config.augment.mix_group, config.run.global_batch // world.size
     for micro_batch in range(rank_batch, 0, -group):
-        if rank_batch % micro_batch == 0 and on_every_rank(fits(micro_batch), world):
+        if rank_batch % micro_batch:
+            continue
+        lacking = torch.tensor(int(not fits(micro_batch)), device=world.device)
+        if not world.all_reduce_sum(lacking).item():
             return micro_batch
     raise UserError(
         f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
-        "augment.mix_group, data.image_size or data.prefetch, or use a smaller model; a smaller run.eval_batch leaves "
-        "more room, too"
+        "augment.mix_group, run.eval_batch, data.image_size or data.prefetch, or use a smaller model"
     )
 
 
-def on_every_rank(fits: bool, world: World) -> bool:
-    """Whether it is true on all ranks. Every rank must call it."""
-    return world.all_reduce_sum(torch.tensor(int(not fits), device=world.device)).item() == 0
-
-
-def memory_suffices(attempt: Callable[[], object], pipelines: Pipelines) -> bool:
-    """Whether `attempt` ends without running out of memory. Everything that it allocated is freed."""
-    try:
-        attempt()
-        return True
-    except (RuntimeError, UserError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:
-        gc.collect()  # Free what Python holds first, so that DALI can release it.
-        for pipeline in pipelines.of.values():
-            pipeline.forget()
-        torch.cuda.empty_cache()
-
-
-def warm_up_updates(
-    config: Config,
-    plan: TrainPlan,
-    pipelines: Pipelines,
-    world: World,
-    step: TrainStep,
-    micro_batch: int,
-    evaluate: Callable[[], object],
-) -> None:
-    """Allocate the most memory that a run ever needs: two updates where images become largest, an evaluation between.
+def largest_plans(config: Config, plan: TrainPlan, world: World, micro_batch: int) -> Iterator[BatchPlan]:
+    """The micro-batches that need the most memory of a run: where images become largest, and the one before.
 
     DALI allocates beside PyTorch. At that point it holds the graphs of both image sizes, and from the first evaluation
     on that of the validation images.
     """
-    epochs = range(config.schedule.total_epochs)
-    start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
+    start = plan.steps_per_epoch * max(range(config.schedule.total_epochs), key=plan.image_size_at)
     before = list(rank_plans(plan, max(start - 1, 0), max(start, 1), world, micro_batch))[-1:]
-    plans = itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
-    with contextlib.closing(batches_of(pipelines.of["train"], plans)) as batches:
-        step.warm_up(next(batches), then=evaluate)
-        step.warm_up(next(batches))
+    return itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
 
 
 @contextlib.contextmanager

@@ -249,11 +249,8 @@ def test_arguments_that_a_model_cannot_take_are_one_line(name):
 
 @pytest.mark.parametrize("section", ["student", "teacher"])
 def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
-    with pytest.raises(
-        UserError, match=rf"{section}.kwargs.in_chans is 1, and images have 3 channels here, .* Leave it"
-    ):
+    with pytest.raises(UserError, match=f"{section}.kwargs.in_chans: decided by the dataset, whose images have 3 chan"):
         parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
-    parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
 
 
 SMALL = ["--run.global_batch", 4, "--augment.mix_group", 1, "--augment.repeats", 1, "--data.image_size", 32]
