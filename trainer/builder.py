@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from pipelines.common.errors import UserError, naming_settings
+from pipelines.ops.torch_ops import kernel_error
 from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import MANIFEST
@@ -39,7 +40,7 @@ from trainer.monitor.sinks import Sink, open_sinks
 from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
-from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, uncompiled
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -124,7 +125,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     sinks = open_sinks(config) if world.is_main else []
     micro_batch = resolve_micro_batch(config, world)
     splits, classes = open_splits(config.data)
-    student, teachers = build_models(config, splits["train"].num_classes, classes, micro_batch, world)
+    student, teachers = build_models(config, splits["train"].num_classes, classes, world)
     expects = preprocessing(student)
     plan = train_plan(config, splits["train"], expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -186,7 +187,7 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, micro_batch: int, world: World
+    config: Config, num_classes: int, classes: list[str] | None, world: World
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
@@ -195,7 +196,7 @@ def build_models(
     torch.manual_seed(config.run.seed)
     doubt = order_doubt(config.data.root)
     student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
-    check_student(student, config, num_classes, micro_batch, world)
+    check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
     return student, build_teachers(config, num_classes, classes, doubt)
@@ -258,7 +259,8 @@ def build_state(
 
 def kernel_note(world: World) -> str:
     """A note if Triton does not work on the GPU of some rank, else "". Every rank must call it."""
-    error = kernel_error(world)
+    mine = kernel_error() if world.device.type == "cuda" else ""
+    error = next(filter(None, world.all_gather([mine])), "")
     return (
         f"without Triton, which does not work here ({error}), mixing and DALI's RandAugment are slower" if error else ""
     )

@@ -6,8 +6,7 @@ import time
 
 from trainer.builder import Run
 from trainer.monitor.description import ending
-from trainer.monitor.monitor import Monitor
-from trainer.monitor.nonfinite import NonFiniteError
+from trainer.monitor.monitor import Monitor, NonFiniteError
 from trainer.monitor.report.page import report_or_reason
 from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, write_summary
 from trainer.monitor.sample_grid import SAMPLES

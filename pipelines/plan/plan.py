@@ -156,7 +156,6 @@ class TrainPlan:
             lam=np.repeat(lam, group),
             box=np.repeat(box, group, axis=0),
             valid=np.ones(num, dtype=bool),
-            windowed=False,
         )
 
     def __getitem__(self, positions: int | slice) -> BatchPlan:
@@ -339,7 +338,6 @@ class EvalPlan:
             lam=np.ones(num, dtype=np.float32),
             box=np.zeros((num, 4), dtype=np.int32),
             valid=valid,
-            windowed=True,
         )
 
 

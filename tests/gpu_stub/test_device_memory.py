@@ -187,5 +187,5 @@ def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     free = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     del free
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 64 * MIB
-    pipeline._build(_Shape(16, 224, "bicubic", False))
+    pipeline._build(_Shape(16, 224, "bicubic"))
     assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # Segments that are in use keep the rest.

@@ -46,15 +46,6 @@ def software() -> dict[str, str]:
     return {"pipelines": str(PIXELS_VERSION), **package_versions()}
 
 
-def newer_software(saved: dict[str, str]) -> list[str]:
-    """Which versions differ from those that a checkpoint was written with, a sentence each."""
-    return [
-        f"{name} was {saved[name]}, now it is {present}: pixels or gradients may differ in their last bits"
-        for name, present in software().items()
-        if saved.get(name, present) != present
-    ]
-
-
 def check_same_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:

@@ -13,19 +13,13 @@ from trainer.models.batch_norm import batch_counters, running_statistics
 class StatisticsAverage:
     """Makes the running statistics after an update those of all its micro-batches, on whatever rank they ran.
 
-    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank. Then the
-    mode decides what the ranks do:
-      reduce: they take the mean over the ranks. So all ranks always hold the same statistics, and these do not depend
-        on how the global batch was split over ranks and micro-batches.
-      broadcast: they take those of rank 0's images, as DDP's own broadcast has it.
-      none: each rank keeps its own.
-      sync: nothing, because the layers themselves saw the images of all ranks.
+    Each micro-batch starts from the statistics before the update, and the results are averaged over the micro-batches
+    of a rank, then over the ranks. So all ranks always hold the same statistics, and these do not depend on how the
+    global batch was split.
 
     Args:
       model: the unwrapped model.
-      num_micro_batches: of an update, on this rank.
-      mode: reduce, broadcast, none or sync.
-      world: the ranks.
+      mode: run.batch_norm; only with reduce, the default, the ranks take the mean over all of them.
     """
 
     def __init__(self, model: nn.Module, num_micro_batches: int, mode: str, world: World):
