@@ -1,6 +1,6 @@
 """Which backbone for the time there is? Models' speed on this machine, and the front of speed and accuracy.
 
-    python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends NAME ...] [--out FOLDER]
+    python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends BACKEND ...] [--out FOLDER]
 
 MODEL is timm's name (speed does not depend on weights, which are then random), a checkpoint, a run's folder, or an
 exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python
@@ -59,7 +59,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = "evaluation in JSON, or CSV with columns model, top1 (percent) and perhaps image_size"
     add("--accuracy", type=path_argument, nargs="+", default=[], metavar="FILE", help=what)
     what = f"some of {', '.join(BACKENDS)} (default: what is installed and fast)"
-    add("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=what)
+    add("--backends", nargs="+", choices=BACKENDS, metavar="BACKEND", help=what)
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--batch", type=int, metavar="N", help="images a call (default: 256 on a GPU, 4 on a CPU; OpenVINO takes 1)")
     add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model is timed (%(default)s)")
