@@ -1,7 +1,7 @@
 """An existing WebDataset, indexed where it lies: its tars are read and never written.
 
-Everything is made in the hidden folder .index.partial of the folder that gets the index. Once its manifest is there the
-index is complete, and its files are moved up, the manifest last; a command that finds it so goes on moving.
+Everything is made in the hidden folder .index.partial. Once its manifest is there the index is complete, and its files
+are moved up, the manifest last; a later command resumes that move.
 """
 
 import collections

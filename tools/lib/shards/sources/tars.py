@@ -67,11 +67,9 @@ class _Headers(io.RawIOBase):
         self._file.seek(start)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to an offset in the range; tarfile counts from its beginning alone."""
-        return self._file.seek(self._start + offset) - self._start
-
-    def tell(self) -> int:
-        return self._file.tell() - self._start
+        """Move to an offset in the range, or from the present one; `io` asks for that one so, with 0."""
+        base = self._start if whence == os.SEEK_SET else self._file.tell()
+        return self._file.seek(base + offset) - self._start
 
     def read(self, nbytes: int = -1) -> bytes:
         if not 0 <= nbytes <= self.left:
