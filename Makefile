@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu gpu-first needed-there gpu-stub chaos fidelity lint clean
+.PHONY: setup demo test gpu gpu-first needed-there gpu-stub slurm chaos fidelity lint clean
 
 setup: .venv/.complete
 
@@ -42,6 +42,10 @@ needed-there:
 # The GPU path on a CUDA without a device, built by gcc; `make test` runs all but the long tests of it.
 gpu-stub: setup
 	$(BIN)/python tests/gpu_stub
+
+# A SLURM cluster of one node, in a folder of its own: apt-get install slurm-wlm munge, as root.
+slurm: setup
+	$(BIN)/python -m pytest tests/slurm -m slurm
 
 # Fault injection that takes minutes, into docs/chaos.md; `make test` keeps a short version of each.
 chaos: setup

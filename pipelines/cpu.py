@@ -47,7 +47,7 @@ class TorchvisionPipeline(Pipeline):
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         self._maker.use_device()
-        in_flight: collections.deque[tuple[BatchPlan, np.ndarray, list[Future]]] = collections.deque()
+        in_flight: collections.deque[tuple[BatchPlan, list[Future[np.ndarray]]]] = collections.deque()
         images = _RepeatedImages(self._index, functools.partial(decode_checked, self._reader))
 
         def announce(plan: BatchPlan) -> None:
@@ -57,7 +57,7 @@ class TorchvisionPipeline(Pipeline):
         with ThreadPoolExecutor(self._config.threads, thread_name_prefix="augment") as pool:
             try:
                 for plan in look_ahead(plans, PLANS_AHEAD, announce):
-                    in_flight.append(self._submit(pool, plan, images))
+                    in_flight.append((plan, self._submit(pool, plan, images)))
                     if len(in_flight) == _BATCHES_IN_FLIGHT:
                         yield self._finish(*in_flight.popleft())
                 while in_flight:
@@ -66,21 +66,16 @@ class TorchvisionPipeline(Pipeline):
                 pool.shutdown(cancel_futures=True)
 
     @staticmethod
-    def _submit(
-        pool: ThreadPoolExecutor, plan: BatchPlan, images: "_RepeatedImages"
-    ) -> tuple[BatchPlan, np.ndarray, list[Future]]:
-        pixels = np.empty((len(plan), plan.image_size, plan.image_size, 3), dtype=np.uint8)
+    def _submit(pool: ThreadPoolExecutor, plan: BatchPlan, images: "_RepeatedImages") -> list[Future[np.ndarray]]:
+        """Begin with a plan's rows, each of which becomes uint8 [S, S, 3]."""
 
-        def fill(row: int, image: Callable[[], np.ndarray]) -> None:
-            pixels[row] = transform(image(), plan, row)
+        def finished(row: int, image: Callable[[], np.ndarray]) -> np.ndarray:
+            return transform(image(), plan, row)
 
-        rows = [pool.submit(fill, row, images.take(sample)) for row, sample in enumerate(plan.sample.tolist())]
-        return plan, pixels, rows
+        return [pool.submit(finished, row, images.take(sample)) for row, sample in enumerate(plan.sample.tolist())]
 
-    def _finish(self, plan: BatchPlan, pixels: np.ndarray, rows: list[Future]) -> Batch:
-        for row in rows:
-            row.result()
-        return self._maker.make(torch.from_numpy(pixels), plan)
+    def _finish(self, plan: BatchPlan, rows: list[Future[np.ndarray]]) -> Batch:
+        return self._maker.make(torch.from_numpy(np.stack([row.result() for row in rows])), plan)
 
 
 class _RepeatedImages:

@@ -51,23 +51,6 @@ class _Shape:
         return _Shape(len(plan), plan.image_size, plan.interpolation, plan.windowed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """How a graph decodes, and where.
-
-    Attributes:
-      decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
-      decoder: options of the GPU's decoder; empty without a GPU.
-      num_threads: DALI's host threads.
-      device_id: the GPU's number; None without a GPU.
-    """
-
-    decode: str
-    decoder: dict[str, float]
-    num_threads: int
-    device_id: int | None
-
-
 class DaliPipeline(Pipeline):
     """Carries plans out with DALI.
 
@@ -83,9 +66,7 @@ class DaliPipeline(Pipeline):
         self._device = device
         self._maker = BatchMaker(index, device)
         self._reader = CheckedReader(index, on_damage)
-        decoder = {"hw_decoder_load": config.hw_decoder_load, **_padding(index, config.decoder_padding_mib)}
-        device_id = (device.index or 0) if self._on_gpu else None
-        self._options = _Options(config.decode, decoder if self._on_gpu else {}, config.threads, device_id)
+        self._padding = _padding(index, config.decoder_padding_mib)
         self._graphs: dict[_Shape, Future[_Graph]] = {}
 
     @property
@@ -107,17 +88,21 @@ class DaliPipeline(Pipeline):
             ThreadPoolExecutor(self._config.threads, "augment") as pool,
         ):
 
+            def graph_of(shape: _Shape) -> Future[_Graph]:
+                if shape not in self._graphs:
+                    self._graphs[shape] = builder.submit(self._build, shape)
+                return self._graphs[shape]
+
             def announce(plan: BatchPlan) -> None:
                 self._reader.will_need(plan.sample)
-                if (shape := _Shape.of(plan)) not in self._graphs:
-                    self._graphs[shape] = builder.submit(self._build, shape)
+                graph_of(_Shape.of(plan))
 
             previous: _Shape | None = None
             for shape, same_shape in itertools.groupby(look_ahead(plans, PLANS_AHEAD, announce), _Shape.of):
                 if previous is not None:  # Progressive resizing does not return to a size, and needs the memory.
                     self._graphs.pop(previous, None)
                 previous = shape
-                for plan, pixels in self._pixels(shape, same_shape):
+                for plan, pixels in self._pixels(shape, same_shape, graph_of):
                     yield self._finish(plan, pixels, pool)
 
     def forget(self) -> None:
@@ -125,8 +110,25 @@ class DaliPipeline(Pipeline):
         self._graphs.clear()
         _backend.ReleaseUnusedMemory()  # DALI keeps free memory for itself.
 
-    def _build(self, shape: _Shape) -> "_Graph":
-        return _Graph(shape, lambda plan: self._inputs(plan, self._reader.read(plan.sample)), self._options)
+    def _build(self, shape: _Shape, encoded: np.ndarray | None = None, num_threads: int = 0) -> "_Graph":
+        """A graph for plans of a shape.
+
+        Args:
+          encoded: takes the place of the image's bytes in plans of one row.
+          num_threads: DALI's host threads; 0 are those of the configuration.
+        """
+
+        def inputs(plan: BatchPlan) -> tuple:
+            return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
+
+        return _Graph(
+            shape,
+            inputs,
+            decode=self._config.decode,
+            decoder={"hw_decoder_load": self._config.hw_decoder_load, **self._padding} if self._on_gpu else {},
+            num_threads=num_threads or self._config.threads,
+            device_id=(self._device.index or 0) if self._on_gpu else None,
+        )
 
     @staticmethod
     def _inputs(plan: BatchPlan, encoded: list[np.ndarray]) -> tuple:
@@ -140,15 +142,13 @@ class DaliPipeline(Pipeline):
         )
         return (*inputs, plan.window) if plan.windowed else inputs
 
-    def _pixels(self, shape: _Shape, plans: Iterator[BatchPlan]) -> Iterator[tuple[BatchPlan, TensorList]]:
+    def _pixels(
+        self, shape: _Shape, plans: Iterator[BatchPlan], graph_of: "Callable[[_Shape], Future[_Graph]]"
+    ) -> Iterator[tuple[BatchPlan, TensorList]]:
         """Plans of one shape and their pixels, which lie in DALI's memory."""
         while True:
-            if shape not in self._graphs:
-                self._graphs[shape] = _done(self._build(shape))
-            graph = None
             try:
-                graph = self._graphs[shape].result()
-                return (yield from graph.run(plans, self._maker.stream))
+                return (yield from graph_of(shape).result().run(plans, self._maker.stream))
             except _FailedBatchError as failed:
                 del self._graphs[shape]
                 in_work, reason = failed.plans, str(failed)
@@ -157,7 +157,6 @@ class DaliPipeline(Pipeline):
                 self._graphs.pop(shape, None)
                 raise
             # This stands behind the handler, because the error's traceback keeps the dead graph and its memory alive.
-            graph = None
             self._replace_damaged(in_work[0], reason)
             plans = itertools.chain(in_work, plans)
 
@@ -169,7 +168,9 @@ class DaliPipeline(Pipeline):
                 if plan.erase.any():
                     images = erase(images, plan.erase, plan.fill)
         else:
-            images = torch.from_numpy(_augmented(np.asarray(pixels.as_tensor()), plan, pool))
+            resized = np.asarray(pixels.as_tensor())
+            rows = pool.map(lambda row: augmented(resized[row], plan, row), range(len(plan)))
+            images = torch.from_numpy(np.stack(list(rows)))
         return self._maker.make(images, plan)
 
     def _replace_damaged(self, plan: BatchPlan, error: str) -> None:
@@ -185,11 +186,12 @@ class DaliPipeline(Pipeline):
         for row in plan.split(1):
             sample = int(row.sample[0])
             known = self._reader.is_replaced(sample)
-            graph = graph or self._alone(row)
+            # Each thread of the decoder takes its memory, so this graph has one alone.
+            graph = graph or self._build(_Shape.of(row), num_threads=1)
             if reason := self._failure_on(row, graph):
                 graph = None
                 pixels = decode_checked(self._reader, sample)
-                if known or self._failure_on(row, self._alone(row, lossless(pixels))):
+                if known or self._failure_on(row, self._build(_Shape.of(row), lossless(pixels), 1)):
                     found = False
                     break
                 self._reader.reject(sample, f"DALI cannot decode it, PIL can, whose pixels are used ({reason})", pixels)
@@ -201,15 +203,6 @@ class DaliPipeline(Pipeline):
                 f"{error}. Look at the driver and at the memory that is left, or use "
                 f"{self._config.option('pipeline', 'torchvision')}"
             )
-
-    def _alone(self, row: BatchPlan, encoded: np.ndarray | None = None) -> "_Graph":
-        """A graph for plans of one row, of this one's shape; `encoded` takes the place of the image's bytes."""
-
-        def inputs(plan: BatchPlan) -> tuple:
-            return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
-
-        # Each thread of the decoder takes its memory, so this graph has one alone.
-        return _Graph(_Shape.of(row), inputs, dataclasses.replace(self._options, num_threads=1))
 
     def _failure_on(self, row: BatchPlan, graph: "_Graph") -> str:
         """Why DALI cannot carry out a plan of one row, '' if it can; then the graph can be run again."""
@@ -238,32 +231,39 @@ class _Graph:
 
     Args:
       inputs: returns what the external source gives for a plan.
+      decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
+      decoder: options of the GPU's decoder; empty without a GPU.
+      num_threads: DALI's host threads.
+      device_id: the GPU's number; None without a GPU.
     """
 
-    def __init__(self, shape: _Shape, inputs: Callable[[BatchPlan], tuple], options: _Options):
+    def __init__(
+        self,
+        shape: _Shape,
+        inputs: Callable[[BatchPlan], tuple],
+        *,
+        decode: str,
+        decoder: dict[str, float],
+        num_threads: int,
+        device_id: int | None,
+    ):
         self._inputs = inputs
         self._plans: Iterator[BatchPlan] = iter(())
         # DALI asks for plans ahead and reads their bytes in place, so they stay alive until it is done.
         self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
         # The reference is weak: a graph that is dropped keeps itself and its memory alive in a cycle otherwise.
-        source = weakref.WeakMethod(self._next_inputs)
-
-        def next_inputs() -> tuple:
-            method = source()
-            assert method is not None  # DALI asks for inputs only while the graph runs.
-            return method()
-
-        if options.device_id is not None:
+        source: Any = weakref.WeakMethod(self._next_inputs)
+        if device_id is not None:
             torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later.
         self._pipeline: Any = _dali_graph(
             shape,
-            next_inputs,
-            decode=options.decode,
-            decoder=options.decoder,
+            lambda: source()(),
+            decode=decode,
+            decoder=decoder,
             batch_size=shape.batch_size,
             prefetch_queue_depth=_IN_FLIGHT,
-            num_threads=options.num_threads,
-            device_id=options.device_id,
+            num_threads=num_threads,
+            device_id=device_id,
         )
         self._pipeline.build()
 
@@ -297,24 +297,6 @@ class _Graph:
         plan = next(self._plans)
         self._in_flight.append((plan, self._inputs(plan)))
         return self._in_flight[-1][1]
-
-
-def _done(graph: _Graph) -> "Future[_Graph]":
-    future: Future[_Graph] = Future()
-    future.set_result(graph)
-    return future
-
-
-def _augmented(pixels: np.ndarray, plan: BatchPlan, pool: ThreadPoolExecutor) -> np.ndarray:
-    """Carry out the plan's operations on the CPU, where PIL is the fastest: uint8 [B, S, S, 3] in a new array."""
-    images = np.empty_like(pixels)
-
-    def fill(row: int) -> None:
-        images[row] = augmented(pixels[row], plan, row)
-
-    for _ in pool.map(fill, range(len(plan))):  # Asking for the results raises the errors.
-        pass
-    return images
 
 
 def _padding(index: ShardIndex, mib: int) -> dict[str, int]:

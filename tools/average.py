@@ -8,11 +8,8 @@ A run's folder stands for all its step-N.pt. OUT.pt is a checkpoint as a run's b
 """
 
 import argparse
-import collections
 import dataclasses
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,21 +17,19 @@ if not __package__:  # A script finds the packages of its own repository, instal
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from pipelines.common.errors import ROOM, UserError, advice_against, exit_on_user_error
+from pipelines.common.errors import ROOM, UserError, advice_against, clipped, exit_on_user_error
 from pipelines.common.files import check_parent_folder, sha256_of
 from pipelines.shards.index import read_index
 from pipelines.shards.manifest import read_manifest
 from tools.lib.average.ingredients import Ingredient, Weights, differing, read, read_alike
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, predict_split
+from tools.lib.common.tables import terminal_table
+from tools.lib.common.terminal import console
 from trainer.cluster.world import alone
 from trainer.config.sections import ImagesConfig
-from trainer.config.setting_names import spelling_settings
 from trainer.evaluation import metrics
 from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, load
 from trainer.models.class_names import order_doubt
@@ -44,40 +39,21 @@ from trainer.state.checkpoint import checkpoints_folder
 _SUFFIXES = (".pt", ".pth")
 
 
-class Row(TypedDict("_Share", {"share": float})):
-    """A checkpoint that was considered, as OUT.pt records it; `share` is its weight in the mean."""
+class Row(TypedDict):
+    """A checkpoint that was considered, as OUT.pt records it.
+
+    `fraction` is its weight in the mean. For the greedy soup `alone` and `together` are top-1 of the checkpoint and of
+    the mean with it, in percent, and `kept` says whether it stayed in.
+    """
 
     file: str
     sha256: str
     step: int
     weights: str
-
-
-class ScoredRow(Row):
-    """A row of the greedy soup: top-1 of the checkpoint alone and of the mean with it, in percent."""
-
-    alone: float
-    together: float
+    fraction: float
     kept: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Average:
-    """Averaged weights.
-
-    Attributes:
-      weights: by name, with the types that the checkpoints have.
-      kind: ema or raw.
-      origin: the Ingredient's of the checkpoint that stands for all.
-      table: a row for each checkpoint that was considered.
-      found: what else OUT.pt records about the average.
-    """
-
-    weights: Weights
-    kind: str
-    origin: dict[str, Any]
-    table: Sequence[Row]
-    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alone: float | None
+    together: float | None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,40 +77,38 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for mode, says in helps.items():
         command = modes.add_parser(mode, help=says, description=says)
         command.add_argument("out", type=path_argument, metavar="OUT.pt", help="checkpoint to write")
-        command.add_argument(
-            "checkpoints", type=path_argument, nargs="+", metavar="CHECKPOINT", help="or a run's folder"
-        )
         if mode == "ema":
+            command.add_argument("checkpoints", type=path_argument, nargs=1, metavar="RUN", help="a run's folder")
             command.add_argument("--decay", type=float, required=True, help="decay of an update, in [0, 1)")
-        else:
-            command.add_argument("--weights", choices=KINDS, default="auto", help="auto: the EMA if there is one")
+            continue
+        what = "or a run's folder"
+        command.add_argument("checkpoints", type=path_argument, nargs="+", metavar="CHECKPOINT", help=what)
+        command.add_argument("--weights", choices=KINDS, default="auto", help="auto: the EMA if there is one")
         if mode == "greedy":
-            command.add_argument(
-                "--data", type=path_argument, required=True, metavar="DATASET", help="its split val decides"
-            )
+            what = "its split val decides"
+            command.add_argument("--data", type=path_argument, required=True, metavar="DATASET", help=what)
     return parser.parse_args(arguments)
 
 
-@spelling_settings("--", lacking=("name", "checkpoint", "kwargs", "classes"))
 def average(options: argparse.Namespace) -> None:
     """Check, read, average, write, and print what was done."""
     paths = files_of(options.checkpoints)
     check_output(options.out, paths)
     if options.mode == "uniform":
-        found = uniform(paths, options.weights)
+        content = mean(paths, [1.0] * len(paths), options.weights)
     elif options.mode == "ema":
-        found = ema(paths, options.decay)
+        content = ema(options.checkpoints[0], options.decay)
     else:
-        found = greedy(paths, options.weights, options.data)
-    content = content_of(options.mode, found)
+        content = greedy(paths, options.weights, options.data)
+    content["average"]["how"] = options.mode
     check_fits(paths[0], content)  # All have the shapes of the first one.
     try:
         checkpoint.write(options.out, content)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError.
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{options.out}: cannot be written ({reason}). {advice_against(error, ROOM)}") from error
-    _show(found)
-    print(f"written to {options.out}: {found.kind} weights, in the name of step {found.origin['step']}")
+        reason, advice = clipped(error, 200), advice_against(error, ROOM)
+        raise UserError(f"{options.out}: cannot be written ({reason}). {advice}") from error
+    _show(content["average"]["of"])
+    print(f"written to {options.out}: {content['weights']} weights, in the name of step {content['step']}")
 
 
 def files_of(paths: list[Path]) -> list[Path]:
@@ -143,15 +117,16 @@ def files_of(paths: list[Path]) -> list[Path]:
     Raises:
       UserError: one is missing, or there twice.
     """
-    files = []
+    files: list[Path] = []
     for path in paths:
-        steps = checkpoint.checkpoints(checkpoints_folder(path)) if path.is_dir() else [path]
-        if not steps or not path.exists():
-            raise UserError(f"{path}: {'has no checkpoints/step-*.pt' if path.is_dir() else 'not found'}. Give others")
-        files += steps
-    twice = [path for path, count in collections.Counter(file.resolve() for file in files).items() if count > 1]
-    if twice:
-        raise UserError(f"{twice[0]}: given twice, and would count twice. Give it once")
+        found = checkpoint.checkpoints(checkpoints_folder(path)) if path.is_dir() else [path] * path.exists()
+        if not found:
+            raise UserError(f"{path}: neither a checkpoint nor a run's folder with checkpoints/step-*.pt. Give others")
+        files += found
+    resolved = [file.resolve() for file in files]
+    for file in resolved:
+        if resolved.count(file) > 1:
+            raise UserError(f"{file}: given twice, and would count twice. Give it once")
     return files
 
 
@@ -164,12 +139,6 @@ def check_output(out: Path, inputs: list[Path]) -> None:
     if out.suffix not in _SUFFIXES:
         raise UserError(f"{out}: a checkpoint's name ends in {' or '.join(_SUFFIXES)}. Name it so")
     check_parent_folder(out, str(out))
-
-
-def content_of(mode: str, found: Average) -> dict[str, Any]:
-    """The content of OUT.pt without its digest: that of a best.pt, and how the average was made."""
-    how = {"how": mode, **found.found, "of": found.table}
-    return {**found.origin, "weights": found.kind, "state_dict": found.weights, "average": how}
 
 
 # --- averaging ---
@@ -194,53 +163,42 @@ def divided(sums: Weights, total: float, like: Weights) -> Weights:
     }
 
 
-def mean(paths: list[Path], factors: list[float], which: Kind) -> Average:
-    """The weighted mean; the last checkpoint stands for all."""
+def mean(paths: list[Path], factors: list[float], which: Kind) -> dict[str, Any]:
+    """The weighted mean of checkpoints, as the content of OUT.pt but for its digest; the last one stands for all."""
     sums: Weights = {}
-    table: list[Row] = []
+    rows: list[Row] = []
     seen: list[Ingredient] = []
     weights: Weights = {}
     for each, factor in zip(read_alike(paths, which), factors, strict=True):
         weights = each.weights
         sums = plus(sums, weights, factor)
-        table.append(_row(each, factor / sum(factors)))
+        rows.append(_row(each, factor / sum(factors)))
         seen.append(dataclasses.replace(each, weights={}))
-    last = seen[-1]
-    return Average(divided(sums, sum(factors), weights), last.kind, last.origin, table, {"differ": differing(seen)})
+    made = {"weights": seen[-1].kind, "state_dict": divided(sums, sum(factors), weights)}
+    return {**seen[-1].origin, **made, "average": {"differ": differing(seen), "of": rows}}
 
 
-def uniform(paths: list[Path], which: Kind) -> Average:
-    """All checkpoints have the same weight."""
-    return mean(paths, [1.0] * len(paths), which)
-
-
-def ema(paths: list[Path], decay: float) -> Average:
-    """A run's raw weights with the factors of `ema_weights`.
+def ema(run: Path, decay: float) -> dict[str, Any]:
+    """The mean of a run's raw weights with the factors of `ema_weights`.
 
     Raises:
-      UserError: the decay is out of its range, or the files are not all of one run.
+      UserError: the decay is out of its range, or a file is given instead of a run's folder.
     """
     if not 0 <= decay < 1:
         raise UserError(f"--decay is {decay}; it must lie in [0, 1)")
-    for path in paths:
-        if not re.fullmatch(r"step-\d+", path.stem) or path.absolute().parent != paths[0].absolute().parent:
-            raise UserError(
-                f"{path}: the average is over the steps of one run. Give its folder, or its step-N.pt alone"
-            )
-    paths = sorted(paths, key=checkpoint.step_of)
-    steps = [checkpoint.step_of(path) for path in paths]
-    factors = ema_weights(steps, decay)
-    if len(steps) > 1 and factors[0] > 0.5:
+    if not run.is_dir():
+        raise UserError(f"{run}: the average is over the steps of a run. Give its folder")
+    paths = files_of([run])
+    factors = ema_weights([checkpoint.step_of(path) for path in paths], decay)
+    if len(paths) > 1 and factors[0] > 0.5:
         print(
             f"warning: {paths[0]}: gets {factors[0]:.0%}, as it stands for all steps before it, which --decay {decay} "
             "needs. Keep more checkpoints with run.keep_every, or give a lower --decay",
             file=sys.stderr,
         )
-    found = mean(paths, factors, "raw")
-    for row, step in zip(found.table, steps, strict=True):
-        if row["step"] != step:
-            raise UserError(f"{row['file']}: holds step {row['step']}. Give it the name that the run gave it")
-    return dataclasses.replace(found, kind="ema", found={"decay": decay, **found.found})
+    content = mean(paths, factors, "raw")
+    content["average"]["decay"] = decay
+    return {**content, "weights": "ema"}
 
 
 def ema_weights(steps: list[int], decay: float) -> list[float]:
@@ -260,7 +218,7 @@ def ema_weights(steps: list[int], decay: float) -> list[float]:
     return [factor - before for factor, before in zip(upto, [0.0, *upto[:-1]], strict=True)]
 
 
-def greedy(paths: list[Path], which: Kind, data: Path) -> Average:
+def greedy(paths: list[Path], which: Kind, data: Path) -> dict[str, Any]:
     """The greedy soup: from the best checkpoint on, each is kept whose mean with those before is not worse.
 
     The best one stands for all.
@@ -269,39 +227,31 @@ def greedy(paths: list[Path], which: Kind, data: Path) -> Average:
       UserError: there is no validation split, or it has classes that the model does not know.
     Source: Wortsman et al. 2022, arXiv 2203.05482, recipe 1; held-out accuracy is top-1 on the split val.
     """
-    scorer = Scorer(data)
-    scored, seen = _scored_alone(paths, which, scorer)
-    best_row, *other_rows = scored
-    best = read(Path(best_row["file"]), which)
-    soup = load(None, best.path, weights=which)
-    sums, kept, top1 = plus({}, best.weights, 1.0), 1, best_row["alone"]
-    table: list[ScoredRow] = [{**best_row, "kept": True}]
-    for row in other_rows:
-        tried = plus(sums, read(Path(row["file"]), which).weights, 1.0)
-        soup.module.load_state_dict(divided(tried, kept + 1, best.weights))
-        together = scorer.top1(soup)
-        is_kept = together >= top1
-        table.append({**row, "together": together, "kept": is_kept})
-        if is_kept:
-            sums, kept, top1 = tried, kept + 1, together
-    table = [{**row, "share": 1 / kept if row["kept"] else 0.0} for row in table]
-    differ = differing([seen[row["file"]] for row in table if row["kept"]])
-    found = {"dataset": scorer.digest, "top1": top1, "differ": differ}
-    return Average(divided(sums, kept, best.weights), best.kind, best.origin, table, found)
-
-
-def _scored_alone(paths: list[Path], which: Kind, scorer: "Scorer") -> tuple[list[ScoredRow], dict[str, Ingredient]]:
-    """A row for each checkpoint with its own top-1, best first, and the checkpoints without weights by file."""
-    rows: list[ScoredRow] = []
-    seen: dict[str, Ingredient] = {}
+    scorer, rows, alone = Scorer(data), {}, {}
     for each in read_alike(paths, which):
-        scorer.check_classes_are_known(each)
-        alone = scorer.top1(load(None, each.path, weights=which))
-        rows.append({**_row(each, 0.0), "alone": alone, "together": alone, "kept": False})
-        seen[str(each.path)] = dataclasses.replace(each, weights={})
-        print(f"{each.path}: top-1 {alone:.2f} %", file=sys.stderr)
+        alone[each.path] = scorer.top1(load(None, each.path, weights=which))
+        rows[each.path] = _row(each, 0.0)
+        print(f"{each.path}: top-1 {alone[each.path]:.2f} %", file=sys.stderr)
     # The sort is stable: of equals, the one that was given first stays first.
-    return sorted(rows, key=lambda row: -row["alone"]), seen
+    ordered = sorted(paths, key=lambda path: -alone[path])
+    soup = load(None, ordered[0], weights=which)
+    sums, kept, top1 = {}, [], 0.0
+    for path in ordered:
+        weights = read(path, which).weights
+        tried, together = plus(sums, weights, 1.0), alone[path]
+        if kept:
+            soup.module.load_state_dict(divided(tried, len(kept) + 1, weights))
+            together = scorer.top1(soup)
+        is_kept = together >= top1
+        rows[path] |= {"alone": alone[path], "together": together, "kept": is_kept}
+        if is_kept:
+            sums, top1 = tried, together
+            kept.append(path)
+    for path in kept:
+        rows[path]["fraction"] = 1 / len(kept)
+    content = mean(kept[::-1], [1.0] * len(kept), which)
+    content["average"] |= {"dataset": scorer.digest, "top1": top1, "of": [rows[path] for path in ordered]}
+    return content
 
 
 class Scorer:
@@ -316,46 +266,42 @@ class Scorer:
         self._doubt = order_doubt(data)
         self.digest = self._index.digest
 
-    def check_classes_are_known(self, each: Ingredient) -> None:
-        """Raise a UserError if the dataset has a class that a checkpoint does not know."""
-        unknown = sorted(set(self._names) - set(each.origin.get("classes") or self._names))
-        if unknown:
-            raise UserError(
-                f"{each.path}: does not know class '{unknown[0]}' of {self._data}. Give a dataset of its own"
-            )
-
     def top1(self, trained: TrainedModel) -> float:
         """In percent; damaged images count, in gray, and are reported."""
-        order = trained.order_of(self._names, self._doubt)
-        images = ImagesConfig(root=self._data)
+        order, images = trained.order_of(self._names, self._doubt), ImagesConfig(root=self._data)
         predictions, damaged = predict_split(
             trained, self._index, order, images=images, forward=ForwardConfig(), world=alone()
         )
-        for sample, error in sorted(damaged.items()):
-            print(f"counted in gray: {self._index.name(sample)}: {error}", file=sys.stderr)
+        for line in damaged:
+            print(f"counted in gray: {line}", file=sys.stderr)
         return metrics.accuracy(predictions)["top1"]
 
 
 # --- the table ---
 
 
-def _row(each: Ingredient, weight: float) -> Row:
-    digest = sha256_of(each.path)
-    step = each.origin["step"]
-    return {"file": str(each.path), "sha256": digest, "step": step, "weights": each.kind, "share": weight}
+def _row(each: Ingredient, fraction: float) -> Row:
+    return {
+        "file": str(each.path),
+        "sha256": sha256_of(each.path),
+        "step": each.origin["step"],
+        "weights": each.kind,
+        "fraction": fraction,
+        "kept": True,
+        "alone": None,
+        "together": None,
+    }
 
 
-def _show(found: Average) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    scored = ("top-1 % alone", "top-1 % with it") if "alone" in found.table[0] else ()
-    for name in ("checkpoint", "step", "weights", "share %", *scored):
-        table.add_column(name, justify="left" if name in ("checkpoint", "weights") else "right", overflow="fold")
-    for row in found.table:
-        percent = f"{100 * row['share']:.2f}" if row["share"] else "-"
-        scores = [f"{value:.2f}" for name, value in row.items() if name in ("alone", "together")]
-        table.add_row(escape(row["file"]), f"{row['step']:,}", row["weights"], percent, *scores)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+def _show(rows: list[Row]) -> None:
+    headings = ["checkpoint", "step", "weights", "fraction"]
+    if rows[0]["alone"] is not None:
+        headings += ["top-1 % alone", "top-1 % with it"]
+    cells = []
+    for row in rows:
+        scores = [f"{value:.2f}" for value in (row["alone"], row["together"]) if value is not None]
+        cells.append([Text(row["file"]), f"{row['step']:,}", row["weights"], f"{row['fraction']:.4f}", *scores])
+    console().print(terminal_table(headings, cells, text=(0, 2)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Every row is measured on this machine, now, and beside the row that it is a rati
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,143 +15,28 @@ from pathlib import Path
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.markdown import Markdown
+
 from pipelines.common.errors import exit_on_user_error
 from pipelines.common.machine import num_cores
-from tools.lib.benchmark import decode as decodes
-from tools.lib.benchmark import loader as loaders
-from tools.lib.benchmark import resume as resumes
-from tools.lib.benchmark import step as steps
-from tools.lib.benchmark import teacher as teachers
-from tools.lib.benchmark import train as trains
-from tools.lib.benchmark.gpu import ALL, PARTS, gpu
-from tools.lib.benchmark.results import (
-    Result,
-    Row,
-    command_line,
-    markdown,
-    new_result,
-    notes,
-    progress_line,
-    read_result,
-    save,
-    terminal_tables,
-)
+from tools.lib.benchmark.gpu import PARTS, gpu
+from tools.lib.benchmark.loader import SIZE_PX, loader
+from tools.lib.benchmark.results import Result, Row, command_line, markdown, new_result, read_result, save, title
+from tools.lib.benchmark.step import step
+from tools.lib.benchmark.train import train
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.hardware import first_device
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive, check_result_file
 
-Options = Mapping[str, int | float | str | tuple[str, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """A subcommand.
-
-    Attributes:
-      about: what is measured, in a line.
-      rows: measures; called with the options by name. A generator's rows are shown and saved as they come.
-      columns: key of a row -> its heading. Rows with the same "augmentation" or "setting" are a table.
-      options: name -> default, whose type is that of the values; a tuple takes several values.
-      on_gpu: defaults that differ where there is a GPU.
-    """
-
-    about: str
-    rows: Callable[..., Iterable[Row]]
-    columns: Mapping[str, str]
-    options: Options
-    on_gpu: Options = dataclasses.field(default_factory=dict)
-
-    @property
-    def defaults(self) -> Options:
-        """The defaults on this machine."""
-        return {**self.options, **(self.on_gpu if first_device().type == "cuda" else {})}
-
-
-STUDENTS = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224")
-ON_GPU = {"models": STUDENTS, "teacher": "tresnet_v2_l", "batch": 256, "size": 224}
-BENCHMARKS = {
-    "loader": Benchmark(
-        f"training batches of {loaders.SIZE_PX} px, against DALI's own reader, timm and webdataset, on all cores",
-        loaders.loader,
-        loaders.COLUMNS,
-        {"images": 1024, "batch": 128, "repeats": 5},
-    ),
-    "decode": Benchmark(
-        "DALI's decode paths: which work here, and how fast each makes the recipe's batches",
-        decodes.decode,
-        decodes.COLUMNS,
-        {"images": 256, "batch": 32, "repeats": 3},
-        {"images": 512, "batch": 128},
-    ),
-    "step": Benchmark(
-        "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
-        steps.step,
-        steps.COLUMNS,
-        {
-            "models": ("resnet18", "vit_tiny_patch16_224"),
-            "teacher": "resnet34",
-            "batch": 32,
-            "size": 96,
-            "precision": "auto",
-            "compile": "no",
-            "repeats": 5,
-            "seconds": 2.0,
-        },
-        {**ON_GPU, "compile": "both"},
-    ),
-    "train": Benchmark(
-        "a run fed by its own pipeline over photographs, against the same run on synthetic images",
-        trains.train,
-        trains.COLUMNS,
-        {
-            "models": ("resnet18",),
-            "teacher": "resnet34",
-            "images": 512,
-            "batch": 32,
-            "size": 96,
-            "precision": "auto",
-            "compile": "no",
-            "repeats": 5,
-            "seconds": 2.0,
-        },
-        {**ON_GPU, "images": 4096, "compile": "yes"},
-    ),
-    "teacher": Benchmark(
-        "a teacher in bf16 and fp16 against fp32: its speed, and how far its outputs are from those in fp32",
-        teachers.teacher,
-        teachers.COLUMNS,
-        {
-            "teacher": "resnet34",
-            "checkpoint": teachers.RANDOM,
-            "images": 128,
-            "batch": 32,
-            "size": 96,
-            "repeats": 5,
-            "seconds": 1.0,
-        },
-        {"teacher": "tresnet_v2_l", "images": 1024, "batch": 256, "size": 224},
-    ),
-    "resume": Benchmark(
-        "from the start of a process to its first training step, at the beginning of a run and deep in it",
-        resumes.resume,
-        resumes.COLUMNS,
-        {"model": "test_resnet", "teacher": "test_byobnet", "size": 32, "compile": "no", "repeats": 3},
-        {"model": "resnet50", "teacher": "tresnet_v2_l", "size": 224, "compile": "both"},
-    ),
-}
-OPTIONS = {
-    "images": "JPEGs of 500 x 375 pixels, which are made for it",
-    "repeats": "runs of each row; the median counts",
-    "seconds": "about how long each run takes",
-    "batch": "images a batch",
-    "models": "students",
-    "model": "the student",
-    "teacher": "with random weights; null measures the students without one",
-    "checkpoint": "the teacher's weights, a file; random needs none",
-    "size": "side of the images, pixels",
-    "precision": "bf16, fp32, or auto: what a run takes on this device",
-    "compile": "no, yes or both",
+# Each measures; it is called with the options by name. Rows are shown and saved as they come.
+BENCHMARKS: dict[str, Callable[..., Iterable[Row]]] = {"loader": loader, "step": step, "train": train}
+ABOUT = {
+    "loader": f"training batches of {SIZE_PX} px, against DALI's own reader, timm, webdataset and FFCV, on all cores",
+    "step": "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
+    "train": "a run fed by its own pipeline over photographs, against the same run on synthetic images",
+    "gpu": "the first ten minutes on a GPU: tests, then speed; a later call continues with what is not done",
+    "table": "print results that were written with --json as tables in Markdown",
 }
 
 
@@ -163,73 +47,73 @@ def main(arguments: list[str] | None = None) -> None:
         command = options.pop("command")
         if command == "table":
             for result in map(read_result, options["files"]):
-                print(markdown(result, columns_of(result)))
+                print(markdown(result))
         elif command == "gpu":
             gpu(options["out"], options["again"])
         else:
             path = options.pop("json")
             check_positive(options)
-            show(measure(command, path, options))
+            check_result_file(path)
+            console().print(Markdown(markdown(measure(command, path, options))))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
-    for name, benchmark in BENCHMARKS.items():
-        command = commands.add_parser(name, help=benchmark.about, description=benchmark.about)
-        for option, default in benchmark.defaults.items():
-            about = f"{OPTIONS[option]} ({' '.join(default) if isinstance(default, tuple) else default})"
-            if isinstance(default, tuple):
-                command.add_argument(f"--{option}", default=default, help=about, nargs="+")
-            else:
-                command.add_argument(f"--{option}", default=default, help=about, type=type(default))
-        command.add_argument("--json", type=path_argument, metavar="FILE", help="write the result to this file, too")
-    about = "the first ten minutes on a GPU: tests, then speed; a later call continues with what is not done"
-    command = commands.add_parser("gpu", help=about, description=about)
-    command.add_argument(
-        "--out", type=path_argument, default=Path("docs/results"), metavar="FOLDER", help="results (docs/results)"
-    )
-    names = [*(part.name for part in PARTS), ALL]
-    about = f"repeat these parts, though they are done: {', '.join(names)}"
-    command.add_argument("--again", nargs="+", choices=names, default=[], metavar="PART", help=about)
-    command = commands.add_parser("table", help="print results that were written with --json as tables in Markdown")
-    command.add_argument("files", type=path_argument, nargs="+", metavar="FILE")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="NAME")
+    commands = {
+        name: subparsers.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        for name, about in ABOUT.items()
+    }
+    on_gpu = first_device().type == "cuda"
+    _add_model_options(commands["step"], on_gpu, compile_on_gpu="both")
+    _add_model_options(commands["train"], on_gpu, compile_on_gpu="yes")
+    commands["loader"].add_argument("--images", type=int, default=1024, help="about how many a timed run takes")
+    commands["loader"].add_argument("--batch", type=int, default=128, help="images a batch")
+    about = "JPEGs of 500 x 375 pixels, which are made for it"
+    commands["train"].add_argument("--images", type=int, default=4096 if on_gpu else 512, help=about)
+    for name in BENCHMARKS:
+        commands[name].add_argument("--repeats", type=int, default=5, help="runs of each row; the median counts")
+        commands[name].add_argument("--json", type=path_argument, metavar="FILE", help="write the result here, too")
+    commands["gpu"].add_argument("--out", type=path_argument, default="docs/results", metavar="FOLDER", help="results")
+    about = f"repeat these parts, though they are done: {', '.join(PARTS)}"
+    commands["gpu"].add_argument("--again", nargs="+", choices=PARTS, default=[], metavar="PART", help=about)
+    commands["table"].add_argument("files", type=path_argument, nargs="+", metavar="FILE")
     return parser.parse_args(arguments)
+
+
+def _add_model_options(command: argparse.ArgumentParser, on_gpu: bool, compile_on_gpu: str) -> None:
+    """The options of benchmarks that train models."""
+    students = ("resnet50", "mobilenetv3_large_100", "vit_small_patch16_224") if on_gpu else ("resnet18",)
+    teacher, batch, size = ("tresnet_v2_l", 256, 224) if on_gpu else ("resnet34", 32, 96)
+    about = "with random weights; null measures the students without one"
+    command.add_argument("--models", nargs="+", default=students, help="students")
+    command.add_argument("--teacher", default=teacher, help=about)
+    command.add_argument("--batch", type=int, default=batch, help="images an update")
+    command.add_argument("--size", type=int, default=size, help="side of the images, pixels")
+    about = "auto is what a run takes on this device"
+    command.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=about)
+    compiled = compile_on_gpu if on_gpu else "no"
+    command.add_argument("--compile", choices=("no", "yes", "both"), default=compiled, help="compile the models")
+    command.add_argument("--seconds", type=float, default=2.0, help="about how long each run takes")
 
 
 def measure(name: str, path: Path | None, options: Mapping[str, object]) -> Result:
     """Run a benchmark. After each row the result so far is in the file, if one is given."""
-    check_result_file(path)
     result = new_result(name, options)
     save(result, path)
     shown = console()
     shown.print(f"{command_line(result)}: {num_cores()} cores, GPU: {result['machine']['gpu']}", soft_wrap=True)
     with shown.status("measuring"):
-        for row in BENCHMARKS[name].rows(**options):
+        for row in BENCHMARKS[name](**options):
             result["rows"].append(row)
-            shown.print(progress_line(row, BENCHMARKS[name].columns), soft_wrap=True, markup=False, highlight=False)
+            found = f"{row['images_per_s']:,} images/s" if "images_per_s" in row else row.get("note", "")
+            shown.print(f"{title(row)}, {row['what']}: {found}", soft_wrap=True, markup=False, highlight=False)
             save(result, path)
     result["complete"] = True
     save(result, path)
     return result
-
-
-def show(result: Result) -> None:
-    """Print a result's tables, and what there is to say about single rows."""
-    shown = console()
-    for table in terminal_tables(result["rows"], columns_of(result)):
-        shown.print(table)
-    for note in notes(result["rows"]):
-        print(note)
-    if any("ratio" in row for row in result["rows"]):
-        print("A ratio is the median over neighbouring runs, which may differ from that of the medians.")
-
-
-def columns_of(result: Result) -> Mapping[str, str]:
-    """The columns of a result's tables; those of a benchmark that no longer exists are named like its values."""
-    if result["benchmark"] in BENCHMARKS:
-        return BENCHMARKS[result["benchmark"]].columns
-    return {key: key for row in result["rows"] for key in row if key not in ("augmentation", "setting", "note")}
 
 
 if __name__ == "__main__":

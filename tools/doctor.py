@@ -21,18 +21,16 @@ if not __package__:  # A script finds the packages of its own repository, instal
 from rich.console import Console
 
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive, check_result_file
 from tools.lib.doctor import input_stages, proposals, stages, step_stages
 from tools.lib.doctor.diagnosis import Diagnosis, Remaining, diagnose, remaining
-from tools.lib.doctor.input_stages import feed_of, plans_of_size
+from tools.lib.doctor.input_stages import pipeline_of, plans_of_size
 from tools.lib.doctor.output import (
     Measured,
     duration_lines,
     input_settings,
-    is_synthetic,
     proposal_lines,
     spread_lines,
     stage_table,
@@ -42,11 +40,10 @@ from tools.lib.doctor.output import (
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Stage, rates
 from tools.lib.doctor.step_stages import WholeRun
-from trainer.builder import Run, build
+from trainer.builder import Run, build, facts_to_compare
 from trainer.cluster.world import World, join_world
 from trainer.config.sections import Config, parse
 from trainer.micro_batch import reporting_out_of_memory
-from trainer.run import facts_to_compare
 
 _NEGLIGIBLE = 0.1  # Little can be gained on a side that does less than this fraction of the work.
 
@@ -144,11 +141,11 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
       seconds: how long each stage is measured.
     """
     size = max(work.updates, key=lambda each: work.updates[each])
-    cached = run.world.broadcast_object(run.config.data.root is None or _dataset_bytes(run) < _available_bytes())
-    whole = {each: _whole(run, each, cached) for each in work.updates}
+    dataset_bytes = 0 if run.config.data.root is None else sum(path.stat().st_size for path in run.plan.index.paths)
+    cached = run.world.broadcast_object(dataset_bytes < _available_bytes())
+    whole = {each: WholeRun(run, plans_of_size(run, each, again=cached), cold=not cached) for each in work.updates}
     names = {each: stages.WHOLE if each == size else f"{stages.WHOLE}, {each} px" for each in whole}
-    measured = {**_input_stages(run, size), **_step_stages(run, size)}
-    measured |= {names[each]: stage for each, stage in whole.items()}
+    measured = _stages(run, size) | {names[each]: stage for each, stage in whole.items()}
     found = rates(measured, run.plan.global_batch, seconds, run.world)
     found.setdefault(stages.STUDENT, found[stages.STEP])  # Without a teacher the step is the student's.
     return Measured(
@@ -161,22 +158,12 @@ def measure(run: Run, work: Remaining, seconds: float) -> Measured:
     )
 
 
-def _whole(run: Run, size: int, cached: bool) -> WholeRun:
-    return WholeRun(run, feed_of(run, plans_of_size(run, size, again=cached)), cold=not cached)
-
-
-def _input_stages(run: Run, size: int) -> dict[str, Stage]:
-    if is_synthetic(run):
-        return {}
-    feed = feed_of(run, plans_of_size(run, size))
-    found = input_stages.input_stages(feed)
-    if run.world.device.type == "cuda":
-        found[stages.TO_DEVICE] = input_stages.to_device(feed)
-    return found
-
-
-def _step_stages(run: Run, size: int) -> dict[str, Stage]:
+def _stages(run: Run, size: int) -> dict[str, Stage]:
     plans, found = plans_of_size(run, size), {}
+    if pipeline_of(run) != "synthetic":
+        found |= input_stages.input_stages(run, plans)
+        if run.world.device.type == "cuda":
+            found[stages.TO_DEVICE] = input_stages.to_device(run, plans)
     if run.config.teacher.name is not None:
         found[stages.TEACHER] = step_stages.teacher_stage(run, plans)
         found[stages.STUDENT] = step_stages.step_stage(step_stages.without_teacher(run), plans)
@@ -184,10 +171,6 @@ def _step_stages(run: Run, size: int) -> dict[str, Stage]:
     if run.world.size > 1:
         found[stages.ALL_REDUCE] = step_stages.all_reduce_stage(run)
     return found
-
-
-def _dataset_bytes(run: Run) -> int:
-    return sum(path.stat().st_size for path in run.plan.index.paths)
 
 
 def _available_bytes() -> int:
@@ -201,16 +184,12 @@ def _available_bytes() -> int:
 
 def propose(run: Run, size: int, diagnosis: Diagnosis, seconds: float) -> list[Trial]:
     """Try other settings on the side that limits; on a CPU on both sides, if they do a good part of the work."""
-    found, feed = [], feed_of(run, plans_of_size(run, size))
-    worth_it = diagnosis.input_fraction > _NEGLIGIBLE
-    if worth_it:
-        found += proposals.input_candidates(run.config, feed, max(1, num_cores() // run.world.local_size))
+    found = []
+    if diagnosis.input_fraction > _NEGLIGIBLE:
+        found += proposals.input_candidates(run)
     if 1 - diagnosis.input_fraction > _NEGLIGIBLE:
         found += proposals.step_candidates(run)
-    trials = proposals.try_all(run, size, found, seconds)
-    if worth_it and (short := proposals.shrinking_helps(run.plan.index, size)):
-        trials.append(proposals.try_shrunken(run, size, short, seconds))
-    return trials
+    return proposals.try_all(run, size, found, seconds)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,11 @@ from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
 from trainer.config.sections import ImagesConfig
-from trainer.config.setting_names import prefix_of, spelling_settings
 from trainer.evaluation import metrics
 from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.trained import TrainedModel, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import order_doubt
-from trainer.models.order_warning import order_warning
 from trainer.update.precision import resolve_precision
 
 
@@ -140,7 +138,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-@spelling_settings(prefix_of(EvalStudentConfig.key))
 def evaluate_dataset(config: EvalConfig, world: World) -> Report:
     """Load, go through the split, and describe the result, on every rank. Every rank must call it.
 
@@ -162,7 +159,7 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
         **data.transform,
     )
     advice = "Change student.kwargs, or use another model"
-    check_logits(trained.module, trained.name, trained.num_outputs, trained.transform.image_size, advice)
+    check_logits(trained.module, trained.name, trained.transform.image_size, advice)
     order = trained.order_of(names, order_doubt(data.root))
     facts = origin(config, trained, index, world)
     check_ranks_agree(
@@ -178,13 +175,11 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
     )
     predictions, damaged = predict_split(trained, index, order, images=data, forward=config.run, world=world)
     check_finite(predictions, index)
-    best = predictions.top[:, 0]
     report: Report = {
         **facts,
         **metrics.summary(predictions),
         "classes": class_rows(predictions, names),
-        "order_warning": order_warning(predictions.label, best, len(names), names, "the model", "--student.classes"),
-        "damaged": [f"{index.name(sample)}: {error}" for sample, error in sorted(damaged.items())],
+        "damaged": damaged,
     }
     if real is not None:
         report["real"] = metrics.real_accuracy(predictions, real)

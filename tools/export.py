@@ -38,8 +38,7 @@ from tools.lib.common.onnx_file import (
 from tools.lib.export.card import MODEL_CARD, ONNX, PROGRAM, card, read_evaluation
 from tools.lib.export.timm_folder import noise, write_folder
 from tools.lib.export.torch_file import export_program, torch_program
-from trainer.config.setting_names import spelling_settings
-from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_named
+from trainer.evaluation.trained import CONFIG, KINDS, WEIGHTS, TrainedModel, load_model
 from trainer.models.fold_batch_norm import fold_batch_norms
 
 _CHECKED = 3  # Each export is checked on one image, and on a batch of this many.
@@ -70,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = _parse(arguments)
     try:
-        with exit_on_user_error(), spelling_settings("--", lacking=("checkpoint", "kwargs")):
+        with exit_on_user_error():
             check_options(options)
             wanted = [file for file, on in ((ONNX, options.onnx), (PROGRAM, options.torch_export)) if on]
-            trained = load_named(options.model, options.name, weights=options.weights, classes=options.classes)
+            trained = load_model(options.model, options.name, weights=options.weights, classes=options.classes)
             files = export(trained, options.out, wanted, fold=options.fold, evaluation=options.evaluation)
             print(f"{trained.name} from {trained.source} is exported to {options.out}")
             for file, what in files.items():

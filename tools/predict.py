@@ -36,7 +36,6 @@ from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import in_memory_format
 from tools.lib.common.hardware import first_device
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
-from trainer.config.setting_names import spelling_settings
 from trainer.evaluation.trained import TrainedModel, descriptions, load
 from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt
@@ -88,7 +87,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@spelling_settings("--", lacking=("weights", "kwargs"))
 def predict(options: argparse.Namespace) -> None:
     """Check, load, predict every image, write."""
     check_options(options)
@@ -97,7 +95,7 @@ def predict(options: argparse.Namespace) -> None:
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
     image_size = trained.transform.image_size
-    check_logits(trained.module, trained.name, trained.num_outputs, image_size, "Use another model")
+    check_logits(trained.module, trained.name, image_size, "Use another model")
     check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)
@@ -132,7 +130,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_datasets(paths: list[Path], trained: TrainedModel) -> None:
-    """Raise a SettingError if the outputs have no names and a path lies in a dataset whose class order is in doubt."""
+    """Raise a UserError if the outputs have no names and a path lies in a dataset whose class order is in doubt."""
     for root in {folder for path in paths for folder in (path, *path.absolute().parents)}:
         if not (root / MANIFEST).is_file():
             continue

@@ -26,7 +26,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
-from pipelines.common.launcher import launched
+from pipelines.common.launcher import array_task, launched
 from pipelines.common.machine import num_cores
 from pipelines.shards.manifest import CLASS_ORDERS, Manifest
 from tools.lib.common.arguments import path_argument
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     start_s = time.perf_counter()
+    part, parts = options.part or _part_from_environment()
     image = ImageOptions(audit=options.audit, resize_short=options.resize_short, quality=options.quality)
     build_options = BuildOptions(options.seed, options.samples_per_shard, image)
     last, say = Progress(0, 0, 0), _Lines()
@@ -76,7 +77,7 @@ def _build(options: argparse.Namespace) -> None:
                 options.source, options.class_order, options.image_column, options.label_column
             ),
             workers=options.workers,
-            part=options.part,
+            part=(part, parts),
             skip_bad=options.on_bad == "skip",
             on_progress=show,
             on_note=lambda note: bar.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True),
@@ -84,7 +85,6 @@ def _build(options: argparse.Namespace) -> None:
     took = human_seconds(time.perf_counter() - start_s)
     converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
     if manifest is None:
-        part, parts = options.part
         print(f"part {part + 1}/{parts} is done: {converted}. When all are: python {TOOL} merge {options.out}")
     else:
         print(f"{options.out}: {_counts(manifest)} ({converted if last.images else 'nothing was left to convert'})")
@@ -208,10 +208,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--no-audit", dest="audit", action="store_false", help="read headers only, decode nothing")
     for command in (build_parser, index, check):
         command.add_argument("--workers", type=_positive, default=num_cores(), help="processes (default: cores)")
-    options = parser.parse_args(arguments)
-    if options.command == "build" and options.part is None:
-        options.part = _part_from_environment()
-    return options
+    return parser.parse_args(arguments)
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
@@ -265,8 +262,15 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _part_from_environment() -> tuple[int, int]:
-    """The part of a conversion that torchrun or srun started this process for; elsewhere all of it."""
-    this = launched(by_hand=False)
+    """The part of a conversion that torchrun, srun or a job array started this process for; elsewhere all of it.
+
+    Raises:
+      UserError: a job array starts tasks with srun, so that both divide.
+    """
+    this, array = launched(by_hand=False), array_task()
+    if this.size > 1 and array.size > 1:
+        raise UserError(f"{array.by} and {this.by} both started several processes. Divide the work with --part I/N")
+    this = array if array.size > 1 or array.ignored else this
     if this.ignored:
         write_error_line(f"note: {this.ignored}. --part I/N divides a conversion")
     if this.size > 1:

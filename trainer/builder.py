@@ -18,6 +18,7 @@ from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
+from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World, alone
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
@@ -37,6 +38,7 @@ from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
+from trainer.models.files.model_folders import model_contents
 from trainer.models.normalize import Normalize
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
@@ -47,7 +49,6 @@ from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
 from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
-from trainer.update.inputs import Inputs
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -151,7 +152,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
-    make_step = functools.partial(build_step, config, state, Inputs(normalize, teachers), teachers)
+    make_step = functools.partial(build_step, config, state, normalize, teachers)
     evaluator = None
     if val_index is not None:
         val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
@@ -179,6 +180,12 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
         validation=val_index.digest if val_index else "",
         source=source_hash(),
     )
+
+
+def facts_to_compare(config: Config, device: torch.device) -> dict:
+    """What must be equal on all ranks: the configuration, data, models and code, and what `auto` resolves to."""
+    precision = resolve_precision(config.run.precision, device)
+    return {**facts(config), **model_contents(config), "the precision": str(precision)}
 
 
 def check_writable(out: Path) -> None:
@@ -302,14 +309,14 @@ class Evaluator:
 def build_step(
     config: Config,
     state: TrainState,
-    inputs: Inputs,
+    normalize: Normalize,
     teachers: Teachers | None,
     world: World,
     micro_batch: int,
     compiler: Compiler = uncompiled,
 ) -> TrainStep:
     """Make the update, then restore each rank's statistics: DDP overwrites them with rank 0's when it is built."""
-    step = TrainStep(config, state, inputs, teachers, world, micro_batch=micro_batch, compiler=compiler)
+    step = TrainStep(config, state, normalize, teachers, world, micro_batch=micro_batch, compiler=compiler)
     state.restore_rank_statistics(world.rank, world.size)
     return step
 

@@ -16,7 +16,6 @@ from pipelines.dali_probe import probe_dataset
 from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
 from pipelines.shards.index import ShardIndex, read_index, synthetic_index
 from pipelines.shards.manifest import read_manifest
-from trainer.cluster.watchdog import HeartbeatIterator
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DataConfig, ImagesConfig
 from trainer.monitor.clock import InputWait
@@ -35,12 +34,6 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
 def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batch, None, None]:
     """The batch of each plan, in order; closing the generator stops the pipeline."""
     yield from pipeline.batches(plans)
-
-
-def sample_names(plan: TrainPlan, world: World, step: int, rows: list[int]) -> list[str]:
-    """The names of the samples in some of this rank's rows of an update."""
-    (batch,) = rank_plans(plan, step, step + 1, world, plan.global_batch // world.size)
-    return [plan.index.name(int(batch.sample[row])) for row in rows]
 
 
 class Feed(Iterator[Batch]):
@@ -71,14 +64,18 @@ class Feed(Iterator[Batch]):
         self._start = start
         self._per_update = plan.global_batch // world.size // micro_batch
         self._num_given = 0
+        self._heartbeat = world.heartbeat
         self._closing = contextlib.ExitStack()
         plans = rank_plans(plan, start, stop, world, micro_batch)
         batches = self._closing.enter_context(contextlib.closing(batches_of(pipeline, plans)))
         shown = keep_samples(batches, preview) if preview is not None else batches
-        self.wait = InputWait(HeartbeatIterator(shown, world.heartbeat, self._update), world.device)
+        self.wait = InputWait(shown, world.device)
 
     def __next__(self) -> Batch:
+        where, patience_s = self._update()
+        self._heartbeat(f"{where}: input")
         batch = next(self.wait)
+        self._heartbeat(f"{where}: update", patience_s)
         self._num_given += 1
         return batch
 

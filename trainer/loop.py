@@ -44,7 +44,7 @@ def train(run: Run) -> Summary:
             return ended
         if run.world.is_main:
             prepare_folder(run)
-        with monitor.session():
+        with monitor.telemetry.live():
             outcome = updates_with_rollback(run, monitor)
         elapsed_s = time.perf_counter() - start_s
         summary = summary_of(run, outcome.evaluation, outcome.signal, start_step, elapsed_s)
@@ -70,7 +70,7 @@ def updates_with_rollback(run: Run, monitor: Monitor) -> Outcome:
             retried_step = error.step
             monitor.say(str(error))
         notes = roll_back(run.checkpoints, run.state, run.total_steps)
-        monitor.rewind()
+        monitor.telemetry.rewind(run.state.step)
         for note in notes:
             monitor.say(note)
     if not outcome.evaluation and not outcome.signal and run.evaluate and run.state.step == run.total_steps:
@@ -111,7 +111,7 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
                     continue
                 is_saved = False
             if checkpoint_due and not is_saved:
-                monitor.sync()  # A checkpoint must not outlive the lines up to it.
+                monitor.telemetry.sync()  # A checkpoint must not outlive the lines up to it.
                 run.checkpoints.save(state)
                 is_saved = True
             if is_end:
@@ -119,10 +119,10 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
                 is_complete = state.step == run.stop and not run.evaluation_due
                 return Outcome(evaluation, 0 if is_complete else agreed.signal)
             run.set_learning_rate(state.step)
-            monitor.add(run.step(batches, state.step))
+            metrics = run.step(batches, state.step)
             state.step += 1
             is_saved = False
-            monitor.advance()
+            monitor.add(metrics)
 
 
 def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:
@@ -134,7 +134,7 @@ def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:
     if not results:
         return {}
     state.evaluated = state.step
-    monitor.evaluation(results)
+    monitor.telemetry.evaluation(state.step, results)
     weights = max(results, key=lambda name: results[name]["top1"])
     if results[weights]["top1"] > state.best.get("top1", -1.0):
         state.best = {"step": state.step, "weights": weights, "top1": results[weights]["top1"]}

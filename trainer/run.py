@@ -7,8 +7,8 @@ torchrun --nproc-per-node 8 trainer/run.py --config configs/usi.yaml --data.root
 import os
 import signal
 
-# The imports take seconds, and there is nothing to save yet: a signal ends the process without a traceback. 130 and 75
-# are INTERRUPTED and REQUEUE of trainer/cluster/preemption.py, which cannot be imported yet.
+# As long as there is nothing to save, while modules load and ranks meet, a signal ends the process without a traceback.
+# 130 and 75 are INTERRUPTED and REQUEUE of trainer/cluster/preemption.py, which cannot be imported yet.
 if __name__ == "__main__":
     for _number, _code in ((signal.SIGINT, 130), (signal.SIGUSR1, 75), (signal.SIGTERM, 75)):
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
@@ -25,34 +25,33 @@ if not __package__:  # As a script: find the packages in the repository, and not
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # Its warnings of a lost rank would bury the line that names it.
 
-import torch
-
 from pipelines.common.errors import exit_on_user_error
-from trainer.builder import build
-from trainer.cluster.preemption import INTERRUPTED, Preemption, exit_code, handling, requeueing_on_signals
-from trainer.cluster.rendezvous import facts
+from trainer.builder import build, facts_to_compare
+from trainer.cluster.preemption import INTERRUPTED, Preemption, exit_code
 from trainer.cluster.watchdog import watched
-from trainer.cluster.world import World, join_world
+from trainer.cluster.world import join_world
 from trainer.config.recipe import audit_table
-from trainer.config.sections import Config, parse
+from trainer.config.sections import parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import reporting_one_value_per_channel
-from trainer.models.files.model_folders import model_contents
 from trainer.monitor.run_files import reporting_full_disk
-from trainer.update.precision import resolve_precision
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a run that a signal has stopped ends the process with its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # From here on Ctrl-C raises KeyboardInterrupt again, which reporting_errors reports.
-    with handling({signal.SIGINT: signal.default_int_handler}), reporting_errors():
+    with reporting_errors():
         config = parse(arguments, prog="trainer/run.py")
         if "--audit" in arguments:
             print(audit_table(config))
             return
-        with joined(config) as world:
+        agree = functools.partial(facts_to_compare, config)
+        with (
+            reporting_full_disk(),
+            join_world(config.run.device, agree, config.run.ready_s) as joined,
+            watched(joined, config.run.watchdog_s) as world,
+        ):
             preemption = Preemption(world)
             with preemption.catching_signals():  # A signal during build() stops the run before its first update.
                 summary = train(build(config, world, preemption))
@@ -70,24 +69,6 @@ def reporting_errors() -> Iterator[None]:
         message = "interrupted. Run the same command again: it resumes from the newest checkpoint, if there is one"
         print(message, file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[World]:
-    """Join the ranks and start the watchdog. Inside, signals end the process until something else handles them."""
-    with (
-        reporting_full_disk(),
-        requeueing_on_signals(),
-        join_world(config.run.device, functools.partial(facts_to_compare, config), config.run.ready_s) as world,
-        watched(world, config.run.watchdog_s) as watched_world,
-    ):
-        yield watched_world
-
-
-def facts_to_compare(config: Config, device: torch.device) -> dict:
-    """What must be equal on all ranks: the configuration, data, models and code, and what `auto` resolves to."""
-    precision = resolve_precision(config.run.precision, device)
-    return {**facts(config), **model_contents(config), "the precision": str(precision)}
 
 
 if __name__ == "__main__":

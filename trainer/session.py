@@ -1,7 +1,6 @@
 """What a session does before its first update and after its last one: the folder, the first lines, the summary."""
 
 import contextlib
-import functools
 import json
 import signal
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
 from trainer.config.sections import to_yaml
-from trainer.feed import DECODE, sample_names
+from trainer.feed import DECODE
 from trainer.monitor.description import opening_lines
 from trainer.monitor.monitor import Monitor
 from trainer.monitor.report.page import PAGE, report_or_reason
@@ -47,10 +46,8 @@ def make_monitor(run: Run) -> Monitor:
         sinks=run.sinks,
         validation=run.validation,
     )
-    unnamed = run.step.teacher.unnamed if run.step.teacher is not None else None
-    name_samples = functools.partial(sample_names, run.plan, run.world)
-    quarantine = run.pipelines.quarantine
-    return Monitor(run.config, run.world, run.plan, run.state, telemetry, quarantine, unnamed, name_samples)
+    has_teacher = run.step.teacher is not None
+    return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, has_teacher)
 
 
 def describe(run: Run, monitor: Monitor) -> None:

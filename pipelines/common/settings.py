@@ -1,4 +1,4 @@
-"""Ranges of settings: declared beside the default of a dataclass's field, checked when the dataclass is made.
+"""Settings: what a dataclass's field takes and is to a run stands beside its default, and is checked when it is made.
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
@@ -8,114 +8,28 @@ class OptimConfig(Section):
 
 import dataclasses
 import functools
-import math
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import typing_extensions
+
 from pipelines.common.errors import UserError, clipped
 
-_MOST_WHOLE = 2**31 - 1  # whole numbers end up in NumPy's and C's types
-_MOST = 1e9  # more is a slip of the keyboard; seconds, weights and rates beyond it overflow somewhere
-_RANGE, _NATURE, _IN_OLD_PLANS = "range", "nature", "in_old_plans"
-_NOUNS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    dict: "keys with plain values",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The values that a setting may have, besides its type.
-
-    Attributes:
-      at_least, at_most: of a number, or of each number in a list; above, below: the same without the bound itself.
-      among: the only texts; () allows any that is not empty.
-      may_be_empty: whether an empty text has a meaning.
-    """
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    among: tuple[str, ...] = ()
-    may_be_empty: bool = False
-
-    def complaint(self, value: object) -> str:
-        """Return the end of a sentence that says what is wrong with a number or text; "" if it is allowed."""
-        if isinstance(value, str):
-            return self._of_text(value)
-        return self._of_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
-
-    def _of_text(self, text: str) -> str:
-        if "\0" in text:
-            return "; it must not hold a zero byte. Write it without one"
-        if not text and not self.may_be_empty:
-            return "; it must not be empty"
-        return not_among(self.among) if self.among and text not in self.among and text else ""
-
-    def _of_number(self, number: float) -> str:
-        if isinstance(number, float) and not math.isfinite(number):
-            return "; it must be a finite number"
-        if not (self._is_low(number) or self._is_high(number)):
-            return self._beyond_any_range(number)
-        has_low = self.at_least is not None or self.above is not None
-        has_high = self.at_most is not None or self.below is not None
-        if has_low and has_high:
-            low = f"({self.above}" if self.at_least is None else f"[{self.at_least}"
-            high = f"{_power(self.below)})" if self.at_most is None else f"{self.at_most}]"
-            return f"; it must lie in {low}, {high}"
-        return f"; it must {self._lower_bound() if has_low else self._upper_bound()}"
-
-    def _is_low(self, number: float) -> bool:
-        return (self.at_least is not None and number < self.at_least) or (
-            self.above is not None and number <= self.above
-        )
-
-    def _is_high(self, number: float) -> bool:
-        return (self.at_most is not None and number > self.at_most) or (self.below is not None and number >= self.below)
-
-    def _beyond_any_range(self, number: float) -> str:
-        most = _MOST_WHOLE if isinstance(number, int) else _MOST
-        if abs(number) <= most or self.at_most is not None or self.below is not None:
-            return ""
-        return f"; it must be at most {most}" if number > 0 else f"; it must be at least {-most}"
-
-    def _lower_bound(self) -> str:
-        if self.at_least is None:
-            return "be positive" if not self.above else f"be above {self.above}"
-        return "not be negative" if not self.at_least else f"be at least {self.at_least}"
-
-    def _upper_bound(self) -> str:
-        return f"be below {_power(self.below)}" if self.at_most is None else f"be at most {self.at_most}"
-
-
-def not_among(choices: typing.Sequence[object]) -> str:
-    """The end of a sentence about a value that is none of the choices; an empty one goes without saying."""
-    named = [str(choice) for choice in choices if choice != ""]
-    return f", not {' or '.join(named) if len(named) < 3 else 'one of ' + ', '.join(named)}"
-
-
-def _power(bound: float | None) -> str:
-    """A bound as people know it: 2**63 for 9223372036854775808."""
-    if isinstance(bound, int) and bound > _MOST_WHOLE and bound == 2 ** (bound.bit_length() - 1):
-        return f"2**{bound.bit_length() - 1}"
-    return str(bound)
-
-
+_MOST = 2**31 - 1  # Numbers end up in NumPy's and C's types, and more seconds overflow somewhere.
+_KEY = "setting"
 OnResume = Literal["refused", "reported", "ignored"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Nature:
-    """What a setting is to a run, besides its value.
+class Setting:
+    """The values that a setting may have, besides its type, and what it is to a run.
 
     Attributes:
+      at_least, at_most: of a number, or of each number in a list; above, below: the same without the bound itself.
+      may_be_empty: whether an empty text has a meaning.
       recipe: it belongs to the recipe, so the audit reports another value than the recipe's.
       per_machine: the machines of a run may have different values, because it changes no result.
       on_resume: what happens where a value differs from the checkpoint's: the checkpoint is "refused", because the
@@ -123,48 +37,45 @@ class Nature:
       plan_field: the plan's name of what the setting decides, "" for SECTION.NAME or where nothing is refused.
     """
 
+    at_least: float = -_MOST
+    above: float | None = None
+    at_most: float = _MOST
+    below: float | None = None
+    may_be_empty: bool = False
     recipe: bool = True
     per_machine: bool = False
     on_resume: OnResume | None = None
     plan_field: str = ""
 
-
-def setting(
-    default: object = dataclasses.MISSING,
-    *,
-    factory: Any = dataclasses.MISSING,
-    recipe: bool = True,
-    per_machine: bool = False,
-    on_resume: OnResume | None = None,
-    plan_field: str = "",
-    in_old_plans: object = dataclasses.MISSING,
-    **bounds: Any,
-) -> Any:
-    """A field of a dataclass with a default, the bounds of a Range, and what a Nature says.
-
-    Args:
-      in_old_plans: what plans did that were written before the field existed; their files lack it.
-    """
-    nature = Nature(recipe, per_machine, on_resume, plan_field)
-    metadata = {_RANGE: Range(**bounds), _NATURE: nature, _IN_OLD_PLANS: in_old_plans}
-    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+    def complaint(self, value: object) -> str:
+        """Return the end of a sentence that says what is wrong with a number or text; "" if it is allowed."""
+        if isinstance(value, str) and ("\0" in value or not (value or self.may_be_empty)):
+            return "; it must not be empty or hold a zero byte"
+        if not isinstance(value, (int, float)):
+            return ""
+        fits_low = value >= self.at_least if self.above is None else value > self.above
+        fits_high = value <= self.at_most if self.below is None else value < self.below
+        if fits_low and fits_high:  # NaN does not.
+            return ""
+        low = f"[{self.at_least}" if self.above is None else f"({self.above}"
+        high = f"{self.at_most}]" if self.below is None else f"{self.below})"
+        return f"; it must lie in {low}, {high}"
 
 
-def natures(kind: Any) -> dict[str, Nature]:
-    """The nature of each field of a section, or of a dataclass that is an item of a setting, by the field's name."""
+def setting(default: object = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **facts: Any) -> Any:
+    """A field of a dataclass with a default, and with the `facts` of a Setting."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={_KEY: Setting(**facts)})
+
+
+def natures(kind: Any) -> dict[str, Setting]:
+    """What each field of a section, or of a dataclass that is an item of a setting, is to a run, by its name."""
     found = {}
     for field in dataclasses.fields(kind):
-        nature = field.metadata.get(_NATURE, Nature())
+        nature = field.metadata.get(_KEY, Setting())
         on_resume = nature.on_resume or getattr(kind, "on_resume", "ignored")
         plan_field = (nature.plan_field or f"{kind.key}.{field.name}") if on_resume == "refused" else ""
         found[field.name] = dataclasses.replace(nature, on_resume=on_resume, plan_field=plan_field)
     return found
-
-
-def values_in_old_plans(kind: type) -> dict[str, object]:
-    """What plans did before a field of this dataclass existed, by the field's name, where a field says it."""
-    values = {field.name: field.metadata.get(_IN_OLD_PLANS, dataclasses.MISSING) for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if value is not dataclasses.MISSING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +84,7 @@ class Section:
 
     Attributes:
       key: the name of the section in messages; "" where its fields are arguments of their own.
-      on_resume: as for Nature, of settings that do not say it themselves.
+      on_resume: as for Setting, of settings that do not say it themselves.
     """
 
     key: ClassVar[str] = ""
@@ -185,42 +96,55 @@ class Section:
 
 def check(section: Any, key: str) -> None:
     """Raise a UserError about the first field of a dataclass whose value is not of its type or out of its range."""
-    hints = _hints(type(section))
     for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if reason := _complaint(value, hints[field.name], field.metadata.get(_RANGE, Range())):
-            raise UserError(f"{key}.{field.name}".lstrip(".") + f" is {_shown(value)}{reason}")
+        value, hint = getattr(section, field.name), _hints(type(section))[field.name]
+        allowed = field.metadata.get(_KEY, Setting())
+        if isinstance(value, dict):
+            allowed = dataclasses.replace(allowed, may_be_empty=True)
+        reason = next(filter(None, map(allowed.complaint, _leaves(value))), "")
+        if not fits(value, hint):
+            reason = f"; it must be {_name_of(hint)}"
+        if reason:
+            raise UserError(f"{key}.{field.name}".lstrip(".") + f" is {clipped(repr(value))}{reason}")
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, object]:
-    return typing.get_type_hints(kind)
+    return typing_extensions.get_type_hints(kind)
 
 
-def _complaint(value: object, hint: object, allowed: Range) -> str:
-    """Return the end of a sentence that says what is wrong with a value; "" if it is allowed."""
-    if not fits(value, hint):
-        is_choice = typing.get_origin(hint) is typing.Literal and isinstance(value, str)
-        return not_among(typing.get_args(hint)) if is_choice else f"; it must be {_noun(hint)}"
-    if isinstance(value, Path):
-        return Range().complaint(str(value))
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
-    if parts is None:
-        return allowed.complaint(value)
-    inner = dataclasses.replace(allowed, may_be_empty=True) if isinstance(value, dict) else allowed
-    return next(filter(None, (_complaint(part, typing.Any, inner) for part in parts)), "")
+def _leaves(value: object) -> Iterator[object]:
+    """The values in nested lists and dictionaries; a path is text."""
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield str(value) if isinstance(value, Path) else value
 
 
-def misfit(values: dict, kind: Any) -> str:
-    """The first field of a dataclass that keys with plain values lack or have of another type; "" for none.
+def _name_of(hint: Any) -> str:
+    """A type as messages have it: the choices of a Literal, or as it is written in Python."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(str(choice) for choice in typing.get_args(hint) if choice != '')}"
+    return hint.__name__ if type(hint) is type else str(hint)
 
-    Fields that have a default may be absent, and other keys are left alone.
+
+def misfit(values: Mapping, kind: Any) -> str:
+    """The first key that a dictionary of plain values lacks or has with a value of another type; "" for none.
+
+    Args:
+      kind: a TypedDict, or a dataclass, whose fields with a default may be absent. Other keys are left alone.
     """
-    hints = _hints(kind)
-    for field in dataclasses.fields(kind):
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if not fits(values[field.name], hints[field.name], is_plain=True) if field.name in values else not has_default:
-            return field.name
+    if dataclasses.is_dataclass(kind):
+        required = {
+            field.name: field.default is field.default_factory is dataclasses.MISSING
+            for field in dataclasses.fields(kind)
+        }
+    else:
+        required = {name: name in kind.__required_keys__ for name in _hints(kind)}
+    for name, is_required in required.items():
+        if not fits(values[name], _hints(kind)[name], is_plain=True) if name in values else is_required:
+            return name
     return ""
 
 
@@ -228,51 +152,26 @@ def fits(value: object, hint: Any, is_plain: bool = False) -> bool:
     """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else.
 
     Args:
-      is_plain: the value is as files have it: text where a path is wanted, keys where a dataclass is, and any plain
-        values in a dictionary.
+      is_plain: the value is as files have it: text where a path is wanted, and keys where a dataclass is.
     """
     if is_plain and hint is Path:
         return isinstance(value, str)
-    if is_plain and dataclasses.is_dataclass(hint):
+    if hasattr(hint, "__required_keys__") or is_plain and dataclasses.is_dataclass(hint):
         return isinstance(value, dict) and not misfit(value, hint)
     each = functools.partial(fits, is_plain=is_plain)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is typing.Any or value is None:
-        return hint is typing.Any or type(None) in inner
+    if hint is Any or value is None:
+        return hint is Any or type(None) in inner
     if origin in (typing.Union, types.UnionType):
         return any(each(value, part) for part in inner)
-    if origin is typing.Literal:
+    if origin is Literal:
         return value in inner
     if origin is tuple:
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(each, value, inner))
     if origin is list:
         return isinstance(value, list) and all(each(part, inner[0]) for part in value)
     if origin is dict:
-        return isinstance(value, dict) and (is_plain or all(each(part, inner[1]) for part in value.values()))
+        return isinstance(value, dict) and all(each(part, inner[1]) for part in value.values())
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _noun(hint: object) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_noun(part) for part in inner if part is not type(None))
-    if origin is typing.Literal:
-        return " or ".join(map(str, inner))
-    if origin is tuple:
-        return f"a list of {len(inner)} numbers"
-    if origin is list:
-        is_of_choices = typing.get_origin(inner[0]) is typing.Literal
-        return f"a list of {_noun(inner[0])}" if is_of_choices else "a list"
-    return _NOUNS.get(origin or hint, "keys")
-
-
-def _shown(value: object) -> str:
-    """A value as a YAML file has it, short."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = clipped(value)
-    if not text.isprintable():  # Control characters must not reach a terminal.
-        return ascii(text)
-    return f"'{text}'" if isinstance(value, str) else text

@@ -9,7 +9,7 @@ import enum
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -25,7 +25,6 @@ ERASE_DRAWS = 24  # uniforms a position: whether, (area, aspect) for each try, t
 MIX_DRAWS = 8  # uniforms a group: whether, which, lambda, centre row, centre column, three spare
 _OP_DRAWS = 5  # uniforms an operation: which, gate, two for the normal magnitude, sign
 MAX_MAGNITUDE = 10.0
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +53,17 @@ class AugmentConfig(Section):
 
     key, on_resume = "augment", "refused"
     repeats: int = setting(3, at_least=1)
-    crop_area: tuple[float, float] = setting((0.08, 1.0), above=0)
+    crop_area: tuple[float, float] = setting((0.08, 1.0), above=0, at_most=1)
     crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
-    interpolation: str = setting("bicubic", among=INTERPOLATIONS)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     flip: float = setting(0.5, at_least=0, at_most=1)
     randaugment_ops: int = setting(2, at_least=0, at_most=100)
     randaugment_prob: float = setting(0.5, at_least=0, at_most=1)
     randaugment_magnitude: float = setting(7.0, at_least=0, at_most=MAX_MAGNITUDE)
     randaugment_std: float = setting(0.5, at_least=0)
-    three_augment: bool = setting(False, in_old_plans=False)
-    color_jitter: float = setting(0.0, at_least=0, in_old_plans=0.0)
-    erase_prob: float = setting(0.0, at_least=0, at_most=1, in_old_plans=0.0)
+    three_augment: bool = False
+    color_jitter: float = setting(0.0, at_least=0)
+    erase_prob: float = setting(0.0, at_least=0, at_most=1)
     mixup_alpha: float = setting(0.8, at_least=0, at_most=1000)
     cutmix_alpha: float = setting(1.0, at_least=0, at_most=1000)
     mix_prob: float = setting(1.0, at_least=0, at_most=1)
@@ -77,8 +76,6 @@ class AugmentConfig(Section):
             low, high = getattr(self, name)
             if low > high:
                 raise UserError(f"augment.{name} is ({low}, {high}); it must be a range of positive numbers")
-        if self.crop_area[1] > 1:
-            raise UserError(f"augment.crop_area is {self.crop_area}; a crop is at most the whole image (1.0)")
 
 
 def resized_crops(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, config: AugmentConfig) -> np.ndarray:
@@ -154,10 +151,6 @@ NUM_OPS = 15  # RandAugment's: AUTO_CONTRAST to TRANSLATE_Y
 _Argument = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _no_argument(m: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    return np.zeros_like(m)
-
-
 def _enhance(m: np.ndarray, sign: np.ndarray) -> np.ndarray:
     return np.maximum(0.1, 1.0 + sign * (m / 10.0) * 0.9)
 
@@ -166,13 +159,9 @@ def _signed(full_scale: float) -> _Argument:
     return lambda m, sign: sign * (m / 10.0) * full_scale
 
 
-# These functions give an operation's argument at magnitude m (0 to 10) and sign (+1 or -1).
+# These functions give an operation's argument, where it has one, at magnitude m (0 to 10) and sign (+1 or -1).
 # Source: LEVEL_TO_ARG in timm.data.auto_augment.
 _ARGUMENTS: dict[Op, _Argument] = {
-    Op.NONE: _no_argument,
-    Op.AUTO_CONTRAST: _no_argument,
-    Op.EQUALIZE: _no_argument,
-    Op.INVERT: _no_argument,
     Op.ROTATE: _signed(30.0),
     Op.POSTERIZE: lambda m, sign: 4 - np.trunc((m / 10.0) * 4),
     Op.SOLARIZE: lambda m, sign: 256 - np.minimum(256, np.trunc((m / 10.0) * 256)),
@@ -218,23 +207,7 @@ def randaugment(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.nd
     return ops, args
 
 
-class _Stage(NamedTuple):
-    """A few columns of operations.
-
-    Attributes:
-      stream: the stream of its uniforms.
-      num_ops: columns under a configuration; 0 where the stage is off.
-      num_draws: uniforms a position, a multiple of 4.
-      draw: uniforms [n, num_draws] -> ops uint8 [n, num_ops], args float32 [n, num_ops].
-    """
-
-    stream: Stream
-    num_ops: Callable[[AugmentConfig], int]
-    num_draws: Callable[[AugmentConfig], int]
-    draw: Callable[[np.ndarray, AugmentConfig], tuple[np.ndarray, np.ndarray]]
-
-
-def three_augments(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+def three_augments(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Grayscale, solarize or Gaussian blur, each with probability 1/3.
 
     Args:
@@ -267,29 +240,22 @@ def color_jitters(u: np.ndarray, config: AugmentConfig) -> tuple[np.ndarray, np.
     return ops, (low + (high - low) * u[:, 1:4]).astype(np.float32)
 
 
-# The stages stand in the order in which they are carried out.
-_STAGES = (
-    _Stage(Stream.RANDAUGMENT, lambda config: config.randaugment_ops, randaugment_draws, randaugment),
-    _Stage(Stream.THREE_AUGMENT, lambda config: int(config.three_augment), lambda config: 4, three_augments),
-    _Stage(Stream.COLOR_JITTER, lambda config: 3 if config.color_jitter > 0 else 0, lambda config: 4, color_jitters),
-)
-
-
 def operations(seed: int, start: int, stop: int, config: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
-    """All operations of positions [start, stop): RandAugment's, 3-augment's, colour jitter's.
+    """All operations of positions [start, stop): RandAugment's, then 3-augment's, then colour jitter's.
 
     Returns:
       ops: uint8 [stop - start, L], values of `Op`, applied from left to right. L depends on `config` alone.
       args: float32 [stop - start, L], the argument of each as `Op` describes it.
     """
-    ops = [np.zeros((stop - start, 0), dtype=np.uint8)]
-    args = [np.zeros((stop - start, 0), dtype=np.float32)]
-    for stage in _STAGES:
-        if stage.num_ops(config):
-            u = rng.uniforms(seed, stage.stream, start, stop, stage.num_draws(config))
-            stage_ops, stage_args = stage.draw(u, config)
-            ops.append(stage_ops)
-            args.append(stage_args)
+    uniforms = functools.partial(rng.uniforms, seed, start=start, stop=stop)
+    drawn = [(np.zeros((stop - start, 0), dtype=np.uint8), np.zeros((stop - start, 0), dtype=np.float32))]
+    if config.randaugment_ops:
+        drawn.append(randaugment(uniforms(Stream.RANDAUGMENT, k=randaugment_draws(config)), config))
+    if config.three_augment:
+        drawn.append(three_augments(uniforms(Stream.THREE_AUGMENT, k=4)))
+    if config.color_jitter:
+        drawn.append(color_jitters(uniforms(Stream.COLOR_JITTER, k=4), config))
+    ops, args = zip(*drawn, strict=True)
     return np.concatenate(ops, axis=1), np.concatenate(args, axis=1)
 
 

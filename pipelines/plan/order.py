@@ -4,7 +4,6 @@ An entry is an index into the epoch's order, 0 <= entry < number of images. No o
 costs the same at the start of an epoch and deep inside one, whatever the number of images.
 """
 
-import bisect
 import functools
 
 import numpy as np
@@ -22,13 +21,9 @@ def global_order(seed: int, epoch: int, num_samples: int, entry: np.ndarray) -> 
 def shard_starts(index: ShardIndex) -> np.ndarray:
     """The first sample of each shard, and the number of all samples at the end: int64 [shards + 1].
 
-    Found by bisection, so that only a few pages of a memory-mapped index are read. An index holds the samples of a
-    shard together and the shards in order; even if it did not, the order below would still show each image once.
+    An index holds the samples of a shard together and the shards in order.
     """
-    starts = [0]
-    for shard in range(1, len(index.paths)):
-        starts.append(bisect.bisect_left(index.samples["shard"], shard, lo=starts[-1]))
-    return np.array([*starts, len(index)], dtype=np.int64)
+    return np.cumsum([0, *np.bincount(index.samples["shard"], minlength=len(index.paths))])
 
 
 def window_order(seed: int, epoch: int, starts: np.ndarray, window_shards: int, entry: np.ndarray) -> np.ndarray:

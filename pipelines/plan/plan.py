@@ -7,15 +7,12 @@ epoch has len(index) // G steps, and the images that are left over are dropped. 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import numpy as np
 
 from pipelines.common.errors import UserError
-from pipelines.common.settings import setting, values_in_old_plans
 from pipelines.plan import draws, order, rng
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import AugmentConfig
@@ -45,24 +42,15 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
       UserError: the first epoch is not 0, epochs do not increase, or a size is not in [1, LARGEST_SIDE].
     """
     pairs = ((0, image_size),) if isinstance(image_size, int) else tuple((epoch, size) for epoch, size in image_size)
-    if reason := _size_error(pairs):
+    epochs, sizes = [epoch for epoch, _ in pairs], [size for _, size in pairs]
+    if epochs[:1] != [0] or epochs != sorted({*epochs}) or not all(1 <= size <= LARGEST_SIDE for size in sizes):
         shown = image_size if isinstance(image_size, int) else [list(pair) for pair in pairs]
-        raise UserError(f"image_size is {shown}; {reason}", argument="image_size")
+        raise UserError(
+            f"image_size is {shown}; it must be a size from 1 to {LARGEST_SIDE}, or [epoch, size] pairs whose epochs "
+            "increase from 0 on, like [[0,128],[100,160]]",
+            argument="image_size",
+        )
     return pairs
-
-
-def _size_error(pairs: SizeSchedule) -> str:
-    if not pairs:
-        return "it needs a size, like 224, or [epoch, size] pairs, like [[0,128],[100,160]]"
-    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
-        return "the epochs of its [epoch, size] pairs must increase"
-    if pairs[0][0] != 0:
-        return "the first [epoch, size] must be of epoch 0"
-    if any(size < 1 for _, size in pairs):
-        return "a size must be at least 1"
-    if any(size > LARGEST_SIDE for _, size in pairs):
-        return f"a size must be at most {LARGEST_SIDE}"
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +79,7 @@ class TrainPlan:
     global_batch: int = 1024
     image_size: int | SizeSchedule = 224
     fill: tuple[int, int, int] = IMAGENET_MEAN_RGB
-    window_shards: int = setting(0, in_old_plans=0)
+    window_shards: int = 0
 
     def __post_init__(self):
         size_schedule(self.image_size)
@@ -126,7 +114,10 @@ class TrainPlan:
             "image_size": sizes[0][1] if len(sizes) == 1 else [list(pair) for pair in sizes],
             "fill": list(self.fill),
             "window_shards": self.window_shards,
-            **{f"augment.{name}": _plain(value) for name, value in dataclasses.asdict(self.augment).items()},
+            **{
+                f"augment.{name}": list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(self.augment).items()
+            },
         }
 
     def rows(self, start: int, stop: int) -> BatchPlan:
@@ -180,8 +171,7 @@ class TrainPlan:
         whole = dataclasses.replace(whole, mix_group=0)
         return dataclasses.replace(whole.take(rows, start), partners=whole.take(self.partner(rows), first))
 
-    def __iter__(self) -> NoReturn:
-        raise TypeError("a plan has no end; take plan[start:stop], or plan.batches(start_step, stop_step)")
+    __iter__ = None  # A plan has no end: take plan[start:stop], or plan.batches(start_step, stop_step).
 
     def partner(self, positions: np.ndarray) -> np.ndarray:
         """The position that each position is mixed with: the groups reversed. Same shape."""
@@ -278,11 +268,8 @@ class TrainPlan:
         return order.shard_starts(self.index)
 
 
-# Values of fields of TrainPlan.describe() that files of this version's first plans lack.
-BEFORE = {
-    **values_in_old_plans(TrainPlan),
-    **{f"augment.{name}": value for name, value in values_in_old_plans(AugmentConfig).items()},
-}
+# What plans did before these fields of TrainPlan.describe() existed; their files lack them.
+BEFORE = {"window_shards": 0, "augment.three_augment": False, "augment.color_jitter": 0.0, "augment.erase_prob": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +298,7 @@ class EvalPlan:
         """As `rows`, of a position or of consecutive ones."""
         return self.rows(*_range(positions))
 
-    def __iter__(self) -> NoReturn:
-        raise TypeError("take plan[start:stop]; positions beyond the last image are filled up")
+    __iter__ = None  # Positions beyond the last image are filled up, without end.
 
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, resized part and window."""
@@ -369,10 +355,6 @@ def _middle(height: np.ndarray, width: np.ndarray, crop_mode: str) -> np.ndarray
 def _scaled(side: np.ndarray, other: np.ndarray, short: int) -> np.ndarray:
     """A side's length after the shorter of the two became `short` pixels; the longer one is rounded down."""
     return np.where(side <= other, short, short * side // other)
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _range(positions: int | slice) -> tuple[int, int]:

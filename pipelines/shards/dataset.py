@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from pipelines.shards.index import ShardIndex, read_split
+from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.manifest import Manifest, read_manifest
 
 
@@ -28,12 +28,12 @@ class Dataset:
     @functools.cached_property
     def train(self) -> ShardIndex:
         """The training split. Raises a UserError as `read_index`."""
-        return read_split(self.root, self.manifest, "train")
+        return read_index(self.root, "train", self.manifest)
 
     @functools.cached_property
     def val(self) -> ShardIndex | None:
         """The validation split; None where the dataset has none. Raises a UserError as `read_index`."""
-        return read_split(self.root, self.manifest, "val") if "val" in self.manifest["splits"] else None
+        return read_index(self.root, "val", self.manifest) if "val" in self.manifest["splits"] else None
 
 
 def open_dataset(root: Path | str) -> Dataset:

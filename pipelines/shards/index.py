@@ -4,9 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import io
-import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -15,9 +13,6 @@ from pipelines.shards.jpeg import MAX_PIXELS
 from pipelines.shards.manifest import INDEX, MANIFEST, Manifest, read_manifest
 
 _MAX_ROW = 1 << 16  # bytes; most of a row is its key
-# The rows that are checked together stay in the processor's cache: that is faster than all at once.
-_CHECKED_TOGETHER = 1 << 15
-_HEADER_BYTES = 4096  # more than the header of an index file has
 _FIELDS = {
     "shard": "<i4",
     "offset": "<i8",
@@ -75,19 +70,17 @@ def synthetic_index(num_samples: int, num_classes: int, height: int = 375, width
     return ShardIndex((Path("synthetic"),), samples, num_classes, f"synthetic-{num_samples}-{num_classes}")
 
 
-def read_index(root: Path, split: str) -> ShardIndex:
+def read_index(root: Path, split: str, manifest: Manifest | None = None) -> ShardIndex:
     """Read the index of one split of a dataset folder, and check it against the manifest and the shards.
 
     It is read and not memory-mapped: a mapped file that shrinks in mid-run would end the process with SIGBUS.
 
+    Args:
+      manifest: the folder's, where it has been read.
     Raises:
       UserError: the split, its index or a shard is missing, truncated, stale or empty, or a row makes no sense.
     """
-    return read_split(Path(root), read_manifest(root), split)
-
-
-def read_split(root: Path, manifest: Manifest, split: str) -> ShardIndex:
-    """Read the index of a split whose manifest has been read, as `read_index`."""
+    manifest = manifest or read_manifest(root)
     if split not in manifest["splits"]:
         raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
@@ -105,44 +98,27 @@ _REBUILD = "Build the dataset again, or restore the file"
 
 def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
     """Read all rows of an index file that has the manifest's hash and number of samples."""
-    if path.exists() and not path.is_file():  # Reading from a pipe would wait for ever.
-        raise UserError(f"{path}: not a regular file. {_REBUILD}")
     try:
-        if (nbytes := path.stat().st_size) > _HEADER_BYTES + _MAX_ROW * num_samples:
-            raise UserError(f"{path}: {nbytes:,} bytes are too many for {num_samples:,} samples. {_REBUILD}")
-        content = np.fromfile(path, dtype=np.uint8)
+        if not path.is_file() and path.exists() or path.stat().st_size > _MAX_ROW * (num_samples + 1):
+            raise UserError(f"{path}: not an index of {num_samples:,} samples. {_REBUILD}")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {_REBUILD}") from error
-    if (digest := hashlib.sha256(content.data).hexdigest()) != sha256:
+    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
         raise UserError(
             f"{path}: truncated, damaged or stale (sha256 {digest[:12]}..., the manifest says {sha256[:12]}...). "
             f"{_REBUILD}"
         )
-    content.flags.writeable = False
     try:
-        samples = _rows_of(content)
-    except (ValueError, TypeError, KeyError) as error:
+        samples = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        if samples.ndim != 1 or samples.dtype != sample_dtype(samples.dtype["key"].itemsize):
+            raise ValueError("rows of another kind")
+    except Exception as error:  # Bytes that are no array bring NumPy to raise nearly anything.
         raise UserError(f"{path}: not an index ({clipped(error, 120)}). {_REBUILD}") from error
     if not len(samples):
         raise UserError(f"{path}: holds no samples. Build the dataset again from a folder with images")
+    samples.flags.writeable = False
     return samples
-
-
-def _rows_of(content: np.ndarray) -> np.ndarray:
-    """View the bytes of an .npy file as the rows of an index. Raises a ValueError, TypeError or KeyError else."""
-    start, shape, dtype = _npy_header(io.BytesIO(content[:_HEADER_BYTES].tobytes()))
-    samples = content[start:].view(dtype)
-    if samples.shape != shape or dtype != sample_dtype(dtype["key"].itemsize):
-        raise ValueError("rows of another kind or number")
-    return samples
-
-
-def _npy_header(file: BinaryIO) -> tuple[int, tuple[int, ...], np.dtype]:
-    """Read where the rows of an .npy file begin, how many there are, and their type."""
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read(file)
-    return file.tell(), shape, dtype
 
 
 def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
@@ -151,26 +127,19 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     Raises:
       OSError: it cannot be read, or has changed since.
     """
-    with open(path, "rb") as file:
-        first, _, dtype = _npy_header(file)
-        begin, end = (first + row * dtype.itemsize for row in (start, stop))
-        is_there = end <= os.fstat(file.fileno()).st_size  # read() allocates memory for bytes that do not exist.
-        file.seek(begin)
-        content = file.read(end - begin) if is_there else b""
-    if len(content) != end - begin:
-        raise OSError(errno.EIO, "has become shorter", str(path))
-    return np.frombuffer(content, dtype)
+    try:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[start:stop])
+    except ValueError as error:
+        raise OSError(errno.EIO, "has changed", str(path)) from error
 
 
 def _check_rows(path: Path, samples: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> None:
     """Raise a UserError that names the first sample that is not in its shard, or has an impossible label or size."""
-    for start in range(0, len(samples), _CHECKED_TOGETHER):
-        rows = samples[start : start + _CHECKED_TOGETHER]
-        for what, is_fine in _fine(rows, shard_bytes, num_classes).items():
-            if not is_fine.all():
-                row = int(np.argmin(is_fine))
-                key = clipped(rows["key"][row].decode(errors="backslashreplace"))
-                raise UserError(f"{path}: sample {key} (row {start + row}) has an impossible {what}. {_REBUILD}")
+    for what, is_fine in _fine(samples, shard_bytes, num_classes).items():
+        if not is_fine.all():
+            row = int(np.argmin(is_fine))
+            key = clipped(samples["key"][row].decode(errors="backslashreplace"))
+            raise UserError(f"{path}: sample {key} (row {row}) has an impossible {what}. {_REBUILD}")
 
 
 def _fine(rows: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:

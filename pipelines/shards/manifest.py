@@ -9,17 +9,18 @@ A dataset folder looks like this:
     OUT/train/index.npy          one row a sample: the plan reads it
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import NotRequired, TypedDict
 
 from pipelines.common.errors import UserError, clipped
+from pipelines.common.settings import misfit
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -27,10 +28,9 @@ INDEX = "index.npy"
 AUDIT = "audit.jsonl"
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _MAX_MANIFEST = 1 << 28  # bytes; that of ImageNet has 0.2 MB
-_MOST_COUNT = 1 << 48  # the largest number of bytes or samples
 
-# What follows are the parts of a manifest that are read. All numbers are counts. `_check_type` checks a file against
-# these types. Keys of a base with total=False may be missing, because older versions did not write them.
+# What follows are the parts of a manifest that are read, and a file is checked against these types. Keys that are not
+# required may be missing, because older versions did not write them.
 
 
 class ShardEntry(TypedDict):
@@ -43,11 +43,7 @@ class ShardEntry(TypedDict):
     idx_sha256: str
 
 
-class _SplitOptions(TypedDict, total=False):
-    listing_sha256: str
-
-
-class SplitEntry(_SplitOptions):
+class SplitEntry(TypedDict):
     """A split: its samples, its images of each class, the hash of its index, its digest and its shards in order."""
 
     samples: int
@@ -56,6 +52,7 @@ class SplitEntry(_SplitOptions):
     index_sha256: str
     digest: str
     shards: list[ShardEntry]
+    listing_sha256: NotRequired[str]
 
 
 class SourceEntry(TypedDict):
@@ -85,12 +82,7 @@ class LeftOut(TypedDict):
     reason: str
 
 
-class _CountOptions(TypedDict, total=False):
-    hidden: int
-    left_out: int
-
-
-class AuditCounts(_CountOptions):
+class AuditCounts(TypedDict):
     """How many images each remark was made about."""
 
     repaired: int
@@ -99,13 +91,11 @@ class AuditCounts(_CountOptions):
     tiny: int
     oriented: int
     resized: int
+    hidden: NotRequired[int]
+    left_out: NotRequired[int]
 
 
-class _AuditOptions(TypedDict, total=False):
-    left_out: list[LeftOut]
-
-
-class AuditEntry(_AuditOptions):
+class AuditEntry(TypedDict):
     """What was remarked on single images: counts, the first ones of each kind, and the hash of the whole list."""
 
     sha256: str
@@ -113,17 +103,15 @@ class AuditEntry(_AuditOptions):
     repaired: list[Remark]
     rejected: list[Remark]
     duplicates: list[list[str]]
+    left_out: NotRequired[list[LeftOut]]
 
 
-class _ManifestOptions(TypedDict, total=False):
-    class_order: str
-
-
-class ClassList(_ManifestOptions):
+class ClassList(TypedDict):
     """The classes in the order of their labels, and where they come from."""
 
     source: SourceEntry
     classes: list[str]
+    class_order: NotRequired[str]
 
 
 class Manifest(ClassList):
@@ -159,24 +147,32 @@ def read_manifest(root: Path | str) -> Manifest:
         if path.stat().st_size > _MAX_MANIFEST:
             raise ValueError(f"more than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
-        manifest = json.loads(content)
+        manifest = json.loads(content, parse_int=_count)
         version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _check_manifest(manifest, content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}). Restore it, or build the dataset again") from error
+        raise UserError(
+            f"{path}: damaged, or not of this program ({clipped(error, 120)}). Restore it, or build the dataset again"
+        ) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}. Build it again")
-    if manifest_bytes(manifest) != content:
-        raise UserError(f"{path}: damaged (its hash is another). Restore it, or build the dataset again")
-    try:
-        _check_manifest(manifest)
-    except ValueError as error:
-        raise UserError(f"{path}: not of this program ({clipped(error, 120)}). Build the dataset again") from error
     return manifest
 
 
-def _check_manifest(manifest: Manifest) -> None:
+def _count(digits: str) -> int:
+    """A number of a manifest, each of which counts something. Raises a ValueError about any that counts nothing."""
+    if len(digits) > 15 or not digits.isdecimal():
+        raise ValueError(f"{clipped(digits)} is no count")
+    return int(digits)
+
+
+def _check_manifest(manifest: Manifest, content: bytes) -> None:
     """Raise a ValueError unless it has all that a command reads, and names files in the folders of its splits."""
-    _check_type(manifest, Manifest, "")
+    if manifest_bytes(manifest) != content:
+        raise ValueError("its hash is another")
+    if key := misfit(manifest, Manifest):
+        raise ValueError(f"'{key}' is missing or of another kind")
     for split, entry in manifest["splits"].items():
         if not entry["shards"]:
             raise ValueError(f"{split} has no shards")
@@ -186,37 +182,6 @@ def _check_manifest(manifest: Manifest) -> None:
             raw = os.fsencode(name)  # raises a ValueError about a name that no file can have
             if raw in (b"", b".", b"..") or b"/" in raw or b"\0" in raw:
                 raise ValueError(f"{ascii(name)} is no name of a file")
-
-
-def _check_type(value: Any, kind: Any, where: str) -> None:
-    """Raise a ValueError that names the first part of a value that is not of its type in `Manifest`."""
-    if not _is_of(value, kind):
-        raise ValueError(f"{where} is {clipped(ascii(value), 40)}")
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is list:
-        for i, item in enumerate(value):
-            _check_type(item, inner[0], f"{where}[{i}]")
-    elif typing.get_origin(kind) is dict:
-        for key, item in value.items():
-            _check_type(item, inner[1], f"{where}.{key}")
-    elif typing.is_typeddict(kind):
-        for name, hint in _hints(kind).items():
-            if name in value:
-                _check_type(value[name], hint, f"{where}.{name}".lstrip("."))
-            elif name in kind.__required_keys__:
-                raise ValueError(f"{where}.{name} is missing".lstrip("."))
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Return whether a value is of a type, whatever its parts are. Numbers are counts."""
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNT
-    return isinstance(value, dict if typing.is_typeddict(kind) else typing.get_origin(kind) or kind)
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def sorted_classes(names: list[str], order: str) -> list[str]:
@@ -255,12 +220,10 @@ def class_order_doubt(manifest: ClassList) -> str:
     if class_order(manifest) != "unstated":
         return ""
     text, numeric = (sorted_classes(manifest["classes"], order) for order in CLASS_ORDERS)
-    differing = [label for label, (one, other) in enumerate(zip(text, numeric, strict=True)) if one != other]
-    if not differing:
+    first = next((label for label, name in enumerate(text) if name != numeric[label]), None)
+    if first is None:
         return ""
-    first = differing[0]
     return (
         f"the order of the classes was not stated: class {first} is '{clipped(text[first], 30)}' in text order "
-        f"(torchvision's, taken here) and '{clipped(numeric[first], 30)}' in numeric order (timm's); "
-        f"{len(differing)} of {len(text)} classes differ"
+        f"(torchvision's, taken here) and '{clipped(numeric[first], 30)}' in numeric order (timm's)"
     )

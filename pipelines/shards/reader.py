@@ -15,8 +15,6 @@ from pipelines.shards.index import ShardIndex
 
 # File descriptors that are left to the rest of the process; half of the limit, where that is less.
 _OTHER_FILES = 512
-# File descriptors that all readers of the process together may keep open. The limit is the process's, and so is this.
-_allowed = 0
 
 
 class ShardReader:
@@ -34,9 +32,9 @@ class ShardReader:
         self._index = index
         self._files: list[int | None] = [None] * len(index.paths)
         self._lock = threading.Lock()
-        # The number of files that may still stay open.
-        self._room = _allow_open_files(len(index.paths))
-        weakref.finalize(self, _close, self._files, self._room)
+        # The system gives the lowest free number to a file, so one with a high number says that few are left.
+        self._highest = _allow_open_files(len(index.paths))
+        weakref.finalize(self, _close, self._files)
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
         """The bytes of each sample: uint8 [nbytes].
@@ -88,8 +86,7 @@ class ShardReader:
                 raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from error
             # Samples are read in random order, and `will_need` asks for those that are needed.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-            if self._room:
-                self._room -= 1
+            if file <= self._highest:
                 self._files[shard] = file
             return file
 
@@ -105,27 +102,23 @@ def places(index: ShardIndex, samples: np.ndarray) -> Iterator[tuple[int, int, i
     return zip(*(rows[name].tolist() for name in ("shard", "offset", "nbytes")), strict=True)
 
 
-def _close(files: list[int | None], room: int) -> None:
-    global _allowed
-    _allowed -= room
+def _close(files: list[int | None]) -> None:
     for file in files:
         if file is not None:
             os.close(file)
 
 
 def _allow_open_files(num: int) -> int:
-    """How many of `num` files a new reader may keep open. The soft limit is raised where that is needed and possible.
+    """Raise the soft limit of open files by `num`, as far as the hard limit goes.
 
-    A thousand shards exceed the usual soft limit of 1,024. Under a hard limit that is too low a reader gets half of
-    what is left for all readers.
+    A thousand shards exceed the usual soft limit of 1,024.
+
+    Returns:
+      the highest file descriptor that may stay open.
     """
-    global _allowed
-    soft, hard = (sys.maxsize if x == resource.RLIM_INFINITY else x for x in resource.getrlimit(resource.RLIMIT_NOFILE))
-    needed = _allowed + num + _OTHER_FILES
-    if soft < needed and soft < hard:
-        soft = min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    left = soft - min(_OTHER_FILES, soft // 2) - _allowed
-    room = num if soft >= needed else max(0, min(num, left // 2))
-    _allowed += room
-    return room
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    soft = soft + num if hard == resource.RLIM_INFINITY else min(soft + num, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft - min(_OTHER_FILES, soft // 2)

@@ -266,4 +266,4 @@ def _save(content: dict, file: Path, chance: random.Random, *, has_digest: bool)
         return
     if has_digest and chance.random() < 0.5:
         content["digest"] = digest_of(content)
-    torch.save(content, file, _use_new_zipfile_serialization=chance.random() < 0.8)
+    torch.save(content, file)

@@ -28,7 +28,7 @@ from trainer.config.sections import StudentConfig, TeacherConfig
 from trainer.models.checkpoint_format import digest_of
 from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher
-from trainer.state.host_copy import to_host
+from trainer.state.checkpoint import to_host
 
 PROMISE = (
     "Checkpoints, best.pt, exported folders and plain files of weights are changed: a field is absent, of another "

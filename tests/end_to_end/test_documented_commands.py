@@ -45,9 +45,9 @@ MODULES_NOT_OURS = ("pip", "pytest", "venv")
 # Options of others that the docs speak of: of sbatch, srun and scancel, of timm.
 OPTIONS_NOT_OURS = {
     *("signal", "requeue", "gpus-per-task", "cpu-bind", "kill-on-bad-exit", "wait", "open-mode", "output"),
-    *("job-name", "cpus-per-task", "full", "dist-bn", "sync-bn"),
+    *("job-name", "cpus-per-task", "full", "dist-bn", "sync-bn", "pty", "array", "dependency", "wrap"),
 }
-SBATCH_OPTIONS = ("nodes", "ntasks-per-node", "gpus-per-node", "time")
+SBATCH_OPTIONS = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "array", "dependency", "cpus-per-task", "wrap")
 # What stands for a value in the docs and is not a path, and a value that the program takes.
 STAND_INS = {
     **dict.fromkeys(("N", "R", "B", "S"), "8"),
@@ -55,7 +55,7 @@ STAND_INS = {
     **{
         "--section.key": "--optim.lr",
         "value": "0.001",
-        "NAME": "decode",
+        "NAME": "loader",
         "--OPTION": "--repeats",
         "VALUE": "3",
         "PART": "tests",
@@ -112,13 +112,18 @@ def called(words: list[str]) -> Called | None:
     return Called(first, rest)
 
 
-def of_sbatch(words: list[str]) -> Called:
+def of_sbatch(words: list[str]) -> Called | None:
     """What a job of sbatch starts: the options in front of the script win over those in it."""
     lines = re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (REPOSITORY / SBATCH).read_text(), re.MULTILINE)
     options = dict(lines)
     while words[0].startswith("--"):
-        assert words[0][2:] in SBATCH_OPTIONS, words[0]
-        options[words[0][2:]], words = words[1], words[2:]
+        (name, equals, value), words = words[0][2:].partition("="), words[1:]
+        assert name in SBATCH_OPTIONS, name
+        if not equals:
+            value, words = words[0], words[1:]
+        if name == "wrap":
+            return called(shlex.split(value))
+        options[name] = value
     assert words[0] == SBATCH and options["gpus-per-node"] == options["ntasks-per-node"]
     return Called("trainer/run.py", words[1:], int(options["nodes"]) * int(options["ntasks-per-node"]))
 

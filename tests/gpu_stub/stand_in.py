@@ -9,16 +9,6 @@ def triton_launches() -> int:
     return _number(ctypes.CDLL("libcuda.so.1").stub_driver_launches, ctypes.c_long)
 
 
-def pinned_allocations() -> int:
-    """Pieces of pinned host memory that were asked for so far."""
-    return _number(_runtime().stub_pinned_allocations, ctypes.c_size_t)
-
-
-def pinned_bytes() -> int:
-    """Pinned host memory that is held now."""
-    return _number(_runtime().stub_pinned_bytes, ctypes.c_size_t)
-
-
 class DeviceMemory:
     """Bytes of the device, until it is collected. Where there is not as much, a RuntimeError, as DALI's."""
 

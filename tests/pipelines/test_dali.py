@@ -149,17 +149,17 @@ def test_no_graph_of_dali_stays_when_it_fails(photos, dali_graphs, monkeypatch, 
     from pipelines import dali
 
     alive, made = dali_graphs
-    inputs, alone = dali.DaliPipeline._inputs, dali.DaliPipeline._alone
+    inputs, build = dali.DaliPipeline._inputs, dali.DaliPipeline._build
 
     def spoilt(plan, encoded):
         return inputs(plan, [np.zeros(100, np.uint8)] * len(plan) if len(plan) >= fails_on else encoded)
 
-    def alone_in_memory(self, *arguments):
+    def alone_in_memory(self, *arguments, **options):
         assert not alive
-        return alone(self, *arguments)
+        return build(self, *arguments, **options)
 
     monkeypatch.setattr(dali.DaliPipeline, "_inputs", staticmethod(spoilt))
-    monkeypatch.setattr(dali.DaliPipeline, "_alone", alone_in_memory)
+    monkeypatch.setattr(dali.DaliPipeline, "_build", alone_in_memory)
     pipeline = opened("dali", photos)
     with pytest.raises(UserError, match="not because of an image"):
         list(pipeline.batches([EvalPlan(photos, 64, 1.0, "bicubic").rows(0, 2)]))

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from conftest import fake_index
-from pipelines import PipelineConfig, resolve_pipeline
-from pipelines.common.errors import UserError
+from pipelines import resolve_pipeline
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
 from support.executors import CPU, EVERYTHING, on_gpu, opened, pixels, plans_of, train_plan
@@ -32,7 +31,7 @@ def test_a_pipeline_can_be_used_again_and_left_early(photos, name):
     batches = pipeline.batches(plan.rows(i * 10, (i + 1) * 10) for i in range(10**6))
     first = next(batches).images.clone()
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
     assert torch.equal(first, next(pipeline.batches(plans_of(plan, 1))).images)
 
 
@@ -55,11 +54,6 @@ def test_batches_on_the_gpu_do_not_depend_on_threads_prefetch_or_batch_size(phot
 def test_auto_is_dali_with_a_gpu_and_torchvision_without():
     assert resolve_pipeline("auto", CPU) == "torchvision"
     assert resolve_pipeline("auto", torch.device("cuda", 0)) == "dali"
-
-
-def test_an_unknown_pipeline_is_refused():
-    with pytest.raises(UserError, match="^pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"):
-        PipelineConfig(pipeline="ffcv")
 
 
 def test_synthetic_batches_need_no_data():

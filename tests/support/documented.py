@@ -14,7 +14,7 @@ PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), REPOSITORY / "trainer
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # Docs name these of tools/shard_imagenet.py alone.
 # Commands of others: nothing of theirs is checked.
-NOT_OURS = ("pip", "pre-commit", "apt-get", "nc", "mkdir", "getent")
+NOT_OURS = ("pip", "pre-commit", "apt-get", "nc", "mkdir", "getent", "srun", "salloc")
 _OURS = ("python", "torchrun", "sbatch", "make")
 _OPTION = re.compile(r"^(?!--).*\s--\w")  # The option follows another word.
 _WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py) +\S")

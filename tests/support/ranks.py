@@ -89,12 +89,13 @@ import os, signal, sys, time
 import torch
 from pipelines.common.errors import exit_on_user_error
 from trainer.cluster.world import join_world
-from trainer.cluster.watchdog import HeartbeatIterator, watched
+from trainer.cluster.watchdog import watched
 
 seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
 def inputs(world):
     for step in range(10**9):
+        world.heartbeat("step: input")
         if step == 20 and world.rank == rank:
             print("now", flush=True)
             if what == "sleep":
@@ -104,6 +105,7 @@ def inputs(world):
             if what in ("KILL", "STOP"):
                 os.kill(os.getpid(), signal.Signals["SIG" + what])
         time.sleep(0.05)
+        world.heartbeat("step: update")
         yield step
 
 def checkpoint(world):
@@ -113,7 +115,7 @@ def checkpoint(world):
     world.barrier()
 
 with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
-    for step in HeartbeatIterator(inputs(world), world.heartbeat, lambda: ("step", 0)):
+    for step in inputs(world):
         world.all_reduce_sum(torch.ones(1))
         if what == "exit" and step == 20:
             sys.exit(75)

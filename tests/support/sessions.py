@@ -25,4 +25,4 @@ def steps(telemetry: Telemetry, start: int, stop: int) -> None:
         telemetry.advance(step)
         telemetry.train({"step": step, **TRAIN})
         if step % 2 == 0:
-            telemetry.evaluation(step, step // 2 - 1, EVAL)
+            telemetry.evaluation(step, EVAL)

@@ -246,12 +246,12 @@ def failed(arguments: list, capsys, tool=export) -> str:
         (["MODEL", "OUT", "--fold"], "--fold changes model.onnx and model.pt2 alone. Add --onnx or --torch-export"),
         (["MODEL", "TMP"], "is there already and holds list.json, raw.pth, three.txt. Name a new or an empty folder"),
         (["MODEL", "TMP/none/out"], "none is not a folder. Make it, or name another"),
-        (["MODEL", "OUT", "--name", "resnet18"], "is of model 'test_resnet', not of 'resnet18'. Leave --name out"),
+        (["MODEL", "OUT", "--name", "resnet18"], "is of model 'test_resnet', not of 'resnet18'. Leave the name out"),
         (["MODEL", "OUT", "--weights", "ema"], "holds no ema weights, only raw ones"),
         (["MODEL", "OUT", "--classes", "TMP/three.txt"], "three.txt: names 3 classes, .* has 10 outputs. Name every"),
         (["MODEL", "OUT", "--evaluation", "TMP/no.json"], "no.json: cannot be read .* --run.json FILE"),
         (["MODEL", "OUT", "--evaluation", "TMP/list.json"], "list.json: not an evaluation .* --run.json FILE"),
-        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it with --name"),
+        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it (option name)"),
         (["TMP/raw.pth", "OUT", "--name", "test_byobnet"], "does not fit model 'test_byobnet' .* it was saved from"),
         (["TMP/nothing.pt", "OUT"], "not found. Give a checkpoint, a run's folder, an exported folder, or timm's"),
         (["resnet8", "OUT"], "unknown model 'resnet8'; did you mean resnet18"),
@@ -271,11 +271,11 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_writes_nothing(cnn, tmp_
 
 @pytest.mark.parametrize("place", ["", "train"])
 @pytest.mark.parametrize("tool", [export, compare])
-def test_a_dataset_in_place_of_a_model_is_called_one(digits, tmp_path, capsys, monkeypatch, tool, place):
+def test_a_dataset_in_place_of_a_model_is_one_line(digits, tmp_path, capsys, monkeypatch, tool, place):
     monkeypatch.chdir(tmp_path)
     arguments = [tmp_path / "out"] if tool is export else ["--device", "cpu", "--out", tmp_path / "out"]
     message = failed([digits / place, *arguments], capsys, tool)
-    assert "a dataset, neither a run's folder with checkpoints nor an exported one" in message
+    assert "neither a run's folder with checkpoints nor an exported one" in message
     assert "Give what --run.out was, a checkpoint in it" in message and not list(tmp_path.iterdir())
 
 
@@ -307,7 +307,7 @@ def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
 
 def test_a_foreign_file_with_a_format_version_needs_a_name_as_any_other(cnn, tmp_path, capsys):
     foreign = altered(cnn[0], tmp_path / "foreign.pt", config=None)
-    assert "does not say which model it is of. Name it with --name" in failed([foreign, tmp_path / "out"], capsys)
+    assert "does not say which model it is of. Name it (option name)" in failed([foreign, tmp_path / "out"], capsys)
     assert inference.load("test_resnet", foreign).origin == {}
 
 
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_another_format_is_refused(cnn, tmp_path, capsys):
 def test_an_exported_folder_with_an_odd_configuration_or_other_weights_is_refused(cnn, tmp_path, capsys):
     folder = shutil.copytree(cnn[1], tmp_path / "folder")
     message = failed([folder, tmp_path / "out", "--weights", "ema"], capsys)
-    assert "holds no ema weights, only raw ones. Leave --weights out" in message
+    assert "holds raw weights, and 'ema' was asked for. Leave that out" in message
     assert inference.load(None, folder, weights="raw").weights == "raw"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": []}))
@@ -329,7 +329,7 @@ def test_an_exported_folder_with_an_odd_configuration_or_other_weights_is_refuse
 
 def test_timms_name_has_one_kind_of_weights(tmp_path, capsys):
     message = failed(["resnet18", tmp_path / "out", "--weights", "raw"], capsys)
-    assert "timm has one kind of weights for 'resnet18', and 'raw' was asked for. Leave --weights out" in message
+    assert "timm has one kind of weights for 'resnet18', and 'raw' was asked for. Leave that out" in message
 
 
 def test_a_name_with_the_tag_of_pretrained_weights_is_the_same_model(cnn):

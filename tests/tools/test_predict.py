@@ -324,7 +324,7 @@ def test_outputs_are_numbers_until_a_file_names_them_and_synsets_have_words(tiny
     image, weights = next((digits_folder / "val").rglob("*.jpg")), tmp_path / "weights.pth"
     content = torch.load(tiny_run / "checkpoints" / "best.pt", weights_only=True)
     torch.save(content["state_dict"], weights)
-    assert "does not say which model it is of. Name it with --name" in refused(capsys, "--checkpoint", weights, image)
+    assert "does not say which model it is of. Name it (option name)" in refused(capsys, "--checkpoint", weights, image)
     (plain,) = predicted(weights, image, "--name", "tiny_cnn", "--top-k", 20)
     assert "outputs without names" in capsys.readouterr().err
     assert sorted(each["class"] for each in plain["top"]) == sorted(map(str, range(10)))
@@ -358,11 +358,11 @@ def test_what_cannot_be_done_is_one_line_and_no_output_is_touched(tiny_run, digi
         ((*known, tmp_path / "empty"), f"{tmp_path}/empty: no images in it"),
         ((*known, tmp_path / "no-images.tar"), f"{tmp_path}/no-images.tar: no images in it"),
         ((*known, image, "--classes", tmp_path / "classes.txt"), "names 2 classes"),
-        ((*known, image, "--name", "test_vit"), "is of model 'tiny_cnn', not of 'test_vit'. Leave --name out"),
+        ((*known, image, "--name", "test_vit"), "is of model 'tiny_cnn', not of 'test_vit'. Leave the name out"),
         ((*known, image, "--top-k", 0), "--top-k is 0; it must be at least 1"),
         ((*known, image, "--out", tmp_path / "out.xlsx"), "ends in none of .csv, .jsonl, .parquet"),
         ((*known, image, "--out", tmp_path / "no" / "out.csv"), "not a file in a folder that is there"),
-        (("--out", out, image), "no model is named. Give a checkpoint or run folder with --checkpoint, or --name"),
+        (("--out", out, image), "no model is named. Give a checkpoint or run folder (option checkpoint)"),
         ((*known, image, "--checkpoint", tmp_path / "nope"), f"{tmp_path}/nope: cannot be read"),
     ):
         assert says in refused(capsys, *arguments)

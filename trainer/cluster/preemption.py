@@ -1,11 +1,11 @@
 """Stopping together: signals and failures of any rank reach all of them at the same step."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,33 +23,7 @@ def exit_code(signal_number: int) -> int:
     return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
 
 
-@contextlib.contextmanager
-def requeueing_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 end the process with REQUEUE at once, because there is nothing to save yet."""
-
-    def end(_number: int, _frame) -> None:
-        sys.exit(REQUEUE)
-
-    with handling({signal.SIGTERM: end, signal.SIGUSR1: end}):
-        yield
-
-
-@contextlib.contextmanager
-def handling(handlers: dict[int, Callable]) -> Iterator[None]:
-    """Inside, signals have these handlers. Only the main thread may set handlers; in another nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """What happened on some rank, as all ranks agree on it.
 
     Attributes:
@@ -83,11 +57,20 @@ class Preemption:
     def catching_signals(self) -> Iterator[None]:
         """Inside, signals are noted for the next answer. A second Ctrl-C ends the process at once.
 
-        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored.
+        A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. Only the main thread
+        may handle signals; in another nothing changes.
         """
-        noted = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-        with handling(dict.fromkeys(noted, self._note)):
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in STOPPING}
+        noted = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in noted:
+            signal.signal(number, self._note)
+        try:
             yield
+        finally:
+            for number, handler in noted.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

@@ -29,6 +29,7 @@ class World:
       device: of this process.
       heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). All ranks
         must call it alike; heartbeat(where, seconds) reports a place where rank 0 may take long on its own.
+      store: rank 0's, which all have; None for a single rank.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class World:
     local_size: int
     device: torch.device
     heartbeat: Callable[..., None] = _ignore
+    store: dist.TCPStore | None = None
 
     @property
     def is_main(self) -> bool:
@@ -111,11 +113,7 @@ def join_world(
     store = rendezvous.meet(this.rank, this.size, describe, ready_s)
     own_device = _prepared_device(device, this.local_rank)
     rendezvous.connect(store, this.rank, this.size, own_device, ready_s)
-    try:
-        yield World(this.rank, this.size, this.local_size, own_device)
-    except SystemExit:  # All ranks end early, on purpose.
-        dist.destroy_process_group()
-        raise
+    yield World(this.rank, this.size, this.local_size, own_device, store=store)
     dist.destroy_process_group()  # After an error it could wait for ranks that are gone.
 
 

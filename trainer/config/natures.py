@@ -1,9 +1,9 @@
-"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Nature)."""
+"""What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Setting)."""
 
 import dataclasses
 from typing import Any
 
-from pipelines.common.settings import Nature, natures
+from pipelines.common.settings import Setting, natures
 from trainer.config.sections import Config, OtherTeacher, to_dict
 
 
@@ -12,7 +12,7 @@ def section_types() -> dict[str, Any]:
     return {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
 
-def setting_natures() -> dict[str, Nature]:
+def setting_natures() -> dict[str, Setting]:
     """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
     kinds = section_types().items()
     return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}

@@ -17,23 +17,15 @@ from torch import nn
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.machine import expanded
+from pipelines.common.settings import Section, setting
 from pipelines.plan.plan import EvalPlan
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.manifest import MANIFEST
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
-from trainer.config.setting_names import SettingError, Spelling
 from trainer.models.checkpoint_format import is_of_trainer
 from trainer.models.checks import check_size
 from trainer.models.class_names import check_order_stated, class_order, read_classes
-from trainer.models.factory import (
-    architecture,
-    create_model,
-    download,
-    num_outputs,
-    pretrained_outputs,
-    with_size,
-)
+from trainer.models.factory import architecture, create_model, num_outputs, pretrained_outputs, with_size
 from trainer.models.files.model_folders import (
     CONFIG,
     SOURCES,
@@ -45,7 +37,7 @@ from trainer.models.files.model_folders import (
 )
 from trainer.models.files.weights import named_model, named_outputs, read_file, select_weights
 from trainer.models.normalize import Normalize
-from trainer.models.preprocessing import preprocessing, timm_config
+from trainer.models.preprocessing import preprocessing
 from trainer.state import checkpoint
 from trainer.state.checkpoint import checkpoints_folder
 from trainer.state.checkpoint_settings import check_settings, with_defaults
@@ -54,43 +46,29 @@ from trainer.state.checkpoint_settings import check_settings, with_defaults
 WEIGHTS = "model.safetensors"
 Kind = Literal["auto", "ema", "raw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-CropMode = Literal["center", "squash"]
-Interpolation = Literal["bicubic", "bilinear"]
 _LONGEST_NAME = 100  # The longest name of a timm model has about 60 characters.
-_SIZE_ADVICE = "Leave the size to the model, or use another model"
-
-
-class NamelessError(SettingError):
-    """A file of weights that does not say which model it is of."""
+# The settings of a checkpoint that are used; those of `data` are checked where a DataConfig is made of them.
+_USED = ("student.name", "student.kwargs")
+# The fields of a checkpoint that hold weights and moments.
+_NOT_OF_ORIGIN = ("student", "ema", "optimizer", "state_dict")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTransform:
+class EvalTransform(Section):
     """How an image becomes a model's input outside of training.
 
     Attributes:
       image_size: side of the square crop, pixels.
-      crop_pct, crop_mode, interpolation: parameters of the resize before it, as for EvalPlan.
+      crop_pct, crop_mode, interpolation: parameters of the resize before it, as for EvalPlan. Above a crop_pct of 1
+        timm pads the image with black, which is not done here.
     Raises:
       UserError: a value that the pipelines cannot carry out.
     """
 
-    image_size: int
-    crop_pct: float
-    crop_mode: CropMode
-    interpolation: Interpolation
-
-    def __post_init__(self):
-        if self.image_size < 1:
-            raise UserError(f"the image size is {self.image_size}; it must be at least 1")
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(
-                f"crop_pct is {self.crop_pct}; it lies in (0, 1]: above 1 the resized image is smaller than the crop, "
-                "and timm pads it with black, which is not done here. Give one in (0, 1], or use another model"
-            )
-        for name, choices in (("crop_mode", get_args(CropMode)), ("interpolation", get_args(Interpolation))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is '{getattr(self, name)}', not {' or '.join(choices)}. Name one of these")
+    image_size: int = setting(at_least=1)
+    crop_pct: float = setting(above=0, at_most=1)
+    crop_mode: Literal["center", "squash"] = setting()
+    interpolation: Literal["bicubic", "bilinear"] = setting()
 
     def plan(self, index: ShardIndex) -> EvalPlan:
         """The plan that transforms the images of a split."""
@@ -136,20 +114,16 @@ class TrainedModel:
         Args:
           names: the dataset's classes; doubt: as trainer.models.class_names.order_doubt.
         Raises:
-          SettingError: the model does not know a class, or nothing names its outputs and there are not as many, or it
-            is in doubt in which order they are.
+          UserError: the model does not know a class, or nothing names its outputs and there are not as many, or it is
+            in doubt in which order they are.
         """
         if self.classes is not None and self.has_names_for(names):
             return None if self.classes == names else class_order(names, self.classes, self.source)
         if self.num_outputs != len(names):
-
-            def advice(spelled: Spelling) -> str:
-                classes = spelled("classes")
-                naming = f", or name all its outputs with {classes} FILE" if classes else ""
-                return f"Use a model of these classes{naming}"
-
-            problem = f"{self.source}: has {self.num_outputs} outputs, the dataset has {len(names)} classes"
-            raise SettingError(problem, advice)
+            raise UserError(
+                f"{self.source}: has {self.num_outputs} outputs, the dataset has {len(names)} classes. Use a model of "
+                "these classes, or name all its outputs in a file (option classes)"
+            )
         check_order_stated(doubt, self.source)
         return None
 
@@ -162,6 +136,50 @@ class TrainedModel:
         """Its own normalisation of raw pixels."""
         expects = preprocessing(self.module)
         return Normalize(expects.mean, expects.std, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a model is made of.
+
+    Attributes:
+      name: of the model, as for `create_model`; weights: by name, None for timm's own.
+      outputs: how many it has; kwargs: further arguments of create_model.
+      source, classes, kind, origin: as TrainedModel has them, `kind` as its `weights`.
+      transform: fields of EvalTransform that are not those of the model's configuration.
+      built_for: the image size that the model is built for; 0 is the one that it sees.
+    """
+
+    name: str | ModelFolder
+    weights: dict[str, torch.Tensor] | None
+    outputs: int
+    source: str
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    classes: list[str] | None = None
+    kind: str = ""
+    origin: dict = dataclasses.field(default_factory=dict)
+    transform: dict[str, Any] = dataclasses.field(default_factory=dict)
+    built_for: int = 0
+
+
+def load_model(source: Path | str, name: str | None = None, **settings: Any) -> TrainedModel:
+    """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
+
+    Args:
+      name: timm's name of what is in a file that does not say it.
+      settings: as for `load`.
+    """
+    text = str(source)
+    if source_name(text).startswith(SOURCES):
+        return load(text, None, **settings)
+    path = expanded(text)
+    if os.path.exists(path):  # This is False also for text that is too long to be a path.
+        return load(name, path, **settings)
+    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1 or len(text) > _LONGEST_NAME:
+        raise UserError(
+            f"{clipped(text, 120)}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name"
+        )
+    return load(text, None, **settings)
 
 
 def load(
@@ -179,114 +197,50 @@ def load(
       name: timm's name; may be left out where the file says it.
       checkpoint: path of a file or folder; None downloads timm's pretrained weights.
       weights: ema, raw, or auto: the EMA if there is one, and of a run the best.
-      kwargs: for timm.create_model, instead of those that the file says.
+      kwargs: for timm.create_model, besides or instead of those that the file says.
       classes: text file that names the outputs, one on a line.
       transform: fields of EvalTransform that are not to be the model's own.
     Raises:
       UserError: something is missing, damaged, or does not fit.
     """
     if weights not in KINDS:
-        problem = f"is '{weights}', not one of {', '.join(KINDS)}"
-        raise SettingError(f"the kind of weights {problem}", lambda spelled: f"Change {spelled('weights')}")
-    found = _found(Wanted(name, checkpoint, weights, kwargs, transform))
+        raise UserError(f"the kind of weights is '{weights}'. Choose one of {', '.join(KINDS)}")
+    if checkpoint is not None and (checkpoint / CONFIG).is_file():
+        source = _of_folder(read_folder(checkpoint, str(checkpoint)), weights)
+    elif checkpoint is not None:
+        path = _file_of(checkpoint, weights)
+        source = _of_file(path, read_file(path), name, weights)
+    elif name is None:
+        raise UserError(
+            "no model is named. Give a checkpoint or run folder (option checkpoint), or a name (option name)"
+        )
+    elif folder := named_folder(name):
+        source = _of_folder(folder, weights)
+    else:
+        if weights != "auto":
+            raise UserError(f"timm has one kind of weights for '{name}', and '{weights}' was asked for. Leave that out")
+        source = _Source(name, None, pretrained_outputs(name), f"timm's {name}")
+    if checkpoint is not None and name is not None and _untagged(name) != _untagged(source.name):
+        raise UserError(
+            f"{source.source}: is of model '{architecture(source.name)}', not of '{name}'. Leave the name out"
+        )
+    found = _built(source, kwargs or {}, transform)
     if classes is not None:
-        found = _with_classes(found, classes)
-    found.module.eval().requires_grad_(False)
-    check_size(found.module, found.name, found.transform.image_size, _SIZE_ADVICE)
+        names = read_classes(classes)
+        if len(names) != found.num_outputs:
+            raise UserError(
+                f"{classes}: names {len(names)} classes, {found.source} has {found.num_outputs} outputs. Name every "
+                "output, one on a line, in their order"
+            )
+        found = dataclasses.replace(found, classes=names, classes_guessed=False)
+    size_advice = "Leave the size to the model, or use another model"
+    check_size(found.module, found.name, found.transform.image_size, size_advice)
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """The model to be loaded; arguments of `load`."""
-
-    name: str | None
-    checkpoint: Path | None
-    weights: Kind = "auto"
-    kwargs: Kwargs | None = None
-    transform: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _found(wanted: Wanted) -> TrainedModel:
-    """The model from whichever source it comes."""
-    path, name = wanted.checkpoint, wanted.name
-    if path is not None and (path / CONFIG).is_file():
-        return _exported(read_folder(path, str(path)), wanted)
-    if path is not None:
-        path = _file_of(path, wanted.weights)
-        return _of_checkpoint(path, read_file(path), wanted)
-    if name is None:
-        raise SettingError("no model is named", _advice_to_name_one)
-    if folder := named_folder(name):
-        return _exported(folder, dataclasses.replace(wanted, name=None))
-    if wanted.weights != "auto":
-        problem = f"timm has one kind of weights for '{name}', and '{wanted.weights}' was asked for"
-        raise SettingError(problem, lambda spelled: f"Leave {spelled('weights')} out")
-    return _pretrained(name, wanted)
-
-
-def _advice_to_name_one(spelled: Spelling) -> str:
-    return f"Give a checkpoint or run folder with {spelled('checkpoint')}, or {spelled('name')}"
-
-
-def _with_classes(trained: TrainedModel, file: Path) -> TrainedModel:
-    """The model with its outputs named by a text file."""
-    names = read_classes(file)
-    if len(names) != trained.num_outputs:
-        raise UserError(
-            f"{file}: names {len(names)} classes, {trained.source} has {trained.num_outputs} outputs. Name every "
-            "output, one on a line, in their order"
-        )
-    return dataclasses.replace(trained, classes=names, classes_guessed=False)
-
-
-def load_named(text: str, name: str | None = None, **settings: Any) -> TrainedModel:
-    """A model given by one word: the path of a file or folder, or timm's name for its pretrained weights.
-
-    Args:
-      name: timm's name of what is in a file that does not say it.
-      settings: as for `load`.
-    """
-    if source_name(text).startswith(SOURCES):
-        return load(text, None, **settings)
-    path = expanded(text)
-    if os.path.exists(path):  # This is False also for text that is too long to be a path.
-        return load(name, path, **settings)
-    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1 or len(text) > _LONGEST_NAME:
-        raise UserError(
-            f"{clipped(text, 120)}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name"
-        )
-    return load(text, None, **settings)
-
-
-def load_model(source: Path | str, **settings: Any) -> TrainedModel:
-    """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
-
-    Args:
-      settings: as for `load`.
-    """
-    return load_named(str(source), **settings)
-
-
-def _file_of(path: Path, weights: str) -> Path:
-    """The checkpoint that a run's folder stands for; a file stands for itself."""
-    if not path.is_dir():
-        return path
-    best = checkpoints_folder(path) / checkpoint.BEST
-    if weights == "auto" and best.is_file():
-        return best
-    steps = checkpoint.checkpoints(checkpoints_folder(path))
-    if not steps:
-        what = "a dataset, " if (path / MANIFEST).is_file() or (path.parent / MANIFEST).is_file() else ""
-        raise UserError(
-            f"{clipped(path, 120)}: {what}neither a run's folder with checkpoints nor an exported one with {CONFIG}. "
-            "Give what --run.out was, a checkpoint in it, or what tools/export.py wrote"
-        )
-    return steps[-1]
-
-
-# The settings of a checkpoint that are used; those of `data` are checked where a DataConfig is made of them.
-_USED = ("student.name", "student.kwargs")
+def _untagged(name: str | ModelFolder) -> str:
+    """Timm's name without the tag of its pretrained weights, since a file has other weights."""
+    return architecture(name).partition(".")[0]
 
 
 def check_fits(path: Path, content: dict) -> None:
@@ -296,137 +250,102 @@ def check_fits(path: Path, content: dict) -> None:
     """
     check_settings(path, content["config"], _USED)
     if not source_name(content["config"]["student"]["name"]).startswith(SOURCES):
-        _of_checkpoint(path, content, Wanted(None, path))
+        _built(_of_file(path, content), {}, {})
 
 
-def _of_checkpoint(path: Path, content: Any, wanted: Wanted) -> TrainedModel:
+def _file_of(path: Path, weights: str) -> Path:
+    """The checkpoint that a run's folder stands for; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    best = checkpoints_folder(path) / checkpoint.BEST
+    if weights == "auto" and best.is_file():
+        return best
+    if steps := checkpoint.checkpoints(checkpoints_folder(path)):
+        return steps[-1]
+    raise UserError(
+        f"{clipped(path, 120)}: neither a run's folder with checkpoints nor an exported one with {CONFIG}. Give what "
+        "--run.out was, a checkpoint in it, or what tools/export.py wrote"
+    )
+
+
+def _of_file(path: Path, content: Any, name: str | None = None, weights: Kind = "auto") -> _Source:
     """The model of a file of weights, whose content was read."""
     origin: dict[str, Any] = {}
     if is_of_trainer(content):
         check_settings(path, content["config"], _USED)
         origin = content = {**content, "config": with_defaults(content["config"])}
-    tensors, kind = select_weights(path, content, wanted.weights)
-    settings = origin.get("config", {}).get("student", {})
-    named = settings.get("name") or wanted.name or named_model(content)
+    tensors, kind = select_weights(path, content, weights)
+    student = origin.get("config", {}).get("student", {})
+    named = student.get("name") or name or named_model(content)
     if named is None:
-        raise NamelessError(f"{path}: does not say which model it is of", _advice_to_name_it)
-    folder = named_folder(named)
-    named = folder or named
-    _check_same_model(wanted.name, named, path)
-    name = architecture(named)
-    kwargs = kwargs_of_file(path, settings.get("kwargs", {})) if wanted.kwargs is None else wanted.kwargs
-    kwargs = {**(folder.kwargs if folder else {}), **kwargs}
-    classes = named_outputs(content)
-    outputs = _outputs(path, num_outputs(name, tensors), classes) or _own_config(named)["num_classes"]
-    of_run = _transform_of_run(path, origin["config"]["data"]) if origin else {}
-    transform = EvalTransform(**{**_own_transform(_own_config(named)), **of_run, **wanted.transform})
-    size = _built_for(origin, kwargs) or transform.image_size
-    kwargs = with_size(name, size, kwargs)
-    module = create_model(named, outputs, size, kwargs, tensors, path)
-    origin = {key: value for key, value in origin.items() if key not in _NOT_OF_ORIGIN}
-    found = TrainedModel(module, name, kwargs, transform, classes, str(path), kind, origin)
-    return found if origin or classes else _with_guessed_classes(found)
-
-
-# The fields of a checkpoint that hold weights and moments.
-_NOT_OF_ORIGIN = ("student", "ema", "optimizer", "state_dict")
-
-
-def _advice_to_name_it(spelled: Spelling) -> str:
-    return f"Name it with {spelled('name')}"
-
-
-def _outputs(path: Path, found: int | None, classes: list[str] | None) -> int | None:
-    """How many outputs weights have, by themselves and by the names that their file gives; None where neither says."""
+        raise UserError(f"{path}: does not say which model it is of. Name it (option name)")
+    named = named_folder(named) or named
+    classes, found = named_outputs(content), num_outputs(named, tensors)
     if found and classes is not None and found != len(classes):
         raise UserError(
             f"{path}: names {len(classes)} classes, and its weights have {found} outputs. Save it with a name for each "
             "output, or without 'classes'"
         )
-    return found or (len(classes) if classes else None)
-
-
-def _check_same_model(given: str | None, own: str | ModelFolder, path: Path | str) -> None:
-    """Raise a SettingError if a model is named otherwise than its file names it."""
-    if given is not None and _architecture(given) != _architecture(own):
-        problem = f"{path}: is of model '{architecture(own)}', not of '{given}'"
-        raise SettingError(problem, lambda spelled: f"Leave {spelled('name')} out")
-
-
-def _architecture(name: str | ModelFolder) -> str:
-    """Timm's name without the tag of its pretrained weights, since a file has other weights."""
-    return architecture(name).partition(".")[0]
-
-
-def _transform_of_run(path: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the transform with which a run evaluates its student; the filter is the model's own."""
+    outputs = found or len(classes or ()) or _own_config(named)["num_classes"]
+    kwargs = kwargs_of_file(path, student.get("kwargs", {}))
+    if not origin:
+        return _Source(named, tensors, outputs, str(path), kwargs, classes, kind)
     try:
-        settings = DataConfig(**{name: data[name] for name in ("image_size", "eval_image_size", "eval_crop_pct")})
+        data = origin["config"]["data"]
+        data = DataConfig(**{key: data[key] for key in ("image_size", "eval_image_size", "eval_crop_pct")})
     except UserError as error:
         raise UserError(f"{path}: its settings cannot be used: {error}. Give a file of another run") from error
-    return {"image_size": settings.eval_size, "crop_pct": settings.eval_crop_pct, "crop_mode": "center"}
+    transform = {"image_size": data.eval_size, "crop_pct": data.eval_crop_pct, "crop_mode": "center"}
+    built_for = data.train_sizes[-1] if kwargs.get("dynamic_img_size") else 0
+    origin = {key: value for key, value in origin.items() if key not in _NOT_OF_ORIGIN}
+    return _Source(named, tensors, outputs, str(path), kwargs, classes, kind, origin, transform, built_for)
 
 
-def _built_for(origin: dict[str, Any], kwargs: Kwargs) -> int | None:
-    """The size that a model of any size was built for; others are built for the size they see."""
-    if not origin or not kwargs.get("dynamic_img_size"):
-        return None
-    return DataConfig(image_size=origin["config"]["data"]["image_size"]).train_sizes[-1]
-
-
-def _exported(folder: ModelFolder, wanted: Wanted) -> TrainedModel:
-    """A folder or repository as timm writes it for Hugging Face's hub."""
-    if folder.kind and wanted.weights not in ("auto", folder.kind):
-        problem = f"{folder.name}: holds no {wanted.weights} weights, only {folder.kind} ones"
-        raise SettingError(problem, lambda spelled: f"Leave {spelled('weights')} out")
-    _check_same_model(wanted.name, folder, folder.name)
-    name = architecture(folder)
-    transform = EvalTransform(**{**_own_transform(folder.config), **wanted.transform})
-    kwargs = with_size(name, transform.image_size, folder.kwargs if wanted.kwargs is None else wanted.kwargs)
+def _of_folder(folder: ModelFolder, weights: Kind) -> _Source:
+    """The model of a folder or repository as timm writes it for Hugging Face's hub."""
+    if folder.kind and weights not in ("auto", folder.kind):
+        raise UserError(f"{folder.name}: holds {folder.kind} weights, and '{weights}' was asked for. Leave that out")
     file = folder.weights_file()
     tensors, _ = select_weights(file, read_file(file))
-    module = create_model(name, folder.num_classes, transform.image_size, kwargs, tensors, file)
-    timm_config(module).update(folder.config)
-    found = TrainedModel(module, name, kwargs, transform, folder.classes, folder.name, folder.kind)
-    return found if folder.classes else _with_guessed_classes(found)
+    return _Source(folder, tensors, folder.num_classes, folder.name, {}, folder.classes, folder.kind)
 
 
-def _pretrained(name: str, wanted: Wanted) -> TrainedModel:
-    """A model with the weights that timm has for it."""
-    outputs = pretrained_outputs(name)
-    transform = EvalTransform(**{**_own_transform(_own_config(name)), **wanted.transform})
-    kwargs = with_size(architecture(name), transform.image_size, wanted.kwargs or {})
-    module = download(name, outputs, transform.image_size, kwargs)
-    return _with_guessed_classes(TrainedModel(module, architecture(name), kwargs, transform, None, f"timm's {name}"))
+def _built(source: _Source, kwargs: Kwargs, transform: dict[str, Any]) -> TrainedModel:
+    """The model, in evaluation mode.
 
-
-def _with_guessed_classes(trained: TrainedModel) -> TrainedModel:
-    """Named as ImageNet's synsets, if it has as many outputs as a known subset of ImageNet.
+    Outputs without names are named as ImageNet's synsets, if there are as many as in a known subset of ImageNet.
 
     Source: timm.data.infer_imagenet_subset.
     """
-    subset = infer_imagenet_subset(trained.module)
-    names = None if subset is None else list(ImageNetInfo(subset).label_names())
-    return dataclasses.replace(trained, classes=names, classes_guessed=names is not None)
+    name, folder = architecture(source.name), named_folder(source.name)
+    own = EvalTransform(**{**_own_transform(_own_config(source.name)), **source.transform, **transform})
+    size = source.built_for or own.image_size
+    kwargs = with_size(name, size, {**(folder.kwargs if folder else {}), **source.kwargs, **kwargs})
+    pretrained = source.weights is None
+    module = create_model(
+        source.name, source.outputs, size, kwargs, source.weights, source.source, pretrained=pretrained
+    )
+    module.eval().requires_grad_(False)
+    classes, is_guessed = source.classes, False
+    if not classes and not source.origin and (subset := infer_imagenet_subset(module)):
+        classes, is_guessed = list(ImageNetInfo(subset).label_names()), True
+    return TrainedModel(module, name, kwargs, own, classes, source.source, source.kind, source.origin, is_guessed)
 
 
 def _own_config(name: str | ModelFolder) -> dict[str, Any]:
-    """Timm's configuration of a model; the configuration of a folder that names it comes first."""
-    config, folder = timm.get_pretrained_cfg(architecture(name)), named_folder(name)
-    config = config.to_dict() if config is not None else {"num_classes": 1000}
-    return config | (folder.config if folder else {})
+    """The configuration of a model: that of the folder that it is named by, or timm's."""
+    if folder := named_folder(name):
+        return folder.config
+    config = timm.get_pretrained_cfg(architecture(name))
+    return config.to_dict() if config is not None else {"num_classes": 1000}
 
 
 def _own_transform(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of the transform in timm's own validation."""
     resolved = resolve_data_config(pretrained_cfg=config, use_test_size=True)
-    channels, height, width = resolved["input_size"]
+    _, height, width = resolved["input_size"]
     if height != width:
         raise UserError(f"the model takes images of {height} x {width} px, and only square ones are made here")
-    if channels != 3:
-        raise UserError(
-            f"the model takes images of {channels} channels, and images have 3 here. Use a model of RGB images"
-        )
     return {"image_size": height, **{key: resolved[key] for key in ("crop_pct", "crop_mode", "interpolation")}}
 
 

@@ -1,15 +1,14 @@
-"""The fields of this trainer's own files, and what each must be: one table, whoever reads one.
+"""The fields of this trainer's own files, and what each must be.
 
 A digest says that a file is what was written. Files of earlier versions have none, and whoever can write a file can
 write its digest, so nothing here relies on it.
 """
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -17,12 +16,11 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import misfit
 from trainer.config.natures import section_types
-from trainer.config.recipe import are_audit_rows
 from trainer.models.batch_norm import running_statistics
+from trainer.models.files.schema import described, wrong_part
 from trainer.models.files.torch_files import memory_for
 
 FORMAT_VERSION = 1
-_MOST_STEPS = 10**12
 # AdamW keeps these two tensors for each parameter, and the count "step". An optimizer with others changes this line.
 OPTIMIZER_TENSORS = ("exp_avg", "exp_avg_sq")
 
@@ -35,34 +33,6 @@ class FieldError(ValueError):
     """A field that is missing, or is not what this trainer writes: the message names it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """What a field must be.
-
-    Attributes:
-      fits: whether a value is that; words: the same for people.
-      is_required: without it a file cannot be used at all.
-      resumes: a run cannot be resumed without it.
-    """
-
-    fits: Callable[[object], bool]
-    words: str
-    is_required: bool = False
-    resumes: bool = False
-
-
-def is_count(value: object) -> bool:
-    """True for a whole number from 0 up to more steps than any run has."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
-
-
-def is_number(value: object) -> bool:
-    """True for a finite number; whole ones of up to 64 bits."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and value.bit_length() <= 64
-    return isinstance(value, float) and math.isfinite(value)
-
-
 def is_plain(value: object) -> bool:
     """True for values as YAML has them, and lists and dictionaries of them."""
     if isinstance(value, (list, tuple)):
@@ -72,138 +42,109 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def are_weights(value: object) -> bool:
-    """True for tensors by name, at least one."""
-    if not isinstance(value, dict) or not value:
+def _is_consistent(optimizer: dict) -> bool:
+    """Whether each moment is of a parameter, which occurs once, and is what AdamW keeps."""
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    if len({*numbers}) < len(numbers) or not {*optimizer["state"]} <= {*numbers}:
         return False
-    return all(isinstance(key, str) and torch.is_tensor(each) for key, each in value.items())
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def _are_versions(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
-
-
-def _are_rows(value: object) -> bool:
-    return isinstance(value, list) and are_audit_rows(value)
-
-
-def _is_best(value: object) -> bool:
-    fits = {"step": is_count, "weights": _is_kind, "top1": _is_percentage}
-    return isinstance(value, dict) and (not value or all(each(value.get(name)) for name, each in fits.items()))
-
-
-def _is_kind(value: object) -> bool:
-    return isinstance(value, str) and value in ("ema", "raw")
-
-
-def _is_percentage(value: object) -> bool:
-    return isinstance(value, (int, float)) and is_number(value) and 0 <= value <= 100
-
-
-def _are_metrics(value: object) -> bool:
-    """True for the metrics of an evaluation; the loss may be infinite or NaN, which is written unchanged."""
-    if not isinstance(value, dict) or not is_count(value.get("images")):
-        return False
-    return all(isinstance(each, float) or is_number(each) for each in value.values())
-
-
-def _are_settings(value: object) -> bool:
-    """Whether a value is sections of settings; what types they had is the business of the version that wrote them."""
-    if not isinstance(value, dict) or not is_plain(value):
-        return False
-    return all(isinstance(value.get(section, {}), dict) for section in section_types())
-
-
-def _is_average(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    rows = value.get("of")
-    return (
-        is_plain(value)
-        and isinstance(value.get("how"), str)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and is_count(row.get("step")) for row in rows)
-        and _are_names(value.get("differ", []))
+    return all(
+        {*state} == {"step", *OPTIMIZER_TENSORS}
+        and state["step"].numel() == 1
+        and all(state[name].is_floating_point() for name in OPTIMIZER_TENSORS)
+        for state in optimizer["state"].values()
     )
 
 
-def _is_optimizer(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
-        return False
-    groups, states = value.get("param_groups"), value["state"]
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        return False
-    lists = [group.get("params") for group in groups]
-    if not all(isinstance(each, list) and all(map(is_count, each)) for each in lists):
-        return False
-    numbers = [number for each in lists for number in each]
-    return len({*numbers}) == len(numbers) and {*states} <= {*numbers} and all(map(_is_state, states.values()))
+_Count = Annotated[int, lambda value: 0 <= value <= 10**12]  # more steps than any run has
+_Positive = Annotated[float, lambda value: 0 < value < math.inf]
+_Percentage = Annotated[float, lambda value: 0 <= value <= 100]
+_Kind = Literal["ema", "raw"]
+_Weights = Annotated[dict[str, torch.Tensor], bool]  # at least one
+_Empty = Annotated[dict, lambda value: not value]
 
 
-def _is_state(value: object) -> bool:
-    """Whether a value is what AdamW knows of a parameter."""
-    if (
-        not isinstance(value, dict)
-        or {*value} != {"step", *OPTIMIZER_TENSORS}
-        or not all(map(torch.is_tensor, value.values()))
-    ):
-        return False
-    return value["step"].numel() == 1 and all(value[name].is_floating_point() for name in OPTIMIZER_TENSORS)
+class _AuditRow(TypedDict):
+    key: str
+    usi: Any
+    here: Any
+    meaning: str
 
 
-def _is_scaler(value: object) -> bool:
-    numbers = ("scale", "growth_factor", "backoff_factor", "growth_interval")
-    if not isinstance(value, dict) or not value:
-        return isinstance(value, dict)
-    fits = all(is_number(value.get(name)) and value[name] > 0 for name in numbers)
-    return fits and is_count(value.get("_growth_tracker"))
+class _Best(TypedDict):
+    step: _Count
+    weights: _Kind
+    top1: _Percentage
 
 
-def _are_statistics(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, list) and all(map(torch.is_tensor, each)) for each in value)
+class _Group(TypedDict):
+    params: list[_Count]
 
 
-_COUNT = "a whole number, 0 or more"
-_WEIGHTS = "tensors by name"
-# TrainState documents what each field is for. `step` and `config` also distinguish these files from others.
-FIELDS = {
-    "step": Field(is_count, _COUNT, is_required=True, resumes=True),
-    "config": Field(_are_settings, "sections of plain settings", is_required=True, resumes=True),
-    "plan": Field(lambda value: isinstance(value, dict) and is_plain(value), "what the data depends on", resumes=True),
-    "audit": Field(lambda value: value is None or _are_rows(value), "settings that differ from the recipe"),
-    "classes": Field(lambda value: value is None or _are_names(value), "a list of names, or null"),
-    "software": Field(lambda value: value is None or _are_versions(value), "versions by name"),
-    "evaluated": Field(is_count, _COUNT),
-    "best": Field(_is_best, "the best evaluation: step, weights, top1"),
-    "student": Field(are_weights, _WEIGHTS, resumes=True),
-    "ema": Field(lambda value: value is None or are_weights(value), f"{_WEIGHTS}, or null", resumes=True),
-    "optimizer": Field(_is_optimizer, "AdamW's state", resumes=True),
-    "scaler": Field(_is_scaler, "the state of a GradScaler", resumes=True),
-    "micro_batch": Field(is_count, _COUNT),
-    "rank_statistics": Field(_are_statistics, "lists of tensors"),
-    "weights": Field(_is_kind, "ema or raw"),
-    "top1": Field(_is_percentage, "a percentage"),
-    "metrics": Field(_are_metrics, "the numbers of an evaluation"),
-    "state_dict": Field(are_weights, _WEIGHTS),
-    "average": Field(_is_average, "how weights were averaged"),
-}
+class _Optimizer(TypedDict):
+    state: dict[int, dict[str, torch.Tensor]]
+    param_groups: list[_Group]
+
+
+class _Scaler(TypedDict):
+    scale: _Positive
+    growth_factor: _Positive
+    backoff_factor: _Positive
+    growth_interval: _Positive
+    _growth_tracker: _Count
+
+
+class _Metrics(TypedDict):
+    images: _Count
+
+
+class _AverageRow(TypedDict):
+    step: _Count
+
+
+class _AverageOptions(TypedDict, total=False):
+    differ: list[str]
+
+
+class _Average(_AverageOptions):
+    how: str
+    of: list[_AverageRow]
+
+
+class _Always(TypedDict):
+    step: _Count
+    config: Annotated[dict[str, dict], is_plain]
+
+
+class Content(_Always, total=False):
+    """The fields of this trainer's files; TrainState documents what each is for. Other fields are left alone."""
+
+    plan: Annotated[dict[str, Any], is_plain]
+    audit: list[_AuditRow] | None
+    classes: list[str] | None
+    software: dict[str, str] | None
+    evaluated: _Count
+    best: _Best | _Empty
+    student: _Weights
+    ema: _Weights | None
+    optimizer: Annotated[_Optimizer, _is_consistent]
+    scaler: _Scaler | _Empty
+    micro_batch: _Count
+    rank_statistics: list[list[torch.Tensor]]
+    weights: _Kind
+    top1: _Percentage
+    metrics: Annotated[dict[str, float], lambda value: not wrong_part(value, _Metrics)]
+    state_dict: _Weights
+    average: Annotated[_Average, is_plain]
+
+
+# A run cannot be resumed without these.
+RESUMED = ("plan", "student", "ema", "optimizer", "scaler")
 
 
 def check_fields(content: dict) -> None:
-    """Raise a FieldError that names the first field of a file that is missing or is not what it must be.
-
-    Fields that the table does not have are left alone.
-    """
-    for name, field in FIELDS.items():
-        if name not in content:
-            if field.is_required:
-                raise FieldError(f"it has no '{name}'")
-        elif not field.fits(content[name]):
-            raise FieldError(f"'{name}' is {_described(content[name])}, not {field.words}")
+    """Raise a FieldError that names the first field of a file that is missing or is not what it must be."""
+    if wrong := wrong_part(content, Content):
+        raise FieldError(wrong)
 
 
 def check_resumable(content: dict, step: int) -> None:
@@ -212,18 +153,17 @@ def check_resumable(content: dict, step: int) -> None:
     Args:
       step: that the file's name says.
     """
-    missing = [name for name, field in FIELDS.items() if field.resumes and name not in content]
-    if missing:
-        raise FieldError(f"it has no '{missing[0]}'")
+    if missing := [name for name in RESUMED if name not in content]:
+        raise FieldError(f"'{missing[0]}' is missing")
     if content["step"] != step:
         raise FieldError(f"'step' is {content['step']:,}, and its name says {step:,}")
     if content.get("evaluated", 0) > step:
         raise FieldError(f"'evaluated' is {content['evaluated']:,}, and 'step' is {step:,}")
     if content["ema"] is None and content["config"].get("ema", {}).get("decay"):
         raise FieldError("'ema' is null, and its settings say that an EMA is kept")
-    states = content["optimizer"]["state"]
-    if late := [number for number, state in states.items() if not 0 <= state["step"].item() <= step]:
-        raise FieldError(f"'optimizer' has done {states[late[0]]['step'].item():,} steps")
+    for state in content["optimizer"]["state"].values():
+        if not 0 <= state["step"].item() <= step:
+            raise FieldError(f"'optimizer' has done {state['step'].item():,} steps")
     if name := first_not_finite(content):
         raise FieldError(f"{name} is not finite")
 
@@ -245,21 +185,6 @@ def lacks_moments(content: dict) -> bool:
     return bool(optimizer["state"]) and len(optimizer["state"]) < sum(
         len(group["params"]) for group in optimizer["param_groups"]
     )
-
-
-def check_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise a FieldError if weights are not those of a model, by name, shape and kind of number."""
-    own = model.state_dict()
-    if other := sorted(own.keys() ^ weights.keys()):
-        raise FieldError(f"'{clipped(other[0])}' is {'missing' if other[0] in own else 'unknown'}")
-    for name, value in own.items():
-        found = weights[name]
-        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
-            raise FieldError(f"'{name}' is {_kind(found)}, here it is {_kind(value)}")
-
-
-def _kind(value: torch.Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
@@ -297,17 +222,8 @@ def wrong_setting(config: dict, names: Iterable[str]) -> str:
     for section, name in (each.split(".") for each in names):
         values = {key: value for key, value in config.get(section, {}).items() if key == name}
         if misfit(values, kinds[section]):
-            return f"{section}.{name} = {_described(values[name])}"
+            return f"{section}.{name} = {described(values[name])}"
     return ""
-
-
-def _described(value: object) -> str:
-    """A value in a few words."""
-    if torch.is_tensor(value):
-        return f"a tensor {list(value.shape)}"
-    if isinstance(value, (dict, list, tuple)) and len(value) > 3:
-        return f"a {type(value).__name__} of {len(value):,}"
-    return clipped(value) if isinstance(value, (int, float, str)) else f"{type(value).__name__} {clipped(value, 40)}"
 
 
 def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
@@ -356,7 +272,7 @@ def is_of_trainer(content: object) -> bool:
 
 
 def checked(path: Path, content: dict) -> dict:
-    """What was read from a checkpoint of this trainer, without its digest; each field has the type of FIELDS.
+    """What was read from a checkpoint of this trainer, without its digest; each field has the type of Content.
 
     Raises:
       UserError: it is of another format, or does not fit into memory.

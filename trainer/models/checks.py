@@ -11,7 +11,6 @@ from torch import nn
 from pipelines.common.errors import UserError, reason_of
 from trainer.cluster.world import World
 from trainer.config.sections import Config
-from trainer.models.files.model_folders import layer_names
 
 _STUDENT_SIZE = (
     "Change data.image_size or data.eval_image_size, or use another model; some of timm's take any size with "
@@ -42,22 +41,11 @@ def check_size(model: nn.Module, name: str, image_size: int, advice: str = _STUD
     try:
         model.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # every model checks its input in its own way
-        if channels := _channels(model):
-            advice = f"It takes {channels} channel(s), images have 3 (gray ones, too): leave in_chans out of its kwargs"
         raise UserError(
             f"model '{name}' cannot take images of {image_size} px ({reason_of(error, 90)}). {advice}"
         ) from error
     finally:
         model.train(training)
-
-
-def _channels(model: nn.Module) -> int:
-    """The channels that the first layer of a model takes; 0 if these are the 3 of an image, or nothing says it."""
-    modules = dict(model.named_modules())
-    names = layer_names(getattr(model, "pretrained_cfg", {}).get("first_conv"))
-    layers = [modules.get(name) for name in names]
-    found = [layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)]
-    return found[0] if found and found[0] != 3 else 0
 
 
 @torch.no_grad()
@@ -83,13 +71,11 @@ def check_outputs(student: nn.Module, name: str, num_classes: int, image_size: i
 
 
 @torch.no_grad()
-def check_logits(model: nn.Module, name: str, num_classes: int, image_size: int, advice: str) -> None:
+def check_logits(model: nn.Module, name: str, image_size: int, advice: str) -> None:
     """Raise a UserError if a model in evaluation mode does not give one logit for each class."""
-    found = _shape_in_words(model(torch.zeros(1, 3, image_size, image_size)))
-    if found != f"{[1, num_classes]}":
-        raise UserError(
-            f"model '{name}' gives {found} for an image, not [1, {num_classes}]: it is no classifier. {advice}"
-        )
+    found, expected = _shape_in_words(model(torch.zeros(1, 3, image_size, image_size))), f"{[1, model.num_classes]}"
+    if found != expected:
+        raise UserError(f"model '{name}' gives {found} for an image, not {expected}: it is no classifier. {advice}")
 
 
 def _shape_in_words(outputs: Any) -> str:

@@ -1,8 +1,8 @@
 """Models from timm, with weights from files, folders, Hugging Face's hub or timm itself."""
 
 import contextlib
+import dataclasses
 import difflib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,14 @@ from torch import nn
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.model_arguments import Kwargs
-from trainer.config.setting_names import SettingError, Spelling
 from trainer.models.checkpoint_format import not_finite
+from trainer.models.class_names import read_classes
 from trainer.models.files.model_folders import ModelFolder, layer_names, named_folder
-from trainer.models.files.weights import Checkpoint, read_checkpoint, read_weights
+from trainer.models.files.weights import named_outputs, read_file, select_weights
 from trainer.models.preprocessing import timm_config
 
 # Names that differ between the authors' code and timm.
 _ALIASES = {"tresnet_l_v2": "tresnet_v2_l"}
-_MANY_CLASSES = 100_000  # A classifier of more classes is made only for weights that have as many rows.
 
 
 def create_model(
@@ -42,24 +41,36 @@ def create_model(
       weights, source: what was read, of `num_classes` classes, and from where.
       pretrained: download timm's weights.
     Raises:
-      UserError: an unknown model or argument, or weights that do not fit.
+      UserError: an unknown model or argument, weights that do not fit, or that cannot be downloaded.
     """
     folder = named_folder(name)
     name = architecture(folder or name)
     kwargs = with_size(name, image_size, {**(folder.kwargs if folder else {}), **kwargs})
     overlay = None
     if weights is not None:
-        check_num_outputs(name, weights, num_classes, source)
+        # Some weight of a classifier has a row for each class. No larger one is made, which might take all memory.
+        if num_classes > max((length for value in weights.values() for length in value.shape), default=0):
+            raise UserError(f"{source}: none of its weights has {num_classes:,} outputs. Give those that belong to it")
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     try:
         with all_weights_required() if weights is not None else contextlib.nullcontext():
             has_weights = pretrained or weights is not None
             model = timm.create_model(name, pretrained=has_weights, pretrained_cfg_overlay=overlay, **arguments)
-    except Exception as error:  # Every model checks its arguments in its own way.
-        if weights is None and pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
-            raise  # The download failed.
-        raise UserError(_why_not_made(name, image_size, weights, source, error)) from error
+    except Exception as error:  # Every model checks its arguments in its own way, and a download fails in many ways.
+        reason = f"({type(error).__name__}: {reason_of(error, 160)})"
+        if is_out_of_memory(error):
+            problem = f"model '{name}': memory is too short for it {reason}. Free some memory, or use a smaller model"
+        elif weights is not None and isinstance(error, RuntimeError):
+            problem = f"{source}: does not fit model '{name}' {reason}. Give the model it was saved from"
+        elif pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
+            problem = f"model '{name}': its weights cannot be downloaded {reason}. Give a file with its weights"
+        else:
+            problem = (
+                f"model '{name}' cannot be built for images of {image_size} px with these arguments {reason}. Change "
+                "the image size or its kwargs"
+            )
+        raise UserError(problem) from error
     if weights is not None:
         check_values(model, weights, source)
     config = timm_config(model)
@@ -94,19 +105,6 @@ def all_weights_required() -> Iterator[None]:
         nn.Module.load_state_dict = load
 
 
-def check_num_outputs(name: str, weights: dict[str, torch.Tensor], num_classes: int, source: Path | str) -> None:
-    """Raise a UserError, before a classifier of that size is made, if no weights of a model can be its classifier's."""
-    found = num_outputs(name, weights)
-    if found is None and num_classes > _MANY_CLASSES:
-        found = max((length for value in weights.values() for length in value.shape), default=0)
-        found = None if found >= num_classes else found
-    if found not in (None, num_classes):
-        raise UserError(
-            f"{source}: its weights have {found:,} outputs, not the {num_classes:,} that are said to be there. Give "
-            "the weights that belong to it"
-        )
-
-
 def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
     """Raise a UserError if what a model has taken from weights is not finite, or was whole numbers."""
     own = model.state_dict()
@@ -123,47 +121,51 @@ def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Pat
         )
 
 
-def _why_not_made(
-    name: str, image_size: int, weights: dict[str, torch.Tensor] | None, source: Path | str, error: Exception
-) -> str:
-    if is_out_of_memory(error):
-        return (
-            f"model '{name}': memory is too short for it ({reason_of(error)}). Free some memory, or use a smaller model"
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The weights that a model starts from.
+
+    Attributes:
+      name: as for `create_model`.
+      weights: tensors by name; None for timm's own, which are downloaded when the model is built.
+      source: where they come from, for messages.
+      outputs: how many classes they distinguish; None where timm does not say which layer the classifier is.
+      classes: the names of their outputs in order, None where nothing names them; `namer` is the file that does.
+    """
+
+    name: str | ModelFolder
+    weights: dict[str, torch.Tensor] | None
+    source: str
+    outputs: int | None
+    classes: list[str] | None
+    namer: Path | str
+
+    def build(self, num_classes: int, image_size: int, kwargs: Kwargs) -> nn.Module:
+        """The model with these weights; timm itself replaces a classifier of another size that it has downloaded."""
+        pretrained = self.weights is None
+        return create_model(
+            self.name, num_classes, image_size, kwargs, self.weights, self.source, pretrained=pretrained
         )
-    if weights is not None and isinstance(error, RuntimeError):
-        return f"{source}: {_why_not_fitting(name, weights, error)}"
-    return _why_not_built(name, image_size, error)
 
 
-def _why_not_built(name: str, image_size: int, error: Exception) -> str:
-    if isinstance(error, TypeError):
-        return f"model '{name}' does not take these arguments ({reason_of(error)}). Change its kwargs"
-    return (
-        f"model '{name}' cannot be built for images of {image_size} px with these arguments "
-        f"({type(error).__name__}: {reason_of(error)}). Change data.image_size or its kwargs"
-    )
+def starting_weights(name: str, checkpoint: Path | None, classes: Path | None) -> Start:
+    """The weights of a checkpoint, of the folder or repository that a model is named by, or timm's own.
 
-
-def _why_not_fitting(name: str, weights: dict[str, torch.Tensor], error: RuntimeError) -> str:
-    config = timm.get_pretrained_cfg(name)
-    name_of_first = f"{next(iter(layer_names(config and config.first_conv)), '')}.weight"
-    first = weights.get(name_of_first)
-    if first is not None and first.ndim == 4 and first.shape[1] == 1:
-        return (
-            "was trained on images of one channel, and images have 3 here (gray ones, too). Give weights that were "
-            f"trained on RGB images, or replace '{name_of_first}', w, by w.repeat(1, 3, 1, 1) / 3"
-        )
-    if prefix := _common_prefix(list(weights)):
-        return (
-            f"does not fit model '{name}': all its names begin with '{prefix}', as of a larger model that holds it. "
-            f"Save {{k.partition('{prefix}')[2]: v for k, v in weights.items()}}"
-        )
-    return f"does not fit model '{name}' ({reason_of(error, 160)}). Give the model it was saved from"
-
-
-def _common_prefix(names: list[str]) -> str:
-    """Return what all names begin with, up to a dot; "" where there is nothing."""
-    return os.path.commonprefix(names).rpartition(".")[0] + "." if "." in os.path.commonprefix(names) else ""
+    Args:
+      classes: names the outputs, instead of the checkpoint or folder.
+    """
+    folder = named_folder(name)
+    path = checkpoint or (folder.weights_file() if folder else None)
+    if path is None:
+        weights, source, own, outputs = None, f"timm's weights of '{name}'", None, pretrained_outputs(name)
+    else:
+        content = read_file(path)
+        weights, _ = select_weights(path, content)
+        source, own, outputs = str(path), named_outputs(content), num_outputs(folder or name, weights)
+    if folder and checkpoint is None:
+        source, own = folder.name, folder.classes
+    listed, namer = (read_classes(classes), classes) if classes else (own, source)
+    return Start(folder or name, weights, source, outputs, listed, namer)
 
 
 def with_size(name: str | ModelFolder, image_size: int, kwargs: Kwargs) -> Kwargs:
@@ -172,15 +174,6 @@ def with_size(name: str | ModelFolder, image_size: int, kwargs: Kwargs) -> Kwarg
     if config is None or not config.fixed_input_size or config.input_size[-1] == image_size:
         return kwargs
     return {"img_size": image_size, **kwargs}
-
-
-def starting_weights(name: str | ModelFolder, checkpoint: Path | None) -> Checkpoint | None:
-    """The weights of a checkpoint, or of the folder or repository that a model is named by; None for timm's own."""
-    if checkpoint is not None:
-        return read_checkpoint(checkpoint)
-    if folder := named_folder(name):
-        return Checkpoint(read_weights(folder.weights_file()), folder.classes, folder.name)
-    return None
 
 
 def classifier_layers(model: nn.Module) -> tuple[str, ...]:
@@ -212,33 +205,8 @@ def num_outputs(name: str | ModelFolder, weights: dict[str, torch.Tensor]) -> in
 
 
 def pretrained_outputs(name: str) -> int:
-    """How many classes timm's pretrained weights of a model distinguish.
-
-    Raises:
-      SettingError: there are none.
-    """
+    """How many classes timm's pretrained weights of a model distinguish; a UserError if there are none."""
     source = timm.get_pretrained_cfg(known_name(name))
     if source is None or not source.has_weights:
-        raise SettingError(f"model '{name}': timm has no pretrained weights for it", _advice_to_give_weights)
+        raise UserError(f"model '{name}': timm has no pretrained weights for it. Give a file with its weights")
     return source.num_classes
-
-
-def download(name: str, num_classes: int, image_size: int, kwargs: Kwargs) -> nn.Module:
-    """A model with timm's pretrained weights.
-
-    Raises:
-      SettingError: they cannot be downloaded.
-    """
-    try:
-        return create_model(name, num_classes, image_size, kwargs, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # The download library has errors of many types.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        problem = f"model '{name}': its weights cannot be downloaded ({reason[0]})"
-        raise SettingError(problem, _advice_to_give_weights) from error
-
-
-def _advice_to_give_weights(spelled: Spelling) -> str:
-    checkpoint = spelled("checkpoint")
-    return f"Give its weights with {checkpoint} FILE" if checkpoint else "Give a file or folder with its weights"

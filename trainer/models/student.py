@@ -1,6 +1,5 @@
 """The student: a model of the dataset's classes, random or started from weights."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -8,19 +7,10 @@ from torch import nn
 
 from pipelines.common.errors import UserError, clipped
 from trainer.config.sections import StudentConfig
-from trainer.config.setting_names import SettingError, prefix_of, spelling_settings
 from trainer.models.checks import check_size
-from trainer.models.class_names import check_order_stated, class_order, listed_outputs
-from trainer.models.factory import (
-    classifier_layers,
-    create_model,
-    download,
-    num_outputs,
-    pretrained_outputs,
-    starting_weights,
-)
-from trainer.models.files.model_folders import ModelFolder, named_folder
-from trainer.models.files.weights import Checkpoint
+from trainer.models.class_names import check_order_stated, class_order
+from trainer.models.factory import classifier_layers, create_model, starting_weights
+from trainer.models.files.model_folders import ModelFolder
 
 
 def build_student(
@@ -38,11 +28,10 @@ def build_student(
       UserError: an unknown model, a checkpoint that does not fit, weights that cannot be downloaded, or a classifier
         that may be in another order.
     """
-    with spelling_settings(prefix_of(config.key)):
-        if config.pretrained or config.checkpoint:
-            model, note = _started_from_weights(config, num_classes, image_size, names, doubt)
-        else:
-            model, note = create_model(config.name, num_classes, image_size, config.kwargs), ""
+    if config.pretrained or config.checkpoint:
+        model, note = _started_from_weights(config, num_classes, image_size, names, doubt)
+    else:
+        model, note = create_model(config.name, num_classes, image_size, config.kwargs), ""
     model.start_note = note  # pyright: ignore[reportArgumentType]: a module takes attributes of any type
     return model.train()
 
@@ -51,84 +40,34 @@ def _started_from_weights(
     config: StudentConfig, num_classes: int, image_size: int, names: list[str] | None, doubt: str
 ) -> tuple[nn.Module, str]:
     """The model with the weights that it starts from, and the note of `build_student`, whose arguments these are."""
-    name = named_folder(config.name) or config.name
-    saved = starting_weights(name, config.checkpoint)
-    known = num_outputs(name, saved.weights) if saved else pretrained_outputs(config.name)
-    start = _match_classifier(config, saved, known, num_classes, names, doubt)
-    if saved is None:
-        outputs = num_classes  # timm itself replaces a classifier of another size that it has downloaded.
-        model = download(config.name, outputs, image_size, config.kwargs)
-    else:
-        outputs = start.outputs
-        model = create_model(name, outputs, image_size, config.kwargs, saved.weights, saved.source)
-    if start.is_fresh and outputs == start.outputs:
-        model = _with_new_classifier(name, config, model, num_classes, image_size)
-    if start.order is not None:
-        check_size(model, config.name, image_size)
-        permute_classifier(model, start.order, start.source, image_size)
-    if not start.is_fresh:
-        return model, start.note
-    return model, f"{start.note}: the classifier ({', '.join(classifier_layers(model))}) starts from scratch"
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierStart:
-    """The decision about the classifier of a student that starts from weights.
-
-    Attributes:
-      outputs: how many classes the weights have.
-      source: what names the outputs, for messages.
-      order: for each class of the dataset, which output it is; None where nothing is to be moved.
-      is_fresh: the weights are of other classes, so the classifier starts from scratch.
-      note: why it is not the classifier of the weights; "" where it is.
-    """
-
-    outputs: int
-    source: Path | str
-    order: list[int] | None = None
-    is_fresh: bool = False
-    note: str = ""
-
-
-def _match_classifier(
-    config: StudentConfig,
-    saved: Checkpoint | None,
-    known: int | None,
-    num_classes: int,
-    names: list[str] | None,
-    doubt: str,
-) -> ClassifierStart:
-    """Decide how the classifier of a student that starts from weights begins.
-
-    Args:
-      known: how many classes the weights distinguish; None where their classifier is not known.
-      num_classes, names, doubt: as for `build_student`.
-    Raises:
-      UserError: the names are not as many as the outputs, or nothing says in which order these are.
-    """
-    source = saved.source if saved else f"student '{config.name}': timm's weights"
-    listed, where = listed_outputs(config.classes, saved.classes if saved else None, source)
-    outputs = known or (num_classes if listed is None else len(listed))
+    start = starting_weights(config.name, config.checkpoint, config.classes)
+    listed = start.classes
+    outputs = start.outputs or (num_classes if listed is None else len(listed))
     if listed is not None and len(listed) != outputs:
-        in_file = "" if config.classes else ", with {} FILE"
-        raise SettingError(
-            f"{where}: names {len(listed)} classes, {source} has {outputs} outputs",
-            lambda spelled: "Name every output, one on a line, in their order" + in_file.format(spelled("classes")),
+        raise UserError(
+            f"{start.namer}: names {len(listed)} classes, {start.source} has {outputs} outputs. Name every output, one "
+            "on a line, in their order, in a file (option classes)"
         )
+    others = ""
     if outputs != num_classes:
-        note = f"they are of {outputs} classes, the dataset has {num_classes}"
-        return ClassifierStart(outputs, where, is_fresh=True, note=note)
-    if names is None or listed == names:
-        return ClassifierStart(outputs, where)
-    if listed is None:
-        check_order_stated(doubt, source)
-        return ClassifierStart(outputs, where)
-    if sorted(listed) == sorted(names):
-        note = f"their classes are in another order, so the classifier is put into the dataset's by name ({where})"
-        return ClassifierStart(outputs, where, class_order(names, listed, where), note=note)
-    other = next(name for name in names if names.count(name) > listed.count(name))
-    note = f"they are of other classes, '{clipped(other)}' of the dataset is not among them"
-    return ClassifierStart(outputs, where, is_fresh=True, note=note)
+        others = f"they are of {outputs} classes, the dataset has {num_classes}"
+    elif names is not None and listed is None:
+        check_order_stated(doubt, start.source)
+    elif names is not None and sorted(names) != sorted(listed or ()):
+        other = next(name for name in names if names.count(name) > (listed or []).count(name))
+        others = f"they are of other classes, '{clipped(other)}' of the dataset is not among them"
+    made = num_classes if start.weights is None else outputs
+    model = start.build(made, image_size, config.kwargs)
+    if others:
+        if made == outputs:
+            model = _with_new_classifier(start.name, config, model, num_classes, image_size)
+        return model, f"{others}: the classifier ({', '.join(classifier_layers(model))}) starts from scratch"
+    if names is None or listed is None or listed == names:
+        return model, ""
+    check_size(model, config.name, image_size)
+    permute_classifier(model, class_order(names, listed, start.namer), start.namer, image_size)
+    note = "their classes are in another order, so the classifier is put into the dataset's by name"
+    return model, f"{note} ({start.namer})"
 
 
 @torch.no_grad()

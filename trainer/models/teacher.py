@@ -1,30 +1,18 @@
 """What the student learns from: a frozen teacher or the mean of several, in the dataset's order of classes."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from pipelines.common.errors import UserError
 from trainer.config.sections import Config, OtherTeacher, TeacherConfig
-from trainer.config.setting_names import SettingError, Spelling, prefix_of, spelling_settings
 from trainer.models.checks import check_logits, check_size
-from trainer.models.class_names import check_order_stated, class_order, listed_outputs
-from trainer.models.factory import (
-    create_model,
-    download,
-    num_outputs,
-    pretrained_outputs,
-    starting_weights,
-)
-from trainer.models.files.model_folders import named_folder
-from trainer.models.files.weights import Checkpoint
+from trainer.models.class_names import check_order_stated, class_order
+from trainer.models.factory import starting_weights
 from trainer.models.fold_batch_norm import fold_batch_norms
 from trainer.models.normalize import Normalize
-from trainer.models.order_warning import order_warning
 from trainer.models.preprocessing import preprocessing
 
 
@@ -36,29 +24,17 @@ class Teacher(nn.Module):
       image_size: side of the image it sees, pixels; 0 takes every image unchanged.
       order: for each class of the dataset, which output of the model it is; None where they are the same.
       note: a sentence about it for the log; "" is none.
-      num_outputs: how many logits the model gives.
-      has_names: whether something names its outputs; without names they are taken to be in the dataset's order.
     """
 
     order: torch.Tensor | None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        image_size: int = 0,
-        order: list[int] | None = None,
-        note: str = "",
-        num_outputs: int = 0,
-        has_names: bool = True,
-    ):
+    def __init__(self, model: nn.Module, image_size: int = 0, order: list[int] | None = None, note: str = ""):
         super().__init__()
         expects = preprocessing(model)
         self.model = model
         self.normalize = Normalize(expects.mean, expects.std)
         self.image_size = image_size
         self.note = note
-        self.num_outputs = num_outputs
-        self.has_names = has_names
         self.register_buffer("order", None if order is None else torch.tensor(order), persistent=False)
 
     def inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -79,14 +55,12 @@ class Teachers(nn.Module):
     Args:
       members: at least one.
       temperature: the probabilities are averaged at this temperature.
-      unnamed: the settings that would name the outputs of those members whose outputs have no names.
     """
 
-    def __init__(self, members: list[Teacher], temperature: float, unnamed: Sequence[str] = ()):
+    def __init__(self, members: list[Teacher], temperature: float):
         super().__init__()
         self._members = nn.ModuleList(members)
         self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # Gives unchanged pixels, for members that see another size.
-        self.unnamed = list(unnamed)
         self._temperature = temperature
         self._precision = torch.float32
 
@@ -179,36 +153,28 @@ def agreement(
     return fractions, torch.stack([label, best]).int()
 
 
-def teacher_warning(
-    pairs: list[np.ndarray], num_classes: int, names: list[str] | None, unnamed: Sequence[str] = ()
-) -> str:
-    """The warning about teachers from which the student would learn nonsense without any error; "" for others.
+def num_images_needed(num_classes: int) -> int:
+    """The number of images from which a teacher is judged: ten of each class on average, and at least 200."""
+    return max(200, 10 * num_classes)
+
+
+def teacher_warning(pairs: list[np.ndarray], num_classes: int) -> str:
+    """The warning about teachers that know the labels hardly better than chance; "" for others.
+
+    The student would learn nonsense from them without any error. The limit is twice chance, but with few classes no
+    more than a quarter of the way from chance to all.
 
     Args:
       pairs: each rank's int32 [2, N], for N mixed images: the label with the larger weight, the teachers' best class.
-      names: as for trainer.models.order_warning.order_warning.
-      unnamed: as Teachers.unnamed: the order of these teachers' outputs may be another one.
     """
     labels, best = np.concatenate(pairs, axis=1)
-    option = " or ".join(unnamed) or "--teacher.classes"
-    order = order_warning(labels, best, num_classes, names, "the teacher", option)
-    return order or chance_warning(int((labels == best).sum()), len(labels), num_classes)
-
-
-def chance_warning(hits: int, images: int, num_classes: int) -> str:
-    """The warning about a teacher that knows the labels hardly better than chance; "" for others.
-
-    The limit is twice chance, but with few classes no more than a quarter of the way from chance to all.
-
-    Args:
-      hits: how many of `images` mixed images had the label with the larger weight as the teacher's best class.
-    """
-    chance = 1 / num_classes
-    if hits / images >= chance + min(chance, (1 - chance) / 4):
+    found, chance = (labels == best).mean(), 1 / num_classes
+    if found >= chance + min(chance, (1 - chance) / 4):
         return ""
     return (
-        f"the teacher finds the label of {hits / images:.2%} of the mixed images, chance is {chance:.2%}: it hardly "
-        "knows these classes. Check teacher.checkpoint, teacher.kwargs and teacher.image_size"
+        f"the teacher finds the label of {found:.2%} of the mixed images, chance is {chance:.2%}: it hardly knows "
+        "these classes, or its outputs are in another order. Check teacher.checkpoint, teacher.classes, teacher.kwargs "
+        "and teacher.image_size"
     )
 
 
@@ -223,36 +189,19 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
     Returns:
       None where the configuration names no teacher.
     Raises:
-      UserError: as `build_teacher`; or a model that does not take a size.
+      UserError: as `build_teacher`; or a model that does not take a size, or gives no logits.
     """
-    sizes = config.data.train_sizes
-    members, unnamed = [], []
+    sizes, members = config.data.train_sizes, []
     for key, each in config.teacher.members:
-        with spelling_settings(prefix_of(key)):
-            teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt)
+        teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt)
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
-        _check_images(teacher, model_name(each), key, seen)
+        advice = f"Change {key}.image_size, {key}.kwargs or {key}.name"
+        for size in seen:
+            check_size(teacher.model, str(each.name), size, advice)
+        check_logits(teacher.model, str(each.name), seen[0], advice)
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
-        unnamed += [] if teacher.has_names else [f"{prefix_of(key)}classes"]
-    return Teachers(members, config.distill.temperature, unnamed) if members else None
-
-
-def _check_images(teacher: Teacher, name: str, key: str, sizes: list[int]) -> None:
-    """Raise a UserError if a teacher does not take images of these sizes, or gives no logits for them."""
-    advice = (
-        f"Give it a size of its own with {key}.image_size, or use another model; some of timm's take any size with "
-        f"dynamic_img_size true in {key}.kwargs"
-    )
-    for size in sizes:
-        check_size(teacher.model, name, size, advice)
-    check_logits(teacher.model, name, teacher.num_outputs, sizes[0], f"Change {key}.kwargs or {key}.name")
-
-
-def model_name(config: TeacherConfig | OtherTeacher) -> str:
-    """The name of a teacher's model, which a member of the configuration's teachers has."""
-    assert config.name is not None
-    return config.name
+    return Teachers(members, config.distill.temperature) if members else None
 
 
 def build_teacher(
@@ -272,74 +221,20 @@ def build_teacher(
     Raises:
       UserError: an unknown model, no weights, weights that do not fit, or classes that are not the dataset's.
     """
-    given = model_name(config)
-    name = named_folder(given) or given
-    saved = starting_weights(name, config.checkpoint)
-    outputs = match_outputs(config, saved, num_classes, names)
-    if saved is None:
-        found, owner = pretrained_outputs(given), f"teacher '{given}': timm's weights"
-    else:
-        found, owner = num_outputs(name, saved.weights), f"{saved.source}: its weights"
-    if found not in (None, outputs.count):
-        raise SettingError(f"{owner} have {found} classes, {outputs.expectation}", outputs.advice)
-    if outputs.source is None and names is not None:
-        check_order_stated(doubt, saved.source if saved else owner)
-    size = config.image_size or image_size
-    if saved is None:
-        model = download(given, outputs.count, size, config.kwargs)
-    else:
-        model = create_model(name, outputs.count, size, config.kwargs, saved.weights, saved.source)
-    model.eval().requires_grad_(False)
-    has_names = outputs.source is not None
-    return Teacher(model, config.image_size, outputs.order, outputs.note(given), outputs.count, has_names)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """What a teacher's outputs must be.
-
-    Attributes:
-      count: how many.
-      order: for each class of the dataset, which output it is; None where they are the same.
-      source: the file that names them; None where nothing does, and they are taken to be the dataset's classes.
-    """
-
-    count: int
-    order: list[int] | None = None
-    source: Path | str | None = None
-
-    @property
-    def expectation(self) -> str:
-        """The end of the error about a teacher with another number of outputs."""
-        return f"the dataset has {self.count}" if self.source is None else f"{self.source} names {self.count}"
-
-    def advice(self, spelled: Spelling) -> str:
-        """The advice about a teacher with another number of outputs."""
-        if self.source is not None:
-            return "Name every output, one on a line, in their order"
-        return (
-            f"Give weights trained on the same classes with {spelled('checkpoint')} FILE, or name all their classes "
-            f"with {spelled('classes')} FILE"
+    assert config.name is not None
+    start = starting_weights(config.name, config.checkpoint, config.classes)
+    order, count, by, note = None, num_classes, "the dataset has", ""
+    if start.classes is not None and names is not None:  # A synthetic dataset's classes have only numbers.
+        count, by = len(start.classes), f"{start.namer} names"
+        if start.classes != names:
+            order = class_order(names, start.classes, start.namer)
+            note = f"teacher '{config.name}': {len(order)} of its {count} classes are found by name ({start.namer})"
+    if start.outputs not in (None, count):
+        raise UserError(
+            f"{start.source}: its weights have {start.outputs} classes, {by} {count}. Give weights of the same "
+            "classes, or name every output in a file (option classes)"
         )
-
-    def note(self, name: str) -> str:
-        """A sentence about the order for the log; "" where it is the dataset's."""
-        if self.order is None:
-            return ""
-        return f"teacher '{name}': {len(self.order)} of its {self.count} classes are found by name ({self.source})"
-
-
-def match_outputs(
-    config: TeacherConfig | OtherTeacher, saved: Checkpoint | None, num_classes: int, names: list[str] | None
-) -> Outputs:
-    """Match a teacher's outputs to the dataset's classes: by teacher.classes, or as its checkpoint names them.
-
-    Raises:
-      SettingError: a class of the dataset is not among the outputs, or twice.
-    """
-    own, file = (saved.classes, saved.source) if saved else (None, "")
-    listed, source = listed_outputs(config.classes, own, file)
-    if listed is None or names is None:  # A synthetic dataset's classes have only numbers.
-        return Outputs(num_classes)
-    order = class_order(names, listed, source)
-    return Outputs(len(listed), None if listed == names else order, source)
+    if start.classes is None and names is not None:
+        check_order_stated(doubt, start.source)
+    model = start.build(count, config.image_size or image_size, config.kwargs).eval().requires_grad_(False)
+    return Teacher(model, config.image_size, order, note)

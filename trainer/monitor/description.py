@@ -10,7 +10,6 @@ from trainer.cluster.world import World
 from trainer.config.sections import Config
 from trainer.monitor.run_files import METRICS, SUMMARY, last_validation
 from trainer.state.train_state import TrainState
-from trainer.update.schedule import initial_fraction
 
 _MOST_INITIAL = 0.05  # A larger fraction of the initial weights in the EMA at the end is reported.
 
@@ -36,16 +35,20 @@ def opening_lines(
     lines = [
         f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "
         f"{config.schedule.total_epochs} epochs of {plan.steps_per_epoch} steps of {config.run.global_batch} on "
-        f"{world.size} x {world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline",
-        *_start_lines(config, state),
+        f"{world.size} x {world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline"
     ]
+    if state.step:
+        lines.append(f"resuming after step {state.step}")
+    elif config.student.checkpoint or config.student.pretrained:
+        note = f": {state.student.start_note}" if state.student.start_note else ""
+        lines.append(f"starting from {config.student.checkpoint or f'the weights of {config.student.name}'}{note}")
     before = last_validation(config.run.out / METRICS) if state.step and world.is_main else ""
     if before and validation and before != validation:
         lines.append(
             f"the validation images have changed since step {state.step}: accuracies before and after it cannot be "
             "compared, and best.pt may be of the images before"
         )
-    remaining = initial_fraction(total_steps, config.ema)
+    remaining = 0.0 if config.ema.warmup else config.ema.decay**total_steps
     if remaining > _MOST_INITIAL:
         lines.append(
             f"ema.decay {config.ema.decay} is slow for {total_steps} steps: at the end the EMA still holds "
@@ -54,17 +57,6 @@ def opening_lines(
     if state.audit:
         lines.append(f"{len(state.audit)} settings differ from the USI recipe; --audit lists them")
     return lines
-
-
-def _start_lines(config: Config, state: TrainState) -> list[str]:
-    """What the weights start from: a checkpoint of the run, other weights, or random ones, which need no line."""
-    if state.step:
-        return [f"resuming after step {state.step}"]
-    source = config.student.checkpoint or (f"the weights of {config.student.name}" if config.student.pretrained else "")
-    if not source:
-        return []
-    note = state.student.start_note
-    return [f"starting from {source}" + (f": {note}" if note else "")]
 
 
 def ending(config: Config, step: int, total_steps: int, signal_number: int) -> str:

@@ -1,9 +1,7 @@
 """Damaged samples of a run: each named once in RUN/quarantine.jsonl, and a limit to how many there may be."""
 
-import functools
 import json
-import os
-import threading
+import queue
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +9,9 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import split_json_lines
 from pipelines.shards.index import ShardIndex
 from trainer.cluster.world import World
-from trainer.monitor.run_files import is_quarantine_line, naming
+from trainer.monitor.run_files import append_synced, is_quarantine_line
 
 QUARANTINE = "quarantine.jsonl"
-
-
-_Place = tuple[str, str, int]  # split, shard and offset of a sample
 
 
 class Quarantine:
@@ -35,11 +30,9 @@ class Quarantine:
         self._indices = indices
         self._max_bad_fraction = max_bad_fraction
         self._world = world
-        self._lock = threading.Lock()
-        self._found: list[tuple[str, int, str]] = []  # On this rank, since the last record_new.
+        self._found: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()  # On this rank, not recorded yet.
         lines, _ = split_json_lines(path, is_quarantine_line) if world.is_main else ([], [])
-        named = world.broadcast_object([_place(line) for line in lines])
-        self._named: set[_Place] = set(named)
+        self._named = world.broadcast_object({_place(line) for line in lines})
 
     def __len__(self) -> int:
         """How many samples have been named."""
@@ -47,11 +40,7 @@ class Quarantine:
 
     def collector(self, split: str) -> Callable[[int, str], None]:
         """A function that a pipeline of the split calls with (sample, error), from any thread."""
-        return functools.partial(self._add, split)
-
-    def _add(self, split: str, sample: int, error: str) -> None:
-        with self._lock:
-            self._found.append((split, sample, error))
+        return lambda sample, error: self._found.put((split, sample, error))
 
     def record_new(self) -> str:
         """Write down the samples that any rank has found since the last call. Every rank must call it.
@@ -61,22 +50,31 @@ class Quarantine:
         Raises:
           UserError: a split has too many damaged samples, on every rank.
         """
-        with self._lock:
-            mine, self._found = self._found, []
-        new = {}
+        mine = [self._found.get() for _ in range(self._found.qsize())]
+        lines = []
         for split, sample, error in sorted(self._world.all_gather(mine)):
-            line = _line(split, self._indices[split], sample, error)
+            line = self._line(split, sample, error)
             if _place(line) not in self._named:
-                new.setdefault(_place(line), line)
-        self._named |= set(new)
-        if new and self._world.is_main:
-            _append(self._path, list(new.values()))
+                self._named.add(_place(line))
+                lines.append(line)
+        if lines and self._world.is_main:
+            append_synced(self._path, [json.dumps(line).encode() for line in lines])
         self._check_fraction()
-        if not new:
+        if not lines:
             return ""
-        places = [f"{line['split']}: sample {line['key']} in {line['shard']}" for line in new.values()]
-        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        return f"damaged and replaced: {places[0]}{more}; {len(self)} in all, named in {self._path}"
+        first = f"{lines[0]['split']}: sample {lines[0]['key']} in {lines[0]['shard']}"
+        return f"damaged and replaced: {first}; {len(lines)} new, {len(self)} in all, named in {self._path}"
+
+    def _line(self, split: str, sample: int, error: str) -> dict:
+        index = self._indices[split]
+        row = index.samples[sample]
+        return {
+            "split": split,
+            "shard": index.paths[row["shard"]].name,
+            "key": row["key"].decode(),
+            "offset": int(row["offset"]),
+            "error": error,
+        }
 
     def _check_fraction(self) -> None:
         for split, index in self._indices.items():
@@ -90,26 +88,5 @@ class Quarantine:
                 )
 
 
-def _line(split: str, index: ShardIndex, sample: int, error: str) -> dict:
-    row = index.samples[sample]
-    return {
-        "split": split,
-        "shard": index.paths[row["shard"]].name,
-        "key": row["key"].decode(),
-        "offset": int(row["offset"]),
-        "error": error,
-    }
-
-
-def _place(line: dict) -> _Place:
+def _place(line: dict) -> tuple[str, str, int]:
     return line["split"], line["shard"], line["offset"]
-
-
-def _append(path: Path, lines: list[dict]) -> None:
-    with naming(path), open(path, "a") as file:
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            file.write("\n")
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,7 +7,8 @@ summary.json says how the latest session ended. The functions here return only l
 import contextlib
 import errno
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -70,23 +71,13 @@ class Summary(TypedDict):
 
 _MOST_COUNT = 2**53  # Larger whole numbers are no counts, and no float holds them.
 _MOST_TIME_S = 2.5e11  # This is the year 9892; Python has no later dates.
-_NUMBER = (int, float)
-# _NEEDED: what a line must have besides "kind" and "step". _TYPES: the types of the fields that any line may have.
-_NEEDED = {
-    "session": (),
+_COUNTS = ("from_step", "epoch", "total_steps", "steps_per_epoch")
+_NUMBERS = ("loss", "lr", "images_per_s", "input_wait", "teacher_top1", "agreement")
+_NEEDED = {  # What a line must have besides "kind" and "step".
     "rollback": ("from_step",),
     "train": ("epoch", "loss", "lr", "images_per_s", "input_wait"),
     "eval": ("epoch",),
 }
-_TYPES = {
-    **{name: int for name in ("step", "from_step", "epoch", "total_steps", "steps_per_epoch", "ranks")},
-    **{name: _NUMBER for name in ("loss", "lr", "images_per_s", "input_wait")},
-    **{name: (*_NUMBER, type(None)) for name in ("teacher_top1", "agreement")},
-    **{name: str for name in ("kind", "host", "device", "validation")},
-    **{name: dict for name in ("raw", "ema")},
-    "time": _NUMBER,
-}
-_SUMMARY_TYPES = {"finished": bool, "step": int, "total_steps": int, "deviations": list, "session": dict}
 
 
 @contextlib.contextmanager
@@ -114,30 +105,40 @@ def reporting_full_disk() -> Iterator[None]:
         ) from error
 
 
+def append_synced(path: Path, lines: list[bytes]) -> None:
+    """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk."""
+    with naming(path), open(path, "a+b") as file:
+        is_cut_off = file.tell() and path.read_bytes()[-1:] != b"\n"
+        file.write(b"\n" * is_cut_off + b"".join(line + b"\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def is_metrics_line(line: object) -> bool:
     """True for a line of metrics.jsonl, also of a kind that is unknown here."""
     return isinstance(line, dict) and isinstance(line.get("kind"), str) and _is_count(line.get("step"))
 
 
 def is_reportable(line: object) -> bool:
-    """True for a line of metrics.jsonl with every field of its kind, each of the right type."""
-    if not isinstance(line, dict) or not is_metrics_line(line) or not _have_types(line, _TYPES):
+    """True for a line of metrics.jsonl with every field of its kind, each of the type that the report needs."""
+    if not isinstance(line, dict) or not is_metrics_line(line):
         return False
-    numbers = [line[name].get("top1") for name in ("raw", "ema") if name in line]
+    weights = [line[name] for name in ("raw", "ema") if name in line]
+    time = line.get("time", 0)
     return (
-        all(name in line for name in _NEEDED.get(line["kind"], ()))
-        and all(isinstance(number, _NUMBER) and abs(number) < _MOST_COUNT for number in numbers)
-        and all(_is_count(line[name]) for name, kind in _TYPES.items() if kind is int and name in line)
-        and all(abs(value) < _MOST_COUNT for value in line.values() if isinstance(value, int))
-        and line.get("steps_per_epoch") != 0
-        and 0 <= line.get("time", 0) <= _MOST_TIME_S
+        all(line.get(name) is not None for name in _NEEDED.get(line["kind"], ()))
+        and all(_is_count(line[name]) for name in _COUNTS if name in line)
+        and all(_is_number(line[name]) for name in _NUMBERS if line.get(name) is not None)
+        and all(isinstance(metrics, dict) and _is_number(metrics.get("top1")) for metrics in weights)
+        and _is_number(time)
+        and 0 <= time <= _MOST_TIME_S
     )
 
 
 def last_validation(path: Path) -> str:
     """The digest of the validation images in the latest session of a metrics.jsonl that has one; "" without one."""
-    lines, _ = split_json_lines(path, is_reportable)
-    return next((line["validation"] for line in reversed(lines) if "validation" in line), "")
+    lines, _ = split_json_lines(path, is_metrics_line)
+    return next((line["validation"] for line in reversed(lines) if line.get("validation")), "")
 
 
 def is_quarantine_line(line: object) -> bool:
@@ -149,15 +150,18 @@ def is_quarantine_line(line: object) -> bool:
     )
 
 
-def read_summary(path: Path) -> dict | None:
-    """The summary of a session as Summary, {} if there is no file, None if what is there is no summary."""
-    if not path.exists():
-        return {}
+def read_summary(path: Path) -> dict:
+    """The summary of a session as Summary; {} without one."""
     summary = parsed_json(path.read_bytes()) if path.is_file() else None
-    if not isinstance(summary, dict) or not _SUMMARY_TYPES.keys() <= summary.keys():
-        return None
-    fits = _have_types(summary, _SUMMARY_TYPES) and _is_count(summary["step"]) and _is_count(summary["total_steps"])
-    return summary if fits and are_audit_rows(summary["deviations"]) else None
+    if not isinstance(summary, dict) or not isinstance(summary.get("deviations"), list):
+        return {}
+    is_summary = (
+        isinstance(summary.get("finished"), bool)
+        and isinstance(summary.get("session"), dict)
+        and all(_is_count(summary.get(name)) for name in ("step", "total_steps"))
+        and are_audit_rows(summary["deviations"])
+    )
+    return summary if is_summary else {}
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -166,13 +170,8 @@ def write_summary(path: Path, summary: Summary) -> None:
         write_synced(path, (json.dumps(summary, indent=1) + "\n").encode())
 
 
-def _have_types(values: Mapping, types: Mapping) -> bool:
-    """Whether each value whose type is given is of that type; true and false are no numbers."""
-    return all(
-        isinstance(value, types[name]) and (types[name] is bool or not isinstance(value, bool))
-        for name, value in values.items()
-        if name in types
-    )
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _MOST_COUNT)
 
 
 def _is_count(value: object) -> bool:

@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 from pipelines.batch import Batch
 from pipelines.common.files import write_synced
@@ -16,7 +16,6 @@ from trainer.update.mixing import mix_pixels
 SAMPLES = "samples.png"
 _COLUMNS, _ROWS = 8, 2
 _SIDE_PX = 96  # Smaller images are enlarged to about this.
-_GAP_PX = 4
 
 
 def keep_samples(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
@@ -34,15 +33,10 @@ def strip_png(pixels: torch.Tensor) -> bytes:
     Args:
       pixels: uint8 [B, S, S, 3].
     """
-    images = pixels[: _COLUMNS * _ROWS].cpu().numpy()
-    factor = max(1, _SIDE_PX // images.shape[1])
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    side = images.shape[1] + _GAP_PX
-    rows, columns = -(-len(images) // _COLUMNS), min(len(images), _COLUMNS)
-    canvas = np.full((rows * side - _GAP_PX, columns * side - _GAP_PX, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // _COLUMNS * side, i % _COLUMNS * side
-        canvas[top : top + len(image), left : left + len(image)] = image
+    images = pixels[: _COLUMNS * _ROWS].cpu().permute(0, 3, 1, 2)
+    factor = max(1, _SIDE_PX // images.shape[2])
+    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(images, nrow=_COLUMNS, padding=4, pad_value=255)
     file = io.BytesIO()
-    Image.fromarray(canvas).save(file, "PNG")
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()

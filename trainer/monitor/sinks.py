@@ -1,33 +1,18 @@
-"""TensorBoard and Weights & Biases, through their own libraries: they get what metrics.jsonl gets."""
+"""TensorBoard and Weights & Biases, through their own libraries: they get what metrics.jsonl gets.
 
+The first record of a session is of the kind "session".
+"""
+
+import importlib
 import secrets
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import write_synced
 from trainer.config.sections import Config, to_dict
 
 WANDB_ID = "wandb-id.txt"
-
-
-class Sink(Protocol):
-    """Where records go besides metrics.jsonl. The first one of a session is of the kind "session"."""
-
-    def __call__(self, record: dict) -> None:
-        """Take a record."""
-
-    def close(self) -> None:
-        """End the session."""
-
-
-def open_sinks(config: Config) -> list[Sink]:
-    """The loggers in run.loggers. They write nothing before they get a record.
-
-    Raises:
-      UserError: a library is not installed.
-    """
-    return [_SINKS[name](config) for name in config.run.loggers]
 
 
 def scalars(record: dict) -> Iterator[tuple[str, float]]:
@@ -37,7 +22,7 @@ def scalars(record: dict) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from ((f"{record['kind']}/{name}/{part}", number) for part, number in value.items())
-        elif name not in ("kind", "step", "time") and isinstance(value, (int, float)):
+        elif name not in ("kind", "step", "time"):
             yield f"{record['kind']}/{name}", value
 
 
@@ -45,20 +30,15 @@ class TensorBoard:
     """Writes event files to RUN/tensorboard. After a rollback, TensorBoard drops the later steps."""
 
     def __init__(self, config: Config):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(_missing("tensorboard", error)) from error
-        self._new_writer = SummaryWriter
+        self._library = _imported("torch.utils.tensorboard", package="tensorboard")
         self._folder = config.run.out / "tensorboard"
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
 
     def __call__(self, record: dict) -> None:
         """Write the numbers of a record."""
         if record["kind"] in ("session", "rollback"):
             self.close()
-            self._writer = self._new_writer(str(self._folder), purge_step=record["step"] + 1)
-        assert self._writer is not None  # The first record is of the kind "session".
+            self._writer = self._library.SummaryWriter(str(self._folder), purge_step=record["step"] + 1)
         for name, value in scalars(record):
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
@@ -75,19 +55,15 @@ class WandB:
     """
 
     def __init__(self, config: Config):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(_missing("wandb", error)) from error
-        self._library = wandb
+        self._library = _imported("wandb", package="wandb")
         self._config = config
-        self._run = None
+        self._run: Any = None
 
     def __call__(self, record: dict) -> None:
         """Send the numbers of a record."""
         if record["kind"] == "session":
             self._open()
-        if (values := dict(scalars(record))) and self._run is not None:
+        if values := dict(scalars(record)):
             self._run.log({"step": record["step"], **values})
 
     def close(self) -> None:
@@ -110,16 +86,28 @@ class WandB:
                 settings=self._library.Settings(console="off"),  # The progress line is no log.
             )
         except self._library.errors.Error as error:
-            raise UserError(
-                f"run.loggers: wandb does not start ({error}). Call 'wandb login' once, set WANDB_MODE=offline, or "
-                "leave wandb out"
-            ) from error
+            advice = "Call 'wandb login' once, set WANDB_MODE=offline, or leave wandb out"
+            raise UserError(f"run.loggers: wandb does not start ({error}). {advice}") from error
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
 
-def _missing(package: str, error: ImportError) -> str:
-    return f"run.loggers: {package} cannot be imported ({error}). Install it: pip install {package}; or leave it out"
-
-
+Sink = TensorBoard | WandB
 _SINKS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def open_sinks(config: Config) -> list[Sink]:
+    """The loggers in run.loggers. They write nothing before they get a record.
+
+    Raises:
+      UserError: a library is not installed.
+    """
+    return [_SINKS[name](config) for name in config.run.loggers]
+
+
+def _imported(module: str, *, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        advice = f"Install it: pip install {package}; or leave it out"
+        raise UserError(f"run.loggers: {package} cannot be imported ({error}). {advice}") from error

@@ -1,14 +1,16 @@
 """Writes what happens in a run: metrics.jsonl, a progress line on a terminal, plain lines elsewhere, and to loggers."""
 
 import contextlib
+import datetime
 import json
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,8 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from pipelines.common.errors import UserError
 from pipelines.common.files import split_json_lines, write_synced
 from trainer.cluster.world import World
-from trainer.monitor.clock import Pace
-from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, is_metrics_line, naming
+from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, append_synced, is_metrics_line, naming
 from trainer.monitor.sinks import Sink
 
 _LASTING = ("session", "rollback")  # Lines of these kinds are the run's history, and are never dropped.
@@ -31,32 +32,20 @@ class Screen:
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or open(os.devnull, "w")  # noqa: SIM115 (A process may have no output.)
-        self.encoding = self._stream.encoding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Write text, or nothing after an error."""
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream, or do nothing after an error."""
-        self._try(self._stream.flush)
-
-    def isatty(self) -> bool:
-        """True on a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """The stream's file descriptor."""
-        return self._stream.fileno()
-
-    def _try(self, act: Callable[[], object]) -> None:
         try:
-            act()
+            self._stream.write(text)
+            self._stream.flush()
         except OSError:
             # The stream's buffer still holds text, which Python would try to write when the process ends.
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
+        return len(text)
 
 
 class Telemetry:
@@ -89,22 +78,23 @@ class Telemetry:
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._sinks = list(sinks)
-        self._validation = {"validation": validation} if validation else {}
+        self._validation = validation
         self._file: TextIO | None = None  # It is open in a session, on rank 0.
-        self._has_failed = False  # True after a line could not be written to it.
-        self._pace = Pace(total_steps)
         self._latest = ""  # The latest numbers, for the progress line.
         screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
         self._console = Console(file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True)
         bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
-        self._progress = Progress(*bar, TextColumn("{task.description}"), console=self._console)
+        # The time left follows from the pace of this session, evaluations and all, without its first log line.
+        self._progress = Progress(
+            *bar, TextColumn("{task.description}"), console=self._console, speed_estimate_period=math.inf
+        )
         self._task = self._progress.add_task("", total=total_steps, completed=step)
 
     @contextlib.contextmanager
-    def live(self) -> Iterator["Telemetry"]:
+    def live(self) -> Iterator[None]:
         """A session: inside the block records are written and, on a terminal, the progress line is shown."""
         if not self._world.is_main:
-            yield self
+            yield
             return
         with contextlib.ExitStack() as closing:
             for sink in self._sinks:
@@ -120,13 +110,13 @@ class Telemetry:
                     "ranks": self._world.size,
                     "host": socket.gethostname(),
                     "device": self._world.device_name,
-                    **self._validation,
+                    "validation": self._validation,
                 }
             )
             if self._console.is_terminal:
                 closing.enter_context(self._progress)
             self._show()
-            yield self
+            yield
 
     def _open_log(self, step: int) -> None:
         """Open the log at its end, without the lines of steps later than `step`, after which the run resumes.
@@ -135,25 +125,21 @@ class Telemetry:
         """
         lines, others = split_json_lines(self._path, is_metrics_line)
         kept = [line for line in lines if line["step"] <= step or line["kind"] in _LASTING]
+        if others:
+            append_synced(self._path.with_name(UNUSABLE), others)
+            self.say(f"{self._path}: what cannot be used is moved to {UNUSABLE}, lines: {len(others)}")
         with naming(self._path):
-            if others:
-                _append(self._path.with_name(UNUSABLE), others)
-                number = f"{len(others)} {'line' if len(others) == 1 else 'lines'}"
-                self.say(f"{self._path}: {number} cannot be used, and moved to {UNUSABLE}")
             write_synced(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(self._path, "a")  # noqa: SIM115 (It stays open as long as the session.)
 
     def _close_log(self) -> None:
-        if self._file is None:
-            return
-        # Closing writes a line that could not be written once more; its error has been raised before.
-        with contextlib.suppress(OSError) if self._has_failed else naming(self._path):
-            self._file.close()
+        if self._file is not None:
+            with naming(self._path):
+                self._file.close()
 
     def advance(self, step: int) -> None:
         """Note that `step` updates have been done in all."""
         self._step = step
-        self._pace.advance(step)
         self._show()
 
     def sync(self) -> None:
@@ -173,23 +159,22 @@ class Telemetry:
             self._open_log(step)
             self._write({"kind": "rollback", "step": step, "from_step": self._step})
         self._step = step
-        self._pace.restart()
+        self._progress.reset(self._task, completed=step)
         self._show()
 
     def train(self, record: TrainRecord) -> None:
         """Write a line about the steps since the last one; `kind` and `time` are added."""
         self._write({"kind": "train", **record})
+        self._progress.update(self._task, completed=record["step"])
         speed = f"{record['images_per_s']:,.0f} images/s"
-        self._latest = f"loss {record['loss']:.3f}  {speed}  {record['input_wait']:.0%} waiting  "
-        self._show()
+        self._latest = f"loss {record['loss']:.4f}  {speed}  {record['input_wait']:.0%} waiting for input  "
+        line = self._show()
         if not self._console.is_terminal:
-            where = f"epoch {record['epoch']} step {record['step']}/{self._total_steps}"
-            wait = f"waiting for input {record['input_wait']:.0%}"
-            left = f"{self._pace.left()} left"
-            self.say(f"{where}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed}  {wait}  {left}")
+            self.say(line)
 
-    def evaluation(self, step: int, epoch: int, results: Evaluation) -> None:
-        """Write a line about an evaluation."""
+    def evaluation(self, step: int, results: Evaluation) -> None:
+        """Write a line about an evaluation at the end of an epoch, after `step` updates."""
+        epoch = step // self._steps_per_epoch - 1
         self._write({"kind": "eval", "step": step, "epoch": epoch, **results})
         parts = (f"{name}: top-1 {r['top1']:.2f} % top-5 {r['top5']:.2f} %" for name, r in results.items())
         self.say(f"epoch {epoch} done, {next(iter(results.values()))['images']:,} images: {'; '.join(parts)}")
@@ -198,21 +183,22 @@ class Telemetry:
         """Print a line for the user."""
         self._console.print(text, markup=False)
 
-    def _show(self) -> None:
-        """Update the progress line, with the epoch of the last update."""
+    def _show(self) -> str:
+        """Update the progress line, and return its text, with the epoch of the last update."""
         epoch = max(self._step - 1, 0) // self._steps_per_epoch
-        text = f"epoch {epoch}  {self._step}/{self._total_steps}  {self._latest}{self._pace.left()} left"
-        self._progress.update(self._task, completed=self._step, description=text)
+        seconds = self._progress.tasks[0].time_remaining  # None where it is not known yet
+        left = "-:--" if seconds is None else datetime.timedelta(seconds=seconds)
+        text = f"epoch {epoch}  step {self._step}/{self._total_steps}  {self._latest}{left} left"
+        self._progress.update(self._task, description=text)
+        return text
 
     def _write(self, record: dict) -> None:
         if self._file is None:
             return
         record = {**record, "time": round(time.time(), 3)}
-        self._has_failed = True
         with naming(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        self._has_failed = False
         for sink in self._sinks:
             try:
                 sink(record)
@@ -221,11 +207,3 @@ class Telemetry:
             except Exception as error:  # A server that does not answer must not end a training of days.
                 self._sinks = [other for other in self._sinks if other is not sink]
                 self.say(f"run.loggers: {type(sink).__name__} gets no more numbers ({type(error).__name__}: {error})")
-
-
-def _append(path: Path, lines: list[bytes]) -> None:
-    """Add lines to a file, and wait until they are on the disk."""
-    with open(path, "ab") as file:
-        file.write(b"".join(line + b"\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())

@@ -6,10 +6,11 @@ covers all it holds.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import replacing
 from pipelines.plan.plan import BEFORE
 from trainer.models.checkpoint_format import (
@@ -19,13 +20,11 @@ from trainer.models.checkpoint_format import (
     check_moments,
     check_resumable,
     check_statistics,
-    check_weights,
     checked,
     digest_of,
 )
 from trainer.models.files.torch_files import load_plain
 from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
-from trainer.state.host_copy import to_host
 from trainer.state.train_state import TrainState
 
 BEST = "best.pt"
@@ -36,6 +35,17 @@ _OWN_NAME = re.compile(r"step-\d{8,}\.pt")
 def checkpoints_folder(run: Path) -> Path:
     """Where a run's folder has its checkpoints; `run` may be that folder itself."""
     return run if run.name == _FOLDER else run / _FOLDER
+
+
+def to_host(value: Any) -> Any:
+    """A copy in host memory of nested dictionaries, lists and tensors."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_host, value))
+    return value
 
 
 def content_of(state: TrainState) -> dict:
@@ -175,15 +185,14 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     check_same_plan(path, {**BEFORE, **content["plan"]}, state.plan)
     ema = content["ema"] or content["student"]  # An EMA that was switched on since starts from the student.
     try:
-        check_weights(content["student"], state.student)
-        check_weights(ema, state.student)
         check_moments(content["optimizer"], state.optimizer)
         check_statistics(content.get("rank_statistics", []), state.student)
-    except FieldError as error:
-        raise UserError(f"{path}: of another model ({error}). Start a new run with another --run.out") from error
-    state.student.load_state_dict(content["student"])
-    if state.ema is not None:
-        state.ema.module.load_state_dict(ema)
+        state.student.load_state_dict(content["student"])
+        if state.ema is not None:
+            state.ema.module.load_state_dict(ema)
+    except (FieldError, RuntimeError) as error:  # PyTorch's is about weights that are not the model's.
+        reason = clipped(error, 200)
+        raise UserError(f"{path}: of another model ({reason}). Start a new run with another --run.out") from error
     _load_optimizer(state.optimizer, content["optimizer"])
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])

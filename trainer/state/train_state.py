@@ -72,14 +72,9 @@ class TrainState:
           statistics: the student's and the EMA's, or the student's alone. An EMA that has been switched on since begins
             with the student's; one that has been switched off is ignored.
         """
-        of_student = running_statistics(self.student)
-        saved_ema = statistics[len(of_student) :] or statistics
-        of_ema = running_statistics(self.ema.module) if self.ema else []
-        for values, saved in zip(of_student, statistics[: len(of_student)], strict=True):
+        own = running_statistics(self.student) + (running_statistics(self.ema.module) if self.ema else [])
+        for values, saved in zip(own, statistics * 2, strict=False):
             values.copy_(saved)
-        if of_ema:
-            for values, saved in zip(of_ema, saved_ema, strict=True):
-                values.copy_(saved)
 
     def restore_rank_statistics(self, rank: int, num_ranks: int) -> None:
         """Give a rank its own statistics back, if the checkpoint is of as many ranks."""

@@ -9,8 +9,16 @@ from pipelines.common.errors import ROOM, UserError, advice_against
 from trainer.cluster.world import World
 from trainer.config.sections import RunConfig
 from trainer.models.checkpoint_format import first_not_finite
-from trainer.state.checkpoint import BEST, best_content_of, checkpoints_folder, content_of, path_of, prune, write
-from trainer.state.host_copy import to_host
+from trainer.state.checkpoint import (
+    BEST,
+    best_content_of,
+    checkpoints_folder,
+    content_of,
+    path_of,
+    prune,
+    to_host,
+    write,
+)
 from trainer.state.train_state import TrainState
 
 DISK_PATIENCE_S = 3600  # The watchdog waits this long: a slow disk is no hang.

@@ -32,44 +32,34 @@ class StatisticsAverage:
         self._statistics = running_statistics(model)
         self._counters = batch_counters(model)
         self._num_micro_batches = num_micro_batches
-        self._is_split = bool(self._statistics) and num_micro_batches > 1
-        self._is_common = bool(self._statistics) and world.size > 1 and mode in ("reduce", "broadcast")
         self._mode = mode
         self._world = world
-        self._before: list[torch.Tensor] = []
-        self._total: list[torch.Tensor] = []
 
     @contextlib.contextmanager
     def one_update(self) -> Iterator[None]:
         """Inside, the micro-batches of one update run, and `end_micro_batch` is called after each."""
-        with torch.no_grad():
-            self._begin()
+        if not self._statistics:
+            yield
+            return
+        self._before = torch.cat(self._statistics)
+        self._total = torch.zeros_like(self._before)
         yield
         with torch.no_grad():
-            self._end()
-
-    def _begin(self) -> None:
-        if self._is_split:
-            self._before = [buffer.clone() for buffer in self._statistics]
-            self._total = [torch.zeros_like(buffer) for buffer in self._statistics]
+            # An update counts as one batch, however it was split.
+            torch._foreach_sub_(self._counters, self._num_micro_batches - 1)
+            mean = self._total / self._num_micro_batches
+            if self._mode == "reduce":
+                mean = self._world.all_reduce_sum(mean) / self._world.size
+            elif self._mode == "broadcast":
+                mean = self._world.broadcast(mean)
+            self._set(mean)
 
     @torch.no_grad()
     def end_micro_batch(self) -> None:
         """Collect the statistics after a forward and backward pass, and restore those before the update."""
-        if self._is_split:
-            torch._foreach_add_(self._total, self._statistics)
-            torch._foreach_copy_(self._statistics, self._before)
+        if self._statistics:
+            self._total += torch.cat(self._statistics)
+            self._set(self._before)
 
-    def _end(self) -> None:
-        if self._is_split:
-            # An update counts as one batch, however it was split.
-            torch._foreach_sub_(self._counters, self._num_micro_batches - 1)
-            torch._foreach_div_(self._total, self._num_micro_batches)
-            torch._foreach_copy_(self._statistics, self._total)
-        if self._is_common:
-            flat = torch.cat(self._statistics)
-            if self._mode == "reduce":
-                flat = self._world.all_reduce_sum(flat) / self._world.size
-            else:
-                flat = self._world.broadcast(flat)
-            torch._foreach_copy_(self._statistics, list(flat.split([len(buffer) for buffer in self._statistics])))
+    def _set(self, values: torch.Tensor) -> None:
+        torch._foreach_copy_(self._statistics, list(values.split([len(buffer) for buffer in self._statistics])))

@@ -6,7 +6,7 @@ import torch
 
 from pipelines.batch import Batch
 from trainer.models.normalize import Normalize
-from trainer.models.teacher import Teacher, Teachers
+from trainer.models.teacher import Teachers
 from trainer.update.mixing import mixed_inputs
 
 
@@ -22,31 +22,22 @@ class ModelInputs(NamedTuple):
     teachers: list[torch.Tensor]
 
 
-class Inputs:
-    """Makes ModelInputs of a Batch: `inputs(batch)`.
+def model_inputs(normalize: Normalize, teachers: Teachers | None, batch: Batch) -> ModelInputs:
+    """Mix the raw pixels once, and normalise them for each model.
 
     Args:
       normalize: the student's own.
       teachers: None without a teacher.
     """
-
-    def __init__(self, normalize: Normalize, teachers: Teachers | None):
-        self._normalize = normalize
-        self._teachers = teachers
-
-    def __call__(self, batch: Batch) -> ModelInputs:
-        """Mix the raw pixels once, and normalise them for each model."""
-        if self._teachers is None:
-            return ModelInputs(mixed_inputs(batch, [self._normalize])[0], [])
-        members = [teacher for teacher in self._teachers.members if isinstance(teacher, Teacher)]
-        same_size = [teacher for teacher in members if teacher.image_size in (0, batch.images.shape[1])]
-        wanted = [self._normalize, *(teacher.normalize for teacher in same_size)]
-        if len(same_size) == len(members):
-            student, *teachers = mixed_inputs(batch, wanted)
-            return ModelInputs(student, teachers)
-        student, *normalised, raw = mixed_inputs(batch, [*wanted, self._teachers.raw])
-        pixels = raw.permute(0, 2, 3, 1)  # These are integers up to 255, which every type holds exactly.
-        in_order = iter(normalised)
-        return ModelInputs(
-            student, [next(in_order) if teacher in same_size else teacher.inputs(pixels) for teacher in members]
-        )
+    if teachers is None:
+        return ModelInputs(mixed_inputs(batch, [normalize])[0], [])
+    resized = [member.image_size not in (0, batch.images.shape[1]) for member in teachers.members]
+    members = list(zip(teachers.members, resized, strict=True))
+    wanted = [teachers.raw if is_resized else member.normalize for member, is_resized in members]
+    student, *seen = mixed_inputs(batch, [normalize, *wanted])
+    # Raw pixels are integers up to 255, which every type holds exactly.
+    own = [
+        member.inputs(images.permute(0, 2, 3, 1)) if is_resized else images
+        for (member, is_resized), images in zip(members, seen, strict=True)
+    ]
+    return ModelInputs(student, own)

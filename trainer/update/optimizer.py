@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from timm.optim import param_groups_weight_decay
+from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from trainer.config.sections import OptimConfig
@@ -39,7 +40,7 @@ def gradient_clipping(model: nn.Module, config: OptimConfig) -> Callable[[], obj
     if config.clip_agc:
         left_out = {id(parameter) for parameter in _classifier_parameters(model)}
         parameters = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
-        return functools.partial(clip_adaptively, parameters, config.clip_agc)
+        return functools.partial(adaptive_clip_grad, parameters, config.clip_agc)
     return None
 
 
@@ -49,34 +50,3 @@ def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
     layers = get_classifier() if get_classifier is not None else ()
     layers = layers if isinstance(layers, (tuple, list)) else [layers]
     return [parameter for layer in layers for parameter in layer.parameters()]
-
-
-@torch.no_grad()
-def clip_adaptively(parameters: list[nn.Parameter], factor: float, eps: float = 1e-3) -> None:
-    """Cut each unit's gradient to `factor` x the norm of its weights, in place.
-
-    A unit makes one output: a row of a matrix, a filter of a convolution; a vector is one unit.
-
-    Args:
-      parameters: those without a gradient are ignored.
-      eps: smaller norms of weights count as this, so that weights that are zero can grow.
-    Source: arXiv 2102.06171, equation 3 and its eps.
-    """
-    pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if not pairs:
-        return
-    gradients = [gradient for _, gradient in pairs]
-    scales = [_unit_norms(parameter) for parameter, _ in pairs]
-    torch._foreach_clamp_min_(scales, eps)
-    torch._foreach_mul_(scales, factor)
-    # A gradient of zero makes its scale infinite, which the next line cuts to 1.
-    torch._foreach_div_(scales, [_unit_norms(gradient) for gradient in gradients])
-    torch._foreach_clamp_max_(scales, 1.0)
-    torch._foreach_mul_(gradients, scales)
-
-
-def _unit_norms(values: torch.Tensor) -> torch.Tensor:
-    """[units, ...] -> [units, 1, ...]; a vector or a scalar -> []."""
-    if values.ndim <= 1:
-        return torch.linalg.vector_norm(values)
-    return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim)), keepdim=True)

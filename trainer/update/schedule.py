@@ -29,12 +29,3 @@ def ema_decay(step: int, config: EmaConfig) -> float:
       none of that form (that of its ModelEmaV3 is a power law).
     """
     return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
-
-
-def initial_fraction(steps: int, config: EmaConfig) -> float:
-    """The fraction of the initial weights in the EMA after `steps` updates; after a long warm-up, about 0."""
-    fraction, step = 1.0, 0
-    while step < steps and fraction > 1e-6 and ema_decay(step, config) < config.decay:
-        fraction *= ema_decay(step, config)
-        step += 1
-    return fraction * config.decay ** (steps - step)

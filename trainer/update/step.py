@@ -15,11 +15,12 @@ from pipelines.plan import rng
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig
 from trainer.models.checkpoint_format import OPTIMIZER_TENSORS
+from trainer.models.normalize import Normalize
 from trainer.models.teacher import Teachers, agreement
 from trainer.state.train_state import TrainState
 from trainer.update.batch_norm import StatisticsAverage
 from trainer.update.compiler import Compiler, uncompiled
-from trainer.update.inputs import Inputs
+from trainer.update.inputs import model_inputs
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
 from trainer.update.optimizer import gradient_clipping
@@ -49,31 +50,29 @@ class StepMetrics:
     """What an update reports, on the device: nobody has waited for it yet. N is this rank's images of the update.
 
     Attributes:
-      loss: float32 scalar, mean over the images.
-      bad: bool [N] in the order of their positions, True where a model's logits are not finite.
+      loss, agreement: the means of the micro-batches' Output.loss and Output.agreement.
+      bad, teacher_pairs: Output.bad and Output.teacher_pairs of all micro-batches, [N] and [2, N].
       bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler handles that.
-      teacher_top1, agreement: float32 scalars, the two fractions of Output.agreement.
-      teacher_pairs: int32 [2, N], as in Output.
     """
 
     loss: torch.Tensor
-    bad: torch.Tensor
-    bad_gradients: torch.Tensor
-    teacher_top1: torch.Tensor
     agreement: torch.Tensor
+    bad: torch.Tensor
     teacher_pairs: torch.Tensor
+    bad_gradients: torch.Tensor
 
 
 class TrainStep:
     """The update of a student, `step(batches, number)`.
 
     Attributes:
-      inputs: makes what the models see of a Batch.
+      inputs: Batch -> ModelInputs, what the models see of it.
       teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
       num_micro_batches: forward passes an update on this rank.
 
     Args:
       state: the student on its device, its optimizer, GradScaler and EMA; an update changes them in place.
+      normalize: the student's own.
       world: the ranks; with several of them the gradients are averaged by DistributedDataParallel.
       micro_batch: images of a forward pass on this rank.
       compiler: compiles both models and what is computed from their outputs (trainer/update/compiler.py).
@@ -83,14 +82,14 @@ class TrainStep:
         self,
         config: Config,
         state: TrainState,
-        inputs: Inputs,
+        normalize: Normalize,
         teachers: Teachers | None,
         world: World,
         *,
         micro_batch: int,
         compiler: Compiler = uncompiled,
     ):
-        self.inputs = inputs
+        self.inputs = functools.partial(model_inputs, normalize, teachers)
         self.teacher = compiler(teachers) if teachers is not None else None
         self.num_micro_batches = config.run.global_batch // world.size // micro_batch
         self._config = config
@@ -111,7 +110,7 @@ class TrainStep:
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
         """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
-        metrics = MetricsSum(self.num_micro_batches, self._device)
+        outputs: list[Output] = []
         with self._statistics.one_update():
             for micro_batch in range(self.num_micro_batches):
                 batch = next(batches)
@@ -122,7 +121,7 @@ class TrainStep:
                     output = self._forward(batch)
                     self._scaler.scale(output.loss / self.num_micro_batches).backward()
                 self._statistics.end_micro_batch()
-                metrics.add(output)
+                outputs.append(output._replace(loss=output.loss.detach()))
         bad_gradients = self._bad_gradients()
         if self._clip is not None:
             self._scaler.unscale_(self._optimizer)
@@ -131,7 +130,7 @@ class TrainStep:
         self._scaler.update()
         if self._ema is not None:
             self._ema.update(ema_decay(number, self._config.ema))
-        return metrics.total(bad_gradients)
+        return step_metrics(outputs, bad_gradients)
 
     def _forward(self, batch: Batch) -> Output:
         """Both forward passes and the loss of a micro-batch."""
@@ -184,33 +183,15 @@ class TrainStep:
                 buffer.copy_(saved)
 
 
-class MetricsSum:
-    """Sums the outputs of an update's micro-batches on the device."""
-
-    def __init__(self, num_micro_batches: int, device: torch.device):
-        self._num_micro_batches = num_micro_batches
-        self._loss = torch.zeros((), device=device)
-        self._agreement = torch.zeros(2, device=device)
-        self._bad: list[torch.Tensor] = []
-        self._teacher_pairs: list[torch.Tensor] = []
-
-    def add(self, output: Output) -> None:
-        """Add the next micro-batch's output."""
-        self._loss += output.loss.detach() / self._num_micro_batches
-        self._agreement += output.agreement / self._num_micro_batches
-        self._bad.append(output.bad)
-        self._teacher_pairs.append(output.teacher_pairs)
-
-    def total(self, bad_gradients: torch.Tensor) -> StepMetrics:
-        """The metrics of the whole update."""
-        return StepMetrics(
-            loss=self._loss,
-            bad=torch.cat(self._bad),
-            bad_gradients=bad_gradients,
-            teacher_top1=self._agreement[0],
-            agreement=self._agreement[1],
-            teacher_pairs=torch.cat(self._teacher_pairs, 1),
-        )
+def step_metrics(outputs: list[Output], bad_gradients: torch.Tensor) -> StepMetrics:
+    """The metrics of an update with these micro-batches."""
+    loss, agreement = torch.zeros_like(outputs[0].loss), torch.zeros_like(outputs[0].agreement)
+    for output in outputs:
+        loss += output.loss / len(outputs)
+        agreement += output.agreement / len(outputs)
+    bad = torch.cat([output.bad for output in outputs])
+    teacher_pairs = torch.cat([output.teacher_pairs for output in outputs], 1)
+    return StepMetrics(loss, agreement, bad, teacher_pairs, bad_gradients)
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
@@ -248,17 +229,12 @@ def loss_and_agreement(
     """The loss of logits [B, C], and how the student and the teacher agree."""
     partner_labels = partners(labels, mix_group)
     loss = usi_loss(student, teacher, labels, partner_labels, lam, config)
-    bad = ~_finite_rows(student.detach())
+    bad = ~student.detach().isfinite().all(1)
     if teacher is None:
         no_pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
         return Output(loss, bad, torch.zeros(2, device=student.device), no_pairs)
     fractions, pairs = agreement(student.detach(), teacher, labels, partner_labels, lam)
-    return Output(loss, bad | ~_finite_rows(teacher), fractions, pairs)
-
-
-def _finite_rows(logits: torch.Tensor) -> torch.Tensor:
-    """[B, C] -> bool [B]."""
-    return logits.isfinite().all(1)
+    return Output(loss, bad | ~teacher.isfinite().all(1), fractions, pairs)
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:

@@ -50,9 +50,9 @@ def test_an_error_about_an_argument_names_the_setting_it_is_filled_from():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline": "ffcv"}, "pipeline is 'ffcv', not one of auto, dali, torchvision, synthetic"),
+        ({"pipeline": "ffcv"}, "pipeline is 'ffcv'; it must be one of auto, dali, torchvision, synthetic"),
         ({"threads": -1}, r"threads is -1; it must lie in \[0, 4096\]"),
-        ({"hw_decoder_load": "1"}, "hw_decoder_load is '1'; it must be a number"),
+        ({"hw_decoder_load": "1"}, "hw_decoder_load is '1'; it must be float"),
     ],
 )
 def test_options_of_an_executor_are_checked_by_their_own_names(options, message):

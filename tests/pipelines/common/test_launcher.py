@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.launcher import Launch, launched
+from pipelines.common.launcher import Launch, array_task, launched
 from tools.shard_imagenet import main
 from trainer.cluster.world import join_world
 
@@ -28,7 +28,9 @@ STEP = {
     "SLURM_STEP_ID": "0",
     "SLURM_TASK_PID": OWN,
 }
-NAMES = [*TORCHRUN, *STEP, "SLURM_PTY_PORT"]
+ARRAY = {"SLURM_ARRAY_" + name: text for name, text in [("TASK_ID", "5"), ("TASK_MIN", "1"), ("TASK_STEP", "2")]}
+ARRAY |= {"SLURM_ARRAY_TASK_COUNT": "4"}  # sbatch --array=1-7:2
+NAMES = [*TORCHRUN, *STEP, *ARRAY, "SLURM_PTY_PORT"]
 
 
 @pytest.fixture
@@ -62,61 +64,58 @@ def test_variables_set_by_hand_divide_training_and_no_conversion():
     assert launched({**STEP, **POD}).by == "RANK and WORLD_SIZE"
     this = launched(POD, by_hand=False)
     assert (this.by, this.rank, this.size) == ("", 0, 1)
-    assert this.ignored == "RANK=3, WORLD_SIZE=8 are ignored (torchrun did not set this): this process works alone"
+    assert this.ignored.startswith("RANK=3, WORLD_SIZE=8 ignored (")
     assert launched({**STEP, **POD}, by_hand=False) == Launch("srun", 5, 8)
 
 
 @pytest.mark.parametrize(
-    "variables, reason",
+    "variables",
     [
-        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is ignored (RANK is not set)"),
-        ({"RANK": "1"}, "RANK=1 is ignored (WORLD_SIZE is not set)"),
-        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is ignored (RANK and WORLD_SIZE are not set)"),
-        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=2 is ignored (RANK and WORLD_SIZE are not set)"),
-        ({**POD, "WORLD_SIZE": "abc"}, "RANK=3, WORLD_SIZE=abc are ignored (WORLD_SIZE is not a whole number)"),
-        ({**POD, "WORLD_SIZE": "8.0"}, "(WORLD_SIZE is not a whole number)"),
-        ({**POD, "RANK": "-1"}, "(RANK is not a whole number)"),
-        ({**POD, "RANK": "\N{ARABIC-INDIC DIGIT THREE}"}, "(RANK is not a whole number)"),
-        ({**POD, "RANK": "9" * 5000}, "(RANK is not a whole number)"),
-        ({**POD, "RANK": "8"}, "(RANK is not below WORLD_SIZE)"),
-        ({**POD, "WORLD_SIZE": "0"}, "(RANK is not below WORLD_SIZE)"),
-        ({**POD, "LOCAL_RANK": "$SLURM_LOCALID"}, "(LOCAL_RANK is not a whole number)"),
-        ({**POD, "LOCAL_WORLD_SIZE": "0"}, "(LOCAL_WORLD_SIZE is 0)"),
-        (without(POD, *MASTER), "(MASTER_ADDR and MASTER_PORT are not set)"),
+        {"WORLD_SIZE": "8"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "2"},
+        {"LOCAL_WORLD_SIZE": "2"},
+        {**POD, "WORLD_SIZE": "abc"},
+        {**POD, "WORLD_SIZE": "8.0"},
+        {**POD, "RANK": "-1"},
+        {**POD, "RANK": "\N{ARABIC-INDIC DIGIT THREE}"},
+        {**POD, "RANK": "9" * 5000},
+        {**POD, "RANK": "8"},
+        {**POD, "WORLD_SIZE": "0"},
+        {**POD, "LOCAL_RANK": "$SLURM_LOCALID"},
+        {**POD, "LOCAL_WORLD_SIZE": "0"},
+        without(POD, *MASTER),
     ],
 )
-def test_incomplete_or_insane_variables_are_ignored_with_the_reason(variables, reason):
+def test_incomplete_or_insane_variables_are_ignored_and_named(variables):
     for by_hand in (True, False):
         this = launched(variables, by_hand=by_hand)
         assert (this.by, this.rank, this.size, this.local_rank, this.local_size) == ("", 0, 1, 0, 1)
-    this = launched(variables)
-    assert reason in this.ignored and this.ignored.endswith(": this process works alone") and len(this.ignored) < 300
+        assert this.ignored.endswith(": this process works alone") and len(this.ignored) < 300
+        assert next(name for name in variables if name != "RANK" or "WORLD_SIZE" not in variables) in this.ignored
 
 
 @pytest.mark.parametrize(
-    "variables, reason",
+    "variables",
     [
-        (
-            {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
-            "no step of srun",
-        ),  # salloc
-        ({"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0"}, "no step of srun"),  # a batch script
-        ({"SLURM_STEP_ID": "4294967292"}, "no step of srun"),  # ssh to a node of the job
-        ({"SLURM_STEP_ID": "4294967293"}, "no step of srun"),
-        ({"SLURM_STEP_ID": ""}, "no step of srun"),  # salloc that opens its shell on the login node
-        ({"SLURM_STEP_ID": "batch"}, "no step of srun"),
-        ({"SLURM_TASK_PID": "1000000000"}, "no task of that step started this process"),
-        ({"SLURM_TASK_PID": ""}, "no task of that step started this process"),
-        ({"SLURM_PROCID": "8"}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
-        ({"SLURM_PROCID": ""}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
-        ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_PROCID is not a number below SLURM_STEP_NUM_TASKS"),
-        ({"SLURM_PTY_PORT": "34889", "SLURM_TASK_PID": str(os.getppid())}, "in a shell that 'srun --pty' opened"),
+        {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # salloc
+        {"SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_STEP_ID": "4294967292"},  # ssh to a node of the job
+        {"SLURM_STEP_ID": "4294967293"},
+        {"SLURM_STEP_ID": ""},  # salloc that opens its shell on the login node
+        {"SLURM_STEP_ID": "batch"},
+        {"SLURM_TASK_PID": "1000000000"},
+        {"SLURM_TASK_PID": ""},
+        {"SLURM_PROCID": "8"},
+        {"SLURM_PROCID": ""},
+        {"SLURM_STEP_NUM_TASKS": "many"},
+        {"SLURM_PTY_PORT": "34889", "SLURM_TASK_PID": str(os.getppid())},
     ],
 )
-def test_slurms_variables_without_a_task_of_srun_above_this_process_are_ignored(variables, reason):
+def test_slurms_variables_without_a_task_of_srun_above_this_process_are_ignored(variables):
     this = launched({**STEP, **variables})
     assert (this.by, this.rank, this.size) == ("", 0, 1)
-    assert "SLURM_NTASKS=8" in this.ignored and reason in this.ignored
+    assert "SLURM_NTASKS=8" in this.ignored
 
 
 def test_a_task_of_srun_may_be_a_script_that_starts_this_process():
@@ -214,3 +213,30 @@ def test_only_a_conversion_asks_for_its_launcher(environment, tmp_path, capsys, 
     with pytest.raises(SystemExit):
         main([*command, str(tmp_path)])
     assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_job_array_divides_a_conversion_and_no_training(environment):
+    environment(**ARRAY)
+    assert array_task() == Launch("SLURM's job array", 2, 4)
+    assert launched() == Launch()
+    environment(**{**ARRAY, "SLURM_ARRAY_TASK_COUNT": "1"})
+    assert array_task() == Launch()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_ARRAY_TASK_ID": "4"}, {"SLURM_ARRAY_TASK_ID": "9"}, {"SLURM_ARRAY_TASK_STEP": "0"}]
+)
+def test_an_array_that_is_no_range_is_named_and_ignored(environment, variables):
+    environment(**{**ARRAY, **variables})
+    assert array_task().size == 1 and "is ignored (--array is no range)" in array_task().ignored
+
+
+def test_a_task_of_a_job_array_converts_its_part_and_says_so(environment, digits_folder, tmp_path, capsys):
+    environment(**ARRAY)
+    main(["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"])
+    out, err = capsys.readouterr()
+    assert "this is part 3/4, for SLURM's job array started 4 processes" in err and "part 3/4 is done" in out
+    environment(**ARRAY, **STEP)
+    with pytest.raises(SystemExit):
+        main(["build", str(digits_folder), str(tmp_path / "out"), "--no-audit", "--workers", "1"])
+    assert "Divide the work with --part I/N" in capsys.readouterr().err

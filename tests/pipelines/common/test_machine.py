@@ -17,7 +17,7 @@ from tools.lib.common.arguments import model_argument, path_argument
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import DataConfig, parse
-from trainer.evaluation.trained import load_named
+from trainer.evaluation.trained import load_model
 from trainer.feed import rank_threads
 
 AFFINITY = 64
@@ -58,18 +58,6 @@ def cores(tmp_path, monkeypatch):
 )
 def test_a_quota_of_version_2_limits_the_cores(cores, files, expected):
     assert cores("0::/user/job\n", **files) == expected
-
-
-@pytest.mark.parametrize(
-    "groups, folder",
-    [("4:cpu,cpuacct:/docker/x", "cpu,cpuacct"), ("4:cpu:/docker/x", "cpu"), ("4:cpu,cpuacct:/docker/x", "cpu")],
-)
-def test_a_quota_of_version_1_limits_the_cores(cores, groups, folder):
-    groups = f"9:memory:/docker/x\n{groups}\n2:cpuset:/docker/x\n0::/\n"
-    assert cores(groups, **{f"{folder}/docker/x/cpu.cfs_period_us": "100000"}) == AFFINITY
-    assert cores(groups, **{f"{folder}/docker/x/cpu.cfs_quota_us": "-1"}) == AFFINITY
-    assert cores(groups, **{f"{folder}/docker/x/cpu.cfs_quota_us": "250000"}) == 3
-    assert cores(groups, **{f"{folder}/cpu.cfs_quota_us": "200000", f"{folder}/cpu.cfs_period_us": "100000"}) == 2
 
 
 @pytest.mark.parametrize("groups", ["", "0::/../..\n", "garbage\n", "4:cpu:/\n"])
@@ -139,15 +127,15 @@ def test_the_home_folder_is_put_in_the_paths_of_all_tools(home):
     assert model_argument("resnet50.a1_in1k") == "resnet50.a1_in1k" and model_argument("hf_hub:a/b") == "hf_hub:a/b"
     (home / "run").mkdir()
     with pytest.raises(UserError, match=f"^{home}/run: neither a run's folder"):
-        load_named("~/run")
+        load_model("~/run")
 
 
-@pytest.mark.parametrize("path", ["~nobodyhere/data", "~nobodyhere", "a\0b"])
-def test_a_home_folder_or_path_that_cannot_be_is_one_line(path, capsys):
+@pytest.mark.parametrize("path", ["~nobodyhere/data", "~nobodyhere"])
+def test_a_home_folder_that_is_not_known_is_one_line(path, capsys):
     for flag in (f"--data.root={path}", f"--config={path}", f"--run.out={path}"):
         with pytest.raises(UserError) as error:
             parse([flag])
-        assert repr(path)[1:-1] in str(error.value) and "Write" in str(error.value) and len(str(error.value)) < 300
+        assert path in str(error.value) and "Write" in str(error.value) and len(str(error.value)) < 300
     from tools.shard_imagenet import main
 
     with pytest.raises(SystemExit):
@@ -200,28 +188,6 @@ def test_workers_start_where_tmpdir_is_missing_or_a_file(tmp_path):
     for folder in (tmp_path / "missing", tmp_path / "file"):
         done = run_worker(TMPDIR=folder)
         assert done.stdout.startswith(f"{MODULE}\n"), done.stderr
-
-
-def test_without_a_folder_for_sockets_the_error_names_tmpdir_and_its_advice_helps(tmp_path, monkeypatch):
-    """Where /tmp cannot be written either."""
-    from pipelines.common import machine
-
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-
-    def denied(*_):
-        raise PermissionError(13, "Permission denied", "/tmp/pymp-1")
-
-    monkeypatch.setenv("TMPDIR", str(long))
-    monkeypatch.setattr(machine.tempfile, "tempdir", None)
-    monkeypatch.setattr(machine.multiprocessing.util, "get_temp_dir", denied)
-    with pytest.raises(
-        UserError, match=r"TMPDIR is /.*: no sockets can be made .*Permission denied.* at most 75 bytes"
-    ):
-        machine.use_short_socket_names()
-    monkeypatch.setattr(machine.multiprocessing.util, "get_temp_dir", lambda: str(long / "pymp-1"))
-    with pytest.raises(UserError, match=r"its name is too long\). Set TMPDIR to a folder"):  # made by somebody else
-        machine.use_short_socket_names()
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot leave the present folder out")

@@ -95,9 +95,9 @@ def test_the_mixed_pixels_and_labels_of_all_ranks_are_those_of_one(total, group,
 def test_ranks_differ_by_a_pair_and_a_rank_has_two_sizes(total, group, ranks, micro_batch):
     division = Division(total, group, ranks, micro_batch)
     sizes = [division.sizes(rank) for rank in range(ranks)]
-    shares = [sum(each) for each in sizes]
+    slices = [sum(each) for each in sizes]
     odd = total % 2  # The last pair is then a row alone.
-    assert max(shares) - min(shares) <= 2 + odd
+    assert max(slices) - min(slices) <= 2 + odd
     for each in sizes:
         assert max(each) <= micro_batch and len(set(each)) <= 2 + odd and max(each) - min(each) <= 2 + odd
     if micro_batch > 2:

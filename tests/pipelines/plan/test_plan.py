@@ -258,18 +258,10 @@ def test_a_schedule_of_one_size_is_described_as_that_size():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((), r"image_size is \[\]; it needs a size, like 224, or \[epoch, size\] pairs"),
-        (((5, 96), (0, 64)), r"image_size is \[\[5, 96\], \[0, 64\]\]; the epochs .* must increase"),
-        (((1, 64),), r"image_size is \[\[1, 64\]\]; the first \[epoch, size\] must be of epoch 0"),
-        (((0, 64), (5, 96), (5, 128)), r"\[5, 128\]\]; the epochs of its \[epoch, size\] pairs must increase"),
-        (((0, 64), (5, 0)), r"image_size is \[\[0, 64\], \[5, 0\]\]; a size must be at least 1"),
-        (0, "image_size is 0; a size must be at least 1"),
-    ],
+    "sizes", [(), ((5, 96), (0, 64)), ((1, 64),), ((0, 64), (5, 96), (5, 128)), ((0, 64), (5, 0)), 0, 4097]
 )
-def test_impossible_sizes_are_refused(sizes, message):
-    with pytest.raises(UserError, match=message):
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(UserError, match=r"^image_size is [\d\[].*; it must be a size from 1 to 4096, or \[epoch, size"):
         dataclasses.replace(make_plan(), image_size=sizes)
 
 

@@ -78,7 +78,7 @@ def test_a_manifest_that_somebody_has_written_by_hand_is_refused_unless_it_is_co
     manifest = read_manifest(copy)
     spoil(manifest)
     (copy / "manifest.json").write_bytes(manifest_bytes(manifest))  # its hash is right
-    with pytest.raises(UserError, match=r"manifest.json: not of this program"):
+    with pytest.raises(UserError, match=r"manifest.json: damaged, or not of this program"):
         read_index(copy, "train")
 
 
@@ -110,7 +110,7 @@ def test_whatever_stands_in_a_manifest_no_command_that_reads_it_fails_with_a_tra
     assert ("splits", "train", "digest") in refused or isinstance(wrong, str)
 
 
-@pytest.mark.parametrize(("name", "message"), [("manifest.json", "damaged"), ("train/index.npy", "too many for 320")])
+@pytest.mark.parametrize(("name", "message"), [("manifest.json", "damaged"), ("train/index.npy", "not an index of")])
 def test_files_of_a_dataset_that_are_far_too_large_are_never_read(copy, name, message):
     os.truncate(copy / name, 1 << 40)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
@@ -179,7 +179,7 @@ def test_a_pipe_in_place_of_the_index_is_named(copy):
     path = copy / "train" / "index.npy"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match=r"index.npy: not a regular file"):
+    with pytest.raises(UserError, match=r"index.npy: not an index of 320"):
         read_index(copy, "train")
 
 

@@ -4,14 +4,16 @@ import dataclasses
 import io
 import os
 import re
-from pathlib import Path
 
 import pytest
+import timm
+import torch
 from rich.console import Console
 
 from tools import compare
-from tools.lib.compare import backends, charts, measuring, results
-from tools.lib.compare.candidates import Candidate
+from tools.lib.compare import charts, results
+from tools.lib.compare.backends import Plan
+from tools.lib.compare.candidates import choose
 from tools.lib.compare.results import FailedRow, Row
 
 USUAL = Row(
@@ -20,7 +22,6 @@ USUAL = Row(
     model="a model",
     name="resnet50",
     weights="random",
-    folded_batch_norms=53,
     top1=80.0,
     top1_from="published, arXiv",
     top1_is_the_papers=True,
@@ -73,19 +74,18 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_what_is_asked_when_hove
 
 def test_the_papers_accuracies_are_marked_wherever_they_show():
     rows = [row("resnet50"), row("mine", rank=2, top1=81.0, top1_from="eval.json", top1_is_the_papers=False)]
-    (table,) = results.tables(rows)
+    (table,) = results.tables(rows, [])
     column = next(column for column in table.columns if column.header == "top-1 %")
     assert list(column.cells) == ["80.0*", "81.0"]
-    assert any(note.startswith("* published by the paper (arXiv)") for note in results.notes(rows))
-    assert "published, arXiv" in results.as_csv(rows)
+    assert any(note.startswith("* published, arXiv: by the paper") for note in results.notes(rows))
+    assert "published, arXiv" in results.as_csv(rows, [])
 
 
 def test_ties_and_a_noisy_machine_are_said():
     text = "\n".join(results.notes([row("a"), row("b", spread_percent=14.0), row("c", rank=3)]))
-    assert "from fast to slow: a = b > c" in text
-    assert "= too close to call" in text
+    assert "from fast to slow (= the speeds are too close to call): a = b > c" in text
     assert "not tested" not in text
-    assert "warning: the speed of 1 of 3 rows varied by more than 10% between timed runs (b (openvino)" in text
+    assert "warning: the speed of 1 of 3 rows varied by more than 10% between timed runs: b (openvino)" in text
 
 
 def test_the_front_is_that_of_the_speeds_shown_and_marks_who_is_not_surely_faster_than_the_more_accurate():
@@ -98,7 +98,7 @@ def test_the_front_is_that_of_the_speeds_shown_and_marks_who_is_not_surely_faste
     results.mark_front(rows)
     assert [each.on_front for each in rows] == [True, True, True, False, None]
     assert [each.front_is_sure for each in rows] == [False, True, True, None, None]
-    (table,) = results.tables(rows)
+    (table,) = results.tables(rows, [])
     column = next(column for column in table.columns if column.header == "front")
     assert list(column.cells) == ["front?", "front", "front", "", ""]
     assert any(note.startswith("front? on the front by its speed as shown") for note in results.notes(rows))
@@ -106,22 +106,21 @@ def test_the_front_is_that_of_the_speeds_shown_and_marks_who_is_not_surely_faste
 
 def test_too_few_rounds_to_test_the_order_are_noted():
     text = "\n".join(results.notes([row(name, timed_images_per_s=[100.0] * 5) for name in "ab"]))
-    assert "= not tested: fewer than 6 rounds say nothing about the order. Use --repeats 6 or more" in text
+    assert "openvino: the order is not tested. Use --repeats 6 or more" in text and "=" not in text
 
 
 def test_the_papers_accuracies_beside_evaluations_are_said_to_be_of_other_images_perhaps():
     mine = row("mine", top1_is_the_papers=False, top1_split="val", top1_digest="0123456789abcdef")
-    said = "* is of ImageNet's validation images; the evaluations are of split 'val' with digest 0123456789ab: compare"
+    said = "evaluations are of split 'val' with digest 0123456789ab: compare them with *"
     assert any(note.startswith(said) for note in results.notes([row("resnet50"), mine]))
     assert not [note for rows in ([row("resnet50")], [mine]) for note in results.notes(rows) if "digest" in note]
 
 
 def test_what_looks_like_markup_is_shown_unchanged():
     name = "runs/[bold]:smile:[/x]\\"
-    identity = {field.name: getattr(USUAL, field.name) for field in dataclasses.fields(results.Entry)}
-    failed = FailedRow(**{**identity, "rank": None, "model": name}, failed="[/] is no [red]tag")
+    failed = FailedRow("openvino", name, "[/] is no [red]tag")
     screen = Console(file=io.StringIO(), width=200)
-    for table in results.tables([row(name), failed]):
+    for table in results.tables([row(name)], [failed]):
         screen.print(table)
     shown = screen.file.getvalue()
     assert shown.count(name) == 2
@@ -133,33 +132,29 @@ def test_a_dollar_in_a_path_is_no_formula():
 
 
 def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
-    model = Candidate(os.fsdecode(b"caf\xe9"), "resnet18", Path(os.fsdecode(b"caf\xe9")), 224)
-    failed = measuring.Measured(model, backends.BACKENDS["eager"], failed="no weights")
-    rows = results.rows_of({model: "no weights"}, [failed])
-    assert rows[0].model == rows[0].weights == "caf\\udce9"
-    assert "caf\\udce9" in results.as_csv(rows).encode().decode()
+    weights, accuracies = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.pth", b"\xe9.csv"))
+    torch.save({"arch": "test_resnet", "state_dict": timm.create_model("test_resnet").state_dict()}, weights)
+    accuracies.write_bytes(b"model,top1\ntest_resnet,70\n")
+    candidate, other = choose([str(weights), "test_resnet"], [accuracies])
+    assert candidate.label == f"{tmp_path}/caf\\udce9.pth"
+    assert other.accuracy.said_by == f"{tmp_path}/\\udce9.csv"
 
 
 def test_the_tables_are_shown_also_where_the_files_cannot_be_written(tmp_path, monkeypatch, capsys):
     """A folder that was removed while the models were measured."""
     out = tmp_path / "out"
-
-    def measured(*_):
-        out.rmdir()
-        return {}, []
-
-    monkeypatch.setattr(compare, "_with_progress", measured)
-    monkeypatch.setattr(results, "rows_of", lambda *_: [row("resnet50")])
+    monkeypatch.setattr(compare, "_with_progress", lambda *_: out.rmdir())
+    monkeypatch.setattr(results, "rows_of", lambda _: ([row("resnet50")], []))
     with pytest.raises(SystemExit):
         compare.main(["test_resnet", "--device", "cpu", "--backends", "eager", "--out", str(out)])
     said = capsys.readouterr()
-    assert f"error: --out is {out}: cannot be written (No such file or directory). Name another" in said.err
+    assert f"error: {out}/comparison.csv" in said.err and "No such file or directory" in said.err
     assert "resnet50" in said.out
 
 
 def test_a_former_picture_does_not_stay_beside_numbers_without_accuracies(tmp_path):
     (tmp_path / "comparison.png").touch()
-    plan = measuring.Plan("cpu", None, 1, 1)
+    plan = Plan("cpu", batch=1, repeats=1, threads=1)
     rows = [row("a", top1=None, on_front=None, top1_is_the_papers=False)]
-    assert compare.write(tmp_path, rows, [], plan) == ["comparison.csv", "comparison.json"]
+    assert compare.write(tmp_path, rows, [], [], plan) == ["comparison.csv", "comparison.json"]
     assert not (tmp_path / "comparison.png").exists()

@@ -5,10 +5,10 @@ import shutil
 import torch
 
 from conftest import TINY
+from trainer.builder import facts_to_compare
 from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.run import facts_to_compare
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 

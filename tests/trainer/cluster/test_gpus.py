@@ -152,8 +152,8 @@ def test_what_starts_the_parts_of_the_first_ten_minutes_leaves_the_gpu_alone(tmp
         monkeypatch.setattr(torch.cuda, name, open_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpus, "_MACHINE", 'print(\'{"gpu": "one"}\')')
-    gpus.gpu(tmp_path, parts=[gpus.Part("part", ("-c", "pass"), 60, has_result=False)])
-    assert re.search('"outcome": "done"', (tmp_path / gpus.SUMMARY).read_text())
+    gpus.gpu(tmp_path, parts={"part": ("-c pass", 60)})
+    assert re.search('"part": "done"', (tmp_path / gpus.SUMMARY).read_text())
 
 
 @pytest.mark.gpu

@@ -13,13 +13,13 @@ import torch
 
 from conftest import REPOSITORY, TINY, train_here
 from pipelines.common.files import read_json_lines
-from support.tiny_runs import arguments_for, assert_same_end, at_step, newest
-from trainer.cluster.preemption import REQUEUE
+from support.tiny_runs import ONE, arguments_for, assert_same_end, at_step, newest
+from trainer.cluster.preemption import REQUEUE, STOPPING, Preemption
 from trainer.run import main
 from trainer.state.checkpoint import checkpoints
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
     digits, undisturbed, tmp_path, monkeypatch, capsys, number
 ):
@@ -37,25 +37,30 @@ def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(
     assert_same_end(undisturbed, tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)])
-def test_a_signal_while_the_program_is_loaded_ends_it_quietly(tmp_path, number, code):
+def test_a_signal_while_the_program_is_loaded_ends_it_quietly(tmp_path):
     command = [sys.executable, str(REPOSITORY / "trainer" / "run.py"), *TINY, "--run.out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     handled = Path(f"/proc/{process.pid}/status")
     while not int(re.search(r"SigCgt:\s*(\w+)", handled.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.001)
-    process.send_signal(number)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == code
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == REQUEUE
 
 
-def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(digits, undisturbed, tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize("number", STOPPING)
+def test_each_of_these_signals_is_noted_unless_the_process_was_started_to_ignore_it(number):
+    preemption = Preemption(ONE)
+    with preemption.catching_signals():
+        signal.raise_signal(number)
+    assert preemption.agree(False) == (number, False)
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
     try:
-        at_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGHUP))
-        main(arguments_for(digits, tmp_path))
+        ignoring = Preemption(ONE)
+        with ignoring.catching_signals():
+            signal.raise_signal(number)
+        assert ignoring.agree(False) == (0, False)
     finally:
-        signal.signal(signal.SIGHUP, before)
-    assert_same_end(undisturbed, tmp_path)
+        signal.signal(number, before)
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsys):
@@ -66,16 +71,11 @@ def test_a_second_ctrl_c_ends_a_run_at_once(digits, tmp_path, monkeypatch, capsy
     assert not checkpoints(tmp_path / "checkpoints")
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_do_but_to_start_again(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "trainer.builder.build_models", lambda *_: signal.raise_signal(signal.SIGTERM) or sys.exit("built")
-    )
-    with pytest.raises(SystemExit, match="built"):  # it is only noted here
-        main(arguments_for(digits, tmp_path))
-    monkeypatch.setattr("trainer.run.join_world", lambda *_: signal.raise_signal(signal.SIGTERM))
+def test_a_signal_while_a_run_is_built_stops_it_before_the_first_step(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.builder.build_teachers", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
         main(arguments_for(digits, tmp_path))
-    assert end.value.code == REQUEUE and not list(tmp_path.iterdir())
+    assert end.value.code == REQUEUE and not checkpoints(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("step", [5, 20])

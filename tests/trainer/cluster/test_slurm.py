@@ -116,7 +116,7 @@ def slurm(tmp_path):
 def test_a_slurm_job_that_was_signalled_asks_once_to_be_queued_again(slurm, tmp_path):
     done, calls = slurm("rank.py 75", SIGNAL="1")
     assert done.returncode == 0, done.stderr
-    assert "stopped by a signal with a checkpoint; job 1" in done.stdout
+    assert "stopped by a signal (exit code 75); job 1" in done.stdout
     requeues = [call for call in calls if call[:2] == ["scontrol", "requeue"]]
     assert len(requeues) == 1 and requeues[0][2].startswith("1")
     for rank in range(2):
@@ -136,6 +136,13 @@ def test_the_trainer_goes_on_when_slurm_starts_its_job_again(slurm, tmp_path, di
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout and "finished after step 100 of 100" in done.stdout
     assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
+
+
+@pytest.mark.parametrize("code", [138, 143])
+def test_a_signal_that_came_before_python_could_catch_it_queues_the_job_again(slurm, code):
+    done, calls = slurm(f"rank.py {code}", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1")
+    assert done.returncode == 0 and f"stopped by a signal (exit code {code})" in done.stdout
+    assert len([call for call in calls if call[:2] == ["scontrol", "requeue"]]) == 1
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -3,7 +3,6 @@ import copy
 import re
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 
@@ -22,7 +21,7 @@ from trainer.models.checks import (
     reporting_one_value_per_channel,
 )
 from trainer.models.factory import all_weights_required
-from trainer.models.files.weights import read_checkpoint, read_weights
+from trainer.models.files.weights import named_outputs, read_file, read_weights
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
 from trainer.models.teacher import build_teacher, build_teachers
@@ -146,9 +145,7 @@ def test_files_that_hold_no_weights_are_refused_and_nothing_in_them_runs(tmp_pat
         torch.save({"model": Payload()}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(
-        UserError, match="teacher.pth: (damaged, or no file of weights|an empty file|holds 'print', which is no plain)"
-    ):
+    with pytest.raises(UserError, match="teacher.pth: (damaged, or no file of weights|holds no weights)"):
         read_weights(path)
     assert "never run" not in capsys.readouterr().out
 
@@ -164,12 +161,12 @@ def test_a_missing_file_and_a_file_without_tensors(tmp_path):
 def test_a_checkpoint_of_this_trainer_has_the_names_of_its_classes(source, tmp_path):
     content = {"student": source.state_dict(), "ema": None, "classes": list("abcdefg")}
     torch.save(content, tmp_path / "run.pt")
-    assert read_checkpoint(tmp_path / "run.pt").classes == list("abcdefg")
+    assert named_outputs(read_file(tmp_path / "run.pt")) == list("abcdefg")
     for classes in (None, 7, {"a": 0}, [0, 1]):  # A synthetic dataset has no names, nor have files of others.
         torch.save({**content, "classes": classes}, tmp_path / "other.pt")
-        assert read_checkpoint(tmp_path / "other.pt").classes is None
+        assert named_outputs(read_file(tmp_path / "other.pt")) is None
     torch.save(source.state_dict(), tmp_path / "plain.pt")
-    assert read_checkpoint(tmp_path / "plain.pt").classes is None
+    assert named_outputs(read_file(tmp_path / "plain.pt")) is None
 
 
 def test_an_unknown_model_names_its_neighbours():
@@ -180,7 +177,7 @@ def test_an_unknown_model_names_its_neighbours():
 def test_a_models_own_arguments_are_passed_on_and_wrong_ones_refused():
     model = build_student(StudentConfig(name="test_vit", kwargs={"depth": 2}), 10, 64)
     assert len(model.blocks) == 2
-    with pytest.raises(UserError, match=r"model 'test_resnet' does not take these arguments .*no_such"):
+    with pytest.raises(UserError, match=r"model 'test_resnet' cannot be built .*no_such"):
         build_student(StudentConfig(name=NAME, kwargs={"no_such": 1}), 10, 64)
 
 
@@ -191,12 +188,14 @@ def test_models_of_fixed_size_are_built_for_the_image_size():
 
 def test_a_teacher_without_weights_to_download_is_refused():
     without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).has_weights)
-    with pytest.raises(UserError, match="has no pretrained weights for it. Give its weights with `checkpoint`"):
+    with pytest.raises(UserError, match="has no pretrained weights for it. Give a file with its weights"):
         build_teacher(TeacherConfig(name=without), 1000, 224)
 
 
 def test_downloaded_weights_of_other_classes_are_refused_before_the_download():
-    with pytest.raises(UserError, match="timm's weights have 1000 classes, the dataset has 10"):
+    with pytest.raises(
+        UserError, match="timm's weights of 'tresnet_v2_l': its weights have 1000 classes, the dataset has 10"
+    ):
         build_teacher(TeacherConfig(name="tresnet_v2_l"), 10, 64)
 
 
@@ -266,26 +265,6 @@ def test_models_of_images_of_one_channel_are_refused_with_the_reason(section):
     ):
         parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "1"])
     parse([f"--{section}.name", NAME, f"--{section}.kwargs.in_chans", "3"])
-    with pytest.raises(UserError, match=r"It takes 1 channel\(s\), images have 3 .gray ones, too.: leave in_chans out"):
-        check_size(timm.create_model("test_vit", in_chans=1), "test_vit", 160)
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
-def test_weights_of_images_of_one_channel_say_so_and_the_advice_helps(tmp_path, name):
-    source = timm.create_model(name, in_chans=1, num_classes=7).eval()
-    weights, first = source.state_dict(), f"{source.pretrained_cfg['first_conv']}.weight"
-    torch.save(weights, tmp_path / "gray.pth")
-    config = TeacherConfig(name, tmp_path / "gray.pth")
-    with pytest.raises(
-        UserError, match=rf"gray.pth: was trained on images of one channel.*'{first}', w, by w.repeat\(1"
-    ):
-        build_teacher(config, 7, 160)
-    weights[first] = weights[first].repeat(1, 3, 1, 1) / 3
-    torch.save(weights, tmp_path / "gray.pth")
-    images = torch.rand(2, 1, 160, 160)
-    with torch.no_grad():
-        found = build_teacher(config, 7, 160).model(images.expand(-1, 3, -1, -1))
-        assert torch.allclose(found, source(images), rtol=1e-3, atol=1e-4)
 
 
 ONE_VALUE = "BatchNorm would see a single value of a channel (images of 32 px, run.micro_batch too small)"
@@ -354,9 +333,7 @@ def test_a_file_that_names_its_model_and_its_classes_is_opened_by_both(tmp_path)
 OTHER_FILES = {
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "a web page": (b"<!DOCTYPE html><html>", "a web page"),
-    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "a JPEG image, not a file of weights"),
-    "nothing": (b"", "an empty file"),
-    "safetensors": (safetensors.torch.save({"a": torch.zeros(1)}), "Rename it so that it ends in .safetensors"),
+    "a JPEG": (b"\xff\xd8\xff\xe0" + bytes(64), "damaged, or no file of weights"),
 }
 
 
@@ -365,21 +342,3 @@ def test_a_file_of_another_kind_in_place_of_weights_is_called_what_it_is(tmp_pat
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "w.pth")
-
-
-def test_a_folder_of_another_training_script_names_the_files_in_it(tmp_path):
-    for name in ("last.pth.tar", "model_best.pth.tar", "args.yaml"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"Give one of the files in it: last.pth.tar, model_best.pth.tar$"):
-        read_weights(tmp_path)
-
-
-def test_weights_of_a_part_of_a_larger_model_fit_once_saved_as_the_message_says(tmp_path):
-    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
-    inner = {f"net.backbone.{name}": value for name, value in weights.items()}
-    torch.save(inner, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="all its names begin with 'backbone.'") as caught:
-        inference.load("test_resnet", tmp_path / "w.pth")
-    saved = eval(re.search(r"\{k.partition.*\}", str(caught.value))[0], {"weights": inner})
-    torch.save(saved, tmp_path / "w.pth")
-    assert inference.load("test_resnet", tmp_path / "w.pth").num_outputs == 3

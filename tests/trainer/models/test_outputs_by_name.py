@@ -10,7 +10,6 @@ from pipelines.common.errors import UserError
 from pipelines.shards.manifest import read_manifest
 from support.teachers import first_teacher, train_here
 from trainer.config.sections import TeacherConfig, parse
-from trainer.config.setting_names import prefix_of, spelling_settings
 from trainer.feed import dataset_classes
 from trainer.models.class_names import class_order, read_classes
 from trainer.models.teacher import (
@@ -45,21 +44,19 @@ def test_the_order_of_classes_puts_every_output_where_the_dataset_has_it(extra):
 
 
 def test_a_class_that_is_missing_or_doubled_is_named():
-    with pytest.raises(UserError) as error, spelling_settings(prefix_of("teacher.others[1]")):
+    with pytest.raises(UserError, match="c.txt: class 'dog' of the dataset is 0 times among the model's 4, not once"):
         class_order(["cat", "dog", "emu"], ["emu", "cat", "fox", "gnu"], Path("c.txt"))
-    assert "c.txt: class 'dog' of the dataset is not among the model's 4" in str(error.value)
-    assert "in a file for teacher.others[1].classes" in str(error.value)
-    with pytest.raises(UserError, match=r"c.txt: class 'cat' is named 2 times, for the outputs 0 and 2 \(the first is"):
+    with pytest.raises(UserError, match="c.txt: class 'cat' of the dataset is 2 times among the model's 3"):
         class_order(["dog", "cat"], ["cat", "dog", "cat"], Path("c.txt"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "c.txt: cannot be read .No such file"),
-        (b"", "c.txt: is empty"),
-        (b"cat\n\ndog\n", "c.txt: line 2 is empty. Every output"),
-        (b"\xff\xfe", "c.txt: not a text file"),
+        (None, "c.txt: cannot be read .*No such file"),
+        (b"", "c.txt: line 1 is empty"),
+        (b"cat\n\ndog\n", "c.txt: line 2 is empty"),
+        (b"\xff\xfe", "c.txt: cannot be read"),
     ],
 )
 def test_files_that_name_no_classes(tmp_path, content, message):
@@ -116,7 +113,7 @@ def test_a_checkpoint_with_the_datasets_own_classes_needs_no_order(digits, files
 def test_a_checkpoint_of_other_classes_is_refused(digits, files, tmp_path):
     path = reordered(files, tmp_path / "t.pt", list(range(10)), classes=[*"012345678", "ten"])
     more = ["--teacher.name", "test_resnet", "--teacher.checkpoint", path]
-    with pytest.raises(UserError, match="t.pt: class '9' of the dataset is not among the model's 10"):
+    with pytest.raises(UserError, match="t.pt: class '9' of the dataset is 0 times among the model's 10"):
         train_here(digits, tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
     # The names that a user gives take precedence over those in the file.
@@ -127,11 +124,13 @@ def test_a_checkpoint_of_other_classes_is_refused(digits, files, tmp_path):
 def test_weights_of_another_number_of_classes_than_the_file_names_are_refused(files, tmp_path):
     names = [str(i) for i in range(10)]
     listed = write_lines(tmp_path / "c.txt", [*names, "more"])
-    with pytest.raises(UserError, match="test_resnet.pth: its weights have 10 classes, .*c.txt names 11. Name every"):
+    with pytest.raises(UserError, match="test_resnet.pth: its weights have 10 classes, .*c.txt names 11. Give weights"):
         build_teacher(TeacherConfig("test_resnet", files["test_resnet"], classes=listed), 10, 32, names=names)
-    with pytest.raises(UserError, match="timm's weights have 1000 classes, .*c.txt names 11"):
+    with pytest.raises(
+        UserError, match="timm's weights of 'tresnet_v2_l': its weights have 1000 classes, .*c.txt names 11"
+    ):
         build_teacher(TeacherConfig("tresnet_v2_l", classes=listed), 10, 32, names=names)
-    with pytest.raises(UserError, match=r"has 5. Give weights .* or name all their classes with `classes` FILE"):
+    with pytest.raises(UserError, match=r"has 5. Give weights .* or name every output in a file"):
         build_teacher(TeacherConfig("test_resnet", files["test_resnet"]), 5, 32, names=names[:5])
 
 

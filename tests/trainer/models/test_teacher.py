@@ -290,7 +290,7 @@ def test_a_teacher_that_cannot_take_its_images_is_refused_by_name_of_its_setting
     with pytest.raises(UserError) as error:
         train_here(digits, tmp_path / "run", *(one if key == "teacher" else many), *sizes)
     assert "model 'vit_tiny_patch16_224' cannot take images of 32 px" in str(error.value)
-    assert f"Give it a size of its own with {key}.image_size" in str(error.value)
+    assert f"Change {key}.image_size, {key}.kwargs or {key}.name" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases get what metrics.jsonl gets."""
 
-import builtins
 import json
+import sys
 
 import pytest
 
@@ -16,7 +16,7 @@ from trainer.monitor.telemetry import Telemetry
 
 def test_scalars_are_the_numbers_of_train_and_eval_lines():
     times = {"step": 3, "time": 1.0}
-    assert dict(scalars({"kind": "train", **times, "epoch": 0, "loss": 2.5, "agreement": None})) == {
+    assert dict(scalars({"kind": "train", **times, "epoch": 0, "loss": 2.5})) == {
         "train/epoch": 0,
         "train/loss": 2.5,
     }
@@ -79,13 +79,8 @@ def test_wandb_continues_one_run_over_all_sessions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_logger_that_is_not_installed_is_reported_before_anything_is_written(tmp_path, monkeypatch, name):
-    def no_package(module, *arguments, **more):
-        if module.split(".")[0] == name or module == f"torch.utils.{name}":
-            raise ImportError(f"No module named '{name}'")
-        return imported(module, *arguments, **more)
-
-    imported = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", no_package)
+    for module in (name, f"torch.utils.{name}"):
+        monkeypatch.setitem(sys.modules, module, None)  # Python then raises an ImportError.
     with pytest.raises(UserError, match=f"run.loggers: {name} cannot be imported .* pip install {name}; or leave it"):
         train_here(tmp_path / "none", tmp_path / "run", "--run.loggers", f"[{name}]")
     assert not list(tmp_path.iterdir())

@@ -66,7 +66,17 @@ def test_every_line_has_the_time_and_a_session_says_where_it_runs(tmp_path):
     session(tmp_path, 0, 2)
     lines = read_json_lines(tmp_path / "metrics.jsonl")
     assert all(before - 1 <= line["time"] <= time.time() + 1 for line in lines)
-    assert lines[0].keys() == {"kind", "step", "total_steps", "steps_per_epoch", "ranks", "host", "device", "time"}
+    assert lines[0].keys() == {
+        "kind",
+        "step",
+        "total_steps",
+        "steps_per_epoch",
+        "ranks",
+        "host",
+        "device",
+        "validation",
+        "time",
+    }
     assert (lines[0]["ranks"], lines[0]["device"], lines[0]["total_steps"]) == (1, "cpu", 10)
 
 
@@ -86,7 +96,7 @@ def test_lines_that_are_none_are_kept_beside_the_log_and_counted(tmp_path, capsy
         file.write(b"\n".join(strange))
     session(tmp_path, 1, 2)
     assert (tmp_path / "metrics.jsonl.unusable").read_bytes().split(b"\n") == [*strange, b""]
-    assert "metrics.jsonl: 3 lines cannot be used, and moved to metrics.jsonl.unusable" in capsys.readouterr().out
+    assert "metrics.jsonl: what cannot be used is moved to metrics.jsonl.unusable, lines: 3" in capsys.readouterr().out
     session(tmp_path, 2, 3)
     assert "cannot be used" not in capsys.readouterr().out and len(kinds(tmp_path)) == 7
 
@@ -126,8 +136,8 @@ def test_sinks_get_every_line_and_are_closed_even_if_one_fails(tmp_path, capsys,
 def test_where_there_is_no_terminal_there_are_plain_lines(tmp_path, capsys):
     session(tmp_path, 0, 2)
     first, second, evaluation = capsys.readouterr().out.splitlines()
-    assert first == ("epoch 0 step 1/10  loss 2.5000  lr 1.00e-03  1,234 images/s  waiting for input 25%  -:-- left")
-    assert second.startswith("epoch 0 step 2/10") and second.endswith(" 0:00 left")
+    assert first == "epoch 0  step 1/10  loss 2.5000  1,234 images/s  25% waiting for input  -:-- left"
+    assert second.startswith("epoch 0  step 2/10") and second.endswith(" 0:00:01 left")
     assert evaluation == "epoch 0 done, 96 images: raw: top-1 50.00 % top-5 90.00 %"
 
 
@@ -136,7 +146,7 @@ def test_on_a_terminal_one_line_says_it_all(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     session(tmp_path, 4, 7)
     shown = capsys.readouterr().out.split("\r")[-1]
-    assert "epoch 3  7/10  loss 2.500  1,234 images/s  25% waiting  0:00 left" in shown
+    assert "epoch 3  step 7/10  loss 2.5000  1,234 images/s  25% waiting" in shown
 
 
 def gone_reader(tmp_path):

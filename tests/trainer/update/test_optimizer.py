@@ -11,7 +11,7 @@ from torch import nn
 from pipelines.common.errors import UserError
 from trainer.config.sections import OptimConfig, parse
 from trainer.models.checkpoint_format import FIELDS, OPTIMIZER_TENSORS
-from trainer.update.optimizer import build_optimizer, clip_adaptively, gradient_clipping
+from trainer.update.optimizer import build_optimizer, gradient_clipping
 
 
 def gradients(model: nn.Module) -> torch.Tensor:
@@ -73,19 +73,10 @@ def test_adaptive_clipping_is_timms_and_leaves_the_classifier_out(name):
     assert all(parameter.grad.norm() > 0 for head in heads for parameter in head.parameters())
 
 
-def test_adaptive_clipping_of_weights_and_gradients_that_are_zero_or_not_there():
-    zero, still, idle = (nn.Parameter(torch.zeros(3, 4)) for _ in range(3))
-    zero.grad, still.grad = torch.full((3, 4), 7.0), torch.zeros(3, 4)
-    clip_adaptively([zero, still, idle], 0.01)
-    assert torch.allclose(zero.grad.norm(dim=1), torch.full((3,), 0.01 * 1e-3))
-    assert torch.equal(still.grad, torch.zeros(3, 4)) and idle.grad is None
-    clip_adaptively([idle], 0.01)
-
-
 def test_two_ways_of_clipping_at_once_are_refused():
     with pytest.raises(UserError, match="optim.clip_norm is 1.0 and optim.clip_agc is 0.01: set one of them to 0"):
         parse(["--optim.clip_norm", "1", "--optim.clip_agc", "0.01"])
-    with pytest.raises(UserError, match="optim.clip_norm is -1.0; it must not be negative"):
+    with pytest.raises(UserError, match="optim.clip_norm is -1.0; it must lie in"):
         parse(["--optim.clip_norm", "-1"])
 
 

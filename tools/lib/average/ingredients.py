@@ -55,45 +55,35 @@ def read(path: Path, which: Kind) -> Ingredient:
 
 
 def read_alike(paths: list[Path], which: Kind) -> Iterator[Ingredient]:
-    """The checkpoints one after the other; only one of them and the first are in memory.
+    """The checkpoints one after the other; only one of them is in memory.
 
     Raises:
-      UserError: as `read`, or one of them is not of the first one's model, or its weights not of the same kind.
+      UserError: as `read`, or one of them is not of the first one's model, or its weights not of the same kind. The
+        message names the first difference.
     """
-    first, console = None, Console(stderr=True)
+    first, console = {}, Console(stderr=True)
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         each = read(path, which)
-        first = first or each
-        check_same_model(each, first)
-        if each.kind != first.kind:
-            raise UserError(
-                f"{each.path}: gives {each.kind} weights, {first.path} {first.kind} ones. Choose with --weights ema or "
-                "--weights raw, or leave one of them out"
-            )
+        identity = _identity(each)
+        first = first or identity
+        for name in (*first, *identity):
+            if identity.get(name) != first.get(name):
+                raise UserError(
+                    f"{path}: does not fit {paths[0]}: {name} is {identity.get(name)}, there it is {first.get(name)}. "
+                    "Average checkpoints of one model, and with --weights ema or raw one kind of weights"
+                )
         yield each
 
 
-def check_same_model(other: Ingredient, first: Ingredient) -> None:
-    """Raise a UserError that names the first thing in which two checkpoints' models differ."""
-    names = [f"{each.path}" for each in (other, first)]
-    for key in ("name", "kwargs"):
-        ours, theirs = (each.origin["config"]["student"].get(key) for each in (other, first))
-        _check_equal(f"student.{key}", ours, theirs, *names)
-    ours, theirs = (each.origin.get("classes") or [] for each in (other, first))
-    _check_equal("the number of classes", len(ours), len(theirs), *names)
-    for output, pair in enumerate(zip(ours, theirs, strict=True)):
-        _check_equal(f"the class of output {output}", *pair, *names)
-    ours, theirs = ({name: list(value.shape) for name, value in each.weights.items()} for each in (other, first))
-    for name in [*theirs, *ours]:
-        _check_equal(f"the shape of '{name}'", ours.get(name), theirs.get(name), *names)
-
-
-def _check_equal(what: str, ours: object, theirs: object, path: str, other: str) -> None:
-    if ours != theirs:
-        raise UserError(
-            f"{path}: of another model than {other}: {what} is {ours}, there it is {theirs}. Average checkpoints of "
-            "one model"
-        )
+def _identity(each: Ingredient) -> dict[str, object]:
+    """What must be equal in checkpoints that are averaged, by its name in messages."""
+    student = each.origin["config"]["student"]
+    return {
+        **{f"student.{key}": student.get(key) for key in ("name", "kwargs")},
+        "the kind of weights": each.kind,
+        **{f"the class of output {i}": name for i, name in enumerate(each.origin.get("classes") or ())},
+        **{f"the shape of '{name}'": list(value.shape) for name, value in each.weights.items()},
+    }
 
 
 def differing(parts: list[Ingredient]) -> list[str]:

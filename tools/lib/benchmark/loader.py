@@ -10,13 +10,9 @@ What makes the rows comparable:
 - Starting up does not count: a timed run opens its loader, takes some batches, and then times the next ones. Loaders
   are endless, so no queue runs dry in between, and batches are counted in multiples of the workers, which deliver
   theirs together.
-- RandAugment differs between the loaders. The recipe's applies each of two operations with probability 0.5;
-  torchvision and DALI always apply both, so their rows compare with "every op" of ours and timm's. Their magnitude is 7
-  of bins 0 to 10, timm's scale.
 - The others run in their fastest form: torchvision's decoder and transforms on tensors, DALI's decoder by default.
-- FFCV reads a file of its own, into which it encodes the same images as JPEGs of the same quality, at full size. It
-  has no RandAugment, resizes with OpenCV's area filter where the others are bicubic, and decodes with libjpeg's less
-  exact, faster DCT.
+
+docs/performance.md says how RandAugment differs between them, and what FFCV does otherwise.
 """
 
 import dataclasses
@@ -28,29 +24,28 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from pipelines import PipelineConfig, open_pipeline, resolve_decode
-from pipelines.common.errors import UserError
-from pipelines.common.machine import num_cores, use_short_socket_names
+from pipelines.common.machine import num_cores
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import ShardIndex
-from tools.lib.benchmark.photographs import endless, photograph_index, recipe_plan
-from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
+from tools.lib.benchmark.photographs import photograph_index
+from tools.lib.benchmark.results import Measured, Row
 from tools.lib.common.hardware import first_device
+from tools.lib.common.process_pool import forkserver_context
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, synchronize
 from trainer.feed import batches_of
 
 SIZE_PX = 224
 Images = Generator[torch.Tensor, None, None]  # Closing it ends the loader's threads and processes.
-COLUMNS = SPEED_COLUMNS
 BARE, RECIPE, EVERY_OP = "crop + flip", "RandAugment", "RandAugment, every op"
 _RANDAUGMENT = {
     BARE: AugmentConfig(randaugment_ops=0),
@@ -61,10 +56,12 @@ _TIMM = {BARE: None, RECIPE: "rand-m7-mstd0.5-inc1", EVERY_OP: "rand-m7-p1.0-mst
 _GROUPS = 8  # A global batch has this many batches, as in the recipe: the copies of an image are in different ones.
 _AHEAD = 16  # A pipeline may look this many batches ahead.
 _NUM_OPS, _MAGNITUDE, _BINS = 2, 7, 11  # These are the arguments of DALI's and torchvision's RandAugment.
+_FILL = (124, 116, 104)  # ImageNet's mean colour
 _JPEG_QUALITY = 92  # FFCV encodes the images again, in the quality of tools/lib/common/photos.py.
 # Workers that are forked from a process with DALI's and our threads sometimes end by SIGSEGV.
 _CLEAN_PROCESSES = "forkserver"
-_OURS: dict[Literal["dali", "torchvision"], str] = {"dali": "ours on DALI", "torchvision": "ours on torchvision"}
+# A worker runs the file of the command once more, so the process that forks it has imported that.
+_PRELOADED = ("tools.benchmark", "timm.data", "torchvision.transforms.v2", "webdataset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Setting:
       folder: of the images as files; index: the same images as shards.
       batch: images a batch.
       workers: threads or processes.
-      config: of our pipelines.
+      decode: DALI's decode path in our pipeline.
     """
 
     folder: Path
@@ -83,16 +80,7 @@ class Setting:
     batch: int
     workers: int
     device: torch.device
-    config: PipelineConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A row: the loader's name, its augmentation, and how to open its endless batches of images."""
-
-    what: str
-    augmentation: str
-    open: Callable[[], Images]
+    decode: Literal["roi", "full"]
 
 
 def loader(images: int, repeats: int, batch: int) -> Iterator[Row]:
@@ -102,77 +90,63 @@ def loader(images: int, repeats: int, batch: int) -> Iterator[Row]:
       images: about how many a timed run takes; it takes full batches.
       batch: images a batch, at most `images`.
     """
-    _start_clean_process()
+    forkserver_context(*_PRELOADED)
     with tempfile.TemporaryDirectory() as scratch:
-        workers = num_cores()
+        workers, device = num_cores(), first_device()
         batch, lead = min(batch, images), 2 * workers
         num_batches = -(-images // (batch * workers)) * workers
         num_images = -(-(lead + num_batches + _AHEAD) // _GROUPS) * _GROUPS * batch
-        index = photograph_index(Path(scratch), num_images, samples_per_shard=-(-num_images // (4 * workers)))
-        device = first_device()
+        index = photograph_index(Path(scratch), num_images, -(-num_images // (4 * workers)))
         decode, _ = resolve_decode(PipelineConfig(), index, device)
-        config = PipelineConfig(threads=workers, decode=decode)
-        setting = Setting(Path(scratch) / "src" / "train", index, batch, workers, device, config)
-        for _, group in itertools.groupby(candidates(setting), lambda candidate: candidate.augmentation):
-            yield from _rows(list(group), setting, repeats, lead, num_batches)
+        setting = Setting(Path(scratch) / "src" / "train", index, batch, workers, device, decode)
+        for augmentation in _RANDAUGMENT:
+            yield from _rows(setting, augmentation, repeats, lead, num_batches)
 
 
-def _rows(group: list[Candidate], setting: Setting, repeats: int, lead: int, num_batches: int) -> list[Row]:
-    """A table: all loaders with the same augmentation, in turn."""
-    rows: dict[str, Row] = {each.what: {"what": each.what, "augmentation": each.augmentation} for each in group}
-    runs = {}
-    for each in group:
-        if reason := missing(each, setting):
-            rows[each.what]["note"] = reason
+def _rows(setting: Setting, augmentation: str, repeats: int, lead: int, num_batches: int) -> list[Row]:
+    """A table: all loaders with the same augmentation, in turn. Ratios are over ours, on DALI if that can run."""
+    rows: dict[str, Row] = {}
+    runs: dict[str, Callable[[], float]] = {}
+    for what, open_batches in loaders(setting, augmentation).items():
+        rows[what] = {"what": what, "augmentation": augmentation}
+        if reason := failure(open_batches):
+            rows[what]["note"] = reason
         else:
-            runs[each.what] = functools.partial(batch_seconds, each.open, lead, num_batches)
+            runs[what] = functools.partial(batch_seconds, open_batches, lead, num_batches)
     seconds = interleaved(runs, repeats, warm_up=False)  # Each run has a warm-up of its own.
+    ours = next((what for what in seconds if what.startswith("ours")), None)
     for what, times in seconds.items():
-        rows[what] = {**rows[what], **speeds(num_batches * setting.batch, times), **_compared(what, seconds)}
+        compared: Measured = {"ratio": ratio(seconds[ours], times), "of": ours} if ours else {}
+        rows[what] = {**rows[what], **speeds(num_batches * setting.batch, times), **compared}
     return list(rows.values())
 
 
-def candidates(setting: Setting) -> list[Candidate]:
-    """Every loader with every augmentation it has."""
-    found = []
-
-    def add(what: str, augmentation: str, open_batches: Callable[..., Images], *arguments) -> None:
-        found.append(Candidate(what, augmentation, functools.partial(open_batches, setting, *arguments)))
-
-    for augmentation in _RANDAUGMENT:
-        for name, ours in _OURS.items():
-            add(ours, augmentation, _ours, name, augmentation, 1)
-            if augmentation != EVERY_OP:
-                add(f"{ours}, repeats 3", augmentation, _ours, name, augmentation, 3)
-        if augmentation != RECIPE:
-            add("DALI's own reader", augmentation, _dali, augmentation == EVERY_OP)
-            add("webdataset + torchvision", augmentation, _webdataset, augmentation == EVERY_OP)
-        add("timm", augmentation, _timm, augmentation)
-        if augmentation == BARE:
-            add("FFCV", augmentation, _ffcv)
-    return found
+def loaders(setting: Setting, augmentation: str) -> dict[str, Callable[[], Images]]:
+    """Every loader that has the augmentation, by its name: a function that opens its endless batches of images."""
+    dali = functools.partial(_ours, pipeline="dali")
+    torchvision = functools.partial(_ours, pipeline="torchvision")
+    found: dict[str, Callable[[Setting, str], Images]] = {"ours on DALI": dali, "ours on torchvision": torchvision}
+    if augmentation != EVERY_OP:
+        found["ours on DALI, repeats 3"] = functools.partial(dali, repeats=3)
+        found["ours on torchvision, repeats 3"] = functools.partial(torchvision, repeats=3)
+    if augmentation != RECIPE:
+        found |= {"DALI's own reader": _dali, "webdataset + torchvision": _webdataset}
+    found["timm"] = _timm
+    if augmentation == BARE:
+        found["FFCV"] = _ffcv
+    return {what: functools.partial(open_batches, setting, augmentation) for what, open_batches in found.items()}
 
 
-def missing(candidate: Candidate, setting: Setting) -> str | None:
-    """Why a candidate cannot run here, or None. It takes one batch and looks at its shape."""
+def failure(open_batches: Callable[[], Images]) -> str:
+    """Why a loader cannot run here, "" if it gives a batch."""
     try:
-        with closing(candidate.open()) as batches:
-            shape = tuple(next(batches).shape)
+        with closing(open_batches()) as batches:
+            next(batches)
     except ImportError as error:
         return f"not installed ({error.name})"
-    except UserError as error:
-        return str(error)
     except Exception as error:  # A foreign loader may raise anything; the other rows are still wanted.
         return f"failed, {type(error).__name__}: {one_line(error)}"
-    channels_last = (setting.batch, SIZE_PX, SIZE_PX, 3)
-    assert shape in (channels_last, (setting.batch, 3, SIZE_PX, SIZE_PX)), (candidate, shape)
-    return None
-
-
-def _compared(what: str, seconds: dict[str, list[float]]) -> Measured:
-    """A row's speed over ours with the same augmentation: on DALI, or on torchvision where DALI cannot run."""
-    ours = next((name for name in _OURS.values() if name in seconds), None)
-    return {"ratio": ratio(seconds[ours], seconds[what]), "of": ours} if ours else {}
+    return ""
 
 
 def batch_seconds(open_batches: Callable[[], Images], lead: int, count: int) -> float:
@@ -188,29 +162,20 @@ def batch_seconds(open_batches: Callable[[], Images], lead: int, count: int) -> 
         return time.perf_counter() - start_s
 
 
-def _start_clean_process() -> None:
-    """Start the process that workers are forked from and let it import what they need, so that they start at once."""
-    # Each worker runs the file of this command once more, which is why the command itself is imported first.
-    use_short_socket_names()
-    multiprocessing.set_forkserver_preload(["tools.benchmark", "timm.data", "torchvision.transforms.v2", "webdataset"])
-    forkserver.ensure_running()
-
-
 # --- the loaders: endless batches of images; closing the iterator ends their threads and processes ---
 
 
-def _ours(setting: Setting, name: Literal["dali", "torchvision"], augmentation: str, repeats: int) -> Images:
+def _ours(setting: Setting, augmentation: str, *, pipeline: Literal["dali", "torchvision"], repeats: int = 1) -> Images:
     augment = dataclasses.replace(_RANDAUGMENT[augmentation], mix_group=setting.batch, repeats=repeats)
-    size = _GROUPS * setting.batch
-    plan: TrainPlan = recipe_plan(setting.index, setting.batch, SIZE_PX, augment=augment, global_batch=size)
-    config = dataclasses.replace(setting.config, pipeline=name)
-    pipeline = open_pipeline(setting.index, config, device=setting.device)
-    with closing(batches_of(pipeline, endless(plan, setting.batch))) as batches:
+    plan = TrainPlan(setting.index, augment, 0, _GROUPS * setting.batch, SIZE_PX, fill=_FILL)
+    plans = (plan.rows(start, start + setting.batch) for start in itertools.count(0, setting.batch))
+    config = PipelineConfig(pipeline=pipeline, threads=setting.workers, decode=setting.decode)
+    with closing(batches_of(open_pipeline(setting.index, config, device=setting.device), plans)) as batches:
         for batch in batches:
             yield batch.images
 
 
-def _dali(setting: Setting, randaugment: bool) -> Images:
+def _dali(setting: Setting, augmentation: str) -> Images:
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali import types as dali_types
     from nvidia.dali.auto_aug.rand_augment import rand_augment
@@ -238,7 +203,7 @@ def _dali(setting: Setting, randaugment: bool) -> Images:
         )
         images = fn.resize(images, size=[SIZE_PX, SIZE_PX], interp_type=types.INTERP_CUBIC, antialias=True)
         images = operations.flip(images, horizontal=fn.random.coin_flip())
-        if randaugment:
+        if augmentation != BARE:
             images = rand_augment(images, _NUM_OPS, _MAGNITUDE, num_magnitude_bins=_BINS, shape=(SIZE_PX, SIZE_PX))
         return images
 
@@ -274,7 +239,7 @@ def _timm(setting: Setting, augmentation: str) -> Images:
             yield images
 
 
-def _webdataset(setting: Setting, randaugment: bool) -> Images:
+def _webdataset(setting: Setting, augmentation: str) -> Images:
     webdataset: Any = importlib.import_module("webdataset")  # It adds its names at run time.
 
     shards = [str(path) for path in setting.index.paths]
@@ -282,7 +247,7 @@ def _webdataset(setting: Setting, randaugment: bool) -> Images:
         webdataset.WebDataset(shards, resampled=True, shardshuffle=False, handler=webdataset.reraise_exception)
         .shuffle(1000)
         .to_tuple("jpg")
-        .map_tuple(_TensorTransform(randaugment))
+        .map_tuple(_TensorTransform(augmentation != BARE))
         .batched(setting.batch, partial=False)
     )
     batches = webdataset.WebLoader(
@@ -320,7 +285,7 @@ class _TensorTransform:
         return self._transform(decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), ImageReadMode.RGB))
 
 
-def _ffcv(setting: Setting) -> Images:
+def _ffcv(setting: Setting, augmentation: str) -> Images:
     threads = torch.get_num_threads()  # FFCV changes torch's threads in this process, even by being imported.
     try:
         batches = _open_ffcv(_beton(setting), setting.batch, setting.workers, setting.device)
@@ -363,12 +328,8 @@ def _beton(setting: Setting) -> Path:
 
     path = setting.folder.parent / "train.beton"
     if not path.exists():
-        arguments = (setting.folder, path, setting.workers)
-        writer = multiprocessing.get_context(_CLEAN_PROCESSES).Process(target=_write_beton, args=arguments)
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise UserError(f"FFCV cannot write its file (exit code {writer.exitcode}). Its own error stands above")
+        with ProcessPoolExecutor(1, multiprocessing.get_context(_CLEAN_PROCESSES)) as pool:
+            pool.submit(_write_beton, setting.folder, path, setting.workers).result()
     return path
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from rich.table import Table
-
 from pipelines.common.errors import UserError
 from tools.lib.common.hardware import Machine, machine
-from tools.lib.common.tables import markdown_table, terminal_table
+from tools.lib.common.tables import markdown_table
 
 
 class Measured(TypedDict, total=False):
@@ -24,27 +22,15 @@ class Measured(TypedDict, total=False):
     setting: str
     note: str
     images_per_s: float
-    seconds: float
     min: float
     max: float
+    ms: float
+    peak_mib: int
     ratio: float
     of: str
-    ms: float
-    updates: int
-    peak_mib: int | None
     overhead: float
     input_wait: float
     built_s: float
-    works: str
-    kl: float
-    kl_max: float
-    agreement: float
-    model: str
-    teacher: str | None
-    batch: int
-    size: int
-    precision: str
-    compiled: bool
 
 
 class Row(Measured):
@@ -64,25 +50,33 @@ class Result(TypedDict):
     rows: list[Row]
 
 
-# Columns of every table of speeds; others may follow.
-SPEED_COLUMNS = {
+# The columns of tables in their order. Older files have others, which follow under the names of their values.
+_HEADINGS = {
     "what": "what",
     "images_per_s": "images/s",
     "min": "min",
     "max": "max",
+    "ms": "ms an update",
+    "peak_mib": "MiB",
     "ratio": "ratio",
     "of": "of",
+    "overhead": "overhead",
+    "input_wait": "waiting for input",
+    "built_s": "built in, s",
 }
 _TEXT = ("what", "of")  # The other columns hold numbers.
+# These stand above or below a table, the later ones only in older files.
+_NO_COLUMNS = {
+    *("augmentation", "setting", "note", "model", "teacher", "batch", "size", "precision", "compiled", "updates"),
+}
 
 
 def new_result(name: str, options: Mapping[str, object]) -> Result:
     """The result of a benchmark that has measured nothing yet on this machine."""
-    day = datetime.date.today().isoformat()
     return {
         "benchmark": name,
         "options": dict(options),
-        "date": day,
+        "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "complete": False,
         "rows": [],
@@ -105,43 +99,28 @@ def read_result(path: Path) -> Result:
         result: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Give a file that --json wrote") from error
-    if not isinstance(result, dict) or "benchmark" not in result:
+    if not isinstance(result, dict) or not result.keys() >= Result.__required_keys__:
         raise UserError(f"{path}: not a result of tools/benchmark.py. Give a file that --json wrote")
     return cast(Result, result)  # This program wrote it.
 
 
-def progress_line(row: Row, columns: Mapping[str, str]) -> str:
-    """A row in a line: its table, its name, and what was measured."""
-    numbers = [f"{heading} {_cell(row[key])}" for key, heading in columns.items() if key in row and key not in _TEXT]
-    what = ", ".join(text for text in (row.get("augmentation", row.get("setting")), row["what"]) if text)
-    return f"{what}: {', '.join(numbers) or row.get('note', '')}"
-
-
-def terminal_tables(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Table]:
-    """The tables for the terminal; `columns`: key of a row -> heading."""
-    found = []
-    for title, members in _groups(rows).items():
-        shown = _used(members, columns)
-        found.append(terminal_table(list(shown.values()), _cells(members, shown), text=_text(shown), title=title))
-    return found
-
-
-def markdown(result: Result, columns: Mapping[str, str]) -> str:
-    """A result for a document: where and when it was measured, then its tables. Columns as for `terminal_tables`."""
+def markdown(result: Result) -> str:
+    """Where and when a result was measured, its tables, and what there is to say about single rows."""
     versions = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     cut_off = "" if result["complete"] else " Cut off before its end."
     lines = [f"`python tools/benchmark.py {command_line(result)}`, {result['date']}: {versions}.{cut_off}", ""]
-    for title, members in _groups(result["rows"]).items():
-        shown = _used(members, columns)
-        headings = [title or "what", *list(shown.values())[1:]]
-        lines += [*markdown_table(headings, _cells(members, shown), text=_text(shown)), ""]
-    lines += [f"- {note}" for note in notes(result["rows"])]
-    return "\n".join(lines).rstrip() + "\n"
+    tables: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        tables.setdefault(title(row), []).append(row)
+    for name, rows in tables.items():
+        lines += [*_table(name, rows), ""]
+    notes = [f"- {row['what']}: {row['note']}" for row in result["rows"] if "note" in row]
+    return "\n".join([*lines, *dict.fromkeys(notes)]).rstrip() + "\n"
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What there is to say about single rows, each once."""
-    return list(dict.fromkeys(f"{row['what']}: {row['note']}" for row in rows if "note" in row))
+def title(row: Row) -> str:
+    """The title of the table that a row belongs to; benchmarks of one table have none."""
+    return row.get("augmentation", row.get("setting", ""))
 
 
 def command_line(result: Result) -> str:
@@ -152,25 +131,13 @@ def command_line(result: Result) -> str:
     return " ".join(words)
 
 
-def _groups(rows: Sequence[Row]) -> dict[str | None, list[Row]]:
-    """The rows of each table by its title; benchmarks of one table have no title."""
-    groups: dict[str | None, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.get("augmentation", row.get("setting")), []).append(row)
-    return groups
-
-
-def _used(rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns in which one of the rows has something."""
-    return {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
-
-
-def _text(columns: Mapping[str, str]) -> list[int]:
-    return [number for number, key in enumerate(columns) if key in _TEXT]
-
-
-def _cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
-    return [[_cell(row.get(key)) for key in columns] for row in rows]
+def _table(name: str, rows: Sequence[Row]) -> list[str]:
+    """A table with the columns in which one of the rows has something."""
+    used = {key for row in rows for key, value in row.items() if value is not None} - _NO_COLUMNS
+    columns = {key: _HEADINGS.get(key, key) for key in (*_HEADINGS, *rows[0]) if key in used}
+    text = [number for number, key in enumerate(columns) if key in _TEXT]
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    return markdown_table([name or "what", *list(columns.values())[1:]], cells, text=text)
 
 
 def _cell(value: object) -> str:

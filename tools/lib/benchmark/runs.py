@@ -2,24 +2,25 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from pipelines.common.errors import UserError
-from tools.lib.benchmark.results import Measured
+from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import timed_on_device
 from trainer.builder import Run, build
 from trainer.cluster.world import alone
-from trainer.config.sections import Config, parse
+from trainer.config.sections import parse
 from trainer.models.factory import create_model
 from trainer.update.precision import PRECISIONS, resolve_precision
 
 CLASSES = 1000
+LAST = 10**9  # No benchmark reaches this step.
 _FEWEST, _MOST = 3, 100  # A timed run makes at least and at most this many updates.
 _GROUP = 128  # This is the recipe's mix_group.
-LAST = 10**9  # No benchmark reaches this step.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,122 +29,93 @@ class Setting:
 
     Attributes:
       model: the student.
-      teacher: its name; None is no teacher.
-      weights: the teacher's file.
+      teacher: its name; "null" is no teacher.
+      weights: the teacher's file, if there is one.
       batch: images an update, in one forward pass.
       size: side of the images, pixels.
       precision: bf16, fp16 or fp32.
       compiled: whether the models are compiled.
-      classes: how many classes the images have.
     """
 
     model: str
-    teacher: str | None
+    teacher: str
     weights: Path | None
     batch: int
     size: int
     precision: str
     compiled: bool
-    classes: int = CLASSES
 
     @property
     def title(self) -> str:
-        """The setting in words; rows that share it are a table."""
-        learns = f"{self.model} from {self.teacher}" if self.teacher else f"{self.model} alone"
+        """The setting in words."""
+        learns = f"{self.model} from {self.teacher}" if self.weights else f"{self.model} alone"
         compiled = "compiled" if self.compiled else "not compiled"
         return f"{learns}, batches of {self.batch}, {self.size} px, {self.precision}, {compiled}"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the forward passes."""
-        return PRECISIONS[self.precision]
 
-    def described(self) -> Measured:
-        """The part of a row that says what was measured."""
-        return {
-            "setting": self.title,
-            "model": self.model,
-            "teacher": self.teacher,
-            "batch": self.batch,
-            "size": self.size,
-            "precision": self.precision,
-            "compiled": self.compiled,
-        }
+def settings(
+    models: Sequence[str],
+    teachers: Iterable[str],
+    folder: Path,
+    *,
+    batch: int,
+    size: int,
+    precision: str,
+    compile: str,
+    classes: int = CLASSES,
+) -> Iterator[Setting]:
+    """Each model with each teacher, "null" for none; what takes minutes to compile is given last.
 
+    Teachers get random weights, in `folder`: how good one is makes no difference to how fast it is. When the next
+    setting is asked for, the memory of the last one's models is given back.
 
-def resolve(precision: str, device: torch.device) -> str:
-    """The benchmark's precision; auto is what a run takes on this device.
-
-    Raises:
-      UserError: another word.
+    Args:
+      precision: auto, bf16 or fp32.
+      compile: no, yes or both.
+      classes: how many classes the images have.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--precision is '{precision}', not auto, bf16 or fp32")
-    dtype = resolve_precision(precision, device)
-    return next(name for name, other in PRECISIONS.items() if other == dtype)
+    dtype = resolve_precision(precision, first_device())
+    resolved = next(name for name, other in PRECISIONS.items() if other == dtype)
+    weights = {name: _random_weights(name, classes, size, folder) for name in teachers if name != "null"}
+    compiled: list[bool] = {"no": [False], "yes": [True], "both": [False, True]}[compile]
+    for is_compiled, model, teacher in itertools.product(compiled, models, teachers):
+        yield Setting(model, teacher, weights.get(teacher), batch, size, resolved, is_compiled)
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def compiled_or_not(answer: str) -> tuple[bool, ...]:
-    """Whether to compile, for each value of --compile; what takes minutes to compile comes last.
-
-    Raises:
-      UserError: another word.
-    """
-    answers = {"no": (False,), "yes": (True,), "both": (False, True)}
-    if answer not in answers:
-        raise UserError(f"--compile is '{answer}', not one of {', '.join(answers)}")
-    return answers[answer]
-
-
-def teacher_or_none(name: str) -> str | None:
-    """The teacher that --teacher names; null is no teacher, as in the trainer."""
-    return None if name == "null" else name
-
-
-def random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
-    """Write random weights of a model to a file: how good a teacher is makes no difference to how fast it is."""
+def _random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
     torch.manual_seed(0)
     path = folder / f"{name}.pt"
     torch.save(create_model(name, classes, size, {}).state_dict(), path)
     return path
 
 
-def open_run(setting: Setting, out: Path, data: Sequence[object] = ()) -> Run:
-    """Build a run of the trainer that has trained nothing yet.
+def open_run(setting: Setting, folder: Path, data: Sequence[object] = ()) -> Run:
+    """Build a run of the trainer that has trained nothing yet, with a new folder in `folder`.
 
     Args:
       data: options of the trainer that name the images; without any they are synthetic.
     """
-    return build(_config(setting, out, data), alone())
-
-
-def _config(setting: Setting, out: Path, data: Sequence[object]) -> Config:
     group = _GROUP if setting.batch % _GROUP == 0 else setting.batch
-    synthetic = ["--data.pipeline", "synthetic", "--data.synthetic_classes", setting.classes]
-    teacher = ["--teacher.name", setting.teacher or "null"]
     arguments = [
-        *(data or synthetic),
+        *(data or ["--data.pipeline", "synthetic", "--data.synthetic_classes", CLASSES]),
         *("--data.image_size", setting.size),
         *("--augment.mix_group", group),
         *("--student.name", setting.model),
-        *(teacher if setting.weights is None else [*teacher, "--teacher.checkpoint", setting.weights]),
-        *("--run.out", out),
+        *("--teacher.name", setting.teacher),
+        *(["--teacher.checkpoint", setting.weights] if setting.weights else []),
+        *("--run.out", tempfile.mkdtemp(dir=folder)),
         *("--run.global_batch", setting.batch),
         *("--run.micro_batch", setting.batch),
         *("--run.precision", setting.precision),
         *("--run.compile", str(setting.compiled).lower()),
         *("--run.checkpoint_every", LAST),
     ]
-    return parse([str(argument) for argument in arguments])
+    return build(parse([str(argument) for argument in arguments]), alone())
 
 
 def updates_per_timed_run(update: Callable[[], object], seconds: float) -> int:
     """How many updates take about `seconds`, within bounds; `update` makes one."""
     return max(_FEWEST, min(_MOST, round(seconds / timed_on_device(update)())))
-
-
-def release_memory() -> None:
-    """Give back the memory of models that are no longer used, and what was compiled for them."""
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()

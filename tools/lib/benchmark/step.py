@@ -28,9 +28,9 @@ import io
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -43,25 +43,19 @@ from tools.lib.benchmark.runs import (
     CLASSES,
     LAST,
     Setting,
-    compiled_or_not,
     open_run,
-    random_weights,
-    release_memory,
-    resolve,
-    teacher_or_none,
+    settings,
     updates_per_timed_run,
 )
-from tools.lib.common.hardware import first_device
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
 from trainer import loop
 from trainer.builder import Run
-from trainer.feed import batches_of, rank_plans
+from trainer.feed import rank_plans
 from trainer.models.factory import create_model
 from trainer.models.files.weights import read_weights
 from trainer.models.preprocessing import preprocessing
 from trainer.monitor.run_files import METRICS
-from trainer.state.writer import Writer
 from trainer.update.compiler import compiled, uncompiled
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
@@ -69,23 +63,12 @@ from trainer.update.mixing import partners
 if TYPE_CHECKING:  # A timm without tasks is a row that says so.
     from timm.task import TrainingTask
 
-COLUMNS = {
-    "what": "what",
-    "images_per_s": "images/s",
-    "min": "min",
-    "max": "max",
-    "ms": "ms an update",
-    "peak_mib": "MiB",
-    "ratio": "ratio",
-    "of": "of",
-    "overhead": "overhead",
-}
 OURS, LOOP, TIMM, ALONE = "ours", "ours, whole loop", "timm-style", "models alone"
 _WARM_UP = 3  # Nothing is compiled or chosen any more after this many updates.
 
 
 def step(
-    models: tuple[str, ...],
+    models: list[str],
     teacher: str,
     batch: int,
     size: int,
@@ -94,101 +77,65 @@ def step(
     repeats: int,
     seconds: float,
 ) -> Iterator[Row]:
-    """The rows: each model from the teacher and alone, compiled and then not, as far as `compile` asks for it.
+    """The rows: each model from the teacher, if it is not null, and alone.
 
     Args:
-      teacher: of all models; null measures the models only alone.
       precision: auto, bf16 or fp32.
       compile: no, yes or both.
       seconds: about how long a timed run takes.
     Raises:
-      UserError: unknown words, or models that cannot be built.
+      UserError: an odd batch, or models that cannot be built.
     """
-    precision = resolve(precision, first_device())
     if batch % 2:
         raise UserError(f"--batch is {batch}: timm mixes images in pairs. Give an even number")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        name = teacher_or_none(teacher)
-        weights = random_weights(name, CLASSES, size, folder) if name else None
-        taught = [(name, weights), (None, None)] if name else [(None, None)]
-        for is_compiled, model, (teacher_name, file) in itertools.product(compiled_or_not(compile), models, taught):
-            setting = Setting(model, teacher_name, file, batch, size, precision, is_compiled)
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                yield from _rows(setting, Path(out), repeats, seconds)
-            release_memory()
+    chosen = {"batch": batch, "size": size, "precision": precision, "compile": compile}
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in settings(models, dict.fromkeys([teacher, "null"]), Path(folder), **chosen):
+            yield from _rows(setting, Path(folder), repeats, seconds)
 
 
-def _rows(setting: Setting, out: Path, repeats: int, seconds: float) -> list[Row]:
+def _rows(setting: Setting, folder: Path, repeats: int, seconds: float) -> list[Row]:
     """A table: the updates of all candidates in turn."""
-    ours, ours_mib = _warm(lambda: Ours(setting, out))
-    batch = ours.first_batch()
+    rows: dict[str, Row] = {who: {"what": who, "setting": setting.title} for who in (OURS, LOOP, TIMM, ALONE)}
+    before = torch.cuda.memory_allocated()
+    ours = Ours(setting, folder)
+    rows[OURS] = {**rows[OURS], **_warm_up(ours.update, before)}
     updates = updates_per_timed_run(ours.update, seconds)
-    rows: dict[str, Row] = {who: {"what": who, **setting.described()} for who in (OURS, LOOP, TIMM, ALONE)}
-    rows[OURS]["peak_mib"] = ours_mib
-    alone, _ = _warm(lambda: ModelsAlone(setting, ours.run, batch))
+    batch = next(ours.batches())
+    alone = models_alone(setting, ours.run, batch)
+    _warm_up(alone)
     candidates = {
         OURS: functools.partial(_seconds, ours.update, updates),
         LOOP: functools.partial(ours.loop_seconds, updates),
-        ALONE: functools.partial(_seconds, alone.update, updates),
+        ALONE: functools.partial(_seconds, alone, updates),
     }
+    before = torch.cuda.memory_allocated()
     try:
-        timm_style, timm_mib = _warm(lambda: TimmStyle(setting, ours.run, batch))
+        timm_style = TimmStyle(setting, ours.run, batch)
+        rows[TIMM] = {**rows[TIMM], **_warm_up(timm_style.update, before)}
+        candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
     except Exception as error:  # This timm has other tasks or none, lacks memory, or cannot compile the model.
         rows[TIMM]["note"] = f"not measured, {type(error).__name__}: {one_line(error)}"
-    else:
-        rows[TIMM]["peak_mib"] = timm_mib
-        candidates[TIMM] = functools.partial(_seconds, timm_style.update, updates)
     seconds_of = interleaved(candidates, repeats, warm_up=False)
     for who, times in seconds_of.items():
-        rows[who] = {**rows[who], **_measured(updates, setting.batch, times), **_compared(who, seconds_of)}
+        ms = round(statistics.median(times) / updates * 1000, 2)
+        rows[who] = {**rows[who], **speeds(updates * setting.batch, times, 1), "ms": ms}
+        if TIMM in seconds_of:
+            rows[who] = {**rows[who], "ratio": ratio(seconds_of[TIMM], times), "of": TIMM}
+        if who != ALONE:
+            neighbours = zip(seconds_of[ALONE], times, strict=True)
+            rows[who]["overhead"] = round(statistics.median(1 - alone_s / own_s for alone_s, own_s in neighbours), 3)
     return list(rows.values())
 
 
-def _measured(updates: int, batch: int, times: list[float]) -> Measured:
-    return {
-        **speeds(updates * batch, times, 1),
-        "ms": round(1000 * statistics.median(times) / updates, 2),
-        "updates": updates,
-    }
-
-
-def _compared(who: str, seconds_of: dict[str, list[float]]) -> Measured:
-    """The speed over the timm-style update's, and the fraction of the time that is not the models'."""
-    found: Measured = {}
-    if TIMM in seconds_of:
-        found = {"ratio": ratio(seconds_of[TIMM], seconds_of[who]), "of": TIMM}
-    if who != ALONE:
-        neighbours = zip(seconds_of[ALONE], seconds_of[who], strict=True)
-        found["overhead"] = round(statistics.median(1 - alone / own for alone, own in neighbours), 3)
-    return found
-
-
-class Updating(Protocol):
-    """A candidate: it makes one update when asked."""
-
-    def update(self) -> None:
-        """Make one update."""
-        ...
-
-
-Candidate = TypeVar("Candidate", bound=Updating)
-
-
-def _warm(make: Callable[[], Candidate]) -> tuple[Candidate, int | None]:
-    """Make a candidate and warm it up. Returns it and its peak memory in MiB, None on a CPU.
-
-    Memory counts from before the candidate is made, so that of the others does not.
-    """
-    on_gpu = torch.cuda.is_available()
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    made = make()
-    _seconds(made.update, _WARM_UP)
-    if not on_gpu:
-        return made, None
+def _warm_up(update: Callable[[], None], before: int = 0) -> Measured:
+    """Make some updates. On a GPU, returns the peak of what is allocated besides `before`, bytes."""
+    _seconds(update, _WARM_UP)
+    if not torch.cuda.is_available():
+        return {}
     torch.cuda.reset_peak_memory_stats()
-    _seconds(made.update, 1)
-    return made, round((torch.cuda.max_memory_allocated() - before) / 2**20)
+    _seconds(update, 1)
+    return {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20)}
 
 
 def _seconds(update: Callable[[], object], updates: int) -> float:
@@ -205,22 +152,17 @@ def _seconds(update: Callable[[], object], updates: int) -> float:
 
 
 class Ours:
-    """The update and the loop of a run in `out`."""
+    """The update and the loop of a run."""
 
-    def __init__(self, setting: Setting, out: Path):
-        self.run = open_run(setting, out)
-        self._batches = self._batches_from(0)
+    def __init__(self, setting: Setting, folder: Path):
+        self.run = open_run(setting, folder)
+        self._batches = self.batches()
         self._numbers = itertools.count()
 
-    def _batches_from(self, step: int) -> Generator[Batch, None, None]:
-        run = self.run
-        plans = rank_plans(run.plan, step, LAST, run.world, run.state.micro_batch)
-        return batches_of(run.pipelines.of["train"], plans)
-
-    def first_batch(self) -> Batch:
-        """The batch of the first update."""
-        with contextlib.closing(self._batches_from(0)) as batches:
-            return next(batches)
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the run from its first update on."""
+        plans = rank_plans(self.run.plan, 0, LAST, self.run.world, self.run.state.micro_batch)
+        return self.run.pipelines.of["train"].batches(plans)
 
     def update(self) -> None:
         """Make one update of the run."""
@@ -232,48 +174,37 @@ class Ours:
         changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
         run.config = dataclasses.replace(run.config, run=changed)
         run.state.step = 0
-        run.checkpoints.writer = Discarding()
+        run.checkpoints.folder.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):
             monitor = loop.make_monitor(run)
             with monitor.session():
                 loop.updates(run, monitor)
+        run.checkpoints.finish()  # A timed loop ends with one, which must not be written beside the next timed run.
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]
         assert lines[-1]["step"] == 2 * updates, lines
         return updates * run.config.run.global_batch / lines[-1]["images_per_s"]
 
 
-class Discarding(Writer):
-    """Stands for a run's writer of checkpoints: a timed loop ends with one, which nobody measures or reads."""
-
-    def submit(self, path: Path, content: dict, then: Callable[[], None] = lambda: None) -> None:
-        """Write nothing."""
-
-    def wait(self) -> None:
-        """There is nothing to wait for."""
-
-
-class ModelsAlone:
+def models_alone(setting: Setting, run: Run, batch: Batch) -> Callable[[], None]:
     """The models' own part of a run's update."""
+    compiler = compiled if setting.compiled else uncompiled
+    student, loss = compiler(run.state.student), compiler(usi_loss)
+    teacher = run.step.teacher  # It is the run's own, folded and compiled.
+    autocast = _autocast(run)
+    centred = (batch.images.float() / 255 - 0.5) / 0.25
+    pixels = centred.permute(0, 3, 1, 2).to(run.precision)  # channels-last
+    targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam, run.config.distill
 
-    def __init__(self, setting: Setting, run: Run, batch: Batch):
-        compiler = compiled if setting.compiled else uncompiled
-        self._student, self._loss = compiler(run.state.student), compiler(usi_loss)
-        self._teacher = run.step.teacher  # It is the run's own, folded and compiled.
-        self._optimizer = run.state.optimizer
-        self._autocast = _autocast(setting, run.world.device)
-        centred = (batch.images.float() / 255 - 0.5) / 0.25
-        self._pixels = centred.permute(0, 3, 1, 2).to(setting.dtype)  # channels-last
-        self._targets = batch.labels, partners(batch.labels, batch.mix_group), batch.lam, run.config.distill
-
-    def update(self) -> None:
-        """Make one update of the student."""
-        self._optimizer.zero_grad(set_to_none=True)
+    def update() -> None:
+        run.state.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            teacher = self._teacher([self._pixels]) if self._teacher is not None else None
-        with self._autocast():
-            student = self._student(self._pixels)
-        self._loss(student, teacher, *self._targets).backward()
-        self._optimizer.step()
+            taught = teacher([pixels]) if teacher is not None else None
+        with autocast():
+            logits = student(pixels)
+        loss(logits, taught, *targets).backward()
+        run.state.optimizer.step()
+
+    return update
 
 
 class TimmStyle:
@@ -285,7 +216,7 @@ class TimmStyle:
         from timm.optim import create_optimizer_v2
 
         config, device = run.config, run.world.device
-        student = _placed(create_model(setting.model, setting.classes, setting.size, {}), device).train()
+        student = _placed(create_model(setting.model, CLASSES, setting.size, {}), device).train()
         self._optimizer = create_optimizer_v2(
             student, opt="adamw", lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )
@@ -299,14 +230,14 @@ class TimmStyle:
             prob=config.augment.mix_prob,
             switch_prob=config.augment.cutmix_prob,
             label_smoothing=config.distill.label_smoothing,
-            num_classes=setting.classes,
+            num_classes=CLASSES,
         )
         images = batch.images.permute(0, 3, 1, 2).cpu().numpy()
         loaded = [tensor.to(device) for tensor in collate(list(zip(images, batch.labels.tolist(), strict=True)))]
         expects = preprocessing(student)
         endless: Any = itertools.repeat(loaded)  # Of a DataLoader the prefetcher uses only the iteration.
         self._batches = iter(PrefetchLoader(endless, mean=expects.mean, std=expects.std, device=device))
-        self._autocast = _autocast(setting, device)
+        self._autocast = _autocast(run)
         self._numbers = itertools.count(1)
 
     def update(self) -> None:
@@ -328,10 +259,10 @@ def _timm_task(setting: Setting, student: nn.Module, run: Run) -> "TrainingTask"
 
     device, distill = run.world.device, run.config.distill
     criterion = SoftTargetCrossEntropy()
-    if setting.teacher is None or setting.weights is None:
+    if setting.weights is None:
         return ClassificationTask(student, criterion, device=device, verbose=False)
     weights = read_weights(setting.weights)
-    teacher = create_model(setting.teacher, setting.classes, setting.size, {}, weights, setting.weights)
+    teacher = create_model(setting.teacher, CLASSES, setting.size, {}, weights, setting.weights)
     return LogitDistillationTask(
         student,
         _placed(teacher, device),
@@ -348,7 +279,7 @@ def _placed(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (It lacks this overload.)
 
 
-def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    if setting.dtype == torch.float32:
+def _autocast(run: Run) -> Callable[[], contextlib.AbstractContextManager]:
+    if run.precision == torch.float32:
         return contextlib.nullcontext
-    return functools.partial(torch.autocast, device.type, setting.dtype)
+    return functools.partial(torch.autocast, run.world.device.type, run.precision)

@@ -9,7 +9,7 @@ On a GPU the ratio of "real" shows how busy it is kept. On a CPU the models and 
 ratio there is that of the models' time to the time of both.
 """
 
-import itertools
+import contextlib
 import statistics
 import tempfile
 import time
@@ -23,19 +23,8 @@ from pipelines.common.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.synthetic import SyntheticPipeline
 from tools.lib.benchmark.photographs import photograph_index
-from tools.lib.benchmark.results import SPEED_COLUMNS, Measured, Row
-from tools.lib.benchmark.runs import (
-    CLASSES,
-    LAST,
-    Setting,
-    compiled_or_not,
-    open_run,
-    random_weights,
-    release_memory,
-    resolve,
-    teacher_or_none,
-    updates_per_timed_run,
-)
+from tools.lib.benchmark.results import Measured, Row
+from tools.lib.benchmark.runs import LAST, Setting, open_run, settings, updates_per_timed_run
 from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import BATCHES_IN_WORK, interleaved, ratio, speeds, synchronize, timed_on_device
 from trainer.builder import Run
@@ -43,10 +32,6 @@ from trainer.config.sections import DataConfig
 from trainer.feed import batches_of, rank_plans
 from trainer.monitor.clock import InputWait
 
-COLUMNS = SPEED_COLUMNS | {
-    "input_wait": "waiting for input",
-    "built_s": "built in, s",
-}
 SYNTHETIC = "synthetic"
 # Updates before those that count: more than the batches that wait.
 _LEAD = DataConfig().prefetch + BATCHES_IN_WORK + 1
@@ -54,7 +39,7 @@ _PER_SHARD = 512  # A shard has this many images.
 
 
 def train(
-    models: tuple[str, ...],
+    models: list[str],
     teacher: str,
     images: int,
     batch: int,
@@ -67,72 +52,65 @@ def train(
     """The rows, over `images` photographs: a table for each model, from the teacher (null: alone).
 
     Args:
+      precision: auto, bf16 or fp32.
       compile: no, yes or both.
       seconds: about how long a timed run takes.
     Raises:
-      UserError: fewer photographs than a batch, unknown words, or models that cannot be built.
+      UserError: fewer photographs than a batch, or models that cannot be built.
     """
     if images < batch:
         raise UserError(f"--images {images} is less than --batch {batch}: give at least as many")
-    wanted, device = compiled_or_not(compile), first_device()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        index = photograph_index(folder, images, classes=CLASSES, samples_per_shard=_PER_SHARD)
-        pipeline, decode, note = _pipeline_here(index, device)
-        data = ["--data.root", folder / "data", "--data.pipeline", pipeline, "--data.decode", decode]
-        name = teacher_or_none(teacher)
-        weights = random_weights(name, index.num_classes, size, folder) if name else None
-        for is_compiled, model in itertools.product(wanted, models):
-            setting = Setting(
-                model, name, weights, batch, size, resolve(precision, device), is_compiled, index.num_classes
-            )
-            with tempfile.TemporaryDirectory(dir=folder) as out:
-                start_s = time.perf_counter()
-                run = open_run(setting, Path(out), data)
-                built_s = round(time.perf_counter() - start_s, 1)
-                for row in _rows(setting, run, repeats, seconds):
-                    yield {**row, **note, "built_s": built_s}
-                del run
-            release_memory()
+        index = photograph_index(folder, images, _PER_SHARD)
+        data, note = _pipeline_here(index, first_device())
+        data += ["--data.root", str(folder / "data")]
+        chosen = {"batch": batch, "size": size, "precision": precision, "compile": compile}
+        for setting in settings(models, [teacher], folder, **chosen, classes=index.num_classes):
+            for row in _rows(setting, folder, data, repeats, seconds):
+                yield {**row, **note}
 
 
-def _pipeline_here(index: ShardIndex, device: torch.device) -> tuple[str, str, Measured]:
-    """A run's pipeline and DALI's decode path; torchvision where DALI cannot be used, with a "note" that says why."""
+def _pipeline_here(index: ShardIndex, device: torch.device) -> tuple[list[str], Measured]:
+    """A run's options for its pipeline, and a note about it; torchvision where DALI cannot be used."""
+    pipeline = resolve_pipeline("auto", device)
     try:
-        return resolve_pipeline("auto", device), resolve_decode(PipelineConfig(), index, device)[0], {}
+        decode, why = resolve_decode(PipelineConfig(), index, device)
     except UserError as error:
-        return "torchvision", "full", {"note": f"without DALI: {error}"}
+        return ["--data.pipeline", "torchvision"], {"note": f"without DALI: {error}"}
+    options = ["--data.pipeline", pipeline, "--data.decode", decode]
+    return options, {"note": f"DALI's decode path is {decode}: {why}"} if pipeline == "dali" else {}
 
 
-def _rows(setting: Setting, run: Run, repeats: int, seconds: float) -> Iterator[Row]:
-    pipeline = resolve_pipeline(run.config.data.pipeline, run.world.device)
-    real, alone = f"real ({pipeline})", f"{pipeline} alone"
-    synthetic = Feed(run, SyntheticPipeline(run.plan.index, device=run.world.device))
-    own = Feed(run, run.pipelines.of["train"])
-    try:
+def _rows(setting: Setting, folder: Path, data: list[str], repeats: int, seconds: float) -> Iterator[Row]:
+    start_s = time.perf_counter()
+    run = open_run(setting, folder, data)
+    built_s = round(time.perf_counter() - start_s, 1)
+    name = run.config.data.pipeline
+    with (
+        contextlib.closing(Feed(run, SyntheticPipeline(run.plan.index, device=run.world.device))) as synthetic,
+        contextlib.closing(Feed(run, run.pipelines.of["train"])) as own,
+    ):
         synthetic.updates(_LEAD)
         updates = max(3 * _LEAD, updates_per_timed_run(lambda: synthetic.updates(1), seconds))
         candidates = {
             SYNTHETIC: lambda: synthetic.seconds(updates),
-            alone: lambda: own.seconds_alone(updates),
-            real: lambda: own.seconds(updates),
+            f"{name} alone": lambda: own.seconds_alone(updates),
+            f"real ({name})": lambda: own.seconds(updates),
         }
         seconds_of = interleaved(candidates, repeats)
-    finally:
-        synthetic.close()
-        own.close()
-    waits = {SYNTHETIC: synthetic.waits, real: own.waits}
-    for name, times in seconds_of.items():
+    waits = {SYNTHETIC: synthetic.waits, f"real ({name})": own.waits}
+    for what, times in seconds_of.items():
         row: Row = {
-            "what": name,
-            **setting.described(),
+            "what": what,
+            "setting": setting.title,
             **speeds(updates * setting.batch, times, 1),
             "ratio": ratio(seconds_of[SYNTHETIC], times),
             "of": SYNTHETIC,
-            "updates": updates,
+            "built_s": built_s,
         }
-        if name in waits:
-            row["input_wait"] = round(statistics.median(waits[name][-repeats:]), 4)
+        if what in waits:
+            row["input_wait"] = round(statistics.median(waits[what][-repeats:]), 4)
         yield row
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any, TypedDict
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from pipelines.batch import Batch
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import Section, setting
 from pipelines.shards.index import ShardIndex
 from trainer.cluster.world import World
@@ -19,6 +22,8 @@ from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
 from trainer.evaluation.trained import TrainedModel
 from trainer.feed import open_configured_pipeline, tried_decode
 from trainer.update.precision import allow_tf32, resolve_precision
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +92,24 @@ class Report(Origin, Summary, _Real):
     """What tools/evaluate.py writes with --run.json."""
 
     classes: list[ClassRow]
-    order_warning: str
     damaged: list[str]
+
+
+def read_report(path: Path, use: Callable[[Report], T]) -> T:
+    """Return what `use` makes of a file that tools/evaluate.py wrote with --run.json.
+
+    Raises:
+      UserError: the file cannot be read, or has not what `use` needs.
+    """
+    try:
+        return use(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else clipped(repr(error), 80)
+        raise UserError(
+            f"{clipped(path, 120)}: not an evaluation ({reason}). Write it with python tools/evaluate.py --run.json"
+        ) from error
 
 
 def predict_split(
@@ -99,24 +120,20 @@ def predict_split(
     images: ImagesConfig,
     forward: ForwardConfig,
     world: World,
-) -> tuple[Predictions, dict[int, str]]:
+) -> tuple[Predictions, list[str]]:
     """Predictions for every image of a split, the same on every rank. Every rank must call it.
 
     Args:
       order: as of TrainedModel.order_of.
     Returns:
-      The predictions; and the samples that any rank has replaced by gray, with what is wrong with them.
+      The predictions; and a line for each sample that any rank has replaced by gray, with what is wrong with it.
     """
     precision = resolve_precision(forward.precision, world.device)
     if world.device.type == "cuda":
         allow_tf32(forward.tf32)
-    mine: dict[int, str] = {}
-
-    def note_damage(sample: int, error: str) -> None:
-        mine.setdefault(sample, error)
-
+    mine: list[tuple[int, str]] = []
     decode = tried_decode(images, index, world, {})["decode"]
-    pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=note_damage)
+    pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=lambda *bad: mine.append(bad))
     memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
     module = in_memory_format(trained.module.to(world.device), memory_format)
     normalize = trained.normalize(precision).to(world.device)
@@ -125,7 +142,8 @@ def predict_split(
     found = eval_pass.predict(
         {"": _in_order(module, order, world.device)}, shown=functools.partial(_shown, total=total, world=world)
     )
-    return found[""], dict(world.all_gather(sorted(mine.items())))
+    everywhere = dict(world.all_gather(mine))
+    return found[""], [f"{index.name(sample)}: {error}" for sample, error in sorted(everywhere.items())]
 
 
 def in_memory_format(module: torch.nn.Module, memory_format: torch.memory_format) -> torch.nn.Module:

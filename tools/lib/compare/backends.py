@@ -17,6 +17,7 @@ import torch
 from typing_extensions import override
 
 from pipelines.common.errors import UserError
+from tools.lib.common.evaluation import in_memory_format
 from tools.lib.common.onnx_file import IMAGES, LOGITS
 from tools.lib.compare.candidates import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Candidate, build
 from trainer.update.compiler import compiled
@@ -24,30 +25,30 @@ from trainer.update.precision import resolve_precision
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
-    """What a session is opened with.
+class Plan:
+    """How the models are measured.
 
     Attributes:
-      folder: where `prepare` wrote the model's files.
       device: cpu or cuda.
       batch: images a call, where the backend takes several.
+      repeats: rounds, in each of which every model is timed once.
       threads: cores of the CPU that a session may use.
     """
 
-    model: Candidate
-    folder: Path
     device: str
     batch: int
+    repeats: int
     threads: int
 
-    def images(self, count: int) -> torch.Tensor:
-        """float32 [count, 3, S, S] on the CPU: the reference's images, repeated."""
-        images = torch.load(self.folder / REFERENCE, weights_only=True)["images"]
-        return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
+
+def _images(folder: Path, count: int) -> torch.Tensor:
+    """float32 [count, 3, S, S] on the CPU: the reference's images, repeated."""
+    images = torch.load(folder / REFERENCE, weights_only=True)["images"]
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
 
 
 class Session(ABC):
-    """A model ready to run.
+    """A model ready to run. It is opened with the model, the folder of the files that `prepare` wrote, and the plan.
 
     Attributes:
       batch: images a call.
@@ -82,21 +83,16 @@ class Session(ABC):
 class TorchSession(Session):
     """PyTorch: float32 on CPUs, half precision on GPUs (bf16, fp16 where there is none), channels-last."""
 
-    def __init__(self, opening: Opening, compiler: Callable = lambda model: model):
-        torch.set_num_threads(opening.threads)
-        self._device = torch.device(opening.device)
+    def __init__(self, model: Candidate, folder: Path, plan: Plan, compiler: Callable = lambda network: network):
+        torch.set_num_threads(plan.threads)
+        self._device = torch.device(plan.device)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._dtype = resolve_precision("auto", self._device)
-        self.precision = str(self._dtype).removeprefix("torch.")
-        self.batch = opening.batch
-        model, _ = build(opening.model)
-        model = model.to(self._device, self._dtype).to(memory_format=torch.channels_last)
-        self._model = compiler(model)
-        self._images = self._placed(opening.images(self.batch))
-
-    def _placed(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(self._device, self._dtype, memory_format=torch.channels_last)
+        dtype = resolve_precision("auto", self._device)
+        self.precision = str(dtype).removeprefix("torch.")
+        self.batch = plan.batch
+        self._model = compiler(in_memory_format(build(model).to(self._device, dtype), torch.channels_last))
+        self._images = _images(folder, self.batch).to(self._device, dtype, memory_format=torch.channels_last)
 
     @override
     @torch.inference_mode()
@@ -135,9 +131,9 @@ class TorchSession(Session):
             torch.cuda.synchronize()
 
 
-def compiled_session(opening: Opening) -> TorchSession:
+def compiled_session(model: Candidate, folder: Path, plan: Plan) -> TorchSession:
     """PyTorch with torch.compile."""
-    return TorchSession(opening, compiled)
+    return TorchSession(model, folder, plan, compiled)
 
 
 class OnnxRuntimeSession(Session):
@@ -145,16 +141,16 @@ class OnnxRuntimeSession(Session):
 
     precision = "float32"
 
-    def __init__(self, opening: Opening):
+    def __init__(self, _: Candidate, folder: Path, plan: Plan):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = opening.threads
+        options.intra_op_num_threads = plan.threads
         options.log_severity_level = 3  # It logs errors alone.
-        path = str(opening.folder / ONNX)
+        path = str(folder / ONNX)
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.batch = opening.batch
-        self._images = opening.images(self.batch).numpy()
+        self.batch = plan.batch
+        self._images = _images(folder, self.batch).numpy()
 
     @override
     def run(self, calls: int) -> None:
@@ -181,15 +177,15 @@ class OpenVinoSession(Session):
 
     batch = 1
 
-    def __init__(self, opening: Opening):
+    def __init__(self, _: Candidate, folder: Path, plan: Plan):
         import openvino
 
         self._core = openvino.Core()
-        self._model = self._core.read_model(opening.folder / OPENVINO)
-        self._images = opening.images(1).numpy()
+        self._model = self._core.read_model(folder / OPENVINO)
+        self._images = _images(folder, 1).numpy()
         self._model.reshape(list(self._images.shape))
-        self._threads = opening.threads
-        throughput = self._compiled("THROUGHPUT", opening.threads)
+        self._threads = plan.threads
+        throughput = self._compiled("THROUGHPUT", plan.threads)
         self.precision = throughput.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.calls_at_once = throughput.get_property("NUM_STREAMS")
         self._queue = openvino.AsyncInferQueue(throughput, self.calls_at_once)
@@ -235,11 +231,11 @@ class TensorRtSession(Session):
 
     precision = "float16"
 
-    def __init__(self, opening: Opening):
+    def __init__(self, _: Candidate, folder: Path, plan: Plan):
         self._free = torch.cuda.mem_get_info()[0]
-        self.batch = opening.batch
-        self._path = opening.folder / HALF_ONNX
-        self._reference = opening.images(self.batch).to("cuda", torch.float16)
+        self.batch = plan.batch
+        self._path = folder / HALF_ONNX
+        self._reference = _images(folder, self.batch).to("cuda", torch.float16)
         self._stream = torch.cuda.Stream()
         self._many, self._logits = self._engine(self._reference)
 
@@ -298,7 +294,7 @@ class Backend:
     """A way to run a model.
 
     Attributes:
-      devices: on which it runs here.
+      devices: on which it runs; defaults: on which it is measured unless others are named.
       open: opens a session; called in the session's own process.
       package: what must be installed, as Python imports it, "" for nothing more; install: the command for it.
       file: the one that it reads of those that `prepare` writes, "" for none.
@@ -307,7 +303,8 @@ class Backend:
 
     name: str
     devices: tuple[str, ...]
-    open: Callable[[Opening], Session]
+    defaults: tuple[str, ...]
+    open: Callable[[Candidate, Path, Plan], Session]
     package: str = ""
     install: str = ""
     file: str = ""
@@ -320,19 +317,19 @@ class Backend:
 
 
 EXTRA = "pip install -e '.[compare]'"
+_CPU, _GPU, _BOTH = ("cpu",), ("cuda",), ("cuda", "cpu")
 _COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("openvino", ("cpu",), OpenVinoSession, "openvino", EXTRA, OPENVINO, ("openvino",)),
-        Backend("onnxruntime", ("cpu",), OnnxRuntimeSession, "onnxruntime", EXTRA, ONNX, ("onnxruntime",)),
-        Backend("tensorrt", ("cuda",), TensorRtSession, "tensorrt", "pip install tensorrt", HALF_ONNX, ("tensorrt",)),
-        Backend("compiled", ("cuda", "cpu"), compiled_session, preload=_COMPILER),
-        Backend("eager", ("cuda", "cpu"), TorchSession),
+        Backend("openvino", _CPU, _CPU, OpenVinoSession, "openvino", EXTRA, OPENVINO, ("openvino",)),
+        Backend("onnxruntime", _CPU, _CPU, OnnxRuntimeSession, "onnxruntime", EXTRA, ONNX, ("onnxruntime",)),
+        Backend("tensorrt", _GPU, _GPU, TensorRtSession, "tensorrt", "pip install tensorrt", HALF_ONNX, ("tensorrt",)),
+        # On a CPU, one is slow to compile and the other slower than the other runtimes.
+        Backend("compiled", _BOTH, _GPU, compiled_session, preload=_COMPILER),
+        Backend("eager", _BOTH, _GPU, TorchSession),
     )
 }
-# On a CPU, one is slow to compile and the other slower than the other runtimes.
-_ON_REQUEST = {("compiled", "cpu"), ("eager", "cpu")}
 BATCH = {"cpu": 4, "cuda": 256}
 
 
@@ -340,28 +337,17 @@ def choose_backends(names: list[str] | None, device: str) -> tuple[list[Backend]
     """The backends that are named, or those that are installed and sensible on a device, and notes on what is left out.
 
     Raises:
-      UserError: one that is named is unknown, not installed, or not for this device.
+      UserError: one that is named is not installed, or not for this device.
     """
-    if names is not None:
-        return [_named(name, device) for name in dict.fromkeys(names)], []
-    here = [backend for backend in BACKENDS.values() if device in backend.devices]
-    here = [backend for backend in here if (backend.name, device) not in _ON_REQUEST]
-    notes = [
-        f"{backend.name} is left out: not installed. Run: {backend.install}"
-        for backend in here
-        if not backend.is_installed
-    ]
-    return [backend for backend in here if backend.is_installed] or [BACKENDS["eager"]], notes
-
-
-def _named(name: str, device: str) -> Backend:
-    if name not in BACKENDS:
-        raise UserError(f"--backends: '{name}' is not one of {', '.join(BACKENDS)}")
-    backend = BACKENDS[name]
-    if device not in backend.devices:
-        raise UserError(
-            f"--backends: {name} runs on {backend.devices[0]}, not on {device}. Add --device {backend.devices[0]}"
-        )
-    if not backend.is_installed:
-        raise UserError(f"--backends: {name} is not installed. Run: {backend.install}")
-    return backend
+    found = [BACKENDS[name] for name in dict.fromkeys(names or ())]
+    for backend in found:
+        if device not in backend.devices:
+            raise UserError(f"--backends: {backend.name} does not run on {device}. Use --device {backend.devices[0]}")
+        if not backend.is_installed:
+            raise UserError(f"--backends: {backend.name} is not installed. Run: {backend.install}")
+    if found:
+        return found, []
+    usual = [backend for backend in BACKENDS.values() if device in backend.defaults]
+    missing = [backend for backend in usual if not backend.is_installed]
+    notes = [f"{backend.name} is left out: not installed. Run: {backend.install}" for backend in missing]
+    return [backend for backend in usual if backend.is_installed] or [BACKENDS["eager"]], notes

@@ -3,9 +3,7 @@
 import contextlib
 import csv
 import dataclasses
-import json
 import os
-import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.common.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped, reason_of, with_escaped_bytes
 from tools.lib.common.attention import fused_or_plain, has_fused_attention
+from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.onnx_file import export_onnx, in_one_line, onnx_runtime, quiet
 from trainer.config.paper import paper_models
-from trainer.evaluation import trained as inference
+from trainer.evaluation.trained import load_model
 from trainer.models.factory import create_model, known_name
 from trainer.models.fold_batch_norm import fold_batch_norms
 
@@ -56,21 +55,25 @@ class Accuracy:
     digest: str = ""
     arguments: tuple[tuple[str, object], ...] = ()
 
+    def __post_init__(self):
+        if not 0 <= self.top1 <= 100:
+            raise UserError(f"{self.said_by}: top1 of {self.model} is {self.top1:g}, not a percentage. Correct it")
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A model to compare.
 
     Attributes:
-      label: what the user calls it.
+      label: what the user calls it, printable.
       name: timm's name of it.
-      path: of its weights; None stands for random ones.
+      weights: the word that names them; "" stands for random ones.
       image_size: side of its images, pixels: that of its accuracy, otherwise its own.
     """
 
     label: str
     name: str
-    path: Path | None
+    weights: str
     image_size: int
     accuracy: Accuracy | None = None
 
@@ -80,61 +83,45 @@ class Facts:
     """The properties of a model that do not depend on the machine.
 
     Attributes:
-      parameters: as trained, before folding.
+      parameters_m: parameters in millions, as trained, before folding.
       gmacs: multiply-adds of matrix products and convolutions for an image, in 1e9.
-      folded: BatchNorms folded into convolutions.
       plain_attention: files that hold timm's plain attention, because the model's fused one cannot be exported.
     """
 
-    parameters: int
+    parameters_m: float
     gmacs: float
-    folded: int
     plain_attention: frozenset[str] = frozenset()
 
 
-def choose(words: Sequence[str], accuracies: Sequence[Path]) -> list[Candidate]:
+def choose(words: Sequence[str], files: Sequence[Path]) -> list[Candidate]:
     """The models that a user names, or the paper's, each with its accuracy if there is one.
 
     Args:
       words: timm's names, and paths of checkpoints, runs and exported folders; none is the paper's models.
-      accuracies: files as for `read_accuracies`; they come before the paper.
+      files: as for `read_accuracies`; they come before the paper.
     Raises:
       UserError: an unknown or damaged model or file, an accuracy that belongs to none of the models, or evaluations on
         different images.
     """
-    paper = published()
-    read = {path: read_accuracies(path) for path in accuracies}
-    models = [_identified(word) for word in dict.fromkeys(words or (each.model for each in paper))]
-    every = [accuracy for group in read.values() for accuracy in group]
-    found = [_with_accuracy(model, source, every, paper) for model, source in models]
-    used = {model.accuracy for model in found}
-    for path, group in read.items():
-        if not used & set(group):
-            of = group[0].source or group[0].model
-            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            raise UserError(f"{path}: is of {of}{others}, none of the models here. Name its model, or leave it out")
-    _check_same_images([model.accuracy for model in found if model.accuracy is not None])
-    return found
-
-
-def _check_same_images(accuracies: Iterable[Accuracy]) -> None:
-    """Evaluations share a front only if they were on the same images; for other accuracies that is not known."""
-    evaluated = [accuracy for accuracy in accuracies if accuracy.digest]
+    paper = [
+        Accuracy(model.name, model.top1, model.image_size, model.source, published=True, arguments=model.arguments)
+        for model in paper_models()
+    ]
+    said = [accuracy for path in files for accuracy in read_accuracies(path)]
+    models = [_candidate(word, said, paper) for word in dict.fromkeys(words or (each.model for each in paper))]
+    used = [model.accuracy for model in models if model.accuracy is not None]
+    for path in files:
+        if with_escaped_bytes(str(path)) not in {accuracy.said_by for accuracy in used}:
+            raise UserError(f"{path}: is of none of the models here. Name its model, or leave it out")
+    evaluated = [accuracy for accuracy in used if accuracy.digest]  # Other accuracies do not say what they are of.
     for other in evaluated[1:]:
-        if (other.split, other.digest) != (evaluated[0].split, evaluated[0].digest):
-            first, second = (f"split '{a.split}' with digest {a.digest[:12]}" for a in (evaluated[0], other))
+        first, second = (f"split '{each.split}' with digest {each.digest[:12]}" for each in (evaluated[0], other))
+        if first != second:
             raise UserError(
                 f"{other.said_by}: was evaluated on {second}, {evaluated[0].said_by} on {first}. "
                 "Evaluate both on the same images, or leave one out"
             )
-
-
-def published() -> list[Accuracy]:
-    """The paper's accuracies of the models that timm has."""
-    return [
-        Accuracy(model.name, model.top1, model.image_size, model.source, published=True, arguments=model.arguments)
-        for model in paper_models()
-    ]
+    return models
 
 
 def read_accuracies(path: Path) -> list[Accuracy]:
@@ -145,110 +132,67 @@ def read_accuracies(path: Path) -> list[Accuracy]:
     Raises:
       UserError: the file is missing, or is neither.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(
-            f"{clipped(path, 120)}: cannot be read ({reason}). Give an evaluation's JSON, or a CSV"
-        ) from error
+    said_by = with_escaped_bytes(str(path))
     if path.suffix == ".json":
-        return [_of_evaluation(path, text)]
-    rows = list(csv.DictReader(text.splitlines()))
-    if not rows or not {"model", "top1"} <= set(rows[0]):
-        raise UserError(
-            f"{path}: needs a line of titles with model and top1, image_size if you like, and a model a line"
-        )
-    return [_of_row(f"{path}: line {number}", row, path) for number, row in enumerate(rows, 2)]
-
-
-def _of_evaluation(path: Path, text: str) -> Accuracy:
+        return [read_report(path, lambda report: _of_evaluation(report, said_by))]
     try:
-        report = json.loads(text)
-        source = "" if report["source"].startswith(_TIMMS) else report["source"]
-        size = int(report["view"]["image_size"])
-        top1 = _percent(str(path), report["top1"])
-        split, digest = str(report["split"]), str(report["digest"])
-        return Accuracy(report["model"], top1, size, str(path), source, split=split, digest=digest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+        rows = csv.DictReader(path.read_text().splitlines())
+        found = [
+            Accuracy(row["model"].strip(), float(row["top1"]), int(row.get("image_size") or 0) or None, said_by)
+            for row in rows
+        ]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(
-            f"{path}: not what python tools/evaluate.py --run.json writes ({error!r}). Evaluate the model again"
+            f"{clipped(path, 120)}: not a CSV with columns model, top1 and perhaps image_size ({reason_of(error)}). "
+            "Give one, or an evaluation's JSON"
         ) from error
+    return found
 
 
-def _of_row(where: str, row: dict, path: Path) -> Accuracy:
-    size = (row.get("image_size") or "").strip()
-    if size and not size.isdigit():
-        raise UserError(f"{where}: image_size is '{size}', not a number of pixels")
-    return Accuracy((row["model"] or "").strip(), _percent(where, row["top1"]), int(size) if size else None, str(path))
+def _of_evaluation(report: Report, said_by: str) -> Accuracy:
+    source = "" if report["source"].startswith(_TIMMS) else report["source"]
+    size, split, digest = int(report["view"]["image_size"]), str(report["split"]), str(report["digest"])
+    return Accuracy(report["model"], float(report["top1"]), size, said_by, source, split=split, digest=digest)
 
 
-def _percent(where: str, value: Any) -> float:
-    try:
-        top1 = float(value)
-    except (ValueError, TypeError):
-        top1 = -1.0
-    if not 0 <= top1 <= 100:
-        raise UserError(f"{where}: top1 is '{value}', not a percentage")
-    return top1
-
-
-def _identified(word: str) -> tuple[Candidate, str]:
-    """A model without its accuracy, and the file that its weights come from, "" for random ones."""
+def _candidate(word: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -> Candidate:
+    """The model that a word names, with its accuracy: of a trained model by its file, of timm's by its name."""
     name = None
     if not os.path.exists(word):
         with contextlib.suppress(UserError):
             name = known_name(word)
-    if name is None:
-        try:
-            trained = inference.load_named(word)  # Its error says what is wrong with the word.
-        except inference.NamelessError as error:
-            raise UserError(
-                f"{word}: does not say which model it is of. Export it: python tools/export.py {shlex.quote(word)} DIR "
-                "--name NAME, and give DIR"
-            ) from error
-        return Candidate(word, trained.name, Path(word), trained.transform.image_size), trained.source
-    config = timm.get_pretrained_cfg(name)
-    return Candidate(word, name, None, config.input_size[-1] if config is not None else _IMAGE_SIZE), ""
-
-
-def _with_accuracy(model: Candidate, source: str, said: Iterable[Accuracy], paper: Iterable[Accuracy]) -> Candidate:
-    found = [accuracy for accuracy in said if _is_of(accuracy, model, source)]
+    if name is not None:
+        config = timm.get_pretrained_cfg(name)
+        model = Candidate(word, name, "", config.input_size[-1] if config is not None else _IMAGE_SIZE)
+        found = [each for each in said if not each.source and each.model in (name, word)]
+        papers = [each for each in paper if each.model == name]
+    else:
+        trained = load_model(word)  # Its error says what is wrong with the word.
+        model = Candidate(with_escaped_bytes(word), trained.name, word, trained.transform.image_size)
+        files = {Path(word).resolve(), Path(trained.source).resolve()}
+        found, papers = [each for each in said if Path(each.source or each.model).resolve() in files], []
     if len(found) > 1:
-        raise UserError(
-            f"{model.label}: {found[0].said_by} says {found[0].top1:g} %, {found[1].said_by} {found[1].top1:g} %. "
-            "Leave one out"
-        )
-    found += [accuracy for accuracy in paper if accuracy.model == model.name and not source]
-    if not found:
-        return model
-    return dataclasses.replace(model, accuracy=found[0], image_size=found[0].image_size or model.image_size)
+        raise UserError(f"{word}: {found[0].said_by} and {found[1].said_by} say its accuracy. Leave one out")
+    for accuracy in (*found, *papers):
+        return dataclasses.replace(model, accuracy=accuracy, image_size=accuracy.image_size or model.image_size)
+    return model
 
 
-def _is_of(accuracy: Accuracy, model: Candidate, source: str) -> bool:
-    """Trained models match by their file, timm's names by name, but not an evaluation of other weights."""
-    if not source:
-        return not accuracy.source and accuracy.model in (model.name, model.label)
-    paths = {Path(path).resolve() for path in (accuracy.source, "" if accuracy.source else accuracy.model) if path}
-    return bool(paths & {Path(source).resolve(), Path(model.label).resolve()})
-
-
-def build(model: Candidate) -> tuple[nn.Module, int]:
-    """The network in evaluation mode with its BatchNorms folded, as every backend runs it, and how many were folded.
-
-    It is the same in every process.
-    """
-    network = _built(model)
+def build(model: Candidate) -> nn.Module:
+    """The network in evaluation mode with its BatchNorms folded, as every backend runs it; the same in each process."""
+    network = unfolded(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return network, fold_batch_norms(network, torch.randn(1, 3, model.image_size, model.image_size))
+        fold_batch_norms(network, torch.randn(1, 3, model.image_size, model.image_size))
+    return network
 
 
-def _built(model: Candidate) -> nn.Module:
-    if model.path is not None:
-        return inference.load_named(str(model.path), image_size=model.image_size).module
+def unfolded(model: Candidate) -> nn.Module:
+    """The network in evaluation mode as it was trained, or with random weights."""
+    if model.weights:
+        return load_model(model.weights, image_size=model.image_size).module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         arguments: Any = {} if model.accuracy is None else dict(model.accuracy.arguments)
@@ -285,9 +229,9 @@ def prepare(model: Candidate, folder: Path, files: Sequence[str]) -> Facts:
     Raises:
       UserError: the model cannot be built for its images, or cannot be exported.
     """
-    network = _built(model)
+    network = unfolded(model)
     parameters, cost = sum(p.numel() for p in network.parameters()), gmacs(network, model.image_size)
-    network, folded = build(model)
+    network = build(model)
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(1))
     torch.save({"images": images, "logits": network(images)}, folder / REFERENCE)
     plain = set()
@@ -298,7 +242,7 @@ def prepare(model: Candidate, folder: Path, files: Sequence[str]) -> Facts:
         half, path = images.half(), folder / HALF_ONNX
         _, is_plain = fused_or_plain(network.half(), lambda candidate: export_onnx(candidate, half, path))
         plain |= {HALF_ONNX} if is_plain else set()
-    return Facts(parameters, cost, folded, frozenset(plain))
+    return Facts(parameters / 1e6, cost, frozenset(plain))
 
 
 def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files: Collection[str]) -> None:
@@ -312,13 +256,7 @@ def _write_single(network: nn.Module, images: torch.Tensor, folder: Path, files:
         with in_one_line(f"run from {ONNX}"):
             onnx_runtime(folder / ONNX)(images)
     if OPENVINO in files:
-        with in_one_line("converted for OpenVINO"):
-            _convert(folder)
+        with quiet(), in_one_line("converted for OpenVINO"):
+            import openvino
 
-
-def _convert(folder: Path) -> None:
-    """Convert the ONNX file for OpenVINO, with weights in FP16."""
-    import openvino
-
-    with quiet():
-        openvino.save_model(openvino.convert_model(folder / ONNX), folder / OPENVINO, compress_to_fp16=True)
+            openvino.save_model(openvino.convert_model(folder / ONNX), folder / OPENVINO, compress_to_fp16=True)

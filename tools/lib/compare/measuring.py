@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, clipped, with_escaped_bytes
 from tools.lib.common.process_pool import end_with_parent, forkserver_context
-from tools.lib.common.terminal import one_line
-from tools.lib.compare.backends import BACKENDS, BATCH, Backend, Opening, Session
+from tools.lib.compare.backends import BACKENDS, Backend, Plan, Session
 from tools.lib.compare.candidates import REFERENCE, Candidate, Facts, prepare
 
 _RUN_S = 0.5  # A timed run measures the throughput for this long, or for one call that takes longer.
@@ -30,30 +29,30 @@ _TRIES = 10  # At most this many calls show how many a timed run has.
 _PATIENCE_S = 10  # A process has this long to end by itself.
 # Half precision changes a random network's logits by a much smaller fraction, another function by a larger one.
 MOST_DIFFERENT = 0.2
+_MIB = 1 << 20
 
 
 class FailedError(Exception):
     """A process could not do what it was asked for; the message says why, in a line."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(kw_only=True)
 class Opened:
     """What a session reports when it has been opened.
 
     Attributes:
-      batch: images a call; at_once: calls beside each other.
+      batch: images a call; calls_at_once: calls beside each other.
       precision: the number format in which it computes.
-      calls: how many a timed run has.
-      memory: peak bytes while it infers, above what the process held before the model was opened.
-      difference: length of the logits' difference from PyTorch's in float32, as a fraction of their length.
+      peak_memory_mib: the most while it infers, above what the process held before the model was opened.
+      difference_from_pytorch: length of the logits' difference from PyTorch's in float32, as a fraction of their
+        length.
     """
 
     batch: int
-    at_once: int
+    calls_at_once: int
     precision: str
-    calls: int
-    memory: int
-    difference: float
+    peak_memory_mib: float
+    difference_from_pytorch: float
 
 
 @dataclasses.dataclass
@@ -67,30 +66,13 @@ class Measured:
 
     model: Candidate
     backend: Backend
+    facts: Facts | None = None
     opened: Opened | None = None
     speeds: list[float] = dataclasses.field(default_factory=list)
     latencies: list[float] = dataclasses.field(default_factory=list)
     failed: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the models are measured.
-
-    Attributes:
-      device: cpu or cuda.
-      batch: images a call where the backend takes several; None is the device's default.
-      repeats: rounds, in each of which every model is timed once.
-      threads: cores.
-    """
-
-    device: str
-    batch: int | None
-    repeats: int
-    threads: int
-
-
-Prepared = dict[Candidate, Facts | str]  # A text says why a model could not be prepared.
 Progress = Callable[[str], None]  # It is called after each piece of work with what was done.
 
 
@@ -99,9 +81,7 @@ def pieces(models: int, backends: int, repeats: int) -> int:
     return models * (1 + backends * (repeats + 2))
 
 
-def measure(
-    models: Sequence[Candidate], backends: Sequence[Backend], plan: Plan, progress: Progress
-) -> tuple[Prepared, list[Measured]]:
+def measure(models: Sequence[Candidate], backends: Sequence[Backend], plan: Plan, progress: Progress) -> list[Measured]:
     """Measure all models on all backends, one backend after the other.
 
     What fails is noted in its place and disturbs nothing else.
@@ -109,22 +89,22 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="usi-compare-") as scratch:
         folders = {model: Path(scratch) / str(number) for number, model in enumerate(models)}
         prepared = _prepared(folders, sorted({backend.file for backend in backends} - {""}), plan.threads, progress)
-        found = []
-        for backend in backends:
-            found += _measured(backend, prepared, folders, plan, progress)
-    return prepared, found
+        return [row for backend in backends for row in _measured(backend, prepared, folders, plan, progress)]
+
+
+Prepared = dict[Candidate, Facts | FailedError]
 
 
 def _prepared(folders: dict[Candidate, Path], files: list[str], workers: int, progress: Progress) -> Prepared:
     """Let a process for each model write its files, as many at a time as there are cores."""
 
-    def one(model: Candidate) -> Facts | str:
+    def one(model: Candidate) -> Facts | FailedError:
         folders[model].mkdir()
         try:
             with Process(_serve_preparation, model, folders[model], files) as process:
                 return process.answer()
         except FailedError as error:
-            return str(error)
+            return error
         finally:
             progress(f"prepared {model.label}")
 
@@ -144,19 +124,21 @@ def _measured(
         processes: dict[int, Process] = {}
         for i, row in enumerate(found):
             with _noting_failure(row):
-                if isinstance(why := prepared[row.model], str):
-                    raise FailedError(why)
-                opening = Opening(
-                    row.model, folders[row.model], plan.device, plan.batch or BATCH[plan.device], plan.threads
-                )
-                processes[i] = stack.enter_context(Process(_serve_session, backend.name, opening))
-                row.opened = processes[i].answer()
+                if isinstance(facts := prepared[row.model], FailedError):
+                    raise facts
+                row.facts = facts
+                process = Process(_serve_session, backend.name, row.model, folders[row.model], plan)
+                processes[i] = stack.enter_context(process)
+                row.opened = process.answer()
             progress(f"{backend.name}: opened {row.model.label}")
         for number in range(plan.repeats + 1):
             for i in sorted(range(len(found)), reverse=number % 2 == 1):
                 if not found[i].failed:
                     with _noting_failure(found[i]):
-                        _time(found[i], processes[i], warm_up=number == 0)
+                        speed, latency = processes[i].answer()
+                        if number > 0:  # The first round warms up.
+                            found[i].speeds.append(speed)
+                            found[i].latencies.append(latency)
                 progress(f"{backend.name}: round {number} of {plan.repeats}")
     return found
 
@@ -169,23 +151,15 @@ def _noting_failure(row: Measured) -> Iterator[None]:
         row.failed = str(error)
 
 
-def _time(row: Measured, process: "Process", *, warm_up: bool) -> None:
-    process.ask()
-    speed, latency = process.answer()
-    if not warm_up:
-        row.speeds.append(speed)
-        row.latencies.append(latency)
-
-
 class Process:
     """A process that serves this one, forked from a server that has imported this module. It ends with this one.
 
     Args:
-      serve: an importable function, called in the process with a connection and the arguments. An error that it raises
-        is its answer.
+      serve: an importable generator function, called in the process with the arguments: each value that it yields, or
+        an error that it raises, is an answer.
     """
 
-    def __init__(self, serve: Callable, *arguments):
+    def __init__(self, serve: Callable[..., Iterator], *arguments):
         context = forkserver_context(__name__)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_served, args=(theirs, serve, *arguments), daemon=True)
@@ -201,79 +175,72 @@ class Process:
         self._process.kill()
         self._process.join()
 
-    def ask(self) -> None:
-        """Ask for the next answer."""
-        try:
-            self._connection.send(None)
-        except OSError as error:
-            raise self._lost() from error
-
     def answer(self):
-        """The next answer.
+        """Ask for the next answer, and wait for it.
 
         Raises:
           FailedError: it is an error, or the process is gone.
         """
         try:
+            self._connection.send(None)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise self._lost() from error
+            self._process.join(_PATIENCE_S)
+            code = self._process.exitcode or 0
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            why = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            raise FailedError(f"its process ended with {how}{why}; leave this model or backend out") from error
         if isinstance(answer, FailedError):
             raise answer
         return answer
 
-    def _lost(self) -> FailedError:
-        self._process.join(_PATIENCE_S)
-        code = self._process.exitcode
-        if code == -signal.SIGKILL:
-            how = "was killed by SIGKILL, perhaps for want of memory; compare fewer models at a time"
-        elif code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}; leave this model or backend out"
-        else:
-            how = f"ended with code {code} and no answer; leave this model or backend out"
-        return FailedError(f"its process {how}")
 
-
-def _served(connection: Connection, serve: Callable, *arguments) -> None:
+def _served(connection: Connection, serve: Callable[..., Iterator], *arguments) -> None:
     end_with_parent()
-    try:
-        serve(connection, *arguments)
-    except Exception as error:  # Runtimes raise errors of many kinds, OSError too; each becomes a row of the table.
-        with contextlib.suppress(OSError):  # Nobody waits for an answer any more; this is the usual end, in `recv`.
-            connection.send(FailedError(reason(error)))
+    answers = serve(*arguments)
+    with contextlib.suppress(EOFError, OSError):  # Nobody asks any more.
+        while True:
+            connection.recv()
+            try:
+                answer = next(answers)
+            except Exception as error:  # Runtimes raise errors of many kinds; each becomes a row of the table.
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                answer = FailedError(with_escaped_bytes(f"{kind}{clipped(error, 300)}"))
+            connection.send(answer)
 
 
-def reason(error: Exception) -> str:
-    """An error's message in a line, with its type unless it was written for users."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of the GPU's memory; use a smaller --batch"
-    return one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-
-
-def _serve_preparation(connection: Connection, model: Candidate, folder: Path, files: Sequence[str]) -> None:
+def _serve_preparation(model: Candidate, folder: Path, files: Sequence[str]) -> Iterator[Facts]:
     torch.set_num_threads(1)
-    connection.send(prepare(model, folder, files))
+    yield prepare(model, folder, files)
 
 
-def _serve_session(connection: Connection, backend: str, opening: Opening) -> None:
-    """Open a session, report it, and make a timed run whenever asked."""
+def _serve_session(backend: str, model: Candidate, folder: Path, plan: Plan) -> Iterator[Opened | tuple[float, float]]:
+    """Open a session and report it, then make a timed run whenever asked."""
     for module in BACKENDS[backend].preload:
         importlib.import_module(module)
     before = _resident("VmRSS")
-    session = BACKENDS[backend].open(opening)
+    session = BACKENDS[backend].open(model, folder, plan)
     gc.collect()
     _forget_peak()
     calls = _calls_per_run(session)
     _run(session, calls)
     memory = session.peak_memory()
     memory = max(0, _resident("VmHWM") - before) if memory is None else memory
-    difference = _difference(session, opening.folder)
+    difference = _difference(session, folder)
     session.run_single()
-    connection.send(Opened(session.batch, session.calls_at_once, session.precision, calls, memory, difference))
+    opened = Opened(
+        batch=session.batch,
+        calls_at_once=session.calls_at_once,
+        precision=session.precision,
+        peak_memory_mib=memory / _MIB,
+        difference_from_pytorch=difference,
+    )
+    session.rest()
+    yield opened
     while True:
+        timed = _timed_run(session, calls)
         session.rest()
-        connection.recv()
-        connection.send(_timed_run(session, calls))
+        yield timed
 
 
 def _calls_per_run(session: Session) -> int:
@@ -305,7 +272,7 @@ def _timed_run(session: Session, calls: int) -> tuple[float, float]:
 
 
 def _difference(session: Session, folder: Path) -> float:
-    """The value of Opened.difference.
+    """The value of Opened.difference_from_pytorch.
 
     Raises:
       UserError: the backend computes something else.

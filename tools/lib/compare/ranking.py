@@ -67,7 +67,11 @@ def ranked(speeds: Speeds) -> dict[str, int]:
     usual = typical(speeds)
     groups: list[list[str]] = []
     for name in sorted(speeds, key=lambda name: -usual[name]):
-        tied = [number for number, group in enumerate(groups) if not _all_faster(speeds, group, name)]
+        tied = [
+            number
+            for number, group in enumerate(groups)
+            if not all(surely_faster(speeds[other], speeds[name]) for other in group)
+        ]
         first = min(tied, default=len(groups))
         groups[first:] = [[*itertools.chain(*groups[first:]), name]]
     ranks: dict[str, int] = {}
@@ -76,15 +80,10 @@ def ranked(speeds: Speeds) -> dict[str, int]:
     return ranks
 
 
-def _all_faster(speeds: Speeds, group: Sequence[str], name: str) -> bool:
-    return all(surely_faster(speeds[other], speeds[name]) for other in group)
-
-
 def order_line(ranks: Mapping[str, int]) -> str:
     """The order in a line: a > b = c > d."""
-    names = list(ranks)
-    signs = ["=" if ranks[a] == ranks[b] else ">" for a, b in zip(names, names[1:], strict=False)]
-    return " ".join(word for pair in zip(names, [*signs, ""], strict=True) for word in pair).rstrip()
+    groups = itertools.groupby(ranks, key=lambda name: ranks[name])
+    return " > ".join(" = ".join(names) for _, names in groups)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:

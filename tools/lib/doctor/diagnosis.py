@@ -6,8 +6,13 @@ from tools.lib.doctor import stages
 from tools.lib.doctor.stages import Rate
 from trainer.builder import Run
 
-_CUMULATIVE = (stages.READING, stages.DECODING, stages.RESIZING, stages.PIPELINE)
-_PARTS = ("reading", "decoding", "crop, resize, flip", "RandAugment")
+# Each stage of the pipeline, and what it does beyond the one before it.
+_PARTS = {
+    stages.READING: "reading",
+    stages.DECODING: "decoding",
+    stages.RESIZING: "crop, resize, flip",
+    stages.PIPELINE: "RandAugment",
+}
 _BUSY = 0.95  # A step that runs at this fraction of its speed on synthetic batches, or faster, is what limits.
 
 
@@ -42,79 +47,43 @@ def diagnose(rates: dict[str, Rate], *, shared_cores: bool, input_wait: float) -
       input_wait: the fraction of the time in which the run waited for its next batch.
     """
     speed = {name: rate.images_per_s for name, rate in rates.items()}
-    input_fraction = _input_fraction(speed, shared_cores)
-    side = "input" if input_fraction > 0.5 else "step"
-    fractions = input_fractions(speed) if side == "input" else step_fractions(speed)
-    part = max(fractions, key=lambda name: fractions[name])
-    headroom = speed[stages.PIPELINE] / speed[stages.WHOLE] if stages.PIPELINE in speed else None
-    if shared_cores and headroom is not None:
-        text = _shared_sentence(part, fractions[part], input_fraction, input_wait)
+    pipeline, step, whole = speed.get(stages.PIPELINE), speed[stages.STEP], speed[stages.WHOLE]
+    if pipeline is None:
+        input_fraction, why = 0.0, "The batches are synthetic"
+    elif shared_cores:
+        input_fraction = step / (step + pipeline)
+        why = f"Both share the cores: of what each takes alone, {input_fraction:.0%} is the pipeline's"
     else:
-        text = _sentence(side, part, fractions[part], speed, input_wait, headroom)
-    return Diagnosis(side, part, fractions, input_fraction, headroom, text)
+        input_fraction = float(whole < _BUSY * step)
+        why = (
+            f"The step waits for input {input_wait:.1%} of the time and runs at {whole / step:.2f} of its own speed, "
+            f"and the pipeline has headroom {pipeline / whole:.1f} x"
+        )
+    side = "input" if input_fraction > 0.5 else "step"
+    times = _input_times(speed) if side == "input" else _step_times(speed)
+    fractions = {name: seconds / sum(times.values()) for name, seconds in times.items()}
+    part = max(fractions, key=lambda name: fractions[name])
+    text = f"The {side} limits, and in it {part} ({fractions[part]:.0%} of its time). {why}"
+    return Diagnosis(side, part, fractions, input_fraction, pipeline / whole if pipeline else None, text)
 
 
-def input_fractions(speed: dict[str, float]) -> dict[str, float]:
-    """For each part of the pipeline, its fraction of the time: what it adds to those before it. {} without images."""
-    if stages.PIPELINE not in speed:
-        return {}
+def _input_times(speed: dict[str, float]) -> dict[str, float]:
+    """For each part of the pipeline, the seconds an image that it adds to those before it."""
     if speed.get(stages.TO_DEVICE, float("inf")) <= speed[stages.PIPELINE]:  # It is done beside the rest.
-        return {stages.TO_DEVICE: 1.0}
+        return {stages.TO_DEVICE: 1 / speed[stages.TO_DEVICE]}
     times, before_s = {}, 0.0
-    for part, name in zip(_PARTS, _CUMULATIVE, strict=True):
+    for name, part in _PARTS.items():
         if name in speed:
             times[part] = max(0.0, 1 / speed[name] - before_s)
             before_s = max(before_s, 1 / speed[name])
-    return _fractions(times)
+    return times
 
 
-def step_fractions(speed: dict[str, float]) -> dict[str, float]:
-    """For each part of the step, its fraction of the time. Gradients travel while later ones are computed."""
+def _step_times(speed: dict[str, float]) -> dict[str, float]:
+    """For each part of the step, its seconds an image. Gradients travel while later ones are computed."""
     if speed.get(stages.ALL_REDUCE, float("inf")) <= speed[stages.STUDENT]:
-        return {stages.ALL_REDUCE: 1.0}
-    return _fractions({name: 1 / speed[name] for name in (stages.TEACHER, stages.STUDENT) if name in speed})
-
-
-def _fractions(times: dict[str, float]) -> dict[str, float]:
-    return {name: seconds / sum(times.values()) for name, seconds in times.items()}
-
-
-def _input_fraction(speed: dict[str, float], shared_cores: bool) -> float:
-    """As described at Diagnosis.input_fraction."""
-    if stages.PIPELINE not in speed:
-        return 0.0
-    if shared_cores:
-        return speed[stages.STEP] / (speed[stages.STEP] + speed[stages.PIPELINE])
-    return float(speed[stages.WHOLE] < _BUSY * speed[stages.STEP])
-
-
-def _shared_sentence(part: str, fraction: float, input_fraction: float, input_wait: float) -> str:
-    side = "pipeline" if input_fraction > 0.5 else "step"
-    within = f"; most of the {side}'s is {part} ({fraction:.0%})" if fraction < 1 else ""
-    return (
-        f"Pipeline and step share the cores: of what each takes alone, {input_fraction:.0%} is the pipeline's and "
-        f"{1 - input_fraction:.0%} the step's{within}. The step waits for input {input_wait:.0%} of the time, which "
-        "says little where they share cores"
-    )
-
-
-def _sentence(
-    side: str, part: str, fraction: float, speed: dict[str, float], input_wait: float, headroom: float | None
-) -> str:
-    whole, step = speed[stages.WHOLE], speed[stages.STEP]
-    if headroom is None:
-        return f"The step limits, and in it the {part} ({fraction:.0%} of its time): the batches are synthetic"
-    waiting = f"the step waits for input {input_wait:.1%} of the time and runs at {whole / step:.2f} of its own speed"
-    if side == "step":
-        return (
-            f"The step limits, and in it the {part} ({fraction:.0%} of its time): {waiting}; the pipeline has headroom "
-            f"{headroom:.1f} x"
-        )
-    return f"{_capital(part)} limits ({fraction:.0%} of the pipeline's time): {waiting}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+        return {stages.ALL_REDUCE: 1 / speed[stages.ALL_REDUCE]}
+    return {name: 1 / speed[name] for name in (stages.TEACHER, stages.STUDENT) if name in speed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +113,3 @@ def remaining(run: Run) -> Remaining:
     ends = range(first, run.stop // per_epoch + 1)
     due = [epoch for epoch in ends if epoch % run.config.run.eval_every == 0 or epoch * per_epoch == run.total_steps]
     return Remaining(updates, len(due) if run.evaluate is not None else 0, run.stop == run.total_steps)
-
-
-def seconds_left(work: Remaining, images_per_s: dict[int, float], global_batch: int, evaluation_s: float) -> float:
-    """The duration of what remains.
-
-    Args:
-      images_per_s: the speed of the complete run at each image size.
-      evaluation_s: the duration of one evaluation.
-    """
-    updates_s = sum(count * global_batch / images_per_s[size] for size, count in work.updates.items())
-    return updates_s + work.evaluations * evaluation_s

@@ -7,18 +7,18 @@ times the next ones, and lets the pipeline work on some more meanwhile.
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines import Pipeline, resolve_pipeline
+from pipelines import resolve_pipeline
 from pipelines.batch import BatchMaker
 from pipelines.plan.plan import BatchPlan
 from pipelines.prefetch import PLANS_AHEAD, look_ahead
@@ -31,39 +31,20 @@ from trainer.builder import Run
 from trainer.feed import batches_of, rank_plans, rank_threads
 
 _SAMPLE_IMAGES = 4096  # All timed runs go through this many images of the plan.
+Plans = Callable[[int], Iterator[BatchPlan]]  # a number of updates -> this rank's micro-batches of as many
 
 
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """The input of a rank.
-
-    Attributes:
-      name: dali or torchvision.
-      pipeline: over `index`, on `device`.
-      plans: called with a number of updates, gives this rank's micro-batches of the first ones that are measured.
-      per_update: micro-batches an update.
-      prefetch, threads: settings of the pipeline.
-      decode, hw_decoder_load: settings of DALI.
-    """
-
-    name: str
-    index: ShardIndex
-    pipeline: Pipeline
-    device: torch.device
-    plans: Callable[[int], Iterator[BatchPlan]]
-    per_update: int
-    prefetch: int
-    threads: int
-    decode: str
-    hw_decoder_load: float
-
-    @property
-    def ahead(self) -> int:
-        """How many updates the pipeline works on before the first of them is asked for."""
-        return math.ceil((self.prefetch + BATCHES_IN_WORK) / self.per_update)
+def pipeline_of(run: Run) -> str:
+    """The name of the run's pipeline: dali, torchvision or synthetic."""
+    return resolve_pipeline(run.config.data.pipeline, run.world.device)
 
 
-def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int], Iterator[BatchPlan]]:
+def updates_ahead(run: Run) -> int:
+    """How many updates the pipeline works on before the first of them is asked for."""
+    return math.ceil((run.config.data.prefetch + BATCHES_IN_WORK) / run.step.num_micro_batches)
+
+
+def plans_of_size(run: Run, size: int, *, again: bool = True) -> Plans:
     """A function that gives this rank's micro-batches of any number of updates, from the run's next update on.
 
     Args:
@@ -71,12 +52,11 @@ def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int],
       again: begin again after some thousand images, so that all timed runs have the same; the copies of an image
         that a pipeline keeps are used up by then. Without it the updates continue to the end of that size.
     """
-    per_epoch = run.plan.steps_per_epoch
-    epochs = [epoch for epoch in range(run.config.schedule.total_epochs) if run.plan.image_size_at(epoch) == size]
-    stop = (epochs[-1] + 1) * per_epoch
-    epoch = next((epoch for epoch in epochs if (epoch + 1) * per_epoch > run.state.step), epochs[-1])
-    first = min(max(run.state.step, epoch * per_epoch), stop - 1)
-    stop = next((other for other in range(epoch, epochs[-1] + 2) if other not in epochs), epochs[-1] + 1) * per_epoch
+    per_epoch, num_epochs = run.plan.steps_per_epoch, run.config.schedule.total_epochs
+    epochs = range(run.state.step // per_epoch, num_epochs)
+    begin = next(epoch for epoch in epochs if run.plan.image_size_at(epoch) == size)
+    end = next((epoch for epoch in range(begin, num_epochs) if run.plan.image_size_at(epoch) != size), num_epochs)
+    first, stop = max(run.state.step, begin * per_epoch), end * per_epoch
     if again:
         enough = max(-(-2 * PLANS_AHEAD // run.step.num_micro_batches), -(-_SAMPLE_IMAGES // run.plan.global_batch))
         stop = min(stop, first + enough)
@@ -90,28 +70,13 @@ def plans_of_size(run: Run, size: int, *, again: bool = True) -> Callable[[int],
     return plans
 
 
-def feed_of(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Feed:
-    """The input of a run."""
-    data, world = run.config.data, run.world
-    return Feed(
-        name=resolve_pipeline(data.pipeline, world.device),
-        index=run.plan.index,
-        pipeline=run.pipelines.of["train"],
-        device=world.device,
-        plans=plans,
-        per_update=run.step.num_micro_batches,
-        prefetch=data.prefetch,
-        threads=rank_threads(data, world),
-        decode=run.pipelines.decode["decode"],
-        hw_decoder_load=data.hw_decoder_load,
-    )
-
-
-def input_stages(feed: Feed) -> dict[str, Stage]:
+def input_stages(run: Run, plans: Plans) -> dict[str, Stage]:
     """The stages from reading to the finished batch; the last one, with RandAugment, is the pipeline itself."""
-    decoding = _dali_decoding(feed) if feed.name == "dali" else _through_pipeline(feed, _only_decoded)
-    stages = {READING_COLD: _reading(feed, cold=True), READING: _reading(feed, cold=False), DECODING: decoding}
-    return {**stages, RESIZING: _through_pipeline(feed, _not_operated), PIPELINE: _through_pipeline(feed, _unchanged)}
+    stages = {READING_COLD: _reading(run, plans, cold=True), READING: _reading(run, plans, cold=False)}
+    if pipeline_of(run) == "torchvision":  # No plan can leave out the resize of DALI's graph.
+        stages[DECODING] = _through_pipeline(run, plans, _only_decoded)
+    stages[RESIZING] = _through_pipeline(run, plans, _not_operated)
+    return {**stages, PIPELINE: _through_pipeline(run, plans, lambda plan: plan)}
 
 
 def drop_from_cache(index: ShardIndex, samples: np.ndarray) -> None:
@@ -120,16 +85,9 @@ def drop_from_cache(index: ShardIndex, samples: np.ndarray) -> None:
     for shard, offset, nbytes in places(index, samples):
         by_shard[shard].append((offset, nbytes))
     for shard, spans in by_shard.items():
-        file = os.open(index.paths[shard], os.O_RDONLY)
-        try:
+        with open(index.paths[shard], "rb") as file:
             for offset, nbytes in spans:
-                os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)
-
-
-def _unchanged(plan: BatchPlan) -> BatchPlan:
-    return plan
+                os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _not_operated(plan: BatchPlan) -> BatchPlan:
@@ -145,128 +103,51 @@ def _only_decoded(plan: BatchPlan) -> BatchPlan:
     return dataclasses.replace(_not_operated(plan), **changes, flip=np.zeros_like(plan.flip))
 
 
-def _through_pipeline(feed: Feed, change: Callable[[BatchPlan], BatchPlan]) -> Stage:
+def _through_pipeline(run: Run, plans: Plans, change: Callable[[BatchPlan], BatchPlan]) -> Stage:
+    per_update, ahead = run.step.num_micro_batches, updates_ahead(run)
+
     def stage(count: int) -> float:
-        plans = map(change, feed.plans(1 + feed.ahead + count + feed.ahead))
-        with closing(batches_of(feed.pipeline, plans)) as batches:
-            return _timed_batches(feed, batches, count)
+        changed = map(change, plans(1 + ahead + count + ahead))
+        with closing(batches_of(run.pipelines.of["train"], changed)) as batches:
+            take(batches, (1 + ahead) * per_update)
+            elapsed_s = timed_updates(lambda: take(batches, per_update), count)
+            take(batches, ahead * per_update)
+            assert next(batches, None) is None  # A graph of DALI can be used again only after its end.
+            return elapsed_s
 
     return stage
 
 
-def _timed_batches(feed: Feed, batches: Iterator, count: int) -> float:
-    """Seconds for the batches of `count` updates, with others before and after them."""
-    take(batches, (1 + feed.ahead) * feed.per_update)
-    elapsed_s = timed_updates(lambda: take(batches, feed.per_update), count)
-    take(batches, feed.ahead * feed.per_update)
-    assert next(batches, None) is None  # A graph of DALI can be used again only after its end.
-    return elapsed_s
-
-
-def _reading(feed: Feed, *, cold: bool) -> Stage:
-    """Read ahead in the plan's order, as the pipeline does; torchvision's reads each image once, in its threads."""
-    reader = CheckedReader(feed.index, lambda sample, error: None)
-    threads = 1 if feed.name == "dali" else feed.threads
+def _reading(run: Run, plans: Plans, *, cold: bool) -> Stage:
+    """Read ahead in the plan's order, in as many threads as the pipeline does; each image of an update once."""
+    reader = CheckedReader(run.plan.index, lambda sample, error: None)
+    threads = 1 if pipeline_of(run) == "dali" else rank_threads(run.config.data, run.world)
+    per_update = run.step.num_micro_batches
 
     def stage(count: int) -> float:
-        elapsed_s = 0.0
+        elapsed_s, planned = 0.0, plans(count)
         with ThreadPoolExecutor(threads) as pool:
-            for plans in rounds(feed.plans(count)):
-                batches = (
-                    [plan.sample for plan in plans] if feed.name == "dali" else list(_once(plans, feed.per_update))
-                )
+            for _ in range(count):
+                update = np.concatenate([plan.sample for plan in itertools.islice(planned, per_update)])
+                samples = np.array(list(dict.fromkeys(update.tolist())), dtype=np.int32)
                 if cold:
-                    drop_from_cache(feed.index, np.concatenate(batches))
+                    drop_from_cache(run.plan.index, samples)
                 start_s = time.perf_counter()
-                for batch in look_ahead(batches, PLANS_AHEAD, reader.will_need):
-                    for _ in pool.map(reader.read, np.array_split(batch, threads)):
-                        pass
+                for batch in look_ahead(np.array_split(samples, per_update), PLANS_AHEAD, reader.will_need):
+                    list(pool.map(reader.read, np.array_split(batch, threads)))
                 elapsed_s += time.perf_counter() - start_s
         return elapsed_s
 
     return stage
 
 
-def rounds(plans: Iterator[BatchPlan]) -> Iterator[list[BatchPlan]]:
-    """The plans in groups, a new one where their positions begin again."""
-    found: list[BatchPlan] = []
-    for plan in plans:
-        if found and plan.position <= found[-1].position:
-            yield found
-            found = []
-        found.append(plan)
-    yield found
-
-
-def _once(plans: list[BatchPlan], per_update: int) -> Iterator[np.ndarray]:
-    """The samples of each plan that no earlier plan of the same update has."""
-    for start in range(0, len(plans), per_update):
-        seen: set[int] = set()
-        for plan in plans[start : start + per_update]:
-            new = [sample for sample in dict.fromkeys(plan.sample.tolist()) if sample not in seen]
-            seen.update(new)
-            yield np.array(new, dtype=np.int32)
-
-
-def _dali_decoding(feed: Feed) -> Stage:
-    """Decoding alone as DaliPipeline's graph does it, because no plan can leave out that graph's resize."""
-    from nvidia import dali
-
-    from pipelines import dali as ours
-
-    untyped: Any = dali  # DALI adds most names when it is imported, so its type stubs lack them.
-    fn, types = untyped.fn, untyped.types
-    reader = CheckedReader(feed.index, lambda sample, error: None)
-    plans: Iterator[BatchPlan] = iter(())
-    alive: collections.deque[tuple] = collections.deque(maxlen=BATCHES_IN_WORK)  # DALI reads the bytes in place.
-
-    def inputs() -> tuple:
-        plan = next(plans)
-        corner, extent = (np.ascontiguousarray(half) for half in (plan.crop[:, :2], plan.crop[:, 2:]))
-        alive.append((reader.read(plan.sample), corner, extent))
-        return alive[-1]
-
-    @untyped.pipeline_def
-    def graph():
-        kinds = {"dtype": [types.UINT8, types.INT32, types.INT32], "ndim": [1, 1, 1]}
-        jpeg, corner, extent = fn.external_source(inputs, num_outputs=3, no_copy=True, **kinds)
-        return ours._decode(
-            jpeg, corner, extent, feed.decode, {"hw_decoder_load": feed.hw_decoder_load} if on_gpu else {}
-        )
-
-    on_gpu = feed.device.type == "cuda"
-    first = next(feed.plans(1))
-    options = {"num_threads": feed.threads, "device_id": (feed.device.index or 0) if on_gpu else None}
-    pipeline = graph(batch_size=len(first), prefetch_queue_depth=2, **options)
-    pipeline.build()
-
-    def stage(count: int) -> float:
-        nonlocal plans
-        updates = 1 + feed.ahead + count + feed.ahead
-        plans = look_ahead(feed.plans(updates), PLANS_AHEAD, lambda plan: reader.will_need(plan.sample))
-        return _timed_batches(feed, _runs(pipeline), count)
-
-    return stage
-
-
-def _runs(pipeline) -> Iterator[object]:
-    """The outputs of a DALI pipeline up to the end of its source, after which it can be run again."""
-    while True:
-        try:
-            yield pipeline.run()
-        except StopIteration:
-            return pipeline.reset()
-
-
-def to_device(feed: Feed) -> Stage:
+def to_device(run: Run, plans: Plans) -> Stage:
     """Copy to the GPU: encoded images for DALI, which decodes there, otherwise finished batches."""
-    plans = list(feed.plans(1))
-    if feed.name == "dali":
-        sizes = [int(feed.index.samples["nbytes"][plan.sample].sum()) for plan in plans]
+    index, device, update = run.plan.index, run.world.device, list(plans(1))
+    if pipeline_of(run) == "dali":
+        sizes = [int(index.samples["nbytes"][plan.sample].sum()) for plan in update]
         encoded = [torch.zeros(nbytes, dtype=torch.uint8).pin_memory() for nbytes in sizes]
-        return lambda count: timed_updates(
-            lambda: [content.to(feed.device, non_blocking=True) for content in encoded], count
-        )
-    maker = BatchMaker(feed.index, feed.device)
-    pixels = [torch.zeros(len(plan), plan.image_size, plan.image_size, 3, dtype=torch.uint8) for plan in plans]
-    return lambda count: timed_updates(lambda: list(map(maker.make, pixels, plans)), count)
+        return lambda count: timed_updates(lambda: [each.to(device, non_blocking=True) for each in encoded], count)
+    maker = BatchMaker(index, device)
+    pixels = [torch.zeros(len(plan), plan.image_size, plan.image_size, 3, dtype=torch.uint8) for plan in update]
+    return lambda count: timed_updates(lambda: list(map(maker.make, pixels, update)), count)

@@ -2,18 +2,17 @@
 
 import dataclasses
 import datetime
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from pipelines import resolve_pipeline
 from tools.lib.common.hardware import machine
 from tools.lib.common.tables import terminal_table
 from tools.lib.common.units import human_seconds
 from tools.lib.doctor import proposals, stages
-from tools.lib.doctor.diagnosis import Diagnosis, Remaining, seconds_left
+from tools.lib.doctor.diagnosis import Diagnosis, Remaining
+from tools.lib.doctor.input_stages import pipeline_of
 from tools.lib.doctor.proposals import Trial
 from tools.lib.doctor.stages import Rate
 from trainer.builder import Run
@@ -21,9 +20,8 @@ from trainer.feed import rank_threads
 
 _BAR = 24  # The longest bar of the table has this many characters.
 _MATTERS = 10  # How even a stage is makes no difference if it is faster than the complete run times this.
-_UNEVEN = (
-    0.8  # A stage was not measured well if its slowest timed run has less than this fraction of the fastest's speed.
-)
+# A stage was not measured well if its slowest timed run has less than this fraction of the fastest's speed.
+_UNEVEN = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +45,12 @@ class Measured:
     cached: bool
 
 
-def is_synthetic(run: Run) -> bool:
-    """Whether the run's images are synthetic, so that its input costs nothing."""
-    return resolve_pipeline(run.config.data.pipeline, run.world.device) == "synthetic"
-
-
 def title(run: Run) -> str:
     """The run in a sentence: models, data, batches, devices and progress."""
     config, world = run.config, run.world
     teacher = f"from {config.teacher.title}" if config.teacher.title else "without a teacher"
-    pipeline = resolve_pipeline(config.data.pipeline, world.device)
     return (
-        f"{config.student.name} {teacher}: {len(run.plan.index):,} images, {pipeline} pipeline, updates of "
+        f"{config.student.name} {teacher}: {len(run.plan.index):,} images, {pipeline_of(run)} pipeline, updates of "
         f"{config.run.global_batch} in micro-batches of {run.state.micro_batch} on {world.size} x {world.device_name}, "
         f"after step {run.state.step} of {run.total_steps}"
     )
@@ -66,24 +58,19 @@ def title(run: Run) -> str:
 
 def input_settings(run: Run) -> Iterator[str]:
     """The settings of the input, with auto resolved; other settings are compared with these."""
-    if is_synthetic(run):
-        return
-    data, world = run.config.data, run.world
+    data, world, name = run.config.data, run.world, pipeline_of(run)
     values: dict[str, object] = {"threads": rank_threads(data, world), "prefetch": data.prefetch}
-    if world.device.type == "cuda" and resolve_pipeline(data.pipeline, world.device) == "dali":
+    if world.device.type == "cuda" and name == "dali":
         values |= {"decode": run.pipelines.decode["decode"], "hw_decoder_load": data.hw_decoder_load}
-    yield "With " + ", ".join(f"data.{name} {value}" for name, value in values.items())
+    if name != "synthetic":
+        yield "With " + ", ".join(f"data.{name} {value}" for name, value in values.items())
 
 
 def stage_table(measured: Measured) -> Table:
     """The stages with bars as long as an image takes in them; the others wait for the longest."""
     rows: list[list[str]] = []
     longest_s = max(1 / rate.images_per_s for rate in measured.rates.values())
-    for name in (*stages.ORDER, *(set(measured.rates) - set(stages.ORDER))):
-        rate = measured.rates.get(name)
-        if rate is None:
-            rows.append([name, "-"])
-            continue
+    for name, rate in measured.rates.items():
         seconds = 1 / rate.images_per_s
         numbers = (f"{value:,.0f}" for value in dataclasses.astuple(rate))
         bar = "\u2588" * max(1, round(_BAR * seconds / longest_s))
@@ -127,7 +114,6 @@ def proposal_lines(trials: Sequence[Trial]) -> Iterator[str]:
 
 def duration_lines(work: Remaining, measured: Measured, global_batch: int, trials: Sequence[Trial]) -> Iterator[str]:
     """How long the rest takes, what it consists of, and how long it would take with the best of the settings tried."""
-    left_s = functools.partial(_left_s, work, measured, global_batch)
     parts = [
         f"{count:,} updates of {global_batch:,} images at {measured.whole[size]:,.0f} images/s ({size} px)"
         for size, count in work.updates.items()
@@ -135,10 +121,10 @@ def duration_lines(work: Remaining, measured: Measured, global_batch: int, trial
     if work.evaluations:
         parts.append(f"{work.evaluations:,} evaluations of {human_seconds(measured.evaluation_s)}")
     what = "The rest of the run" if work.to_the_end else "The run up to run.stop_after_steps"
-    yield f"{what} takes {human_seconds(left_s())}: {', '.join(parts)}"
-    if faster := faster_trials(trials):
-        best = faster[0]
-        yield f"With {best.override}, if it gains as much throughout: {human_seconds(left_s(best.gain))}"
+    yield f"{what} takes {human_seconds(seconds_left(work, measured, global_batch))}: {', '.join(parts)}"
+    for best in faster_trials(trials)[:1]:
+        with_best_s = seconds_left(work, measured, global_batch, best.gain)
+        yield f"With {best.override}, if it gains as much throughout: {human_seconds(with_best_s)}"
     cold = measured.rates.get(stages.READING_COLD)
     if not measured.cached:
         yield "The dataset is larger than the free memory: the run was measured with images read from storage"
@@ -146,10 +132,10 @@ def duration_lines(work: Remaining, measured: Measured, global_batch: int, trial
         yield f"The first epoch is slower: read for the first time, images come at {cold.images_per_s:,.0f} a second"
 
 
-def _left_s(work: Remaining, measured: Measured, global_batch: int, gain: float = 0.0) -> float:
-    """The duration of the rest; a gain of 0.1 makes its updates 10 % faster."""
-    speeds = {size: images_per_s * (1 + gain) for size, images_per_s in measured.whole.items()}
-    return seconds_left(work, speeds, global_batch, measured.evaluation_s)
+def seconds_left(work: Remaining, measured: Measured, global_batch: int, gain: float = 0.0) -> float:
+    """The duration of what remains; a gain of 0.1 makes its updates 10 % faster."""
+    updates_s = sum(count * global_batch / measured.whole[size] for size, count in work.updates.items())
+    return updates_s / (1 + gain) + work.evaluations * measured.evaluation_s
 
 
 def to_json(
@@ -167,5 +153,5 @@ def to_json(
         "trials": [dataclasses.asdict(trial) for trial in trials],
         "remaining": dataclasses.asdict(work),
         "images_per_s": measured.whole[measured.size],
-        "seconds_left": _left_s(work, measured, run.plan.global_batch),
+        "seconds_left": seconds_left(work, measured, run.plan.global_batch),
     }

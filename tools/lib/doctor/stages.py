@@ -17,7 +17,6 @@ READING_COLD, READING = "reading, cold", "reading"
 DECODING, RESIZING, PIPELINE = "+ decoding", "+ crop, resize, flip", "+ RandAugment: the pipeline"
 TO_DEVICE, TEACHER, STUDENT, ALL_REDUCE, STEP = "host to device", "teacher", "student", "all-reduce", "the step"
 WHOLE = "the whole"
-ORDER = (READING_COLD, READING, DECODING, RESIZING, PIPELINE, TO_DEVICE, TEACHER, STUDENT, ALL_REDUCE, STEP, WHOLE)
 NOTHING = "not-there"  # In this folder of a run another build finds no checkpoint.
 _LEAST_UPDATES = 4  # A timed run of fewer shows how the threads that decode happen to fall rather than a speed.
 

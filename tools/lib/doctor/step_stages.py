@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 
 from pipelines.batch import Batch
-from pipelines.plan.plan import BatchPlan
 from pipelines.synthetic import SyntheticPipeline
 from tools.lib.common.timing import synchronize
-from tools.lib.doctor.input_stages import Feed, drop_from_cache
+from tools.lib.doctor.input_stages import Plans, drop_from_cache, updates_ahead
 from tools.lib.doctor.stages import NOTHING, Stage, take, timed_updates
 from trainer.builder import Run, build
 from trainer.config.sections import TeacherConfig
@@ -25,12 +24,12 @@ from trainer.monitor.clock import InputWait
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
 
 
-def synthetic_batches(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Iterator[Batch]:
+def synthetic_batches(run: Run, plans: Plans) -> Iterator[Batch]:
     """The micro-batches of one update on the device, with noise for pixels, without end."""
     return itertools.cycle(list(SyntheticPipeline(run.plan.index, device=run.world.device).batches(plans(1))))
 
 
-def step_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stage:
+def step_stage(run: Run, plans: Plans) -> Stage:
     """The updates of a run on synthetic batches."""
     batches = synthetic_batches(run, plans)
     return lambda count: timed_updates(lambda: run.step(batches, run.state.step), count)
@@ -45,7 +44,7 @@ def without_teacher(run: Run) -> Run:
     return build(alone, run.world)
 
 
-def teacher_stage(run: Run, plans: Callable[[int], Iterator[BatchPlan]]) -> Stage:
+def teacher_stage(run: Run, plans: Plans) -> Stage:
     """The teacher's forward passes of an update; its inputs lie on the device already."""
     batch, step = next(synthetic_batches(run, plans)), run.step
     assert step.teacher is not None  # Otherwise there is nothing to measure.
@@ -80,26 +79,26 @@ class WholeRun:
       waits: the fraction of each timed run in which the device had no work because no batch was ready.
     """
 
-    def __init__(self, run: Run, feed: Feed, *, cold: bool = False):
-        self._run, self._feed, self._cold = run, feed, cold
+    def __init__(self, run: Run, plans: Plans, *, cold: bool = False):
+        self._run, self._plans, self._cold = run, plans, cold
         self.waits: list[float] = []
 
     def __call__(self, count: int) -> float:
         """Seconds for `count` updates."""
-        run, feed = self._run, self._feed
-        updates = 1 + feed.ahead + count + feed.ahead
+        run, ahead = self._run, updates_ahead(self._run)
+        updates = 1 + ahead + count + ahead
         if self._cold:
-            drop_from_cache(feed.index, np.concatenate([plan.sample for plan in feed.plans(updates)]))
+            drop_from_cache(run.plan.index, np.concatenate([plan.sample for plan in self._plans(updates)]))
         run.set_learning_rate(run.state.step)
-        with closing(batches_of(feed.pipeline, feed.plans(updates))) as batches:
+        with closing(batches_of(run.pipelines.of["train"], self._plans(updates))) as batches:
             watched = InputWait(batches, run.world.device)
-            for _ in range(1 + feed.ahead):
+            for _ in range(1 + ahead):
                 run.step(watched, run.state.step)
             synchronize()
             watched.take_s()
             elapsed_s = timed_updates(lambda: run.step(watched, run.state.step), count)
             self.waits.append(watched.take_s() / elapsed_s)
-            take(batches, feed.ahead * feed.per_update)
+            take(batches, ahead * run.step.num_micro_batches)
         return elapsed_s
 
 

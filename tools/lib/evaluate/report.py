@@ -70,8 +70,6 @@ def show(report: Report) -> None:
     table.add_row(*(f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in columns))
     console.print(table)
     console.print(worst_classes(report["classes"]))
-    if report["order_warning"]:
-        console.print(f"warning: {report['order_warning']}", markup=False, soft_wrap=True)
     if report["damaged"]:
         console.print(
             f"{len(report['damaged'])} damaged images were counted, in gray; the first: {report['damaged'][0]}",

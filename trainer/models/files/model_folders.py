@@ -4,20 +4,57 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import sha256_of
 from pipelines.plan.plan import LARGEST_SIDE
 from trainer.config.model_arguments import Kwargs, check_sizes, without_reserved
 from trainer.config.sections import Config
+from trainer.models.files.schema import wrong_part
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 SOURCES = _HUB, _FOLDER = ("hf-hub:", "local-dir:")
+
+
+_Size = Annotated[int, lambda value: 1 <= value <= LARGEST_SIDE]
+_Sizes = tuple[Annotated[int, lambda value: value == 3], _Size, _Size]  # RGB, height, width
+_Fraction = Annotated[float, lambda value: 0 <= value <= 1]
+_Positive = Annotated[float, lambda value: 0 < value < 1e6]
+
+
+class _Configuration(TypedDict, total=False):
+    """The keys of timm's configuration that are used here; others are left alone."""
+
+    mean: tuple[_Fraction, _Fraction, _Fraction]
+    std: tuple[_Positive, _Positive, _Positive]
+    input_size: _Sizes
+    test_input_size: _Sizes
+    min_input_size: _Sizes
+    fixed_input_size: bool
+    crop_pct: _Positive
+    test_crop_pct: _Positive
+    interpolation: str
+    crop_mode: str
+    classifier: str | list[str]
+    first_conv: str | list[str]
+    num_classes: Annotated[int, lambda value: 0 <= value < 1e6]
+
+
+class _DescriptionOptions(TypedDict, total=False):
+    model_args: dict[str, Any] | None
+    label_names: list[str | int] | dict | None
+
+
+class _Description(_DescriptionOptions):
+    """What config.json holds; other keys are left alone."""
+
+    architecture: str
+    pretrained_cfg: _Configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,31 +163,29 @@ def read_folder(path: Path, name: str) -> ModelFolder:
     Raises:
       UserError: it is not what timm writes; the key is named where one of them is wrong.
     """
+    file = path / CONFIG
     try:
-        said = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
+        said = json.loads(file.read_text(encoding="utf-8-sig"))
         if "pretrained_cfg" not in said:  # timm before 0.9 wrote all of it in one
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
         config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
         config["num_classes"] = said.get("num_classes", config.get("num_classes"))
-        arguments, architecture = {**(said.get("model_args") or {})}, str(said["architecture"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path / CONFIG}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
+            f"{file}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
         ) from error
+    if wrong := wrong_part({**said, "pretrained_cfg": config}, _Description):
+        raise UserError(f"{file}: {wrong}. Correct it, or export the model again")
     config.pop("architecture", None)
-    _check_values(path / CONFIG, config)
-    kwargs = kwargs_of_file(path / CONFIG, arguments)
-    channels = [config.get("input_size", [3])[0], arguments.get("in_chans") or 3]
-    if other := [clipped(each) for each in channels if each != 3]:
+    names, kind, outputs = said.get("label_names"), said.get("weights"), config["num_classes"]
+    classes = [str(each) for each in names] if isinstance(names, list) else None  # A dictionary has words for classes.
+    if classes is not None and len(classes) != outputs:
         raise UserError(
-            f"{path / CONFIG}: a model of images with {other[0]} channels, and images have 3 here (gray ones, too). "
-            "Use a model of RGB images"
+            f"{file}: has {len(classes):,} label_names for {outputs:,} outputs. Correct it, or leave them out"
         )
-    outputs: Any = config["num_classes"]  # _check_values has checked it.
-    kind = said.get("weights", "")
-    classes = _names_of_outputs(path / CONFIG, said.get("label_names"), outputs)
+    kwargs = kwargs_of_file(file, said.get("model_args") or {})
     kind = kind if isinstance(kind, str) else ""
-    return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
+    return ModelFolder(path, name, said["architecture"], config, kwargs, outputs, classes, kind)
 
 
 def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:
@@ -162,70 +197,6 @@ def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:
     kwargs = without_reserved(arguments)  # first: timm writes num_classes among them, and it may be larger
     check_sizes(f"{path}: the model's argument ", kwargs, "Correct it, or export the model again")
     return kwargs
-
-
-def _names_of_outputs(path: Path, names: object, outputs: int) -> list[str] | None:
-    """The names that a description gives for a model's outputs; None where it gives none.
-
-    Raises:
-      UserError: they are not as many as the outputs, or no names.
-    """
-    if names is None or isinstance(names, dict):  # timm's words for classes may be one
-        return None
-    if not isinstance(names, list) or len(names) != outputs or not all(isinstance(each, (str, int)) for each in names):
-        found = f"{len(names):,} names" if isinstance(names, list) else clipped(names)
-        raise UserError(
-            f"{path}: label_names is {found}, not a name for each of the {outputs:,} outputs. Correct it, or leave it "
-            "out"
-        )
-    return [str(each) for each in names]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6  # NaN is not less
-
-
-def _are_three(values: object, fits: Callable[[float], bool]) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(_is_number(each) and fits(each) for each in values)
-
-
-def _is_size(value: float) -> bool:
-    return isinstance(value, int) and 1 <= value <= LARGEST_SIDE
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
-
-
-_SIZES = (lambda value: _are_three(value, _is_size), f"three whole numbers from 1 to {LARGEST_SIDE}")
-_PERCENTAGE = (lambda value: _is_number(value) and value > 0, "a number above 0")
-_TEXT = (lambda value: isinstance(value, str), "a word")
-_NAMES = (_are_names, "a layer's name or a list of names")
-# Each key of a configuration that is used here: what its value must be, as a function and in words.
-_VALUES = {
-    "mean": (lambda value: _are_three(value, lambda each: 0 <= each <= 1), "three numbers from 0 to 1"),
-    "std": (lambda value: _are_three(value, lambda each: each > 0), "three numbers above 0"),
-    "input_size": _SIZES,
-    "test_input_size": _SIZES,
-    "min_input_size": _SIZES,
-    "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
-    "crop_pct": _PERCENTAGE,
-    "test_crop_pct": _PERCENTAGE,
-    "interpolation": _TEXT,
-    "crop_mode": _TEXT,
-    "classifier": _NAMES,
-    "first_conv": _NAMES,
-    "num_classes": (lambda value: isinstance(value, int) and _is_number(value) and value >= 0, "a whole number"),
-}
-
-
-def _check_values(path: Path, config: dict) -> None:
-    """Raise a UserError that names the first key of timm's configuration whose value cannot be used."""
-    for key, (fits, words) in _VALUES.items():
-        if key in config and not fits(config[key]):
-            raise UserError(
-                f"{path}: {key} is {clipped(config[key])}, not {words}. Correct it, or export the model again"
-            )
 
 
 def model_contents(config: Config) -> dict[str, str | None]:

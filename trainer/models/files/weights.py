@@ -1,16 +1,12 @@
 """Files of weights: ours, timm's and others'. What lies beside the weights is never built or run."""
 
-import collections
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
-from pipelines.common.errors import UserError, clipped, named
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import instead_of_content
 from trainer.models.checkpoint_format import DamagedError, checked, is_of_trainer
 from trainer.models.files.torch_files import ClaimError, load_plain, memory_for, require_regular
@@ -22,36 +18,12 @@ _NESTED = {
 }
 # All names begin with one of these where a model is an attribute of what was saved, as in Lightning's modules.
 _HOLDERS = ("model.", "net.", "network.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A model's weights as they were read from a file.
-
-    Attributes:
-      weights: tensors by name.
-      classes: names of the model's outputs in their order; None where the file has none.
-      source: the file, for messages.
-    """
-
-    weights: dict[str, torch.Tensor]
-    classes: list[str] | None
-    source: str
+_SAVE_ALONE = "save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights alone, as `read_checkpoint`."""
-    return read_checkpoint(path).weights
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of this trainer (the EMA if it has one), of timm or of the authors.
-
-    Raises:
-      UserError: the file is missing, damaged, or holds more than plain data.
-    """
-    content = read_file(path)
-    return Checkpoint(select_weights(path, content)[0], named_outputs(content), str(path))
+    """The weights of a checkpoint of this trainer (the EMA if it has one), of timm or of others; as `read_file`."""
+    return select_weights(path, read_file(path))[0]
 
 
 def named_outputs(content: object) -> list[str] | None:
@@ -85,25 +57,20 @@ def select_weights(path: Path, content: object, which: str = "auto") -> tuple[di
     kind = next(iter(found), "") if which == "auto" else which
     weights = found.get(kind, {})
     if not _has_tensors(weights):
-        if found and which != "auto":
-            raise UserError(f"{path}: holds no {which} weights, only {', '.join(map(_kind_in_words, found))}")
-        keys = ", ".join(key for keys in _NESTED.values() for key in keys)
-        raise UserError(f"{path}: holds no weights; expected tensors by name, or nested under {keys}")
+        kinds = f"only {' and '.join(found)} ones" if any(found) else "no tensors by name, nor nested as timm does"
+        wanted = "" if which == "auto" else f"{which} "
+        raise UserError(f"{path}: holds no {wanted}weights, {kinds}. Give another file, or {_SAVE_ALONE}")
     for name, value in weights.items():
         if not isinstance(name, str) or not torch.is_tensor(value):
             raise UserError(
                 f"{path}: '{clipped(name)}' among its weights is {type(value).__name__}, not a tensor with a name. "
-                "Save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
+                f"Give another file, or {_SAVE_ALONE}"
             )
     return unwrapped(weights), kind
 
 
 def _has_tensors(value: object) -> bool:
     return isinstance(value, dict) and any(torch.is_tensor(each) for each in value.values())
-
-
-def _kind_in_words(kind: str) -> str:
-    return f"{kind} ones" if kind else "some without a name"
 
 
 def unwrapped(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,113 +96,37 @@ def _unwrapped_name(name: str) -> str:
     return name
 
 
-class PlainData:
-    """Stands for a value in a file that no weights depend on: nothing is built or run from what the file says of it."""
-
-    def __init__(self, *_args):
-        pass
-
-    def __new__(cls, *_args):  # noqa: D102
-        return super().__new__(cls)
-
-    def __setstate__(self, _state):
-        pass
-
-
-class PlainMapping:
-    """Stands for a dictionary of another type: what is made of it is an OrderedDict, which gets the items."""
-
-    def __new__(cls, *_args):  # noqa: D102
-        return collections.OrderedDict()
-
-
-def _plain_types() -> tuple[tuple[type, str], ...]:
-    """The types that training scripts save beside weights, by their full names, and what stands for each."""
-    paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
-    cores = ("numpy.core.multiarray", "numpy._core.multiarray")  # The name changed with numpy 2.
-    values = [
-        *("argparse.Namespace", "types.SimpleNamespace", "typing.Any"),
-        *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),  # in defaultdicts
-        *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-        *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths),
-        *("numpy.dtype", "numpy.ndarray", *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__)),
-        *(f"{core}.{name}" for core in cores for name in ("scalar", "_reconstruct")),
-        *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "nodes.AnyNode")),
-        *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
-    ]
-    mappings = [
-        *("collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict"),
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-        *(f"{package}.utilities.data.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
-    ]
-    return (*((PlainData, name) for name in values), *((PlainMapping, name) for name in mappings))
-
-
 def read_file(path: Path) -> Any:
-    """Load what a file of weights holds, plain data alone; nothing in it is run.
+    """Load what a file of weights holds; nothing in it is run.
 
     A checkpoint of this trainer is checked, and comes without its digest.
 
     Raises:
-      UserError: the file is missing, damaged, or holds more than plain data; or memory is too short for it.
+      UserError: the file is missing or damaged, or memory is too short for it.
     """
-    content = _load(path)
-    if not is_of_trainer(content):
-        return content
     try:
-        return checked(path, content)
+        content = _load_safetensors(path) if path.suffix == ".safetensors" else load_plain(path)
+        return checked(path, content) if is_of_trainer(content) else content
     except DamagedError as error:
         raise UserError(f"{error}. Copy it again, or give another one") from error
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            require_regular(path)
-            with memory_for(path):
-                return load_file(path)
-        return load_plain(path, _plain_types())
     except UserError:
         raise
     except OSError as error:
-        hint = "a file of weights; a run's best ones are in RUN/checkpoints/best.pt"
-        if path.is_dir() and (files := sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)):
-            hint = f"one of the files in it: {named(files)}"
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Give {hint}") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}). Give a file of weights; a run's best ones are in "
+            "RUN/checkpoints/best.pt"
+        ) from error
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise errors of their own
-        raise UserError(f"{path}: {_why_not_loaded(path, error)}") from error
+        with open(path, "rb") as file:
+            found = instead_of_content(file.read(512))
+        reason = clipped(error, 160) if isinstance(error, ClaimError) else type(error).__name__
+        problem = f"damaged, or no file of weights ({reason}). Copy it again, or {_SAVE_ALONE}"
+        raise UserError(f"{path}: {found or problem}") from error
 
 
-_SUFFIXES = (".pt", ".pth", ".tar", ".safetensors", ".ckpt", ".bin")
-# The first bytes of files that people take for weights.
-_OTHER_FILES = {
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x89PNG": "a PNG image",
-    b"PAR1": "a parquet file",
-    b"GGUF": "a GGUF file",
-}
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
 
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    save = "save the weights alone: torch.save(model.state_dict(), 'weights.pth')"
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if found := instead_of_content(head):
-        return found
-    if not head:
-        return "an empty file. Copy it again"
-    if other := next((what for magic, what in _OTHER_FILES.items() if head.startswith(magic)), ""):
-        return f"{other}, not a file of weights. Give the file that the training wrote"
-    if path.suffix != ".safetensors" and head[8:9] == b"{":
-        return "a safetensors file under another name. Rename it so that it ends in .safetensors"
-    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return (
-            f"holds '{clipped(refused[1])}', which is no plain data and could run code, so the file is not loaded. In "
-            f"the program that wrote it, {save}"
-        )
-    if "TorchScript" in str(error):
-        return f"holds a TorchScript program, which is not loaded. With model = torch.jit.load(FILE), {save}"
-    reason = clipped(error, 120) if isinstance(error, ClaimError) else type(error).__name__
-    return f"damaged, or no file of weights ({reason}). Copy it again, or {save}"
+    require_regular(path)
+    with memory_for(path):
+        return load_file(path)

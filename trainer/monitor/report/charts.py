@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,39 +38,69 @@ class Chart:
     Attributes:
       name: of its file, without the ending.
       title, x_label, y_label: with units.
-      marks: (kind of line in metrics.jsonl, color or None for gray, x) for each event of a run.
+      series: for each curve of a run its label, and where its number is in a line of metrics.jsonl.
+      factor: of these numbers.
       noisy: moving averages are drawn over the curves.
       from_zero: the y axis begins at 0.
       rims: curves may be equal and hide each other; earlier ones are drawn wider, and show as rims.
+      marks: (kind of line in metrics.jsonl, color or None for gray, x) for each event of a run.
     """
 
     name: str
     title: str
-    x_label: str
     y_label: str
-    curves: list[Curve]
-    marks: list[tuple[str, int | None, float]]
+    series: dict[str, tuple[str, ...]]
+    factor: float = 1.0
     noisy: bool = False
     from_zero: bool = False
     rims: bool = False
+    x_label: str = "step"
+    curves: Sequence[Curve] = ()
+    marks: Sequence[tuple[str, int | None, float]] = ()
+
+
+CHARTS = (
+    Chart("loss", "Training loss", "loss", {"": ("loss",)}, noisy=True),
+    Chart("top1", "Validation accuracy", "top-1 (%)", {"EMA weights": ("ema", "top1"), "raw weights": ("raw", "top1")}),
+    Chart(
+        "agreement",
+        "Agreement on training images",
+        "images (%)",
+        {"teacher with labels": ("teacher_top1",), "student with teacher": ("agreement",)},
+        noisy=True,
+    ),
+    Chart("lr", "Learning rate", "learning rate", {"": ("lr",)}, from_zero=True, rims=True),
+    Chart("throughput", "Throughput", "images/s, all ranks", {"": ("images_per_s",)}, noisy=True, from_zero=True),
+    Chart(
+        "input_wait",
+        "Waiting for input",
+        "fraction of the time (%)",
+        {"": ("input_wait",)},
+        factor=100,
+        noisy=True,
+        from_zero=True,
+    ),
+)
 
 
 def draw(chart: Chart) -> bytes:
     """The chart as a PNG of 1120 x 640 pixels or a little more, for a legend of many runs."""
     from matplotlib.figure import Figure  # Unlike pyplot it needs no window and has no state.
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     entries = len(chart.curves) + len({kind for kind, _, _ in chart.marks})
-    figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160)
-    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
+    figure = Figure(figsize=(7, 4 + 0.2 * max(0, entries - 4)), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    for kind, color, x in chart.marks:
-        shade = "0.55" if color is None else _color(color)
-        axes.axvline(x, color=shade, linestyle=_MARKS[kind][1], linewidth=0.9, alpha=0.7, zorder=1)
     for curve in chart.curves:
         _draw_curve(axes, curve, chart)
+    for kind, color, x in chart.marks:
+        label, dashes = _MARKS[kind]
+        shade = "0.55" if color is None else _color(color)
+        axes.axvline(x, label=label, color=shade, linestyle=dashes, linewidth=0.9, alpha=0.7, zorder=1)
     _dress(axes, chart)
-    _add_legend(figure, chart)
+    handles, labels = axes.get_legend_handles_labels()
+    if unique := dict(zip(labels, handles, strict=True)):  # It is below the axes, where it hides nothing.
+        columns = 2 if max(map(len, unique)) > 24 else 4
+        figure.legend(unique.values(), unique, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -89,21 +120,18 @@ def _color(number: int) -> str:
 
 
 def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
-    look = {
-        "color": _color(curve.color),
-        "linestyle": _DASHES[curve.style],
-        "solid_capstyle": "round",
-    }
+    look = {"color": _color(curve.color), "linestyle": _DASHES[curve.style], "solid_capstyle": "round"}
     y = curve.y
     if chart.noisy and len(y) >= _MANY_POINTS:
         if len(chart.curves) <= 2:  # More curves would hide each other.
-            axes.plot(curve.x, y, **{**look, "linewidth": 0.6, "alpha": 0.3})
+            axes.plot(curve.x, y, **look, linewidth=0.6, alpha=0.3)
         y = moving_average(y)
+    label = _plain(curve.label) if len(chart.curves) > 1 else None  # The title names a single curve.
     marker = "o" if len(y) <= 12 else None
     width = 1.7
     if chart.rims:
         width += 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve))
-    axes.plot(curve.x, y, **look, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
+    axes.plot(curve.x, y, **look, label=label, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
 
 
 def _dress(axes, chart: Chart) -> None:
@@ -124,20 +152,3 @@ def _dress(axes, chart: Chart) -> None:
 def _plain(label: str) -> str:
     """A label that matplotlib shows unchanged: no formula between dollars, and not left out for its underscore."""
     return (" " if label[:1] == "_" else "") + label.replace("$", r"\$")
-
-
-def _add_legend(figure, chart: Chart) -> None:
-    """Add a legend below the axes, where it hides nothing; a single curve needs none, because the title names it."""
-    from matplotlib.lines import Line2D
-
-    handles = []
-    if len(chart.curves) > 1:
-        for curve in chart.curves:
-            look = {"color": _color(curve.color), "linestyle": _DASHES[curve.style], "linewidth": 1.7}
-            handles.append(Line2D([], [], **look, label=_plain(curve.label)))
-    for kind in dict.fromkeys(kind for kind, _, _ in chart.marks):
-        label, dashes = _MARKS[kind]
-        handles.append(Line2D([], [], color="0.55", linestyle=dashes, linewidth=0.9, label=label))
-    if handles:
-        columns = 2 if max(len(handle.get_label()) for handle in handles) > 24 else 4
-        figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)

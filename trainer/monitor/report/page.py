@@ -7,12 +7,10 @@ import base64
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import math
 import statistics
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -24,7 +22,7 @@ from trainer.config.cli import read_yaml
 from trainer.config.recipe import audit
 from trainer.config.sections import parse
 from trainer.monitor.quarantine import QUARANTINE
-from trainer.monitor.report.charts import Chart, Curve, draw
+from trainer.monitor.report.charts import CHARTS, Chart, Curve, draw
 from trainer.monitor.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_summary
 from trainer.monitor.sample_grid import SAMPLES
 
@@ -43,7 +41,7 @@ class RunRecord:
       lines: of metrics.jsonl.
       summary: of the latest session, {} unless it has ended.
       num_damaged: how many damaged images were found.
-      unusable: the parts of these files that are left out because they cannot be used, in words.
+      unusable: the files of which something is left out because it cannot be used.
     """
 
     folder: Path
@@ -66,7 +64,7 @@ class RunRecord:
     @property
     def steps_per_epoch(self) -> int | None:
         """None where the log does not say it."""
-        return next((line["steps_per_epoch"] for line in self.of("session") if "steps_per_epoch" in line), None)
+        return next((line["steps_per_epoch"] for line in self.of("session") if line.get("steps_per_epoch")), None)
 
     @property
     def restarts(self) -> list[dict]:
@@ -86,26 +84,27 @@ class RunRecord:
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """Read a run's folder. Raises a UserError if it is not one."""
-    config, metrics, summary = folder / "config.yaml", folder / METRICS, folder / SUMMARY
+    config, metrics = folder / "config.yaml", folder / METRICS
     if not (config.is_file() or metrics.is_file()):
         raise UserError(f"{folder}: not the folder of a run, it has no config.yaml. Give what --run.out was")
-    unusable = []
-    lines, lost = split_json_lines(metrics, is_reportable)
-    damaged, damaged_lost = split_json_lines(folder / QUARANTINE, is_quarantine_line)
-    for file, others in ((METRICS, lost), (QUARANTINE, damaged_lost)):
-        unusable += [f"{len(others)} {'line' if len(others) == 1 else 'lines'} of {file}"] if others else []
-    ended = read_summary(summary)
-    unusable += [SUMMARY] if ended is None else []
-    if lines and ended and ended["step"] < lines[-1]["step"]:
-        ended = {}  # It is an earlier session's.
+    lines, other_lines = split_json_lines(metrics, is_reportable)
+    damaged, other_damaged = split_json_lines(folder / QUARANTINE, is_quarantine_line)
+    summary = read_summary(folder / SUMMARY)
     try:
         settings = read_yaml(config) if config.is_file() else {}
     except UserError:
-        settings = {}
-        unusable.append("config.yaml")
-    sections = {key: value for key, value in settings.items() if isinstance(value, dict)}
-    unusable += [f"section '{clipped(key)}' of config.yaml" for key in settings if key not in sections]
-    return RunRecord(folder, name, sections, lines, ended or {}, len(damaged), unusable)
+        settings = None
+    sections = {key: value for key, value in (settings or {}).items() if isinstance(value, dict)}
+    is_unusable = {
+        METRICS: other_lines,
+        QUARANTINE: other_damaged,
+        SUMMARY: not summary and (folder / SUMMARY).exists(),
+        "config.yaml": sections != settings,
+    }
+    if lines and summary and summary["step"] < lines[-1]["step"]:
+        summary = {}  # It is an earlier session's.
+    unusable = [file for file, is_partly in is_unusable.items() if is_partly]
+    return RunRecord(folder, name, sections, lines, summary, len(damaged), unusable)
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -114,12 +113,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Raises:
       UserError: a folder is none of a run, or `out` cannot be made.
     """
-    short = Counter(folder.resolve().name for folder in folders)
-    names = [folder.resolve().name if short[folder.resolve().name] == 1 else str(folder) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
     runs = [read_run(folder, with_escaped_bytes(name)) for folder, name in zip(folders, names, strict=True)]
     for run in runs:
         if run.unusable:
-            write_error_line(f"note: {run.folder}: cannot be used and is left out: {', '.join(run.unusable)}")
+            write_error_line(f"note: {run.folder}: what cannot be used of {', '.join(run.unusable)} is left out")
     pictures = {f"{chart.name}.png": (chart.title, draw(chart)) for chart in charts(runs)}
     strips = {run.name: (run.folder / SAMPLES).read_bytes() for run in runs if (run.folder / SAMPLES).is_file()}
     try:
@@ -146,62 +146,36 @@ def report_or_reason(folder: Path) -> str:
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """The pictures for which there are numbers."""
     in_epochs = all(run.steps_per_epoch for run in runs)
-    marks = [
-        (kind, None if len(runs) == 1 else i, line["step"] / (run.steps_per_epoch if in_epochs else 1))
-        for i, run in enumerate(runs)
-        for kind, lines in (("session", run.restarts), ("rollback", run.of("rollback")))
-        for line in lines
+    marks, curves = [], {chart.name: [] for chart in CHARTS}
+    for i, run in enumerate(runs):
+        scale = run.steps_per_epoch if in_epochs and run.steps_per_epoch else 1
+        color = None if len(runs) == 1 else i
+        marks += [(line["kind"], color, line["step"] / scale) for line in run.restarts + run.of("rollback")]
+        for chart in CHARTS:
+            curves[chart.name] += _curves(chart, run, color, scale)
+    x_label = "epoch" if in_epochs else "step"
+    return [
+        dataclasses.replace(chart, x_label=x_label, curves=curves[chart.name], marks=marks)
+        for chart in CHARTS
+        if curves[chart.name]
     ]
 
-    def chart(name: str, title: str, y_label: str, *series: tuple, **looks) -> Chart:
-        curves = [curve for i, run in enumerate(runs) for curve in _curves(run, i, len(runs), in_epochs, series)]
-        return Chart(name, title, "epoch" if in_epochs else "step", y_label, curves, marks, **looks)
 
-    weights = ("eval", "ema", "top1", 1, "EMA weights"), ("eval", "raw", "top1", 1, "raw weights")
-    teacher = (
-        ("train", "teacher_top1", None, 1, "teacher with labels"),
-        ("train", "agreement", None, 1, "student with teacher"),
-    )
-    all_charts = [
-        chart("loss", "Training loss", "loss", ("train", "loss", None, 1, ""), noisy=True),
-        chart("top1", "Validation accuracy", "top-1 (%)", *weights),
-        chart("agreement", "Agreement on training images", "images (%)", *teacher, noisy=True),
-        chart("lr", "Learning rate", "learning rate", ("train", "lr", None, 1, ""), from_zero=True, rims=True),
-        chart(
-            "throughput",
-            "Throughput",
-            "images/s, all ranks",
-            ("train", "images_per_s", None, 1, ""),
-            noisy=True,
-            from_zero=True,
-        ),
-        chart(
-            "input_wait",
-            "Waiting for input",
-            "fraction of the time (%)",
-            ("train", "input_wait", None, 100, ""),
-            noisy=True,
-            from_zero=True,
-        ),
-    ]
-    return [chart for chart in all_charts if chart.curves]
+def _curves(chart: Chart, run: RunRecord, color: int | None, scale: int) -> Iterator[Curve]:
+    """A run's curves in a chart; without a color of the run each curve gets its own."""
+    for i, (label, keys) in enumerate(chart.series.items()):
+        values = [(line["step"] / scale, _number(line, keys)) for line in run.lines]
+        points = [(x, y * chart.factor) for x, y in values if abs(y) < _MOST_DRAWN]
+        if points:
+            x, y = np.array(points).T
+            name = label if color is None else ", ".join(filter(None, (run.name, label)))
+            yield Curve(name, i if color is None else color, x, y, "dashed" if i else "solid")
 
 
-def _curves(run: RunRecord, number: int, num_runs: int, in_epochs: bool, series: Sequence[tuple]) -> list[Curve]:
-    """A run's curves in a chart; `series` are (kind of line, key, key inside it or None, factor, label)."""
-    curves = []
-    for i, (kind, key, inner, factor, label) in enumerate(series):
-        lines = [line for line in run.of(kind) if line.get(key) is not None]
-        x = np.array([line["step"] for line in lines]) / (run.steps_per_epoch if in_epochs else 1)
-        y = np.array([line[key][inner] if inner else line[key] for line in lines], float) * factor
-        drawn = np.abs(y) < _MOST_DRAWN
-        x, y = x[drawn], y[drawn]
-        if not len(y):
-            continue
-        names = [run.name, label] if num_runs > 1 else [label]
-        color = i if num_runs == 1 else number
-        curves.append(Curve(", ".join(filter(None, names)), color, x, y, "dashed" if i else "solid"))
-    return curves
+def _number(line: dict, keys: tuple[str, ...]) -> float:
+    """A number in a line, nan where it is not there."""
+    value = functools.reduce(lambda part, key: part.get(key) or {}, keys[:-1], line).get(keys[-1])
+    return math.nan if value is None else float(value)
 
 
 def numbers(run: RunRecord) -> dict[str, str]:
@@ -209,9 +183,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
     train, evals, sessions = run.of("train"), run.of("eval"), run.of("session")
     total = run.summary.get("total_steps") or next((s["total_steps"] for s in sessions[-1:] if "total_steps" in s), "?")
     last = evals[-1] if evals else {}
-    speeds, waits = (
-        [line[key] for line in train if math.isfinite(line[key])] for key in ("images_per_s", "input_wait")
-    )
+    speeds, waits = ([line[key] for line in train] for key in ("images_per_s", "input_wait"))
     best = max(((e[w]["top1"], w, e["epoch"]) for e in evals for w in ("ema", "raw") if w in e), default=None)
     section = {name: run.config.get(name, {}) for name in ("student", "teacher")}
     return {
@@ -243,8 +215,7 @@ def _state(run: RunRecord) -> str:
         return "finished" if run.summary["finished"] else f"stopped after step {run.step:,}"
     if not run.of("train"):
         return "not finished; no line of training yet"
-    times = [line["time"] for line in run.lines if "time" in line]
-    return f"not finished; last line {_clock(times[-1])}" if times else "not finished"
+    return f"not finished; last line {_clock(run.lines[-1].get('time'))}"
 
 
 def _ranks(session: dict) -> str:
@@ -252,18 +223,14 @@ def _ranks(session: dict) -> str:
 
 
 def _clock(unix_s: float | None) -> str:
-    return (
-        _NONE
-        if unix_s is None
-        else f"{datetime.datetime.fromtimestamp(unix_s, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-    )
+    if unix_s is None:
+        return _NONE
+    return f"{datetime.datetime.fromtimestamp(unix_s, datetime.timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _duration(lines: list[dict]) -> str:
     times = [line["time"] for line in lines if "time" in line]
-    if any(later < earlier for earlier, later in itertools.pairwise(times)):
-        return f"{_NONE} (the clock was set back)"
-    return str(datetime.timedelta(seconds=round(times[-1] - times[0]))) if times else _NONE
+    return str(datetime.timedelta(seconds=round(max(times) - min(times)))) if times else _NONE
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list]:

@@ -1,7 +1,7 @@
 """What a file of tensors claims: refused before it takes memory, while every honest file loads as it was saved."""
 
+import codecs
 import collections
-import io
 import os
 import pickle
 import random
@@ -12,19 +12,18 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 
 from chaos.attempts import isolated
-from chaos.changed_weights import HARMFUL, claiming, deep, packed
+from chaos.changed_weights import HARMFUL, _rewrite, claiming, deep, packed
 from chaos.runs import equal
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from support.checkpoints import least_content
 from support.forked_python import executable
-from trainer.models.files.torch_files import ClaimError, check_content, load_plain
+from trainer.models.files.torch_files import ClaimError, load_plain
 from trainer.models.files.weights import read_file, read_weights
 from trainer.state import checkpoint
 
@@ -43,23 +42,21 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("what", HONEST)
-def test_whatever_torch_saves_of_dense_tensors_and_plain_data_is_loaded(what, zipped, tmp_path):
-    torch.save({"a": HONEST[what]}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+def test_whatever_torch_saves_of_dense_tensors_and_plain_data_is_loaded(what, tmp_path):
+    torch.save({"a": HONEST[what]}, tmp_path / "w.pth")
     assert equal(load_plain(tmp_path / "w.pth")["a"], HONEST[what])
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_in_common_memory_have_it_in_common_afterwards_and_keep_their_order_in_it(tmp_path, zipped):
+def test_tensors_in_common_memory_have_it_in_common_afterwards_and_keep_their_order_in_it(tmp_path):
     last = HONEST["channels last"]
-    torch.save({"a": TIED, "b": TIED, "c": last}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"a": TIED, "b": TIED, "c": last}, tmp_path / "w.pth")
     found = load_plain(tmp_path / "w.pth")
     assert found["a"].data_ptr() == found["b"].data_ptr() and found["c"].stride() == last.stride()
 
 
 REASONS = {
-    "one value that is 10**10": r"has the shape \[10000000000\], and the file",
+    "one value that is 10**10": "'more' holds itself, or the same values over and over",
     "lists that double 60 times": "'more' holds itself, or the same values over and over",
     "a list that holds itself": "'more' holds itself, or the same values over and over",
     "a call that asks for 10**11 bytes": "asks for memory instead of holding values",
@@ -68,11 +65,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("what", REASONS)
-def test_what_is_small_in_a_file_and_endless_outside_is_refused(what, zipped, tmp_path):
-    content = {"w": torch.ones(3), "more": HARMFUL[what]()}
-    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+def test_what_is_small_in_a_file_and_endless_outside_is_refused(what, tmp_path):
+    torch.save({"w": torch.ones(3), "more": HARMFUL[what]()}, tmp_path / "w.pth")
     with pytest.raises(ClaimError, match=REASONS[what]):
         load_plain(tmp_path / "w.pth")
     with pytest.raises(UserError, match=f"w.pth: damaged, or no file of weights .*{REASONS[what]}.*Copy it again, or"):
@@ -108,7 +103,10 @@ def with_one_record_for_all(file: Path) -> None:
     ("spoil", "reason"),
     [
         (lambda file: packed(file, random.Random(0)), "is compressed, which torch.save never does"),
-        (lambda file: claiming(file, random.Random(0)), "should hold 4000000000 bytes, and the file has"),
+        (
+            lambda file: claiming(file, random.Random(0)),
+            "its record '0' should hold 1000000000 values, and has 40,000 bytes",
+        ),
         (lambda file: deep(file, random.Random(0)), "holds itself, or the same values over and over"),
         (lengthened, "its directory is ambiguous"),
         (with_two_of_a_name, "its directory is ambiguous"),
@@ -124,24 +122,24 @@ def test_an_archive_that_holds_less_than_it_says_is_refused_before_torch_reads_i
         load_plain(tmp_path / "w.pth")
 
 
-class Claim(pickle.Pickler):
-    """Pickles a range as a storage of as many values."""
+def test_a_file_of_torch_before_1_6_is_refused_and_the_advice_helps(tmp_path):
+    torch.save({"a": TIED}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        UserError, match=r"not as torch.save writes since 1.6; save an older file again: torch.save\(torch"
+    ):
+        read_file(tmp_path / "old.pth")
+    torch.save(torch.load(tmp_path / "old.pth"), tmp_path / "new.pth")
+    assert torch.equal(read_file(tmp_path / "new.pth")["a"], TIED)
 
-    def persistent_id(self, value):
-        return ("storage", torch.FloatStorage, "0", "cpu", len(value), None) if isinstance(value, range) else None
 
+class Encoded:
+    """Is pickled as text that is encoded again and again, twice as long each time."""
 
-def test_a_file_of_the_older_format_that_claims_more_than_it_has_is_refused(tmp_path):
-    torch.save({"w": torch.ones(3)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
-    with open(tmp_path / "w.pth", "rb") as file:
-        for _ in range(3):
-            pickle.load(file)
-        head = (tmp_path / "w.pth").read_bytes()[: file.tell()]
-    claim = io.BytesIO()
-    Claim(claim, protocol=2).dump([range(10**12)])
-    (tmp_path / "w.pth").write_bytes(head + claim.getvalue() + pickle.dumps(["0"], protocol=2) + bytes(12))
-    with pytest.raises(ClaimError, match="should hold 4000000000000 bytes, and the file has"):
-        load_plain(tmp_path / "w.pth")
+    def __init__(self, times: int):
+        self.times = times
+
+    def __reduce__(self):
+        return codecs.encode, (Encoded(self.times - 1), "hex") if self.times else ("a" * 1000, "latin1")
 
 
 @pytest.mark.parametrize(
@@ -152,22 +150,18 @@ def test_a_file_of_the_older_format_that_claims_more_than_it_has_is_refused(tmp_
         pickle.PROTO + b"\x02" + pickle.BINUNICODE + (2 * 10**9).to_bytes(4, "little"),
         pickle.PROTO + b"\x02" + pickle.LONG4 + (2 * 10**9).to_bytes(4, "little"),
         pickle.PROTO + b"\x05" + pickle.BYTEARRAY8 + (10**11).to_bytes(8, "little"),
+        pickle.dumps(Encoded(25), protocol=2),
     ],
 )
 def test_a_pickle_that_asks_for_more_bytes_than_the_file_has_is_refused_and_takes_no_memory(asked, tmp_path):
-    (tmp_path / "w.pth").write_bytes(asked + bytes(100))
+    torch.save({"w": torch.ones(3)}, tmp_path / "w.pth")
+    _rewrite(tmp_path / "w.pth", lambda name, old: asked + bytes(100) if name.endswith("data.pkl") else old)
 
     def command() -> None:
-        with pytest.raises(ClaimError, match="should hold .*,000 bytes, and the file has 1|asks for memory instead"):
-            load_plain(tmp_path / "w.pth")
+        with pytest.raises(UserError, match="w.pth: damaged, or no file of weights"):
+            read_file(tmp_path / "w.pth")
 
     assert isolated(command, mib=40).complaint() == ""
-
-
-def test_a_number_that_takes_pages_as_text_is_refused_and_those_of_generators_of_random_numbers_are_not():
-    check_content({"state": np.random.PCG64(1).state}, 10**4, 10**4)
-    with pytest.raises(ClaimError, match="'more' is a number of 5,001 bits"):
-        check_content({"more": [1 << 5000]}, 10**4, 10**4)
 
 
 def test_a_file_without_a_checksum_is_loaded_as_torch_loads_it(tmp_path):
@@ -197,7 +191,7 @@ def test_a_tar_is_never_unpacked(tmp_path):
     with tarfile.open(tmp_path / "w.pth", "w", format=tarfile.PAX_FORMAT) as archive:
         for name in ("storages", "tensors", "pickle"):
             archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(ClaimError, match="a tar file of torch 0.1.1, which is not loaded"):
+    with pytest.raises(ClaimError, match="truncated, or not as torch.save writes"):
         load_plain(tmp_path / "w.pth")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime
+import os
 import pathlib
 import pickle
 import sys
@@ -16,7 +17,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from pipelines.common.errors import UserError
 from trainer.config.sections import TeacherConfig
-from trainer.models.files.weights import PlainData, read_file, read_weights, select_weights, unwrapped
+from trainer.models.files.torch_files import PlainData
+from trainer.models.files.weights import read_file, read_weights, select_weights, unwrapped
 from trainer.models.teacher import build_teacher
 
 NAME = "test_resnet"
@@ -48,7 +50,7 @@ def test_checkpoints_of_timms_training_script_are_taken_by_their_average(models,
     assert is_of(tmp_path / "model_best.pth.tar", other)
     weights, kind = select_weights(tmp_path, read_file(tmp_path / "model_best.pth.tar"), "raw")
     assert kind == "raw" and torch.equal(weights["fc.bias"], model.fc.bias)
-    assert build_teacher(TeacherConfig(NAME, tmp_path / "model_best.pth.tar"), 7, 64).num_outputs == 7
+    assert build_teacher(TeacherConfig(NAME, tmp_path / "model_best.pth.tar"), 7, 64).model.num_classes == 7
 
 
 class CfgNode(dict):
@@ -65,8 +67,7 @@ def other_module(monkeypatch, full_name: str, made: type) -> type:
 
 
 @pytest.mark.parametrize("beside", ["DeiT", "numpy", "paths", "Swin", "Lightning", "dates", "defaultdict"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_plain_data_of_other_types_beside_the_weights_does_no_harm(models, tmp_path, monkeypatch, beside, zipped):
+def test_plain_data_of_other_types_beside_the_weights_does_no_harm(models, tmp_path, monkeypatch, beside):
     model, _ = models
     with_state = {**model.state_dict()}
     content = {
@@ -82,13 +83,8 @@ def test_plain_data_of_other_types_beside_the_weights_does_no_harm(models, tmp_p
         "dates": {"model": with_state, "when": datetime.datetime(2024, 1, 2), "took": datetime.timedelta(seconds=3)},
         "defaultdict": {"model": collections.defaultdict(list, with_state)},
     }[beside]
-    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(content, tmp_path / "w.pth")
     assert is_of(tmp_path / "w.pth", model)
-
-
-def test_nothing_of_an_allowed_type_is_built(tmp_path):
-    torch.save({"a": argparse.Namespace(b=1), "p": pathlib.Path("x")}, tmp_path / "w.pth")
-    assert {type(value) for value in read_file(tmp_path / "w.pth").values()} == {PlainData}
 
 
 class Runs:
@@ -99,31 +95,28 @@ class Runs:
         return self.what
 
 
-def test_what_could_run_is_refused_by_its_name_and_the_advice_helps(models, tmp_path, capsys):
-    model, _ = models
-    harmful = [Runs(print, "ran"), Runs(exec, "print('ran')"), Runs(pickle.loads, b"x"), model]
-    names = ["'print'", "'exec'", "'pickle.loads'", "'timm.models.resnet.ResNet'"]
-    for value, name in zip(harmful, names, strict=True):
-        torch.save({"state_dict": model.state_dict(), "more": value}, tmp_path / "w.pth")
-        with pytest.raises(UserError, match=f"w.pth: holds {name}, which is no plain data") as error:
-            read_weights(tmp_path / "w.pth")
-        assert "torch.save(model.state_dict(), 'weights.pth')" in str(error.value)
-        assert len(str(error.value)) - len(str(tmp_path)) < 300
+def test_nothing_that_a_file_names_is_built_or_run(models, tmp_path, capsys):
+    """What stands beside the weights is ignored; a model that was saved whole has no tensors by name."""
+    beside = [Runs(print, "ran"), Runs(exec, "print('ran')"), Runs(pickle.loads, b"x"), pathlib.Path("x"), models[1]]
+    torch.save({"state_dict": models[0].state_dict(), "more": beside}, tmp_path / "w.pth")
+    assert is_of(tmp_path / "w.pth", models[0])
+    assert all(isinstance(value, PlainData) for value in read_file(tmp_path / "w.pth")["more"])
+    torch.save(models[0], tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"w.pth: holds no weights, .*torch.save\(model.state_dict\(\), 'weights.pth'\)"
+    ):
+        read_weights(tmp_path / "w.pth")
+    torch.save({"more": Runs(os.system, "echo ran")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: damaged, or no file of weights .UnpicklingError"):
+        read_weights(tmp_path / "w.pth")
     assert "ran" not in capsys.readouterr().out
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    assert is_of(tmp_path / "weights.pth", model)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_a_program_of_torchscript_is_refused_and_the_advice_helps(models, tmp_path):
-    model = torch.jit.trace(models[0].eval(), torch.rand(1, 3, 64, 64))
-    torch.jit.save(model, tmp_path / "w.pt")
-    with pytest.raises(
-        UserError, match="holds a TorchScript program, which is not loaded. With model = torch.jit.load"
-    ):
+def test_a_program_of_torchscript_is_refused(models, tmp_path):
+    torch.jit.save(torch.jit.trace(models[0].eval(), torch.rand(1, 3, 64, 64)), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="w.pt: damaged, or no file of weights .its record"):
         read_weights(tmp_path / "w.pt")
-    torch.save(torch.jit.load(tmp_path / "w.pt").state_dict(), tmp_path / "weights.pth")
-    assert is_of(tmp_path / "weights.pth", models[0])
 
 
 # --- names and places ---

@@ -1,0 +1,1 @@
+"""SLURM itself: a cluster of one node, for tests of the scripts in tools/slurm."""
