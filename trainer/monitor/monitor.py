@@ -68,7 +68,8 @@ class Monitor:
 
     def add(self, metrics: StepMetrics) -> None:
         """Add the metrics of the update that the state has counted last, without waiting for the device."""
-        self._sums += torch.cat([metrics.loss.view(1), metrics.agreement])
+        weight = len(metrics.bad) * self._world.size / self._plan.global_batch  # Ranks may differ by a pair of images.
+        self._sums += torch.cat([metrics.loss.view(1), metrics.agreement]) * weight
         self._bad.append(metrics.bad)
         self._bad_gradients.append(metrics.bad_gradients)
         if self._teacher_pairs is not None:
@@ -95,7 +96,9 @@ class Monitor:
         sums = self._world.all_reduce_sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
         loss, teacher_top1, agreement = (total / self._world.size / num_steps for total in sums[:3])
         if sums[3] or not math.isfinite(loss):
-            raise nonfinite_error(step, self._bad, self._bad_gradients, self._plan, self._world)
+            raise nonfinite_error(
+                step, self._bad, self._bad_gradients, self._plan, self._world, self._state.micro_batch
+            )
         elapsed_s = time.perf_counter() - self._start_s
         record = TrainRecord(
             step=step,

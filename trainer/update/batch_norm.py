@@ -1,7 +1,7 @@
 """BatchNorm's running statistics over the micro-batches and ranks of an update."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -13,25 +13,27 @@ from trainer.models.batch_norm import batch_counters, running_statistics
 class StatisticsAverage:
     """Makes the running statistics after an update those of all its micro-batches, on whatever rank they ran.
 
-    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank. Then the
-    mode decides what the ranks do:
-      reduce: they take the mean over the ranks. So all ranks always hold the same statistics, and these do not depend
-        on how the global batch was split over ranks and micro-batches.
+    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank, weighted
+    by their images. Then the mode decides what the ranks do:
+      reduce: they take the mean over the ranks, weighted by their images. So all ranks always hold the same statistics.
       broadcast: they take those of rank 0's images, as DDP's own broadcast has it.
       none: each rank keeps its own.
       sync: nothing, because the layers themselves saw the images of all ranks.
 
     Args:
       model: the unwrapped model.
-      num_micro_batches: of an update, on this rank.
+      sizes: images of each micro-batch of an update, on this rank.
+      rank_weight: this rank's images, as a multiple of the mean over the ranks.
       mode: reduce, broadcast, none or sync.
       world: the ranks.
     """
 
-    def __init__(self, model: nn.Module, num_micro_batches: int, mode: str, world: World):
+    def __init__(self, model: nn.Module, sizes: Sequence[int], rank_weight: float, mode: str, world: World):
         self._statistics = running_statistics(model)
         self._counters = batch_counters(model)
-        self._num_micro_batches = num_micro_batches
+        # Multiples of the largest size: with sizes that are equal, the mean has the bits of a plain one.
+        self._weights = [size / max(sizes) for size in sizes]
+        self._rank_weight = rank_weight
         self._mode = mode
         self._world = world
 
@@ -43,13 +45,14 @@ class StatisticsAverage:
             return
         self._before = torch.cat(self._statistics)
         self._total = torch.zeros_like(self._before)
+        self._next_weights = iter(self._weights)
         yield
         with torch.no_grad():
             # An update counts as one batch, however it was split.
-            torch._foreach_sub_(self._counters, self._num_micro_batches - 1)
-            mean = self._total / self._num_micro_batches
+            torch._foreach_sub_(self._counters, len(self._weights) - 1)
+            mean = self._total / sum(self._weights)
             if self._mode == "reduce":
-                mean = self._world.all_reduce_sum(mean) / self._world.size
+                mean = self._world.all_reduce_sum(mean * self._rank_weight) / self._world.size
             elif self._mode == "broadcast":
                 mean = self._world.broadcast(mean)
             self._set(mean)
@@ -58,7 +61,7 @@ class StatisticsAverage:
     def end_micro_batch(self) -> None:
         """Collect the statistics after a forward and backward pass, and restore those before the update."""
         if self._statistics:
-            self._total += torch.cat(self._statistics)
+            self._total += torch.cat(self._statistics) * next(self._next_weights)
             self._set(self._before)
 
     def _set(self, values: torch.Tensor) -> None:

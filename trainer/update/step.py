@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
 from pipelines.plan import rng
+from pipelines.plan.pairs import Division
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig
 from trainer.models.checkpoint_format import OPTIMIZER_TENSORS
@@ -50,7 +51,7 @@ class StepMetrics:
     """What an update reports, on the device: nobody has waited for it yet. N is this rank's images of the update.
 
     Attributes:
-      loss, agreement: the means of the micro-batches' Output.loss and Output.agreement.
+      loss, agreement: Output.loss and Output.agreement, means over these images.
       bad, teacher_pairs: Output.bad and Output.teacher_pairs of all micro-batches, [N] and [2, N].
       bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler handles that.
     """
@@ -68,13 +69,14 @@ class TrainStep:
     Attributes:
       inputs: Batch -> ModelInputs, what the models see of it.
       teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
+      division: of the global batch among ranks and micro-batches.
       num_micro_batches: forward passes an update on this rank.
 
     Args:
       state: the student on its device, its optimizer, GradScaler and EMA; an update changes them in place.
       normalize: the student's own.
       world: the ranks; with several of them the gradients are averaged by DistributedDataParallel.
-      micro_batch: images of a forward pass on this rank.
+      micro_batch: the most images of a forward pass.
       compiler: compiles both models and what is computed from their outputs (trainer/update/compiler.py).
     """
 
@@ -91,7 +93,9 @@ class TrainStep:
     ):
         self.inputs = functools.partial(model_inputs, normalize, teachers)
         self.teacher = compiler(teachers) if teachers is not None else None
-        self.num_micro_batches = config.run.global_batch // world.size // micro_batch
+        self.division = Division(config.run.global_batch, config.augment.mix_group, world.size, micro_batch)
+        self._sizes = self.division.sizes(world.rank)
+        self.num_micro_batches = len(self._sizes)
         self._config = config
         self._device = world.device
         self._precision = resolve_precision(config.run.precision, world.device)
@@ -104,7 +108,10 @@ class TrainStep:
         self._scaler = state.scaler
         self._ema = state.ema
         self._clip = gradient_clipping(state.student, config.optim)
-        self._statistics = StatisticsAverage(state.student, self.num_micro_batches, config.run.batch_norm, world)
+        # DDP averages over the ranks: a mean over some images counts by their part of a rank's equal slice.
+        self._images_per_rank = config.run.global_batch / world.size
+        rank_weight = sum(self._sizes) / self._images_per_rank
+        self._statistics = StatisticsAverage(state.student, self._sizes, rank_weight, config.run.batch_norm, world)
         self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
 
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
@@ -112,14 +119,13 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         outputs: list[Output] = []
         with self._statistics.one_update():
-            for micro_batch in range(self.num_micro_batches):
+            for micro_batch, size in enumerate(self._sizes):
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
                 seed_dropout(self._config.run.seed, batch.position, self._device)
-                is_last = micro_batch == self.num_micro_batches - 1
-                with self._gradient_sync(is_last):
+                with self._gradient_sync(is_last=micro_batch == self.num_micro_batches - 1):
                     output = self._forward(batch)
-                    self._scaler.scale(output.loss / self.num_micro_batches).backward()
+                    self._scaler.scale(output.loss / (self._images_per_rank / size)).backward()
                 self._statistics.end_micro_batch()
                 outputs.append(output._replace(loss=output.loss.detach()))
         bad_gradients = self._bad_gradients()
@@ -186,10 +192,11 @@ class TrainStep:
 def step_metrics(outputs: list[Output], bad_gradients: torch.Tensor) -> StepMetrics:
     """The metrics of an update with these micro-batches."""
     loss, agreement = torch.zeros_like(outputs[0].loss), torch.zeros_like(outputs[0].agreement)
-    for output in outputs:
-        loss += output.loss / len(outputs)
-        agreement += output.agreement / len(outputs)
     bad = torch.cat([output.bad for output in outputs])
+    for output in outputs:
+        images_per_size = len(bad) / len(output.bad)
+        loss += output.loss / images_per_size
+        agreement += output.agreement / images_per_size
     teacher_pairs = torch.cat([output.teacher_pairs for output in outputs], 1)
     return StepMetrics(loss, agreement, bad, teacher_pairs, bad_gradients)
 
