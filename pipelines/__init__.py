@@ -25,7 +25,7 @@ from pipelines.shards.dataset import Dataset, open_dataset
 if TYPE_CHECKING:
     from pipelines.batch import Batch, Pipeline
     from pipelines.executors import open_pipeline, resolve_decode, resolve_pipeline
-    from pipelines.reference import decode_sample, render
+    from pipelines.reference import render
 
 __all__ = [
     "PIXELS_VERSION",
@@ -37,7 +37,6 @@ __all__ = [
     "Pipeline",
     "PipelineConfig",
     "TrainPlan",
-    "decode_sample",
     "open_dataset",
     "open_pipeline",
     "render",
@@ -53,23 +52,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # Version of the pixels that an executor makes of a plan. Resuming under another version logs a warning.
 PIXELS_VERSION = 1
 
-# The module of each name that needs torch. It is imported when the name is first asked for.
-_NEED_TORCH = {
-    "Batch": "pipelines.batch",
-    "Pipeline": "pipelines.batch",
-    "decode_sample": "pipelines.reference",
-    "open_pipeline": "pipelines.executors",
-    "render": "pipelines.reference",
-    "resolve_decode": "pipelines.executors",
-    "resolve_pipeline": "pipelines.executors",
-}
+# The modules that need torch. They are imported when a name of theirs is first asked for.
+_NEED_TORCH = ("pipelines.batch", "pipelines.executors", "pipelines.reference")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
-        raise AttributeError(f"module 'pipelines' has no attribute '{name}'")
-    return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+    if name in __all__:
+        for module in map(importlib.import_module, _NEED_TORCH):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'pipelines' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_TORCH})
+    return sorted({*globals(), *__all__})

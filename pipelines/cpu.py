@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,7 +16,6 @@ from pipelines.prefetch import PLANS_AHEAD, look_ahead, read_ahead
 from pipelines.shards.damage import CheckedReader, OnDamage
 from pipelines.shards.index import ShardIndex
 
-_BATCHES_IN_FLIGHT = 2  # The pool works on the next batch while the last images of this one are finished.
 _KEPT_BYTES = 512 << 20  # Most bytes of decoded images that are kept: a global batch of ImageNet has 192 MB.
 
 
@@ -47,7 +45,6 @@ class TorchvisionPipeline(Pipeline):
 
     def _batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         self._maker.use_device()
-        in_flight: collections.deque[tuple[BatchPlan, list[Future[np.ndarray]]]] = collections.deque()
         images = _RepeatedImages(self._index, functools.partial(decode_checked, self._reader))
 
         def announce(plan: BatchPlan) -> None:
@@ -56,12 +53,12 @@ class TorchvisionPipeline(Pipeline):
 
         with ThreadPoolExecutor(self._config.threads, thread_name_prefix="augment") as pool:
             try:
-                for plan in look_ahead(plans, PLANS_AHEAD, announce):
-                    in_flight.append((plan, self._submit(pool, plan, images)))
-                    if len(in_flight) == _BATCHES_IN_FLIGHT:
-                        yield self._finish(*in_flight.popleft())
-                while in_flight:
-                    yield self._finish(*in_flight.popleft())
+                announced = look_ahead(plans, PLANS_AHEAD, announce)
+                begun = ((plan, self._submit(pool, plan, images)) for plan in announced)
+                # The pool works on the next batch while the last images of this one are finished.
+                for plan, rows in look_ahead(begun, 1):
+                    pixels = np.stack([row.result() for row in rows])
+                    yield self._maker.make(torch.from_numpy(pixels), plan)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -73,9 +70,6 @@ class TorchvisionPipeline(Pipeline):
             return transform(image(), plan, row)
 
         return [pool.submit(finished, row, images.take(sample)) for row, sample in enumerate(plan.sample.tolist())]
-
-    def _finish(self, plan: BatchPlan, rows: list[Future[np.ndarray]]) -> Batch:
-        return self._maker.make(torch.from_numpy(np.stack([row.result() for row in rows])), plan)
 
 
 class _RepeatedImages:
@@ -90,7 +84,7 @@ class _RepeatedImages:
         self._decode = decode
         # How often each sample was announced and has not been taken yet.
         self._uses: collections.Counter[int] = collections.Counter()
-        self._kept: dict[int, _Once] = {}
+        self._kept: dict[int, Callable[[], np.ndarray]] = {}
         self._kept_bytes = 0
 
     def announce(self, samples: np.ndarray) -> None:
@@ -98,9 +92,9 @@ class _RepeatedImages:
         self._uses.update(samples.tolist())
 
     def take(self, sample: int) -> Callable[[], np.ndarray]:
-        """A function that returns the decoded image. The first call decodes it, in one of the pool's threads."""
+        """A function that returns the decoded image. Its first call, in one of the pool's threads, decodes it."""
         self._uses[sample] -= 1
-        image = self._kept.get(sample) or _Once(functools.partial(self._decode, sample))
+        image = self._kept.get(sample) or functools.cache(functools.partial(self._decode, sample))
         if self._uses[sample] == 0:
             del self._uses[sample]
             if self._kept.pop(sample, None):
@@ -113,18 +107,3 @@ class _RepeatedImages:
     def _nbytes(self, sample: int) -> int:
         row = self._index.samples[sample]
         return 3 * int(row["height"]) * int(row["width"])
-
-
-class _Once:
-    """Calls a function when it is first called, and returns that result from then on, in any thread."""
-
-    def __init__(self, function: Callable[[], np.ndarray]):
-        self._function = function
-        self._lock = threading.Lock()
-        self._result: np.ndarray | None = None
-
-    def __call__(self) -> np.ndarray:
-        with self._lock:
-            if self._result is None:
-                self._result = self._function()
-            return self._result

@@ -39,16 +39,19 @@ _IN_FLIGHT = 2  # DALI decodes one batch on the host while it finishes another o
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """The properties of a plan that a DALI graph is built for. Another value needs another graph."""
+    """The properties of a plan that a DALI graph is built for. Another value needs another graph.
+
+    Attributes:
+      batch_size: the most rows of a plan; DALI takes fewer, too.
+    """
 
     batch_size: int
     image_size: int
     interpolation: str
-    windowed: bool
 
     @staticmethod
     def of(plan: BatchPlan) -> "_Shape":
-        return _Shape(len(plan), plan.image_size, plan.interpolation, plan.windowed)
+        return _Shape(plan.capacity or len(plan), plan.image_size, plan.interpolation)
 
 
 class DaliPipeline(Pipeline):
@@ -111,36 +114,39 @@ class DaliPipeline(Pipeline):
         _backend.ReleaseUnusedMemory()  # DALI keeps free memory for itself.
 
     def _build(self, shape: _Shape, encoded: np.ndarray | None = None, num_threads: int = 0) -> "_Graph":
-        """A graph for plans of a shape.
+        """A graph for plans of a shape; `encoded` takes the place of the image's bytes in plans of one row."""
+        decoder = {"hw_decoder_load": self._config.hw_decoder_load, **self._padding} if self._on_gpu else {}
 
-        Args:
-          encoded: takes the place of the image's bytes in plans of one row.
-          num_threads: DALI's host threads; 0 are those of the configuration.
-        """
+        def dali_graph(source: Callable[[], tuple]) -> Any:
+            return _dali_graph(
+                shape,
+                source,
+                decode=self._config.decode,
+                decoder=decoder,
+                batch_size=shape.batch_size,
+                prefetch_queue_depth=_IN_FLIGHT,
+                num_threads=num_threads or self._config.threads,
+                device_id=(self._device.index or 0) if self._on_gpu else None,
+            )
 
-        def inputs(plan: BatchPlan) -> tuple:
-            return self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded])
-
+        if self._on_gpu:
+            torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later.
         return _Graph(
-            shape,
-            inputs,
-            decode=self._config.decode,
-            decoder={"hw_decoder_load": self._config.hw_decoder_load, **self._padding} if self._on_gpu else {},
-            num_threads=num_threads or self._config.threads,
-            device_id=(self._device.index or 0) if self._on_gpu else None,
+            dali_graph,
+            lambda plan: self._inputs(plan, self._reader.read(plan.sample) if encoded is None else [encoded]),
         )
 
     @staticmethod
     def _inputs(plan: BatchPlan, encoded: list[np.ndarray]) -> tuple:
-        """The parts of a plan that the graph takes besides its images, in the order of its external source."""
-        inputs = (
+        """What the graph takes of a plan and its images, in the order of its external source."""
+        return (
             encoded,
             np.ascontiguousarray(plan.crop[:, :2]),
             np.ascontiguousarray(plan.crop[:, 2:]),
             plan.resize.astype(np.float32),
+            plan.window,
             plan.flip.astype(np.int32),
         )
-        return (*inputs, plan.window) if plan.windowed else inputs
 
     def _pixels(
         self, shape: _Shape, plans: Iterator[BatchPlan], graph_of: "Callable[[_Shape], Future[_Graph]]"
@@ -230,41 +236,18 @@ class _Graph:
     """A DALI pipeline, built, and the plans it is working on.
 
     Args:
+      dali_graph: makes the pipeline around its external source.
       inputs: returns what the external source gives for a plan.
-      decode: 'roi' decodes the crop alone, 'full' the whole image before cropping; the pixels are the same.
-      decoder: options of the GPU's decoder; empty without a GPU.
-      num_threads: DALI's host threads.
-      device_id: the GPU's number; None without a GPU.
     """
 
-    def __init__(
-        self,
-        shape: _Shape,
-        inputs: Callable[[BatchPlan], tuple],
-        *,
-        decode: str,
-        decoder: dict[str, float],
-        num_threads: int,
-        device_id: int | None,
-    ):
+    def __init__(self, dali_graph: Callable[[Callable[[], tuple]], Any], inputs: Callable[[BatchPlan], tuple]):
         self._inputs = inputs
         self._plans: Iterator[BatchPlan] = iter(())
         # DALI asks for plans ahead and reads their bytes in place, so they stay alive until it is done.
         self._in_flight: collections.deque[tuple[BatchPlan, tuple]] = collections.deque()
         # The reference is weak: a graph that is dropped keeps itself and its memory alive in a cycle otherwise.
         source: Any = weakref.WeakMethod(self._next_inputs)
-        if device_id is not None:
-            torch.cuda.empty_cache()  # DALI allocates on its own, and cannot have what PyTorch keeps for later.
-        self._pipeline: Any = _dali_graph(
-            shape,
-            lambda: source()(),
-            decode=decode,
-            decoder=decoder,
-            batch_size=shape.batch_size,
-            prefetch_queue_depth=_IN_FLIGHT,
-            num_threads=num_threads,
-            device_id=device_id,
-        )
+        self._pipeline: Any = dali_graph(lambda: source()())
         self._pipeline.build()
 
     def __del__(self):
@@ -308,20 +291,20 @@ def _padding(index: ShardIndex, mib: int) -> dict[str, int]:
 
 
 @pipeline_def
-def _dali_graph(shape: _Shape, next_inputs: Callable[[], tuple], *, decode: str, decoder: dict):
+def _dali_graph(shape: _Shape, source: Callable[[], tuple], *, decode: str, decoder: dict):
     """The graph; `decoder` are options of the GPU's decoder, {} without a GPU."""
-    # The inputs are the JPEG's bytes, the crop's corner and extent, the size after the resize, and whether to flip.
-    dtypes, ndim = [_types.UINT8, _types.INT32, _types.INT32, _types.FLOAT, _types.INT32], [1, 1, 1, 1, 0]
-    if shape.windowed:
-        dtypes, ndim = [*dtypes, _types.INT32], [*ndim, 1]
-    jpeg, corner, extent, size, flip, *window = _fn.external_source(
-        next_inputs, num_outputs=len(dtypes), no_copy=True, dtype=dtypes, ndim=ndim
+    # The inputs are the JPEG's bytes, the crop's corner and extent, the size after the resize, the window's corner, and
+    # whether to flip.
+    jpeg, corner, extent, size, window, flip = _fn.external_source(
+        source,
+        num_outputs=6,
+        no_copy=True,
+        dtype=[_types.UINT8, _types.INT32, _types.INT32, _types.FLOAT, _types.INT32, _types.INT32],
+        ndim=[1, 1, 1, 1, 1, 0],
     )
     images = _decode(jpeg, corner, extent, decode, decoder)
     images = _fn.resize(images, size=size, interp_type=_INTERPOLATION[shape.interpolation], antialias=True)
-    if shape.windowed:
-        side = [shape.image_size, shape.image_size]
-        images = _fn.slice(images, start=window[0], shape=side, axis_names="HW")
+    images = _fn.slice(images, start=window, shape=[shape.image_size, shape.image_size], axis_names="HW")
     return _fn.flip(images, horizontal=flip)
 
 

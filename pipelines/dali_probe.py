@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from pipelines.shards.index import ShardIndex
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
 _TAKEN = "busy or unavailable"  # CUDA's words for a second process on a GPU in exclusive-process mode
+# It is called with DEVICE PATH LOAD and an image on its standard input; exit status 0 says that the path works.
 _PROGRAM = (sys.executable, "-m", "pipelines.dali_probe")
 
 
@@ -31,9 +31,7 @@ def probe_dataset(index: ShardIndex, device: str, config: PipelineConfig) -> tup
     raise UserError(f"{index.paths[0]}: the first images are all damaged. Restore the shards")
 
 
-def probe_decode(
-    device: str, jpeg: np.ndarray, config: PipelineConfig, program: Sequence[str] = _PROGRAM
-) -> tuple[Literal["roi", "full"], str]:
+def probe_decode(device: str, jpeg: np.ndarray, config: PipelineConfig) -> tuple[Literal["roi", "full"], str]:
     """The faster decode path that works, and why it was chosen.
 
     Region decoding has been seen to end the process with a segmentation fault (nvImageCodec 0.9 on H100), so another
@@ -43,16 +41,15 @@ def probe_decode(
       device: as torch.device understands it.
       jpeg: the bytes of an image of the dataset, uint8 [nbytes].
       config: its `hw_decoder_load` is tried.
-      program: the command that tries `DEVICE PATH LOAD` with the image on its standard input; exit status 0: it works.
     Returns:
       'roi' or 'full', and a sentence.
     Raises:
       UserError: neither works.
     """
-    regions = decode_failure(device, jpeg, "roi", config.hw_decoder_load, program)
+    regions = decode_failure(device, jpeg, "roi", config.hw_decoder_load)
     if not regions:
         return "roi", "it works"
-    whole = decode_failure(device, jpeg, "full", config.hw_decoder_load, program)
+    whole = decode_failure(device, jpeg, "full", config.hw_decoder_load)
     if not whole:
         return "full", f"decoding regions failed: {regions}"
     if _TAKEN in regions and _TAKEN in whole:
@@ -63,15 +60,9 @@ def probe_decode(
     )
 
 
-def decode_failure(
-    device: str, jpeg: np.ndarray, path: str, hw_decoder_load: float, program: Sequence[str] = _PROGRAM
-) -> str:
+def decode_failure(device: str, jpeg: np.ndarray, path: str, hw_decoder_load: float) -> str:
     """Why a decode path, 'roi' or 'full', does not work, '' if it does. For the arguments see `probe_decode`."""
-    return _try([*program, device, path, str(hw_decoder_load)], jpeg)
-
-
-def _try(command: Sequence[str], jpeg: np.ndarray) -> str:
-    """Run a command on the image, and return what went wrong, '' if nothing did."""
+    command = [*_PROGRAM, device, path, str(hw_decoder_load)]
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     try:

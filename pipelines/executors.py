@@ -32,7 +32,10 @@ def open_pipeline(
     Raises:
       UserError: DALI is not installed or does not work.
     """
-    config, device = config or PipelineConfig(), _with_number(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.empty(0, device=device).device  # A GPU without a number is the current one.
+    config = config or PipelineConfig()
     config = dataclasses.replace(config, threads=config.threads or num_cores())
     on_damage = on_damage or raise_on_damage(index)
     name = resolve_pipeline(config.pipeline, device)
@@ -71,13 +74,3 @@ def resolve_decode(
     if config.decode != "auto":
         return config.decode, "it was chosen"
     return probe_dataset(index, str(device), config) if device.type == "cuda" else ("roi", "it works")
-
-
-def _with_number(device: torch.device | str) -> torch.device:
-    """The device; a GPU without a number is the current one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

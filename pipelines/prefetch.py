@@ -10,8 +10,8 @@ PLANS_AHEAD = 8  # micro-batches whose bytes are asked for: the recipe's step on
 T = TypeVar("T")
 
 
-def look_ahead(items: Iterable[T], depth: int, announce: Callable[[T], None]) -> Iterator[T]:
-    """The items in order, each of them announced while `depth` others are still before it."""
+def look_ahead(items: Iterable[T], depth: int, announce: Callable[[T], None] = lambda item: None) -> Iterator[T]:
+    """The items in order, each of them taken and announced while `depth` others are still before it."""
     waiting: collections.deque[T] = collections.deque()
     for item in items:
         announce(item)

@@ -37,7 +37,6 @@ from trainer.config.sections import ImagesConfig
 from trainer.evaluation import metrics
 from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.trained import TrainedModel, load
-from trainer.models.checks import check_logits
 from trainer.models.class_names import order_doubt
 from trainer.update.precision import resolve_precision
 
@@ -158,8 +157,6 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
         classes=student.classes,
         **data.transform,
     )
-    advice = "Change student.kwargs, or use another model"
-    check_logits(trained.module, trained.name, trained.transform.image_size, advice)
     order = trained.order_of(names, order_doubt(data.root))
     facts = origin(config, trained, index, world)
     check_ranks_agree(

@@ -16,11 +16,13 @@ from pathlib import Path
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.markdown import Markdown
+
 from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import check_parent_folder, write_synced
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.hardware import machine
-from tools.lib.common.tables import markdown_table, terminal_table, write_between_marks
+from tools.lib.common.tables import markdown_table, write_between_marks
 from tools.lib.common.terminal import console
 from tools.lib.parity.rows import Row
 from tools.lib.parity.stages import open_photos, report
@@ -39,17 +41,12 @@ def cells(row: Row) -> tuple[str, ...]:
     return row.stage, row.ours, row.against, *numbers, row.tolerance, "yes" if row.ok else "NO"
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What there is to say about single rows, each once."""
-    return list(dict.fromkeys(f"{row.stage}, {row.ours}: {row.note}" for row in rows if row.note))
-
-
 def markdown(rows: Sequence[Row], size: int) -> str:
-    """The report for a document: the machine, the table, the notes."""
+    """The report: the machine, the table, and what there is to say about single rows."""
     versions = ", ".join(f"{name} {value}" for name, value in machine().items() if name not in ("cpu", "cores"))
     table = markdown_table(COLUMNS, map(cells, rows), text=_WORDS)
-    lines = [f"`python tools/parity.py --size {size}`: {versions}.", "", *table, ""]
-    return "\n".join([*lines, *(f"- {note}" for note in notes(rows))]) + "\n"
+    notes = dict.fromkeys(f"- {row.stage}, {row.ours}: {row.note}" for row in rows if row.note)
+    return "\n".join([f"`python tools/parity.py --size {size}`: {versions}.", "", *table, "", *notes]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,14 +68,13 @@ def compare(options: argparse.Namespace) -> list[Row]:
         raise UserError(f"--size is {options.size}; it must be at least 1")
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
-    styles = ["" if row.ok else "bold red" for row in rows]
-    console().print(terminal_table(COLUMNS, map(cells, rows), text=_WORDS, styles=styles))
-    print(*notes(rows), sep="\n")
+    text = markdown(rows, options.size)
+    console().print(Markdown(text))
     if options.json:
         content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
         write_synced(options.json, (json.dumps(content, indent=1) + "\n").encode())
     if options.markdown:
-        write_between_marks(options.markdown, markdown(rows, options.size), BEGIN, END)
+        write_between_marks(options.markdown, text, BEGIN, END)
     return rows
 
 

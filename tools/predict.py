@@ -11,13 +11,14 @@ import codecs
 import collections
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,13 +34,12 @@ from pipelines.common.files import check_parent_folder, replacing
 from pipelines.prefetch import read_ahead
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.evaluation import in_memory_format
+from tools.lib.common.evaluation import ForwardConfig, on_device
 from tools.lib.common.hardware import first_device
+from tools.lib.common.timing import check_positive
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.evaluation.trained import TrainedModel, descriptions, load
-from trainer.models.checks import check_logits
 from trainer.models.class_names import check_order_stated, order_doubt
-from trainer.update.precision import allow_tf32, resolve_precision
 
 _BATCHES_AHEAD = 2
 _ROW_GROUP = 8192  # rows that a parquet file is written by
@@ -90,43 +90,37 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def predict(options: argparse.Namespace) -> None:
     """Check, load, predict every image, write."""
     check_options(options)
-    found = survey(options.paths)
+    num_images, no_images = survey(options.paths)
     trained = load(options.name, options.checkpoint, classes=options.classes)
     if not trained.num_outputs:
         raise UserError(f"{trained.source}: has no classifier, so it names no classes. Use a model that has one")
-    image_size = trained.transform.image_size
-    check_logits(trained.module, trained.name, image_size, "Use another model")
     check_datasets(options.paths, trained)
     device = first_device()
     print(_title(trained, device), file=sys.stderr)
     top_k, counts = min(options.top_k, trained.num_outputs), collections.Counter()
     items = (item for path in options.paths for item in items_of(path))
-    rows = _counted(predictions(trained, items, top_k, options.batch, device), counts)
+    rows = predictions(trained, items, top_k, options.batch, device)
     on_screen = options.out is None and sys.stdout.isatty()  # The rows themselves are shown there.
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=on_screen or not console.is_terminal) as progress:
-        write(iter(progress.track(rows, found.num_images, description="predicting")), top_k, options.out)
-    failed = f", {counts['failed']} of them could not be used: see the column error" if counts["failed"] else ""
-    print(f"{counts['images']:,} images{failed}{f': {options.out}' if options.out else ''}", file=sys.stderr)
-    if found.no_images:
-        number = len(found.no_images)
-        said = "1 file is no image" if number == 1 else f"{number:,} files are no images"
-        print(f"{said}: {named(found.no_images)}", file=sys.stderr)
+        shown = progress.track(_counted(rows, counts), num_images, description="predicting")
+        write(iter(shown), top_k, options.out)
+    failed = f", not usable (the column error says why): {counts['failed']:,}" if counts["failed"] else ""
+    print(f"images: {counts['images']:,}{failed}{f', in {options.out}' if options.out else ''}", file=sys.stderr)
+    if no_images:
+        print(f"not images by their names: {named(no_images)}", file=sys.stderr)
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise a UserError about what could only fail after the model has been loaded, or all images looked at."""
-    for name, value in (("--top-k", options.top_k), ("--batch", options.batch)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    out = options.out
-    if out is None:
+    check_positive({"top-k": options.top_k, "batch": options.batch})
+    if (out := options.out) is None:
         return
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: ends in none of {', '.join(WRITERS)}. Name a file that does")
     check_parent_folder(out, f"--out {out}")
-    if out.suffix == ".parquet":
-        _pyarrow()
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError("--out: parquet needs pyarrow: pip install -e '.[parquet]', or name a .csv file")
 
 
 def check_datasets(paths: list[Path], trained: TrainedModel) -> None:
@@ -142,16 +136,13 @@ def check_datasets(paths: list[Path], trained: TrainedModel) -> None:
 
 
 def _title(trained: TrainedModel, device: torch.device) -> str:
-    kind = f", {trained.weights} weights" if trained.weights else ""
-    precision = str(resolve_precision("auto", device)).removeprefix("torch.")
     outputs = f"{trained.num_outputs:,} classes"
     if trained.classes is None:
         outputs = f"{trained.num_outputs:,} outputs without names, here their numbers (--classes FILE names them)"
     elif trained.classes_guessed:
         outputs += " taken to be ImageNet's (--classes FILE names others)"
-    return (
-        f"{trained.name} ({trained.source}{kind}), {trained.transform.image_size} px, {outputs}, {device}, {precision}"
-    )
+    weights = f", {trained.weights} weights" if trained.weights else ""
+    return f"{trained.name} ({trained.source}{weights}), {trained.transform.image_size} px, {outputs}, {device}"
 
 
 # --- predictions ---
@@ -165,11 +156,7 @@ def predictions(
     Raises:
       UserError: a batch does not fit into the GPU's memory.
     """
-    model = in_memory_format(trained.module.to(device), torch.channels_last)
-    precision = resolve_precision("auto", device)
-    if device.type == "cuda":
-        allow_tf32(True)
-    normalize = trained.normalize(precision).to(device)
+    model, normalize, precision = on_device(trained, device, ForwardConfig())
     names = trained.classes or [str(output) for output in range(trained.num_outputs)]
     words = descriptions(names)
 
@@ -213,13 +200,14 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
     Raises:
       UserError: the file cannot be written.
     """
+    names = ["file", "error", *(f"{name}_{i + 1}" for i in range(top_k) for name in ("class", "words", "probability"))]
     try:
         if out is None:
-            write_csv(rows, top_k, sys.stdout.buffer)
+            write_csv(rows, names, sys.stdout.buffer)
             sys.stdout.flush()
             return
         with replacing(out) as file:
-            WRITERS[out.suffix](rows, top_k, file)
+            WRITERS[out.suffix](rows, names, file)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -227,21 +215,19 @@ def write(rows: Iterator[Row], top_k: int, out: Path | None) -> None:
         raise UserError(f"{where}: cannot be written ({error.strerror or error}). {helps}") from error
 
 
-def columns(top_k: int) -> list[str]:
-    """The columns of a table; class_1, words_1 and probability_1 are those of the best class."""
-    return ["file", "error", *(f"{name}_{i + 1}" for i in range(top_k) for name in ("class", "words", "probability"))]
+def _cells(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    """A row by the names of a table's columns, None where there is no class."""
+    return dict(itertools.zip_longest(names, (row.file, row.error, *itertools.chain.from_iterable(row.top))))
 
 
-def write_csv(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+def write_csv(rows: Iterator[Row], names: Sequence[str], file: BinaryIO) -> None:
     """A line for each row, below the names of the columns; UTF-8."""
-    table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
-    table.writerow(columns(top_k))
-    for row in rows:
-        filled = itertools.chain.from_iterable(row.top or [("", "", "")] * top_k)
-        table.writerow([row.file, row.error, *filled])
+    table = csv.DictWriter(codecs.getwriter("utf-8")(file), names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(_cells(row, names) for row in rows)
 
 
-def write_jsonl(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+def write_jsonl(rows: Iterator[Row], _: Sequence[str], file: BinaryIO) -> None:
     """An object for each row, on a line of its own: file, error, and top, a list of the best classes."""
     for row in rows:
         top = [dict(zip(("class", "words", "probability"), each, strict=True)) for each in row.top]
@@ -249,30 +235,19 @@ def write_jsonl(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
         file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
-def write_parquet(rows: Iterator[Row], top_k: int, file: BinaryIO) -> None:
+def write_parquet(rows: Iterator[Row], names: Sequence[str], file: BinaryIO) -> None:
     """The table of `write_csv`, with null where there is no class."""
-    arrow, parquet = _pyarrow()
-    names = columns(top_k)
-    kinds = [arrow.float32() if name.startswith("probability") else arrow.string() for name in names]
-    schema = arrow.schema(list(zip(names, kinds, strict=True)))
-    with parquet.ParquetWriter(file, schema) as writer:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = [pyarrow.float32() if name.startswith("probability") else pyarrow.string() for name in names]
+    schema = pyarrow.schema(list(zip(names, kinds, strict=True)))
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         while part := list(itertools.islice(rows, _ROW_GROUP)):
-            flat = [(row.file, row.error, *itertools.chain.from_iterable(row.top)) for row in part]
-            filled = [dict(itertools.zip_longest(names, values)) for values in flat]
-            writer.write_table(arrow.Table.from_pylist(filled, schema=schema))
+            writer.write_table(pyarrow.Table.from_pylist([_cells(row, names) for row in part], schema=schema))
 
 
-def _pyarrow() -> tuple:
-    """Its modules pyarrow and pyarrow.parquet."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("--out: parquet needs pyarrow: pip install -e '.[parquet]', or name a .csv file") from error
-    return pyarrow, pyarrow.parquet
-
-
-WRITERS: dict[str, Callable[[Iterator[Row], int, BinaryIO], None]] = {
+WRITERS: dict[str, Callable[[Iterator[Row], Sequence[str], BinaryIO], None]] = {
     ".csv": write_csv,
     ".jsonl": write_jsonl,
     ".parquet": write_parquet,

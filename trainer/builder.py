@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from pipelines import Pipeline
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, naming_settings
+from pipelines.ops.torch_ops import kernel_error
 from pipelines.plan.plan import EvalPlan, TrainPlan
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import MANIFEST
 from trainer.cluster.code_version import source_hash
 from trainer.cluster.preemption import Preemption
@@ -23,17 +24,8 @@ from trainer.cluster.world import World, alone
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
 from trainer.evaluation.predict import EvalPass
-from trainer.feed import (
-    Feed,
-    Pipelines,
-    check_sizes_are_reached,
-    dataset_classes,
-    open_indices,
-    open_pipelines,
-    resolve_micro_batch,
-    train_plan,
-)
-from trainer.micro_batch import choose_micro_batch
+from trainer.feed import Feed, Pipelines, open_pipelines, open_splits
+from trainer.micro_batch import choose_micro_batch, resolve_micro_batch
 from trainer.models.batch_norm import synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
@@ -48,7 +40,7 @@ from trainer.monitor.sinks import Sink, open_sinks
 from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
-from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, kernel_error, uncompiled
+from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, uncompiled
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
@@ -107,14 +99,9 @@ class Run:
         Args:
           preview: as for Feed.
         """
+        pipeline, micro_batch = self.pipelines.of["train"], self.state.micro_batch
         return Feed(
-            self.plan,
-            self.pipelines.of["train"],
-            self.world,
-            micro_batch=self.state.micro_batch,
-            start=start,
-            stop=self.stop,
-            preview=preview,
+            self.plan, pipeline, self.world, micro_batch=micro_batch, start=start, stop=self.stop, preview=preview
         )
 
     def set_learning_rate(self, step: int) -> None:
@@ -137,32 +124,32 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     check_writable(config.run.out)
     sinks = open_sinks(config) if world.is_main else []
     micro_batch = resolve_micro_batch(config, world)
-    check_sizes_are_reached(config)
-    index, val_index = open_indices(config.data)
-    classes = dataset_classes(config.data)
-    student, teachers = build_models(config, index.num_classes, classes, micro_batch, world)
+    splits, classes = open_splits(config.data)
+    student, teachers = build_models(config, splits["train"].num_classes, classes, world)
     expects = preprocessing(student)
-    plan = train_plan(config, index, expects.fill)
+    plan = train_plan(config, splits["train"], expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
-    pipelines = open_pipelines(config, {"train": index, **({"val": val_index} if val_index else {})}, world)
-    precision = set_precision(config.run, world.device)
+    pipelines = open_pipelines(config, splits, world)
+    precision = resolve_precision(config.run.precision, world.device)
     place(student, teachers, precision, config.run, world)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
-    make_step = functools.partial(build_step, config, state, normalize, teachers)
+    make_step = functools.partial(TrainStep, config, state, normalize, teachers)
     evaluator = None
-    if val_index is not None:
-        val_plan = EvalPlan(val_index, config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
-        evaluator = Evaluator(config.run, state, normalize, pipelines.of["val"], val_plan, precision, world)
+    if "val" in splits:
+        val_plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
+        images = EvalPass(normalize, pipelines.of["val"], val_plan, config.run.eval_batch, precision, world)
+        evaluator = Evaluator(state, images)
     if config.run.micro_batch == "auto":
-        evaluate_one_batch = evaluator.one_batch if evaluator is not None else None
-        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate_one_batch))
+        evaluate = evaluator.one_batch if evaluator is not None else lambda: None
+        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate))
     else:
         state.micro_batch = micro_batch
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
+    state.restore_rank_statistics(world.rank, world.size)  # DDP has overwritten them with rank 0's.
     return Run(
         config=config,
         world=world,
@@ -177,7 +164,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
         precision=precision,
         total_steps=total_steps,
         notes=[note for note in [*notes, warm_up_note] if note],
-        validation=val_index.digest if val_index else "",
+        validation=splits["val"].digest if "val" in splits else "",
         source=source_hash(),
     )
 
@@ -200,36 +187,42 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, micro_batch: int, world: World
+    config: Config, num_classes: int, classes: list[str] | None, world: World
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
-    A model that takes one size only is built for the last one, or for teacher.image_size.
-
-    Args:
-      num_classes, classes: of the dataset.
+    A model that takes one size only is built for the last one, or for teacher.image_size. Classes are the dataset's.
     """
     torch.manual_seed(config.run.seed)
     doubt = order_doubt(config.data.root)
     student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
-    check_student(student, config, num_classes, micro_batch, world)
+    check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
     return student, build_teachers(config, num_classes, classes, doubt)
 
 
-def set_precision(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The type of the forward passes; sets up a GPU for float32 products and for shapes that stay the same."""
-    if device.type == "cuda":
-        allow_tf32(config.tf32)
-        torch.backends.cudnn.benchmark = True  # Shapes stay the same, so a search for the fastest algorithms pays.
-    return resolve_precision(config.precision, device)
+def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
+    """The plan of the configuration; `fill` as for TrainPlan."""
+    with naming_settings(global_batch="run.global_batch", image_size="data.image_size"):
+        return TrainPlan(
+            index=index,
+            augment=config.augment,
+            seed=config.run.seed,
+            global_batch=config.run.global_batch,
+            image_size=config.data.image_size,
+            fill=fill,
+            window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
+        )
 
 
 def place(
     student: nn.Module, teachers: Teachers | None, precision: torch.dtype, config: RunConfig, world: World
 ) -> None:
     """Move the models to their device, into their memory format; the teachers into the type of the forward passes."""
+    if world.device.type == "cuda":
+        allow_tf32(config.tf32)
+        torch.backends.cudnn.benchmark = True  # Shapes stay the same, so a search for the fastest algorithms pays.
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     for model in [student] if teachers is None else [student, teachers]:
         model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
@@ -266,7 +259,8 @@ def build_state(
 
 def kernel_note(world: World) -> str:
     """A note if Triton does not work on the GPU of some rank, else "". Every rank must call it."""
-    error = kernel_error(world)
+    mine = kernel_error() if world.device.type == "cuda" else ""
+    error = next(filter(None, world.all_gather([mine])), "")
     return (
         f"without Triton, which does not work here ({error}), mixing and DALI's RandAugment are slower" if error else ""
     )
@@ -274,51 +268,22 @@ def kernel_note(world: World) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the raw and the EMA weights of a run: `evaluator()`. Every rank must call it.
+    """Evaluates the raw and the EMA weights of a run: `evaluator()`. Every rank must call it."""
 
-    Args:
-      normalize: the student's own.
-      pipeline, plan: of the validation images.
-      precision: of the forward passes.
-    """
-
-    config: RunConfig
     state: TrainState
-    normalize: Normalize
-    pipeline: Pipeline
-    plan: EvalPlan
-    precision: torch.dtype
-    world: World
+    images: EvalPass
 
     def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
         """The metrics of each kind of weights; {} if `interrupted` returned True, on all ranks at once."""
-        return self._evaluate(self.plan, self.world, interrupted)
-
-    def one_batch(self) -> Evaluation:
-        """The metrics of the first validation images, on this rank alone."""
-        return self._evaluate(self.plan.first(self.config.eval_batch), self.world.by_itself())
-
-    def _evaluate(self, plan: EvalPlan, world: World, interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
         weights = {"raw": self.state.student}
         if self.state.ema is not None:
             weights["ema"] = self.state.ema.module
-        eval_pass = EvalPass(self.normalize, self.pipeline, plan, self.config.eval_batch, self.precision, world)
-        return cast(Evaluation, eval_pass.accuracy(weights, interrupted))  # metrics.jsonl stores it as a plain dict.
+        return cast(Evaluation, self.images.accuracy(weights, interrupted))  # metrics.jsonl stores it as a plain dict.
 
-
-def build_step(
-    config: Config,
-    state: TrainState,
-    normalize: Normalize,
-    teachers: Teachers | None,
-    world: World,
-    micro_batch: int,
-    compiler: Compiler = uncompiled,
-) -> TrainStep:
-    """Make the update, then restore each rank's statistics: DDP overwrites them with rank 0's when it is built."""
-    step = TrainStep(config, state, normalize, teachers, world, micro_batch=micro_batch, compiler=compiler)
-    state.restore_rank_statistics(world.rank, world.size)
-    return step
+    def one_batch(self) -> Evaluation:
+        """The metrics of the first validation images, on this rank alone."""
+        plan, world = self.images.plan.first(self.images.batch), self.images.world.by_itself()
+        return Evaluator(self.state, dataclasses.replace(self.images, plan=plan, world=world))()
 
 
 def warmed_up_step(
@@ -329,35 +294,31 @@ def warmed_up_step(
     world: World,
     compiler: Compiler,
 ) -> tuple[TrainStep, str]:
-    """The update, warmed up where it needs that.
+    """The update, warmed up where it needs that, and a note for the user, which may be "".
 
     DDP arranges its buckets again after the first backward pass. The order in which gradients are summed depends on
     them, so without a warm-up a run that is resumed would differ from one that was never stopped. A compiler compiles
     for the batches of the present epoch, before the run begins.
 
-    Args:
-      make_step: `build_step` of world, micro-batch and compiler.
-    Returns:
-      the update, and a note for the user, which may be "".
     Raises:
       UserError: it cannot be compiled though run.compile is true.
     """
-    step = make_step(world, state.micro_batch, compiler)
-    size = plan.image_size_at(state.step // plan.steps_per_epoch)
-    if compiler is uncompiled:
-        if world.size > 1:
-            step.warm_up(gray_batch(2, size, 2, world.device))  # Two images are the smallest mixing group.
-        return step, ""
-    world.heartbeat("compiling", COMPILE_PATIENCE_S)
-    try:
+    size, note = plan.image_size_at(state.step // plan.steps_per_epoch), ""
+    if compiler is not uncompiled:
+        world.heartbeat("compiling", COMPILE_PATIENCE_S)
         start_s = time.perf_counter()
-        step.warm_up(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
-        return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
-    except TorchDynamoException as error:
-        reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
-        if config.run.compile != "auto":
-            raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
-    # The handler has ended: the error's traceback would keep the step and its memory alive, with the buckets of DDP.
-    del step
-    step, _ = warmed_up_step(make_step, config, plan, state, world, uncompiled)
-    return step, f"run.compile auto: not compiled, {reason}"
+        try:
+            step = make_step(world, micro_batch=state.micro_batch, compiler=compiler)
+            for num_images in step.division.all_sizes:  # of all ranks, because all must make the same passes
+                group = config.augment.mix_group if step.division.has_whole_groups else num_images
+                step.warm_up(gray_batch(num_images, size, group, world.device))
+            return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
+        except TorchDynamoException as error:
+            reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
+            if config.run.compile != "auto":
+                raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
+        step, note = None, f"run.compile auto: not compiled, {reason}"  # Its memory, with the buckets of DDP, is freed.
+    step = make_step(world, micro_batch=state.micro_batch)
+    if world.size > 1:
+        step.warm_up(gray_batch(2, size, 2, world.device))  # Two images are the smallest mixing group.
+    return step, note

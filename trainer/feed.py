@@ -1,21 +1,18 @@
-"""The images of a run: which rank sees what, the splits, and the pipelines over them."""
+"""The images of a run: the splits, the pipelines over them, and this rank's batches."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
-import torch
-
-from pipelines import Pipeline, open_pipeline, resolve_pipeline
+from pipelines import Pipeline, open_dataset, open_pipeline, resolve_pipeline
 from pipelines.batch import Batch
-from pipelines.common.errors import UserError, naming_settings
+from pipelines.common.errors import UserError
 from pipelines.common.files import read_json
-from pipelines.common.machine import num_cores
+from pipelines.common.machine import num_cores, package_versions
 from pipelines.dali_probe import probe_dataset
-from pipelines.plan.plan import BatchPlan, TrainPlan, size_schedule
-from pipelines.shards.index import ShardIndex, read_index, synthetic_index
-from pipelines.shards.manifest import read_manifest
+from pipelines.plan.pairs import Division
+from pipelines.plan.plan import BatchPlan, TrainPlan
+from pipelines.shards.index import ShardIndex, synthetic_index
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DataConfig, ImagesConfig
 from trainer.monitor.clock import InputWait
@@ -24,10 +21,11 @@ from trainer.monitor.sample_grid import keep_samples
 from trainer.update.compiler import COMPILE_PATIENCE_S
 
 DECODE = "decode.json"
+_DALI = "nvidia-dali-cuda120"
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's slice of the global batches [step, stop), `micro_batch` rows at a time."""
+    """This rank's slice of the global batches [step, stop), at most `micro_batch` rows at a time."""
     return plan.batches(step, stop, rank=world.rank, ranks=world.size, micro_batch=micro_batch)
 
 
@@ -45,7 +43,7 @@ class Feed(Iterator[Batch]):
       wait: measures the waits.
 
     Args:
-      micro_batch: images of a batch.
+      micro_batch: the most images of a batch.
       preview: the file that gets a picture of the first batch, if it is not there; None makes none.
     """
 
@@ -61,108 +59,45 @@ class Feed(Iterator[Batch]):
         preview: Path | None = None,
     ):
         self._plan = plan
-        self._start = start
-        self._per_update = plan.global_batch // world.size // micro_batch
-        self._num_given = 0
         self._heartbeat = world.heartbeat
-        self._closing = contextlib.ExitStack()
-        plans = rank_plans(plan, start, stop, world, micro_batch)
-        batches = self._closing.enter_context(contextlib.closing(batches_of(pipeline, plans)))
-        shown = keep_samples(batches, preview) if preview is not None else batches
+        division = Division(plan.global_batch, plan.augment.mix_group, world.size, micro_batch)
+        self._per_update = len(division.sizes(world.rank))
+        self._next = start * self._per_update  # The number of the next batch since the run began.
+        self._batches = batches_of(pipeline, rank_plans(plan, start, stop, world, micro_batch))
+        shown = self._batches if preview is None else keep_samples(self._batches, preview)
         self.wait = InputWait(shown, world.device)
 
     def __next__(self) -> Batch:
-        where, patience_s = self._update()
-        self._heartbeat(f"{where}: input")
+        step = self._next // self._per_update
+        self._heartbeat(f"step {step + 1}: input")
         batch = next(self.wait)
-        self._heartbeat(f"{where}: update", patience_s)
-        self._num_given += 1
+        # A compiled model is compiled again when the image size changes, at the start of an epoch.
+        epochs = (each // self._plan.steps_per_epoch for each in (max(step - 1, 0), step))
+        before, now = map(self._plan.image_size_at, epochs)
+        self._heartbeat(f"step {step + 1}: update", COMPILE_PATIENCE_S if now != before else 0)
+        self._next += 1
         return batch
 
     def close(self) -> None:
         """Stop what prepares further batches."""
-        self._closing.close()
-
-    def _update(self) -> tuple[str, float]:
-        """The name of the update that the next batch is for, and how long the watchdog waits for it at least.
-
-        A compiled model is compiled again when the image size changes, at the start of an epoch.
-        """
-        step = self._start + self._num_given // self._per_update
-        epoch, within = divmod(step, self._plan.steps_per_epoch)
-        is_new_size = (
-            within == 0 and epoch > 0 and self._plan.image_size_at(epoch) != self._plan.image_size_at(epoch - 1)
-        )
-        return f"step {step + 1}", COMPILE_PATIENCE_S if is_new_size else 0
+        self._batches.close()
 
 
-def resolve_micro_batch(config: Config, world: World) -> int:
-    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
+def open_splits(config: DataConfig) -> tuple[dict[str, ShardIndex], list[str] | None]:
+    """The index of train and, if there is one, of val; and the ids of the classes in the order of their labels.
 
-    It is one group where the configuration leaves it open; micro_batch.py may then find a larger one.
+    The synthetic dataset has no ids.
     """
-    group, total = config.augment.mix_group, config.run.global_batch
-    if total % group:
-        raise UserError(
-            f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}: change one of them"
-        )
-    if total % (group * world.size):
-        raise UserError(
-            f"run.global_batch is {total}: {world.size} ranks cannot divide its {total // group} groups of {group} "
-            "equally. Use a number of ranks that divides the groups, or change run.global_batch or augment.mix_group"
-        )
-    if config.run.micro_batch == "auto":
-        return group
-    micro_batch = config.run.micro_batch or group
-    if micro_batch % group or (total // world.size) % micro_batch:
-        raise UserError(
-            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
-            f"rank's slice of the global batch, {total // world.size}"
-        )
-    return micro_batch
-
-
-def check_sizes_are_reached(config: Config) -> None:
-    """Raise a UserError if the run ends before the last image size begins."""
-    epoch, size = size_schedule(config.data.image_size)[-1]
-    if epoch >= config.schedule.total_epochs:
-        raise UserError(
-            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
-            f"{config.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs"
-        )
-
-
-def open_indices(config: DataConfig) -> tuple[ShardIndex, ShardIndex | None]:
-    """The indices of the training set and, if there is one, of the validation set."""
     if config.root is None:
         if config.pipeline != "synthetic":
             raise UserError(
                 "--data.root is missing: give the dataset folder that tools/shard_imagenet.py made, "
                 "or use --data.pipeline synthetic"
             )
-        return synthetic_index(config.synthetic_samples, config.synthetic_classes), None
-    index = read_index(config.root, "train")
-    val = read_index(config.root, "val") if "val" in read_manifest(config.root)["splits"] else None
-    return index, val
-
-
-def dataset_classes(config: DataConfig) -> list[str] | None:
-    """The ids of the dataset's classes in the order of their labels; None for the synthetic one, which has none."""
-    return None if config.root is None else list(read_manifest(config.root)["classes"])
-
-
-def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
-    """The plan of the configuration; `fill` as for TrainPlan."""
-    with naming_settings(global_batch="run.global_batch", image_size="data.image_size"):
-        return TrainPlan(
-            index=index,
-            augment=config.augment,
-            seed=config.run.seed,
-            global_batch=config.run.global_batch,
-            image_size=config.data.image_size,
-            fill=fill,
-            window_shards=config.data.window_shards if config.data.shuffle == "window" else 0,
-        )
+        return {"train": synthetic_index(config.synthetic_samples, config.synthetic_classes)}, None
+    dataset = open_dataset(config.root)
+    splits = {"train": dataset.train, "val": dataset.val}
+    return {split: index for split, index in splits.items() if index is not None}, list(dataset.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +118,7 @@ class Pipelines:
 def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World) -> Pipelines:
     """The configured pipeline over each split."""
     quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
-    decode = choose_decode(config, indices["train"], world)
+    decode = choose_decode(config.data, indices["train"], world, config.run.out / DECODE)
     of = {
         split: open_configured_pipeline(
             config.data, index, world=world, decode=decode["decode"], on_bad=quarantine.collector(split)
@@ -193,33 +128,26 @@ def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World)
     return Pipelines(of, quarantine, decode)
 
 
-def choose_decode(config: Config, index: ShardIndex, world: World) -> dict[str, str]:
-    """DALI's decode path as `tried_decode`; the run's folder keeps the result of an earlier session."""
-    return tried_decode(config.data, index, world, read_json(config.run.out / DECODE) if world.is_main else {})
-
-
-def tried_decode(config: ImagesConfig, index: ShardIndex, world: World, remembered: dict) -> dict[str, str]:
-    """DALI's decode path: the configured one, or the one that works on this GPU, which is tried once.
+def choose_decode(config: ImagesConfig, index: ShardIndex, world: World, path: Path | None = None) -> dict[str, str]:
+    """DALI's decode path: the configured one, or the one that works on this GPU, which rank 0 tries once.
 
     Args:
-      remembered: what an earlier call returned; it is used as long as GPU, DALI and the decoder's setting are the same.
+      path: the file that keeps the result of an earlier call, which holds as long as GPU, DALI and the decoder's
+        setting are the same.
     Returns:
       {"decode": roi or full}; after a trial also "why", and with which GPU, DALI and setting it was made.
     """
     if config.decode != "auto":
         return {"decode": config.decode}
-    if world.device.type != "cuda" or resolve_pipeline(config.pipeline, world.device) != "dali":
+    dali = package_versions().get(_DALI)  # Opening the pipeline says what to do where it is missing.
+    if world.device.type != "cuda" or not dali or resolve_pipeline(config.pipeline, world.device) != "dali":
         return {"decode": "roi"}
-    try:
-        import nvidia.dali as dali
-    except ImportError:  # Opening the pipeline will say what to do about it.
-        return {"decode": "roi"}
-    load = config.hw_decoder_load
-    tried_with = {"device": torch.cuda.get_device_name(world.device), "dali": dali.__version__, "hw_decoder_load": load}
-    if world.is_main and not tried_with.items() <= remembered.items():
+    tried_with = {"device": world.device_name, "dali": dali, "hw_decoder_load": config.hw_decoder_load}
+    found = read_json(path) if path is not None and world.is_main else {}
+    if world.is_main and not tried_with.items() <= found.items():
         decode, why = probe_dataset(index, str(world.device), config)
-        remembered = {"decode": decode, "why": why, **tried_with}
-    return world.broadcast_object(remembered)
+        found = {"decode": decode, "why": why, **tried_with}
+    return world.broadcast_object(found)
 
 
 def rank_threads(config: ImagesConfig, world: World) -> int:

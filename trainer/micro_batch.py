@@ -1,7 +1,7 @@
-"""The largest micro-batch that fits, found by trying."""
+"""The micro-batch: whether the configured one divides the global batch, and the largest that fits, found by trying."""
 
 import contextlib
-import functools
+import dataclasses
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipelines.common.errors import UserError
-from pipelines.plan.plan import TrainPlan
+from pipelines.plan.pairs import Division
+from pipelines.plan.plan import BatchPlan, TrainPlan
 from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.world import World
 from trainer.config.sections import Config
@@ -18,109 +19,120 @@ from trainer.state.train_state import TrainState
 from trainer.update.step import TrainStep
 
 
+def resolve_micro_batch(config: Config, world: World) -> int:
+    """The micro-batch, after checking that the global batch can be divided.
+
+    It is one group where the configuration leaves it open; `choose_micro_batch` may then find a larger one.
+    """
+    group, total, wanted = config.augment.mix_group, config.run.global_batch, config.run.micro_batch
+    if total % group:
+        raise UserError(
+            f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}. Change one of them"
+        )
+    division = Division(total, group, world.size)
+    if wanted in ("auto", 0):
+        return group if division.has_whole_groups else max(2, group - group % 2)
+    if int(wanted) % 2 and (int(wanted) % group or not division.has_whole_groups):
+        raise UserError(f"run.micro_batch is {wanted}; give an even number, because images are mixed in pairs")
+    division = dataclasses.replace(division, micro_batch=int(wanted))
+    if config.run.batch_norm == "sync" and len({len(division.sizes(rank)) for rank in range(world.size)}) > 1:
+        raise UserError("run.micro_batch is 2, too small for run.batch_norm sync with so many ranks. Give 4 or more")
+    return int(wanted)
+
+
 def choose_micro_batch(
     config: Config,
     plan: TrainPlan,
     state: TrainState,
     pipelines: Pipelines,
     world: World,
-    make_step: Callable[[World, int], TrainStep],
-    evaluate_one_batch: Callable[[], object] | None,
+    make_step: Callable[..., TrainStep],
+    evaluate: Callable[[], object],
 ) -> str:
     """Set `state.micro_batch` where the configuration leaves it open. Returns a sentence about the choice.
 
-    A run that is resumed keeps its own if it still divides a rank's slice, because BatchNorm depends on it. A GPU gets
-    the largest that fits; a CPU gets one group, because more would not be faster.
+    A run that is resumed keeps its own, because BatchNorm depends on it. A GPU gets the largest that fits; a CPU gets
+    one group, because more would not be faster.
 
     Args:
-      make_step: (world, micro-batch) -> the update. It is not compiled, which would take long and no more memory.
-      evaluate_one_batch: evaluates the first validation images on this rank alone; None without a validation set.
+      make_step: makes the update of a world and a `micro_batch`, not compiled: that takes long and no more memory.
+      evaluate: evaluates the first validation images, if there are any, on this rank alone.
     Raises:
-      UserError: an evaluation does not fit, or not even one group.
+      UserError: not even one pair of images fits.
     """
-    rank_batch = config.run.global_batch // world.size
-    if state.micro_batch and rank_batch % state.micro_batch == 0:
+    if state.micro_batch:
         return f"run.micro_batch auto: {state.micro_batch}, as before"
     if world.device.type != "cuda":
-        state.micro_batch = config.augment.mix_group
+        state.micro_batch = resolve_micro_batch(config, world)
         return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
-    evaluate = evaluate_one_batch or (lambda: None)
-    if not on_every_rank(memory_suffices(evaluate, pipelines), world):
-        raise UserError(
-            f"run.eval_batch is {config.run.eval_batch}: an evaluation does not fit into the GPU's memory. Lower it, "
-            "data.eval_image_size or data.prefetch"
-        )
+    rank_batch = max(Division(config.run.global_batch, config.augment.mix_group, world.size).all_sizes)
 
-    def update_fits(micro_batch: int) -> bool:
-        step = make_step(world.by_itself(), micro_batch)  # One rank may fail alone, so the ranks must not communicate.
-        warm_up = functools.partial(warm_up_updates, config, plan, pipelines, world, step, micro_batch, evaluate)
-        return memory_suffices(warm_up, pipelines)
+    def fits(micro_batch: int) -> bool:
+        # One rank may fail alone, so the ranks must not communicate.
+        step = make_step(world.by_itself(), micro_batch=micro_batch)
+        try:
+            plans = largest_plans(config, plan, world, micro_batch)
+            with contextlib.closing(batches_of(pipelines.of["train"], plans)) as batches:
+                step.warm_up(next(batches), then=evaluate)
+                step.warm_up(next(batches))
+            return True
+        except (RuntimeError, UserError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            gc.collect()  # Free what Python holds first, so that DALI can release it.
+            for pipeline in pipelines.of.values():
+                pipeline.forget()
+            torch.cuda.empty_cache()
 
-    state.micro_batch = largest_micro_batch(config, world, update_fits)
+    state.micro_batch = largest_micro_batch(rank_batch, world, fits)
     return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {rank_batch} images"
 
 
-def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch in whole groups that divides a rank's slice of the global batch and fits on every rank.
+def largest_micro_batch(rank_batch: int, world: World, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch that fits on every rank, of those that divide a rank's images into equal ones.
+
+    The number of micro-batches is doubled until they fit, then bisected.
 
     Args:
-      fits: tries one on this rank. It is called from the largest down, on all ranks alike.
+      rank_batch: the most images of a rank in an update.
+      fits: tries one on this rank, which takes seconds. It is called for the same sizes on all ranks.
     Raises:
-      UserError: not even one group fits.
+      UserError: not even one pair of images fits.
     """
-    group, rank_batch = config.augment.mix_group, config.run.global_batch // world.size
-    for micro_batch in range(rank_batch, 0, -group):
-        if rank_batch % micro_batch == 0 and on_every_rank(fits(micro_batch), world):
-            return micro_batch
-    raise UserError(
-        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
-        "augment.mix_group, data.image_size or data.prefetch, or use a smaller model; a smaller run.eval_batch leaves "
-        "more room, too"
-    )
+
+    def size(number: int) -> int:
+        return 2 * -(-rank_batch // (2 * number))
+
+    def all_fit(number: int) -> bool:
+        lacking = torch.tensor(int(not fits(size(number))), device=world.device)
+        return not world.all_reduce_sum(lacking).item()
+
+    number = 1
+    while not all_fit(number):
+        if size(number) == 2:
+            raise UserError(
+                "run.micro_batch auto: not even two images fit into the GPU's memory. Lower run.eval_batch, "
+                "data.image_size or data.prefetch, or use a smaller model"
+            )
+        number *= 2
+    too_few = number // 2
+    while number - too_few > 1:
+        between = (number + too_few) // 2
+        number, too_few = (between, too_few) if all_fit(between) else (number, between)
+    return size(number)
 
 
-def on_every_rank(fits: bool, world: World) -> bool:
-    """Whether it is true on all ranks. Every rank must call it."""
-    return world.all_reduce_sum(torch.tensor(int(not fits), device=world.device)).item() == 0
-
-
-def memory_suffices(attempt: Callable[[], object], pipelines: Pipelines) -> bool:
-    """Whether `attempt` ends without running out of memory. Everything that it allocated is freed."""
-    try:
-        attempt()
-        return True
-    except (RuntimeError, UserError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:
-        gc.collect()  # Free what Python holds first, so that DALI can release it.
-        for pipeline in pipelines.of.values():
-            pipeline.forget()
-        torch.cuda.empty_cache()
-
-
-def warm_up_updates(
-    config: Config,
-    plan: TrainPlan,
-    pipelines: Pipelines,
-    world: World,
-    step: TrainStep,
-    micro_batch: int,
-    evaluate: Callable[[], object],
-) -> None:
-    """Allocate the most memory that a run ever needs: two updates where images become largest, an evaluation between.
+def largest_plans(config: Config, plan: TrainPlan, world: World, micro_batch: int) -> Iterator[BatchPlan]:
+    """The micro-batches that need the most memory of a run: where images become largest, and the one before.
 
     DALI allocates beside PyTorch. At that point it holds the graphs of both image sizes, and from the first evaluation
     on that of the validation images.
     """
-    epochs = range(config.schedule.total_epochs)
-    start = plan.steps_per_epoch * max(epochs, key=plan.image_size_at)
+    start = plan.steps_per_epoch * max(range(config.schedule.total_epochs), key=plan.image_size_at)
     before = list(rank_plans(plan, max(start - 1, 0), max(start, 1), world, micro_batch))[-1:]
-    plans = itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
-    with contextlib.closing(batches_of(pipelines.of["train"], plans)) as batches:
-        step.warm_up(next(batches), then=evaluate)
-        step.warm_up(next(batches))
+    return itertools.chain(before, rank_plans(plan, start, start + 1 + config.data.prefetch, world, micro_batch))
 
 
 @contextlib.contextmanager

@@ -27,15 +27,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # Its warnings of a lost 
 
 from pipelines.common.errors import exit_on_user_error
 from trainer.builder import build, facts_to_compare
-from trainer.cluster.preemption import INTERRUPTED, Preemption, exit_code
-from trainer.cluster.watchdog import watched
+from trainer.cluster.preemption import INTERRUPTED, REQUEUE, Preemption
+from trainer.cluster.watchdog import Watchdog
 from trainer.cluster.world import join_world
 from trainer.config.recipe import audit_table
 from trainer.config.sections import parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import reporting_one_value_per_channel
-from trainer.monitor.run_files import reporting_full_disk
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,15 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
             return
         agree = functools.partial(facts_to_compare, config)
         with (
-            reporting_full_disk(),
             join_world(config.run.device, agree, config.run.ready_s) as joined,
-            watched(joined, config.run.watchdog_s) as world,
+            Watchdog(joined, config.run.watchdog_s) as world,
         ):
             preemption = Preemption(world)
             with preemption.catching_signals():  # A signal during build() stops the run before its first update.
                 summary = train(build(config, world, preemption))
     if stopped_by := summary["session"].get("stopped_by"):
-        sys.exit(exit_code(signal.Signals[stopped_by]))
+        sys.exit(INTERRUPTED if stopped_by == signal.SIGINT.name else REQUEUE)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from typing import cast
 
-from pipelines.common.errors import UserError
 from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
@@ -27,10 +26,7 @@ def claimed(run: Run) -> Iterator[None]:
         yield
         return
     out = run.config.run.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror}). Change --run.out") from error
+    out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"{out}: another run is working in it"):
         yield
 

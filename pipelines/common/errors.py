@@ -13,25 +13,18 @@ from typing import Literal
 
 from pipelines.common.launcher import launched
 
-_PERMISSIONS = "Change its permissions, or name another place"
+_LONGEST_LINE = 600
 ROOM = "Make room there, and run the same command again"
 # What helps against errors of the operating system.
 _ADVICE = {
-    errno.EACCES: _PERMISSIONS,
-    errno.EPERM: _PERMISSIONS,
     errno.ENOENT: "Look whether the path is spelled right",
-    errno.ENOTDIR: "A folder is needed where a file is: name another place",
-    errno.EISDIR: "A file is needed where a folder is: name another place",
-    errno.EEXIST: "Name another place",
-    errno.EROFS: "Nothing can be written there: name another place",
-    errno.ENOSPC: ROOM,
-    errno.EDQUOT: ROOM,
-    errno.EFBIG: "No file may become that large here: raise the limit ('ulimit -f'), or use another file system",
-    errno.ENAMETOOLONG: "Use a shorter name",
-    errno.ELOOP: "Its links lead in a circle: correct them",
     errno.EMFILE: "Allow more open files, with 'ulimit -n 4096' before the command",
-    errno.EIO: "Look at the disk, or at the connection to it",
-    errno.ESTALE: "Look at the connection to the file server, and run the same command again",
+    errno.EFBIG: "No file may become that large here: raise the limit ('ulimit -f'), or use another file system",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Change its permissions, or name another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ROOM),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "Look at the disk, or at the connection to it"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS), "Name another place"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "Name another place"),
 }
 
 
@@ -101,17 +94,15 @@ def with_escaped_bytes(text: str) -> str:
 
 
 def grouped(reasons: dict[str, list[str]], most: int = 10) -> str:
-    """Names by their reason, 'a, b: why; c: why not', for at most three reasons, and how many more there are.
+    """Names by their reason, 'a, b: why; c: why not', for at most three reasons.
 
     Args:
       most: names that are shown of a single reason; of several, two each.
       reasons: reason -> names; a reason says what is wrong and what helps.
     """
-    shown = list(reasons.items())[:3]
-    each = most if len(shown) == 1 else 2
-    rest = sum(len(names) for names in list(reasons.values())[3:])
-    more = f"; and {rest} more for other reasons" if rest else ""
-    return "; ".join(f"{named([clipped(name) for name in names], each)}: {reason}" for reason, names in shown) + more
+    each = most if len(reasons) == 1 else 2
+    shown = [f"{named(map(clipped, names), each)}: {reason}" for reason, names in reasons.items()]
+    return "; ".join(shown[:3]) + ("; and more for other reasons" if len(shown) > 3 else "")
 
 
 def write_error_line(line: str) -> None:
@@ -128,7 +119,9 @@ def exit_on_user_error() -> Iterator[None]:
     of this program; with USI_TRACEBACK=1 in the environment all of them do. A reader of the output that has seen
     enough, as `head` has, ends the program without a word.
     """
-    _print_any_character()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # Their encoding may lack a character of a name.
     try:
         yield
         if sys.stdout is not None:
@@ -143,13 +136,11 @@ def exit_on_user_error() -> Iterator[None]:
             rank = f"[rank {this.rank}] " if this.size > 1 else ""
             is_users = isinstance(error, UserError)
             message = f"{error}{_COMMANDS[error.help_with]}" if is_users else system_error_text(error)
-            write_error_line(f"{rank}error: {shortened(' '.join(message.split()))}")
+            message = " ".join(message.split())
+            if len(message) > _LONGEST_LINE:  # The beginning and the advice at the end remain.
+                message = f"{message[: _LONGEST_LINE // 2]} [...] {message[-_LONGEST_LINE // 2 :]}"
+            write_error_line(f"{rank}error: {message}")
         sys.exit(1)
-
-
-def shortened(message: str, most: int = 600) -> str:
-    """Cut out the middle of a message that is longer than `most`. Its beginning and the advice at its end remain."""
-    return message if len(message) <= most else f"{message[: most // 2]} [...] {message[-(most // 2) :]}"
 
 
 def system_error_text(error: OSError) -> str:
@@ -163,13 +154,6 @@ def system_error_text(error: OSError) -> str:
 def advice_against(error: Exception, otherwise: str) -> str:
     """Return what helps against an error of the operating system, or `otherwise` if that is not known."""
     return _ADVICE.get(getattr(error, "errno", None) or 0, otherwise)
-
-
-def _print_any_character() -> None:
-    r"""Let stdout and stderr print every text: characters that their encoding lacks become escapes, such as \xe9."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _stdout_has_no_reader() -> bool:

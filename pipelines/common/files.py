@@ -60,8 +60,9 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def is_hidden(path: str) -> bool:
     """Return whether a part of a path is a hidden or system name: it begins with a dot, or is in a fixed list."""
-    parts = path.split("/") if "/" in path else (path,)
-    return any((part[:1] == "." and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in parts)
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _SYSTEM_NAMES for part in path.split("/")
+    )
 
 
 def instead_of_content(head: bytes) -> str:
@@ -118,7 +119,9 @@ def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None
     """
     moved = []
     try:
-        for entry in sorted(source.iterdir(), key=lambda entry: (_rank_in(last, entry.name), entry.name)):
+        entries = sorted(source.iterdir())
+        entries.sort(key=lambda entry: last.index(entry.name) if entry.name in last else -1)
+        for entry in entries:
             if os.path.lexists(target / entry.name):  # Somebody has put it there in the meantime.
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target / entry.name))
             moved.append(entry.rename(target / entry.name))
@@ -129,17 +132,9 @@ def move_entries(source: Path, target: Path, last: tuple[str, ...] = ()) -> None
         raise
 
 
-def _rank_in(names: tuple[str, ...], name: str) -> int:
-    """The index of a name from 1 on; 0 for others."""
-    return names.index(name) + 1 if name in names else 0
-
-
 def read_json(path: Path) -> dict:
     """Read a JSON object; {} if there is no file, or if it was cut off by a crash or holds something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-        return {}
+    content = parsed_json(path.read_bytes()) if path.is_file() else None
     return content if isinstance(content, dict) else {}
 
 
@@ -190,19 +185,12 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
             raise UserError(f"{message}. Wait for it, or stop it") from error
         raise UserError(f"{path}: cannot be locked ({error.strerror}). Use a file system with locks") from error
     try:
-        if not _is_file_at(path, descriptor):
+        # A lock of a file that was removed keeps nobody out.
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
             raise UserError(f"{path}: was removed while this process waited for it. Run the same command again")
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_file_at(path: Path, descriptor: int) -> bool:
-    """Return whether an open file is still the one at `path`: a lock of a file that was removed keeps nobody out."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _open_lock(path: Path) -> int:
@@ -211,17 +199,15 @@ def _open_lock(path: Path) -> int:
     Raises:
       UserError: something else than a regular file has its name.
     """
-    stranger = UserError(f"{path}: not a file that this program made. Move it away")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise stranger from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
         os.close(descriptor)
-        raise stranger
-    return descriptor
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise UserError(f"{path}: not a file that this program made. Move it away")
 
 
 # Some file systems on networks, in user space and on USB sticks cannot sync a folder, and answer with these errors.

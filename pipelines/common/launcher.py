@@ -89,7 +89,9 @@ def _by_srun(environment: Mapping[str, str], proc: Path) -> Launch | None:
     """The step of srun that started this process; None where none did, or it has one task."""
     names = ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_TASK_PID")
     rank, step, size, task = (_number(environment.get(name, "")) for name in names)
-    if rank is None or step is None or size is None or step > _LAST_STEP or rank >= size or size == 1:
+    if rank is None or step is None or size is None or task is None or size == 1:
+        return None
+    if rank >= size or step > _LAST_STEP:
         return None
     in_terminal = environment.get("SLURM_PTY_PORT") and task != os.getpid()  # a shell that 'srun --pty' opened
     return Launch("srun", rank, size) if task in _ancestors(proc) and not in_terminal else None

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing.util
 import os
 import tempfile
-import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from pipelines.common.errors import UserError
 
 # A Unix socket's name has at most 107 bytes (sockaddr_un has 108 with the zero at the end); multiprocessing adds this.
 _LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-_sockets = threading.Lock()
 # The packages that the numbers of a run depend on.
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "nvidia-dali-cuda120")
 
@@ -77,11 +75,10 @@ def use_short_socket_names() -> None:
 
     multiprocessing makes one folder for its sockets when it first needs it; other temporary files stay in TMPDIR.
     """
-    with _sockets:
-        usual = tempfile.tempdir
-        try:
-            if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
-                tempfile.tempdir = "/tmp"
-            multiprocessing.util.get_temp_dir()
-        finally:
-            tempfile.tempdir = usual
+    usual = tempfile.tempdir
+    try:
+        if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+            tempfile.tempdir = "/tmp"
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual

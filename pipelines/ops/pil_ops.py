@@ -94,25 +94,25 @@ def augmented(pixels: np.ndarray, plan: BatchPlan, row: int) -> np.ndarray:
     return pixels
 
 
-# Each operation is timm's own function, or PIL's for the blur; the flag says whether it takes the argument. The
-# geometric ones also take the fill colour and the filter.
-_PIL_OPS: dict[Op, tuple[Callable[..., Image.Image], bool]] = {
-    Op.AUTO_CONTRAST: (timm_ops.auto_contrast, False),
-    Op.EQUALIZE: (timm_ops.equalize, False),
-    Op.INVERT: (timm_ops.invert, False),
-    Op.ROTATE: (timm_ops.rotate, True),
-    Op.POSTERIZE: (lambda image, bits, **_: timm_ops.posterize(image, int(bits)), True),
-    Op.SOLARIZE: (lambda image, threshold, **_: timm_ops.solarize(image, int(threshold)), True),
-    Op.SOLARIZE_ADD: (lambda image, add, **_: timm_ops.solarize_add(image, int(add)), True),
-    Op.COLOR: (timm_ops.color, True),
-    Op.CONTRAST: (timm_ops.contrast, True),
-    Op.BRIGHTNESS: (timm_ops.brightness, True),
-    Op.SHARPNESS: (timm_ops.sharpness, True),
-    Op.SHEAR_X: (timm_ops.shear_x, True),
-    Op.SHEAR_Y: (timm_ops.shear_y, True),
-    Op.TRANSLATE_X: (timm_ops.translate_x_rel, True),
-    Op.TRANSLATE_Y: (timm_ops.translate_y_rel, True),
-    Op.GAUSSIAN_BLUR: (lambda image, radius, **_: image.filter(ImageFilter.GaussianBlur(radius)), True),
+# Each operation is timm's own function, or PIL's for the blur, of an image and an argument. The geometric ones also
+# take the fill colour and the filter.
+_PIL_OPS: dict[Op, Callable[..., Image.Image]] = {
+    Op.AUTO_CONTRAST: lambda image, _, **how: timm_ops.auto_contrast(image, **how),
+    Op.EQUALIZE: lambda image, _, **how: timm_ops.equalize(image, **how),
+    Op.INVERT: lambda image, _, **how: timm_ops.invert(image, **how),
+    Op.ROTATE: timm_ops.rotate,
+    Op.POSTERIZE: lambda image, bits, **_: timm_ops.posterize(image, int(bits)),
+    Op.SOLARIZE: lambda image, threshold, **_: timm_ops.solarize(image, int(threshold)),
+    Op.SOLARIZE_ADD: lambda image, add, **_: timm_ops.solarize_add(image, int(add)),
+    Op.COLOR: timm_ops.color,
+    Op.CONTRAST: timm_ops.contrast,
+    Op.BRIGHTNESS: timm_ops.brightness,
+    Op.SHARPNESS: timm_ops.sharpness,
+    Op.SHEAR_X: timm_ops.shear_x,
+    Op.SHEAR_Y: timm_ops.shear_y,
+    Op.TRANSLATE_X: timm_ops.translate_x_rel,
+    Op.TRANSLATE_Y: timm_ops.translate_y_rel,
+    Op.GAUSSIAN_BLUR: lambda image, radius, **_: image.filter(ImageFilter.GaussianBlur(radius)),
 }
 
 
@@ -120,6 +120,4 @@ def apply_op(image: Image.Image, op: Op, arg: float, fill: tuple[int, int, int])
     """One operation through timm's own PIL function, bicubic where it is geometric."""
     if op == Op.NONE:
         return image
-    function, takes_argument = _PIL_OPS[op]
-    arguments = (arg,) if takes_argument else ()
-    return function(image, *arguments, fillcolor=fill, resample=Image.Resampling.BICUBIC)
+    return _PIL_OPS[op](image, arg, fillcolor=fill, resample=Image.Resampling.BICUBIC)

@@ -9,9 +9,7 @@ The host knows each row's operations from the plan, so nothing here waits for th
 """
 
 import functools
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -38,14 +36,9 @@ def apply_ops(
       kernel: the Triton kernel (True) or torch (False); None takes the kernel on CUDA if Triton works there.
     Returns:
       uint8 [B, S, S, 3], a tensor of its own on the device of `images`.
-    Raises:
-      ValueError: a shape, type or operation is not as above, or the kernel is asked for where it cannot run.
     """
-    _check(images, ops, args)
     if kernel is None:
         kernel = images.is_cuda and not kernel_error()
-    if kernel and not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"kernel=True with images on '{images.device}': it runs on CUDA, or with TRITON_INTERPRET=1")
     args = args.astype(np.float32)
     if not ops.any():
         return images.clone(memory_format=torch.contiguous_format)
@@ -73,31 +66,14 @@ def erase(images: torch.Tensor, boxes: np.ndarray, fill: Fill) -> torch.Tensor:
     return torch.where((rows[:, :, None] & columns[:, None, :])[..., None], _colour(fill, images.device), images)
 
 
-def _check(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (images.shape[2], images.shape[2], 3):
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}, not uint8 [B, S, S, 3]")
-    if ops.ndim != 2 or ops.shape != args.shape or len(ops) != len(images):
-        raise ValueError(f"ops are {list(ops.shape)}, args {list(args.shape)}: both must be [{len(images)}, L]")
-    if ops.size and ops.max() > max(Op):
-        raise ValueError(f"ops hold {ops.max()}; the last one is {max(Op)} ({max(Op).name})")
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
 @functools.cache
 def kernel_error() -> str:
     """Why Triton's kernels do not run on the current GPU, "" if they do. One is run to find out."""
-    if not has_triton():
-        return "Triton is not installed"
     try:
         from pipelines.ops.triton_ops import launch_nothing
 
         launch_nothing()
-    except Exception as error:  # A missing driver, C compiler or Python.h leads to various errors.
+    except Exception as error:  # Missing Triton, drivers, C compilers or Python.h lead to various errors.
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
@@ -127,24 +103,20 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
     from pipelines.ops import triton_ops as kernel
 
     device, out = images.device, torch.empty_like(images)
-    kinds = np.array([_kind(Op(op), kernel) for op in ops.tolist()], dtype=np.int32)
-    kernel.launch(
-        images,
-        out,
-        kinds=_to_device(kinds, device),
-        factors=_to_device(args, device),
-        tables=_all_tables(images, ops, args),
-    )
+    kind_of = {
+        **dict.fromkeys([*_TABLES, *_PIXEL_TABLES], kernel.TABLE),
+        **dict.fromkeys(_MATRICES, kernel.AFFINE),
+        Op.COLOR: kernel.COLOR,
+        Op.SHARPNESS: kernel.SHARPNESS,
+    }
+    kinds = np.array([kind_of.get(op, kernel.COPY).value for op in ops.tolist()], dtype=np.int32)
+    factors, tables = _to_device(args, device), _all_tables(images, ops, args)
+    kernel.launch(kernel.augment, images, out, _to_device(kinds, device), factors, tables)
     affine = np.flatnonzero(kinds == kernel.AFFINE.value)
     if len(affine):
-        matrices = np.concatenate([_host_matrices(Op(ops[row]), args[[row]], images.shape[1]) for row in affine])
-        kernel.launch_affine(
-            images,
-            out,
-            rows=_to_device(affine.astype(np.int32), device),
-            matrices=_to_device(matrices, device),
-            fill=_colour(fill, device),
-        )
+        matrices = _host_matrices(ops[affine], args[affine], images.shape[1])
+        rows, matrices = _to_device(affine.astype(np.int32), device), _to_device(matrices, device)
+        kernel.launch(kernel.augment_affine, images, out, rows, matrices, _colour(fill, device))
     blurred = np.flatnonzero(ops == Op.GAUSSIAN_BLUR)
     if len(blurred):
         rows = _to_device(blurred, device)
@@ -152,20 +124,11 @@ def _kernel_layer(images: torch.Tensor, ops: np.ndarray, args: np.ndarray, fill:
     return out
 
 
-def _kind(op: Op, kernel) -> int:
-    """The kernel's number for an operation."""
-    if op in _TABLES or op in _PIXEL_TABLES:
-        return kernel.TABLE.value
-    if op in _MATRICES:
-        return kernel.AFFINE.value
-    return {Op.COLOR: kernel.COLOR, Op.SHARPNESS: kernel.SHARPNESS}.get(op, kernel.COPY).value
-
-
 def _all_tables(images: torch.Tensor, ops: np.ndarray, args: np.ndarray) -> torch.Tensor:
-    """uint8 [B, 3, 256]; rows whose operation has no table hold nothing of meaning."""
+    """The table of each row, uint8 [B, 3, 256]; rows whose operation has none hold nothing of meaning."""
     known = np.zeros((len(ops), 256), dtype=np.uint8)
     for op in _TABLES:
-        known[ops == op] = _host_tables(op, args[ops == op])
+        known[ops == op] = _TABLES[op](args[ops == op, None]).astype(np.uint8)
     tables = _to_device(known, images.device)[:, None, :].repeat(1, 3, 1)
     for op, function in _PIXEL_TABLES.items():
         chosen = np.flatnonzero(ops == op)
@@ -206,11 +169,6 @@ _TABLES: dict[Op, Callable[[np.ndarray], np.ndarray]] = {
     Op.SOLARIZE_ADD: _solarize_add,
     Op.BRIGHTNESS: _brightness,
 }
-
-
-def _host_tables(op: Op, args: np.ndarray) -> np.ndarray:
-    """uint8 [n, 256], the same for the three channels, of an operation in _TABLES."""
-    return _TABLES[op](args[:, None]).astype(np.uint8)
 
 
 # --- tables that are made from the pixels ---
@@ -268,10 +226,7 @@ _PIXEL_TABLES: dict[Op, Callable[[torch.Tensor, np.ndarray], torch.Tensor]] = {
 
 
 def _through_table(op: Op, images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    if op in _TABLES:
-        tables = _to_device(_host_tables(op, args), images.device)[:, None, :].expand(-1, 3, -1)
-    else:
-        tables = _PIXEL_TABLES[op](images, args)
+    tables = _all_tables(images, np.full(len(args), op), args)
     channels = 256 * torch.arange(3, device=images.device)
     index = (images + channels).reshape(len(images), -1)
     return tables.reshape(len(images), -1).gather(1, index).reshape(images.shape)
@@ -345,14 +300,15 @@ _MATRICES: dict[Op, Callable[[float, int], _Matrix]] = {
 }
 
 
-def _host_matrices(op: Op, args: np.ndarray, size: int) -> np.ndarray:
-    """float64 [n, 6]."""
-    return np.array([_MATRICES[op](arg, size) for arg in args.tolist()], dtype=np.float64).reshape(-1, 6)
+def _host_matrices(ops: np.ndarray, args: np.ndarray, size: int) -> np.ndarray:
+    """float64 [n, 6], of operations in _MATRICES."""
+    rows = zip(ops.tolist(), args.tolist(), strict=True)
+    return np.array([_MATRICES[op](arg, size) for op, arg in rows], dtype=np.float64)
 
 
 def _transform(op: Op, images: torch.Tensor, args: np.ndarray, fill: Fill) -> torch.Tensor:
-    matrices = _to_device(_host_matrices(op, args, images.shape[1]), images.device)
-    return _affine(images, matrices, _colour(fill, images.device))
+    matrices = _host_matrices(np.full(len(args), op), args, images.shape[1])
+    return _affine(images, _to_device(matrices, images.device), _colour(fill, images.device))
 
 
 def _affine(images: torch.Tensor, matrices: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:

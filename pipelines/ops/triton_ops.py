@@ -26,47 +26,27 @@ AFFINE = tl.constexpr(4)
 _PIXELS_PER_PROGRAM = 256
 
 
-def launch(
-    images: torch.Tensor, out: torch.Tensor, *, kinds: torch.Tensor, factors: torch.Tensor, tables: torch.Tensor
-) -> None:
-    """Write every changed image but those of AFFINE, which `launch_affine` writes; nothing waits for the device.
+def launch(kernel, images: torch.Tensor, out: torch.Tensor, *tensors: torch.Tensor) -> None:
+    """Write what `augment` or `augment_affine` makes of images; nothing waits for the device.
 
     Args:
       images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
-      kinds: int32 [B]: COPY, TABLE, COLOR, SHARPNESS or AFFINE.
-      factors: float32 [B], for COLOR and SHARPNESS.
-      tables: uint8 [B, 3, 256], contiguous, for TABLE.
+      tensors: what the kernel takes besides, contiguous. The first one has an entry for each image that is written.
     """
     size = images.shape[1]
     blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
     with torch.cuda.device_of(images):
-        _augment[(len(images) * blocks,)](
-            images, out, kinds, factors, tables, size, blocks, _PIXELS_PER_PROGRAM, enable_fp_fusion=False
-        )
-
-
-def launch_affine(
-    images: torch.Tensor, out: torch.Tensor, *, rows: torch.Tensor, matrices: torch.Tensor, fill: torch.Tensor
-) -> None:
-    """Write the transformed images of these rows, and no others; nothing waits for the device.
-
-    Args:
-      images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
-      rows: int32 [n], n > 0: the images to transform.
-      matrices: float64 [n, 6], contiguous: the transform of each of these rows.
-      fill: uint8 [3], the colour of pixels that come from outside the image.
-    """
-    size = images.shape[1]
-    blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)
-    with torch.cuda.device_of(images):
-        _augment_affine[(len(rows) * blocks,)](
-            images, out, rows, matrices, fill, size, blocks, _PIXELS_PER_PROGRAM, enable_fp_fusion=False
+        kernel[(len(tensors[0]) * blocks,)](
+            images, out, *tensors, size, blocks, _PIXELS_PER_PROGRAM, enable_fp_fusion=False
         )
 
 
 @triton.jit
-def _augment(images, out, kinds, factors, tables, size, blocks, block: tl.constexpr):
-    """Program i: pixels [(i % blocks) block, ... + block) of image i // blocks."""
+def augment(images, out, kinds, factors, tables, size, blocks, block: tl.constexpr):
+    """Write every changed image but those of AFFINE. Program i: pixels [(i % blocks) block, ...) of image i // blocks.
+
+    kinds: int32 [B]; factors: float32 [B], for COLOR and SHARPNESS; tables: uint8 [B, 3, 256], for TABLE.
+    """
     image = tl.program_id(0) // blocks
     pixel = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     mask = pixel < size * size
@@ -134,8 +114,11 @@ def _clip(value):
 
 
 @triton.jit
-def _augment_affine(images, out, rows, matrices, fill, size, blocks, block: tl.constexpr):
-    """Program i: pixels [(i % blocks) block, ... + block) of image rows[i // blocks]."""
+def augment_affine(images, out, rows, matrices, fill, size, blocks, block: tl.constexpr):
+    """Write the images of some rows. Program i: pixels [(i % blocks) block, ...) of image rows[i // blocks].
+
+    rows: int32 [n], n > 0; matrices: float64 [n, 6]; fill: uint8 [3], for pixels that come from outside the image.
+    """
     chosen = tl.program_id(0) // blocks
     pixel = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     mask = pixel < size * size

@@ -31,9 +31,9 @@ class BatchPlan:
       lam: float32 [B], weight of the row's own label after mixing.
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
-      windowed: whether there is a window to cut out at all; without, every crop is resized to the output's size.
       partners: the rows that these are mixed with, where these are only a part of a group; then mix_group is 0. None
         elsewhere. Its own `position` means nothing.
+      capacity: the most rows of any plan that comes with this one, where their sizes differ; 0 elsewhere.
     """
 
     position: int
@@ -52,8 +52,8 @@ class BatchPlan:
     lam: np.ndarray
     box: np.ndarray
     valid: np.ndarray
-    windowed: bool
     partners: "BatchPlan | None" = None
+    capacity: int = 0
 
     def __len__(self) -> int:
         return len(self.sample)

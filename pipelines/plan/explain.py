@@ -6,39 +6,25 @@ from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import Op
 from pipelines.shards.index import ShardIndex
 
-_OPERATIONS = {
-    Op.AUTO_CONTRAST: "auto-contrast",
-    Op.EQUALIZE: "equalize",
-    Op.INVERT: "invert",
-    Op.ROTATE: "rotate by {:.1f} degrees",
-    Op.POSTERIZE: "posterize to {:.0f} bits",
-    Op.SOLARIZE: "solarize from {:.0f} on",
-    Op.SOLARIZE_ADD: "solarize-add {:.0f}",
-    Op.COLOR: "color x {:.2f}",
-    Op.CONTRAST: "contrast x {:.2f}",
-    Op.BRIGHTNESS: "brightness x {:.2f}",
-    Op.SHARPNESS: "sharpness x {:.2f}",
-    Op.SHEAR_X: "shear x by {:.3f}",
-    Op.SHEAR_Y: "shear y by {:.3f}",
-    Op.TRANSLATE_X: "translate x by {:.3f} of the width",
-    Op.TRANSLATE_Y: "translate y by {:.3f} of the height",
-    Op.GAUSSIAN_BLUR: "blur with a radius of {:.2f} px",
-}
 
+def explain(rows: BatchPlan, index: ShardIndex) -> list[str]:
+    """The lines that say what an executor makes of one row: image, crop, flip, operations with arguments, erased box.
 
-def explain(rows: BatchPlan, index: ShardIndex, row: int = 0) -> list[str]:
-    """The lines that say what an executor makes of a row: image, crop, flip, operations with arguments, erased box."""
-    sample = int(rows.sample[row])
+    An operation's argument has the unit that `Op` says.
+    """
+    sample = int(rows.sample[0])
     found = index.samples[sample]
-    top, left, height, width = rows.crop[row].tolist()
-    resized = "{} x {} px".format(*rows.resize[row])
+    top, left, height, width = rows.crop[0].tolist()
+    resized = "{} x {} px".format(*rows.resize[0])
+    pairs = zip(rows.ops[0].tolist(), rows.args[0].tolist(), strict=True)
+    operations = [_operation(Op(op), arg) for op, arg in pairs if op != Op.NONE]
     return [
-        f"position {rows.position + row}: {_image(index, sample)}, class {found['label']}, "
+        f"position {rows.position}: {_image(index, sample)}, class {found['label']}, "
         f"{found['height']} x {found['width']} px",
         f"  crop: {height} x {width} px at row {top}, column {left}; resized to {resized} ({rows.interpolation})",
-        f"  flip: {'yes' if rows.flip[row] else 'no'}",
-        f"  operations: {operations(rows, row) or 'none'}",
-        *([f"  erased: {_box(rows.erase[row])}"] if rows.erase[row].any() else []),
+        f"  flip: {'yes' if rows.flip[0] else 'no'}",
+        f"  operations: {', then '.join(operations) or 'none'}",
+        *([f"  erased: {_box(rows.erase[0])}"] if rows.erase[0].any() else []),
     ]
 
 
@@ -52,10 +38,9 @@ def explain_mix(rows: BatchPlan, index: ShardIndex, partner: int) -> str:
     return f"  mixing: mixup, lam {lam:.3f}: {lam:.3f} of this image and {1 - lam:.3f} of {other}"
 
 
-def operations(rows: BatchPlan, row: int) -> str:
-    """The operations of a row with their arguments, in the order in which they are carried out."""
-    pairs = zip(rows.ops[row].tolist(), rows.args[row].tolist(), strict=True)
-    return ", then ".join(_OPERATIONS[Op(op)].format(arg) for op, arg in pairs if op != Op.NONE)
+def _operation(op: Op, arg: float) -> str:
+    name = op.name.lower().replace("_", "-")
+    return name if op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT) else f"{name} {arg:.3g}"
 
 
 def _image(index: ShardIndex, sample: int) -> str:

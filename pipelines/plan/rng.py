@@ -37,14 +37,9 @@ def words(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.ndarra
       k: words a row, a multiple of 4 (Philox emits 4 words a count), the same for every use of a stream.
     Returns:
       uint64 [stop - start, k]. Row i depends only on (seed, stream, k, start + i).
-    Raises:
-      ValueError: k is not a positive multiple of 4, or the range is not a range.
     Source: Philox4x64-10, Salmon et al. 2011, as numpy.random.Philox.
     """
-    if k <= 0 or k % _WORDS_PER_COUNT:
-        raise ValueError(f"k is {k}; it must be a positive multiple of {_WORDS_PER_COUNT}")
-    if not 0 <= start <= stop:
-        raise ValueError(f"rows [{start}, {stop}) are not a range")
+    assert k > 0 and k % _WORDS_PER_COUNT == 0 and 0 <= start <= stop
     # Seed and stream are the two words of the key: nothing is added up, so no two pairs share a sequence.
     key = np.array([seed, int(stream)], dtype=np.uint64)
     philox = np.random.Philox(key=key, counter=start * (k // _WORDS_PER_COUNT))
@@ -57,8 +52,6 @@ def uniforms(seed: int, stream: Stream, start: int, stop: int, k: int) -> np.nda
     Args: as for `words`.
     Returns:
       float64 [stop - start, k] in [0, 1), multiples of 2**-53. Row i depends only on (seed, stream, k, start + i).
-    Raises:
-      ValueError: as for `words`.
     """
     return (words(seed, stream, start, stop, k) >> np.uint64(11)) * 2.0**-53
 

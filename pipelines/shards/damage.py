@@ -109,18 +109,13 @@ class CheckedReader:
         self._on_damage(sample, error)
 
     def _read(self, sample: int) -> np.ndarray:
-        if sample not in self._replaced and (content := self._stored(sample)) is not None:
-            return content
+        if sample not in self._replaced and (content := self._content(sample)) is not None:
+            damage = "" if self._intact[sample] else self._damage(sample, content)
+            if not damage:
+                self._intact[sample] = True
+                return content
+            self.reject(sample, damage)
         return self._replaced[sample]
-
-    def _stored(self, sample: int) -> np.ndarray | None:
-        """The stored bytes; None after they were found damaged."""
-        content = self._content(sample)
-        if content is not None and not self._intact[sample]:
-            if damage := self._damage(sample, content):
-                return self.reject(sample, damage)
-            self._intact[sample] = True
-        return content
 
     def _content(self, sample: int) -> np.ndarray | None:
         """The stored bytes, not checked; None after the storage has failed on them again and again."""

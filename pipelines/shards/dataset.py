@@ -28,12 +28,12 @@ class Dataset:
     @functools.cached_property
     def train(self) -> ShardIndex:
         """The training split. Raises a UserError as `read_index`."""
-        return read_index(self.root, "train", self.manifest)
+        return read_index(self.root, "train")
 
     @functools.cached_property
     def val(self) -> ShardIndex | None:
         """The validation split; None where the dataset has none. Raises a UserError as `read_index`."""
-        return read_index(self.root, "val", self.manifest) if "val" in self.manifest["splits"] else None
+        return read_index(self.root, "val") if "val" in self.manifest["splits"] else None
 
 
 def open_dataset(root: Path | str) -> Dataset:

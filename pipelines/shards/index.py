@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.shards.jpeg import MAX_PIXELS
-from pipelines.shards.manifest import INDEX, MANIFEST, Manifest, read_manifest
+from pipelines.shards.manifest import INDEX, MANIFEST, read_manifest
 
 _MAX_ROW = 1 << 16  # bytes; most of a row is its key
 _FIELDS = {
@@ -70,26 +70,27 @@ def synthetic_index(num_samples: int, num_classes: int, height: int = 375, width
     return ShardIndex((Path("synthetic"),), samples, num_classes, f"synthetic-{num_samples}-{num_classes}")
 
 
-def read_index(root: Path, split: str, manifest: Manifest | None = None) -> ShardIndex:
+def read_index(root: Path, split: str) -> ShardIndex:
     """Read the index of one split of a dataset folder, and check it against the manifest and the shards.
 
     It is read and not memory-mapped: a mapped file that shrinks in mid-run would end the process with SIGBUS.
 
-    Args:
-      manifest: the folder's, where it has been read.
     Raises:
       UserError: the split, its index or a shard is missing, truncated, stale or empty, or a row makes no sense.
     """
-    manifest = manifest or read_manifest(root)
+    manifest = read_manifest(root)
     if split not in manifest["splits"]:
         raise UserError(f"{root / MANIFEST}: has no split '{split}', only {', '.join(manifest['splits'])}")
     entry = manifest["splits"][split]
     path = root / split / INDEX
     samples = _read_samples(path, entry["index_sha256"], entry["samples"])
     paths = tuple(root / split / shard["name"] for shard in entry["shards"])
-    for shard_path, shard in zip(paths, entry["shards"], strict=True):
-        _check_size(shard_path, shard["bytes"])
-    _check_rows(path, samples, np.array([shard["bytes"] for shard in entry["shards"]]), len(manifest["classes"]))
+    shard_bytes = [shard["bytes"] for shard in entry["shards"]]
+    for shard_path, expected in zip(paths, shard_bytes, strict=True):
+        found = shard_path.stat().st_size if shard_path.is_file() else "no"
+        if found != expected:
+            raise UserError(f"{shard_path}: {found} bytes, the manifest says {expected}. {_REBUILD}")
+    _check_rows(path, samples, np.array(shard_bytes), len(manifest["classes"]))
     return ShardIndex(paths, samples, len(manifest["classes"]), entry["digest"], manifest["options"]["audit"])
 
 
@@ -153,12 +154,3 @@ def _fine(rows: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> dict[s
         "label": (rows["label"] >= 0) & (rows["label"] < num_classes),
         "size": (rows["height"] > 0) & (rows["width"] > 0) & (pixels <= MAX_PIXELS),
     }
-
-
-def _check_size(path: Path, num_bytes: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Restore the shard, or build again") from error
-    if found != num_bytes:
-        raise UserError(f"{path}: {found} bytes, the manifest says {num_bytes}. Restore the shard, or build again")

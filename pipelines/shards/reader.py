@@ -1,6 +1,6 @@
 """Reads the bytes of samples from shards."""
 
-import errno
+import contextlib
 import os
 import resource
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, advice_against
 from pipelines.shards.index import ShardIndex
 
 # File descriptors that are left to the rest of the process; half of the limit, where that is less.
@@ -48,17 +48,13 @@ class ShardReader:
     def will_need(self, samples: np.ndarray) -> None:
         """Start reading the samples from storage into the page cache; returns at once. Raises UserError as `read`."""
         for shard, offset, nbytes in places(self._index, samples):
-            file = self._open(shard)
-            try:
+            with self._file(shard) as file:
                 os.posix_fadvise(file, offset, nbytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                self._done(shard, file)
 
     def _read(self, shard: int, offset: int, nbytes: int) -> np.ndarray:
         content = np.empty(nbytes, dtype=np.uint8)
-        file = self._open(shard)
-        try:
-            done = 0
+        done = 0
+        with self._file(shard) as file:
             while done < nbytes:
                 count = os.preadv(file, [content.data[done:]], offset + done)
                 if count == 0:
@@ -67,33 +63,34 @@ class ShardReader:
                         f"the shard has {os.fstat(file).st_size}. Restore the shard, or build the dataset again"
                     )
                 done += count
-        finally:
-            self._done(shard, file)
         return content
 
-    def _open(self, shard: int) -> int:
-        """The shard's file; `_done` must follow its use."""
-        if (opened := self._files[shard]) is not None:
-            return opened
+    @contextlib.contextmanager
+    def _file(self, shard: int) -> Iterator[int]:
+        """The shard's open file. One that stays open is never closed while another thread may read it."""
         with self._lock:
-            if (opened := self._files[shard]) is not None:  # Another thread was faster.
-                return opened
-            path = self._index.paths[shard]
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                more = ". Allow more open files: 'ulimit -n 4096'" if error.errno == errno.EMFILE else ""
-                raise UserError(f"{path}: cannot be read ({error.strerror}){more}") from error
-            # Samples are read in random order, and `will_need` asks for those that are needed.
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-            if file <= self._highest:
-                self._files[shard] = file
-            return file
+            kept = self._files[shard]
+            file = self._open(shard) if kept is None else kept
+            stays = self._files[shard] is not None
+        try:
+            yield file
+        finally:
+            if not stays:
+                os.close(file)
 
-    def _done(self, shard: int, file: int) -> None:
-        """Close a file that does not stay open. One that does is never closed while another thread may read it."""
-        if self._files[shard] != file:
-            os.close(file)
+    def _open(self, shard: int) -> int:
+        """Open a shard; it stays open where the system allows that many files."""
+        path = self._index.paths[shard]
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            advice = advice_against(error, "Restore the shard")
+            raise UserError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
+        # Samples are read in random order, and `will_need` asks for those that are needed.
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        if file <= self._highest:
+            self._files[shard] = file
+        return file
 
 
 def places(index: ShardIndex, samples: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -29,7 +29,7 @@ from trainer import run
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import Config, parse, to_yaml
-from trainer.feed import check_sizes_are_reached, resolve_micro_batch
+from trainer.micro_batch import resolve_micro_batch
 
 TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
@@ -150,7 +150,6 @@ def parsed(call: Called) -> object:
     if call.program == "trainer/run.py":
         config = parse(call.arguments)
         resolve_micro_batch(config, World(0, call.ranks, call.ranks, torch.device("cpu")))
-        check_sizes_are_reached(config)
         return config
     assert call.program in TOOLS, f"{call.program}: what is this? Add it to TOOLS, or to NOT_OURS"
     options = TOOLS[call.program]._parse(call.arguments)

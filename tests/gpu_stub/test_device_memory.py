@@ -85,7 +85,7 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
     monkeypatch.setenv("CUDA_STUB_MIB", str(DEVICE_MIB))
     index = synthetic_index(256, 10)
     val = synthetic_index(64, 10)
-    monkeypatch.setattr(builder, "open_indices", lambda config: (index, val))
+    monkeypatch.setattr(builder, "open_splits", lambda config: ({"train": index, "val": val}, None))
     monkeypatch.setattr(metrics, "joined", lambda parts, num_samples: None)
     monkeypatch.setattr(metrics, "accuracy", lambda predictions: {"top1": 0.0})
     pipelines = {}
@@ -137,7 +137,7 @@ def test_the_search_takes_the_largest_that_fits(like_dali, tmp_path):
 
 
 def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path, monkeypatch):
-    """They are there between two updates. Before the search it is tried without them, to say what is at fault."""
+    """They are there between two updates."""
     held, accuracy = [], EvalPass.accuracy
 
     def noted(*args, **how):
@@ -146,12 +146,14 @@ def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path
 
     monkeypatch.setattr(EvalPass, "accuracy", noted)
     found = built(tmp_path / "run", SETTINGS)
-    alone, *_, beside = held
+    beside = held[-1]
+    found.evaluate()
+    alone = held[-1]
     assert beside - alone >= 3 * sum(parameter.nbytes for parameter in found.state.student.parameters())
 
 
-def test_an_evaluation_that_cannot_fit_is_named(like_dali, tmp_path):
-    with pytest.raises(UserError, match="run.eval_batch is 8192: an evaluation does not fit"):
+def test_a_run_that_does_not_fit_is_refused_with_advice(like_dali, tmp_path):
+    with pytest.raises(UserError, match="not even one group of 16 images fits .* Lower augment.mix_group, run.eval_b"):
         built(tmp_path / "run", {**SETTINGS, "run.eval_batch": 8192})
 
 
@@ -185,5 +187,5 @@ def test_a_graph_of_dali_is_built_beside_an_empty_cache(monkeypatch, photos):
     free = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
     del free
     assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 64 * MIB
-    pipeline._build(_Shape(16, 224, "bicubic", False))
+    pipeline._build(_Shape(16, 224, "bicubic"))
     assert reserved[0] - torch.cuda.memory_allocated() < 32 * MIB  # Segments that are in use keep the rest.

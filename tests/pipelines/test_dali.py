@@ -96,12 +96,12 @@ def test_dalis_graphs_are_built_ahead_and_used_again(photos, monkeypatch):
 
     built = []
 
-    class Graph(dali._Graph):
-        def __init__(self, shape, *arguments, **options):
-            built.append((shape.image_size, threading.current_thread().name))
-            super().__init__(shape, *arguments, **options)
+    def recorded(self, shape):
+        built.append((shape.image_size, threading.current_thread().name))
+        return build(self, shape)
 
-    monkeypatch.setattr(dali, "_Graph", Graph)
+    build = dali.DaliPipeline._build
+    monkeypatch.setattr(dali.DaliPipeline, "_build", recorded)
     plans = [train_plan(photos, size=size).rows(0, 10) for size in (64, 64, 96, 96)]
     pipeline = opened("dali", photos, prefetch=1)
     batches = pipeline.batches(plans)
@@ -121,13 +121,14 @@ def dali_graphs(monkeypatch) -> Iterator[tuple[weakref.WeakSet, list[int]]]:
 
     alive, made = weakref.WeakSet(), []
 
-    class Graph(dali._Graph):
-        def __init__(self, shape, *arguments, **options):
-            super().__init__(shape, *arguments, **options)
-            alive.add(self)
-            made.append(shape.batch_size)
+    def recorded(self, shape, *arguments, **options):
+        graph = build(self, shape, *arguments, **options)
+        alive.add(graph)
+        made.append(shape.batch_size)
+        return graph
 
-    monkeypatch.setattr(dali, "_Graph", Graph)
+    build = dali.DaliPipeline._build
+    monkeypatch.setattr(dali.DaliPipeline, "_build", recorded)
     gc.collect()
     gc.disable()
     yield alive, made

@@ -18,37 +18,43 @@ def test_the_probe_finds_region_decoding_where_it_works(photos):
     assert probe_decode("cpu", jpeg_of(photos), PipelineConfig()) == ("roi", "it works")
 
 
-def test_the_probe_survives_the_decoder_that_ends_the_process(photos):
-    crash = "import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)"
-    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", crash)) == (
+@pytest.fixture
+def program(monkeypatch):
+    """Puts a line of Python in the place of the program that tries a decode path."""
+    return lambda line: monkeypatch.setattr(dali_probe, "_PROGRAM", (sys.executable, "-c", line))
+
+
+def test_the_probe_survives_the_decoder_that_ends_the_process(photos, program):
+    program("import os, sys; sys.argv[2] == 'roi' and os.kill(os.getpid(), 11)")
+    assert probe_decode("cpu", jpeg_of(photos), PipelineConfig()) == (
         "full",
         "decoding regions failed: it ended by SIGSEGV",
     )
 
 
-def test_what_helps_is_worded_as_the_options_are_given(photos):
+def test_what_helps_is_worded_as_the_options_are_given(photos, program):
     """As arguments in a notebook, as flags on the command line."""
-    wrong = (sys.executable, "-c", "import sys; sys.exit('broken')")
+    program("import sys; sys.exit('broken')")
     for config, advice in (
         (PipelineConfig(), "or use hw_decoder_load=0 or pipeline='torchvision'"),
         (DataConfig(), "or use --data.hw_decoder_load 0 or --data.pipeline torchvision"),
     ):
         with pytest.raises(UserError, match=f"{re.escape(advice)}$"):
-            probe_decode("cpu", jpeg_of(photos), config, wrong)
+            probe_decode("cpu", jpeg_of(photos), config)
 
 
-def test_the_probe_says_that_nothing_works(photos):
-    wrong = "import sys; sys.exit(sys.argv[2] + ' is broken')"
+def test_the_probe_says_that_nothing_works(photos, program):
+    program("import sys; sys.exit(sys.argv[2] + ' is broken')")
     with pytest.raises(
         UserError, match=r"neither regions \(roi is broken\) nor whole images \(full is broken\) on cpu"
     ):
-        probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", wrong))
+        probe_decode("cpu", jpeg_of(photos), PipelineConfig())
 
 
-def test_the_probe_takes_whole_images_where_the_gpu_lets_in_no_second_process(photos):
+def test_the_probe_takes_whole_images_where_the_gpu_lets_in_no_second_process(photos, program):
     """In exclusive-process mode, in which the process that trains holds the GPU already."""
-    refused = "import sys; sys.exit('Traceback:\\nRuntimeError: CUDA-capable device(s) is/are busy or unavailable')"
-    decode_path, why = probe_decode("cpu", jpeg_of(photos), PipelineConfig(), (sys.executable, "-c", refused))
+    program("import sys; sys.exit('Traceback:\\nRuntimeError: CUDA-capable device(s) is/are busy or unavailable')")
+    decode_path, why = probe_decode("cpu", jpeg_of(photos), PipelineConfig())
     assert decode_path == "full" and why.startswith("untried, since the GPU lets in no second process (RuntimeError")
 
 

@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from pipelines.batch import Batch
 from support.processes import REPOSITORY
 
 CAPABILITIES = 80, 90, 100  # A100, H100 and H200, B200
@@ -130,28 +131,30 @@ def images(number: int, size: int) -> torch.Tensor:
 
 
 def launch_randaugment(pixels: torch.Tensor) -> None:
-    from pipelines.ops.triton_ops import launch, launch_affine
+    from pipelines.ops.triton_ops import augment, augment_affine, launch
 
     empty, rows, out = functools.partial(torch.empty, device="meta"), len(pixels), torch.empty_like(pixels)
     tables = empty(rows, 3, 256, dtype=torch.uint8)
-    launch(pixels, out, kinds=empty(rows, dtype=torch.int32), factors=empty(rows), tables=tables)
+    launch(augment, pixels, out, empty(rows, dtype=torch.int32), empty(rows), tables)
     chosen, matrices = empty(rows, dtype=torch.int32), empty(rows, 6, dtype=torch.float64)
-    launch_affine(pixels, out, rows=chosen, matrices=matrices, fill=empty(3, dtype=torch.uint8))
+    launch(augment_affine, pixels, out, chosen, matrices, empty(3, dtype=torch.uint8))
 
 
 def launch_mixing(pixels: torch.Tensor, models: int, dtype: torch.dtype, mix_group: int) -> None:
     from trainer.update.mixing_triton import launch
 
     empty, rows = functools.partial(torch.empty, device="meta"), len(pixels)
-    launch(
-        pixels,
-        [torch.empty_like(pixels, dtype=dtype) for _ in range(models)],
+    batch = Batch(
+        images=pixels,
+        labels=empty(rows, dtype=torch.int64),
         lam=empty(rows),
         box=empty(rows, 4, dtype=torch.int32),
+        valid=empty(rows, dtype=torch.bool),
+        position=0,
         mix_group=mix_group,
-        scale=empty(models, 3),
-        shift=empty(models, 3),
     )
+    outs = [torch.empty_like(pixels, dtype=dtype) for _ in range(models)]
+    launch(batch, outs, empty(models, 3), empty(models, 3))
 
 
 class RecordingDriver:

@@ -89,7 +89,7 @@ import os, signal, sys, time
 import torch
 from pipelines.common.errors import exit_on_user_error
 from trainer.cluster.world import join_world
-from trainer.cluster.watchdog import watched
+from trainer.cluster.watchdog import Watchdog
 
 seconds, rank, what = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -114,7 +114,7 @@ def checkpoint(world):
         time.sleep(3 * seconds)
     world.barrier()
 
-with exit_on_user_error(), join_world("cpu") as joined, watched(joined, seconds) as world:
+with exit_on_user_error(), join_world("cpu") as joined, Watchdog(joined, seconds) as world:
     for step in inputs(world):
         world.all_reduce_sum(torch.ones(1))
         if what == "exit" and step == 20:

@@ -17,7 +17,7 @@ from trainer.builder import build_models
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, parse
 from trainer.evaluation import trained as inference
-from trainer.feed import dataset_classes
+from trainer.feed import open_splits
 from trainer.models.ema import ModelEma
 from trainer.models.student import build_student
 from trainer.state import checkpoint
@@ -178,7 +178,7 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     student = build_student(StudentConfig(name="tiny_cnn", checkpoint=out), 10, 32)
     as_teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(out), "--data.root", str(digits)]
     config = parse([*TINY, *as_teacher])
-    _, teachers = build_models(config, 10, dataset_classes(config.data), 64, CPU)
+    _, teachers = build_models(config, 10, open_splits(config.data)[1], CPU)
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(student.eval()(pixels), trained.module(pixels))
@@ -205,16 +205,15 @@ def test_the_card_of_an_average_says_what_was_averaged_and_nothing_of_one_run_al
         return (tmp_path / name / "README.md").read_text()
 
     text = card("uniform", "uniform", tiny_run, "--weights", "ema")
-    each = "of each the EMA of the weights"
-    assert f"| weights | mean of the weights of 3 checkpoints, {each}, of steps 10, 20, 30 |" in text
+    assert "| weights | EMA of the weights; uniform average of 3 checkpoints: steps 10, 20, 30 |" in text
     assert "| seed | 0 |" in text
     text = card("ema", "ema", tiny_run, "--decay", 0.9)
-    assert "| weights | EMA with decay 0.9 over 3 checkpoints, of steps 10, 20, 30 |" in text
+    assert "| weights | EMA of the weights; ema average with decay 0.9 of 3 checkpoints: steps 10, 20, 30 |" in text
     config = content_of(steps[0])["config"]
     runs = {**config["run"], "seed": 7, "out": "elsewhere"}
     other = changed(steps[0], tmp_path / "other.pt", config={**config, "run": runs})
     text = card("two", "uniform", steps[2], other, "--weights", "raw")
-    assert "of 2 checkpoints of several runs, of each the raw weights, not averaged |" in text
+    assert "| raw weights, not averaged; uniform average of 2 checkpoints of several runs |" in text
     assert "The averaged checkpoints differ in `run.seed`." in text and "| seed |" not in text
     text = card("again", "uniform", tmp_path / "two.pt", "--weights", "raw")
     assert "of several runs" in text and "| seed |" not in text

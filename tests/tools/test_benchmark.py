@@ -21,7 +21,7 @@ from tools.lib.benchmark.runs import Setting
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
-from trainer.feed import dataset_classes
+from trainer.feed import open_splits
 from trainer.models.class_names import order_doubt
 
 
@@ -149,7 +149,7 @@ def test_the_classes_of_photographs_have_one_order_however_many_there_are(tmp_pa
     """As text and by number: a teacher whose outputs have no names is rejected where the two differ."""
     write_common_photographs(tmp_path / "src", 101, classes=101)
     build(tmp_path / "src", tmp_path / "data", BuildOptions(), workers=1)
-    names = dataset_classes(DataConfig(root=tmp_path / "data"))
+    names = open_splits(DataConfig(root=tmp_path / "data"))[1]
     assert names == [f"class{number:03d}" for number in range(101)] and not order_doubt(tmp_path / "data")
 
 

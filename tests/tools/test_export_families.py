@@ -10,7 +10,7 @@ from torch import nn
 from pipelines.common.files import is_empty, making
 from support.models import with_statistics
 from tools.lib.common.onnx_file import export_onnx, largest_difference, onnx_runtime
-from tools.lib.export.torch_file import export_program, torch_program
+from tools.lib.export.formats import export_program, torch_program
 from trainer.models.fold_batch_norm import fold_batch_norms
 
 

@@ -145,7 +145,7 @@ def test_a_bad_image_is_a_row_with_an_error_and_the_others_go_on(tiny_run, tmp_p
     assert rows[0]["top"] and rows[0]["top"][0]["class"] == rows[-1]["top"][0]["class"]
     for row in rows[1:-1]:
         assert bad[Path(row["file"]).name] in row["error"] and "\n" not in row["error"] and row["top"] == []
-    assert f"{len(rows)} images, {len(bad)} of them could not be used" in capsys.readouterr().err
+    assert f"images: {len(rows)}, not usable (the column error says why): {len(bad)}, in " in capsys.readouterr().err
 
 
 def test_only_bad_images_are_rows_too(tiny_run, tmp_path):
@@ -203,7 +203,7 @@ def test_folders_are_gone_through_in_order_without_hidden_files_and_circles_are_
     assert names == ["a/1.JPG", "a/up", "a-c/1.jpg", "b/2.jpg", "link/2.jpg"]
     assert [row["error"] for row in rows if row["error"]] == ["a link to a folder above it: remove the link"]
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"2 files are no images: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
+    assert last == f"not images by their names: {tmp_path}/b/notes.txt, {tmp_path}/link/notes.txt"
 
 
 def test_folders_for_predict_are_used_or_named(tmp_path):
@@ -214,8 +214,8 @@ def test_folders_for_predict_are_used_or_named(tmp_path):
     (tmp_path / "gone").symlink_to("/not/there")
     (tmp_path / "gone.tar").symlink_to("/not/there.tar")
     os.mkfifo(tmp_path / "pipe")
-    found = survey([tmp_path])
-    assert [str(Path(name).relative_to(tmp_path)) for name in found.no_images] == [
+    _, no_images = survey([tmp_path])
+    assert [str(Path(name).relative_to(tmp_path)) for name in no_images] == [
         "README",
         "b/labels.txt",
         "b/shard.tar.gz",
@@ -236,7 +236,7 @@ def test_links_in_a_circle_get_a_row_for_predict(tmp_path, links):
     assert {str(tmp_path / "a/1.jpg"), str(tmp_path / "b/2.jpg")} <= {item.name for item in items if not item.error}
     errors = [item.error for item in items if item.error]
     assert len(errors) == len(links) and all("link" in error for error in errors)
-    assert survey([tmp_path]).num_images == len(items)
+    assert survey([tmp_path])[0] == len(items)
 
 
 def test_a_name_that_is_not_utf_8_is_shown_escaped(tiny_run, tmp_path):
@@ -359,7 +359,7 @@ def test_what_cannot_be_done_is_one_line_and_no_output_is_touched(tiny_run, digi
         ((*known, tmp_path / "no-images.tar"), f"{tmp_path}/no-images.tar: no images in it"),
         ((*known, image, "--classes", tmp_path / "classes.txt"), "names 2 classes"),
         ((*known, image, "--name", "test_vit"), "is of model 'tiny_cnn', not of 'test_vit'. Leave the name out"),
-        ((*known, image, "--top-k", 0), "--top-k is 0; it must be at least 1"),
+        ((*known, image, "--top-k", 0), "--top-k is 0; it must be positive"),
         ((*known, image, "--out", tmp_path / "out.xlsx"), "ends in none of .csv, .jsonl, .parquet"),
         ((*known, image, "--out", tmp_path / "no" / "out.csv"), "not a file in a folder that is there"),
         (("--out", out, image), "no model is named. Give a checkpoint or run folder (option checkpoint)"),

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,10 @@ import torch.distributed as dist
 from trainer.cluster.rendezvous import COLLECTIVE_TIMEOUT
 from trainer.cluster.world import World
 
+# The exit codes of a run that a signal stopped.
 REQUEUE = 75  # EX_TEMPFAIL: run the same command again.
-INTERRUPTED = 130  # Shells report SIGINT so.
+INTERRUPTED = 130  # After SIGINT, as shells report it.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed.
-
-
-def exit_code(signal_number: int) -> int:
-    """The exit code of a run that a signal stopped: 130 for Ctrl-C, 75 for all others, which ask it to resume."""
-    return INTERRUPTED if signal_number == signal.SIGINT else REQUEUE
 
 
 class Agreement(NamedTuple):
@@ -44,12 +40,7 @@ class Preemption:
     """
 
     def __init__(self, world: World):
-        self._world = world
-        self._group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            assert isinstance(group, dist.ProcessGroup)  # It would be an int on ranks outside the group.
-            self._group = group
+        self._group: Any = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
         self._signal = 0
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -60,17 +51,17 @@ class Preemption:
         A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. Only the main thread
         may handle signals; in another nothing changes.
         """
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in STOPPING}
-        noted = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        noted = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]
+        if threading.current_thread() is not threading.main_thread():
+            noted = []
         for number in noted:
             signal.signal(number, self._note)
         try:
             yield
         finally:
-            for number, handler in noted.items():
-                signal.signal(number, handler)
+            for number in noted:
+                signal.signal(number, handlers[number])
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

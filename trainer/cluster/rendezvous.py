@@ -114,11 +114,8 @@ def _problem(answers: dict[int, dict], size: int, seconds: float) -> str:
     """What keeps the run from starting, in one line; '' if nothing does."""
     problems = [f"rank {rank} on {each['host']}: {each['error']}" for rank, each in answers.items() if each["error"]]
     if not problems and (differing := _differences(answers)):
-        more = f" (and {len(differing) - _SHOWN} more differences)" if len(differing) > _SHOWN else ""
-        problems = [
-            f"the ranks do not agree: {'; '.join(differing[:_SHOWN])}{more}. Give all machines the same command, data, "
-            "code and environment"
-        ]
+        shown = "; ".join(differing[:_SHOWN])
+        problems = [f"the ranks do not agree: {shown}. Give all machines the same command, data, code and environment"]
     if missing := [rank for rank in range(size) if rank not in answers]:
         came = ranks_by_place({rank: f"on {answer['host']}" for rank, answer in answers.items()})
         problems.append(
@@ -179,24 +176,24 @@ def _agent_listens() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _on_one_machine() -> bool:
-    """Whether all ranks are on this machine."""
-    return launched().local_size == launched().size
-
-
 def _serve(deadline: float) -> dist.TCPStore:
     """Rank 0's store."""
     host, port = _master()
     try:
-        store = serve_store(0 if _agent_listens() else port)
-        if _agent_listens():
-            _client(host, port, deadline).set(_PORT_KEY, str(store.port))
+        if not _agent_listens():
+            return serve_store(port)
+        store = serve_store(0)
+        _client(host, port, deadline).set(_PORT_KEY, str(store.port))
         return store
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"MASTER_PORT {port} cannot be used on {socket.gethostname()}, most often because another process uses "
             f"it: end that, or set another port on all machines ({_first_line(error)})"
         ) from error
+
+
+def _on_one_machine() -> bool:
+    return launched().local_size == launched().size
 
 
 def serve_store(port: int) -> dist.TCPStore:

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import torch.distributed as dist
 
@@ -114,7 +113,7 @@ def _places(ranks: list[int], seen: dict[int, Seen]) -> str:
 
 
 class Watchdog:
-    """Watches this rank, and with several ranks all of them, inside a `with` block.
+    """Watches this rank, and with several ranks all of them, inside a `with` block. Gives the world with its heartbeat.
 
     There a collective's error, which says that some connection broke, becomes a UserError that names the lost rank.
 
@@ -135,22 +134,18 @@ class Watchdog:
         # Its own connection: torch lets one thread at a time use one, and others may wait in the world's.
         self._store = world.store.clone() if world.store is not None else None
 
-    def heartbeat(self, where: str, patience_s: float = 0) -> None:
-        """Report where this rank is. It costs nothing; all ranks must call it at the same places.
-
-        Args:
-          patience_s: how long the place may take at least, where that is more than the watchdog's own seconds.
-        """
+    def _note(self, where: str, patience_s: float = 0) -> None:
+        """The world's heartbeat: note where this rank is."""
         heartbeats = self._state.heartbeats + 1
         self._state = dataclasses.replace(self._state, heartbeats=heartbeats, where=where, patience_s=patience_s)
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> World:
         if self._seconds:
             self._publish()
             self._world.barrier()  # All states are there.
             for thread in self._threads:
                 thread.start()
-        return self
+        return dataclasses.replace(self._world, heartbeat=self._note)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         lost = self._await_lost(error) if self._world.size > 1 and _is_of_a_collective(error) else ""
@@ -254,10 +249,3 @@ _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer
 def _is_of_a_collective(error: BaseException | None) -> bool:
     is_sign = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
     return is_sign or isinstance(error, dist.DistError)
-
-
-@contextlib.contextmanager
-def watched(world: World, seconds: float) -> Iterator[World]:
-    """The world with a watchdog that gets its heartbeats; inside, a lost rank is named."""
-    with Watchdog(world, seconds) as watchdog:
-        yield dataclasses.replace(world, heartbeat=watchdog.heartbeat)

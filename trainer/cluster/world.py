@@ -27,8 +27,8 @@ class World:
       rank, size: among all processes.
       local_size: processes on this machine.
       device: of this process.
-      heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). All ranks
-        must call it alike; heartbeat(where, seconds) reports a place where rank 0 may take long on its own.
+      heartbeat: reports where this rank is, "step 12: input", to the watchdog (trainer/cluster/watchdog.py). It costs
+        nothing, and all ranks must call it alike; heartbeat(where, seconds) reports a place that may take that long.
       store: rank 0's, which all have; None for a single rank.
     """
 
@@ -129,10 +129,7 @@ def _check_launch(this: Launch) -> None:
 
 
 def alone(device: str = "auto") -> World:
-    """This process and no other, whatever torchrun's variables say; `device` as for join_world.
-
-    It sets the process up as join_world does; tools.lib.common.hardware.first_device only looks for the device.
-    """
+    """This process and no other, whatever torchrun's variables say; `device` as for join_world."""
     return World(0, 1, 1, _prepared_device(device, 0))
 
 

@@ -8,7 +8,7 @@ _LARGEST_ARGUMENT = 16_384  # wide enough for timm's widest models
 # they decide where weights come from and whether all of them are loaded, or what the data and the run decide.
 _RESERVED_KWARGS = {
     *("model_name", "num_classes", "checkpoint_path", "cache_dir", "model_cfg", "kwargs_filter"),
-    *("features_only", "feature_cfg", "feature_cls", "out_indices"),
+    *("features_only", "feature_cfg", "feature_cls", "out_indices", "in_chans"),
     *("scriptable", "exportable", "no_jit", "device", "dtype"),
 }
 
@@ -19,22 +19,17 @@ def is_reserved(name: str) -> bool:
 
 
 def without_reserved(kwargs: Kwargs) -> Kwargs:
-    """The arguments that a file may give for a model; images have 3 channels, so it has no say in in_chans, either."""
-    return {name: value for name, value in kwargs.items() if not is_reserved(name) and name != "in_chans"}
+    """The arguments that a file may give for a model."""
+    return {name: value for name, value in kwargs.items() if not is_reserved(name)}
 
 
 def check_kwargs(section: str, kwargs: Kwargs) -> None:
     """Raise a UserError if the settings of a model hold an argument that is decided elsewhere, or is too large."""
-    if kwargs.get("in_chans") not in (None, 3):
-        raise UserError(
-            f"{section}.kwargs.in_chans is {kwargs.get('in_chans')}, and images have 3 channels here, gray ones, too. "
-            "Leave it out"
-        )
     for name in kwargs:
         if is_reserved(name):
             raise UserError(
-                f"{section}.kwargs.{clipped(name)}: decided by the dataset and {section}.checkpoint, or by settings of "
-                "the run. Leave it out"
+                f"{section}.kwargs.{clipped(name)}: decided by the dataset, whose images have 3 channels, by "
+                f"{section}.checkpoint, or by settings of the run. Leave it out"
             )
     check_sizes(f"{section}.kwargs.", kwargs, "Use a smaller model")
 

@@ -125,26 +125,7 @@ class StudentConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OtherTeacher:
-    """A further teacher: its settings are those of the first (TeacherConfig).
-
-    Attributes:
-      name: any timm model.
-      checkpoint: its weights; without it timm's pretrained weights are downloaded.
-      kwargs: passed to timm.create_model.
-      image_size: side of the image it sees, pixels; 0 is the student's.
-      classes: text file that names its outputs.
-    """
-
-    name: str
-    checkpoint: Path | None = setting(None, per_machine=True)
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = setting(None, per_machine=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig(Section):
-    """The frozen model, or models, that are learned from.
+    """A frozen model that is learned from.
 
     Attributes:
       name: any timm model, the authors' tresnet_l_v2, hf-hub:ORGANISATION/REPOSITORY, or local-dir:FOLDER; no teacher
@@ -156,16 +137,26 @@ class TeacherConfig(Section):
       classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names
         them; it may have more classes than the dataset. Without it a checkpoint of this trainer names them itself, and
         the outputs of any other are taken to be in the dataset's order.
+    """
+
+    name: str | None
+    checkpoint: Path | None = setting(None, recipe=False, per_machine=True)
+    kwargs: Kwargs = dataclasses.field(default_factory=dict)
+    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
+    classes: Path | None = setting(None, recipe=False, per_machine=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(OtherTeacher, Section):
+    """The frozen model, or models, that are learned from.
+
+    Attributes:
       others: further teachers, each with name, checkpoint, kwargs, image_size and classes of its own; the student
         learns from the mean of all probabilities.
     """
 
     key, on_resume = "teacher", "reported"
     name: str | None = "tresnet_v2_l"
-    checkpoint: Path | None = setting(None, recipe=False, per_machine=True)
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
-    classes: Path | None = setting(None, recipe=False, per_machine=True)
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -173,6 +164,7 @@ class TeacherConfig(Section):
         for key, teacher in self.members:
             check(teacher, key)
             check_kwargs(key, teacher.kwargs)
+            _require(teacher.name is not None, f"{key}.name is null: name the model, or leave the teacher out")
         for name in ("checkpoint", "image_size", "classes", "others"):
             _require(
                 self.name is not None or not getattr(self, name),
@@ -180,9 +172,9 @@ class TeacherConfig(Section):
             )
 
     @property
-    def members(self) -> "list[tuple[str, TeacherConfig | OtherTeacher]]":
+    def members(self) -> list[tuple[str, OtherTeacher]]:
         """Every teacher under its key: the first one, without its others, is `teacher`."""
-        first: list[tuple[str, TeacherConfig | OtherTeacher]] = [("teacher", self)] if self.name is not None else []
+        first: list[tuple[str, OtherTeacher]] = [("teacher", self)] if self.name is not None else []
         return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
 
     @property
@@ -384,6 +376,12 @@ class Config:
         _require(
             self.teacher.name is not None or self.distill.label_weight > 0,
             "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
+        )
+        epoch, size = size_schedule(self.data.image_size)[-1]
+        _require(
+            epoch < self.schedule.total_epochs,
+            f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
+            f"{self.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs",
         )
 
     @classmethod

@@ -23,7 +23,7 @@ from pipelines.shards.index import ShardIndex
 from trainer.config.model_arguments import Kwargs
 from trainer.config.sections import DataConfig
 from trainer.models.checkpoint_format import is_of_trainer
-from trainer.models.checks import check_size
+from trainer.models.checks import check_images
 from trainer.models.class_names import check_order_stated, class_order, read_classes
 from trainer.models.factory import architecture, create_model, num_outputs, pretrained_outputs, with_size
 from trainer.models.files.model_folders import (
@@ -46,7 +46,6 @@ from trainer.state.checkpoint_settings import check_settings, with_defaults
 WEIGHTS = "model.safetensors"
 Kind = Literal["auto", "ema", "raw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_LONGEST_NAME = 100  # The longest name of a timm model has about 60 characters.
 # The settings of a checkpoint that are used; those of `data` are checked where a DataConfig is made of them.
 _USED = ("student.name", "student.kwargs")
 # The fields of a checkpoint that hold weights and moments.
@@ -138,30 +137,6 @@ class TrainedModel:
         return Normalize(expects.mean, expects.std, precision)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What a model is made of.
-
-    Attributes:
-      name: of the model, as for `create_model`; weights: by name, None for timm's own.
-      outputs: how many it has; kwargs: further arguments of create_model.
-      source, classes, kind, origin: as TrainedModel has them, `kind` as its `weights`.
-      transform: fields of EvalTransform that are not those of the model's configuration.
-      built_for: the image size that the model is built for; 0 is the one that it sees.
-    """
-
-    name: str | ModelFolder
-    weights: dict[str, torch.Tensor] | None
-    outputs: int
-    source: str
-    kwargs: Kwargs = dataclasses.field(default_factory=dict)
-    classes: list[str] | None = None
-    kind: str = ""
-    origin: dict = dataclasses.field(default_factory=dict)
-    transform: dict[str, Any] = dataclasses.field(default_factory=dict)
-    built_for: int = 0
-
-
 def load_model(source: Path | str, name: str | None = None, **settings: Any) -> TrainedModel:
     """A trained model: from a run's folder (its best weights), a checkpoint, an exported folder, or timm's name.
 
@@ -175,7 +150,7 @@ def load_model(source: Path | str, name: str | None = None, **settings: Any) -> 
     path = expanded(text)
     if os.path.exists(path):  # This is False also for text that is too long to be a path.
         return load(name, path, **settings)
-    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1 or len(text) > _LONGEST_NAME:
+    if path.suffix in (".pt", ".pth", ".safetensors") or len(path.parts) > 1:
         raise UserError(
             f"{clipped(text, 120)}: not found. Give a checkpoint, a run's folder, an exported folder, or timm's name"
         )
@@ -205,26 +180,22 @@ def load(
     """
     if weights not in KINDS:
         raise UserError(f"the kind of weights is '{weights}'. Choose one of {', '.join(KINDS)}")
+    kwargs = kwargs or {}
     if checkpoint is not None and (checkpoint / CONFIG).is_file():
-        source = _of_folder(read_folder(checkpoint, str(checkpoint)), weights)
+        found = _of_folder(read_folder(checkpoint, str(checkpoint)), weights, kwargs, transform, name)
     elif checkpoint is not None:
         path = _file_of(checkpoint, weights)
-        source = _of_file(path, read_file(path), name, weights)
+        found = _of_file(path, read_file(path), weights, kwargs, transform, name)
     elif name is None:
         raise UserError(
             "no model is named. Give a checkpoint or run folder (option checkpoint), or a name (option name)"
         )
     elif folder := named_folder(name):
-        source = _of_folder(folder, weights)
+        found = _of_folder(folder, weights, kwargs, transform)
     else:
         if weights != "auto":
             raise UserError(f"timm has one kind of weights for '{name}', and '{weights}' was asked for. Leave that out")
-        source = _Source(name, None, pretrained_outputs(name), f"timm's {name}")
-    if checkpoint is not None and name is not None and _untagged(name) != _untagged(source.name):
-        raise UserError(
-            f"{source.source}: is of model '{architecture(source.name)}', not of '{name}'. Leave the name out"
-        )
-    found = _built(source, kwargs or {}, transform)
+        found = _built(name, None, f"timm's {name}", pretrained_outputs(name), kwargs, transform)
     if classes is not None:
         names = read_classes(classes)
         if len(names) != found.num_outputs:
@@ -233,14 +204,9 @@ def load(
                 "output, one on a line, in their order"
             )
         found = dataclasses.replace(found, classes=names, classes_guessed=False)
-    size_advice = "Leave the size to the model, or use another model"
-    check_size(found.module, found.name, found.transform.image_size, size_advice)
+    advice = "Leave size and arguments to the model, or use another model"
+    check_images(found.module, found.name, found.transform.image_size, advice)
     return found
-
-
-def _untagged(name: str | ModelFolder) -> str:
-    """Timm's name without the tag of its pretrained weights, since a file has other weights."""
-    return architecture(name).partition(".")[0]
 
 
 def check_fits(path: Path, content: dict) -> None:
@@ -250,7 +216,7 @@ def check_fits(path: Path, content: dict) -> None:
     """
     check_settings(path, content["config"], _USED)
     if not source_name(content["config"]["student"]["name"]).startswith(SOURCES):
-        _built(_of_file(path, content), {}, {})
+        _of_file(path, content, "auto", {}, {})
 
 
 def _file_of(path: Path, weights: str) -> Path:
@@ -268,8 +234,10 @@ def _file_of(path: Path, weights: str) -> Path:
     )
 
 
-def _of_file(path: Path, content: Any, name: str | None = None, weights: Kind = "auto") -> _Source:
-    """The model of a file of weights, whose content was read."""
+def _of_file(
+    path: Path, content: Any, weights: Kind, kwargs: Kwargs, transform: dict[str, Any], name: str | None = None
+) -> TrainedModel:
+    """The model of a file of weights, whose content was read; other arguments as of `load`."""
     origin: dict[str, Any] = {}
     if is_of_trainer(content):
         check_settings(path, content["config"], _USED)
@@ -280,6 +248,7 @@ def _of_file(path: Path, content: Any, name: str | None = None, weights: Kind = 
     if named is None:
         raise UserError(f"{path}: does not say which model it is of. Name it (option name)")
     named = named_folder(named) or named
+    _check_name(name, named, path)
     classes, found = named_outputs(content), num_outputs(named, tensors)
     if found and classes is not None and found != len(classes):
         raise UserError(
@@ -287,49 +256,72 @@ def _of_file(path: Path, content: Any, name: str | None = None, weights: Kind = 
             "output, or without 'classes'"
         )
     outputs = found or len(classes or ()) or _own_config(named)["num_classes"]
-    kwargs = kwargs_of_file(path, student.get("kwargs", {}))
-    if not origin:
-        return _Source(named, tensors, outputs, str(path), kwargs, classes, kind)
-    try:
-        data = origin["config"]["data"]
-        data = DataConfig(**{key: data[key] for key in ("image_size", "eval_image_size", "eval_crop_pct")})
-    except UserError as error:
-        raise UserError(f"{path}: its settings cannot be used: {error}. Give a file of another run") from error
-    transform = {"image_size": data.eval_size, "crop_pct": data.eval_crop_pct, "crop_mode": "center"}
-    built_for = data.train_sizes[-1] if kwargs.get("dynamic_img_size") else 0
+    kwargs = {**kwargs_of_file(path, student.get("kwargs", {})), **kwargs}
+    built_for = 0
+    if origin:
+        try:
+            data = origin["config"]["data"]
+            data = DataConfig(**{key: data[key] for key in ("image_size", "eval_image_size", "eval_crop_pct")})
+        except UserError as error:
+            raise UserError(f"{path}: its settings cannot be used: {error}. Give a file of another run") from error
+        transform = {"image_size": data.eval_size, "crop_pct": data.eval_crop_pct, "crop_mode": "center", **transform}
+        built_for = data.train_sizes[-1] if kwargs.get("dynamic_img_size") else 0
     origin = {key: value for key, value in origin.items() if key not in _NOT_OF_ORIGIN}
-    return _Source(named, tensors, outputs, str(path), kwargs, classes, kind, origin, transform, built_for)
+    model = _built(
+        named, tensors, str(path), outputs, kwargs, transform, classes, is_of_run=bool(origin), built_for=built_for
+    )
+    return dataclasses.replace(model, weights=kind, origin=origin)
 
 
-def _of_folder(folder: ModelFolder, weights: Kind) -> _Source:
-    """The model of a folder or repository as timm writes it for Hugging Face's hub."""
+def _of_folder(
+    folder: ModelFolder, weights: Kind, kwargs: Kwargs, transform: dict[str, Any], name: str | None = None
+) -> TrainedModel:
+    """The model of a folder or repository as timm writes it for Hugging Face's hub; other arguments as of `load`."""
     if folder.kind and weights not in ("auto", folder.kind):
         raise UserError(f"{folder.name}: holds {folder.kind} weights, and '{weights}' was asked for. Leave that out")
+    _check_name(name, folder, folder.name)
     file = folder.weights_file()
     tensors, _ = select_weights(file, read_file(file))
-    return _Source(folder, tensors, folder.num_classes, folder.name, {}, folder.classes, folder.kind)
+    model = _built(folder, tensors, folder.name, folder.num_classes, kwargs, transform, folder.classes)
+    return dataclasses.replace(model, weights=folder.kind)
 
 
-def _built(source: _Source, kwargs: Kwargs, transform: dict[str, Any]) -> TrainedModel:
+def _check_name(given: str | None, own: str | ModelFolder, source: Path | str) -> None:
+    """Raise a UserError if a model is named otherwise than its file names it, but for the tag of timm's own weights."""
+    if given is not None and architecture(given).partition(".")[0] != architecture(own).partition(".")[0]:
+        raise UserError(f"{source}: is of model '{architecture(own)}', not of '{given}'. Leave the name out")
+
+
+def _built(
+    name: str | ModelFolder,
+    weights: dict[str, torch.Tensor] | None,
+    source: str,
+    outputs: int,
+    kwargs: Kwargs,
+    transform: dict[str, Any],
+    classes: list[str] | None = None,
+    *,
+    is_of_run: bool = False,
+    built_for: int = 0,
+) -> TrainedModel:
     """The model, in evaluation mode.
 
     Outputs without names are named as ImageNet's synsets, if there are as many as in a known subset of ImageNet.
 
+    Args:
+      weights: by name; None for timm's own, which are downloaded.
+      built_for: the image size that the model is built for; 0 is the one that it sees.
     Source: timm.data.infer_imagenet_subset.
     """
-    name, folder = architecture(source.name), named_folder(source.name)
-    own = EvalTransform(**{**_own_transform(_own_config(source.name)), **source.transform, **transform})
-    size = source.built_for or own.image_size
-    kwargs = with_size(name, size, {**(folder.kwargs if folder else {}), **source.kwargs, **kwargs})
-    pretrained = source.weights is None
-    module = create_model(
-        source.name, source.outputs, size, kwargs, source.weights, source.source, pretrained=pretrained
-    )
+    folder, own = named_folder(name), EvalTransform(**{**_own_transform(_own_config(name)), **transform})
+    size = built_for or own.image_size
+    kwargs = with_size(name, size, {**(folder.kwargs if folder else {}), **kwargs})
+    module = create_model(name, outputs, size, kwargs, weights, source, pretrained=weights is None)
     module.eval().requires_grad_(False)
-    classes, is_guessed = source.classes, False
-    if not classes and not source.origin and (subset := infer_imagenet_subset(module)):
+    is_guessed = False
+    if not classes and not is_of_run and (subset := infer_imagenet_subset(module)):
         classes, is_guessed = list(ImageNetInfo(subset).label_names()), True
-    return TrainedModel(module, name, kwargs, own, classes, source.source, source.kind, source.origin, is_guessed)
+    return TrainedModel(module, architecture(name), kwargs, own, classes, source, classes_guessed=is_guessed)
 
 
 def _own_config(name: str | ModelFolder) -> dict[str, Any]:

@@ -110,14 +110,11 @@ class _Average(_AverageOptions):
     of: list[_AverageRow]
 
 
-class _Always(TypedDict):
-    step: _Count
-    config: Annotated[dict[str, dict], is_plain]
-
-
-class Content(_Always, total=False):
+class Content(TypedDict, total=False):
     """The fields of this trainer's files; TrainState documents what each is for. Other fields are left alone."""
 
+    step: _Count
+    config: Annotated[dict[str, dict], is_plain]
     plan: Annotated[dict[str, Any], is_plain]
     audit: list[_AuditRow] | None
     classes: list[str] | None
@@ -138,7 +135,7 @@ class Content(_Always, total=False):
 
 
 # A run cannot be resumed without these.
-RESUMED = ("plan", "student", "ema", "optimizer", "scaler")
+RESUMED = ("step", "config", "plan", "student", "ema", "optimizer", "scaler")
 
 
 def check_fields(content: dict) -> None:
@@ -177,14 +174,6 @@ def first_not_finite(content: dict) -> str:
         if name := not_finite((name, state[name]) for name in OPTIMIZER_TENSORS if name in state):
             return f"'{name}' of parameter {number} in 'optimizer'"
     return ""
-
-
-def lacks_moments(content: dict) -> bool:
-    """True if the optimizer knows something of some parameters and nothing of others."""
-    optimizer = content.get("optimizer", {"state": {}})
-    return bool(optimizer["state"]) and len(optimizer["state"]) < sum(
-        len(group["params"]) for group in optimizer["param_groups"]
-    )
 
 
 def check_moments(saved: dict, optimizer: torch.optim.Optimizer) -> None:
@@ -291,7 +280,9 @@ def checked(path: Path, content: dict) -> dict:
                 raise FieldError(f"its content does not have the hash {clipped(digest, 15)} it was written with")
         check_fields(content)
         # Parameters without a gradient have no moments, so only files without a digest are refused for that.
-        if digest is None and lacks_moments(content):
+        optimizer = content.get("optimizer", {"state": {}, "param_groups": []})
+        num_parameters = sum(len(group["params"]) for group in optimizer["param_groups"])
+        if digest is None and 0 < len(optimizer["state"]) < num_parameters:
             raise FieldError("'optimizer' has lost the moments of some parameters")
     except FieldError as error:
         raise DamagedError(f"{path}: damaged ({error})") from error

@@ -50,7 +50,8 @@ def create_model(
     if weights is not None:
         # Some weight of a classifier has a row for each class. No larger one is made, which might take all memory.
         if num_classes > max((length for value in weights.values() for length in value.shape), default=0):
-            raise UserError(f"{source}: none of its weights has {num_classes:,} outputs. Give those that belong to it")
+            problem = f"does not fit model '{name}' (none of its weights has {num_classes:,} outputs)"
+            raise UserError(f"{source}: {problem}. Give the model it was saved from")
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     try:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,16 +38,8 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor) -> int:
     if not pairs:
         return 0
     for convolution, norm in pairs:
-        assert norm.running_mean is not None and norm.running_var is not None
-        convolution.weight, convolution.bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
+        fused = fuse_conv_bn_eval(convolution, norm)
+        convolution.weight, convolution.bias = fused.weight, fused.bias
         parent, _, name = names[norm][0].rpartition(".")
         setattr(model.get_submodule(parent), name, _rest(norm))
     difference, scale = (model(images) - expected).abs().max(), expected.abs().max()

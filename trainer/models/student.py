@@ -7,7 +7,7 @@ from torch import nn
 
 from pipelines.common.errors import UserError, clipped
 from trainer.config.sections import StudentConfig
-from trainer.models.checks import check_size
+from trainer.models.checks import check_images
 from trainer.models.class_names import check_order_stated, class_order
 from trainer.models.factory import classifier_layers, create_model, starting_weights
 from trainer.models.files.model_folders import ModelFolder
@@ -64,7 +64,7 @@ def _started_from_weights(
         return model, f"{others}: the classifier ({', '.join(classifier_layers(model))}) starts from scratch"
     if names is None or listed is None or listed == names:
         return model, ""
-    check_size(model, config.name, image_size)
+    check_images(model.eval(), config.name, image_size, "Change data.image_size")
     permute_classifier(model, class_order(names, listed, start.namer), start.namer, image_size)
     note = "their classes are in another order, so the classifier is put into the dataset's by name"
     return model, f"{note} ({start.namer})"
@@ -75,12 +75,12 @@ def permute_classifier(model: nn.Module, order: list[int], source: Path | str, i
     """Put a model's outputs into another order, by the rows of its classifier.
 
     Args:
+      model: in evaluation mode.
       order: for each output that the model is to have, which one of the present ones it is.
       source: what names the outputs, for the message.
     Raises:
       UserError: timm does not say which layers the classifier is, or they do not decide the order alone.
     """
-    model.eval()
     which = torch.tensor(order)
     images = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     expected = model(images).index_select(1, which)

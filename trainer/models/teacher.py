@@ -8,7 +8,7 @@ from torch import nn
 
 from pipelines.common.errors import UserError
 from trainer.config.sections import Config, OtherTeacher, TeacherConfig
-from trainer.models.checks import check_logits, check_size
+from trainer.models.checks import check_images
 from trainer.models.class_names import check_order_stated, class_order
 from trainer.models.factory import starting_weights
 from trainer.models.fold_batch_norm import fold_batch_norms
@@ -197,8 +197,7 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         advice = f"Change {key}.image_size, {key}.kwargs or {key}.name"
         for size in seen:
-            check_size(teacher.model, str(each.name), size, advice)
-        check_logits(teacher.model, str(each.name), seen[0], advice)
+            check_images(teacher.model, str(each.name), size, advice)
         fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
         members.append(teacher)
     return Teachers(members, config.distill.temperature) if members else None

@@ -24,11 +24,7 @@ def opening_lines(
     total_steps: int,
     validation: str,
 ) -> list[str]:
-    """What is about to happen, a sentence each.
-
-    Args:
-      validation: digest of the validation images, "" without any.
-    """
+    """What is about to happen, a sentence each; `validation` is the digest of the validation images, or ""."""
     index = plan.index
     teacher = f"from {config.teacher.title}" if config.teacher.title else "without a teacher"
     pipeline = resolve_pipeline(config.data.pipeline, world.device)

@@ -5,18 +5,30 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
+from pipelines.common.errors import UserError, named
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.world import World
 from trainer.models.teacher import num_images_needed, teacher_warning
 from trainer.monitor.clock import InputWait
-from trainer.monitor.nonfinite import nonfinite_error
 from trainer.monitor.quarantine import Quarantine
 from trainer.monitor.run_files import TrainRecord
 from trainer.monitor.telemetry import Telemetry
 from trainer.state.train_state import TrainState
 from trainer.update.step import StepMetrics
+
+_ADVICE = "Lower optim.lr or change run.precision; the run resumes from its newest checkpoint, if there is one"
+_SHOWN = 3  # An error names at most this many samples.
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not finite, at update `step`, which metrics.jsonl calls step + 1."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(f"step {step + 1}: {message}. {_ADVICE}")
+        self.step = step
 
 
 class Monitor:
@@ -60,20 +72,13 @@ class Monitor:
 
     def _restart(self) -> None:
         """Forget the metrics so far."""
-        self._sums = torch.zeros(3, device=self._world.device)  # loss, teacher_top1, agreement
-        self._bad: list[torch.Tensor] = []  # For each step: bool [images of this rank].
-        self._bad_gradients: list[torch.Tensor] = []  # For each step: bool scalar.
+        self._updates: list[StepMetrics] = []
         self._start_s = time.perf_counter()
         self._input_wait.take_s()
 
     def add(self, metrics: StepMetrics) -> None:
         """Add the metrics of the update that the state has counted last, without waiting for the device."""
-        weight = len(metrics.bad) * self._world.size / self._plan.global_batch  # Ranks may differ by a pair of images.
-        self._sums += torch.cat([metrics.loss.view(1), metrics.agreement]) * weight
-        self._bad.append(metrics.bad)
-        self._bad_gradients.append(metrics.bad_gradients)
-        if self._teacher_pairs is not None:
-            self._teacher_pairs.append(metrics.teacher_pairs)
+        self._updates.append(metrics)
         self.telemetry.advance(self._state.step)
 
     def flush(self) -> None:
@@ -83,7 +88,7 @@ class Monitor:
           NonFiniteError: on every rank, if some rank's loss or gradient was not finite.
           UserError: too many samples are damaged.
         """
-        if self._bad:
+        if self._updates:
             self.telemetry.train(self._mean())
             self._check_teacher()
             self._restart()
@@ -91,14 +96,14 @@ class Monitor:
 
     def _mean(self) -> TrainRecord:
         """Means over all images of the updates since the last line, on all ranks."""
-        step, num_steps = self._state.step, len(self._bad)
-        bad = torch.stack([rows.any() for rows in self._bad] + self._bad_gradients).any()
-        sums = self._world.all_reduce_sum(torch.cat([self._sums, bad.float().view(1)])).tolist()
-        loss, teacher_top1, agreement = (total / self._world.size / num_steps for total in sums[:3])
-        if sums[3] or not math.isfinite(loss):
-            raise nonfinite_error(
-                step, self._bad, self._bad_gradients, self._plan, self._world, self._state.micro_batch
-            )
+        step, num_steps = self._state.step, len(self._updates)
+        # The ranks may differ by a pair of images.
+        weight = len(self._updates[0].bad) * self._world.size / self._plan.global_batch
+        values = [torch.stack([each.loss, *each.agreement, each.bad.any().float()]) * weight for each in self._updates]
+        sums = self._world.all_reduce_sum(torch.stack(values).sum(0)) / self._world.size / num_steps
+        loss, teacher_top1, agreement, bad = sums.tolist()
+        if bad or not math.isfinite(loss):
+            raise self._nonfinite_error()
         elapsed_s = time.perf_counter() - self._start_s
         record = TrainRecord(
             step=step,
@@ -113,13 +118,35 @@ class Monitor:
             record["agreement"] = 100 * agreement
         return record
 
+    def _nonfinite_error(self) -> NonFiniteError:
+        """The error about the first bad update of any rank, the last one if none is known. Every rank must call it."""
+        stop, plan, world = self._state.step, self._plan, self._world
+        mine: list[tuple[int, list[str]]] = []  # This rank's first bad update, and the samples with bad logits in it.
+        for step, update in enumerate(self._updates, start=stop - len(self._updates)):
+            if update.bad.any() or not update.loss.isfinite():
+                share = {"rank": world.rank, "ranks": world.size, "micro_batch": self._state.micro_batch}
+                samples = np.concatenate([batch.sample for batch in plan.batches(step, step + 1, **share)])
+                samples = samples[update.bad.cpu().numpy()]
+                mine = [(step, [plan.index.name(int(sample)) for sample in samples])]
+                break
+        found = world.all_gather(mine)
+        first = min((step for step, _ in found), default=stop - 1)
+        names = [name for step, samples in found if step == first for name in samples]
+        if not names:
+            return NonFiniteError("the gradient or the loss is not finite, though all logits are", first)
+        what = f"the logits of the student or a teacher are not finite for {len(names)} of {plan.global_batch} images"
+        return NonFiniteError(f"{what}: {named(names, _SHOWN)}", first)
+
     def _check_teacher(self) -> None:
         """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so."""
-        pairs, num_classes = self._teacher_pairs, self._plan.index.num_classes
-        if pairs is None or len(pairs) * self._plan.global_batch < num_images_needed(num_classes):
+        num_classes = self._plan.index.num_classes
+        if self._teacher_pairs is None:
             return
+        self._teacher_pairs += [update.teacher_pairs for update in self._updates]
+        if len(self._teacher_pairs) * self._plan.global_batch < num_images_needed(num_classes):
+            return
+        of_all_ranks = self._world.all_gather([torch.cat(self._teacher_pairs, 1).cpu().numpy()])
         self._teacher_pairs = None
-        of_all_ranks = self._world.all_gather([torch.cat(pairs, 1).cpu().numpy()])
         if warning := teacher_warning(of_all_ranks, num_classes):
             self.say(warning)
 

@@ -5,14 +5,12 @@ summary.json says how the latest session ended. The functions here return only l
 """
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from pipelines.common.errors import ROOM, UserError, advice_against
 from pipelines.common.files import parsed_json, split_json_lines, write_synced
 from trainer.config.recipe import are_audit_rows
 from trainer.state.train_state import Best
@@ -91,20 +89,6 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def reporting_full_disk() -> Iterator[None]:
-    """Inside, a full disk is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{error.filename or 'run.out'}: cannot be written ({error.strerror}). {advice_against(error, ROOM)}. The "
-            "same command then resumes from the newest checkpoint, if there is one"
-        ) from error
-
-
 def append_synced(path: Path, lines: list[bytes]) -> None:
     """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk."""
     with naming(path), open(path, "a+b") as file:
@@ -153,15 +137,16 @@ def is_quarantine_line(line: object) -> bool:
 def read_summary(path: Path) -> dict:
     """The summary of a session as Summary; {} without one."""
     summary = parsed_json(path.read_bytes()) if path.is_file() else None
-    if not isinstance(summary, dict) or not isinstance(summary.get("deviations"), list):
-        return {}
-    is_summary = (
-        isinstance(summary.get("finished"), bool)
+    if (
+        isinstance(summary, dict)
+        and isinstance(summary.get("finished"), bool)
         and isinstance(summary.get("session"), dict)
         and all(_is_count(summary.get(name)) for name in ("step", "total_steps"))
+        and isinstance(summary.get("deviations"), list)
         and are_audit_rows(summary["deviations"])
-    )
-    return summary if is_summary else {}
+    ):
+        return summary
+    return {}
 
 
 def write_summary(path: Path, summary: Summary) -> None:

@@ -14,7 +14,6 @@ from pipelines.common.files import write_synced
 from trainer.update.mixing import mix_pixels
 
 SAMPLES = "samples.png"
-_COLUMNS, _ROWS = 8, 2
 _SIDE_PX = 96  # Smaller images are enlarged to about this.
 
 
@@ -33,10 +32,10 @@ def strip_png(pixels: torch.Tensor) -> bytes:
     Args:
       pixels: uint8 [B, S, S, 3].
     """
-    images = pixels[: _COLUMNS * _ROWS].cpu().permute(0, 3, 1, 2)
+    images = pixels[:16].cpu().permute(0, 3, 1, 2)
     factor = max(1, _SIDE_PX // images.shape[2])
     images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(images, nrow=_COLUMNS, padding=4, pad_value=255)
+    grid = make_grid(images, nrow=8, padding=4, pad_value=255)
     file = io.BytesIO()
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()

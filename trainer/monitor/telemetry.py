@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress, TextColumn
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import split_json_lines, write_synced
@@ -53,7 +53,6 @@ class Telemetry:
 
     Args:
       folder: of the run.
-      world: the ranks.
       step: the run resumes after this step. Later lines of metrics.jsonl are dropped, because they will be written
         again.
       total_steps, steps_per_epoch: of the whole run.
@@ -83,40 +82,39 @@ class Telemetry:
         self._latest = ""  # The latest numbers, for the progress line.
         screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
         self._console = Console(file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True)
-        bar = [BarColumn(bar_width=12)] if self._console.width >= 100 else []
         # The time left follows from the pace of this session, evaluations and all, without its first log line.
-        self._progress = Progress(
-            *bar, TextColumn("{task.description}"), console=self._console, speed_estimate_period=math.inf
-        )
+        column = TextColumn("{task.description}")
+        self._progress = Progress(column, console=self._console, speed_estimate_period=math.inf)
         self._task = self._progress.add_task("", total=total_steps, completed=step)
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
         """A session: inside the block records are written and, on a terminal, the progress line is shown."""
-        if not self._world.is_main:
-            yield
-            return
         with contextlib.ExitStack() as closing:
-            for sink in self._sinks:
-                closing.callback(sink.close)
-            self._open_log(self._step)
-            closing.callback(self._close_log)
-            self._write(
-                {
-                    "kind": "session",
-                    "step": self._step,
-                    "total_steps": self._total_steps,
-                    "steps_per_epoch": self._steps_per_epoch,
-                    "ranks": self._world.size,
-                    "host": socket.gethostname(),
-                    "device": self._world.device_name,
-                    "validation": self._validation,
-                }
-            )
-            if self._console.is_terminal:
-                closing.enter_context(self._progress)
-            self._show()
+            if self._world.is_main:
+                self._begin(closing)
             yield
+
+    def _begin(self, closing: contextlib.ExitStack) -> None:
+        for sink in self._sinks:
+            closing.callback(sink.close)
+        self._open_log(self._step)
+        closing.callback(self._close_log)
+        self._write(
+            {
+                "kind": "session",
+                "step": self._step,
+                "total_steps": self._total_steps,
+                "steps_per_epoch": self._steps_per_epoch,
+                "ranks": self._world.size,
+                "host": socket.gethostname(),
+                "device": self._world.device_name,
+                "validation": self._validation,
+            }
+        )
+        if self._console.is_terminal:
+            closing.enter_context(self._progress)
+        self._show()
 
     def _open_log(self, step: int) -> None:
         """Open the log at its end, without the lines of steps later than `step`, after which the run resumes.

@@ -24,7 +24,7 @@ from trainer.models.checkpoint_format import (
     digest_of,
 )
 from trainer.models.files.torch_files import load_plain
-from trainer.state.checkpoint_settings import changes, check_same_plan, newer_software, software
+from trainer.state.checkpoint_settings import changes, check_same_plan, software
 from trainer.state.train_state import TrainState
 
 BEST = "best.pt"
@@ -112,13 +112,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*.pt") if _OWN_NAME.fullmatch(path.name)), key=step_of)
 
 
-def prune(folder: Path, keep: int, every: int) -> None:
-    """Delete all but the `keep` newest checkpoints and those of steps that `every` divides; 0 divides none."""
-    for old in checkpoints(folder)[:-keep]:
-        if not every or step_of(old) % every:
-            old.unlink()
-
-
 def newest_complete(folder: Path) -> tuple[Path | None, dict, list[str]]:
     """The newest checkpoint that is intact.
 
@@ -201,7 +194,13 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     state.best = content.get("best", {})
     state.rank_statistics = content.get("rank_statistics", [])
     state.micro_batch = content.get("micro_batch", state.micro_batch)
-    return changes(content["config"], state.config) + newer_software(content.get("software") or {})
+    versions = content.get("software") or {}
+    newer = [
+        f"{name} was {versions[name]}, now it is {present}: pixels or gradients may differ in their last bits"
+        for name, present in software().items()
+        if versions.get(name, present) != present
+    ]
+    return changes(content["config"], state.config) + newer
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

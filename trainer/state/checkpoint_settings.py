@@ -46,15 +46,6 @@ def software() -> dict[str, str]:
     return {"pipelines": str(PIXELS_VERSION), **package_versions()}
 
 
-def newer_software(saved: dict[str, str]) -> list[str]:
-    """Which versions differ from those that a checkpoint was written with, a sentence each."""
-    return [
-        f"{name} was {saved[name]}, now it is {present}: pixels or gradients may differ in their last bits"
-        for name, present in software().items()
-        if saved.get(name, present) != present
-    ]
-
-
 def check_same_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:
@@ -62,6 +53,6 @@ def check_same_plan(path: Path, saved: dict, current: dict) -> None:
             settings = [key for key, nature in setting_natures().items() if nature.plan_field == name]
             what = f"{name} (from {' and '.join(settings)})" if len(settings) > 1 else (settings or [name])[0]
             raise UserError(
-                f"{path}: belongs to another plan: {what} was {saved.get(name)}, now it is "
+                f"{path}: belongs to another run: {what} was {saved.get(name)}, now it is "
                 f"{current.get(name)}. Use the same settings and data, or start a new run with another --run.out"
             )

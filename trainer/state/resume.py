@@ -1,7 +1,6 @@
 """Resuming: a run continues from the newest complete checkpoint in its folder, at its start and after a rollback."""
 
 import contextlib
-import re
 import socket
 from pathlib import Path
 
@@ -21,9 +20,6 @@ from trainer.state.checkpoint import (
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
 
-# The names that pipelines.common.files.replacing gives to files while they are written.
-_OWN_PARTIAL = re.compile(r"(step-\d{8,}|best)\.pt\.[0-9a-f]{8}\.partial")
-
 
 def resume(config: RunConfig, state: TrainState, total_steps: int, world: World) -> list[str]:
     """Set the state to the newest complete checkpoint in the run folder, if there is one.
@@ -31,14 +27,20 @@ def resume(config: RunConfig, state: TrainState, total_steps: int, world: World)
     Returns:
       notes for the user: which checkpoints are damaged, and which settings have changed since.
     Raises:
-      UserError: another rank has a later one in its folder, or as trainer.state.checkpoint.load.
+      UserError: another rank has a later one in its folder; more steps are lost than those up to the first checkpoint;
+        or as trainer.state.checkpoint.load.
     """
     folder = checkpoints_folder(config.out)
     check_shared_folder(folder, world)
     path, content, damaged = newest_complete(folder) if world.is_main else (None, {}, [])
     path, damaged = world.broadcast_object((path, damaged))
     if path is None:
-        return start_over(config, damaged)
+        found = checkpoints(folder)
+        if found and step_of(found[-1]) > config.checkpoint_every:
+            raise UserError(
+                f"{damaged[0]}; no other checkpoint is intact. Restore one, or start a new run with another --run.out"
+            )
+        return [f"{line}; it was the first: the run starts from scratch" for line in damaged]
     notes = [f"{line}; resuming from an earlier one, {path.name}" for line in damaged]
     changes = load(path, content or read_state(path), state)
     notes += [f"changed since the checkpoint: {change}" for change in changes]
@@ -55,29 +57,14 @@ def check_shared_folder(folder: Path, world: World) -> None:
 
     Most likely its folder is another one, on a machine that had rank 0 before a restart.
     """
-    mine = max((step_of(path) for path in checkpoints(folder)), default=0)
+    mine = max(map(step_of, checkpoints(folder)), default=0)
     steps = world.all_gather([(mine, f"rank {world.rank} on {socket.gethostname()}")])
-    latest, where = max(steps)
-    step_of_main, main = steps[0]
+    (latest, where), (step_of_main, main) = max(steps), steps[0]
     if latest > step_of_main:
         raise UserError(
             f"{path_of(folder, latest)}: {where} has it, {main} has not. run.out must be a folder "
             "that all machines share. If it is, start again: its listing was late, or another run is writing there"
         )
-
-
-def start_over(config: RunConfig, damaged: list[str]) -> list[str]:
-    """Notes about a run without a complete checkpoint: none if it has no checkpoint, one if the first was damaged.
-
-    Raises:
-      UserError: more steps are lost than those up to the first checkpoint.
-    """
-    found = checkpoints(checkpoints_folder(config.out))
-    if found and step_of(found[-1]) > config.checkpoint_every:
-        raise UserError(
-            f"{damaged[0]}; no other checkpoint is intact. Restore one, or start a new run with another --run.out"
-        )
-    return [f"{line}; it was the first: the run starts from scratch" for line in damaged]
 
 
 def prepare(folder: Path, step: int) -> None:
@@ -90,9 +77,8 @@ def prepare(folder: Path, step: int) -> None:
       UserError: another run has written a complete file of a later step since this one was set to `step`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.partial"):
-        if _OWN_PARTIAL.fullmatch(stale.name):
-            stale.unlink()
+    for stale in (*folder.glob("step-*.pt.*.partial"), *folder.glob("best.pt.*.partial")):
+        stale.unlink()
     for later in checkpoints(folder):
         if step_of(later) > step:
             with contextlib.suppress(DamagedError):

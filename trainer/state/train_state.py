@@ -58,8 +58,9 @@ class TrainState:
           the student's, then the EMA's if there is one. A checkpoint must hold every rank's, for the student's own
           state is that of one rank.
         """
-        if not self.ranks_differ:
-            return []
+        return self._running_statistics() if self.ranks_differ else []
+
+    def _running_statistics(self) -> list[torch.Tensor]:
         return running_statistics(self.student) + (running_statistics(self.ema.module) if self.ema else [])
 
     @torch.no_grad()
@@ -72,8 +73,7 @@ class TrainState:
           statistics: the student's and the EMA's, or the student's alone. An EMA that has been switched on since begins
             with the student's; one that has been switched off is ignored.
         """
-        own = running_statistics(self.student) + (running_statistics(self.ema.module) if self.ema else [])
-        for values, saved in zip(own, statistics * 2, strict=False):
+        for values, saved in zip(self._running_statistics(), statistics * 2, strict=False):
             values.copy_(saved)
 
     def restore_rank_statistics(self, rank: int, num_ranks: int) -> None:

@@ -9,16 +9,7 @@ from pipelines.common.errors import ROOM, UserError, advice_against
 from trainer.cluster.world import World
 from trainer.config.sections import RunConfig
 from trainer.models.checkpoint_format import first_not_finite
-from trainer.state.checkpoint import (
-    BEST,
-    best_content_of,
-    checkpoints_folder,
-    content_of,
-    path_of,
-    prune,
-    to_host,
-    write,
-)
+from trainer.state import checkpoint
 from trainer.state.train_state import TrainState
 
 DISK_PATIENCE_S = 3600  # The watchdog waits this long: a slow disk is no hang.
@@ -57,7 +48,7 @@ class Writer:
         try:
             if name := first_not_finite(content):
                 raise UserError(f"{name} is not finite. Lower optim.lr or change run.precision")
-            write(path, content)
+            checkpoint.write(path, content)
             then()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError.
             reason, helps = " ".join(str(error).split())[:200], advice_against(error, ROOM)
@@ -83,22 +74,22 @@ class CheckpointStore:
     @property
     def folder(self) -> Path:
         """Where the files are."""
-        return checkpoints_folder(self.config.out)
+        return checkpoint.checkpoints_folder(self.config.out)
 
     def save(self, state: TrainState) -> None:
         """Copy the state to the host; it is written while the training continues."""
         self.world.heartbeat(f"checkpoint of step {state.step}", DISK_PATIENCE_S)
         if state.ranks_differ:
-            state.rank_statistics = self.world.all_gather([to_host(state.local_statistics())])
+            state.rank_statistics = self.world.all_gather([checkpoint.to_host(state.local_statistics())])
         else:
             state.rank_statistics = []
         if self.world.is_main:
-            self.writer.submit(path_of(self.folder, state.step), content_of(state), self._prune)
+            self.writer.submit(checkpoint.path_of(self.folder, state.step), checkpoint.content_of(state), self._prune)
 
     def save_best(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Copy the weights that `state.best` names to the host; they are written while the training continues."""
         if self.world.is_main:
-            self.writer.submit(self.folder / BEST, best_content_of(state, metrics))
+            self.writer.submit(self.folder / checkpoint.BEST, checkpoint.best_content_of(state, metrics))
 
     def finish(self) -> None:
         """Wait for the last file, and raise a UserError on all ranks if one could not be written."""
@@ -112,4 +103,8 @@ class CheckpointStore:
             raise UserError(failure)
 
     def _prune(self) -> None:
-        prune(self.folder, self.config.keep_checkpoints, self.config.keep_every * self.config.checkpoint_every)
+        """Delete all but the newest checkpoints and every n-th of all."""
+        every = self.config.keep_every * self.config.checkpoint_every
+        for old in checkpoint.checkpoints(self.folder)[: -self.config.keep_checkpoints]:
+            if not every or checkpoint.step_of(old) % every:
+                old.unlink()

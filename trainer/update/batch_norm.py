@@ -13,19 +13,14 @@ from trainer.models.batch_norm import batch_counters, running_statistics
 class StatisticsAverage:
     """Makes the running statistics after an update those of all its micro-batches, on whatever rank they ran.
 
-    Each micro-batch starts from the statistics before the update, and the results are averaged on each rank, weighted
-    by their images. Then the mode decides what the ranks do:
-      reduce: they take the mean over the ranks, weighted by their images. So all ranks always hold the same statistics.
-      broadcast: they take those of rank 0's images, as DDP's own broadcast has it.
-      none: each rank keeps its own.
-      sync: nothing, because the layers themselves saw the images of all ranks.
+    Each micro-batch starts from the statistics before the update, and the results are averaged over the micro-batches
+    of a rank, then over the ranks, weighted by their images. So all ranks always hold the same statistics.
 
     Args:
       model: the unwrapped model.
       sizes: images of each micro-batch of an update, on this rank.
       rank_weight: this rank's images, as a multiple of the mean over the ranks.
-      mode: reduce, broadcast, none or sync.
-      world: the ranks.
+      mode: run.batch_norm; only with reduce, the default, the ranks take the mean over all of them.
     """
 
     def __init__(self, model: nn.Module, sizes: Sequence[int], rank_weight: float, mode: str, world: World):
@@ -45,7 +40,7 @@ class StatisticsAverage:
             return
         self._before = torch.cat(self._statistics)
         self._total = torch.zeros_like(self._before)
-        self._next_weights = iter(self._weights)
+        self._next_weight = iter(self._weights)
         yield
         with torch.no_grad():
             # An update counts as one batch, however it was split.
@@ -61,7 +56,7 @@ class StatisticsAverage:
     def end_micro_batch(self) -> None:
         """Collect the statistics after a forward and backward pass, and restore those before the update."""
         if self._statistics:
-            self._total += torch.cat(self._statistics) * next(self._next_weights)
+            self._total += torch.cat(self._statistics) * next(self._next_weight)
             self._set(self._before)
 
     def _set(self, values: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from pipelines.common.errors import UserError
-from pipelines.ops import torch_ops
 from trainer.cluster.world import World
 
 COMPILE_PATIENCE_S = 3600  # The watchdog waits this long: compiling a large model is no hang.
@@ -39,36 +38,24 @@ def choose_compiler(setting: bool | Literal["auto"], student: nn.Module, world: 
     if setting is False or (setting == "auto" and world.device.type != "cuda"):
         return uncompiled, ""
     if setting == "auto" and any(isinstance(module, nn.SyncBatchNorm) for module in student.modules()):
-        return uncompiled, (
-            "run.compile auto: not compiled, because each SyncBatchNorm of run.batch_norm sync makes the host wait for "
-            "the GPU, and would cut the model into pieces that are compiled one by one"
-        )
-    reason = next(iter(world.all_gather([why for why in [why_not(world.device)] if why])), "")
+        reason = "because each SyncBatchNorm of run.batch_norm sync makes the host wait for the GPU"
+    else:
+        error = next(filter(None, world.all_gather([why_not(world.device)])), "")
+        reason = f"torch.compile does not work here ({error})" if error else ""
     if not reason:
         torch._dynamo.config.cache_size_limit = _MOST_SHAPES
         return compiled, ""
     if setting == "auto":
-        return uncompiled, f"run.compile auto: not compiled, torch.compile does not work here ({reason})"
+        return uncompiled, f"run.compile auto: not compiled, {reason}"
     raise UserError(
-        f"run.compile is true, and torch.compile does not work here ({reason}). Triton, its driver and a "
-        "C compiler are needed; or use --run.compile false"
+        f"run.compile is true, and {reason}. Triton, its driver and a C compiler are needed; or use --run.compile false"
     )
-
-
-def kernel_error(world: World) -> str:
-    """Why some rank runs its GPU without our Triton kernels; "" if all have them. Every rank must call it."""
-    mine = torch_ops.kernel_error() if world.device.type == "cuda" else ""
-    return next(filter(None, world.all_gather([mine])), "")
 
 
 def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, "" if it can: the tools behind torch.compile are tried."""
     try:
-        torch.compile(_squared)(torch.ones(2, 16, 16, device=device))
+        torch.compile(lambda matrices: (2 * matrices).bmm(matrices))(torch.ones(2, 16, 16, device=device))
     except Exception as error:  # A missing compiler or driver leads to errors of many types.
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
-
-
-def _squared(matrices: torch.Tensor) -> torch.Tensor:
-    return (2 * matrices).bmm(matrices)

@@ -31,13 +31,12 @@ def model_inputs(normalize: Normalize, teachers: Teachers | None, batch: Batch) 
     """
     if teachers is None:
         return ModelInputs(mixed_inputs(batch, [normalize])[0], [])
-    resized = [member.image_size not in (0, batch.images.shape[1]) for member in teachers.members]
-    members = list(zip(teachers.members, resized, strict=True))
-    wanted = [teachers.raw if is_resized else member.normalize for member, is_resized in members]
+    members = [(teacher, teacher.image_size in (0, batch.images.shape[1])) for teacher in teachers.members]
+    wanted = [teacher.normalize if has_size else teachers.raw for teacher, has_size in members]
     student, *seen = mixed_inputs(batch, [normalize, *wanted])
     # Raw pixels are integers up to 255, which every type holds exactly.
     own = [
-        member.inputs(images.permute(0, 2, 3, 1)) if is_resized else images
-        for (member, is_resized), images in zip(members, seen, strict=True)
+        images if has_size else teacher.inputs(images.permute(0, 2, 3, 1))
+        for (teacher, has_size), images in zip(members, seen, strict=True)
     ]
     return ModelInputs(student, own)

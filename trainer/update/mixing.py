@@ -8,8 +8,6 @@ from pipelines.ops.mixing import partners
 from pipelines.ops.torch_ops import kernel_error
 from trainer.models.normalize import Normalize
 
-__all__ = ["mix_pixels", "mixed_inputs", "partners"]
-
 
 def mix_pixels(batch: Batch) -> torch.Tensor:
     """The mixed images: uint8 [B, S, S, 3] on the batch's device.
@@ -40,13 +38,5 @@ def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None =
 
     assert batch.images.is_contiguous() and len({model.dtype for model in models}) == 1
     outs = [torch.empty_like(batch.images, dtype=model.dtype) for model in models]
-    launch(
-        batch.images,
-        outs,
-        lam=batch.lam,
-        box=batch.box,
-        mix_group=batch.mix_group,
-        scale=torch.stack([model.scale for model in models]),
-        shift=torch.stack([model.shift for model in models]),
-    )
+    launch(batch, outs, torch.stack([model.scale for model in models]), torch.stack([model.shift for model in models]))
     return [out.permute(0, 3, 1, 2) for out in outs]

@@ -11,40 +11,32 @@ import torch
 import triton
 import triton.language as tl
 
+from pipelines.batch import Batch
+
 _VALUES_PER_PROGRAM = 1024
 _ROUND = tl.constexpr(12582912.0)  # 1.5 x 2**23: the sum with a float32 in [0, 2**22) has no bits behind the point left
 
 
-def launch(
-    images: torch.Tensor,
-    outs: Sequence[torch.Tensor],
-    *,
-    lam: torch.Tensor,
-    box: torch.Tensor,
-    mix_group: int,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-) -> None:
+def launch(batch: Batch, outs: Sequence[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor) -> None:
     """Writes outs[k] = shift[k] + scale[k] x mixed images, for each of K models; nothing waits for the device.
 
     Args:
-      images: uint8 [B, S, S, 3], contiguous.
+      batch: its tensors are contiguous.
       outs: floating [B, S, S, 3], contiguous, K of one type, each in memory of its own.
-      lam, box, mix_group: of the Batch; contiguous.
       scale, shift: float32 [K, 3], contiguous.
     """
-    size = images.shape[1]
+    size = batch.images.shape[1]
     blocks = triton.cdiv(size * size * 3, _VALUES_PER_PROGRAM)
-    with torch.cuda.device_of(images):
-        _mix_normalize[(len(images) * blocks,)](
-            images,
+    with torch.cuda.device_of(batch.images):
+        _mix_normalize[(len(batch.images) * blocks,)](
+            batch.images,
             tuple(outs),
-            lam,
-            box,
+            batch.lam,
+            batch.box,
             scale,
             shift,
             size,
-            max(mix_group, 1),  # alone in its group, an image is its own partner
+            max(batch.mix_group, 1),  # alone in its group, an image is its own partner
             blocks,
             _VALUES_PER_PROGRAM,
             enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (Triton takes it as an option of the launch.)
@@ -52,18 +44,7 @@ def launch(
 
 
 @triton.jit
-def _mix_normalize(
-    images,
-    outs,
-    lam,
-    box,
-    scale,
-    shift,
-    size,
-    mix_group,
-    blocks,
-    block: tl.constexpr,
-):
+def _mix_normalize(images, outs, lam, box, scale, shift, size, mix_group, blocks, block: tl.constexpr):
     """Program i: values [(i % blocks) block, ... + block) of image i // blocks."""
     image = tl.program_id(0) // blocks
     value = (tl.program_id(0) % blocks) * block + tl.arange(0, block)

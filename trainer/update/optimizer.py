@@ -17,8 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     trainer/models/checkpoint_format.py lists the tensors that it keeps for each parameter. Checkpoints are checked
     against that list, and the warm-up of an update allocates as many.
     """
-    no_weight_decay = getattr(model, "no_weight_decay", None)
-    excluded = no_weight_decay() if no_weight_decay is not None else ()
+    excluded = getattr(model, "no_weight_decay", tuple)()
     groups = param_groups_weight_decay(model, weight_decay=config.weight_decay, no_weight_decay_list=excluded)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
@@ -38,15 +37,9 @@ def gradient_clipping(model: nn.Module, config: OptimConfig) -> Callable[[], obj
         parameters = list(model.parameters())
         return functools.partial(nn.utils.clip_grad_norm_, parameters, config.clip_norm, foreach=True)
     if config.clip_agc:
-        left_out = {id(parameter) for parameter in _classifier_parameters(model)}
+        layers = getattr(model, "get_classifier", tuple)()  # Some models have several, and some name none.
+        layers = layers if isinstance(layers, (tuple, list)) else [layers]
+        left_out = {id(parameter) for layer in layers for parameter in layer.parameters()}
         parameters = [parameter for parameter in model.parameters() if id(parameter) not in left_out]
         return functools.partial(adaptive_clip_grad, parameters, config.clip_agc)
     return None
-
-
-def _classifier_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the classifier; of all classifiers where a model has several, of none where it names none."""
-    get_classifier = getattr(model, "get_classifier", None)
-    layers = get_classifier() if get_classifier is not None else ()
-    layers = layers if isinstance(layers, (tuple, list)) else [layers]
-    return [parameter for layer in layers for parameter in layer.parameters()]

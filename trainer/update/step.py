@@ -1,7 +1,6 @@
 """One update: mix, both forward passes, loss, backward, clipping, AdamW, EMA. No I/O, no clock, no host sync."""
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -29,38 +28,22 @@ from trainer.update.precision import resolve_precision
 from trainer.update.schedule import ema_decay
 
 
-class Output(NamedTuple):
-    """What the loss function makes of the logits of one micro-batch of B images.
+class StepMetrics(NamedTuple):
+    """What is known of B images after a forward pass or an update, on the device: nobody has waited for it yet.
 
     Attributes:
-      loss: float32 scalar, mean over the images.
-      bad: bool [B], True where a model's logits are not finite.
+      loss: float32 scalar, mean over the images; nan after an update whose gradient is not finite, unless a GradScaler
+        handles that.
       agreement: float32 [2], fractions of the images where the teacher's best class is the label, and where it is the
         student's best class (trainer/models/teacher.py); zeros without a teacher.
+      bad: bool [B] in the order of the batches' rows, True where a model's logits are not finite.
       teacher_pairs: int32 [2, B], for each image the label and the teacher's best class; [2, 0] without a teacher.
     """
 
     loss: torch.Tensor
-    bad: torch.Tensor
-    agreement: torch.Tensor
-    teacher_pairs: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class StepMetrics:
-    """What an update reports, on the device: nobody has waited for it yet. N is this rank's images of the update.
-
-    Attributes:
-      loss, agreement: Output.loss and Output.agreement, means over these images.
-      bad, teacher_pairs: Output.bad and Output.teacher_pairs of all micro-batches, [N] and [2, N].
-      bad_gradients: bool scalar, whether the gradient is not finite; False where a GradScaler handles that.
-    """
-
-    loss: torch.Tensor
     agreement: torch.Tensor
     bad: torch.Tensor
     teacher_pairs: torch.Tensor
-    bad_gradients: torch.Tensor
 
 
 class TrainStep:
@@ -108,7 +91,7 @@ class TrainStep:
         self._scaler = state.scaler
         self._ema = state.ema
         self._clip = gradient_clipping(state.student, config.optim)
-        # DDP averages over the ranks: a mean over some images counts by their part of a rank's equal slice.
+        # DDP averages over the ranks, as if each had as many images. A micro-batch's loss is weighted by its images.
         self._images_per_rank = config.run.global_batch / world.size
         rank_weight = sum(self._sizes) / self._images_per_rank
         self._statistics = StatisticsAverage(state.student, self._sizes, rank_weight, config.run.batch_norm, world)
@@ -117,18 +100,23 @@ class TrainStep:
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
         """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
-        outputs: list[Output] = []
+        done: list[StepMetrics] = []
         with self._statistics.one_update():
             for micro_batch, size in enumerate(self._sizes):
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
                 seed_dropout(self._config.run.seed, batch.position, self._device)
-                with self._gradient_sync(is_last=micro_batch == self.num_micro_batches - 1):
-                    output = self._forward(batch)
-                    self._scaler.scale(output.loss / (self._images_per_rank / size)).backward()
+                # DDP averages the gradients over the ranks with the last micro-batch only.
+                is_last = micro_batch == self.num_micro_batches - 1
+                waits = isinstance(self._model, DistributedDataParallel) and not is_last
+                with self._model.no_sync() if waits else contextlib.nullcontext():
+                    metrics = self._forward(batch)
+                    self._scaler.scale(metrics.loss / (self._images_per_rank / size)).backward()
                 self._statistics.end_micro_batch()
-                outputs.append(output._replace(loss=output.loss.detach()))
-        bad_gradients = self._bad_gradients()
+                done.append(metrics._replace(loss=metrics.loss.detach()))
+        metrics = merged(done)
+        if not self._scaler.is_enabled():  # A GradScaler skips an update that is not finite, and lowers its scale.
+            metrics = metrics._replace(loss=torch.where(self._is_gradient_finite(), metrics.loss, torch.nan))
         if self._clip is not None:
             self._scaler.unscale_(self._optimizer)
             self._clip()
@@ -136,9 +124,9 @@ class TrainStep:
         self._scaler.update()
         if self._ema is not None:
             self._ema.update(ema_decay(number, self._config.ema))
-        return step_metrics(outputs, bad_gradients)
+        return metrics
 
-    def _forward(self, batch: Batch) -> Output:
+    def _forward(self, batch: Batch) -> StepMetrics:
         """Both forward passes and the loss of a micro-batch."""
         with torch.no_grad():
             student_input, teacher_inputs = self.inputs(batch)
@@ -149,18 +137,10 @@ class TrainStep:
             student_logits = self._model(student_input)
         return self._loss_and_agreement(student_logits, teacher_logits, batch.labels, batch.lam, batch.mix_group)
 
-    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Inside, DDP averages the gradients over the ranks only if this is an update's last micro-batch."""
-        if isinstance(self._model, DistributedDataParallel) and not is_last:
-            return self._model.no_sync()
-        return contextlib.nullcontext()
-
-    def _bad_gradients(self) -> torch.Tensor:
-        """Whether a gradient is not finite: bool scalar on the device."""
-        if self._scaler.is_enabled():  # A GradScaler skips such an update, and tries a smaller scale.
-            return torch.zeros((), dtype=torch.bool, device=self._device)
+    def _is_gradient_finite(self) -> torch.Tensor:
+        """Bool scalar on the device."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
     def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
         """Run forward and backward passes with the memory of an update, leaving no trace. Every rank must call it.
@@ -189,16 +169,15 @@ class TrainStep:
                 buffer.copy_(saved)
 
 
-def step_metrics(outputs: list[Output], bad_gradients: torch.Tensor) -> StepMetrics:
+def merged(micro_batches: list[StepMetrics]) -> StepMetrics:
     """The metrics of an update with these micro-batches."""
-    loss, agreement = torch.zeros_like(outputs[0].loss), torch.zeros_like(outputs[0].agreement)
-    bad = torch.cat([output.bad for output in outputs])
-    for output in outputs:
-        images_per_size = len(bad) / len(output.bad)
-        loss += output.loss / images_per_size
-        agreement += output.agreement / images_per_size
-    teacher_pairs = torch.cat([output.teacher_pairs for output in outputs], 1)
-    return StepMetrics(loss, agreement, bad, teacher_pairs, bad_gradients)
+    loss, agreement = torch.zeros_like(micro_batches[0].loss), torch.zeros_like(micro_batches[0].agreement)
+    bad = torch.cat([metrics.bad for metrics in micro_batches])
+    for metrics in micro_batches:
+        part = len(bad) / len(metrics.bad)
+        loss += metrics.loss / part
+        agreement += metrics.agreement / part
+    return StepMetrics(loss, agreement, bad, torch.cat([metrics.teacher_pairs for metrics in micro_batches], 1))
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
@@ -232,16 +211,16 @@ def loss_and_agreement(
     lam: torch.Tensor,
     mix_group: int,
     config: DistillConfig,
-) -> Output:
+) -> StepMetrics:
     """The loss of logits [B, C], and how the student and the teacher agree."""
     partner_labels = partners(labels, mix_group)
     loss = usi_loss(student, teacher, labels, partner_labels, lam, config)
     bad = ~student.detach().isfinite().all(1)
     if teacher is None:
         no_pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
-        return Output(loss, bad, torch.zeros(2, device=student.device), no_pairs)
+        return StepMetrics(loss, torch.zeros(2, device=student.device), bad, no_pairs)
     fractions, pairs = agreement(student.detach(), teacher, labels, partner_labels, lam)
-    return Output(loss, bad | ~teacher.isfinite().all(1), fractions, pairs)
+    return StepMetrics(loss, fractions, bad | ~teacher.isfinite().all(1), pairs)
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:

@@ -134,14 +134,3 @@ def test_erasing_fills_its_box_at_last_with_the_colour_that_normalises_to_nothin
     # timm erases to 0 after normalisation; the nearest uint8 pixel is half a level off at most.
     normalised = (np.array(plan.fill) / 255 - np.array(IMAGENET_DEFAULT_MEAN)) / np.array(IMAGENET_DEFAULT_STD)
     assert abs(normalised).max() < 0.5 / 255 / min(IMAGENET_DEFAULT_STD)
-
-
-def test_operations_follow_each_other_in_the_order_of_the_plan(photos):
-    plan = train_plan(photos, AugmentConfig(mix_group=5)).rows(0, 200)
-    row = int(np.flatnonzero((plan.ops > 0).all(1) & ~plan.flip)[0])
-    image = decode(ShardReader(photos).read(plan.sample[row : row + 1])[0])
-    bare = dataclasses.replace(plan, ops=plan.ops[:, :0], args=plan.args[:, :0])
-    expected = Image.fromarray(transform(image, bare, row))
-    for op, arg in zip(plan.ops[row], plan.args[row], strict=True):
-        expected = apply_op(expected, Op(op), float(arg), plan.fill)
-    assert np.array_equal(transform(image, plan, row), np.asarray(expected))

@@ -242,31 +242,3 @@ def test_nothing_waits_for_the_gpu(kernel):
         erase(out, np.zeros((len(out), 4), dtype=np.int32), FILL)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    ("images", "ops", "args", "message"),
-    [
-        (torch.ones(2, 4, 5, 3).byte(), (2, 1), (2, 1), r"torch.uint8 \[2, 4, 5, 3\], not uint8 \[B, S, S, 3\]"),
-        (torch.ones(2, 4, 4, 3), (2, 1), (2, 1), "images are torch.float32"),
-        (torch.ones(2, 4, 4, 3).byte(), (3, 1), (3, 1), r"ops are \[3, 1\], .* must be \[2, L\]"),
-        (torch.ones(2, 4, 4, 3).byte(), (2, 2), (2, 1), r"args \[2, 1\]: both must be \[2, L\]"),
-    ],
-)
-def test_wrong_shapes_are_refused(images, ops, args, message):
-    with pytest.raises(ValueError, match=message):
-        apply_ops(images, np.zeros(ops, np.uint8), np.zeros(args, np.float32), FILL)
-
-
-def test_an_unknown_operation_is_refused():
-    with pytest.raises(ValueError, match=r"ops hold 17; the last one is 16 \(GAUSSIAN_BLUR\)"):
-        apply_ops(pictures(8), column(17, 8, np.uint8), column(0, 8, np.float32), FILL)
-
-
-def test_the_kernel_is_refused_on_the_cpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="kernel=True with images on 'cpu': it runs on CUDA"):
-        apply_ops(pictures(8), column(1, 8, np.uint8), column(0, 8, np.float32), FILL, kernel=True)

@@ -102,9 +102,9 @@ def timm_draws(policy: str, images: int) -> list[list[tuple[Op, float]]]:
 def test_randaugment_draws_as_timms_does(magnitude, std):
     random.seed(4)
     np.random.seed(4)
-    timms = timm_draws(f"rand-m{magnitude}-mstd{std}-inc1", 40_000)
+    timms = timm_draws(f"rand-m{magnitude}-mstd{std}-inc1", DRAWS)
     config = AugmentConfig(randaugment_magnitude=magnitude, randaugment_std=std)
-    u = rng.uniforms(4, Stream.RANDAUGMENT, 0, 40_000, draws.randaugment_draws(config))
+    u = rng.uniforms(4, Stream.RANDAUGMENT, 0, DRAWS, draws.randaugment_draws(config))
     ops, args = draws.randaugment(u, config)
     # how many are applied to an image
     counts = [np.bincount(c, minlength=3) for c in ((ops > 0).sum(1), [len(applied) for applied in timms])]

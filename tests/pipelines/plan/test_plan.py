@@ -71,19 +71,11 @@ def test_what_does_not_fill_a_global_batch_is_dropped():
 
 def test_over_three_epochs_worth_of_repeats_no_image_is_preferred():
     plan = make_plan(num_samples=1280, global_batch=128)
-    shown = plan.rows(0, 300 * plan.steps_per_epoch * 128).sample
+    shown = plan.rows(0, 60 * plan.steps_per_epoch * 128).sample
     counts = np.bincount(shown, minlength=1280)
-    # each image is in an epoch with probability 1/3, then three times: mean 300, standard deviation about 42
-    assert abs(counts.mean() - 300) < 1e-9
-    assert counts.min() > 100 and counts.max() < 500
-
-
-def test_copies_of_an_image_fall_into_different_groups():
-    plan = make_plan(num_samples=1280)
-    for step in range(plan.steps_per_epoch):
-        groups = plan.rows(step * 128, (step + 1) * 128).sample.reshape(8, 16)
-        for group in groups:
-            assert len(np.unique(group)) == 16
+    # Each image is in an epoch with probability 1/3, then three times: mean 60, standard deviation about 11.
+    assert counts.mean() == 60
+    assert counts.min() > 10 and counts.max() < 110
 
 
 def test_repeated_augmentation_deals_as_the_authors_sampler():
@@ -148,15 +140,6 @@ def test_seeds_and_epochs_differ():
     shown = [a.rows(0, epoch), a.rows(epoch, 2 * epoch), b.rows(0, epoch), b.rows(epoch, 2 * epoch)]
     assert len({plan.sample.tobytes() for plan in shown}) == 4
     assert len({plan.crop.tobytes() for plan in shown}) == 4
-
-
-def test_crops_lie_inside_their_images():
-    plan = make_plan()
-    batch = plan.rows(0, 7 * 128)
-    rows = plan.index.samples[batch.sample]
-    top, left, height, width = batch.crop.T
-    assert (top >= 0).all() and (left >= 0).all() and (height > 0).all() and (width > 0).all()
-    assert (top + height <= rows["height"]).all() and (left + width <= rows["width"]).all()
 
 
 def test_describe_changes_with_everything_the_plan_depends_on():

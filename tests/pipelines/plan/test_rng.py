@@ -42,7 +42,7 @@ def test_uniforms_are_uniform_and_independent():
 
 @pytest.mark.parametrize("k", [0, -4, 3, 6])
 def test_draws_come_in_fours(k):
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(AssertionError):
         rng.uniforms(0, Stream.CROP, 0, 1, k)
 
 

@@ -204,7 +204,7 @@ def test_a_truncated_shard(copy):
 
 def test_a_missing_shard(copy):
     (copy / "train" / "train-00001.tar").unlink()
-    with pytest.raises(UserError, match="train-00001.tar: cannot be read"):
+    with pytest.raises(UserError, match="train-00001.tar: no bytes, the manifest says"):
         read_index(copy, "train")
 
 

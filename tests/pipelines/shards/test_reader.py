@@ -95,6 +95,6 @@ def test_the_limit_of_open_files_is_named_where_not_even_one_more_can_be_opened(
     )
     command = [sys.executable, "-c", script, digits]
     done = subprocess.run([*command, "64"], capture_output=True, text=True, cwd=REPOSITORY)
-    assert "(Too many open files). Allow more open files: 'ulimit -n 4096'" in done.stderr
+    assert "(Too many open files). Allow more open files, with 'ulimit -n 4096'" in done.stderr
     done = subprocess.run([*command, "4096"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout == "3\n", done.stderr

@@ -13,8 +13,8 @@ from support.models import tiny_hiera
 from tools import export
 from tools.lib.common.attention import fused_or_plain, has_fused_attention
 from tools.lib.common.onnx_file import export_onnx, largest_difference, onnx_runtime
+from tools.lib.export.formats import FORMATS, export_program
 from tools.lib.export.timm_folder import timm_model
-from tools.lib.export.torch_file import export_program
 
 
 class Undecided(nn.Module):
@@ -33,7 +33,7 @@ def test_a_model_that_cannot_be_exported_is_one_line(tmp_path, write):
 
 def test_a_model_whose_fused_attention_is_not_exported_gets_plain_attention_and_output_and_card_say_so(tmp_path):
     trained = tiny_hiera()
-    files = export.export(trained, tmp_path / "out", ["model.onnx", "model.pt2"])
+    files = export.export(trained, tmp_path / "out", [*FORMATS.values()])
     said = "with timm's plain attention, because the fused one cannot be exported; its logits are off by up to "
     assert said in files["model.onnx"] and "attention" not in files["model.pt2"]
     assert (tmp_path / "out" / "README.md").read_text().count(said) == 1
@@ -111,9 +111,9 @@ def test_a_runtime_that_does_not_load_or_run_fused_attention_or_computes_somethi
             raise RuntimeError("no kernel for this graph")
         return lambda images: program.module()(images[:, :2] if fails == "run" else -images)
 
-    monkeypatch.setitem(export.FORMATS, "model.pt2", export.Format("a program", export_program, read))
+    program = dataclasses.replace(FORMATS["model.pt2"], read=read)
     trained = dataclasses.replace(tiny_hiera(), module=model)
-    files = export.computations(trained, tmp_path, ["model.pt2"], fold=False)
+    files = export.computations(trained, tmp_path, [program], fold=False)
     assert "with timm's plain attention" in files["model.pt2"] and has_fused_attention(model)
 
 
@@ -123,5 +123,5 @@ def test_a_model_that_fails_with_both_kinds_of_attention_keeps_its_one_line(mode
     with pytest.raises(
         UserError, match="^the model cannot be exported with torch.export: .*Leave this file out"
     ) as error:
-        export.computations(trained, tmp_path, ["model.pt2"], fold=False)
+        export.computations(trained, tmp_path, [FORMATS["model.pt2"]], fold=False)
     assert "\n" not in str(error.value) and len(str(error.value)) <= 300

@@ -69,7 +69,8 @@ def await_ranks(agent: Agent, ranks: int, out: Path, timeout_s: float = 200) -> 
 def test_a_machine_is_lost_and_comes_back_and_each_sample_counts_once(tmp_path):
     root, out, notes = runs.make_dataset(tmp_path), tmp_path / "run", tmp_path / "notes"
     trainer = [REPOSITORY / "tests" / "support" / "slow_trainer.py", UPDATE_S, notes, *runs.SETTINGS]
-    trainer += ["--run.ready_s", 120, "--schedule.epochs", EPOCHS, "--run.eval_every", EPOCHS, "--data.root", root, "--run.out", out]
+    trainer += ["--run.ready_s", 120, "--schedule.epochs", EPOCHS, "--run.eval_every", EPOCHS]
+    trainer += ["--data.root", root, "--run.out", out]
     port = free_port()
     first = Agent(port, tmp_path / "first.log", trainer)
     second = Agent(port, tmp_path / "second.log", trainer)
@@ -87,6 +88,6 @@ def test_a_machine_is_lost_and_comes_back_and_each_sample_counts_once(tmp_path):
             agent.kill()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["finished"] and steps_of(out) == list(range(1, summary["step"] + 1))
-    noted = [json.loads(line) for line in notes.with_suffix(".positions.jsonl").read_text().splitlines()]
-    assert sorted({position for position, *_ in noted}) == list(range(0, summary["step"] * 64, 16))
-    assert len({(position, digest) for position, _, digest in noted}) == len({position for position, *_ in noted})
+    noted = [json.loads(line) for line in notes.with_suffix(".rows.jsonl").read_text().splitlines()]
+    of_step = {step: {digest for number, digests in noted if number == step for digest in digests} for step, _ in noted}
+    assert sorted(of_step) == list(range(summary["step"])) and {len(rows) for rows in of_step.values()} == {64}

@@ -59,11 +59,11 @@ def test_silent_ranks_are_named_and_an_error_is_passed_on():
 
 def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_heartbeats():
     before = threading.active_count()
-    with Watchdog(ONE, 0) as watchdog:
-        watchdog.heartbeat("step 1")
+    with Watchdog(ONE, 0) as world:
+        world.heartbeat("step 1")
         assert threading.active_count() == before
-    with Watchdog(ONE, 60) as watchdog:
-        watchdog.heartbeat("step 1")
+    with Watchdog(ONE, 60) as world:
+        world.heartbeat("step 1")
         assert threading.active_count() > before
     assert threading.active_count() == before
 

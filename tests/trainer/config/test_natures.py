@@ -1,12 +1,10 @@
 """What a setting is stands at its field: each is changed in turn, and the trainer treats it as the field says."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.common.settings import natures
 from pipelines.plan.plan import TrainPlan
 from pipelines.shards.index import synthetic_index
 from trainer.config.natures import setting_natures, shared_settings
@@ -22,10 +20,10 @@ OF_STUDENT, OF_DATA = {"student.name", "student.kwargs"}, {"plan_version", "data
 
 def with_value(key: str, value: object) -> Config:
     """The default configuration with any value for a setting, also one that it does not take."""
+    config = Config()
     section, name = key.split(".")
-    part = dataclasses.replace(getattr(Config(), section))
-    object.__setattr__(part, name, value)
-    return dataclasses.replace(Config(), **{section: part})
+    object.__setattr__(getattr(config, section), name, value)
+    return config
 
 
 def test_every_setting_has_a_nature():
@@ -44,21 +42,12 @@ def test_a_setting_is_what_its_field_says(key):
     assert bool(nature.plan_field) == (nature.on_resume == "refused")
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(OtherTeacher)])
-def test_a_further_teacher_has_the_nature_of_the_first(name):
-    assert natures(OtherTeacher)[name].per_machine == NATURES[f"teacher.{name}"].per_machine
-    first, second = (dataclasses.replace(OtherTeacher("resnet18"), **{name: value}) for value in VALUES[name])
-    shared = [shared_settings(with_value("teacher.others", [teacher])) for teacher in (first, second)]
-    assert (shared[0] == shared[1]) == NATURES[f"teacher.{name}"].per_machine
-
-
-VALUES = {
-    "name": ("resnet18", "resnet34"),
-    "checkpoint": (None, Path("x.pt")),
-    "kwargs": ({}, {"drop_rate": 0.1}),
-    "image_size": (0, 64),
-    "classes": (None, Path("x.txt")),
-}
+def test_machines_may_have_the_weights_of_a_further_teacher_elsewhere_and_no_other_teacher():
+    here, there, other = (
+        shared_settings(with_value("teacher.others", [OtherTeacher(name, Path(weights))]))
+        for name, weights in (("resnet18", "a.pt"), ("resnet18", "b.pt"), ("resnet34", "a.pt"))
+    )
+    assert here == there != other
 
 
 def test_the_settings_that_are_refused_are_what_a_plan_is_made_of():
@@ -76,5 +65,5 @@ def test_the_settings_that_are_refused_are_what_a_plan_is_made_of():
     ],
 )
 def test_the_error_about_another_plan_names_the_settings(field, settings):
-    with pytest.raises(UserError, match=f"^x.pt: belongs to another plan: {settings} was 7, now it is"):
+    with pytest.raises(UserError, match=f"^x.pt: belongs to another run: {settings} was 7, now it is"):
         check_same_plan(Path("x.pt"), {**PLAN, field: 7}, PLAN)

@@ -10,7 +10,7 @@ from pipelines.common.errors import UserError
 from pipelines.shards.manifest import read_manifest
 from support.teachers import first_teacher, train_here
 from trainer.config.sections import TeacherConfig, parse
-from trainer.feed import dataset_classes
+from trainer.feed import open_splits
 from trainer.models.class_names import class_order, read_classes
 from trainer.models.teacher import (
     build_teacher,
@@ -72,8 +72,8 @@ def test_names_are_read_whatever_ends_their_lines(tmp_path):
 
 
 def test_the_names_of_the_datasets_classes_are_the_manifests(digits):
-    assert dataset_classes(parse(["--data.root", str(digits)]).data) == read_manifest(digits)["classes"]
-    assert dataset_classes(parse(["--data.pipeline", "synthetic"]).data) is None
+    assert open_splits(parse(["--data.root", str(digits)]).data)[1] == read_manifest(digits)["classes"]
+    assert open_splits(parse(["--data.pipeline", "synthetic"]).data)[1] is None
 
 
 SHUFFLED = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]

@@ -167,11 +167,11 @@ def test_teachers_are_listed_in_a_file_and_on_the_command_line_and_read_back(tmp
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ('[{"nmae": "a"}]', "--teacher.others: unknown key 'nmae' in an item; did you mean 'name'. See --help"),
-        ('[{"name": "a", "x": 1}]', "unknown key 'x' in an item; there are name, checkpoint, kwargs, image_size, clas"),
-        ('[{"image_size": 3}]', "--teacher.others: the following arguments are required: name"),
-        ('[{"name": "a", "image_size": "big"}]', "--teacher.others: --image_size: 'big' is not a whole number"),
-        ("resnet50", "a list of items with keys [{name: resnet50}]"),
+        ('[{"nmae": "a"}]', "teacher.others: Option 'nmae' is not accepted"),
+        ('[{"name": "a", "x": 1}]', "teacher.others: Option 'x' is not accepted"),
+        ('[{"image_size": 3}]', "teacher.others[0].name is null: name the model, or leave the teacher out"),
+        ('[{"name": "a", "image_size": "big"}]', "teacher.others: image_size: Expected a int. Got value: big"),
+        ("resnet50", "teacher.others: Expected a list. Got value: resnet50"),
         ('[{"name": "a"}, {"name": "b", "kwargs": {"num_classes": 3}}]', "teacher.others[1].kwargs.num_classes: decid"),
         ('[{"name": "a", "image_size": -1}]', "teacher.others[0].image_size is -1; it must lie in [0, 4096]"),
     ],

@@ -1,7 +1,5 @@
 """A loss or gradient that is not finite is named with its step and samples, and the run can go back."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -25,7 +23,7 @@ def spoil(monkeypatch, number: int, times: int) -> None:
         left[0] -= 1
         with torch.no_grad():
             next(self._student.parameters()).fill_(float("nan"))
-        return dataclasses.replace(metrics, bad=torch.tensor([False, True] + [False] * 62))
+        return metrics._replace(bad=torch.tensor([False, True] + [False] * 62))
 
     monkeypatch.setattr(TrainStep, "__call__", spoiling)
 
@@ -65,17 +63,17 @@ def test_going_back_keeps_the_micro_batch_of_the_session(digits, tmp_path, monke
 
 def test_a_gradient_that_is_not_finite_is_named_and_gone_back_from(digits, undisturbed, tmp_path, monkeypatch, capsys):
     """The loss of that step is finite; a checkpoint and an evaluation follow it at once."""
-    bad_gradients, calls = TrainStep._bad_gradients, []
+    is_gradient_finite, calls = TrainStep._is_gradient_finite, []
 
     def spoiled(self):
         calls.append(None)
         if len(calls) == 10:
             next(self._student.parameters()).grad.fill_(float("inf"))
-        return bad_gradients(self)
+        return is_gradient_finite(self)
 
-    monkeypatch.setattr(TrainStep, "_bad_gradients", spoiled)
+    monkeypatch.setattr(TrainStep, "_is_gradient_finite", spoiled)
     train_here(digits, tmp_path, "--run.checkpoint_every", 5, "--run.on_nonfinite", "rollback")
-    assert "step 10: the gradient is not finite, or" in capsys.readouterr().out
+    assert "step 10: the gradient or the loss is not finite" in capsys.readouterr().out
     assert_same_end(undisturbed, tmp_path)
 
 

@@ -130,8 +130,8 @@ def test_the_curves_are_those_of_the_log_with_marks_where_the_run_was_restarted(
     assert drawn["loss"].x_label == "epoch" and drawn["loss"].marks == [("session", None, 1.4), ("session", None, 2.4)]
     ema, raw = drawn["top1"].curves
     assert list(ema.y) == [line["ema"]["top1"] for line in lines if line["kind"] == "eval"]
-    assert list(raw.y) == [line["raw"]["top1"] for line in lines if line["kind"] == "eval"] and raw.style == "dashed"
-    assert list(drawn["input_wait"].curves[0].y) == [100 * x["input_wait"] for x in lines if x["kind"] == "train"]
+    assert list(raw.y) == [line["raw"]["top1"] for line in lines if line["kind"] == "eval"] and raw.is_dashed
+    assert list(drawn["input_wait"].curves[0].y) == [x["input_wait"] for x in lines if x["kind"] == "train"]
     assert "agreement" not in drawn
 
 
@@ -166,7 +166,7 @@ def test_a_run_killed_before_its_first_line(tmp_path, remaining):
     for name in {"config.yaml", "metrics.jsonl"} - {remaining}:
         (run / name).unlink()
     page = Page(write_report([run], tmp_path / "out"))
-    assert "not finished; no line of training yet" in page.text and not page.pictures
+    assert "state not finished" in page.text and not page.pictures
 
 
 def test_a_log_of_an_earlier_version_has_steps_for_epochs(tmp_path):

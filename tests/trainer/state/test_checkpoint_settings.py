@@ -50,7 +50,7 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(dig
     smooth = build(parse([*arguments, "--distill.label_smoothing", "0.1"]), ONE)
     assert smooth.notes == ["changed since the checkpoint: distill.label_smoothing was 0.0, now it is 0.1"]
     with pytest.raises(
-        UserError, match="belongs to another plan: window_shards .*data.window_shards.* was 0, now it is 16"
+        UserError, match="belongs to another run: window_shards .*data.window_shards.* was 0, now it is 16"
     ):
         train_here(digits, tmp_path, "--data.shuffle", "window")
     assert train_here(digits, tmp_path, "--run.stop_after_steps", 3)["session"]["start_step"] == 2
@@ -69,7 +69,7 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(dig
 def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, distilled, tmp_path, arguments, message):
     run = shutil.copytree(distilled, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another plan: .*" + message):
+    with pytest.raises(UserError, match=r"step-00000020.pt: belongs to another run: .*" + message):
         train_here(digits, run, *DROPOUT, *arguments)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

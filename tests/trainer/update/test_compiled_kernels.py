@@ -45,7 +45,7 @@ def test_a_compiler_that_may_fuse_them_does(kernels):
     """So the machine code of fused ones is known where it is seen."""
     fused = {(each.name, each.capability): each.fused_opcodes for each in kernels if each.fused}
     assert all(fused.values()) and len(fused) == 5
-    assert "DFMA" in fused["_augment_affine", 90]  # it computes in float64
+    assert "DFMA" in fused["augment_affine", 90]  # it computes in float64
 
 
 def test_no_thread_needs_memory_of_its_own(exact):
@@ -60,8 +60,8 @@ def test_the_largest_batches_fit_into_a_grid(exact):
     large = {each.name: each.grid for each in exact if "large" in each.case}
     assert LARGE * 224 * 224 * 3 > 2**31
     assert large == {
-        "_augment": (LARGE * pixels, 1, 1),
-        "_augment_affine": (LARGE * pixels, 1, 1),
+        "augment": (LARGE * pixels, 1, 1),
+        "augment_affine": (LARGE * pixels, 1, 1),
         "_mix_normalize": (LARGE * values, 1, 1),
     }
 
@@ -69,7 +69,7 @@ def test_the_largest_batches_fit_into_a_grid(exact):
 @measured_triton
 def test_registers_leave_room_for_enough_warps(exact):
     """The float64 of affine transforms must not be in the kernel of the other operations: docs/performance.md."""
-    most = {"_nothing": 16, "_augment": 64, "_augment_affine": 136, "_mix_normalize": 80}
+    most = {"_nothing": 16, "augment": 64, "augment_affine": 136, "_mix_normalize": 80}
     assert not [each for each in exact if each.registers > most[each.name]]
 
 

@@ -1,6 +1,7 @@
 """What is compiled, and what depends on that: nothing but the speed."""
 
 import functools
+import importlib.util
 
 import pytest
 import timm
@@ -11,7 +12,6 @@ from torch._dynamo.utils import counters
 from conftest import run_trainer
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
-from pipelines.ops.torch_ops import has_triton
 from support.mixed_batches import assert_kernel_equals_torch, mixed_batch
 from support.processes import interpreted
 from trainer import builder
@@ -25,7 +25,7 @@ from trainer.update.mixing import mixed_inputs
 
 ONE = World(0, 1, 1, torch.device("cpu"))
 MODEL = nn.Linear(1, 1)
-needs_triton = pytest.mark.skipif(not has_triton(), reason="needs Triton")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 # everything but the code generator, which is slow
 traced = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
 

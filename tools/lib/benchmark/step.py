@@ -177,7 +177,7 @@ class Ours:
         run.checkpoints.folder.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):
             monitor = loop.make_monitor(run)
-            with monitor.session():
+            with monitor.telemetry.live():
                 loop.updates(run, monitor)
         run.checkpoints.finish()  # A timed loop ends with one, which must not be written beside the next timed run.
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]

@@ -20,7 +20,8 @@ from trainer.config.sections import Device, ImagesConfig, Precision
 from trainer.evaluation.metrics import Predictions, RealAccuracy, Summary
 from trainer.evaluation.predict import Classifier, EvalPass, num_eval_batches
 from trainer.evaluation.trained import TrainedModel
-from trainer.feed import open_configured_pipeline, tried_decode
+from trainer.feed import choose_decode, open_configured_pipeline
+from trainer.models.normalize import Normalize
 from trainer.update.precision import allow_tf32, resolve_precision
 
 T = TypeVar("T")
@@ -128,15 +129,10 @@ def predict_split(
     Returns:
       The predictions; and a line for each sample that any rank has replaced by gray, with what is wrong with it.
     """
-    precision = resolve_precision(forward.precision, world.device)
-    if world.device.type == "cuda":
-        allow_tf32(forward.tf32)
+    module, normalize, precision = on_device(trained, world.device, forward)
     mine: list[tuple[int, str]] = []
-    decode = tried_decode(images, index, world, {})["decode"]
+    decode = choose_decode(images, index, world)["decode"]
     pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=lambda *bad: mine.append(bad))
-    memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
-    module = in_memory_format(trained.module.to(world.device), memory_format)
-    normalize = trained.normalize(precision).to(world.device)
     eval_pass = EvalPass(normalize, pipeline, trained.transform.plan(index), forward.batch, precision, world)
     total = num_eval_batches(len(index), forward.batch, world)
     found = eval_pass.predict(
@@ -144,6 +140,21 @@ def predict_split(
     )
     everywhere = dict(world.all_gather(mine))
     return found[""], [f"{index.name(sample)}: {error}" for sample, error in sorted(everywhere.items())]
+
+
+def on_device(
+    trained: TrainedModel, device: torch.device, forward: ForwardConfig
+) -> tuple[torch.nn.Module, Normalize, torch.dtype]:
+    """The model and its normalisation on a device, and the precision of the forward pass."""
+    precision = resolve_precision(forward.precision, device)
+    if device.type == "cuda":
+        allow_tf32(forward.tf32)
+    memory_format = torch.channels_last if forward.channels_last else torch.contiguous_format
+    return (
+        in_memory_format(trained.module.to(device), memory_format),
+        trained.normalize(precision).to(device),
+        precision,
+    )
 
 
 def in_memory_format(module: torch.nn.Module, memory_format: torch.memory_format) -> torch.nn.Module:

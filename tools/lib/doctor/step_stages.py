@@ -18,7 +18,7 @@ from tools.lib.doctor.stages import NOTHING, Stage, take, timed_updates
 from trainer.builder import Run, build
 from trainer.config.sections import TeacherConfig
 from trainer.evaluation.predict import num_eval_batches
-from trainer.feed import batches_of, open_indices
+from trainer.feed import batches_of
 from trainer.monitor.clock import InputWait
 
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
@@ -107,9 +107,8 @@ def evaluation_seconds(run: Run, seconds: float) -> float:
 
     Every rank must call it.
     """
-    _, val_index = open_indices(run.config.data)
-    assert val_index is not None  # Otherwise there is nothing to evaluate.
-    batches = num_eval_batches(len(val_index), run.config.run.eval_batch, run.world)
+    assert run.evaluate is not None  # Otherwise there is nothing to evaluate.
+    batches = num_eval_batches(len(run.evaluate.images.plan.index), run.config.run.eval_batch, run.world)
     _, elapsed_s, done = _evaluated(run, 2)  # The first evaluation warms up.
     most = run.world.broadcast_object(max(2, round(seconds / elapsed_s * done)))
     starting_s, elapsed_s, done = _evaluated(run, most)

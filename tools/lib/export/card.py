@@ -1,8 +1,7 @@
 """The card of an exported model: README.md as people and Hugging Face's hub read it."""
 
-import json
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,84 +10,73 @@ from timm.data import ImageNetInfo
 
 from pipelines.common.errors import UserError
 from pipelines.common.machine import package_versions
-from tools.lib.common.evaluation import Report
-from tools.lib.common.onnx_file import OPSET, PACKAGES
+from tools.lib.common.evaluation import Report, read_report
+from tools.lib.export.formats import FORMATS
 from trainer.evaluation.trained import TrainedModel
 from trainer.models.preprocessing import preprocessing
 from trainer.state.checkpoint_settings import check_settings
 
-MODEL_CARD, ONNX, PROGRAM = "README.md", "model.onnx", "model.pt2"
+MODEL_CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _KINDS = {"ema": "EMA of the weights", "raw": "raw weights, not averaged"}
 _COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "ece": "ECE %"}
 
+# A sentence about the images that were evaluated, and the metrics as text by their titles; {} for none.
+Measured = tuple[str, dict[str, str]]
 
-def card(trained: TrainedModel, files: dict[str, str], evaluation: Report | None) -> str:
+
+def card(trained: TrainedModel, files: dict[str, str], measured: Measured) -> str:
     """The card's text, Markdown.
 
     Args:
       files: descriptions of the folder's files by name.
-      evaluation: a report of `read_evaluation`; without it the card has the accuracy of best.pt in the run.
+      measured: as `read_measured` returns it.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    measured, metrics = _accuracy(trained, evaluation)
+    formats = [FORMATS[name] for name in files if name in FORMATS]
+    versions = package_versions() | {each.package: version(each.package) for each in formats if each.package}
     return template.render(
         name=trained.name,
         parameters=f"{sum(p.numel() for p in trained.module.parameters()) / 1e6:.2f}",
         outputs=trained.num_outputs,
         outputs_named=_outputs_named(trained),
-        dataset_id="imagenet-1k" if _is_imagenet(trained) else None,
+        is_imagenet=not trained.classes_guessed and {*(trained.classes or ())} == {*ImageNetInfo().label_names()},
         files=files,
+        formats=formats,
         recipe=_recipe(trained),
         audit=_audit(trained),
         differ=[_code(key) for key in sorted(_differ(trained) - {"run.out", "plan.dataset"})],
         source=_cell(PurePath(trained.source).name),
-        measured=measured,
-        metrics=metrics,
+        measured=measured[0],
+        metrics=measured[1],
         **_pixels(trained),
-        opset=OPSET,
-        onnx_file=ONNX,
-        program_file=PROGRAM,
         trained_with=_listed(trained.origin.get("software") or {}),
-        exported_with=_listed({**package_versions(), **dict(_versions(PACKAGES if ONNX in files else ()))}),
+        exported_with=_listed(versions),
     )
 
 
-def read_evaluation(path: Path, trained: TrainedModel) -> Report:
-    """Read what `python tools/evaluate.py --run.json FILE` wrote about this model.
+def read_measured(trained: TrainedModel, evaluation: Path | None) -> Measured:
+    """What is known about the accuracy.
 
+    Args:
+      evaluation: file that tools/evaluate.py --run.json wrote; without it best.pt's accuracy in the run counts.
     Raises:
       UserError: the file cannot be read, is something else, or is about other weights.
     """
-    again = "Write it with python tools/evaluate.py --run.json FILE"
-    try:
-        report: Report = json.loads(path.read_text(encoding="utf-8"))
-        model, digest = report["model"], report["weights_digest"]
-        _metrics(report), _shown(report)
-    except OSError as error:
-        raise UserError(f"--evaluation {path}: cannot be read ({error.strerror}). {again}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else type(error).__name__
-        raise UserError(f"--evaluation {path}: not an evaluation ({reason}). {again}") from error
-    if digest != trained.digest():
-        kind = f", {report['weights']} weights" if report.get("weights") else ""
-        raise UserError(
-            f"--evaluation {path}: is of other weights ({model} from {report.get('source')}{kind}) than "
-            f"{trained.source}. Evaluate this model"
-        )
-    return report
-
-
-def _accuracy(trained: TrainedModel, evaluation: Report | None) -> tuple[str, dict[str, str]]:
-    """A sentence about the images that were evaluated, and the metrics by name; {} without any."""
     if evaluation is not None:
-        return _shown(evaluation), _metrics(evaluation)
-    metrics = trained.origin.get("metrics")
-    if not metrics:
+        digest, sentence, numbers = read_report(
+            evaluation, lambda report: (report["weights_digest"], _shown(report), _metrics(report))
+        )
+        if digest != trained.digest():
+            raise UserError(
+                f"--evaluation {evaluation}: is of other weights than {trained.source}. Evaluate this model"
+            )
+        return sentence, numbers
+    if not (metrics := trained.origin.get("metrics")):
         return "", {}
-    measured = f"On the {metrics['images']:,} validation images of the run, in training, when it was best:"
-    return measured, _metrics(metrics)
+    sentence = f"On the {metrics['images']:,} validation images of the run, in training, when it was best:"
+    return sentence, _metrics(metrics)
 
 
 def _shown(report: Report) -> str:
@@ -113,18 +101,6 @@ def _metrics(numbers: Mapping[str, Any]) -> dict[str, str]:
     return {title: f"{value:.4f}" if title == "loss" else f"{value:.2f}" for title, value in found.items()}
 
 
-# The first facts about a run, and the settings that each is made of.
-_FACTS = {
-    "student": ("student.name",),
-    "teacher": ("teacher.name", "teacher.others"),
-    "epochs + cool-down": ("schedule.epochs", "schedule.cooldown_epochs"),
-    "image size": ("data.image_size",),
-    "global batch": ("run.global_batch",),
-    "seed": ("run.seed", "run.out"),
-    "dataset's digest": ("plan.dataset",),
-}
-
-
 def _recipe(trained: TrainedModel) -> dict[str, str]:
     """The facts that hold for all runs that the weights come from; {} for weights that are not of a run."""
     if not trained.origin:
@@ -132,25 +108,24 @@ def _recipe(trained: TrainedModel) -> dict[str, str]:
     check_settings(trained.source, trained.origin["config"], ("teacher.name", "teacher.others"))
     config, plan, differ = trained.origin["config"], trained.origin.get("plan", {}), _differ(trained)
     names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others") or ())]
-    facts = {
-        "student": _code(config["student"]["name"]),
-        "teacher": " and ".join(_code(name) for name in names if name) or "none: labels alone",
-        "epochs + cool-down": f"{_cell(config['schedule']['epochs'])} + {_cell(config['schedule']['cooldown_epochs'])}",
-        "image size": _cell(config["data"]["image_size"]),
-        "global batch": _cell(config["run"]["global_batch"]),
-        "seed": _cell(config["run"]["seed"]),
-        "dataset's digest": _code(str(plan.get("dataset", "not known"))[:12]),
-    }
-    same = {name: value for name, value in facts.items() if not differ.intersection(_FACTS[name])}
-    return {**same, "weights": _weights(trained)}
+    teachers = " and ".join(_code(name) for name in names if name) or "none: labels alone"
+    epochs = f"{_cell(config['schedule']['epochs'])} + {_cell(config['schedule']['cooldown_epochs'])}"
+    facts = [  # a title, its text, and the settings that it is made of
+        ("student", _code(config["student"]["name"]), {"student.name"}),
+        ("teacher", teachers, {"teacher.name", "teacher.others"}),
+        ("epochs + cool-down", epochs, {"schedule.epochs", "schedule.cooldown_epochs"}),
+        ("image size", _cell(config["data"]["image_size"]), {"data.image_size"}),
+        ("global batch", _cell(config["run"]["global_batch"]), {"run.global_batch"}),
+        ("seed", _cell(config["run"]["seed"]), {"run.seed", "run.out"}),
+        ("dataset's digest", _code(str(plan.get("dataset", "not known"))[:12]), {"plan.dataset"}),
+    ]
+    return {title: text for title, text, keys in facts if not keys & differ} | {"weights": _weights(trained)}
 
 
 def _differ(trained: TrainedModel) -> set[str]:
     """Settings that the averaged files do not share, run.out for files of several runs; empty where all are shared."""
     average = trained.origin.get("average")
-    if not average:
-        return set()
-    return set(average.get("differ", ("run.out",)))  # earlier files do not say it
+    return set(average.get("differ", ("run.out",))) if average else set()  # earlier files do not say it
 
 
 def _weights(trained: TrainedModel) -> str:
@@ -159,16 +134,11 @@ def _weights(trained: TrainedModel) -> str:
     if not average:
         return f"{kind}, after step {trained.origin['step']:,}"
     rows = [row for row in average["of"] if row.get("kept", True)]
-    how = {
-        "uniform": f"mean of the weights of {len(rows)} checkpoints",
-        "ema": f"EMA with decay {_cell(average.get('decay'))} over {len(rows)} checkpoints",
-        "greedy": f"greedy soup of {len(rows)} of {len(average['of'])} checkpoints",
-    }.get(average["how"], f"average of {len(rows)} checkpoints")
-    each = f", of each the {kind}" if average["how"] != "ema" and trained.weights in _KINDS else ""
+    decay = f" with decay {_cell(average['decay'])}" if "decay" in average else ""
+    how = f"{kind}; {_cell(average['how'])} average{decay} of {len(rows)} checkpoints"
     if "run.out" in _differ(trained):
-        return f"{how}{' of several runs' if 'differ' in average else ''}{each}"
-    steps = sorted({row["step"] for row in rows})
-    return f"{how}{each}, of step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
+        return f"{how} of several runs"
+    return f"{how}: steps {', '.join(f'{step:,}' for step in sorted({row['step'] for row in rows}))}"
 
 
 def _audit(trained: TrainedModel) -> list[dict[str, str]]:
@@ -203,12 +173,6 @@ def _outputs_named(trained: TrainedModel) -> str:
     return "`label_names` in `config.json` names them in their order."
 
 
-def _is_imagenet(trained: TrainedModel) -> bool:
-    if trained.classes is None or trained.classes_guessed:
-        return False
-    return set(trained.classes) == set(ImageNetInfo().label_names())
-
-
 # Characters that Markdown, or the HTML in it, would take for more than text.
 _MARKS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]\\"})
 
@@ -230,14 +194,6 @@ def _without_folders(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_without_folders(each) for each in value]
     return PurePath(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
-
-
-def _versions(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:  # installed under another name, as onnxruntime-gpu
-            continue
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -36,12 +36,11 @@ class Row:
       ours: which of our ways.
       against: which other one.
       images: how many were compared; 0 where the comparison could not be made.
-      max: largest difference of a value.
+      max: largest difference of a value, in levels of 255 unless the note names another unit.
       mean: mean difference over the values of the photograph where it is largest.
       off_by_more: the fraction of the values that are off by more than 1.
       tolerance: what is allowed.
       ok: whether it was kept.
-      unit: of max and mean.
       note: why nothing was compared, or what else there is to say.
     """
 
@@ -54,7 +53,6 @@ class Row:
     off_by_more: float
     tolerance: str
     ok: bool
-    unit: str = "levels of 255"
     note: str = ""
 
 

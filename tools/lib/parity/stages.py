@@ -18,16 +18,14 @@ from torchvision.transforms import functional
 from pipelines import PipelineConfig, open_pipeline, resolve_decode
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
-from pipelines.ops.pil_ops import apply_op, decode, resized_crop
+from pipelines.ops.pil_ops import apply_op, decode
 from pipelines.ops.torch_ops import apply_ops
-from pipelines.plan import draws, rng
 from pipelines.plan.draws import AugmentConfig
 from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
-from pipelines.plan.rng import Stream
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.reader import ShardReader
 from tools.lib.common.hardware import first_device
-from tools.lib.common.photos import photographs, write_photographs
+from tools.lib.common.photos import write_photographs
 from tools.lib.parity import timm_reference
 from tools.lib.parity.rows import EXACT, Row, Tolerance, compare, not_compared
 from tools.lib.shards.build import BuildOptions, build
@@ -46,18 +44,8 @@ TINY = "tiny"  # This photograph has 9 x 7 pixels.
 # pixels are enlarged.
 RESIZE, RESIZE_TINY = Tolerance(max=16, mean=0.25), Tolerance(max=16, mean=1.0)
 RESIZE_TORCH = Tolerance(max=2, mean=0.02)  # The filter's weights have 16 bits in torch and 22 in PIL.
-# Where the sides stand in a simple ratio, many values lie exactly between two levels, and those bits decide.
-RESIZE_TIES = Tolerance(max=2, mean=0.06)
-TIE_SIZES = (
-    (640, 480),
-    (480, 480),
-    (512, 512),
-    (288, 480),
-)  # Width and height stand to 384 like 5/3, 5/4, 4/3 and 3/4.
 # A level's difference before an operation may become many by it (posterize, solarize, equalize, auto-contrast).
 TRAINING, TRAINING_TORCH = Tolerance(max=None, mean=1.5), Tolerance(max=None, mean=0.1)
-ROUNDED_ARGUMENTS = Tolerance(max=1)
-ROUNDED_LAMBDA = Tolerance(max=1)
 GPU_DECODER_MEAN = 2.0  # nvJPEG's chroma upsampling and inverse DCT may add this much.
 
 
@@ -82,12 +70,15 @@ class Executor:
     device: torch.device
     decode: Literal["roi", "full"] = "roi"
 
-    def pixels(self, photos: Photos, plan: BatchPlan) -> np.ndarray:
-        """The plan carried out: uint8 [B, S, S, 3]."""
+    def batch(self, photos: Photos, plan: BatchPlan) -> Batch:
+        """The plan carried out."""
         config = PipelineConfig(pipeline=self.pipeline, threads=2, decode=self.decode)
-        pipeline = open_pipeline(photos.index, config, device=self.device)
-        (batch,) = pipeline.batches([plan])
-        return batch.images.cpu().numpy()
+        (batch,) = open_pipeline(photos.index, config, device=self.device).batches([plan])
+        return batch
+
+    def pixels(self, photos: Photos, plan: BatchPlan) -> np.ndarray:
+        """The plan's images: uint8 [B, S, S, 3]."""
+        return self.batch(photos, plan).images.cpu().numpy()
 
     def allows(self, dali: Tolerance, ours: Tolerance) -> Tolerance:
         """The tolerance: `dali` for DALI, on a GPU with what its decoder adds; `ours` for the CPU pipeline."""
@@ -126,66 +117,43 @@ def report(photos: Photos, size: int = 224) -> Iterator[Row]:
     path, why = resolve_decode(PipelineConfig(), photos.index, ways[1].device)
     if path == "full":
         yield not_compared("decode", ways.pop(1).name, "timm", why)
-    for way in ways:
-        yield from _attempt("decode", decoding, photos, way)
+    yield from _each_way("decode", ways, decoding, photos)
     for name in INTERPOLATIONS:
-        for way in ways:
-            yield from _attempt(f"crop + {name} resize", crop_resize, photos, way, size, name)
-    for way in ways[:2]:
-        yield from _attempt("flip", flip, photos, way, size)
+        yield from _each_way(f"crop + {name} resize", ways, crop_resize, photos, size, name)
+    yield from _each_way("flip", ways[:2], flip, photos, size)
     yield from operations(photos, size)
-    for way in ways[:2]:
-        yield from _attempt("whole training transform", training, photos, way, size)
+    yield from _each_way("whole training transform", ways[:2], training, photos, size)
     yield from mixing(photos, size)
     for name in INTERPOLATIONS:
-        for way in ways[:2]:
-            yield from _attempt(f"evaluation, {name}", evaluation, photos, way, name)
-            yield from _attempt(f"evaluation, squash, {name}", squashed, photos, way, name)
-        yield from ties(f"evaluation, squash, {name}", name)
-    for way in ways[:2]:
-        yield from _attempt("top-1 of a ResNet-18", top1, photos, way)
+        yield from _each_way(f"evaluation, {name}", ways[:2], evaluation, photos, 224, CROP_PCT, name)
+        yield from _each_way(f"evaluation, squash, {name}", ways[:2], evaluation, photos, 384, 1.0, name, "squash")
+    yield from _each_way("top-1 of a ResNet-18", ways[:2], top1, photos)
 
 
-def _attempt(name: str, stage: Callable[..., Iterator[Row]], photos: Photos, way: Executor, *arguments) -> list[Row]:
-    try:
-        return list(stage(name, photos, way, *arguments))
-    except UserError as error:  # DALI is not installed, or cannot do this.
-        return [not_compared(name, way.name, "timm", str(error))]
+def _each_way(name: str, ways: list[Executor], stage: Callable[..., Iterator[Row]], *arguments) -> Iterator[Row]:
+    for way in ways:
+        try:
+            yield from list(stage(name, way, *arguments))
+        except (UserError, ImportError) as error:  # DALI is not installed, or cannot do this.
+            yield not_compared(name, way.name, "timm", str(error))
 
 
-def decoding(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
-    """Whole images. DALI's come in square windows that cover the image."""
-    tolerance = way.allows(EXACT, EXACT)
+def decoding(stage: str, way: Executor, photos: Photos) -> Iterator[Row]:
+    """Whole images."""
+    encoded = [ShardReader(photos.index).read(np.array([sample]))[0] for sample in range(len(photos))]
     if way.pipeline == "torchvision":
-        reader = ShardReader(photos.index)
-        ours = [np.asarray(decode(reader.read(np.array([sample]))[0])) for sample in range(len(photos))]
-        pairs = zip(ours, map(np.asarray, photos.timms), strict=True)
+        ours = [np.asarray(decode(jpeg)) for jpeg in encoded]
     else:
-        pairs = (pair for sample in range(len(photos)) for pair in _windows(photos, way, sample))
-    row = compare(stage, way.name, "timm (PIL)", pairs, tolerance)
-    yield dataclasses.replace(row, images=len(photos))
+        from pipelines.dali import decoded_regions
 
-
-def _windows(photos: Photos, way: Executor, sample: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    whole = np.asarray(photos.timms[sample])
-    height, width = whole.shape[:2]
-    side = min(height, width)
-    corners = [(top, 0) for top in _starts(height, side)] if height > side else [(0, x) for x in _starts(width, side)]
-    num = len(corners)
-    plan = dataclasses.replace(
-        EvalPlan(photos.index, side, 1.0, "bicubic").rows(0, num),
-        sample=np.full(num, sample, dtype=np.int32),
-        crop=np.array([(*corner, side, side) for corner in corners], dtype=np.int32),
-        resize=np.full((num, 2), side, dtype=np.int32),
-        window=np.zeros((num, 2), dtype=np.int32),
-        valid=np.ones(num, dtype=bool),
-    )
-    for pixels, (top, left) in zip(way.pixels(photos, plan), corners, strict=True):
-        yield pixels, whole[top : top + side, left : left + side]
-
-
-def _starts(length: int, side: int) -> list[int]:
-    return sorted({*range(0, length - side, side), length - side})
+        crops = [np.array([[0, 0, image.height, image.width]], dtype=np.int32) for image in photos.timms]
+        load = PipelineConfig().hw_decoder_load
+        ours = [
+            decoded_regions(jpeg, crop, way.device, way.decode, load)[0]
+            for jpeg, crop in zip(encoded, crops, strict=True)
+        ]
+    pairs = zip(ours, map(np.asarray, photos.timms), strict=True)
+    yield compare(stage, way.name, "timm (PIL)", pairs, way.allows(EXACT, EXACT))
 
 
 def _train_plan(photos: Photos, size: int, **augment) -> TrainPlan:
@@ -209,14 +177,14 @@ def _by_size(stage: str, photos: Photos, way: Executor, sample: np.ndarray, pair
         )
 
 
-def crop_resize(stage: str, photos: Photos, way: Executor, size: int, interpolation: str) -> Iterator[Row]:
+def crop_resize(stage: str, way: Executor, photos: Photos, size: int, interpolation: str) -> Iterator[Row]:
     """Random resized crops, from the uniforms on: which box, and its pixels."""
     plan = _train_plan(photos, size, flip=0.0, randaugment_ops=0, interpolation=interpolation)
     sample, pairs = _trained(photos, way, plan, steps=8)
     yield from _by_size(stage, photos, way, sample, pairs)
 
 
-def training(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
+def training(stage: str, way: Executor, photos: Photos, size: int) -> Iterator[Row]:
     """The complete training transform, from the uniforms on: crop, resize, flip, RandAugment."""
     plan = _train_plan(photos, size)
     if way.pipeline == "torchvision":
@@ -235,7 +203,7 @@ def _trained(
     return rows.sample, list(zip(way.pixels(photos, rows), expected, strict=True))
 
 
-def flip(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
+def flip(stage: str, way: Executor, photos: Photos, size: int) -> Iterator[Row]:
     """Flipped crops against timm's flip (torchvision's) of the same crops."""
     plan = _train_plan(photos, size, flip=0.0, randaugment_ops=0).rows(0, len(photos))
     bare = way.pixels(photos, plan)
@@ -247,60 +215,38 @@ def flip(stage: str, photos: Photos, way: Executor, size: int) -> Iterator[Row]:
 def operations(photos: Photos, size: int) -> Iterator[Row]:
     """Each RandAugment operation at several magnitudes and both signs, from identical crops."""
     plan = _train_plan(photos, size, randaugment_ops=0)
-    images = Executor("", "torchvision", CPU).pixels(photos, plan.rows(0, len(photos)))
-    on_device = _device_operations()
-    unrounded = []
+    images = executors()[0].pixels(photos, plan.rows(0, len(photos)))
+    device = first_device()
+    on = "GPU" if device.type == "cuda" else "CPU"
+    kernels = {f"torch {on}": False}
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        kernels[f"{KERNEL} {on}"] = True
+    else:
+        yield not_compared("RandAugment", KERNEL, "timm", "it needs a GPU, or TRITON_INTERPRET=1 and a small --size")
     for op, timms_name in timm_reference.NAMES.items():
         ours, theirs, args = [], [], []
         for magnitude, sign in itertools.product(MAGNITUDES, (-1, 1)):
             arg = timm_reference.planned_argument(op, magnitude, sign)
             timms = timm_reference.operation(op, magnitude, sign, plan.fill)
-            float64 = timm_reference.operation(op, magnitude, sign, plan.fill, float32=False)
             for image in map(Image.fromarray, images):
                 ours.append(np.asarray(apply_op(image, op, float(arg), plan.fill)))
                 theirs.append(np.asarray(timms(image)))
-                unrounded.append((theirs[-1], np.asarray(float64(image))))
                 args.append(arg)
         name = f"RandAugment: {timms_name.removesuffix('Increasing').removesuffix('Rel')}"
         yield compare(name, "torchvision", "timm", zip(ours, theirs, strict=True), EXACT)
-        repeated = np.concatenate([images] * (len(args) // len(images)))
-        for way, apply in on_device.items():
-            pixels = apply(repeated, np.full((len(args), 1), op, np.uint8), np.array(args)[:, None], plan.fill)
+        repeated = torch.from_numpy(np.concatenate([images] * (len(args) // len(images)))).to(device)
+        ops, arguments = np.full((len(args), 1), op, np.uint8), np.array(args)[:, None]
+        for way, kernel in kernels.items():
+            pixels = apply_ops(repeated, ops, arguments, plan.fill, kernel=kernel).cpu().numpy()
             yield compare(name, way, "timm", zip(pixels, theirs, strict=True), EXACT)
-    if not any(KERNEL in way for way in on_device):
-        yield not_compared("RandAugment", KERNEL, "timm", "it needs a GPU, or TRITON_INTERPRET=1 and a small --size")
-    yield compare("RandAugment: float32 arguments", "timm, rounded", "timm", unrounded, ROUNDED_ARGUMENTS)
-
-
-def _device_operations() -> dict[str, Callable]:
-    """The operations on a batch of pixels: in torch, and the GPU's kernel where it can run."""
-    device = first_device()
-
-    def way(kernel: bool) -> Callable:
-        def apply(images: np.ndarray, ops: np.ndarray, args: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
-            return apply_ops(torch.from_numpy(images).to(device), ops, args, fill, kernel=kernel).cpu().numpy()
-
-        return apply
-
-    kernel_runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    on = "GPU" if device.type == "cuda" else "CPU"
-    return {f"torch {on}": way(False), **({f"{KERNEL} {on}": way(True)} if kernel_runs else {})}
 
 
 def mixing(photos: Photos, size: int) -> Iterator[Row]:
     """Groups mixed as the plan says, from identical crops."""
     plan = _train_plan(photos, size, randaugment_ops=0)
     rows = plan.rows(0, 16 * plan.global_batch)
-    images = Executor("", "torchvision", CPU).pixels(photos, rows)
-    batch = Batch(
-        images=torch.from_numpy(images),
-        labels=torch.zeros(len(rows), dtype=torch.int64),
-        lam=torch.from_numpy(rows.lam),
-        box=torch.from_numpy(rows.box),
-        valid=torch.from_numpy(rows.valid),
-        position=0,
-        mix_group=rows.mix_group,
-    )
+    batch = executors()[0].batch(photos, rows)
+    images = batch.images.numpy().copy()
     ours = mix_pixels(batch).numpy()
     groups = range(0, len(rows), rows.mix_group)
     theirs = [
@@ -310,83 +256,21 @@ def mixing(photos: Photos, size: int) -> Iterator[Row]:
     for name, chosen in (("mixup", ~cutmix), ("CutMix", cutmix)):
         pairs = zip(ours[chosen], np.concatenate(theirs)[chosen], strict=True)
         yield compare(name, "trainer.update.mixing", "timm", pairs, EXACT)
-    yield _unrounded_lambda(plan)
 
 
-def _unrounded_lambda(plan: TrainPlan, num_groups: int = 2000) -> Row:
-    """Mixup of every pair of levels by timm with its own lambda, which a plan rounds to float32."""
-    uniforms = rng.uniforms(plan.seed, Stream.MIX, 0, num_groups, draws.MIX_DRAWS)
-    lam, box = draws.mixes(uniforms, plan.image_size_at(0), plan.augment)
-    blended = np.flatnonzero(~box.any(axis=1))
-    exact = draws.beta_quantile(uniforms[:, 2], plan.augment.mixup_alpha)
-    # [2, 256, 256, 1]: two images in which each of the 65,536 pairs of levels meets
-    levels = np.stack(np.meshgrid(np.arange(256), np.arange(256)))[..., None].astype(np.uint8)
-    pairs = [
-        (_blended(levels, lam[group]), timm_reference.mixed(levels, float(exact[group]), (0, 0, 0, 0)))
-        for group in blended
-    ]
-    row = compare("mixup: float32 lambda", "trainer.update.mixing", "timm, unrounded", pairs, ROUNDED_LAMBDA)
-    num_off = sum(int((one != other).sum()) for one, other in pairs)
-    num_lambdas = sum(bool((one != other).any()) for one, other in pairs)
-    num_values = len(pairs) * levels.size
-    note = f"{num_off} of {num_values:,} values differ by one level, with {num_lambdas} of {len(pairs):,} lambdas"
-    return dataclasses.replace(row, note=note)
-
-
-def _blended(images: np.ndarray, lam: np.float32) -> np.ndarray:
-    """A group of two images under mixup, by us: uint8 as `images`."""
-    batch = Batch(
-        images=torch.from_numpy(images),
-        labels=torch.zeros(len(images), dtype=torch.int64),
-        lam=torch.full((len(images),), float(lam)),
-        box=torch.zeros(len(images), 4, dtype=torch.int32),
-        valid=torch.ones(len(images), dtype=torch.bool),
-        position=0,
-        mix_group=len(images),
-    )
-    return mix_pixels(batch).numpy()
-
-
-def evaluation(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
-    """Resize and centre crop of validation."""
-    ours = way.pixels(photos, EvalPlan(photos.index, 224, CROP_PCT, interpolation).rows(0, len(photos)))
-    timms = timm_reference.timm_transform(
-        224, is_training=False, interpolation=interpolation, crop_pct=CROP_PCT, normalize=False
-    )
-    yield from _evaluated(stage, photos, way, ours, timms)
-
-
-def squashed(stage: str, photos: Photos, way: Executor, interpolation: str) -> Iterator[Row]:
-    """Both sides resized to 384 px, as the models with crop_mode squash have it."""
-    ours = way.pixels(photos, EvalPlan(photos.index, 384, 1.0, interpolation, "squash").rows(0, len(photos)))
-    how = {"interpolation": interpolation, "crop_pct": 1.0, "crop_mode": "squash", "normalize": False}
-    yield from _evaluated(stage, photos, way, ours, timm_reference.timm_transform(384, is_training=False, **how))
-
-
-def _evaluated(
-    stage: str, photos: Photos, way: Executor, ours: np.ndarray, timms: Callable[[Image.Image], torch.Tensor]
+def evaluation(
+    stage: str, way: Executor, photos: Photos, size: int, crop_pct: float, interpolation: str, mode: str = "center"
 ) -> Iterator[Row]:
+    """Resize and crop of validation."""
+    ours = way.pixels(photos, EvalPlan(photos.index, size, crop_pct, interpolation, mode).rows(0, len(photos)))
+    how = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": mode, "normalize": False}
+    timms = timm_reference.timm_transform(size, is_training=False, **how)
     pairs = [(one, timms(image).permute(1, 2, 0).numpy()) for one, image in zip(ours, photos.timms, strict=True)]
     yield from _by_size(stage, photos, way, np.arange(len(photos)), pairs)
 
 
-def ties(stage: str, interpolation: str) -> Iterator[Row]:
-    """A photograph of each of TIE_SIZES resized to a square of 384 px, for which its sides stand in simple ratios.
-
-    The weights of the filter are then simple fractions, and many sums lie exactly between two levels. Which of the two
-    they are rounded to depends on the last bits of the weights, of which torch has 16 and PIL 22.
-    """
-    resample = Image.Resampling[interpolation.upper()]
-    (whole,) = (image for name, image, _ in photographs() if name == "progressive")
-    for size in TIE_SIZES:
-        image = whole.resize(size, Image.Resampling.LANCZOS)
-        ours = resized_crop(np.asarray(image), (0, 0, image.height, image.width), (384, 384), interpolation)
-        pairs = [(ours, np.asarray(image.resize((384, 384), resample)))]
-        yield compare(f"{stage}, {size[0]} x {size[1]} px", "torchvision", "timm (PIL)", pairs, RESIZE_TIES)
-
-
 @torch.no_grad()
-def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
+def top1(stage: str, way: Executor, photos: Photos) -> Iterator[Row]:
     """A model's logits on our evaluation pixels, normalised by us, against timm's transform and normalisation.
 
     The weights are random, drawn from a fixed seed; BatchNorm takes its statistics from timm's pixels, so that the
@@ -417,6 +301,5 @@ def top1(stage: str, photos: Photos, way: Executor) -> Iterator[Row]:
         off_by_more=1.0 - same,
         tolerance="same class",
         ok=same == 1.0,
-        unit="logits",
         note=f"logits (standard deviation {theirs.std(1).mean():.2g}); off by > 1: images whose best class differs",
     )

@@ -2,8 +2,7 @@
 
 Nothing of timm is rewritten: its modules get another `random` while an image is transformed. So everything is compared,
 from uniform numbers to pixels: which crop, which operations, which arguments, and how they are carried out. A plan
-stores the arguments of operations in float32, timm computes them in float64. They are rounded here, unless a caller
-wants to see the effect of that.
+stores the arguments of operations in float32, timm computes them in float64. They are rounded here.
 """
 
 import contextlib
@@ -150,11 +149,11 @@ def _in_float32(level_fn: Callable | None) -> Callable | None:
     return rounded
 
 
-def operation(op: Op, magnitude: float, sign: int, fill: tuple[int, int, int], *, float32: bool = True):
+def operation(op: Op, magnitude: float, sign: int, fill: tuple[int, int, int]):
     """One of timm's operations at a magnitude from 0 to 10 and with a sign, as a function of a PIL image."""
     hparams = {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
     timms = _AugmentOp(NAMES[op], prob=1.0, magnitude=magnitude, hparams=hparams)
-    timms.level_fn = _in_float32(timms.level_fn) if float32 else timms.level_fn
+    timms.level_fn = _in_float32(timms.level_fn)
 
     def apply(image: Image.Image) -> Image.Image:
         with mock.patch("timm.data.auto_augment.random.random", lambda: 1.0 if sign < 0 else 0.0):

@@ -53,37 +53,25 @@ class Item:
     error: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """The result of looking through paths.
-
-    Attributes:
-      num_images: how many images; None if shards are among them, which would have to be read.
-      no_images: files in folders that are neither images nor shards by their names.
-    """
-
-    num_images: int | None
-    no_images: list[str]
-
-
-def survey(paths: list[Path]) -> Survey:
+def survey(paths: list[Path]) -> tuple[int | None, list[str]]:
     """Look through all folders.
 
+    Returns:
+      how many images there are, None if shards are among them, which would have to be read; and the files in folders
+      that are neither images nor shards by their names.
     Raises:
       UserError: a path is not there, or has no images.
     """
+    counts, others = collections.Counter(), []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: not found. Give images, shards (.tar), or folders with some")
         if next(items_of(path), None) is None:
             raise UserError(f"{path}: no images in it ({', '.join(EXTENSIONS)}). Give images, shards, or their folder")
-    kinds, no_images = collections.Counter(), []
-    for path in paths:
-        for file in _files_of(path):
-            kinds[file.kind] += 1
-            if file.kind == _OTHER:
-                no_images.append(printable(file.path))
-    return Survey(None if kinds[_SHARD] else kinds[_IMAGE], no_images)
+        for kind, file, _ in _files_of(path):
+            counts[kind] += 1
+            others += [printable(file)] if kind == _OTHER else []
+    return None if counts[_SHARD] else counts[_IMAGE], others
 
 
 def items_of(path: Path) -> Iterator[Item]:
@@ -92,37 +80,23 @@ def items_of(path: Path) -> Iterator[Item]:
     Images and shards of a folder, at any depth, are sorted by the parts of their paths. Links that lead nowhere or in a
     circle, and everything else that is neither file nor folder, are items with an error.
     """
-    for file in _files_of(path):
-        if file.kind == _SHARD:
-            yield from _members(file.path)
-        elif file.kind == _IMAGE:
-            yield Item(printable(file.path), file.path, error=file.error)
+    for kind, file, error in _files_of(path):
+        if kind == _SHARD:
+            yield from _members(file)
+        elif kind == _IMAGE:
+            yield Item(printable(file), file, error=error)
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """A visible file that a path stands for.
-
-    Attributes:
-      kind: _IMAGE, _SHARD or _OTHER, by its name.
-      error: why it cannot be read, "" if nothing is known.
-    """
-
-    path: str
-    kind: str
-    error: str = ""
-
-
-def _files_of(path: Path) -> Iterator[_File]:
+def _files_of(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The kind of each visible file that a path stands for, by its name; its path; and why it cannot be read, or ""."""
     if not path.is_dir():
-        yield _File(str(path), _SHARD if _is_shard(path.name) else _IMAGE)
+        yield _SHARD if _is_shard(path.name) else _IMAGE, str(path), ""
         return
     for name in walk(path):
         if not isinstance(name, Unused):
-            kind = _SHARD if _is_shard(name) else _IMAGE if is_image(name) else _OTHER
-            yield _File(os.path.join(path, name), kind)
+            yield _SHARD if _is_shard(name) else _IMAGE if is_image(name) else _OTHER, os.path.join(path, name), ""
         elif name.kind != HIDDEN:
-            yield _File(os.path.join(path, name.source), _IMAGE, name.reason)
+            yield _IMAGE, os.path.join(path, name.source), name.reason
 
 
 def _is_shard(name: str) -> bool:

@@ -45,16 +45,13 @@ class _Configuration(TypedDict, total=False):
     num_classes: Annotated[int, lambda value: 0 <= value < 1e6]
 
 
-class _DescriptionOptions(TypedDict, total=False):
-    model_args: dict[str, Any] | None
-    label_names: list[str | int] | dict | None
-
-
-class _Description(_DescriptionOptions):
+class _Description(TypedDict, total=False):
     """What config.json holds; other keys are left alone."""
 
     architecture: str
     pretrained_cfg: _Configuration
+    model_args: dict[str, Any] | None
+    label_names: list[str | int] | dict | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +85,7 @@ class ModelFolder:
         return self.name.startswith(_HUB)
 
     def weights_file(self) -> Path:
-        """The file of its weights.
-
-        Raises:
-          UserError: there is none.
-        """
+        """The file of its weights; a UserError if there is none."""
         for file in WEIGHTS:
             if (self.path / file).is_file():
                 return self.path / file
@@ -140,11 +133,10 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
 
     repository, _, revision = name.removeprefix(_HUB).partition("@")
     try:
-        *others, last = files
-        for file in others:
+        for file in files:
             with contextlib.suppress(EntryNotFoundError):
                 return Path(hf_hub_download(repository, file, revision=revision or None))
-        return Path(hf_hub_download(repository, last, revision=revision or None))
+        raise FileNotFoundError(f"none of {', '.join(files)}")
     except Exception as error:  # The hub's library, its network's and the file system's all have errors of their own.
         raise UserError(
             f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
@@ -170,6 +162,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
             said = {**said, "pretrained_cfg": said, "label_names": said.get("label_names") or said.get("labels")}
         config = {key: value for key, value in said["pretrained_cfg"].items() if value is not None}
         config["num_classes"] = said.get("num_classes", config.get("num_classes"))
+        architecture = said["architecture"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
@@ -177,7 +170,8 @@ def read_folder(path: Path, name: str) -> ModelFolder:
     if wrong := wrong_part({**said, "pretrained_cfg": config}, _Description):
         raise UserError(f"{file}: {wrong}. Correct it, or export the model again")
     config.pop("architecture", None)
-    names, kind, outputs = said.get("label_names"), said.get("weights"), config["num_classes"]
+    names, kind = said.get("label_names"), said.get("weights")
+    outputs: Any = config["num_classes"]
     classes = [str(each) for each in names] if isinstance(names, list) else None  # A dictionary has words for classes.
     if classes is not None and len(classes) != outputs:
         raise UserError(
@@ -185,7 +179,7 @@ def read_folder(path: Path, name: str) -> ModelFolder:
         )
     kwargs = kwargs_of_file(file, said.get("model_args") or {})
     kind = kind if isinstance(kind, str) else ""
-    return ModelFolder(path, name, said["architecture"], config, kwargs, outputs, classes, kind)
+    return ModelFolder(path, name, architecture, config, kwargs, outputs, classes, kind)
 
 
 def kwargs_of_file(path: Path, arguments: dict) -> Kwargs:

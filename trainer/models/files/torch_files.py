@@ -1,4 +1,4 @@
-"""Files of torch.save, loaded within the memory that their size allows and with nothing in them run.
+"""Files of tensors, loaded within the memory that their size allows and with nothing in them run.
 
 torch.load believes a file: that a record unpacks to terabytes, that a record holds the values of its tensors. Here the
 archive's directory and the pickle are looked at first, and a file that could not keep its word is refused by what it
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pipelines.common.errors import UserError, clipped, reason_of
 from trainer.cluster.memory import is_out_of_memory
@@ -59,6 +60,8 @@ class _PlainMapping:
 def load_plain(path: Path) -> Any:
     """Load plain data and tensors, in memory of their own, on the CPU. Other things become PlainData.
 
+    Args:
+      path: a file of torch.save; a file of safetensors has their suffix.
     Raises:
       ClaimError: loading it would take more than the file can hold, or it is not of torch.save.
       OSError: it is no regular file, or cannot be read.
@@ -67,6 +70,8 @@ def load_plain(path: Path) -> Any:
     """
     require_regular(path)
     with memory_for(path):
+        if path.suffix == ".safetensors":
+            return load_file(path)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
@@ -76,7 +81,9 @@ def load_plain(path: Path) -> Any:
                 )
             with zipfile.ZipFile(file) as archive:
                 records = _records(archive, size)
-                pickled = _pickle(archive)
+                entry = archive.getinfo(archive.namelist()[0].partition("/")[0] + "/data.pkl")
+                del entry.CRC  # torch looks at none, and writes a wrong one after set_crc32_options(False)
+                pickled = archive.read(entry)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # It also bounds what may be in a pickle.
         claims = _Claims(pickled, records)
         claims.load()
@@ -114,22 +121,17 @@ def require_regular(path: Path) -> None:
 def _records(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
     """The bytes of each record of an archive by its name in the folder of torch.save; none is compressed."""
     entries = archive.infolist()
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
-            raise ClaimError(f"its record '{clipped(entry.filename, 40)}' is compressed, which torch.save never does")
+    is_stored = all(
+        entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size and not entry.flag_bits & 1
+        for entry in entries
+    )
     # torch's reader and Python's find one directory in the file, and one record under a name, only if these hold.
-    names = {entry.filename.casefold() for entry in entries}
-    if not entries or len(names) < len(entries) or min(entry.header_offset for entry in entries):
-        raise ClaimError("its directory is ambiguous")
+    is_clear = entries and len({entry.filename.casefold() for entry in entries}) == len(entries)
+    if not (is_stored and is_clear) or min(entry.header_offset for entry in entries):
+        raise ClaimError("its records are compressed or ambiguous, which torch.save never makes them")
     if (total := sum(entry.file_size for entry in entries)) > size:
         raise ClaimError(f"its records should hold {total:,} bytes, and the file has {size:,}")
     return {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
-
-
-def _pickle(archive: zipfile.ZipFile) -> bytes:
-    entry = archive.getinfo(archive.namelist()[0].partition("/")[0] + "/data.pkl")
-    del entry.CRC  # torch looks at none, and writes a wrong one after set_crc32_options(False)
-    return archive.read(entry)
 
 
 def _encoded(text: str, encoding: str) -> bytes:

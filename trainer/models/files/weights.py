@@ -9,7 +9,7 @@ import torch
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import instead_of_content
 from trainer.models.checkpoint_format import DamagedError, checked, is_of_trainer
-from trainer.models.files.torch_files import ClaimError, load_plain, memory_for, require_regular
+from trainer.models.files.torch_files import ClaimError, load_plain
 
 # Where the weights lie in checkpoints of this trainer, of timm and of the authors.
 _NESTED = {
@@ -105,7 +105,7 @@ def read_file(path: Path) -> Any:
       UserError: the file is missing or damaged, or memory is too short for it.
     """
     try:
-        content = _load_safetensors(path) if path.suffix == ".safetensors" else load_plain(path)
+        content = load_plain(path)
         return checked(path, content) if is_of_trainer(content) else content
     except DamagedError as error:
         raise UserError(f"{error}. Copy it again, or give another one") from error
@@ -122,11 +122,3 @@ def read_file(path: Path) -> Any:
         reason = clipped(error, 160) if isinstance(error, ClaimError) else type(error).__name__
         problem = f"damaged, or no file of weights ({reason}). Copy it again, or {_SAVE_ALONE}"
         raise UserError(f"{path}: {found or problem}") from error
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    require_regular(path)
-    with memory_for(path):
-        return load_file(path)

@@ -8,27 +8,19 @@ import numpy as np
 
 # These are Okabe and Ito, Color Universal Design (2008), without the yellow: it is too light for a line on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_DASHES = {"solid": "-", "dashed": (0, (4, 2))}
 _MARKS = {"session": ("restarted", (0, (4, 3))), "rollback": ("went back to a checkpoint", (0, (1, 1.5)))}
 _MANY_POINTS = 100  # A noisy curve of at least this many points gets its moving average drawn over it.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-    """A line in a chart.
-
-    Attributes:
-      label: in the legend.
-      color: its number; the curves of one run have the same one when several runs are compared.
-      x, y: its points.
-      style: solid or dashed.
-    """
+    """A line in a chart; the curves of one run have the same number of a color when several runs are compared."""
 
     label: str
     color: int
     x: np.ndarray
     y: np.ndarray
-    style: str = "solid"
+    is_dashed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +30,7 @@ class Chart:
     Attributes:
       name: of its file, without the ending.
       title, x_label, y_label: with units.
-      series: for each curve of a run its label, and where its number is in a line of metrics.jsonl.
-      factor: of these numbers.
+      series: for each curve of a run its label, and its name in trainer.monitor.sinks.scalars.
       noisy: moving averages are drawn over the curves.
       from_zero: the y axis begins at 0.
       rims: curves may be equal and hide each other; earlier ones are drawn wider, and show as rims.
@@ -49,8 +40,7 @@ class Chart:
     name: str
     title: str
     y_label: str
-    series: dict[str, tuple[str, ...]]
-    factor: float = 1.0
+    series: dict[str, str]
     noisy: bool = False
     from_zero: bool = False
     rims: bool = False
@@ -60,25 +50,19 @@ class Chart:
 
 
 CHARTS = (
-    Chart("loss", "Training loss", "loss", {"": ("loss",)}, noisy=True),
-    Chart("top1", "Validation accuracy", "top-1 (%)", {"EMA weights": ("ema", "top1"), "raw weights": ("raw", "top1")}),
+    Chart("loss", "Training loss", "loss", {"": "train/loss"}, noisy=True),
+    Chart("top1", "Validation accuracy", "top-1 (%)", {"EMA weights": "eval/ema/top1", "raw weights": "eval/raw/top1"}),
     Chart(
         "agreement",
         "Agreement on training images",
         "images (%)",
-        {"teacher with labels": ("teacher_top1",), "student with teacher": ("agreement",)},
+        {"teacher with labels": "train/teacher_top1", "student with teacher": "train/agreement"},
         noisy=True,
     ),
-    Chart("lr", "Learning rate", "learning rate", {"": ("lr",)}, from_zero=True, rims=True),
-    Chart("throughput", "Throughput", "images/s, all ranks", {"": ("images_per_s",)}, noisy=True, from_zero=True),
+    Chart("lr", "Learning rate", "learning rate", {"": "train/lr"}, from_zero=True, rims=True),
+    Chart("throughput", "Throughput", "images/s, all ranks", {"": "train/images_per_s"}, noisy=True, from_zero=True),
     Chart(
-        "input_wait",
-        "Waiting for input",
-        "fraction of the time (%)",
-        {"": ("input_wait",)},
-        factor=100,
-        noisy=True,
-        from_zero=True,
+        "input_wait", "Waiting for input", "fraction of the time", {"": "train/input_wait"}, noisy=True, from_zero=True
     ),
 )
 
@@ -94,7 +78,7 @@ def draw(chart: Chart) -> bytes:
         _draw_curve(axes, curve, chart)
     for kind, color, x in chart.marks:
         label, dashes = _MARKS[kind]
-        shade = "0.55" if color is None else _color(color)
+        shade = "0.55" if color is None else _COLORS[color % len(_COLORS)]
         axes.axvline(x, label=label, color=shade, linestyle=dashes, linewidth=0.9, alpha=0.7, zorder=1)
     _dress(axes, chart)
     handles, labels = axes.get_legend_handles_labels()
@@ -115,12 +99,9 @@ def moving_average(values: np.ndarray) -> np.ndarray:
     return (total[stop] - total[start]) / (stop - start)
 
 
-def _color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
-
-
 def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
-    look = {"color": _color(curve.color), "linestyle": _DASHES[curve.style], "solid_capstyle": "round"}
+    color, style = _COLORS[curve.color % len(_COLORS)], (0, (4, 2)) if curve.is_dashed else "-"
+    look = {"color": color, "linestyle": style, "solid_capstyle": "round"}
     y = curve.y
     if chart.noisy and len(y) >= _MANY_POINTS:
         if len(chart.curves) <= 2:  # More curves would hide each other.

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.report.charts import CHARTS, Chart, Curve, draw
 from trainer.monitor.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_summary
 from trainer.monitor.sample_grid import SAMPLES
+from trainer.monitor.sinks import scalars
 
 PAGE = "index.html"
 _NONE = "–"
@@ -57,19 +57,9 @@ class RunRecord:
         return [line for line in self.lines if line["kind"] in kinds]
 
     @property
-    def step(self) -> int:
-        """The step after which the log ends."""
-        return self.lines[-1]["step"] if self.lines else 0
-
-    @property
     def steps_per_epoch(self) -> int | None:
         """None where the log does not say it."""
         return next((line["steps_per_epoch"] for line in self.of("session") if line.get("steps_per_epoch")), None)
-
-    @property
-    def restarts(self) -> list[dict]:
-        """The session lines but the first."""
-        return self.of("session")[1:]
 
     @functools.cached_property
     def deviations(self) -> list[dict] | None:
@@ -150,7 +140,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     for i, run in enumerate(runs):
         scale = run.steps_per_epoch if in_epochs and run.steps_per_epoch else 1
         color = None if len(runs) == 1 else i
-        marks += [(line["kind"], color, line["step"] / scale) for line in run.restarts + run.of("rollback")]
+        marks += [(line["kind"], color, line["step"] / scale) for line in run.of("session")[1:] + run.of("rollback")]
         for chart in CHARTS:
             curves[chart.name] += _curves(chart, run, color, scale)
     x_label = "epoch" if in_epochs else "step"
@@ -163,59 +153,45 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def _curves(chart: Chart, run: RunRecord, color: int | None, scale: int) -> Iterator[Curve]:
     """A run's curves in a chart; without a color of the run each curve gets its own."""
-    for i, (label, keys) in enumerate(chart.series.items()):
-        values = [(line["step"] / scale, _number(line, keys)) for line in run.lines]
-        points = [(x, y * chart.factor) for x, y in values if abs(y) < _MOST_DRAWN]
+    for i, (label, key) in enumerate(chart.series.items()):
+        values = [(line["step"] / scale, dict(scalars(line)).get(key)) for line in run.lines]
+        points = [(x, y) for x, y in values if y is not None and abs(y) < _MOST_DRAWN]
         if points:
             x, y = np.array(points).T
             name = label if color is None else ", ".join(filter(None, (run.name, label)))
-            yield Curve(name, i if color is None else color, x, y, "dashed" if i else "solid")
-
-
-def _number(line: dict, keys: tuple[str, ...]) -> float:
-    """A number in a line, nan where it is not there."""
-    value = functools.reduce(lambda part, key: part.get(key) or {}, keys[:-1], line).get(keys[-1])
-    return math.nan if value is None else float(value)
+            yield Curve(name, i if color is None else color, x, y, is_dashed=i > 0)
 
 
 def numbers(run: RunRecord) -> dict[str, str]:
     """The results of a run in words, in the order of the page."""
     train, evals, sessions = run.of("train"), run.of("eval"), run.of("session")
-    total = run.summary.get("total_steps") or next((s["total_steps"] for s in sessions[-1:] if "total_steps" in s), "?")
+    total = next((each["total_steps"] for each in (run.summary, *sessions[-1:]) if "total_steps" in each), None)
+    step = run.lines[-1]["step"] if run.lines else 0
+    state = f"not finished; last line {_clock(run.lines[-1].get('time'))}" if run.lines else "not finished"
+    if run.summary:
+        state = "finished" if run.summary["finished"] else f"stopped after step {step:,}"
     last = evals[-1] if evals else {}
     speeds, waits = ([line[key] for line in train] for key in ("images_per_s", "input_wait"))
     best = max(((e[w]["top1"], w, e["epoch"]) for e in evals for w in ("ema", "raw") if w in e), default=None)
     section = {name: run.config.get(name, {}) for name in ("student", "teacher")}
     return {
-        "state": _state(run),
+        "state": state,
         "student": section["student"].get("name", _NONE),
         "teacher": section["teacher"].get("name") or "none, labels alone",
-        "steps done": f"{run.step:,} of {total:,}" if total != "?" else f"{run.step:,}",
-        "top-1, EMA weights": _percent(last["ema"]["top1"]) if "ema" in last else _NONE,
-        "top-1, raw weights": _percent(last["raw"]["top1"]) if "raw" in last else _NONE,
-        "best top-1": f"{_percent(best[0])} ({best[1]}, epoch {best[2]})" if best else _NONE,
+        "steps done": f"{step:,} of {total:,}" if total else f"{step:,}",
+        "top-1, EMA weights": f"{last['ema']['top1']:.2f} %" if "ema" in last else _NONE,
+        "top-1, raw weights": f"{last['raw']['top1']:.2f} %" if "raw" in last else _NONE,
+        "best top-1": f"{best[0]:.2f} % ({best[1]}, epoch {best[2]})" if best else _NONE,
         "training loss, last line": f"{train[-1]['loss']:.4f}" if train else _NONE,
         "images/s, median": f"{statistics.median(speeds):,.0f}" if speeds else _NONE,
-        "waiting for input, mean": _percent(100 * statistics.mean(waits), 1) if waits else _NONE,
+        "waiting for input, mean": f"{100 * statistics.mean(waits):.1f} %" if waits else _NONE,
         "from the first line to the last": _duration(run.lines),
-        "restarts": str(len(run.restarts)),
+        "restarts": str(max(0, len(sessions) - 1)),
         "went back to a checkpoint": str(len(run.of("rollback"))),
         "ranks, latest session": _ranks(sessions[-1]) if sessions else _NONE,
         "damaged images": str(run.num_damaged),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
-
-
-def _percent(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f} %"
-
-
-def _state(run: RunRecord) -> str:
-    if run.summary:
-        return "finished" if run.summary["finished"] else f"stopped after step {run.step:,}"
-    if not run.of("train"):
-        return "not finished; no line of training yet"
-    return f"not finished; last line {_clock(run.lines[-1].get('time'))}"
 
 
 def _ranks(session: dict) -> str:
@@ -253,7 +229,7 @@ def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: 
         differing=differing_settings(runs),
         pictures={title: _embedded(content) for title, content in pictures.values()},
         strips={name: _embedded(content) for name, content in strips.items()},
-        summaries={run.name: _json(run.summary, indent=1) for run in runs if run.summary},
+        summaries={run.name: _text(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
 
@@ -261,20 +237,15 @@ def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: 
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": _clock, "setting": _setting, "ranks": _ranks}
+    environment.filters |= {"clock": _clock, "setting": _text, "ranks": _ranks}
     return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
-def _setting(value: object) -> str:
-    """A setting as the command line takes it."""
-    return value if isinstance(value, str) else _json(value)
-
-
-def _json(value: object, indent: int | None = None) -> str:
-    """JSON, also of values that YAML has and JSON has not, such as a date."""
+def _text(value: object, indent: int | None = None) -> str:
+    """A setting as the command line takes it: JSON, also of values that JSON has not, such as a date."""
     try:
-        return json.dumps(value, indent=indent, default=str)
-    except (TypeError, RecursionError):  # A key is not text, or a list contains itself.
+        return value if isinstance(value, str) else json.dumps(value, indent=indent, default=str)
+    except (TypeError, ValueError, RecursionError):  # A key is not text, or a list contains itself.
         return clipped(value)
 
 

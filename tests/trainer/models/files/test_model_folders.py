@@ -193,7 +193,7 @@ def test_something_else_among_weights_is_named(model, tmp_path, value):
 def test_a_description_with_more_outputs_than_its_weights_have_makes_no_classifier(model, tmp_path, num_classes):
     own = {"num_classes": num_classes, "label_names": None}
     folder = write_folder(tmp_path / "there", model, **own)
-    with pytest.raises(UserError, match=f"there: (does not fit model|none of its weights has {num_classes:,} outputs)"):
+    with pytest.raises(UserError, match="there: does not fit model"):
         trained.load(None, folder)
     assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160).model.num_classes == 7  # by the weights alone
 

@@ -102,14 +102,14 @@ def with_one_record_for_all(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda file: packed(file, random.Random(0)), "is compressed, which torch.save never does"),
+        (lambda file: packed(file, random.Random(0)), "compressed or ambiguous, which torch.save never"),
         (
             lambda file: claiming(file, random.Random(0)),
             "its record '0' should hold 1000000000 values, and has 40,000 bytes",
         ),
         (lambda file: deep(file, random.Random(0)), "holds itself, or the same values over and over"),
-        (lengthened, "its directory is ambiguous"),
-        (with_two_of_a_name, "its directory is ambiguous"),
+        (lengthened, "compressed or ambiguous, which torch.save never"),
+        (with_two_of_a_name, "compressed or ambiguous, which torch.save never"),
         (with_one_record_for_all, "its records should hold .* bytes, and the file has"),
     ],
 )
