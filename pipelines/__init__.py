@@ -25,7 +25,7 @@ from pipelines.shards.dataset import Dataset, open_dataset
 if TYPE_CHECKING:
     from pipelines.batch import Batch, Pipeline
     from pipelines.executors import open_pipeline, resolve_decode, resolve_pipeline
-    from pipelines.reference import render
+    from pipelines.reference import decode_sample, render
 
 __all__ = [
     "PIXELS_VERSION",
@@ -37,6 +37,7 @@ __all__ = [
     "Pipeline",
     "PipelineConfig",
     "TrainPlan",
+    "decode_sample",
     "open_dataset",
     "open_pipeline",
     "render",

@@ -32,6 +32,11 @@ def render(rows: BatchPlan, index: ShardIndex, *, mixed: bool = False) -> np.nda
     return mix_pixels(images, other, torch.from_numpy(rows.lam), rows.box).numpy()
 
 
+def decode_sample(index: ShardIndex, sample: int) -> np.ndarray:
+    """The decoded image of a sample: uint8 [height, width, 3]. Raises as `render`."""
+    return decode_checked(CheckedReader(index, raise_on_damage(index)), sample)
+
+
 def _transformed(rows: BatchPlan, reader: CheckedReader) -> np.ndarray:
     images = [transform(decode_checked(reader, sample), rows, row) for row, sample in enumerate(rows.sample.tolist())]
     return np.stack(images)

@@ -23,7 +23,7 @@ from pipelines.common.errors import ROOM, UserError, advice_against, clipped, ex
 from pipelines.common.files import check_parent_folder, sha256_of
 from pipelines.shards.index import read_index
 from pipelines.shards.manifest import read_manifest
-from tools.lib.average.ingredients import Ingredient, Weights, differing, read, read_alike
+from tools.lib.average.ingredients import Ingredient, Weights, differing, read_alike
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, predict_split
 from tools.lib.common.tables import terminal_table
@@ -35,8 +35,6 @@ from trainer.evaluation.trained import KINDS, Kind, TrainedModel, check_fits, lo
 from trainer.models.class_names import order_doubt
 from trainer.state import checkpoint
 from trainer.state.checkpoint import checkpoints_folder
-
-_SUFFIXES = (".pt", ".pth")
 
 
 class Row(TypedDict):
@@ -132,49 +130,38 @@ def files_of(paths: list[Path]) -> list[Path]:
 
 def check_output(out: Path, inputs: list[Path]) -> None:
     """Raise a UserError, before anything is read, if OUT.pt cannot or must not be written."""
-    if any(out.resolve() == path.resolve() for path in inputs):
-        raise UserError(f"{out}: is one of the checkpoints to average. Name another file")
-    if out.name == checkpoint.BEST or out.match("step-*"):
-        raise UserError(f"{out}: a name that runs give to their own checkpoints. Name another file")
-    if out.suffix not in _SUFFIXES:
-        raise UserError(f"{out}: a checkpoint's name ends in {' or '.join(_SUFFIXES)}. Name it so")
+    is_input = any(out.resolve() == path.resolve() for path in inputs)
+    if is_input or out.name == checkpoint.BEST or out.match("step-*") or out.suffix not in (".pt", ".pth"):
+        raise UserError(
+            f"{out}: must be a new name that ends in .pt or .pth, neither one of the checkpoints to average nor a name "
+            f"that runs give to their own, step-N.pt or {checkpoint.BEST}. Name another file"
+        )
     check_parent_folder(out, str(out))
 
 
 # --- averaging ---
 
 
-def plus(sums: Weights, weights: Weights, factor: float) -> Weights:
-    """Sums + factor x weights in float64; tensors that are not floating are those of the weights.
-
-    BatchNorm's statistics are floating, and averaged like weights, as in the trainer's EMA.
-    """
-    return {
-        name: sums.get(name, 0.0) + factor * value.double() if value.is_floating_point() else value
-        for name, value in weights.items()
-    }
-
-
-def divided(sums: Weights, total: float, like: Weights) -> Weights:
-    """Sums of `plus`, divided by the sum of the factors, in the types of `like`."""
-    return {
-        name: (value / total).to(like[name].dtype) if like[name].is_floating_point() else value
-        for name, value in sums.items()
-    }
-
-
 def mean(paths: list[Path], factors: list[float], which: Kind) -> dict[str, Any]:
-    """The weighted mean of checkpoints, as the content of OUT.pt but for its digest; the last one stands for all."""
-    sums: Weights = {}
+    """The weighted mean of checkpoints, as the content of OUT.pt but for its digest.
+
+    Sums are in float64. BatchNorm's statistics are floating, and averaged like weights, as in the trainer's EMA. The
+    last checkpoint stands for all: its tensors that are not floating, its step and settings are those of the mean.
+    """
+    sums: dict[str, Any] = {}
     rows: list[Row] = []
     seen: list[Ingredient] = []
     weights: Weights = {}
+    total = sum(factors)
     for each, factor in zip(read_alike(paths, which), factors, strict=True):
         weights = each.weights
-        sums = plus(sums, weights, factor)
-        rows.append(_row(each, factor / sum(factors)))
+        for name, value in weights.items():
+            if value.is_floating_point():
+                sums[name] = sums.get(name, 0.0) + factor * value.double()
+        rows.append(_row(each, factor / total))
         seen.append(dataclasses.replace(each, weights={}))
-    made = {"weights": seen[-1].kind, "state_dict": divided(sums, sum(factors), weights)}
+    state = {name: (sums[name] / total).to(value.dtype) if name in sums else value for name, value in weights.items()}
+    made = {"weights": seen[-1].kind, "state_dict": state}
     return {**seen[-1].origin, **made, "average": {"differ": differing(seen), "of": rows}}
 
 
@@ -235,21 +222,19 @@ def greedy(paths: list[Path], which: Kind, data: Path) -> dict[str, Any]:
     # The sort is stable: of equals, the one that was given first stays first.
     ordered = sorted(paths, key=lambda path: -alone[path])
     soup = load(None, ordered[0], weights=which)
-    sums, kept, top1 = {}, [], 0.0
+    kept, top1 = ordered[:1], alone[ordered[0]]
+    content = mean(kept, [1.0], which)
     for path in ordered:
-        weights = read(path, which).weights
-        tried, together = plus(sums, weights, 1.0), alone[path]
-        if kept:
-            soup.module.load_state_dict(divided(tried, len(kept) + 1, weights))
+        rows[path] |= {"alone": alone[path], "together": alone[path], "kept": path in kept}
+        if path not in kept:
+            tried = mean([path, *kept], [1.0] * (len(kept) + 1), which)
+            soup.module.load_state_dict(tried["state_dict"])
             together = scorer.top1(soup)
-        is_kept = together >= top1
-        rows[path] |= {"alone": alone[path], "together": together, "kept": is_kept}
-        if is_kept:
-            sums, top1 = tried, together
-            kept.append(path)
+            rows[path] |= {"together": together, "kept": together >= top1}
+            if together >= top1:
+                kept, content, top1 = [path, *kept], tried, together
     for path in kept:
         rows[path]["fraction"] = 1 / len(kept)
-    content = mean(kept[::-1], [1.0] * len(kept), which)
     content["average"] |= {"dataset": scorer.digest, "top1": top1, "of": [rows[path] for path in ordered]}
     return content
 

@@ -1,6 +1,6 @@
 """Which backbone for the time there is? Models' speed on this machine, and the front of speed and accuracy.
 
-    python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends NAME ...] [--out FOLDER]
+    python tools/compare.py [MODEL ...] [--accuracy FILE ...] [--backends BACKEND ...] [--out FOLDER]
 
 MODEL is timm's name (speed does not depend on weights, which are then random), a checkpoint, a run's folder, or an
 exported one; without any, the paper's models that timm has. Accuracies come from evaluations (`python
@@ -21,7 +21,7 @@ if not __package__:  # A script finds the packages of its own repository, instal
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
@@ -31,9 +31,9 @@ from tools.lib.common.hardware import first_device, machine
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive
 from tools.lib.compare import charts, results
-from tools.lib.compare.backends import BACKENDS, BATCH, EXTRA, Backend, Plan, choose_backends
-from tools.lib.compare.candidates import Candidate, choose
-from tools.lib.compare.measuring import Measured, measure, pieces
+from tools.lib.compare.backends import BACKENDS, BATCH, EXTRA, Plan, choose_backends
+from tools.lib.compare.candidates import choose
+from tools.lib.compare.measuring import measure
 from tools.lib.compare.results import FailedRow, Row
 
 REPEATS = 15
@@ -59,7 +59,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = "evaluation in JSON, or CSV with columns model, top1 (percent) and perhaps image_size"
     add("--accuracy", type=path_argument, nargs="+", default=[], metavar="FILE", help=what)
     what = f"some of {', '.join(BACKENDS)} (default: what is installed and fast)"
-    add("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=what)
+    add("--backends", nargs="+", choices=BACKENDS, metavar="BACKEND", help=what)
     add("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     add("--batch", type=int, metavar="N", help="images a call (default: 256 on a GPU, 4 on a CPU; OpenVINO takes 1)")
     add("--repeats", type=int, default=REPEATS, metavar="N", help="rounds in which each model is timed (%(default)s)")
@@ -94,7 +94,9 @@ def compare(options: argparse.Namespace) -> None:
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
-    rows, failed = results.rows_of(_with_progress(models, backends, plan))
+    with Console(stderr=True).status("starting") as status:  # It shows nothing where there is no terminal.
+        measured = measure(models, backends, plan, lambda done: status.update(escape(done)))
+    rows, failed = results.rows_of(measured)
     notes = results.notes(rows)
     for table in results.tables(rows, failed):
         screen.print(table)
@@ -104,15 +106,6 @@ def compare(options: argparse.Namespace) -> None:
     screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     if not rows:
         raise UserError(f"nothing could be measured; the first reason: {failed[0].failed}")
-
-
-def _with_progress(models: list[Candidate], backends: list[Backend], plan: Plan) -> list[Measured]:
-    """`measure` with a line of progress on a terminal."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    shown = Console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
-        task = progress.add_task("starting", total=pieces(len(models), len(backends), plan.repeats))
-        return measure(models, backends, plan, lambda done: progress.update(task, advance=1, description=done))
 
 
 def write(out: Path, rows: list[Row], failed: list[FailedRow], remarks: list[str], plan: Plan) -> list[str]:

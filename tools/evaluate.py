@@ -26,9 +26,8 @@ from pipelines.plan.plan import LARGEST_SIDE
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.manifest import read_manifest
 from tools.lib.common.evaluation import ForwardConfig, Origin, Report, predict_split
-from tools.lib.evaluate.ranks import check_ranks_agree
 from tools.lib.evaluate.real_labels import read_real_labels
-from tools.lib.evaluate.report import class_rows, write_and_show
+from tools.lib.evaluate.report import class_rows, show_and_write
 from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
@@ -46,6 +45,8 @@ class EvalDataConfig(ImagesConfig):
     """The images.
 
     Attributes:
+      root: dataset folder made by tools/shard_imagenet.py.
+      pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without.
       split: of the dataset.
       image_size: side of the image, pixels; 0 is the model's own.
       crop_pct: the image is resized to floor(image_size / crop_pct) before the crop; 0 is the model's own.
@@ -55,6 +56,7 @@ class EvalDataConfig(ImagesConfig):
         {key: [classes]}; the word imagenet takes the copy of ReaL's that timm ships.
     """
 
+    root: Path | None = None
     pipeline: Literal["auto", "dali", "torchvision"] = "auto"
     split: str = "val"
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
@@ -132,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
             with join_world(config.run.device, lambda _: code_version(), config.run.ready_s) as world:
                 report = evaluate_dataset(config, world)
                 if world.is_main:
-                    write_and_show(report, config.run.json)
+                    show_and_write(report, config.run.json)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -181,6 +183,21 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
     if real is not None:
         report["real"] = metrics.real_accuracy(predictions, real)
     return report
+
+
+def check_ranks_agree(world: World, mine: dict[str, object]) -> None:
+    """Raise a UserError, on every rank, if ranks are about to evaluate different things. Every rank must call it.
+
+    Args:
+      mine: what must be the same on all ranks, by its name in the message.
+    """
+    of_ranks = world.all_gather([mine])
+    for name in mine:
+        if any(each[name] != mine[name] for each in of_ranks):
+            raise UserError(
+                f"{name} is not the same on all ranks: {[each[name] for each in of_ranks]}. Give all the same command "
+                "and files, and no folder of a run that is still training"
+            )
 
 
 def check_finite(predictions: Predictions, index: ShardIndex) -> None:

@@ -26,8 +26,6 @@ if not __package__:  # A script finds the packages of its own repository, instal
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from pipelines.common.errors import UserError, advice_against, exit_on_user_error, named
 from pipelines.common.files import check_parent_folder, replacing
@@ -36,6 +34,7 @@ from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, on_device
 from tools.lib.common.hardware import first_device
+from tools.lib.common.terminal import tracked
 from tools.lib.common.timing import check_positive
 from tools.lib.predict.image_files import Item, decoded_batches, items_of, survey
 from trainer.evaluation.trained import TrainedModel, descriptions, load
@@ -101,10 +100,8 @@ def predict(options: argparse.Namespace) -> None:
     items = (item for path in options.paths for item in items_of(path))
     rows = predictions(trained, items, top_k, options.batch, device)
     on_screen = options.out is None and sys.stdout.isatty()  # The rows themselves are shown there.
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=on_screen or not console.is_terminal) as progress:
-        shown = progress.track(_counted(rows, counts), num_images, description="predicting")
-        write(iter(shown), top_k, options.out)
+    shown = tracked(_counted(rows, counts), "predicting", num_images, hidden=on_screen)
+    write(shown, top_k, options.out)
     failed = f", not usable (the column error says why): {counts['failed']:,}" if counts["failed"] else ""
     print(f"images: {counts['images']:,}{failed}{f', in {options.out}' if options.out else ''}", file=sys.stderr)
     if no_images:

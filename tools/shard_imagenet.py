@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,13 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from pipelines.common.errors import UserError, exit_on_user_error, named, write_error_line
+from pipelines.common.errors import UserError, exit_on_user_error, write_error_line
 from pipelines.common.launcher import array_task, launched
 from pipelines.common.machine import num_cores
 from pipelines.shards.manifest import CLASS_ORDERS, Manifest
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.units import human_bytes, human_seconds
-from tools.lib.shards.build import KEPT, BuildOptions, Progress, build, merge
+from tools.lib.common.units import human_seconds
+from tools.lib.shards.build import KEPT, build, merge
+from tools.lib.shards.conversion import BuildOptions
 from tools.lib.shards.images import ImageOptions
 from tools.lib.shards.manifest_builder import TOOL
 from tools.lib.shards.reindex import index_webdataset
@@ -39,6 +41,8 @@ from tools.lib.shards.sources import KINDS
 from tools.lib.shards.sources.source import SourceOptions
 from tools.lib.shards.summary import summarize
 from tools.lib.shards.verify import verify
+
+_LINE_EVERY_S = 30.0  # Where there is no terminal, a line about the progress is printed this often at the most.
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,41 +57,28 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    start_s = time.perf_counter()
     part, parts = options.part or _part_from_environment()
     image = ImageOptions(audit=options.audit, resize_short=options.resize_short, quality=options.quality)
-    build_options = BuildOptions(options.seed, options.samples_per_shard, image)
-    last, say = Progress(0, 0, 0), _Lines()
-
-    def show(progress: Progress) -> None:
-        nonlocal last
-        last = progress
-        elapsed_s = time.perf_counter() - start_s
-        rates = f"{progress.images / elapsed_s:,.0f} images/s, {human_bytes(progress.nbytes / elapsed_s)}/s"
-        bar.update(task, completed=progress.images, total=progress.total_images, description=rates)
-        say(f"{progress.images:,} of {progress.total_images:,} images, {rates}")
-
-    with _bar() as bar:
-        task = bar.add_task("listing", total=None)
+    start_s = time.perf_counter()
+    with _progress() as (show, note):
         manifest = build(
             options.src,
             options.out,
-            build_options,
+            BuildOptions(options.seed, options.samples_per_shard, image),
             source_options=SourceOptions(
                 options.source, options.class_order, options.image_column, options.label_column
             ),
             workers=options.workers,
             part=(part, parts),
             skip_bad=options.on_bad == "skip",
-            on_progress=show,
-            on_note=lambda note: bar.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True),
+            on_shard=show,
+            on_note=note,
         )
     took = human_seconds(time.perf_counter() - start_s)
-    converted = f"{last.images:,} images, {human_bytes(last.nbytes)} in {took}"
     if manifest is None:
-        print(f"part {part + 1}/{parts} is done: {converted}. When all are: python {TOOL} merge {options.out}")
+        print(f"part {part + 1}/{parts} is done in {took}. When all are: python {TOOL} merge {options.out}")
     else:
-        print(f"{options.out}: {_counts(manifest)} ({converted if last.images else 'nothing was left to convert'})")
+        print(f"{options.out}: {_counts(manifest)} (in {took})")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -95,22 +86,8 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: {_counts(manifest)}")
 
 
-@contextlib.contextmanager
-def _shard_progress() -> Iterator[Callable[[int, int], None]]:
-    """A function that shows how many shards are done, of how many, in a bar or in lines."""
-    say = _Lines()
-    with _bar() as bar:
-        task = bar.add_task("shards", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            say(f"{done:,} of {total:,} shards")
-
-        yield show
-
-
 def _index(options: argparse.Namespace) -> None:
-    with _shard_progress() as show:
+    with _progress() as (show, _):
         manifest = index_webdataset(
             options.root,
             out=options.out,
@@ -123,13 +100,35 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    with _shard_progress() as show:
+    with _progress() as (show, _):
         faults = verify(options.out, decode=options.decode, workers=options.workers, on_shard=show)
     for fault in faults:
         print(fault)
     if faults:
         raise UserError(f"{options.out}: {len(faults)} faults. Restore the files named above, or build again")
     print(f"{options.out}: everything is as it was written")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A function that shows how many shards are done, of how many, and one that shows a note.
+
+    Where there is no terminal for a bar, plain lines say it every now and then.
+    """
+    console = Console(stderr=True)
+    columns = TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    last_s = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_s
+        bar.update(task, completed=done, total=total)
+        if bar.disable and time.monotonic() - last_s >= _LINE_EVERY_S:
+            last_s = time.monotonic()
+            console.print(f"{done:,} of {total:,} shards", highlight=False)
+
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("shards", total=None)
+        yield show, lambda note: console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -141,39 +140,13 @@ def _info(options: argparse.Namespace) -> None:
 
 def _counts(manifest: Manifest) -> str:
     counts = ", ".join(f"{entry['samples']:,} {split}" for split, entry in manifest["splits"].items())
-    audit = manifest["audit"]
-    words = {
-        "repaired": "repaired",
-        "rejected": "rejected",
-        "duplicates": "groups of duplicates",
-        "hidden": "hidden files passed over",
-    }
-    notes = [f"{count:,} {word}" for kind, word in words.items() if (count := audit["counts"].get(kind))]
-    if left_out := audit.get("left_out"):
-        names = named([item["source"] for item in left_out[:4]], 3)
-        notes.append(f"{audit['counts'].get('left_out', len(left_out)):,} left out ({names})")
+    remarks: dict[str, Any] = {**manifest["audit"]["counts"]}
+    kinds = ("repaired", "rejected", "duplicates", "hidden", "left_out")
+    notes = [f"{remarks[kind]:,} {kind.replace('_', ' ')}" for kind in kinds if remarks.get(kind)]
     for split, entry in manifest["splits"].items():
         if empty := entry["class_counts"].count(0):
             notes.append(f"{empty} classes without {split} images")
     return "; ".join([f"{counts} samples of {len(manifest['classes'])} classes", *notes])
-
-
-class _Lines:
-    """Prints the progress in plain lines every now and then, where there is no terminal to show a bar."""
-
-    def __init__(self, every_s: float = 30.0):
-        self._every_s = 0.0 if sys.stderr.isatty() else every_s
-        self._last_s = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if self._every_s and time.monotonic() - self._last_s >= self._every_s:
-            self._last_s = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
-
-
-def _bar() -> ProgressBar:
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    return ProgressBar(*columns, console=Console(stderr=True))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -219,7 +192,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the order of the training samples (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the training samples (default 0)")
     parser.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
     parser.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
     parser.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
@@ -242,12 +215,6 @@ def _positive(text: str) -> int:
 
 
 _positive.__name__ = "positive number"  # argparse shows this name.
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{number} is not in [0, 2**64)")
-    return number
 
 
 def _part(text: str) -> tuple[int, int]:

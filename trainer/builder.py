@@ -16,11 +16,11 @@ from pipelines.common.errors import UserError, naming_settings
 from pipelines.ops.torch_ops import kernel_error
 from pipelines.plan.plan import EvalPlan, TrainPlan
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.manifest import MANIFEST
-from trainer.cluster.code_version import source_hash
+from pipelines.shards.manifest import MANIFEST, read_manifest
+from trainer.cluster.code_version import code_version, source_hash
 from trainer.cluster.preemption import Preemption
-from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World, alone
+from trainer.config.natures import shared_settings
 from trainer.config.recipe import audit
 from trainer.config.sections import Config, RunConfig, to_dict
 from trainer.evaluation.predict import EvalPass
@@ -170,9 +170,18 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
 
 
 def facts_to_compare(config: Config, device: torch.device) -> dict:
-    """What must be equal on all ranks: the configuration, data, models and code, and what `auto` resolves to."""
-    precision = resolve_precision(config.run.precision, device)
-    return {**facts(config), **model_contents(config), "the precision": str(precision)}
+    """What must be equal on all ranks: {name: value}, values as JSON has them.
+
+    The configuration without what each machine has of its own, the digests of the dataset, the content of models, a
+    hash of every source file, versions, and what `auto` resolves to.
+
+    Raises:
+      UserError: there is no dataset here, or it is damaged.
+    """
+    splits = read_manifest(config.data.root)["splits"] if config.data.root is not None else {}
+    digests = {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
+    precision = {"the precision": str(resolve_precision(config.run.precision, device))}
+    return {**shared_settings(config), **digests, **model_contents(config), **code_version(), **precision}
 
 
 def check_writable(out: Path) -> None:

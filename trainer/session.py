@@ -64,14 +64,12 @@ def describe(run: Run, monitor: Monitor) -> None:
 def ended_summary(run: Run, monitor: Monitor) -> Summary | None:
     """The summary of an earlier session if it has done all that this one is to do, else None."""
     out = run.config.run.out
-    summary: Summary | None = None
-    if run.world.is_main:
-        found = read_summary(out / SUMMARY)
-        if found and found["step"] == run.state.step and "stopped_by" not in found["session"]:
-            summary = cast(Summary, found)  # read_summary has checked its fields.
-    summary = run.world.broadcast_object(summary)
-    if summary is None or run.state.step < run.stop or run.evaluation_due:
+    found = run.world.broadcast_object(read_summary(out / SUMMARY) if run.world.is_main else None)
+    if not found or found["step"] != run.state.step or "stopped_by" in found["session"]:
         return None
+    if run.state.step < run.stop or run.evaluation_due:
+        return None
+    summary = cast(Summary, found)  # read_summary has checked its fields.
     monitor.say(f"nothing to do: the run has done {run.state.step} of {run.total_steps} steps")
     if run.world.is_main and summary["finished"] and not (out / "report" / PAGE).exists():
         monitor.say(report_or_reason(out))  # It could not be written when the run ended, on a full disk for example.

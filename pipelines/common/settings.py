@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import typing_extensions
 
@@ -110,7 +110,7 @@ def check(section: Any, key: str) -> None:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, object]:
-    return typing_extensions.get_type_hints(kind)
+    return typing_extensions.get_type_hints(kind, include_extras=True)
 
 
 def _leaves(value: object) -> Iterator[object]:
@@ -152,26 +152,27 @@ def fits(value: object, hint: Any, is_plain: bool = False) -> bool:
     """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else.
 
     Args:
+      hint: of Annotated[X, predicate] the predicate must hold, too.
       is_plain: the value is as files have it: text where a path is wanted, and keys where a dataclass is.
     """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Annotated, typing_extensions.NotRequired):
+        return fits(value, inner[0], is_plain) and all(predicate(value) for predicate in inner[1:])
     if is_plain and hint is Path:
         return isinstance(value, str)
     if hasattr(hint, "__required_keys__") or is_plain and dataclasses.is_dataclass(hint):
         return isinstance(value, dict) and not misfit(value, hint)
     each = functools.partial(fits, is_plain=is_plain)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or value is None:
         return hint is Any or type(None) in inner
     if origin in (typing.Union, types.UnionType):
-        return any(each(value, part) for part in inner)
+        return any(map(each, [value] * len(inner), inner))
     if origin is Literal:
         return value in inner
     if origin is tuple:
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(each, value, inner))
     if origin is list:
-        return isinstance(value, list) and all(each(part, inner[0]) for part in value)
+        return isinstance(value, list) and all(map(each, value, inner * len(value)))
     if origin is dict:
-        return isinstance(value, dict) and all(each(part, inner[1]) for part in value.values())
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+        return isinstance(value, dict) and all(map(each, value.values(), inner[1:] * len(value)))
+    return (hint is bool or not isinstance(value, bool)) and isinstance(value, (int, float) if hint is float else hint)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +129,15 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
     Raises:
       OSError: it cannot be read, or has changed since.
     """
-    try:
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)[start:stop])
-    except ValueError as error:
-        raise OSError(errno.EIO, "has changed", str(path)) from error
+    with open(path, "rb") as file:
+        is_first_version = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+        dtype = read(file)[2]
+        file.seek(start * dtype.itemsize, os.SEEK_CUR)
+        rows = np.fromfile(file, dtype, stop - start)
+    if len(rows) != stop - start:
+        raise OSError(errno.EIO, "has become shorter", str(path))
+    return rows
 
 
 def _check_rows(path: Path, samples: np.ndarray, shard_bytes: np.ndarray, num_classes: int) -> None:

@@ -56,6 +56,7 @@ STAND_INS = {
         "--section.key": "--optim.lr",
         "value": "0.001",
         "NAME": "loader",
+        "BACKEND": "onnxruntime",
         "--OPTION": "--repeats",
         "VALUE": "3",
         "PART": "tests",

@@ -293,10 +293,10 @@ def test_the_output_is_never_one_of_the_inputs_or_of_a_runs_own_files(tiny_run, 
     before = mine.read_bytes()
     (tmp_path / "link.pt").symlink_to(mine)
     for out, says in (
-        (mine, "is one of the checkpoints to average"),
-        (tmp_path / "link.pt", "is one of the checkpoints to average"),
-        (tiny_run / "checkpoints" / "best.pt", "a name that runs give to their own checkpoints"),
-        (tmp_path / "step-00000040.pt", "a name that runs give to their own checkpoints"),
+        (mine, "neither one of the checkpoints to average"),
+        (tmp_path / "link.pt", "neither one of the checkpoints to average"),
+        (tiny_run / "checkpoints" / "best.pt", "nor a name that runs give to their own"),
+        (tmp_path / "step-00000040.pt", "nor a name that runs give to their own"),
         (tmp_path / "out.safetensors", "ends in .pt or .pth"),
         (tmp_path / "no" / "out.pt", "not a file in a folder that is there"),
     ):
@@ -318,6 +318,6 @@ def test_a_moving_average_needs_a_decay_and_the_folder_of_a_run(tiny_run, steps,
 def test_a_greedy_soup_needs_a_dataset_of_the_models_classes(steps, digits, tmp_path, capsys):
     other = changed(steps[0], tmp_path / "other.pt", classes=[f"digit {i}" for i in range(10)])
     line = refused(capsys, "greedy", tmp_path / "out.pt", other, "--data", digits)
-    assert f"{other}: class '0' of the dataset is not among the model's 10" in line
+    assert f"{other}: class '0' of the dataset is 0 times among the model's 10" in line
     assert "manifest.json: not found" in refused(capsys, "greedy", tmp_path / "out.pt", steps[0], "--data", tmp_path)
     assert not (tmp_path / "out.pt").exists()

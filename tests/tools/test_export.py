@@ -251,7 +251,7 @@ def failed(arguments: list, capsys, tool=export) -> str:
         (["MODEL", "OUT", "--classes", "TMP/three.txt"], "three.txt: names 3 classes, .* has 10 outputs. Name every"),
         (["MODEL", "OUT", "--evaluation", "TMP/no.json"], "no.json: not an evaluation .No such file.* --run.json"),
         (["MODEL", "OUT", "--evaluation", "TMP/list.json"], "list.json: not an evaluation .* --run.json"),
-        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it (option name)"),
+        (["TMP/raw.pth", "OUT"], "does not say which model it is of. Name it .option name"),
         (["TMP/raw.pth", "OUT", "--name", "test_byobnet"], "does not fit model 'test_byobnet' .* it was saved from"),
         (["TMP/nothing.pt", "OUT"], "not found. Give a checkpoint, a run's folder, an exported folder, or timm's"),
         (["resnet8", "OUT"], "unknown model 'resnet8'; did you mean resnet18"),
@@ -307,7 +307,7 @@ def test_a_checkpoint_with_fewer_settings_has_their_defaults(cnn, tmp_path):
 
 def test_a_foreign_file_with_a_format_version_needs_a_name_as_any_other(cnn, tmp_path, capsys):
     foreign = altered(cnn[0], tmp_path / "foreign.pt", config=None)
-    assert "does not say which model it is of. Name it .option name" in failed([foreign, tmp_path / "out"], capsys)
+    assert "does not say which model it is of. Name it (option name)" in failed([foreign, tmp_path / "out"], capsys)
     assert inference.load("test_resnet", foreign).origin == {}
 
 

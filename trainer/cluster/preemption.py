@@ -51,17 +51,14 @@ class Preemption:
         A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. Only the main thread
         may handle signals; in another nothing changes.
         """
-        handlers = {number: signal.getsignal(number) for number in STOPPING}
-        noted = [number for number, handler in handlers.items() if handler is not signal.SIG_IGN]
-        if threading.current_thread() is not threading.main_thread():
-            noted = []
-        for number in noted:
-            signal.signal(number, self._note)
+        is_main = threading.current_thread() is threading.main_thread()
+        noted = [number for number in STOPPING if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in noted}
         try:
             yield
         finally:
-            for number in noted:
-                signal.signal(number, handlers[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

@@ -20,10 +20,6 @@ import torch.distributed as dist
 
 from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.launcher import launched
-from pipelines.shards.manifest import read_manifest
-from trainer.cluster.code_version import code_version
-from trainer.config.natures import shared_settings
-from trainer.config.sections import Config
 
 # The checks done, a rank may wait long for another: rank 0 alone downloads weights and tries the decoder, a first step
 # compiles. The watchdog finds a rank that hangs; this is the bound where it is off.
@@ -37,22 +33,6 @@ _PORT_KEY = "trainer/port"  # Under it torchrun's store has the port of rank 0's
 # libuv's server, which is torch's default, does not wait for a stranger who connects and sends nothing. In torch 2.5 it
 # never listened to a socket that it was given; in 2.14 it was seen to work.
 _LIBUV_TAKES_SOCKETS = "2.14"
-
-
-def facts(config: Config) -> dict[str, object]:
-    """What must be equal on all ranks: {name: value}, values as JSON has them.
-
-    The configuration without what each machine has of its own, the digests of the dataset, a hash of every source file,
-    and versions.
-
-    Raises:
-      UserError: there is no dataset here, or it is damaged.
-    """
-    found = shared_settings(config)
-    if config.data.root is not None:
-        splits = read_manifest(config.data.root)["splits"]
-        found |= {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
-    return {**found, **code_version()}
 
 
 # --- meeting ---

@@ -37,7 +37,7 @@ class State:
 
     Attributes:
       host: the rank's machine.
-      number: counts the publications; it grows as long as the rank's thread lives.
+      published_s: when, by the rank's own clock; it grows as long as the rank's thread lives.
       heartbeats: counts the loop's reports; it is equal on ranks that are equally far.
       where: the last place that was reported.
       patience_s: how long that place may take, where it may take longer than others.
@@ -45,7 +45,7 @@ class State:
     """
 
     host: str
-    number: int = 0
+    published_s: float = 0.0
     heartbeats: int = 0
     where: str = "setting up"
     patience_s: float = SETUP_PATIENCE_S
@@ -62,7 +62,7 @@ class Seen:
 
     def updated(self, state: State, now_s: float) -> "Seen":
         """The same rank, after it has published a state."""
-        is_heard = state.number != self.state.number
+        is_heard = state.published_s != self.state.published_s
         has_moved = (state.heartbeats, state.ended) != (self.state.heartbeats, self.state.ended)
         return Seen(state, now_s if is_heard else self.heard_s, now_s if has_moved else self.moved_s)
 
@@ -127,7 +127,6 @@ class Watchdog:
         self._seconds = seconds
         self._period_s = min(_PERIOD_S, seconds / 10)
         self._state = State(socket.gethostname())
-        self._number = 0
         self._seen: dict[int, Seen] = {}
         self._ending = threading.Event()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._watch, self._keep_exchanging)]
@@ -224,15 +223,14 @@ class Watchdog:
         return all(rank.state.ended is not None or rank.heard_s < limit_s for rank in self._seen.values())
 
     def _publish(self) -> None:
-        self._number += 1
         if self._store is not None:
-            state = dataclasses.replace(self._state, number=self._number)
+            state = dataclasses.replace(self._state, published_s=time.monotonic())
             self._store.set(f"state/{self._world.rank}", json.dumps(dataclasses.asdict(state)))
 
     def _read(self) -> None:
         """Note the states of all ranks; rank 0 collects them for the others."""
         if self._store is None:
-            states = [dataclasses.replace(self._state, number=self._number)]
+            states = [dataclasses.replace(self._state, published_s=time.monotonic())]
         else:
             if self._world.is_main:
                 states = self._store.multi_get([f"state/{rank}" for rank in range(self._world.size)])

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 # A file of settings may have this many bytes, of which all settings take a five-hundredth; and values, and levels.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**18, 10_000, 20
-_MOST_CHARACTERS = 2000  # of a value
+_MOST_CHARACTERS = 2000  # No value is longer.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load_yaml = get_loader("yaml")
 # How jsonargparse begins a message about an unknown key, and the parts of its other messages that speak of Python.
@@ -82,7 +82,7 @@ def parse_settings(
 @functools.cache
 def _parser(kind: type, prog: str | None, description: str, flags: tuple[tuple[str, str], ...]) -> ArgumentParser:
     """The parser of `parse_settings`: to build it takes longer than to parse with it."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     for flag, meaning in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     parser.add_argument("--config", action="config", help="YAML file with sections and keys as below")

@@ -12,9 +12,7 @@ class PaperModel:
     """A row of usi_paper.csv.
 
     Attributes:
-      name: timm's.
-      top1: percent, on ImageNet's validation images of `image_size` pixels.
-      source: where it was published.
+      top1: percent, on ImageNet's validation images of `image_size` pixels; `source` has published it.
       arguments: of timm's function, where the installed timm builds another model under the same name: (name, value).
       parameters: how many the model has.
     """

@@ -5,19 +5,18 @@ write its digest, so nothing here relies on it.
 """
 
 import hashlib
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
 from pipelines.common.errors import UserError, clipped
-from pipelines.common.settings import misfit
+from pipelines.common.settings import fits, misfit
 from trainer.config.natures import section_types
 from trainer.models.batch_norm import running_statistics
-from trainer.models.files.schema import described, wrong_part
 from trainer.models.files.torch_files import memory_for
 
 FORMAT_VERSION = 1
@@ -55,11 +54,20 @@ def _is_consistent(optimizer: dict) -> bool:
     )
 
 
+def _are_numbers(metrics: dict) -> bool:
+    """Whether all metrics are numbers; the loss may be infinite or NaN, which is written unchanged."""
+    return all(isinstance(value, float) or fits(value, _Count) for value in metrics.values())
+
+
+def _are_named(weights: dict) -> bool:
+    return bool(weights) and all(isinstance(name, str) for name in weights)
+
+
 _Count = Annotated[int, lambda value: 0 <= value <= 10**12]  # more steps than any run has
-_Positive = Annotated[float, lambda value: 0 < value < math.inf]
+_Positive = Annotated[float, lambda value: 0 < value < 1e30]
 _Percentage = Annotated[float, lambda value: 0 <= value <= 100]
 _Kind = Literal["ema", "raw"]
-_Weights = Annotated[dict[str, torch.Tensor], bool]  # at least one
+_Weights = Annotated[dict[str, torch.Tensor], _are_named]
 _Empty = Annotated[dict, lambda value: not value]
 
 
@@ -101,13 +109,10 @@ class _AverageRow(TypedDict):
     step: _Count
 
 
-class _AverageOptions(TypedDict, total=False):
-    differ: list[str]
-
-
-class _Average(_AverageOptions):
+class _Average(TypedDict):
     how: str
     of: list[_AverageRow]
+    differ: NotRequired[list[str]]
 
 
 class Content(TypedDict, total=False):
@@ -129,7 +134,7 @@ class Content(TypedDict, total=False):
     rank_statistics: list[list[torch.Tensor]]
     weights: _Kind
     top1: _Percentage
-    metrics: Annotated[dict[str, float], lambda value: not wrong_part(value, _Metrics)]
+    metrics: Annotated[_Metrics, _are_numbers]
     state_dict: _Weights
     average: Annotated[_Average, is_plain]
 
@@ -139,9 +144,9 @@ RESUMED = ("step", "config", "plan", "student", "ema", "optimizer", "scaler")
 
 
 def check_fields(content: dict) -> None:
-    """Raise a FieldError that names the first field of a file that is missing or is not what it must be."""
-    if wrong := wrong_part(content, Content):
-        raise FieldError(wrong)
+    """Raise a FieldError that names the first field of a file that is not what it must be."""
+    if name := misfit(content, Content):
+        raise FieldError(f"'{name}' is {described(content[name])}, which this trainer never writes")
 
 
 def check_resumable(content: dict, step: int) -> None:
@@ -213,6 +218,13 @@ def wrong_setting(config: dict, names: Iterable[str]) -> str:
         if misfit(values, kinds[section]):
             return f"{section}.{name} = {described(values[name])}"
     return ""
+
+
+def described(value: object) -> str:
+    """A value in a few words."""
+    if torch.is_tensor(value):
+        return f"a tensor {list(value.shape)}"
+    return f"{type(value).__name__} {clipped(value, 40)}"
 
 
 def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -136,8 +135,8 @@ def agreement(
     labels: torch.Tensor,
     partner_labels: torch.Tensor,
     lam: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count how often the best classes are the same, and say which ones they are.
+) -> torch.Tensor:
+    """Count how often the best classes are the same.
 
     Args:
       student, teacher: logits [B, C].
@@ -145,12 +144,10 @@ def agreement(
     Returns:
       float32 [2], fractions of the images: where the teacher's best class is the label with the larger weight (the
       image's own, if both have a half), and where it is the student's best class.
-      int32 [2, B]: these labels, and the teacher's best classes.
     """
     best = teacher.argmax(1)
     label = torch.where(lam >= 0.5, labels, partner_labels)
-    fractions = torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
-    return fractions, torch.stack([label, best]).int()
+    return torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
 
 
 def num_images_needed(num_classes: int) -> int:
@@ -158,17 +155,16 @@ def num_images_needed(num_classes: int) -> int:
     return max(200, 10 * num_classes)
 
 
-def teacher_warning(pairs: list[np.ndarray], num_classes: int) -> str:
+def teacher_warning(found: float, num_classes: int) -> str:
     """The warning about teachers that know the labels hardly better than chance; "" for others.
 
     The student would learn nonsense from them without any error. The limit is twice chance, but with few classes no
     more than a quarter of the way from chance to all.
 
     Args:
-      pairs: each rank's int32 [2, N], for N mixed images: the label with the larger weight, the teachers' best class.
+      found: the fraction of the mixed images where the teachers' best class is the label with the larger weight.
     """
-    labels, best = np.concatenate(pairs, axis=1)
-    found, chance = (labels == best).mean(), 1 / num_classes
+    chance = 1 / num_classes
     if found >= chance + min(chance, (1 - chance) / 4):
         return ""
     return (

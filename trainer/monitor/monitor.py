@@ -66,8 +66,7 @@ class Monitor:
     def watch(self, input_wait: InputWait) -> None:
         """Start watching updates that take their batches from `input_wait`."""
         self._input_wait = input_wait
-        # Labels and the teacher's best classes in the first updates; None when they need not be compared (any more).
-        self._teacher_pairs: list[torch.Tensor] | None = [] if self._has_teacher else None
+        self._num_judged, self._num_found = 0, 0.0  # Images by which the teacher is judged; those whose label it finds.
         self._restart()
 
     def _restart(self) -> None:
@@ -89,8 +88,10 @@ class Monitor:
           UserError: too many samples are damaged.
         """
         if self._updates:
-            self.telemetry.train(self._mean())
-            self._check_teacher()
+            record = self._mean()
+            self.telemetry.train(record)
+            if "teacher_top1" in record:
+                self._check_teacher(record["teacher_top1"])
             self._restart()
         self.report_damage()
 
@@ -137,17 +138,20 @@ class Monitor:
         what = f"the logits of the student or a teacher are not finite for {len(names)} of {plan.global_batch} images"
         return NonFiniteError(f"{what}: {named(names, _SHOWN)}", first)
 
-    def _check_teacher(self) -> None:
-        """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so."""
-        num_classes = self._plan.index.num_classes
-        if self._teacher_pairs is None:
+    def _check_teacher(self, top1: float) -> None:
+        """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so.
+
+        Args:
+          top1: TrainRecord.teacher_top1 of the updates since the last line.
+        """
+        num_classes, num_images = self._plan.index.num_classes, len(self._updates) * self._plan.global_batch
+        num_needed = num_images_needed(num_classes)
+        if self._num_judged >= num_needed:
             return
-        self._teacher_pairs += [update.teacher_pairs for update in self._updates]
-        if len(self._teacher_pairs) * self._plan.global_batch < num_images_needed(num_classes):
-            return
-        of_all_ranks = self._world.all_gather([torch.cat(self._teacher_pairs, 1).cpu().numpy()])
-        self._teacher_pairs = None
-        if warning := teacher_warning(of_all_ranks, num_classes):
+        self._num_judged += num_images
+        self._num_found += top1 / 100 * num_images
+        warning = teacher_warning(self._num_found / self._num_judged, num_classes)
+        if warning and self._num_judged >= num_needed:
             self.say(warning)
 
     def report_damage(self) -> None:

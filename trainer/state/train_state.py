@@ -64,19 +64,12 @@ class TrainState:
         return running_statistics(self.student) + (running_statistics(self.ema.module) if self.ema else [])
 
     @torch.no_grad()
-    def set_local_statistics(self, statistics: list[torch.Tensor]) -> None:
-        """Continue from what `local_statistics` gave on this rank.
-
-        It must be called after TrainStep was made, because DDP then gives all ranks the buffers of rank 0.
-
-        Args:
-          statistics: the student's and the EMA's, or the student's alone. An EMA that has been switched on since begins
-            with the student's; one that has been switched off is ignored.
-        """
-        for values, saved in zip(self._running_statistics(), statistics * 2, strict=False):
-            values.copy_(saved)
-
     def restore_rank_statistics(self, rank: int, num_ranks: int) -> None:
-        """Give a rank its own statistics back, if the checkpoint is of as many ranks."""
+        """Give a rank its own statistics back, if the checkpoint is of as many ranks.
+
+        It must be called after TrainStep was made, because DDP then gives all ranks the buffers of rank 0. An EMA that
+        has been switched on since begins with the student's statistics.
+        """
         if self.ranks_differ and len(self.rank_statistics) == num_ranks:
-            self.set_local_statistics(self.rank_statistics[rank])
+            for values, saved in zip(self._running_statistics(), self.rank_statistics[rank] * 2, strict=False):
+                values.copy_(saved)

@@ -33,13 +33,12 @@ class Writer:
 
         The caller must not use `content` from now on.
         """
-        while len(self._pending) >= _MOST_PENDING:
-            self._pending.pop(0).result()
+        self.wait(_MOST_PENDING - 1)
         self._pending.append(self._thread.submit(self._write, path, content, then))
 
-    def wait(self) -> None:
-        """Wait until the last file is on the disk, or has failed."""
-        while self._pending:
+    def wait(self, num_left: int = 0) -> None:
+        """Wait until all files but the `num_left` last are on the disk, or have failed."""
+        while len(self._pending) > num_left:
             self._pending.pop(0).result()
 
     def _write(self, path: Path, content: dict, then: Callable[[], None]) -> None:

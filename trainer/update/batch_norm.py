@@ -43,8 +43,8 @@ class StatisticsAverage:
         self._next_weight = iter(self._weights)
         yield
         with torch.no_grad():
-            # An update counts as one batch, however it was split.
-            torch._foreach_sub_(self._counters, len(self._weights) - 1)
+            if self._counters:  # An update counts as one batch, however it was split.
+                torch._foreach_sub_(self._counters, len(self._weights) - 1)
             mean = self._total / sum(self._weights)
             if self._mode == "reduce":
                 mean = self._world.all_reduce_sum(mean * self._rank_weight) / self._world.size

@@ -37,13 +37,11 @@ class StepMetrics(NamedTuple):
       agreement: float32 [2], fractions of the images where the teacher's best class is the label, and where it is the
         student's best class (trainer/models/teacher.py); zeros without a teacher.
       bad: bool [B] in the order of the batches' rows, True where a model's logits are not finite.
-      teacher_pairs: int32 [2, B], for each image the label and the teacher's best class; [2, 0] without a teacher.
     """
 
     loss: torch.Tensor
     agreement: torch.Tensor
     bad: torch.Tensor
-    teacher_pairs: torch.Tensor
 
 
 class TrainStep:
@@ -177,7 +175,7 @@ def merged(micro_batches: list[StepMetrics]) -> StepMetrics:
         part = len(bad) / len(metrics.bad)
         loss += metrics.loss / part
         agreement += metrics.agreement / part
-    return StepMetrics(loss, agreement, bad, torch.cat([metrics.teacher_pairs for metrics in micro_batches], 1))
+    return StepMetrics(loss, agreement, bad)
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
@@ -217,10 +215,9 @@ def loss_and_agreement(
     loss = usi_loss(student, teacher, labels, partner_labels, lam, config)
     bad = ~student.detach().isfinite().all(1)
     if teacher is None:
-        no_pairs = torch.zeros(2, 0, dtype=torch.int32, device=student.device)
-        return StepMetrics(loss, torch.zeros(2, device=student.device), bad, no_pairs)
-    fractions, pairs = agreement(student.detach(), teacher, labels, partner_labels, lam)
-    return StepMetrics(loss, fractions, bad | ~teacher.isfinite().all(1), pairs)
+        return StepMetrics(loss, torch.zeros(2, device=student.device), bad)
+    fractions = agreement(student.detach(), teacher, labels, partner_labels, lam)
+    return StepMetrics(loss, fractions, bad | ~teacher.isfinite().all(1))
 
 
 def gray_batch(num_images: int, size: int, mix_group: int, device: torch.device) -> Batch:

@@ -143,7 +143,7 @@ def test_a_name_that_is_not_utf_8_is_written_as_an_escape(tmp_path):
 def test_the_tables_are_shown_also_where_the_files_cannot_be_written(tmp_path, monkeypatch, capsys):
     """A folder that was removed while the models were measured."""
     out = tmp_path / "out"
-    monkeypatch.setattr(compare, "_with_progress", lambda *_: out.rmdir())
+    monkeypatch.setattr(compare, "measure", lambda *_: out.rmdir())
     monkeypatch.setattr(results, "rows_of", lambda _: ([row("resnet50")], []))
     with pytest.raises(SystemExit):
         compare.main(["test_resnet", "--device", "cpu", "--backends", "eager", "--out", str(out)])

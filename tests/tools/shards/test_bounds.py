@@ -19,7 +19,7 @@ from chaos.tars import CLASS, IMAGES, devkit
 from pipelines.common.files import locked
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
-from support.hand_made import jpeg, keys, listed, put, refused, samples, tar_of
+from support.hand_made import jpeg, listed, put, refused, samples, tar_of
 from support.small_sources import add
 from tools.demo import write_digits
 from tools.lib.predict.image_files import decoded, items_of, pixels_of
@@ -70,7 +70,7 @@ def with_hole(path: Path, whole: bytes, name: str, kind: bytes = tarfile.REGTYPE
 def test_members_larger_than_any_image_or_label_are_named_and_never_read(tmp_path, little_memory, name, reason):
     path = with_hole(tmp_path / "train" / "a.tar", tar_of(samples(3)), name)
     message = refused(index_webdataset, tmp_path)
-    assert "1 sample cannot be used: train/a.tar: 0001" in message and reason in message
+    assert "samples cannot be used: train/a.tar: 0001" in message and reason in message
     rows = [decoded(item, VIEW) for item in items_of(path)]
     assert [bool(error) for _, _, error in rows] == [False, name == "0001.jpg", False]
 
@@ -114,14 +114,13 @@ def test_compressed_zeros_in_the_devkit_are_named_and_never_unpacked_into_memory
 def test_a_shard_that_grew_by_more_than_memory_is_verified(tmp_path, digits_images, little_memory):
     build(digits_images, tmp_path / "out", BuildOptions())
     path = tmp_path / "out" / "val" / "val-00000.tar"
-    nbytes = path.stat().st_size
-    os.truncate(path, nbytes + MAX_BYTES + (88 << 20))
+    os.truncate(path, path.stat().st_size + MAX_BYTES + (88 << 20))
     (fault,) = verify(tmp_path / "out")
-    assert str(fault).endswith(f"the manifest says {nbytes}")
+    assert fault.startswith(f"val/val-00000.tar: {path.stat().st_size} bytes that are not those of the manifest")
     with open(path, "r+b") as file:
         file.seek(-1, io.SEEK_END)
         file.write(b"x")
-    assert str(verify(tmp_path / "out")[1]).endswith(f"byte {path.stat().st_size - 1}: the end of the tar is damaged")
+    assert verify(tmp_path / "out")[1].endswith(f"byte {path.stat().st_size - 1}: the end of the tar is damaged")
 
 
 def test_images_without_pixels_are_refused_with_and_without_an_audit():
@@ -185,16 +184,6 @@ def test_scans_are_those_that_a_decoder_finds(many_scans):
 
 
 # --- what is left, and when ---
-
-
-def test_an_index_elsewhere_resumes_after_a_kill_between_a_folder_and_its_first_link(tmp_path):
-    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(3)))
-    put(tmp_path / "set" / "val" / "a.tar", tar_of(samples(1)))
-    (tmp_path / "index" / "train").mkdir(parents=True)
-    (tmp_path / "index" / "train" / "a.tar").symlink_to(tmp_path / "set" / "train" / "a.tar")
-    (tmp_path / "index" / "val").mkdir()
-    index_webdataset(tmp_path / "set", out=tmp_path / "index")
-    assert len(keys(tmp_path / "index")) == 3 and len(keys(tmp_path / "index", "val")) == 1
 
 
 def make_link(path: Path) -> None:
@@ -308,7 +297,7 @@ def test_a_listing_that_is_cut_off_in_mid_run_ends_the_conversion_and_no_sample_
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "write_shard", cut_off_then_written)
         message = refused(build, digits_images, out, BuildOptions())
-    assert f"listing/train{suffix}: is cut off. Remove {partial} to begin the conversion again" in message
+    assert f"listing/train.json: its listing is cut off. Remove {partial} to begin the conversion again" in message
     assert "is cut off" in refused(build, digits_images, out, BuildOptions())  # an order of fewer samples is another
     shutil.rmtree(partial)
     build(digits_images, out, BuildOptions())

@@ -170,7 +170,7 @@ def test_a_class_folder_without_images(folder, tmp_path):
 
 def test_a_validation_class_that_is_not_in_training(folder, tmp_path):
     (folder / "val" / "horse").mkdir(parents=True)
-    with pytest.raises(UserError, match="val/horse: a class that train lacks"):
+    with pytest.raises(UserError, match="val/horse: not a class folder that train has"):
         convert(folder, tmp_path / "out")
 
 
@@ -186,7 +186,7 @@ def test_a_source_without_anything(tmp_path, parts):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("val/loose.jpg", "1 images lie directly in it"),
+        ("val/loose.jpg", "val: has no class folders"),
         ("train/cat/sub/x.jpg", "train/cat/sub: a folder inside a class"),
     ],
 )
@@ -213,12 +213,6 @@ def test_what_is_no_image_is_refused_with_its_name(folder, tmp_path):
 def samples_of_skipping(folder: Path, out: Path) -> dict:
     convert(folder, out, skip_bad=True)
     return samples_of(out)
-
-
-def test_a_validation_folder_of_another_name_is_not_left_out_unnoticed(folder, tmp_path):
-    (folder / "validation").mkdir()
-    with pytest.raises(UserError, match="validation: the validation images belong in .*val. Rename it"):
-        convert(folder, tmp_path / "out")
 
 
 def test_a_dataset_is_not_written_into_its_source(folder):
@@ -303,8 +297,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
     command = [*TOOL, "build", str(tmp_path / "none"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "none: not found" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}/none: not found. Expected") and done.stderr.count("\n") == 1
 
 
 def test_info_shows_what_a_dataset_holds(digits, capsys):

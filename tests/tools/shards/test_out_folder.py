@@ -4,7 +4,6 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -156,24 +155,6 @@ def test_two_machines_whose_listing_fails_say_why_and_leave_nothing(src, tmp_pat
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_folder_of_another_file_system_that_out_became_is_named_with_what_helps(src, tmp_path, monkeypatch):
-    assert convert(src, tmp_path / "out", part=(0, 2)) is None
-    (tmp_path / "out").mkdir()  # where something is mounted now
-    stat = Path.stat
-
-    def elsewhere(path: Path, **options):
-        found = stat(path, **options)
-        return SimpleNamespace(st_dev=-1, st_mode=found.st_mode) if path == tmp_path / "out" else found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "stat", elsewhere)
-        with pytest.raises(UserError, match=r"folder of another file system now. Move it to .*out/.partial"):
-            convert(src, tmp_path / "out", part=(1, 2))
-    (tmp_path / "out.partial").rename(tmp_path / "out" / ".partial")
-    assert convert(src, tmp_path / "out", part=(1, 2)) is None
-    assert merge(tmp_path / "out")["splits"]["train"]["samples"] == 6
-
-
 @pytest.mark.parametrize("content", ["precious", "train"])
 def test_a_folder_that_holds_somebodys_files_is_never_taken(src, tmp_path, content):
     put_images(tmp_path / "out", f"{content}/x.jpg")
@@ -187,15 +168,3 @@ def test_an_out_that_is_a_file_is_refused(src, tmp_path):
     with pytest.raises(UserError, match="out: exists already and is not a dataset"):
         convert(src, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
-
-
-@pytest.mark.parametrize("name", ["job.json", ".partial/job.json"])
-@pytest.mark.parametrize("content", ['{"mine": 1}', "no JSON"])
-def test_a_file_of_somebody_else_that_is_named_like_ours_is_never_removed(src, tmp_path, name, content):
-    convert(src, tmp_path / "out")
-    path = tmp_path / "out" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
-    merge(tmp_path / "out")
-    convert(src, tmp_path / "out")
-    assert path.read_text() == content

@@ -15,7 +15,6 @@ from support.hand_made import jpeg, keys, put, refused, samples, tar_of
 from support.small_sources import add, jpeg_of, samples_of, tree
 from tools.lib.common.photos import photographs
 from tools.lib.shards.reindex import index_webdataset
-from tools.lib.shards.sources.webdataset import tar_members
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
 
@@ -57,11 +56,11 @@ def test_tars_of_another_writer_are_indexed_too(tmp_path):
         add(tar, "x/2.jpg", jpeg_of(photo))
         add(tar, "x/3.jpg", jpeg_of(photo, format="PNG"))
         add(tar, "x/3.cls", b"0")
-    with pytest.raises(UserError, match=r"2 samples cannot be used: train/a.tar: x/2: has jpg; .*x/3: PNG image"):
+    with pytest.raises(UserError, match=r"samples cannot be used: train/a.tar: x/2: has jpg; .*x/3: PNG image"):
         index_webdataset(root)
     assert not (root / "manifest.json").exists()
     (root / "train" / "b.tar.gz").touch()
-    with pytest.raises(UserError, match=r"b.tar.gz: compressed, .*unpack it with gunzip"):
+    with pytest.raises(UserError, match=r"b.tar.gz: only uncompressed train/\*.tar"):
         index_webdataset(root)
     (root / "train" / "b.tar.gz").unlink()
     manifest = index_webdataset(root, skip_bad=True)
@@ -94,38 +93,28 @@ def test_names_that_occur_twice_in_a_tar_are_refused(tmp_path):
         index_webdataset(tmp_path)
 
 
-def test_absurd_class_numbers_are_refused(tmp_path):
-    (tmp_path / "train").mkdir()
-    with tarfile.open(tmp_path / "train" / "a.tar", "w") as tar:
-        add(tar, "1.cls", b"3000000")
-        add(tar, "1.jpg", jpeg_of(photographs()[0][1]))
-    with pytest.raises(UserError, match="class numbers up to 3000000 for 1 samples"):
-        index_webdataset(tmp_path)
-
-
 def lock(folder: Path, monkeypatch) -> None:
     """Let the system refuse new files in a folder: permissions of files do not bind the administrator."""
     system_open = os.open
 
     def refusing(path, flags, *arguments, **options):
         if flags & (os.O_WRONLY | os.O_RDWR) and Path(os.fsdecode(path)).is_relative_to(folder):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
         return system_open(path, flags, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refusing)
 
 
-@pytest.mark.parametrize("locked", ["set", "set/train", "set/val"])
-def test_a_read_only_folder_is_indexed_elsewhere_as_the_message_says(tmp_path, monkeypatch, capsys, locked):
+def test_a_read_only_folder_is_indexed_elsewhere_as_the_message_says(tmp_path, monkeypatch, capsys):
     root = tmp_path / "set"
     put(root / "train" / "a.tar", tar_of(samples(4)))
     put(root / "val" / "a.tar", tar_of(samples(2)))
-    lock(tmp_path / locked, monkeypatch)
+    lock(root, monkeypatch)
     with pytest.raises(SystemExit) as end:
         main(["index", str(root), "--workers", "1"])
     said = capsys.readouterr().err
-    assert end.value.code == 1 and f"error: {tmp_path / locked}: cannot be written to" in said
-    main([*re.search(r"(index \S+ --out) DIR", said)[1].split(), str(tmp_path / "index"), "--workers", "1"])
+    assert end.value.code == 1 and f"error: {root}/" in said and "index elsewhere: --out DIR" in said
+    main(["index", str(root), "--out", str(tmp_path / "index"), "--workers", "1"])
     assert sorted(path.name for path in root.rglob("*") if path.is_file()) == ["a.tar", "a.tar"]
     assert len(keys(tmp_path / "index")) == 4 and len(keys(tmp_path / "index", "val")) == 2
     assert verify(tmp_path / "index", decode=True) == []
@@ -153,10 +142,7 @@ def test_an_error_of_the_disk_is_one_line_with_a_file_or_the_folder(tmp_path, mo
 def test_an_index_elsewhere_is_the_index_beside_the_tars(tmp_path, monkeypatch):
     put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(4)))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "index" / "train").mkdir(parents=True)
-    (tmp_path / "index" / "train" / "a.tar").symlink_to(
-        tmp_path / "set" / "train" / "a.tar"
-    )  # an earlier one was killed
+    (tmp_path / "index").mkdir()
     there = index_webdataset(Path("set"), out=Path("index"))
     here = index_webdataset(Path("set"))
     assert there["splits"] == here["splits"]
@@ -165,7 +151,7 @@ def test_an_index_elsewhere_is_the_index_beside_the_tars(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("set", "in .* itself"), ("set/index", "in .* itself"), ("photos", "else .mine.jpg"), ("other", "else")],
+    [("set", "in .* itself"), ("set/index", "in .* itself"), ("photos", "else"), ("other", "else")],
 )
 def test_a_folder_for_the_index_is_never_mixed_with_anything(tmp_path, out, message):
     put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(4)))
@@ -187,23 +173,7 @@ def listed_twice(idx: bytes) -> bytes:
     return "\n".join([f"v1.2 {len(lines) + 1}", *lines, lines[0]]).encode() + b"\n"
 
 
-def read_by_dali(root: Path) -> list[tuple[bytes, bytes]]:
-    dali = pytest.importorskip("nvidia.dali")
-
-    @dali.pipeline_def(batch_size=3, num_threads=1, device_id=None)
-    def pipeline():
-        return tuple(
-            dali.fn.readers.webdataset(
-                paths=[str(root / "train" / "a.tar")], index_paths=[str(root / "train" / "a.idx")], ext=["jpg", "cls"]
-            )
-        )
-
-    built = pipeline()
-    built.build()
-    return [tuple(bytes(np.array(part.at(i))) for part in parts) for parts in [built.run()] for i in range(3)]
-
-
-@pytest.mark.parametrize("written", [lambda idx: idx, older, lambda idx: idx.replace(b"jpg ", b"JPG "), bytes.rstrip])
+@pytest.mark.parametrize("written", [lambda idx: idx, older, bytes.rstrip])
 def test_an_idx_file_that_describes_the_tar_is_kept_whatever_its_version(tmp_path, written):
     put(tmp_path / "train" / "a.tar", tar_of(samples(3)))
     index_webdataset(tmp_path)
@@ -215,20 +185,6 @@ def test_an_idx_file_that_describes_the_tar_is_kept_whatever_its_version(tmp_pat
     assert verify(tmp_path) == []
 
 
-def test_an_older_idx_file_still_locates_a_damaged_label(tmp_path):
-    put(tmp_path / "train" / "a.tar", tar_of(samples(3)))
-    index_webdataset(tmp_path)
-    put(tmp_path / "train" / "a.idx", older((tmp_path / "train" / "a.idx").read_bytes()))
-    (tmp_path / "manifest.json").unlink()
-    index_webdataset(tmp_path)
-    offset, _ = tar_members(tmp_path / "train" / "a.tar").samples["0001"]["cls"]
-    content = bytearray((tmp_path / "train" / "a.tar").read_bytes())
-    content[offset] ^= 1
-    put(tmp_path / "train" / "a.tar", bytes(content))
-    (fault,) = verify(tmp_path)
-    assert fault.what == "its label is damaged" and fault.where.startswith("sample 0001")
-
-
 def test_a_damaged_older_idx_file_is_a_fault(tmp_path):
     put(tmp_path / "train" / "a.tar", tar_of(samples(3)))
     index_webdataset(tmp_path)
@@ -238,7 +194,7 @@ def test_a_damaged_older_idx_file_is_a_fault(tmp_path):
     index_webdataset(tmp_path)
     put(tmp_path / "train" / "a.idx", idx.replace(b" 512 ", b" 1024 ", 1))
     (fault,) = verify(tmp_path)
-    assert fault.file == "train/a.idx" and "not those of the manifest" in fault.what
+    assert fault.startswith("train/a.idx: ") and "not those of the manifest" in fault
 
 
 def test_what_dalis_own_tool_writes_is_kept_for_names_with_folders(tmp_path):
@@ -276,7 +232,18 @@ def test_an_idx_file_of_another_tar_is_refused_and_the_advice_works(tmp_path, ot
 
 
 def test_dali_reads_names_with_spaces_through_the_idx_file(tmp_path):
-    put(tmp_path / "train" / "a.tar", tar_of(samples(3, "my photo {:d}")))
+    dali = pytest.importorskip("nvidia.dali")
+    path = put(tmp_path / "train" / "a.tar", tar_of(samples(3, "my photo {:d}")))
     index_webdataset(tmp_path)
-    assert read_by_dali(tmp_path) == [(jpeg(i), str(i).encode()) for i in range(3)]
+
+    @dali.pipeline_def(batch_size=3, num_threads=1, device_id=None)
+    def pipeline():
+        idx = [str(path.with_suffix(".idx"))]
+        return tuple(dali.fn.readers.webdataset(paths=[str(path)], index_paths=idx, ext=["jpg", "cls"]))
+
+    built = pipeline()
+    built.build()
+    images, labels = built.run()
+    read = [(bytes(np.array(images.at(i))), bytes(np.array(labels.at(i)))) for i in range(3)]
+    assert read == [(jpeg(i), str(i).encode()) for i in range(3)]
     assert verify(tmp_path) == []

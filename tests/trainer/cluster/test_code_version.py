@@ -6,7 +6,6 @@ import torch
 
 from conftest import TINY
 from trainer.builder import facts_to_compare
-from trainer.cluster.rendezvous import facts
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 
@@ -17,9 +16,9 @@ def test_paths_and_threads_may_differ_between_machines_and_nothing_else(digits, 
     here = [*TINY, "--data.root", str(digits)]
     copy = shutil.copytree(digits, tmp_path / "copy")
     there = [*TINY, "--data.root", str(copy), "--data.threads", "3", "--run.out", str(tmp_path), "--run.device", "auto"]
-    assert facts(parse(here)) == facts(parse(there))
+    assert facts_to_compare(parse(here), ONE.device) == facts_to_compare(parse(there), ONE.device)
     for change in (["--optim.lr", "1"], ["--run.seed", "1"], ["--augment.mix_group", "16"]):
-        assert facts(parse(here)) != facts(parse([*here, *change]))
+        assert facts_to_compare(parse(here), ONE.device) != facts_to_compare(parse([*here, *change]), ONE.device)
 
 
 def test_the_facts_hold_the_data_the_code_the_versions_and_the_weights(digits, tmp_path):

@@ -100,7 +100,7 @@ def test_torchrun_with_a_single_rank_trains_what_the_plain_command_does(digits, 
     assert len(found) == 4 and found == pytest.approx(plain, rel=0 if device == "cpu" else TOLERANCE[device])
 
 
-@pytest.mark.parametrize("device", ["cpu", GPUS])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.long), GPUS])
 def test_two_ranks_train_and_evaluate_what_one_does(digits, tmp_path, device):
     arguments = ["--data.root", digits, *PLAIN, "--augment.mix_group", 16, "--run.stop_after_steps", 5]
     for ranks in (1, 2):

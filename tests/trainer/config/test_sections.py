@@ -116,6 +116,7 @@ def test_a_configuration_that_was_asked_for_in_vain_is_not_printed_later(capsys)
     [
         (["--optim.weigth_decay", "1"], "unknown key 'optim.weigth_decay'; did you mean 'optim.weight_decay'?"),
         (["--optim.weigth_decay=1"], "unknown key 'optim.weigth_decay'; did you mean 'optim.weight_decay'?"),
+        (["--schedule.epoch", "100"], "unknown key 'schedule.epoch'; did you mean 'schedule.epochs'?"),
         (["--lr", "1"], "unknown key 'lr'; did you mean 'optim.lr'?"),
         (["--xyzzy", "1"], "unknown key 'xyzzy'; --help lists all keys"),
         (["--run.global_batch", "many"], "run.global_batch"),

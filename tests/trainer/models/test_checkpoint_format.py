@@ -30,7 +30,7 @@ WRONG = {
     "plan": (None, 7, [], {"seed": torch.zeros(2)}, {1: 2}),
     "audit": (7, {}, [7], [{"key": "optim.lr"}]),
     "classes": (7, "ab", {}, [1, 2], ["a", None]),
-    "software": (7, [], {"torch": 2}, {2: "torch"}),
+    "software": (7, [], {"torch": 2}),
     "evaluated": (None, -1, 1.0, True),
     "best": (None, 7, [], {"step": 1}, {"step": 1, "weights": "both", "top1": 3.0}),
     "student": (None, {}, [], {"w": 1.0}, {1: torch.zeros(2)}, torch.zeros(2)),
@@ -54,7 +54,7 @@ WRONG = {
 def test_a_field_that_is_not_what_it_must_be_is_named(name):
     check_fields(least(2))
     for value in WRONG[name]:
-        with pytest.raises(FieldError, match=rf"^'{name}\b.*' is |^'a key of {name}\b.*' is ") as error:
+        with pytest.raises(FieldError, match=f"^'{name}' is ") as error:
             check_fields({**least(2), name: value})
         assert len(str(error.value)) < 250
 

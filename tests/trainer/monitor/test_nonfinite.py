@@ -8,6 +8,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.tiny_runs import arguments_for, assert_same_end, newest
+from trainer.builder import train_plan
 from trainer.config.sections import parse
 from trainer.update.step import TrainStep
 
@@ -33,8 +34,6 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step_and_sample(digits, tmp
     index = read_index(digits, "train")
     with pytest.raises(UserError, match=r"step 8: .* are not finite for 1 of 64 images: train.*: sample ") as error:
         train_here(digits, tmp_path, "--run.checkpoint_every", 3)
-    from trainer.feed import train_plan
-
     plan = train_plan(parse(arguments_for(digits, tmp_path)), index, (128, 128, 128))
     assert index.name(int(plan.rows(7 * 64, 8 * 64).sample[1])) in str(error.value)
     assert newest(tmp_path)["step"] == 6
@@ -51,7 +50,7 @@ def test_a_run_goes_back_once_and_ends_as_if_nothing_had_been(digits, undisturbe
 
 def test_going_back_keeps_the_micro_batch_of_the_session(digits, tmp_path, monkeypatch):
     """Not that of the checkpoint; without batch normalisation both give the same weights."""
-    settings = ["--student.name", "test_vit", "--optim.lr", "1e-3", "--run.checkpoint_every", 3]
+    settings = ["--student.name", "test_vit", "--optim.lr", "1e-3", "--run.checkpoint_every", 3, "--schedule.epochs", 2]
     train_here(digits, tmp_path / "whole", *settings)
     train_here(digits, tmp_path / "run", *settings, "--run.stop_after_steps", 6)
     spoil(monkeypatch, 7, times=1)

@@ -169,6 +169,7 @@ def test_a_run_killed_before_its_first_line(tmp_path, remaining):
     assert "state not finished" in page.text and not page.pictures
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_log_of_an_earlier_version_has_steps_for_epochs(tmp_path):
     run = logged(tmp_path / "run", 6)
     old = [line for line in read_json_lines(run / "metrics.jsonl") if line["kind"] != "session"]
@@ -179,6 +180,7 @@ def test_a_log_of_an_earlier_version_has_steps_for_epochs(tmp_path):
     assert "steps done 6 " in page.text and "state not finished" in page.text
 
 
+@pytest.mark.usefixtures("without_drawings")
 def test_a_run_that_went_back_to_a_checkpoint_says_from_where(tmp_path):
     run = logged(tmp_path / "run", 4)
     telemetry = Telemetry(run, ONE, step=4, total_steps=20, steps_per_epoch=5)

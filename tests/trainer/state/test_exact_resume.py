@@ -77,12 +77,6 @@ def test_a_run_in_windows_of_shards_resumes_bit_equal(digits, tmp_path):
         train_here(digits, tmp_path / "whole")
 
 
-def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_never_used(digits, tmp_path):
-    train_here(digits, tmp_path, "--run.stop_after_steps", 2)
-    (tmp_path / "checkpoints" / "step-00000099.partial").write_bytes(b"half")
-    assert train_here(digits, tmp_path, "--run.stop_after_steps", 4)["session"]["start_step"] == 2
-
-
 def test_a_run_fine_tunes_from_a_run_on_other_classes_says_so_and_resumes(digits, tmp_path, capsys):
     synthetic = ["--data.pipeline", "synthetic", "--data.synthetic_samples", "64", "--data.synthetic_classes", "5"]
     train(build(parse([*TINY, *synthetic, "--run.out", str(tmp_path / "before"), "--run.stop_after_steps", "1"]), ONE))
@@ -99,34 +93,12 @@ def test_a_run_fine_tunes_from_a_run_on_other_classes_says_so_and_resumes(digits
     assert newest(tmp_path / "tuned")["student"]["head.fc.weight"].shape[0] == 10
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_trains_and_resumes_bit_equal(digits, tmp_path, precision):
-    arguments = ["--student.name", "test_vit", "--run.precision", precision]
-    for steps in (2, 5):
-        train_here(digits, tmp_path / "stopped", *arguments, "--run.stop_after_steps", steps)
-    train_here(digits, tmp_path / "whole", *arguments, "--run.stop_after_steps", 5)
-    a, b = newest(tmp_path / "stopped"), newest(tmp_path / "whole")
-    for part in ("student", "ema", "optimizer", "scaler"):
-        assert_equal_states(a[part], b[part], part)
-    assert bool(a["scaler"]) == (precision == "fp16")
-    if precision == "fp16":
-        assert a["scaler"]["_growth_tracker"] > 0 or a["scaler"]["scale"] != 2.0**16
-        # It resumes without a scaler.
-        train_here(digits, tmp_path / "stopped", "--student.name", "test_vit", "--run.stop_after_steps", 6)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "changed"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    digits, distilled, teacher, tmp_path, capsys, damage
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(digits, distilled, teacher, tmp_path, capsys):
     run = shutil.copytree(distilled, tmp_path / "run")
     path = run / "checkpoints" / "step-00000020.pt"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    else:  # a file that torch reads without complaint
-        content = torch.load(path, weights_only=True)
-        content["optimizer"]["state"][3]["exp_avg"].view(-1)[0] += 1e-6
-        torch.save(content, path)
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["state"][3]["exp_avg"].view(-1)[0] += 1e-6
+    torch.save(content, path)  # torch reads it without complaint
     train_here(digits, run, *teacher, *DROPOUT, *EVERY_3)
     said = " ".join(capsys.readouterr().out.split())
     assert "step-00000020.pt: damaged" in said and "resuming from an earlier one, step-00000018.pt" in said

@@ -34,17 +34,21 @@ def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, devic
     saved = newest(tmp_path / "parts")
     assert device == "cuda" or all(equal(saved[name], newest(tmp_path / "whole")[name]) for name in STATE)
     assert saved["optimizer"]["state"][0]["step"] == 7 and bool(saved["scaler"]) == (precision == "fp16")
+    if precision == "fp16":  # It resumes without a scaler.
+        train_here(digits, tmp_path / "parts", "--run.stop_after_steps", 8, "--run.device", device)
 
 
 def test_copies_that_a_person_makes_beside_the_checkpoints_are_never_taken_or_deleted(digits, undisturbed, tmp_path):
     main(arguments_for(digits, tmp_path, "--run.stop_after_steps", "4", "--run.checkpoint_every", "2"))
     folder = tmp_path / "checkpoints"
     content = (folder / "step-00000004.pt").read_bytes()
-    names = ["step-00000002-backup.pt", "step-00000009 (copy).pt", "step-best.pt", "step-7.pt", "mine.partial"]
+    names = ["step-00000002-backup.pt", "step-00000009 (copy).pt", "step-best.pt", "step-7.pt", "step-00000099.partial"]
     for name in names:
         (folder / name).write_bytes(content)
+    killed = folder / "step-00000003.pt.0a1b2c3d.partial"  # as a process leaves it that was killed while it wrote
+    killed.write_bytes(content)
     main(arguments_for(digits, tmp_path, "--run.checkpoint_every", "2", "--run.keep_checkpoints", "1"))
-    assert all((folder / name).read_bytes() == content for name in names)
+    assert all((folder / name).read_bytes() == content for name in names) and not killed.exists()
     assert_same_end(undisturbed, tmp_path)
 
 

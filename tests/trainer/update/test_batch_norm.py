@@ -63,7 +63,8 @@ with join_world("cpu") as world:
         resumed.state.ema.module.load_state_dict(saved["ema"])
         resumed.state.optimizer.load_state_dict(saved["optimizer"])
         if found[mode][0]["local"]:
-            resumed.state.set_local_statistics(found[mode][0]["local"])
+            resumed.state.rank_statistics = world.all_gather([found[mode][0]["local"]])
+            resumed.state.restore_rank_statistics(world.rank, world.size)
         updates(resumed, 1, 3)
         found[mode] += [state(run), state(resumed)]
     torch.save(found, out / f"rank-{world.rank}.pt")
@@ -153,11 +154,13 @@ def test_an_ema_that_is_switched_on_or_off_later_takes_what_there_is(digits, tmp
     run = build_here(digits, tmp_path)
     student, average = running_statistics(run.state.student), running_statistics(run.state.ema.module)
     given = [torch.rand_like(values) for values in student]
-    run.state.set_local_statistics(given)
+    run.state.ranks_differ, run.state.rank_statistics = True, [given]
+    run.state.restore_rank_statistics(0, 1)
     assert all_equal(student, given) and all_equal(average, given)
     other = [torch.rand_like(values) for values in student]
     run.state.ema = None
-    run.state.set_local_statistics([*other, *given])
+    run.state.rank_statistics = [[*other, *given]]
+    run.state.restore_rank_statistics(0, 1)
     assert all_equal(student, other) and all_equal(average, given)
 
 

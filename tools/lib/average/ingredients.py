@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from pipelines.common.errors import UserError
+from tools.lib.common.terminal import tracked
 from trainer.evaluation.trained import Kind
 from trainer.models.checkpoint_format import is_of_trainer, not_finite
 from trainer.models.files.weights import read_file, select_weights
@@ -61,8 +60,8 @@ def read_alike(paths: list[Path], which: Kind) -> Iterator[Ingredient]:
       UserError: as `read`, or one of them is not of the first one's model, or its weights not of the same kind. The
         message names the first difference.
     """
-    first, console = {}, Console(stderr=True)
-    for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
+    first = {}
+    for path in tracked(paths, "reading"):
         each = read(path, which)
         identity = _identity(each)
         first = first or identity

@@ -49,9 +49,9 @@ from tools.lib.benchmark.runs import (
 )
 from tools.lib.common.terminal import one_line
 from tools.lib.common.timing import interleaved, ratio, speeds, timed_on_device
-from trainer import loop
 from trainer.builder import Run
 from trainer.feed import rank_plans
+from trainer.loop import train
 from trainer.models.factory import create_model
 from trainer.models.files.weights import read_weights
 from trainer.models.preprocessing import preprocessing
@@ -171,17 +171,13 @@ class Ours:
     def loop_seconds(self, updates: int) -> float:
         """Seconds for `updates` of the loop, by the second line of its log; the first line covers its start."""
         run = self.run
-        changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=2 * updates)
+        stop = run.state.step + 2 * updates
+        changed = dataclasses.replace(run.config.run, log_every=updates, stop_after_steps=stop)
         run.config = dataclasses.replace(run.config, run=changed)
-        run.state.step = 0
-        run.checkpoints.folder.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):
-            monitor = loop.make_monitor(run)
-            with monitor.telemetry.live():
-                loop.updates(run, monitor)
-        run.checkpoints.finish()  # A timed loop ends with one, which must not be written beside the next timed run.
+            train(run)
         lines = [line for line in read_json_lines(run.config.run.out / METRICS) if line["kind"] == "train"]
-        assert lines[-1]["step"] == 2 * updates, lines
+        assert lines[-1]["step"] == stop, lines
         return updates * run.config.run.global_batch / lines[-1]["images_per_s"]
 
 

@@ -3,18 +3,17 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from typing_extensions import NotRequired
 
-from pipelines.batch import Batch
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import Section, setting
 from pipelines.shards.index import ShardIndex
+from tools.lib.common.terminal import tracked
 from trainer.cluster.world import World
 from trainer.config.sections import Device, ImagesConfig, Precision
 from trainer.evaluation.metrics import Predictions, RealAccuracy, Summary
@@ -47,19 +46,12 @@ class ForwardConfig(Section):
     batch: int = setting(128, at_least=1)
 
 
-class TakenFor(TypedDict("_Class", {"class": str})):
-    """A class that images of another class are taken for, and how many percent of these."""
-
-    percent: float
-
-
-class ClassRow(TypedDict("_Class", {"class": str})):
-    """A class: its words, number of images, top-1 in percent (None without images), and what it is taken for."""
-
-    words: str
-    images: int
-    top1: float | None
-    taken_for: list[TakenFor]
+# A class that images of another class are taken for, and how many percent of these.
+TakenFor = TypedDict("TakenFor", {"class": str, "percent": float})
+# A class: its words, number of images, top-1 in percent (None without images), and what it is taken for.
+ClassRow = TypedDict(
+    "ClassRow", {"class": str, "words": str, "images": int, "top1": float | None, "taken_for": list[TakenFor]}
+)
 
 
 class Origin(TypedDict("_Transform", {"view": dict[str, Any]})):
@@ -85,13 +77,10 @@ class Origin(TypedDict("_Transform", {"view": dict[str, Any]})):
     software: dict[str, str]
 
 
-class _Real(TypedDict, total=False):
-    real: RealAccuracy  # A report has it if its labels were given.
+class Report(Origin, Summary):
+    """What tools/evaluate.py writes with --run.json; `real` where labels for it were given."""
 
-
-class Report(Origin, Summary, _Real):
-    """What tools/evaluate.py writes with --run.json."""
-
+    real: NotRequired[RealAccuracy]
     classes: list[ClassRow]
     damaged: list[str]
 
@@ -135,9 +124,8 @@ def predict_split(
     pipeline = open_configured_pipeline(images, index, world=world, decode=decode, on_bad=lambda *bad: mine.append(bad))
     eval_pass = EvalPass(normalize, pipeline, trained.transform.plan(index), forward.batch, precision, world)
     total = num_eval_batches(len(index), forward.batch, world)
-    found = eval_pass.predict(
-        {"": _in_order(module, order, world.device)}, shown=functools.partial(_shown, total=total, world=world)
-    )
+    shown = functools.partial(tracked, description="evaluating", total=total, hidden=not world.is_main)
+    found = eval_pass.predict({"": _in_order(module, order, world.device)}, shown=shown)
     everywhere = dict(world.all_gather(mine))
     return found[""], [f"{index.name(sample)}: {error}" for sample, error in sorted(everywhere.items())]
 
@@ -168,10 +156,3 @@ def _in_order(module: torch.nn.Module, order: list[int] | None, device: torch.de
         return module
     outputs = torch.tensor(order, device=device)
     return lambda pixels: module(pixels).index_select(1, outputs)
-
-
-def _shown(batches: Iterator[Batch], total: int, world: World) -> Iterator[Batch]:
-    """The same batches, with a progress bar on a terminal."""
-    console = Console(stderr=True, quiet=not world.is_main)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(batches, total, description="evaluating")

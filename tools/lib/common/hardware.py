@@ -13,9 +13,10 @@ if TYPE_CHECKING:  # Commands that need no torch start faster without it.
     import torch
 
 Machine = dict[str, str | int]  # "cpu", "cores", "gpu", "python", and the version of each package
-_PACKAGES = ("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv")
-_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # One of the two is enough.
-_NOT_INSTALLED = "not installed"
+_PACKAGES = (
+    *("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv"),
+    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # One of the two is enough.
+)
 
 
 def first_device() -> "torch.device":
@@ -27,15 +28,8 @@ def first_device() -> "torch.device":
 
 def machine(packages: Sequence[str] = ()) -> Machine:
     """Describe this machine; `packages` are listed besides the usual ones."""
-    dali = next((name for name in _DALI if _version(name) != _NOT_INSTALLED), _DALI[0])
-    return {
-        "cpu": _cpu(),
-        "cores": num_cores(),
-        "gpu": _gpu(),
-        **_gpu_versions(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in (*_PACKAGES, dali, *packages)},
-    }
+    versions = {name: _version(name) for name in (*_PACKAGES, *packages)}
+    return {"cpu": _cpu(), "cores": num_cores(), **_gpu(), "python": platform.python_version(), **versions}
 
 
 def _cpu() -> str:
@@ -46,28 +40,28 @@ def _cpu() -> str:
     return next(named, platform.machine())
 
 
-def _gpu() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-
-
-def _gpu_versions() -> dict[str, str]:
+def _gpu() -> dict[str, str]:
+    """The GPU's name, "none" without one, and what its numbers depend on."""
     import torch
 
     if not torch.cuda.is_available():
-        return {}
+        return {"gpu": "none"}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
-    cuda, cudnn = str(torch.version.cuda), str(torch.backends.cudnn.version())
-    return {"driver": driver, "cuda": cuda, "cudnn": cudnn, "triton": _version("triton")}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": _version("triton"),
+    }
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return _NOT_INSTALLED
+        return "not installed"

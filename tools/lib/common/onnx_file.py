@@ -57,7 +57,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
 
     Args:
       model: on the CPU in evaluation mode; it is not changed.
-      images: float32 [B, 3, S, S], normalised or noise; only the shape matters.
+      images: float32 [B, 3, S, S], noise; torch takes a batch of one for a batch that is always one, so B is 2 or more.
     Raises:
       UserError: packages are missing, or the model cannot be exported.
     """
@@ -65,7 +65,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     with quiet(), in_one_line("exported to ONNX"):
         torch.onnx.export(
             model,
-            (two_or_more(images),),
+            (images,),
             path,
             input_names=[IMAGES],
             output_names=[LOGITS],
@@ -106,11 +106,6 @@ def require_onnx() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}, not installed here. Run: pip install -e '.[export]'")
-
-
-def two_or_more(images: torch.Tensor) -> torch.Tensor:
-    """The same images, or one of them twice: torch.export takes a batch of one for a batch that is always one."""
-    return images if len(images) > 1 else images.expand(2, -1, -1, -1).contiguous()
 
 
 @contextlib.contextmanager

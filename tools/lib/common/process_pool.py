@@ -6,7 +6,6 @@ concurrent.futures of Python 3.10 and 3.11 deadlocks if a worker dies while othe
 """
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -33,14 +32,8 @@ class LostWorkerError(UserError):
     """A worker process, or the server that forks them, was killed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    """What became of a job: its result, or an error with its traceback in the worker."""
-
-    number: int
-    result: Any = None
-    error: Exception | None = None
-    traceback: str = ""
+# What became of a job: its number and result, or an error with its traceback in the worker.
+_Answer = tuple[int, Any, Exception | None, str]
 
 
 def run_jobs(
@@ -86,11 +79,12 @@ def run_jobs(
             for connection in [each for each in busy if each in ready]:
                 with _reporting_lost_workers():
                     answer: _Answer = connection.recv()
-                if answer.error is not None:
-                    raise answer.error from RuntimeError(f"in a worker:\n{answer.traceback}")
+                number, result, error, lines = answer
+                if error is not None:
+                    raise error from RuntimeError(f"in a worker:\n{lines}")
                 busy.remove(connection)
                 idle.append(connection)
-                yield answer.number, answer.result
+                yield number, result
             on_wait()
     finally:
         for connection in [*idle, *busy]:
@@ -132,16 +126,14 @@ def _this_copy_first() -> Iterator[None]:
     One may be installed or lie in the present folder; the server imports before it hears of this process's sys.path.
     """
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
+    before = dict(os.environ)
+    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, paths)), PYTHONSAFEPATH="1")
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
             del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 def end_with_parent() -> None:
@@ -156,20 +148,16 @@ def _work(connection: Connection, function: Callable, start: Callable[[int], Non
     with contextlib.suppress(EOFError, ConnectionError):  # Nobody waits for a result any more.
         while True:
             index, job = connection.recv()
+            answer: _Answer
             try:
                 if start is not None:
                     start(number)
                     start = None
-                answer = _Answer(index, function(*job))
+                answer = index, function(*job), None, ""
             except Exception as error:
-                answer = _Answer(index, error=error, traceback=traceback.format_exc())
-            _send(connection, answer)
-
-
-def _send(connection: Connection, answer: _Answer) -> None:
-    """Send an answer; what cannot be pickled goes as text."""
-    try:
-        connection.send(answer)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        text = RuntimeError(f"{error}: {answer.error or answer.result!r}")
-        connection.send(_Answer(answer.number, error=text, traceback=answer.traceback))
+                answer = index, None, error, traceback.format_exc()
+            try:
+                connection.send(answer)
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                text = RuntimeError(f"cannot be pickled ({error}): {answer[1:3]!r}")
+                connection.send((index, None, text, answer[3]))

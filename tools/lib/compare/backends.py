@@ -94,28 +94,32 @@ class TorchSession(Session):
         self._model = compiler(in_memory_format(build(model).to(self._device, dtype), torch.channels_last))
         self._images = _images(folder, self.batch).to(self._device, dtype, memory_format=torch.channels_last)
 
-    @override
     @torch.inference_mode()
-    def run(self, calls: int) -> None:
-        for _ in range(calls):
-            self._model(self._images)
-        self._finish()
+    def _called(self, images: torch.Tensor, calls: int = 1) -> torch.Tensor:
+        """The logits of the last call, once the device has finished."""
+        for _ in range(calls - 1):
+            self._model(images)
+        logits = self._model(images)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return logits
 
     @override
-    @torch.inference_mode()
+    def run(self, calls: int) -> None:
+        self._called(self._images, calls)
+
+    @override
     def run_single(self) -> None:
-        self._model(self._single)
-        self._finish()
+        self._called(self._single)
 
     @functools.cached_property
     def _single(self) -> torch.Tensor:
         return self._images[:1].clone(memory_format=torch.channels_last)
 
     @override
-    @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> np.ndarray:
         # Another batch would be compiled again, so it takes the one that it holds.
-        return self._model(self._images).float().cpu().numpy()[: len(images)]
+        return self._called(self._images).float().cpu().numpy()[: len(images)]
 
     @override
     def peak_memory(self) -> int | None:
@@ -125,10 +129,6 @@ class TorchSession(Session):
     def rest(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def compiled_session(model: Candidate, folder: Path, plan: Plan) -> TorchSession:
@@ -166,9 +166,6 @@ class OnnxRuntimeSession(Session):
         return np.asarray(self._session.run([LOGITS], {IMAGES: images.numpy()})[0])
 
 
-_NO_COPY = {"share_inputs": True}  # OpenVINO reads the images in place.
-
-
 class OpenVinoSession(Session):
     """OpenVINO on the CPU as in the paper: an FP16 model, one image a call, as many streams as cores.
 
@@ -191,26 +188,18 @@ class OpenVinoSession(Session):
         self._queue = openvino.AsyncInferQueue(throughput, self.calls_at_once)
 
     def _compiled(self, hint: str, streams: int):
-        return self._core.compile_model(
-            self._model,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": hint,
-                "NUM_STREAMS": streams,
-                "INFERENCE_NUM_THREADS": self._threads,
-                "INFERENCE_PRECISION_HINT": "f16",
-            },
-        )
+        how = {"PERFORMANCE_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self._threads}
+        return self._core.compile_model(self._model, "CPU", {**how, "INFERENCE_PRECISION_HINT": "f16"})
 
     @override
     def run(self, calls: int) -> None:
         for _ in range(calls):
-            self._queue.start_async([self._images], **_NO_COPY)
+            self._queue.start_async([self._images], share_inputs=True)  # OpenVINO reads the images in place.
         self._queue.wait_all()
 
     @override
     def run_single(self) -> None:
-        self._single.infer([self._images], **_NO_COPY)
+        self._single.infer([self._images], share_inputs=True)
 
     @functools.cached_property
     def _single(self):

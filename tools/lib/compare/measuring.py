@@ -25,7 +25,7 @@ from tools.lib.compare.candidates import REFERENCE, Candidate, Facts, prepare
 _RUN_S = 0.5  # A timed run measures the throughput for this long, or for one call that takes longer.
 _LATENCY_S = 0.2  # It measures the latency for this long,
 _FEWEST_SINGLE = 3  # and with this many images at least.
-_TRIES = 10  # At most this many calls show how many a timed run has.
+_TRIES = 4  # So many calls show how many a timed run has.
 _PATIENCE_S = 10  # A process has this long to end by itself.
 # Half precision changes a random network's logits by a much smaller fraction, another function by a larger one.
 MOST_DIFFERENT = 0.2
@@ -74,11 +74,6 @@ class Measured:
 
 
 Progress = Callable[[str], None]  # It is called after each piece of work with what was done.
-
-
-def pieces(models: int, backends: int, repeats: int) -> int:
-    """How often `measure` reports progress."""
-    return models * (1 + backends * (repeats + 2))
 
 
 def measure(models: Sequence[Candidate], backends: Sequence[Backend], plan: Plan, progress: Progress) -> list[Measured]:
@@ -245,10 +240,7 @@ def _serve_session(backend: str, model: Candidate, folder: Path, plan: Plan) -> 
 
 def _calls_per_run(session: Session) -> int:
     """How many calls take _RUN_S, at the speed of the fastest of a few warm calls."""
-    session.run(session.calls_at_once)
-    taken_s = [_run(session, session.calls_at_once)]
-    while len(taken_s) < _TRIES and sum(taken_s) < _RUN_S:
-        taken_s.append(_run(session, session.calls_at_once))
+    taken_s = [_run(session, session.calls_at_once) for _ in range(_TRIES)]
     return session.calls_at_once * max(1, round(_RUN_S / min(taken_s)))
 
 

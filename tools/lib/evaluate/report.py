@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from pipelines.common.errors import UserError
 from pipelines.common.files import write_synced
 from tools.lib.common.evaluation import ClassRow, Report, TakenFor
+from tools.lib.common.tables import terminal_table
+from tools.lib.common.terminal import console
 from trainer.evaluation import metrics
 from trainer.evaluation.metrics import Predictions
 from trainer.evaluation.trained import descriptions
@@ -18,18 +17,12 @@ from trainer.evaluation.trained import descriptions
 _WORST = 10  # The report shows this many classes.
 
 
-def write_and_show(report: Report, path: Path | None) -> None:
-    """Write the report to a file, if one is given, and show it."""
-    if path is None:
-        show(report)
-        return
-    try:
-        write_synced(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    except OSError as error:
-        show(report)
-        raise UserError(f"run.json is {path}: cannot be written ({error.strerror}). Name another file") from error
+def show_and_write(report: Report, path: Path | None) -> None:
+    """Show the report, and write it to a file if one is given."""
     show(report)
-    print(f"written to {path}")
+    if path is not None:
+        write_synced(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+        print(f"written to {path}")
 
 
 def class_rows(predictions: Predictions, names: list[str]) -> list[ClassRow]:
@@ -46,47 +39,35 @@ def class_rows(predictions: Predictions, names: list[str]) -> list[ClassRow]:
 
 def show(report: Report) -> None:
     """The report as a table, and the classes that are found least."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(width=120, highlight=False)
+    screen = console()
     kind = f", {report['weights']} weights" if report["weights"] else ""
     transform = report["view"]
     classes, outputs = len(report["classes"]), report["outputs"]
     among = "" if classes == outputs else f" told apart among {classes:,} of its {outputs:,} classes,"
-    console.print(
-        f"{report['model']} ({report['source']}{kind}) on {report['images']:,} images of {report['dataset']},{among} "
+    lines = [
+        f"{report['model']} ({report['source']}{kind}) on {report['dataset']} (images: {report['images']:,}),{among} "
         f"{transform['image_size']} px, {transform['crop_mode']} crop {transform['crop_pct']:g}, "
-        f"{transform['interpolation']}",
-        markup=False,
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = [("top-1 %", report["top1"]), ("top-5 %", report["top5"]), ("loss", report["loss"])]
-    columns += [("ECE %", report["ece"])]
-    if "real" in report:
-        real = report["real"]
-        columns += [(f"ReaL top-1 % ({real['images']:,} images)", real["top1"])]
-    for name, _ in columns:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in columns))
-    console.print(table)
-    console.print(worst_classes(report["classes"]))
+        f"{transform['interpolation']}"
+    ]
     if report["damaged"]:
-        console.print(
-            f"{len(report['damaged'])} damaged images were counted, in gray; the first: {report['damaged'][0]}",
-            markup=False,
-            soft_wrap=True,
-        )
+        lines += [f"damaged images, counted in gray: {len(report['damaged'])}; the first: {report['damaged'][0]}"]
+    for line in lines:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    numbers = {"top-1 %": report["top1"], "top-5 %": report["top5"], "loss": report["loss"], "ECE %": report["ece"]}
+    if "real" in report:
+        numbers[f"ReaL top-1 % (images: {report['real']['images']:,})"] = report["real"]["top1"]
+    cells = [f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in numbers.items()]
+    screen.print(terminal_table([*numbers], [cells], text=()))
+    screen.print(worst_classes(report["classes"]))
 
 
 def worst_classes(rows: list[ClassRow]) -> Table:
     """The classes with the lowest accuracy, and what their images are taken for."""
     known = sorted(((row["top1"], row) for row in rows if row["top1"] is not None), key=lambda pair: pair[0])
-    table = Table(title="Classes that are found least", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("class", "", "images", "top-1 %", "taken for"):
-        table.add_column(name, justify="right" if name in ("images", "top-1 %") else "left")
+    cells = []
     for top1, row in known[:_WORST]:
         taken_for = ", ".join(f"{other['class']} {other['percent']:.0f} %" for other in row["taken_for"])
         words = row["words"] if row["words"] != row["class"] else ""
-        cells = (row["class"], words, f"{row['images']:,}", f"{top1:.1f}", taken_for)
-        table.add_row(*map(escape, cells))
-    return table
+        cells.append([Text(row["class"]), Text(words), f"{row['images']:,}", f"{top1:.1f}", Text(taken_for)])
+    headings = ("class", "", "images", "top-1 %", "taken for")
+    return terminal_table(headings, cells, text=(0, 1, 4), title="Classes that are found least")

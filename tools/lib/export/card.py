@@ -33,26 +33,26 @@ def card(trained: TrainedModel, files: dict[str, str], measured: Measured) -> st
       measured: as `read_measured` returns it.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "code": _code}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     formats = [FORMATS[name] for name in files if name in FORMATS]
-    versions = package_versions() | {each.package: version(each.package) for each in formats if each.package}
+    differ = _differ(trained)
     return template.render(
-        name=trained.name,
+        trained=trained,
+        transform=trained.transform,
+        expects=preprocessing(trained.module),
         parameters=f"{sum(p.numel() for p in trained.module.parameters()) / 1e6:.2f}",
-        outputs=trained.num_outputs,
-        outputs_named=_outputs_named(trained),
         is_imagenet=not trained.classes_guessed and {*(trained.classes or ())} == {*ImageNetInfo().label_names()},
         files=files,
         formats=formats,
         recipe=_recipe(trained),
-        audit=_audit(trained),
-        differ=[_code(key) for key in sorted(_differ(trained) - {"run.out", "plan.dataset"})],
-        source=_cell(PurePath(trained.source).name),
+        audit=[row for row in trained.origin.get("audit") or () if row["key"] not in differ],
+        differ=sorted(differ - {"run.out", "plan.dataset"}),
+        source=PurePath(trained.source).name,
         measured=measured[0],
         metrics=measured[1],
-        **_pixels(trained),
-        trained_with=_listed(trained.origin.get("software") or {}),
-        exported_with=_listed(versions),
+        trained_with=trained.origin.get("software") or {},
+        exported_with=package_versions() | {each.package: version(each.package) for each in formats if each.package},
     )
 
 
@@ -141,38 +141,6 @@ def _weights(trained: TrainedModel) -> str:
     return f"{how}: steps {', '.join(f'{step:,}' for step in sorted({row['step'] for row in rows}))}"
 
 
-def _audit(trained: TrainedModel) -> list[dict[str, str]]:
-    """The settings that are not the recipe's, but for those in which averaged files differ."""
-    rows, differ = trained.origin.get("audit") or [], _differ(trained)
-    return [
-        {"key": _code(row["key"]), **{name: _cell(row[name]) for name in ("usi", "here", "meaning")}}
-        for row in rows
-        if row["key"] not in differ
-    ]
-
-
-def _pixels(trained: TrainedModel) -> dict:
-    transform, expects = trained.transform, preprocessing(trained.module)
-    resize = int(transform.image_size / transform.crop_pct)
-    side = "Both sides are" if transform.crop_mode == "squash" else "The short side is"
-    return {
-        "transform": transform,
-        "size": transform.image_size,
-        "resize": resize,
-        "resized": f"{side} resized to {resize} pixels",
-        "mean": list(expects.mean),
-        "std": list(expects.std),
-    }
-
-
-def _outputs_named(trained: TrainedModel) -> str:
-    if trained.classes is None:
-        return "Nothing names its outputs."
-    if trained.classes_guessed:
-        return "Nothing names its outputs; there are as many as ImageNet has classes, and timm takes them to be these."
-    return "`label_names` in `config.json` names them in their order."
-
-
 # Characters that Markdown, or the HTML in it, would take for more than text.
 _MARKS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]\\"})
 
@@ -194,7 +162,3 @@ def _without_folders(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_without_folders(each) for each in value]
     return PurePath(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
-
-
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{_cell(name)} {_cell(number)}" for name, number in versions.items())

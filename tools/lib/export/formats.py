@@ -17,7 +17,6 @@ from tools.lib.common.onnx_file import (
     in_one_line,
     onnx_runtime,
     quiet,
-    two_or_more,
 )
 
 
@@ -49,7 +48,7 @@ class Format:
 def export_program(model: nn.Module, images: torch.Tensor, path: Path) -> None:
     """Write a model for any number of images of one size; arguments and errors are those of `export_onnx`."""
     with quiet(), in_one_line("exported with torch.export"):
-        program = torch.export.export(model, (two_or_more(images),), dynamic_shapes=({0: Dim("batch")},))
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
         torch.export.save(program, path)
 
 

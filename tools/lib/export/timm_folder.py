@@ -40,6 +40,7 @@ def hub_config(trained: TrainedModel) -> dict:
     Written here and not by that function, which in older versions keeps what timm's own weights are evaluated with.
     """
     own, size = timm_config(trained.module), _trained_with(trained)
+    transform, expects = trained.transform, preprocessing(trained.module)
     arguments, known = dict(trained.kwargs), timm.get_pretrained_cfg(trained.name)
     # The architecture decides it, whatever a description says.
     is_fixed = known is not None and known.fixed_input_size
@@ -53,7 +54,12 @@ def hub_config(trained: TrainedModel) -> dict:
         "model_args": arguments,
         "pretrained_cfg": {
             **{key: own[key] for key in _OF_ARCHITECTURE if own.get(key) is not None},
-            **_pixels(trained),
+            "test_input_size": [3, transform.image_size, transform.image_size],
+            "interpolation": transform.interpolation,
+            "crop_pct": transform.crop_pct,
+            "crop_mode": transform.crop_mode,
+            "mean": list(expects.mean),
+            "std": list(expects.std),
             "input_size": [3, *size],
             "fixed_input_size": is_fixed and not adapts,
             "pool_size": None,
@@ -61,18 +67,6 @@ def hub_config(trained: TrainedModel) -> dict:
         },
     }
     return {**config, **_labels(trained)}
-
-
-def _pixels(trained: TrainedModel) -> dict:
-    transform, expects = trained.transform, preprocessing(trained.module)
-    return {
-        "test_input_size": [3, transform.image_size, transform.image_size],
-        "interpolation": transform.interpolation,
-        "crop_pct": transform.crop_pct,
-        "crop_mode": transform.crop_mode,
-        "mean": list(expects.mean),
-        "std": list(expects.std),
-    }
 
 
 def _labels(trained: TrainedModel) -> dict:

@@ -3,12 +3,8 @@
 conversion.py says what lies where until it is finished.
 """
 
-import ctypes
-import dataclasses
-import functools
 import shutil
-from collections.abc import Callable, Iterator
-from multiprocessing.sharedctypes import RawArray
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +13,28 @@ from pipelines.common.errors import UserError, named
 from pipelines.common.files import locked, move_entries, sync_folder, write_synced
 from pipelines.plan import rng
 from pipelines.shards.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
-from tools.lib.common.process_pool import LostWorkerError, run_jobs
+from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.conversion import (
     JOB,
     BuildOptions,
     Conversion,
     Shard,
+    check_same,
     claim,
     describe,
     finished,
     partial_folder,
     read_job,
-    remove_leftovers,
     reporting_disk_errors,
 )
-from tools.lib.shards.listing import Listing, list_source, listed, nothing_left_behind, path_of, read_unused
+from tools.lib.shards.listing import list_source, listed, path_of, read_entries, read_unused
 from tools.lib.shards.manifest_builder import assemble
 from tools.lib.shards.shard import read_record, write_shard
-from tools.lib.shards.sources import RECOGNISE, Entry, Source, SourceOptions, open_source
+from tools.lib.shards.sources import RECOGNISE, SourceOptions, open_source
 from tools.lib.shards.summary import class_notes
 
 KEPT = "Finished shards are kept, and the same command resumes"
 _NAMED = 5  # An error names this many rejected images; a longer list goes into a file.
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """The images and source bytes that this command has converted, and the number of its images in all."""
-
-    images: int
-    nbytes: int
-    total_images: int
 
 
 def build(
@@ -59,7 +46,7 @@ def build(
     workers: int = 1,
     part: tuple[int, int] = (0, 1),
     skip_bad: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_shard: Callable[[int, int], None] = lambda i, n: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest | None:
     """Convert a source, from wherever an earlier call with the same arguments was interrupted.
@@ -67,7 +54,7 @@ def build(
     Args:
       part: (i, n): write every n-th shard, beginning with i. With n > 1 `merge` finishes the dataset.
       skip_bad: leave out images that cannot be used, and what of the source is not understood, instead of failing.
-      on_progress: called a few times a second.
+      on_shard: called with the number of shards that this command has written, and that it has to write.
       on_note: called with remarks about the source before the conversion begins.
     Returns:
       The manifest, or None where parts remain to be merged.
@@ -83,16 +70,21 @@ def build(
         for note in class_notes(conversion.job):
             on_note(note)
         if (out / MANIFEST).exists():
-            return finished(conversion, source)
+            return check_same(conversion, source)
         claim(conversion)
         busy = f"another process is already working on {partial}, part {part[0] + 1}"
         with locked(partial / f".lock-{part[0]}-{part[1]}", busy):
             if not conversion.is_assembled:  # Otherwise an earlier command was interrupted at its very end.
-                with locked(partial / ".lock-listing", "", wait=True), nothing_left_behind(partial):
+                with locked(partial / ".lock-listing", "", wait=True):
                     list_source(partial, source, skip_bad)
                 mine = [shard for split in source.splits for shard in conversion.shards(split)][part[0] :: part[1]]
-                missing = [shard for shard in mine if not conversion.is_done(shard)]
-                _write_shards(missing, conversion, source, source_options, options, workers, on_progress)
+                jobs = [(partial, source.read, options, shard) for shard in mine if not conversion.is_done(shard)]
+                for split in source.splits:
+                    (partial / split).mkdir(exist_ok=True)
+                    (partial / "records" / split).mkdir(parents=True, exist_ok=True)
+                results = run_jobs(_write_one, jobs, workers, preload=["webdataset"]) if jobs else ()
+                for done, _ in enumerate(results, 1):
+                    on_shard(done, len(jobs))
                 if part[1] > 1:
                     return None
                 _check_rejected(partial, skip_bad)
@@ -108,9 +100,8 @@ def merge(out: Path, skip_bad: bool = False) -> Manifest:
     with reporting_disk_errors(out, f". {KEPT}"):
         partial = partial_folder(out)
         if (out / MANIFEST).exists():
-            remove_leftovers(out)
-            return read_manifest(out)
-        if not (partial / JOB).is_file():
+            return finished(out)
+        if not partial.is_dir():
             raise UserError(f"{partial}: not found. Run 'build' with --part 1/N to --part N/N first")
         conversion = Conversion(out, partial, read_job(partial))
         with locked(partial / ".lock-merge", f"another process is already merging {partial}"):
@@ -133,86 +124,15 @@ def _check_complete(conversion: Conversion) -> None:
         )
 
 
-# --- the shards ---
-
-
-def _write_shards(
-    shards: list[Shard],
-    conversion: Conversion,
-    source: Source,
-    source_options: SourceOptions,
-    options: BuildOptions,
-    workers: int,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    partial = conversion.partial
-    for split in source.splits:
-        (partial / split).mkdir(exist_ok=True)
-        (partial / "records" / split).mkdir(parents=True, exist_ok=True)
-    if not shards:
-        return
-    samples = {split: listed(partial, split)["samples"] for split in source.splits}
-    total = sum(len(shard.rows(samples[shard.split], options.samples_per_shard)) for shard in shards)
-    counters = RawArray(ctypes.c_ulonglong, 2 * workers)  # Each worker counts its images and bytes without a lock.
-    start = functools.partial(_start_worker, partial, source.root, source_options, options, counters)
-
-    def report() -> None:
-        on_progress(Progress(sum(counters[0::2]), sum(counters[1::2]), total))
-
-    try:
-        for _ in run_jobs(_write_one, shards, workers, start=start, on_wait=report, preload=["webdataset"]):
-            pass
-    except LostWorkerError as error:
-        message = f"a worker was killed, perhaps for want of memory; use fewer --workers then. {KEPT}"
-        raise UserError(message) from error
-
-
-class _Worker:
-    """Writes shards in a worker process, and opens the source and the listings once. All workers have `counters`."""
-
-    def __init__(
-        self,
-        partial: Path,
-        root: Path,
-        source_options: SourceOptions,
-        options: BuildOptions,
-        counters: "ctypes.Array[ctypes.c_ulonglong]",
-        number: int,
-    ):
-        self.partial, self.options, self.counters, self.number = partial, options, counters, number
-        self.read = open_source(root, source_options, partial / "scratch").read
-        self.listings = {path.stem: Listing(partial, path.stem) for path in (partial / "listing").glob("*.json")}
-
-    def write(self, shard: Shard) -> None:
-        path, records = self.partial / shard.split / f"{shard.name}.tar", self.partial / "records" / shard.split
-        write_shard(path, records, self.entries(shard), self.read, self.options.image, self.count)
-
-    def entries(self, shard: Shard) -> Iterator[Entry]:
-        """The samples of a shard: training samples in the seed's order, others as listed."""
-        listing = self.listings[shard.split]
-        rows = np.array(shard.rows(len(listing), self.options.samples_per_shard))
-        if shard.split == "train":
-            rows = rng.permute(self.options.seed, rng.Stream.SHARDS, 0, len(listing), rows)
-        return (listing[i] for i in rows.tolist())
-
-    def count(self, nbytes: int) -> None:
-        self.counters[2 * self.number] += 1
-        self.counters[2 * self.number + 1] += nbytes
-
-
-_worker: _Worker  # `_start_worker` sets it, in each worker process.
-
-
-def _start_worker(*arguments) -> None:
-    global _worker
-    _worker = _Worker(*arguments)
-
-
-def _write_one(split: str, number: int) -> None:
-    _worker.write(Shard(split, number))
-
-
-# --- the end ---
+def _write_one(partial: Path, read: Callable[[str], bytes], options: BuildOptions, shard: Shard) -> None:
+    """Write a shard: training samples in the seed's order, others as listed."""
+    samples, start = listed(partial, shard.split)["samples"], shard.number * options.samples_per_shard
+    rows = np.arange(start, min(start + options.samples_per_shard, samples))
+    if shard.split == "train":
+        rows = rng.permute(options.seed, rng.Stream.SHARDS, 0, samples, rows)
+    entries = read_entries(partial, shard.split, rows.tolist())
+    records = partial / "records" / shard.split
+    write_shard(partial / shard.split / f"{shard.name}.tar", records, entries, read, options.image)
 
 
 def _check_rejected(partial: Path, skip_bad: bool) -> None:
@@ -249,16 +169,15 @@ def _finish(conversion: Conversion) -> Manifest:
     for leftover in ("listing", "records", "scratch"):
         if (partial / leftover).exists():  # If this fails, the same command removes the rest.
             shutil.rmtree(partial / leftover)
-    for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial")]:
+    for path in [*partial.glob(".lock-*"), *partial.rglob("*.partial"), partial / JOB]:
         path.unlink(missing_ok=True)
     if out.is_dir():  # The folder was there, empty; the manifest makes it a dataset.
         try:
-            move_entries(partial, out, (MANIFEST, JOB))
+            move_entries(partial, out, (MANIFEST,))
         except FileExistsError as error:
             raise UserError(f"{error.filename}: was put there meanwhile. Move it away, and run this again") from error
     else:
         partial.rename(out)
-    remove_leftovers(out)
     sync_folder(out)
     sync_folder(out.parent)
     return read_manifest(out)

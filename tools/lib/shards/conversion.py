@@ -15,14 +15,13 @@ files are moved up, the manifest last.
 import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.common.errors import UserError, clipped, system_error_text
-from pipelines.common.files import locked, read_json, write_synced
+from pipelines.common.files import locked, write_synced
 from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, class_order, manifest_bytes, read_manifest
 from tools.lib.shards.images import ImageOptions
 from tools.lib.shards.listing import digest_of, listed
@@ -68,11 +67,6 @@ class Shard(NamedTuple):
     def name(self) -> str:
         """Its file name without an extension."""
         return f"{self.split}-{self.number:05d}"
-
-    def rows(self, samples: int, samples_per_shard: int) -> range:
-        """The rows of the split that it holds, in the order in which they are written."""
-        start = self.number * samples_per_shard
-        return range(start, min(start + samples_per_shard, samples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,26 +119,19 @@ def describe(source: Source, options: BuildOptions) -> Job:
 def partial_folder(out: Path) -> Path:
     """The folder in which a conversion lies until it is finished."""
     beside = out.parent / f"{out.name}.partial"
-    if not out.is_dir():
-        return beside
-    if beside.is_dir() and beside.stat().st_dev != out.stat().st_dev and (beside / JOB).is_file():
-        raise UserError(
-            f"{beside}: the conversion began there, and {out} is a folder of another file system now. Move it to "
-            f"{out / '.partial'} and run the same command again"
-        )
-    return beside if beside.is_dir() else out / ".partial"
+    return out / ".partial" if out.is_dir() and not beside.is_dir() else beside
 
 
 def claim(conversion: Conversion) -> None:
     """Make OUT.partial the folder of this conversion, or make sure that it already is."""
     partial, path = conversion.partial, conversion.partial / JOB
-    if not path.is_file():
+    if not path.is_file() and not conversion.is_assembled:
         _check_free(partial, conversion.out)
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial / ".lock-claim", "", wait=True):
             if not path.is_file():  # The first of several machines writes the description.
                 write_synced(path, json.dumps(conversion.job).encode())
-    if different := _difference(read_job(partial), conversion.job):
+    if different := _difference(read_job(partial), conversion.job, conversion.job):
         raise UserError(
             f"{partial}: holds an unfinished conversion that is another one: {different}. Finish that one, "
             "move the folder away, or choose another"
@@ -160,70 +147,56 @@ def _check_free(partial: Path, out: Path) -> None:
 
 
 def read_job(partial: Path) -> Job:
-    """Read what an unfinished conversion converts."""
-    path = partial / JOB
+    """Read what an unfinished conversion converts; its manifest says so as well."""
+    path = partial / (MANIFEST if (partial / MANIFEST).is_file() else JOB)
     try:
         job = json.loads(path.read_text())
-        assert {*job} >= {"source", "options", "classes", "splits"}
-    except (ValueError, AssertionError, TypeError) as error:
+        job["splits"] = list(job["splits"])
+        return job
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path}: damaged, or not of this tool, so {partial} cannot be finished. Move that folder away"
         ) from error
-    return job
 
 
-def finished(conversion: Conversion, source: Source) -> Manifest:
-    """Return the manifest of a conversion that an earlier command has finished.
+def finished(out: Path) -> Manifest:
+    """The manifest of a conversion that an earlier command has finished."""
+    with contextlib.suppress(OSError):  # A process that was killed when it had moved all files up has left it, empty.
+        (out / ".partial").rmdir()
+    return read_manifest(out)
+
+
+def check_same(conversion: Conversion, source: Source) -> Manifest:
+    """The manifest in OUT, if it is of this conversion; a new statement about the order of the classes goes into it.
 
     Raises:
       UserError: the dataset in OUT was made from another source or with other options; the difference is named.
     """
-    out, job = conversion.out, conversion.job
-    manifest = read_manifest(out)
-    remove_leftovers(out)
-    order = class_order(manifest)
-    there: dict[str, Any] = {key: manifest.get(key) for key in job}
-    there |= {"splits": list(manifest["splits"]), "class_order": order}
-    if {order, source.class_order} <= {
-        "text",
-        "unstated",
-    }:  # The order is the same, whether somebody has stated it or not.
-        there["class_order"] = source.class_order
-    different = _difference(there, job)
+    out, manifest = conversion.out, finished(conversion.out)
+    order, stated = class_order(manifest), source.class_order
+    is_restated = (order, stated) in (("unstated", "text"), ("text", "unstated"))  # The order is the same in both.
+    there = {**manifest, "splits": list(manifest["splits"]), "class_order": stated if is_restated else order}
+    different = _difference(there, conversion.job, conversion.job)
     if not different and not source.copies:
         for split, entry in manifest["splits"].items():
             if digest_of(source.splits[split]()) != entry.get("listing_sha256"):
                 different = f"the source's {split} images are others by now"
     if different:
         raise UserError(f"{out}: exists already, made differently: {different}. Move it away, or choose another folder")
-    if (order, source.class_order) == ("unstated", "text"):
+    if is_restated and stated == "text":
         write_synced(out / MANIFEST, manifest_bytes({**manifest, "class_order": "text"}))
     return read_manifest(out)
 
 
-def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the first thing in which two jobs differ; return "" where they agree."""
-    for key, value in there.items():
-        if value != wanted.get(key):
-            if isinstance(value, dict) and isinstance(wanted.get(key), dict):
-                return _difference({**dict.fromkeys([*value, *wanted[key]]), **value}, wanted[key])
-            return f"{key} was {clipped(value)}, now it is {clipped(wanted.get(key))}"
+def _difference(there: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Name the first of some keys in which two descriptions differ; return "" where they agree."""
+    for key in keys:
+        one, other = there.get(key), wanted.get(key)
+        if one != other and isinstance(one, dict) and isinstance(other, dict):
+            return _difference(one, other, [*one, *other])
+        if one != other:
+            return f"{key} was {clipped(one)}, now it is {clipped(other)}"
     return ""
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove the files of its own that a process leaves when it is killed between its last two actions."""
-    manifest, inside = read_manifest(out), out / ".partial"
-    if _is_job_of(out / JOB, manifest):
-        (out / JOB).unlink(missing_ok=True)
-    if _is_job_of(inside / JOB, manifest) and not contents_of(inside).folders:
-        shutil.rmtree(inside)
-
-
-def _is_job_of(path: Path, manifest: Manifest) -> bool:
-    """Return whether a file is the description of the conversion that made a dataset."""
-    job = read_json(path)
-    return all(job.get(key) == manifest[key] for key in ("source", "options", "classes"))
 
 
 @contextlib.contextmanager

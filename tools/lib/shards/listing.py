@@ -1,16 +1,14 @@
 """The listing of a conversion: all samples of a source, written once, and what of the source is no sample."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import TypedDict
 
-from pipelines.common.errors import UserError, grouped, named
+from pipelines.common.errors import UserError, grouped
 from pipelines.common.files import replacing, write_synced
 from tools.lib.shards.sources.source import MISPLACED, Entry, Source, Unused
 
@@ -29,6 +27,8 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
 
     Raises:
       UserError: it is not, or something in the source is not understood and `skip_bad` is off; all of that is named.
+        New listings are removed then, for no shard was written from them, and the user may now change the source. So is
+        OUT.partial if there are no others: the next command may be another one.
     """
     new = [split for split in source.splits if not path_of(partial, split).is_file()]
     try:
@@ -40,26 +40,13 @@ def list_source(partial: Path, source: Source, skip_bad: bool) -> None:
                     f"{source.root}: its {split} images have changed since the conversion began. Put them back, or "
                     f"remove {partial} to begin again"
                 )
-        check_misplaced(
-            source.root, (each for split in source.splits for each in read_unused(partial, split)), skip_bad
-        )
-        for split in source.splits:
-            if not listed(partial, split)["samples"]:
-                left = [each.source for each in read_unused(partial, split) if each.kind == MISPLACED]
-                why = f"All that it holds was left out ({named(left, 3)}). Sort it" if left else "Add some"
-                raise UserError(f"{source.root}: no images in split {split}. {why}, or move the split away")
+        unused = [each for split in source.splits for each in read_unused(partial, split)]
+        check_misplaced(source.root, unused, skip_bad)
+        if empty := [split for split in source.splits if not listed(partial, split)["samples"]]:
+            raise UserError(f"{source.root / empty[0]}: no images of this split. Add some, or move it away")
     except UserError:
-        for split in new:  # No shard was written from it, and the user may now change the source.
+        for split in new:
             path_of(partial, split).unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def nothing_left_behind(partial: Path) -> Iterator[None]:
-    """Remove OUT.partial after an error if nothing was listed before: the next command may be another one."""
-    try:
-        yield
-    except UserError:
         if not any((partial / "listing").glob("*.json")):
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,15 +93,10 @@ def check_misplaced(root: Path, unused: Iterable[Unused], skip_bad: bool) -> Non
     """Raise a UserError that names, by reason, what would be left out, unless the person has decided to skip it."""
     reasons: dict[str, list[str]] = {}
     for each in unused:
-        if each.kind == MISPLACED:
+        if each.kind == MISPLACED and not skip_bad:
             reasons.setdefault(each.reason, []).append(each.source)
-    if not reasons or skip_bad:
-        return
-    total = sum(map(len, reasons.values()))
-    raise UserError(
-        f"{root}: {total} {'entry' if total == 1 else 'entries'} would be left out. {grouped(reasons)}. Or leave "
-        f"{'it' if total == 1 else 'them'} out with --on-bad skip"
-    )
+    if reasons:
+        raise UserError(f"{root}: would be left out: {grouped(reasons)}. Or leave out what is named with --on-bad skip")
 
 
 def _line(entry: Entry | Unused) -> bytes:
@@ -132,32 +114,20 @@ def digest_of(entries: Iterator[Entry | Unused]) -> str:
     return digest.hexdigest()
 
 
-class Listing:
-    """The samples of a split, any of them read on its own from the listing on disk.
+def read_entries(partial: Path, split: str, rows: Iterable[int]) -> Iterator[Entry]:
+    """Read samples of a split by their numbers, from the listing on disk.
 
-    Raises, when it is read:
+    Raises:
       UserError: a file of it has become shorter than it was written.
     """
-
-    def __init__(self, partial: Path, split: str):
-        self._partial = partial
-        # The length does not come from the size of a file, which may have changed: the order of a split depends on it.
-        self._samples = listed(partial, split)["samples"]
-        # Both stay open as long as the worker lives. They are not memory-mapped: SIGBUS would end it if they shrank.
-        self._starts = open(partial / "listing" / f"{split}.starts", "rb")  # noqa: SIM115
-        self._lines = open(partial / "listing" / f"{split}.jsonl", "rb")  # noqa: SIM115
-
-    def __len__(self) -> int:
-        return self._samples
-
-    def __getitem__(self, i: int) -> Entry:
-        start = os.pread(self._starts.fileno(), _START_BYTES, i * _START_BYTES)
-        self._check_complete(self._starts, len(start) == _START_BYTES)
-        self._lines.seek(int.from_bytes(start, "little"))
-        line = self._lines.readline()
-        self._check_complete(self._lines, line.endswith(b"\n"))
-        return Entry(*json.loads(line))
-
-    def _check_complete(self, file: BinaryIO, is_complete: bool) -> None:
-        if not is_complete:
-            raise UserError(f"{file.name}: is cut off. Remove {self._partial} to begin the conversion again")
+    path = path_of(partial, split)
+    # They are not memory-mapped: SIGBUS would end the process if they shrank.
+    with open(path.with_suffix(".starts"), "rb") as starts, open(path.with_suffix(".jsonl"), "rb") as lines:
+        for row in rows:
+            starts.seek(row * _START_BYTES)
+            start = starts.read(_START_BYTES)
+            lines.seek(int.from_bytes(start, "little"))
+            line = lines.readline()
+            if len(start) < _START_BYTES or not line.endswith(b"\n"):
+                raise UserError(f"{path}: its listing is cut off. Remove {partial} to begin the conversion again")
+            yield Entry(*json.loads(line))

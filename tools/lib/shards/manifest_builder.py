@@ -1,8 +1,7 @@
 """Makes a dataset of finished shards: an index for each split, the audit and the manifest, from the shards' records."""
 
-import collections
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,7 +61,10 @@ def assemble(
         for group in find_duplicates([path for found in paths.values() for path in found]):
             audit.add("duplicates", group)
         for each in unused:
-            audit.add_unused(each)
+            if each.kind == HIDDEN:
+                audit.add("hidden", each.source)
+            else:
+                audit.add("left_out", {"source": each.source, "reason": each.reason})
     audit_entry = {
         "counts": {**audit.counts, "resized": audit.resized},
         **audit.examples,
@@ -89,21 +91,14 @@ class _Audit:
     def add_record(self, split: str, record: ShardRecord) -> None:
         notes = record.notes
         self.resized += notes["resized"]
-        for item in notes["repaired"]:
-            self.add("repaired", {**item, "sample": f"{split}/{item['sample']}"})
-        for item in notes["rejected"]:
-            self.add("rejected", {**item, "sample": f"{split}/{item['sample']}"})
+        for kind, items in (("repaired", notes["repaired"]), ("rejected", notes["rejected"])):
+            for item in items:
+                self.add(kind, {**item, "sample": f"{split}/{item['sample']}"})
         for key in notes["tiny"]:
             self.add("tiny", f"{split}/{key}")
         for row in record.rows:
             if row["orientation"] != 1:
                 self.add("oriented", f"{split}/{row['key']}")
-
-    def add_unused(self, unused: Unused) -> None:
-        if unused.kind == HIDDEN:
-            self.add("hidden", unused.source)
-        else:
-            self.add("left_out", {"source": unused.source, "reason": unused.reason})
 
 
 def _write_index(path: Path, records: list[Path], num_classes: int) -> SplitEntry:
@@ -124,7 +119,8 @@ def _write_index(path: Path, records: list[Path], num_classes: int) -> SplitEntr
             entries.append(record.entry)
             rows = np.zeros(len(record.rows), dtype=dtype)
             for field in dtype.names or ():
-                rows[field] = number if field == "shard" else [_encoded(row[field]) for row in record.rows]
+                values = [row.get(field, number) for row in record.rows]  # No row has a shard.
+                rows[field] = [value.encode() if isinstance(value, str) else value for value in values]
             file.write(rows.tobytes())
             counts += np.bincount(rows["label"], minlength=num_classes)
     index_sha256 = sha256_of(path)
@@ -138,52 +134,27 @@ def _write_index(path: Path, records: list[Path], num_classes: int) -> SplitEntr
     }
 
 
-def _encoded(value: int | str) -> int | bytes:
-    return value.encode() if isinstance(value, str) else value
-
-
 def find_duplicates(records: list[Path]) -> list[list[str]]:
     """Groups of samples, as SPLIT/KEY, whose sources have the same content, within a split and across splits.
 
     The hashes are read several times, each time for another part of them, so that memory does not grow with the
     dataset.
     """
-    paths = [path.with_suffix(".sha256") for path in records]
-    total = sum(path.stat().st_size for path in paths) // HASH_BYTES
-    passes = max(1, -(-total // _HASHES_AT_A_TIME))
-    groups = []
+    passes = max(1, -(-sum(len(_hashes(path)) for path in records) // _HASHES_AT_A_TIME))
+    groups: dict[bytes, list[str]] = {}
     for current in range(passes):
-        found = np.concatenate([_hashes(path, number, current, passes) for number, path in enumerate(paths)])
-        found.sort(order=("high", "low", "file", "row"))
-        same = (found["high"][1:] == found["high"][:-1]) & (found["low"][1:] == found["low"][:-1])
-        for start, stop in _runs(same):
-            groups.append([(int(row["file"]), int(row["row"])) for row in found[start:stop]])
-    return sorted(_named(paths, groups))
+        found = [hashes[hashes.view(np.uint8)[::HASH_BYTES] % passes == current] for hashes in map(_hashes, records)]
+        unique, counts = np.unique(np.concatenate(found), return_counts=True)
+        groups |= {content: [] for content in unique[counts > 1].tolist()}
+    for path in records:
+        hashes = _hashes(path)
+        if len(rows := np.flatnonzero(np.isin(hashes, list(groups)))):
+            keys = [row["key"] for row in read_record(path).rows]
+            for row, content in zip(rows.tolist(), hashes[rows].tolist(), strict=True):
+                groups[content].append(f"{path.parent.name}/{keys[row]}")
+    return sorted(map(sorted, groups.values()))
 
 
-def _hashes(path: Path, number: int, current: int, passes: int) -> np.ndarray:
-    """The hashes of one file that one of the passes compares: the two halves of each hash, the file and the row."""
-    halves = np.frombuffer(path.read_bytes(), dtype=[("high", "<u8"), ("low", "<u8")])
-    rows = np.flatnonzero(halves["high"] % np.uint64(passes) == current)
-    found = np.empty(len(rows), dtype=[("high", "<u8"), ("low", "<u8"), ("file", "<i4"), ("row", "<i4")])
-    found["high"], found["low"], found["file"], found["row"] = halves["high"][rows], halves["low"][rows], number, rows
-    return found
-
-
-def _runs(same: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each run of equal neighbours; same[i] says that i and i + 1 are equal."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
-    for start, stop in edges.reshape(-1, 2).tolist():
-        yield start, stop + 1
-
-
-def _named(paths: list[Path], groups: list[list[tuple[int, int]]]) -> list[list[str]]:
-    wanted = collections.defaultdict(dict)
-    for group in groups:
-        for file, row in group:
-            wanted[file][row] = ""
-    for file, rows in wanted.items():
-        record = read_record(paths[file].with_suffix(".json"))
-        for row in rows:
-            rows[row] = f"{paths[file].parent.name}/{record.rows[row]['key']}"
-    return [sorted(wanted[file][row] for file, row in group) for group in groups]
+def _hashes(record: Path) -> np.ndarray:
+    """The hashes of a shard's sources, as bytes without the zeros at their ends."""
+    return np.frombuffer(record.with_suffix(".sha256").read_bytes(), dtype=f"S{HASH_BYTES}")

@@ -8,10 +8,10 @@ import json
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import replacing, write_synced
+from pipelines.common.files import replacing, sha256_of, write_synced
 from pipelines.shards.manifest import Remark, ShardEntry
 from tools.lib.shards.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.source import Entry
@@ -95,24 +95,23 @@ class RecordBuilder:
             self.notes["tiny"].append(key)
         self.notes["resized"] += image.resized
 
-    def reject(self, key: str, source: str, error: RejectedImageError) -> None:
+    def reject(self, key: str, source: str, reason: str) -> None:
         """Add a sample that cannot be used, and why."""
-        self.notes["rejected"].append({"sample": key, "source": source, "reason": str(error)})
+        self.notes["rejected"].append({"sample": key, "source": source, "reason": reason})
 
-    def write(self, path: Path, name: str, num_bytes: int, sha256: str, idx: bytes) -> None:
+    def write(self, path: Path, tar: Path, idx: bytes) -> None:
         """Write the record, which makes the shard complete, and beside it the hash of each sample's source.
 
         Args:
-          name, num_bytes, sha256: those of the tar.
-          idx: the content of its .idx file.
+          idx: the content of the tar's .idx file.
         """
-        entry: ShardEntry = {
-            "name": name,
-            "bytes": num_bytes,
-            "samples": len(self._rows),
-            "sha256": sha256,
-            "idx_sha256": hashlib.sha256(idx).hexdigest(),
-        }
+        entry = ShardEntry(
+            name=tar.name,
+            bytes=tar.stat().st_size,
+            samples=len(self._rows),
+            sha256=sha256_of(tar),
+            idx_sha256=hashlib.sha256(idx).hexdigest(),
+        )
         write_synced(path.with_suffix(".sha256"), b"".join(self._hashes))
         write_synced(path, json.dumps(vars(ShardRecord(entry, self._rows, self.notes))).encode())
 
@@ -123,12 +122,7 @@ def read_record(path: Path) -> ShardRecord:
 
 
 def write_shard(
-    path: Path,
-    records: Path,
-    entries: Iterable[Entry],
-    read: Callable[[str], bytes],
-    options: ImageOptions,
-    on_image: Callable[[int], None] = lambda nbytes: None,
+    path: Path, records: Path, entries: Iterable[Entry], read: Callable[[str], bytes], options: ImageOptions
 ) -> None:
     """Write a shard and then its record, the same bytes on every machine.
 
@@ -139,7 +133,6 @@ def write_shard(
       records: folder for the record, which gets the tar's name.
       entries: the samples, in the order in which they are written.
       read: location -> the source's bytes.
-      on_image: called with the number of bytes of every image that was looked at.
     Raises:
       UserError: a source cannot be read at all (which says nothing about the image).
       OSError: the shard cannot be written.
@@ -148,38 +141,23 @@ def write_shard(
 
     members: dict[str, Parts] = {}
     record = RecordBuilder()
-    with replacing(path) as file:
-        hashing = _HashingFile(file)
-        # TarWriter calls write() alone.
-        with TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:  # pyright: ignore[reportArgumentType]
-            for entry in entries:
-                try:
-                    content = _read(entry, read)
-                    on_image(len(content))
-                    image = check_image(content, options)
-                except RejectedImageError as error:
-                    record.reject(entry.key, entry.source, error)
-                    continue
-                assert entry.key not in members, entry.key
-                members[entry.key] = _write_sample(tar, entry, image.jpeg)
-                record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image, content)
+    with replacing(path) as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        for entry in entries:
+            try:
+                content = read(entry.location)
+                image = check_image(content, options)
+            except RejectedImageError as error:
+                record.reject(entry.key, entry.source, str(error))
+                continue
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror or error})"
+                raise UserError(f"{entry.source}: {reason}. Fix that and run the same command again") from error
+            assert entry.key not in members, entry.key
+            members[entry.key] = _write_sample(tar, entry, image.jpeg)
+            record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image, content)
     idx = dali_index(members)
     write_synced(path.with_suffix(".idx"), idx)
-    record.write(records / f"{path.stem}.json", path.name, hashing.num_bytes, hashing.sha256.hexdigest(), idx)
-
-
-class _HashingFile:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        self.num_bytes += len(content)
-        return self._file.write(content)
+    record.write(records / f"{path.stem}.json", path, idx)
 
 
 def _write_sample(tar: TarWriter, entry: Entry, jpeg: bytes) -> Parts:
@@ -192,58 +170,19 @@ def _write_sample(tar: TarWriter, entry: Entry, jpeg: bytes) -> Parts:
     return {"cls": (start + header, len(label)), "jpg": (tar.tarstream.offset - padded, len(jpeg))}
 
 
-def _read(entry: Entry, read: Callable[[str], bytes]) -> bytes:
-    try:
-        return read(entry.location)
-    except OSError as error:
-        raise UserError(
-            f"{entry.source}: cannot be read ({error.strerror or error}). Fix that and run the same command again"
-        ) from error
+def dali_index(members: dict[str, Parts], version: str = "v1.2") -> bytes:
+    """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it.
 
-
-def dali_index(members: dict[str, Parts]) -> bytes:
-    """The content of the .idx file that DALI's fn.readers.webdataset takes, as its wds2idx writes it (v1.2).
-
-    Fields are separated by spaces, so where names have some, the file is of the version without names (v1.1).
+    Fields are separated by spaces, so where names have some, the file is of the version without names, v1.1.
     """
-    has_names = all(len(key.split()) == 1 for key in members)
+    if any(len(key.split()) != 1 for key in members):
+        version = "v1.1"
     lines = []
     for key, parts in members.items():
         fields = [
-            f"{extension} {offset} {size}" + (f" {key}.{extension}" if has_names else "")
+            f"{extension} {offset} {size}" + (f" {key}.{extension}" if version == "v1.2" else "")
             for extension, (offset, size) in parts.items()
             if extension
         ]
         lines += [" ".join(fields)] if fields else []
-    lines = [f"{'v1.2' if has_names else 'v1.1'} {len(lines)}", *lines]
-    return "\n".join(lines).encode(errors="surrogateescape") + b"\n"
-
-
-def read_dali_index(content: bytes) -> list[list[tuple[str, int, int]]]:
-    """(extension in lower case, offset, bytes) of each part of each sample in an .idx file of either version.
-
-    Returns:
-      [] where DALI's reader would refuse the file.
-    Source: kSupportedIndexVersions and ParseIndexFile in dali/operators/reader/loader/webdataset_loader.
-    """
-    try:
-        first, *lines = content.decode(errors="surrogateescape").splitlines()
-        version, count = first.split()
-        width = {"v1.1": 3, "v1.2": 4}[version]
-        samples = []
-        for fields in map(str.split, lines):
-            columns = [fields[column::width] for column in range(width)]
-            samples.append([(part[0].lower(), int(part[1]), int(part[2])) for part in zip(*columns, strict=True)])
-        return samples if len(samples) == int(count) else []
-    except (ValueError, KeyError):
-        return []
-
-
-def describes(idx: bytes, members: dict[str, Parts]) -> bool:
-    """Return whether an .idx file of any version lists the parts of a tar, each once, and no others."""
-    listed = [part for sample in read_dali_index(idx) for part in sample]
-    parts = {span: name for sample in members.values() for name, span in sample.items()}
-    strange = [part for part in listed if parts.get(part[1:]) not in (part[0], "")]
-    needed = [span for span, name in parts.items() if name]  # DALI's own tool makes up names for parts without one.
-    found = {part[1:] for part in listed}
-    return not strange and found.issuperset(needed) and len(found) == len(listed)
+    return "\n".join([f"{version} {len(lines)}", *lines]).encode(errors="surrogateescape") + b"\n"

@@ -1,6 +1,5 @@
 """Describes a dataset for people: its content, and notes about its classes."""
 
-import collections
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,6 @@ def class_notes(manifest: ClassList) -> list[str]:
     if len(manifest["classes"]) == 1:
         notes.append(
             f"there is a single class, '{clipped(manifest['classes'][0], 30)}': are the classes folders inside it?"
-        )
-    places: dict[str, list[int]] = collections.defaultdict(list)
-    for label, name in enumerate(manifest["classes"]):
-        places[name].append(label)
-    if twice := [f"'{clipped(name, 30)}' (labels {named(labels, 3)})" for name, labels in places.items() if labels[1:]]:
-        notes.append(
-            f"classes of one name: {named(twice, 5)}. A model is matched with them by place, so its list of classes "
-            "must equal the dataset's"
         )
     return notes
 
@@ -58,8 +49,7 @@ def summarize(root: Path) -> dict[str, str]:
     for kind in ("repaired", "rejected"):
         first = "; ".join(f"{item['sample']} ({item['reason']})" for item in audit[kind][:3])
         lines[kind] = f"{counts[kind]:,}" + (f": {first}" if first else "") + (" ..." if counts[kind] > 3 else "")
-    among = "" if counts["duplicates"] <= len(audit["duplicates"]) else f" of the first {len(audit['duplicates']):,}"
-    lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,}{among} across splits"
+    lines["duplicates"] = f"{counts['duplicates']:,} groups, {leaks:,} across splits"
     if left_out := counts.get("left_out", 0):
         items = [f"{item['source']} ({item['reason']})" for item in audit.get("left_out", [])[:3]]
         lines["left out"] = f"{left_out:,}: {'; '.join(items)}{' ...' if left_out > 3 else ''}"

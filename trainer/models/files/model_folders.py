@@ -10,10 +10,10 @@ from typing import Annotated, Any, TypedDict
 
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import sha256_of
+from pipelines.common.settings import misfit
 from pipelines.plan.plan import LARGEST_SIDE
 from trainer.config.model_arguments import Kwargs, check_sizes, without_reserved
 from trainer.config.sections import Config
-from trainer.models.files.schema import wrong_part
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
@@ -28,7 +28,11 @@ _Positive = Annotated[float, lambda value: 0 < value < 1e6]
 
 
 class _Configuration(TypedDict, total=False):
-    """The keys of timm's configuration that are used here; others are left alone."""
+    """The keys of timm's configuration that are used here, and of what stands around it; others are left alone."""
+
+    architecture: str
+    model_args: dict[str, Any] | None
+    label_names: list[str | int] | dict | None
 
     mean: tuple[_Fraction, _Fraction, _Fraction]
     std: tuple[_Positive, _Positive, _Positive]
@@ -43,15 +47,6 @@ class _Configuration(TypedDict, total=False):
     classifier: str | list[str]
     first_conv: str | list[str]
     num_classes: Annotated[int, lambda value: 0 <= value < 1e6]
-
-
-class _Description(TypedDict, total=False):
-    """What config.json holds; other keys are left alone."""
-
-    architecture: str
-    pretrained_cfg: _Configuration
-    model_args: dict[str, Any] | None
-    label_names: list[str | int] | dict | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +162,9 @@ def read_folder(path: Path, name: str) -> ModelFolder:
         raise UserError(
             f"{file}: not what timm writes for a model ({clipped(repr(error), 100)}). Export it again"
         ) from error
-    if wrong := wrong_part({**said, "pretrained_cfg": config}, _Description):
-        raise UserError(f"{file}: {wrong}. Correct it, or export the model again")
+    if key := misfit({**said, **config, "architecture": architecture}, _Configuration):
+        value = clipped(config.get(key, said.get(key)))
+        raise UserError(f"{file}: {key} is {value}, which timm never writes. Correct it, or export the model again")
     config.pop("architecture", None)
     names, kind = said.get("label_names"), said.get("weights")
     outputs: Any = config["num_classes"]

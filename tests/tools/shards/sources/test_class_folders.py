@@ -126,7 +126,7 @@ def test_all_names_that_are_not_utf_8_are_named_at_once(src, tmp_path):
     for name in (b"\xff.jpg", b"\xe9t\xe9.jpg"):
         with open(os.fsencode(src / "train" / "ant") + b"/" + name, "wb") as file:
             file.write(plain_jpeg())
-    with pytest.raises(UserError, match=r"2 entries .*train/ant/\\xe9t\\xe9.jpg, train/ant/\\xff.jpg: a name that is"):
+    with pytest.raises(UserError, match=r"train/ant/\\xe9t\\xe9.jpg, train/ant/\\xff.jpg: .* a name that is not UTF-8"):
         convert(src, tmp_path / "out")
     os.rename(os.fsencode(src / "train" / "ant") + b"/\xff.jpg", src / "train" / "ant" / "y.jpg")
     os.rename(os.fsencode(src / "train" / "ant") + b"/\xe9t\xe9.jpg", src / "train" / "ant" / "z.jpg")

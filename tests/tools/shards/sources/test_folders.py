@@ -1,7 +1,6 @@
 """Image folders: nothing visible is left out in silence, and sound input is taken."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -32,6 +31,7 @@ MISPLACED_ENTRIES = {
     "a class that training lacks": "val/dog/x.jpg",
     "a folder inside a class": "train/ant/more/x.jpg",
     "an empty class": "train/dog/",
+    "a validation folder of another name": "validation/x.jpg",
 }
 
 
@@ -44,17 +44,6 @@ def test_a_visible_entry_that_is_no_sample_ends_the_conversion_by_name(tmp_path,
     seen = next(part for part in (name.rstrip("/"), *map(str, Path(name).parents)) if part in str(caught.value))
     assert len(seen.split("/")) >= min(2, len(Path(name).parts) - 1) and "--on-bad skip" in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_the_place_of_val_and_two_validation_folders_are_named(tmp_path):
-    src = make_folder(tmp_path / "src", splits=("train",))
-    (src / "val").write_text("no folder")
-    with pytest.raises(UserError, match="val: a file, and the validation images belong in a folder"):
-        convert(src, tmp_path / "out")
-    (src / "val").unlink()
-    make_folder(src, splits=("val", "validation"))
-    with pytest.raises(UserError, match="validation: .* There are two, so move one away"):
-        convert(src, tmp_path / "out")
 
 
 LINKS = ("train/bee", "val", "train/ant/5.jpg", "val/cat", "more")
@@ -77,13 +66,6 @@ def test_a_link_to_images_is_followed_as_a_folder_and_as_a_file(src, tmp_path):
     (src / "train" / "ant" / "more.jpg").symlink_to(tmp_path / "elsewhere" / "0.jpg")
     samples, unused = samples_and_unused(src)
     assert len(samples) == 13 and not any(unused.values())
-
-
-def test_a_link_of_train_to_nothing_is_the_reason_that_is_given(tmp_path):
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "train").symlink_to("/nowhere")
-    with pytest.raises(UserError, match="Its train is a link to /nowhere, which is not there"):
-        convert(tmp_path / "src", tmp_path / "out")
 
 
 def test_pipes_and_sockets_are_named_and_never_read(src, tmp_path):
@@ -141,7 +123,7 @@ def test_what_a_person_leaves_out_is_listed_in_the_manifest_and_shown(src, tmp_p
 
 def test_all_entries_are_named_at_once_ten_at_the_most(src, tmp_path):
     put_images(src, *(f"train/ant/nested{i}/" for i in range(30)))
-    with pytest.raises(UserError, match=r"30 entries would be left out. .*nested0, .* and 20 more") as caught:
+    with pytest.raises(UserError, match=r"would be left out: .*nested0, .* and 20 more") as caught:
         convert(src, tmp_path / "out")
     assert str(caught.value).count("nested") == 10
 
@@ -149,7 +131,7 @@ def test_all_entries_are_named_at_once_ten_at_the_most(src, tmp_path):
 def test_after_the_person_has_moved_things_the_same_command_converts(src, tmp_path):
     """Advice is tried: a nested folder's images moved up, a stray file moved away."""
     put_images(src, "train/ant/more/x.jpg", "notes.txt")
-    with pytest.raises(UserError, match="2 entries would be left out"):
+    with pytest.raises(UserError, match="would be left out: notes.txt: .*; train/ant/more: "):
         convert(src, tmp_path / "out")
     (src / "train/ant/more/x.jpg").rename(src / "train/ant/x.jpg")
     (src / "train/ant/more").rmdir()
@@ -157,27 +139,10 @@ def test_after_the_person_has_moved_things_the_same_command_converts(src, tmp_pa
     assert convert(src, tmp_path / "out")["splits"]["train"]["samples"] == 7
 
 
-@pytest.mark.parametrize("name", ["validation", "valid", "Val", "VALIDATION"])
-def test_a_validation_folder_of_a_usual_name_is_named_and_renaming_it_helps(tmp_path, name):
-    src = make_folder(tmp_path / "src", splits=("train", name))
-    with pytest.raises(UserError, match=f"{name}: the validation images belong in .*val. Rename it"):
-        convert(src, tmp_path / "out")
-    (src / name).rename(src / "val")
-    assert convert(src, tmp_path / "out")["splits"]["val"]["samples"] == 6
-
-
-def test_of_a_test_folder_without_validation_renaming_is_advised_and_helps(tmp_path):
-    src = make_folder(tmp_path / "src", splits=("train", "test"))
-    with pytest.raises(UserError, match="test: rename it to val, or move it away"):
-        convert(src, tmp_path / "out")
-    (src / "test").rename(src / "val")
-    assert convert(src, tmp_path / "out")["splits"]["val"]["samples"] == 6
-
-
 def test_images_in_folders_inside_a_class_are_never_replaced_by_the_advised_move(tmp_path):
     src = make_folder(tmp_path / "src", splits=("train",))
     put_images(src, *(f"train/ant/{day}/{i}.jpg" for day in ("monday", "tuesday") for i in range(3)))
-    with pytest.raises(UserError, match="train/ant/monday, train/ant/tuesday: a folder inside a class. .* mv -n,"):
+    with pytest.raises(UserError, match="train/ant/monday, train/ant/tuesday: a folder inside a class, .* mv -n,"):
         convert(src, tmp_path / "out")
     before = len(list(src.rglob("*.jpg")))
     for day in ("monday", "tuesday"):
@@ -187,23 +152,10 @@ def test_images_in_folders_inside_a_class_are_never_replaced_by_the_advised_move
         convert(src, tmp_path / "out")  # Files that had the same names are still there, and still named.
 
 
-def test_tiny_imagenets_validation_images_are_sorted_by_the_advised_command(tmp_path):
-    src = make_folder(tmp_path / "tiny images", splits=("train",))
-    put_images(src, "val/images/val_0.JPEG", "val/images/val_1.JPEG")
-    (src / "val" / "val_annotations.txt").write_text("val_0.JPEG\tbee\t0\t0\t9\t9\nval_1.JPEG\tant\t0\t0\t9\t9\n")
-    with pytest.raises(UserError, match="val_annotations.txt has its labels; sort by it: ") as caught:
-        convert(src, tmp_path / "out")
-    command = re.search(r"sort by it: (.*); then move", str(caught.value))[1]
-    subprocess.run(["bash", "-c", command], check=True)
-    (src / "val" / "val_annotations.txt").rename(tmp_path / "labels")
-    (src / "val" / "images").rmdir()
-    assert convert(src, tmp_path / "out")["splits"]["val"]["class_counts"] == [1, 1, 0]
-
-
 def test_a_split_of_which_all_was_left_out_is_no_empty_split(tmp_path):
     src = make_folder(tmp_path / "src", splits=("train",))
     put_images(src, "val/zebra/x.jpg")
-    with pytest.raises(UserError, match=r"no images in split val. All that it holds was left out \(val/zebra\)"):
+    with pytest.raises(UserError, match="src/val: no images of this split"):
         convert(src, tmp_path / "out", skip_bad=True)
 
 
@@ -214,18 +166,11 @@ def test_a_single_class_is_spoken_of(tmp_path, capsys):
 
 
 NEAR = {
-    "a folder around the source": (["mine/train/ant/0.jpg"], "", "Give the folder inside it: .*mine"),
-    "classes inside images (CUB)": (
-        ["images/ant/0.jpg", "images/bee/0.jpg", "x.txt"],
-        "",
-        "rename it, if they are train",
-    ),
-    "images without classes (Pets)": (["images/ant_1.jpg", "annotations/x.png"], "", "by class: .*train/CLASS"),
-    "flat training images": (["train/0.jpg", "labels.csv"], "", "1 images lie directly in it, as 0.jpg: sort them"),
-    "the folder train itself": (["train/ant/0.jpg", "val/ant/0.jpg"], "train", "Give the folder above it"),
-    "classes without a split": (["ant/0.jpg", "bee/0.jpg"], "", "belong one level deeper: move them into"),
-    "train under another name": (["Training/ant/0.jpg"], "", "rename .*Training"),
-    "validation alone": (["val/ant/0.jpg"], "", "validation images alone"),
+    "a folder around the source": (["mine/train/ant/0.jpg"], "", "not recognised as a source. Give .*mine, if that"),
+    "flat training images": (["train/0.jpg", "labels.csv"], "", "train: has no class folders. Expected .*/CLASS/"),
+    "the folder train itself": (["train/ant/0.jpg", "val/ant/0.jpg"], "train", "Give .*src, if that is meant"),
+    "classes without a split": (["ant/0.jpg", "bee/0.jpg"], "", "not recognised .* Expected images in .*/train/CLASS"),
+    "validation alone": (["val/ant/0.jpg"], "", "not recognised .* Expected images in .*/train/CLASS"),
     "an image": (["x.jpg"], "x.jpg", "a file, not a folder"),
 }
 

@@ -5,27 +5,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.common.errors import UserError
 from support.model_folder import NAME, write_folder
-from trainer.cluster.rendezvous import facts
-from trainer.config.sections import Config, parse
+from trainer.builder import facts_to_compare
+from trainer.config.sections import parse
 from trainer.models.files.model_folders import _any_hub_file, model_contents
 from trainer.models.teacher import build_teacher
 
 pytest_plugins = ["support.model_folder"]
-
-
-def facts_and_contents(config: Config) -> dict:
-    """What trainer/run.py compares, without the device."""
-    return {**facts(config), **model_contents(config)}
+CPU = torch.device("cpu")
 
 
 def changed_facts(config, change) -> set[str]:
     """The names of the facts that differ once something has been changed."""
-    before = facts_and_contents(config)
+    before = facts_to_compare(config, CPU)
     change()
-    after = facts_and_contents(config)
+    after = facts_to_compare(config, CPU)
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
@@ -58,8 +55,8 @@ def test_ranks_compare_the_contents_of_every_file_that_student_and_teachers_come
     }
     moved = [{**others[0], "checkpoint": str(shutil.copy(tmp_path / "w.pth", tmp_path / "moved.pth"))}, others[1]]
     assert (
-        facts(parse([*given, "--teacher.others", json.dumps(moved)]))["teacher.others"]
-        == facts(config)["teacher.others"]
+        facts_to_compare(parse([*given, "--teacher.others", json.dumps(moved)]), CPU)["teacher.others"]
+        == facts_to_compare(config, CPU)["teacher.others"]
     )
 
 

@@ -92,7 +92,8 @@ def test_what_a_folder_says_is_not_passed_to_timm_where_it_decides_what_is_read(
 def test_what_a_checkpoint_says_is_not_passed_to_timm_either(model, tmp_path):
     """For evaluate, predict and export (load), average (check_fits) and compare; a run's own settings are refused."""
     config = to_dict(parse(["--student.name", NAME, "--data.image_size", "160"]))
-    config["student"]["kwargs"] = {"depth": 2, **RESERVED, "in_chans": 1}
+    reserved = {name: value for name, value in RESERVED.items() if not isinstance(value, dict)}
+    config["student"]["kwargs"] = {"depth": 2, **reserved, "in_chans": 1}
     saved = {"format_version": 1, "step": 1, "config": config, "student": model.state_dict(), "classes": CLASSES}
     torch.save(saved, tmp_path / "own.pt")
     found = trained.load(None, tmp_path / "own.pt")
@@ -211,7 +212,7 @@ def test_arguments_with_numbers_that_no_model_has_are_named(model, tmp_path, arg
     config = to_dict(parse(["--student.name", NAME]))
     config["student"]["kwargs"] = arguments
     torch.save({"format_version": 1, "step": 1, "config": config, "student": model.state_dict()}, tmp_path / "own.pt")
-    with pytest.raises(UserError, match="own.pt: the model's argument .* up to 16,384. Correct"):
+    with pytest.raises(UserError, match="own.pt: (the model's argument .* up to 16,384|.*holds student.kwargs)"):
         trained.load(None, tmp_path / "own.pt")
 
 
@@ -226,7 +227,7 @@ def test_an_argument_that_could_not_be_taken_from_a_checkpoint_is_refused_before
 @pytest.mark.parametrize("names", [CLASSES[:6], [*CLASSES, "h"], [[1]] * 7, "abc", 7, True])
 def test_names_that_are_not_one_for_each_output_are_refused(model, tmp_path, names):
     folder = write_folder(tmp_path / "there", model, label_names=names)
-    with pytest.raises(UserError, match="config.json: ('label_names' is|has . label_names for 7 outputs)"):
+    with pytest.raises(UserError, match="config.json: (label_names is|has . label_names for 7 outputs)"):
         trained.load(None, folder)
 
 
@@ -268,8 +269,8 @@ def test_the_advice_about_a_repository_helps(hub, tmp_path):
         ({"architecture": "resnet51"}, "unknown model 'resnet51'; did you mean"),
         ({"pretrained_cfg": []}, "config.json: not what timm writes"),
         ({"pretrained_cfg": 7}, "config.json: not what timm writes"),
-        ({"architecture": ["resnet18"]}, "config.json: 'architecture' is list"),
-        ({"model_args": 7}, "config.json: 'model_args' is 7"),
+        ({"architecture": ["resnet18"]}, "config.json: architecture is"),
+        ({"model_args": 7}, "config.json: model_args is 7"),
         ({"model_args": {"depth": "two"}}, "model 'test_vit' cannot be built"),
         ({"model_args": {"depth": 1}}, "there(/model.safetensors)?: does not fit model 'test_vit'"),
     ],
@@ -304,7 +305,7 @@ def test_a_value_in_a_description_that_cannot_be_used_is_named(model, tmp_path, 
     changed = {"pretrained_cfg": own, **({key: value} if key == "num_classes" else {})}
     folder = write_folder(tmp_path / "there", model, **changed)
     with pytest.raises(
-        UserError, match=rf"config.json: 'pretrained_cfg.{key}(\[.\])?' is .*\. Correct it, or export"
+        UserError, match=rf"config.json: {key} is .*, which timm never writes. Correct it, or export"
     ) as error:
         named_folder(f"local-dir:{folder}")
     assert len(str(error.value)) - len(str(tmp_path)) < 300
@@ -316,9 +317,7 @@ def test_a_value_in_a_description_that_cannot_be_used_is_named(model, tmp_path, 
 def test_a_description_that_is_none_is_one_line(folder, text):
     (folder / "config.json").write_text(text, encoding="latin-1")
     for opened in (lambda: trained.load(f"local-dir:{folder}", None), lambda: trained.load(None, folder)):
-        with pytest.raises(
-            UserError, match="config.json: (not what timm writes|.* is missing|'architecture' is 1)"
-        ) as error:
+        with pytest.raises(UserError, match="config.json: (not what timm writes|architecture is 1)") as error:
             opened()
         assert len(str(error.value)) - 2 * len(str(folder)) < 300
 

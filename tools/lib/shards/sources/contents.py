@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
@@ -25,14 +25,11 @@ from tools.lib.shards.sources.source import (
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Sources of all kinds consist of these.
 _PARTS_OF_SOURCES = (*SPLITS, "ILSVRC2012_*", "meta.bin", "ILSVRC", "LOC_*", "imagenet*.tar.gz", "data", "*.parquet")
-_STRANGER = "not part of the layout: move it away"
-T = TypeVar("T")
-
-
-_INSIDE_CLASS = (
-    "a folder inside a class. If it is part of the class, move its images up with mv -n, which replaces nothing; if it "
-    "is a class itself, move it up"
+_NO_IMAGE = (
+    "a folder inside a class, or a name that is not UTF-8. Rename it, or move the images in it up with mv -n, which "
+    "replaces nothing"
 )
+T = TypeVar("T")
 
 
 def is_image(name: str) -> bool:
@@ -117,15 +114,10 @@ def contents_of(folder: Path) -> Contents:
         elif is_file:
             found.files.append(entry.name)
         else:
-            found.others[entry.name] = _kind_of(entry)
+            is_link = entry.is_symlink() and not os.path.exists(entry.path)
+            target = f"a link to {printable(os.readlink(entry.path))}, which is not there" if is_link else ""
+            found.others[entry.name] = f"{target or 'neither a file nor a folder'}: restore it, or move it away"
     return found
-
-
-def _kind_of(entry: os.DirEntry) -> str:
-    if entry.is_symlink() and not os.path.exists(entry.path):
-        target = printable(os.readlink(entry.path))
-        return f"a link to {target}, which is not there: mount or restore it"
-    return "neither a file nor a folder: move it away"
 
 
 def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> Iterator[str | Unused]:
@@ -157,55 +149,42 @@ def walk(root: Path, folder: str = "", above: frozenset[str] = frozenset()) -> I
             yield path
 
 
-def unused_in(contents: Contents, folder: str) -> Iterator[Unused]:
-    """The hidden entries of a folder, and those that are neither file nor folder; `folder` is how messages name it."""
-    for name in contents.hidden:
-        yield Unused(HIDDEN, _below(folder, name))
-    for name, reason in contents.others.items():
-        yield Unused(MISPLACED, _below(folder, name), reason)
-
-
-def misplaced(folder: str, names: list[str], reason: str) -> Iterator[Unused]:
-    """Entries of a folder that nothing is known to do with, for one reason."""
-    return (Unused(MISPLACED, _below(folder, name), reason) for name in names)
-
-
-def beside(inside: Contents, folder: str, used: tuple[str, ...], others: tuple[str, ...]) -> Iterator[Unused]:
-    """The entries of a folder of a known layout that are not read.
+def unused_in(
+    inside: Contents, folder: str, used: Collection[str], reason: str, expected: Iterable[str] = ()
+) -> Iterator[Unused]:
+    """The entries of a folder that do not become samples.
 
     Args:
       folder: how messages name it, "" for the source itself.
       used: names that are read.
-      others: patterns of what usually lies there for other purposes.
+      reason: what is wrong with the other visible ones.
+      expected: patterns of names that usually lie there for other purposes.
     """
-    yield from unused_in(inside, folder)
+    for name in inside.hidden:
+        yield Unused(HIDDEN, below(folder, name))
     for name in inside.visible:
-        if name in used or name in inside.others:
-            continue
-        if any(fnmatch(name, pattern) for pattern in others):
-            yield Unused(EXPECTED, _below(folder, name), "part of the download, not of train or val")
-        else:
-            yield from misplaced(folder, [name], _STRANGER)
+        if name in inside.others:
+            yield Unused(MISPLACED, below(folder, name), inside.others[name])
+        elif name not in used and any(fnmatch(name, pattern) for pattern in expected):
+            yield Unused(EXPECTED, below(folder, name), "part of the download, not of train or val")
+        elif name not in used:
+            yield Unused(MISPLACED, below(folder, name), reason)
 
 
 def beside_source(
-    root: Path, options: SourceOptions, used: tuple[str, ...], others: tuple[str, ...]
+    root: Path, options: SourceOptions, used: Collection[str], expected: tuple[str, ...] = ()
 ) -> Iterator[Unused]:
-    """The entries of a source's own folder that are not read, as `beside`.
+    """The entries of a source's own folder that are not read.
 
     What sources of other kinds consist of may lie there as well, if the person said which of them is meant.
     """
-    for each in beside(contents_of(root), "", used, others):
-        if each.reason == _STRANGER and any(fnmatch(each.source, pattern) for pattern in _PARTS_OF_SOURCES):
-            said = "another source, and --source chose this one"
-            asked = "part of another source: say with --source which one is meant, or move it away"
-            each = (
-                Unused(MISPLACED, each.source, asked) if options.kind == "auto" else Unused(EXPECTED, each.source, said)
-            )
-        yield each
+    expected += _PARTS_OF_SOURCES if options.kind != "auto" else ()
+    reason = "not part of the layout: move it away, or say with --source which kind of source is meant"
+    return unused_in(contents_of(root), "", used, reason, expected)
 
 
-def _below(folder: str, name: str) -> str:
+def below(folder: str, name: str) -> str:
+    """How messages name an entry of a folder."""
     return printable(f"{folder}/{name}" if folder else name)
 
 
@@ -232,19 +211,14 @@ def list_class(root: Path, folder: Path, class_id: str, label: int) -> Iterator[
       folder: relative to `root`.
     """
     inside = contents_of(root / folder)
-    yield from unused_in(inside, str(folder))
-    yield from misplaced(str(folder), inside.folders, _INSIDE_CLASS)
-    if not inside.files and not inside.folders:
+    names = list(filter(is_utf8, inside.files))
+    yield from unused_in(inside, str(folder), set(names), _NO_IMAGE)
+    if not inside.visible:
         yield Unused(MISPLACED, printable(str(folder)), "no images: add some, or move the folder away")
-    broken = [file for file in inside.files if not is_utf8(file)]
-    yield from misplaced(str(folder), broken, "a name that is not UTF-8: rename it")
     # A file whose name is no image's is read as well, and rejected by its name.
-    files, alike = by_unique(
-        (file for file in inside.files if is_utf8(file)),
-        lambda file: sample_key(class_id, Path(file).stem if is_image(file) else file),
-    )
+    files, alike = by_unique(names, lambda file: sample_key(class_id, Path(file).stem if is_image(file) else file))
     for file, first in alike:
-        yield from misplaced(str(folder), [file], f"would be the same sample as {first}: rename one")
+        yield Unused(MISPLACED, below(str(folder), file), f"would be the same sample as {first}: rename one")
     for key, file in files.items():
         location = f"{folder}/{file}"
         yield Entry(key, label, location, location)

@@ -1,14 +1,15 @@
 """ImageNet as it is distributed: class tars in a tar, a tar of validation images, and a devkit with their labels."""
 
+import functools
 import io
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, named
 from pipelines.common.files import is_hidden
-from tools.lib.shards.sources.contents import beside_source, by_unique, is_image
+from tools.lib.shards.sources.contents import EXTENSIONS, beside_source
 from tools.lib.shards.sources.source import (
     HIDDEN,
     MISPLACED,
@@ -16,19 +17,16 @@ from tools.lib.shards.sources.source import (
     Source,
     SourceOptions,
     Unused,
+    read_slice,
     sample_key,
     slice_location,
-    slice_reader,
 )
-from tools.lib.shards.sources.tars import FilePart, Readable, tar_files
+from tools.lib.shards.sources.tars import tar_files
 
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _MAX_DEVKIT_FILE = 64 << 20  # The largest file that is read has 0.5 MB.
 # These files usually lie beside them. They are for other tasks or the test, or a cache of torchvision.
-_OTHERS = (
-    *("ILSVRC2012_img_test*.tar", "ILSVRC2012_img_train_t3.tar", "ILSVRC2012_devkit_t3.tar.gz"),
-    *("ILSVRC2012_bbox_*.tar.gz", "ILSVRC2012_bbox_*.tgz", "meta.bin", "MD5SUMS", "*.md5"),
-)
+_OTHERS = ("ILSVRC2012_img_test*.tar", "ILSVRC2012_*_t3.tar*", "ILSVRC2012_bbox_*", "meta.bin", "MD5SUMS", "*.md5")
 
 
 def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:
@@ -47,8 +45,9 @@ def open_ilsvrc(root: Path, options: SourceOptions, scratch: Path) -> Source:
             raise UserError(f"{root / DEVKIT}: labels of no class: {named(strangers)}. Download it again")
         labels = {i + 1: numbers[synsets[number][0]] for i, number in enumerate(ground_truth)}
         splits["val"] = lambda: _list_val_tar(root / VAL_TAR, classes, labels)
+    read = functools.partial(read_slice, root)
     files = {name: (root / name).stat().st_size for name in (TRAIN_TAR, VAL_TAR, DEVKIT) if (root / name).is_file()}
-    return Source("ilsvrc", root, classes, [names[wnid] for wnid in classes], splits, slice_reader(root), files)
+    return Source("ilsvrc", root, classes, [names[wnid] for wnid in classes], splits, read, files)
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, tuple[str, str]], list[int]]:
@@ -87,51 +86,38 @@ def _list_train(root: Path, options: SourceOptions, classes: list[str]) -> Itera
     yield from beside_source(root, options, (TRAIN_TAR, VAL_TAR, DEVKIT), _OTHERS)
     path, numbers = root / TRAIN_TAR, {wnid: label for label, wnid in enumerate(classes)}
     with open(path, "rb") as file:
-        members = yield from _members(path, file, lambda name: name.endswith(".tar"), "no tar of a class")
-        class_tars = yield from _unique(path, members, lambda member: Path(member.name).stem)
+        class_tars = yield from _by_stem(path, tar_files(path, file), ".tar")
         if different := sorted(set(class_tars) ^ set(numbers)):
             where = "the devkit" if different[0] in class_tars else "the tar"
             raise UserError(f"{path}: class {different[0]} is not in {where} ({len(different)} such). Restore both")
-        for wnid in sorted(class_tars):
-            start = class_tars[wnid].offset_data
-            inner, name = FilePart(file, start, class_tars[wnid].size), path / class_tars[wnid].name
-            members = yield from _members(name, inner, is_image, "no image")
-            members = yield from _unique(name, members, lambda member: sample_key("", Path(member.name).stem))
+        for wnid, tar in sorted(class_tars.items()):
+            inner = path / tar.name
+            members = yield from _by_stem(inner, tar_files(inner, file, tar.offset_data, tar.size), EXTENSIONS)
             for member in sorted(members.values(), key=lambda member: (member.name, member.offset_data)):
-                location = slice_location(path.name, start + member.offset_data, member.size)
+                location = slice_location(path.name, tar.offset_data + member.offset_data, member.size)
                 source = f"{path.name}: {member.name}"
                 yield Entry(sample_key(wnid, Path(member.name).stem), numbers[wnid], location, source)
 
 
-def _members(
-    path: Path, file: Readable, is_wanted: Callable[[str], bool], otherwise: str
-) -> Generator[Unused, None, list[tarfile.TarInfo]]:
-    """Returns a tar's wanted files, and yields the others; `otherwise` says what those are."""
-    wanted = []
-    for member in tar_files(path, file):
-        if is_hidden(member.name):
-            yield Unused(HIDDEN, f"{path.name}: {member.name}")
-        elif is_wanted(member.name):
-            wanted.append(member)
-        else:
-            yield Unused(MISPLACED, f"{path.name}: {member.name}", f"{otherwise}: download the tar again")
-    return wanted
-
-
-def _unique(
-    path: Path, members: list[tarfile.TarInfo], key: Callable[[tarfile.TarInfo], str]
+def _by_stem(
+    path: Path, members: Iterable[tarfile.TarInfo], suffixes: str | tuple[str, ...]
 ) -> Generator[Unused, None, dict[str, tarfile.TarInfo]]:
-    """Returns a tar's files by their key, and yields those whose key another one has."""
-    found, alike = by_unique(members, key)
-    for member, first in alike:
-        yield Unused(MISPLACED, f"{path.name}: {member.name}", f"has the name of {first.name}: download the tar again")
+    """Returns the files of a tar that have one of the suffixes, by their stems, and yields all others."""
+    found: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        name = f"{path.name}: {member.name}"
+        if is_hidden(member.name):
+            yield Unused(HIDDEN, name)
+        elif not member.name.lower().endswith(suffixes):
+            yield Unused(MISPLACED, name, "neither an image nor a tar of a class: download the tar again")
+        elif (first := found.setdefault(sample_key("", Path(member.name).stem)[1:], member)) is not member:
+            yield Unused(MISPLACED, name, f"has the name of {first.name}: download the tar again")
     return found
 
 
 def _list_val_tar(path: Path, classes: list[str], labels: dict[int, int]) -> Iterator[Entry | Unused]:
     with open(path, "rb") as file:
-        found = yield from _members(path, file, is_image, "no image")
-    found = yield from _unique(path, found, lambda member: sample_key("", Path(member.name).stem))
+        found = yield from _by_stem(path, tar_files(path, file), EXTENSIONS)
     members = sorted((Path(member.name).name, member.offset_data, member.size) for member in found.values())
     if len(members) != len(labels):
         raise UserError(f"{path}: {len(members)} images, the devkit labels {len(labels)}. Download it again")

@@ -1,30 +1,36 @@
 """Kaggle's copy of ImageNet: class folders for training, a list of the classes of the validation images."""
 
 import csv
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, named
 from tools.lib.shards.sources.contents import (
-    beside,
+    below,
     beside_source,
     by_unique,
     class_folders,
     contents_of,
     list_class,
-    misplaced,
     unused_in,
 )
-from tools.lib.shards.sources.source import SPLITS, Entry, Source, SourceOptions, Unused, file_reader, sample_key
+from tools.lib.shards.sources.source import (
+    MISPLACED,
+    SPLITS,
+    Entry,
+    Source,
+    SourceOptions,
+    Unused,
+    read_file,
+    sample_key,
+)
 
 KAGGLE_DATA = Path("ILSVRC/Data/CLS-LOC")
 KAGGLE_SOLUTION = "LOC_val_solution.csv"
 _KAGGLE_MAPPING = "LOC_synset_mapping.txt"
 # These files lie beside the images in Kaggle's download. They are for localization or the test.
-_BESIDE_ILSVRC = (
-    *("LOC_sample_submission.csv", "LOC_train_solution.csv"),
-    *("imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz"),
-)
+_BESIDE_ILSVRC = ("LOC_*.csv", "imagenet-object-localization-challenge.zip", "imagenet_object_localization*.tar.gz")
 # Each has a folder, the names that are read in it, and those that usually lie there for other purposes.
 _KAGGLE_FOLDERS = (
     ("ILSVRC", ("Data",), ("Annotations", "ImageSets")),
@@ -35,10 +41,7 @@ _KAGGLE_FOLDERS = (
 
 def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
     """Kaggle's download of imagenet-object-localization-challenge."""
-    train, solution = root / KAGGLE_DATA / "train", root / KAGGLE_SOLUTION
-    if not train.is_dir():
-        raise UserError(f"{train}: not found. Expected the layout of Kaggle's imagenet-object-localization-challenge")
-    classes = class_folders(train, options.class_order)
+    solution, classes = root / KAGGLE_SOLUTION, class_folders(root / KAGGLE_DATA / "train", options.class_order)
     numbers = {wnid: label for label, wnid in enumerate(classes)}
     splits = {"train": lambda: _list_kaggle_train(root, options, classes)}
     if (root / KAGGLE_DATA / "val").is_dir():
@@ -49,8 +52,8 @@ def open_kaggle(root: Path, options: SourceOptions, scratch: Path) -> Source:
             )
         splits["val"] = lambda: _list_kaggle_val(root, solution, numbers)
     names = _kaggle_names(root / _KAGGLE_MAPPING, classes)
-    order = options.class_order or "unstated"
-    return Source("kaggle", root, classes, names, splits, file_reader(root), class_order=order)
+    read, order = functools.partial(read_file, root), options.class_order or "unstated"
+    return Source("kaggle", root, classes, names, splits, read, class_order=order)
 
 
 def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
@@ -65,24 +68,21 @@ def _kaggle_names(path: Path, classes: list[str]) -> list[str]:
 
 def _list_kaggle_train(root: Path, options: SourceOptions, classes: list[str]) -> Iterator[Entry | Unused]:
     yield from beside_source(root, options, ("ILSVRC", KAGGLE_SOLUTION, _KAGGLE_MAPPING), _BESIDE_ILSVRC)
-    for folder, used, others in _KAGGLE_FOLDERS:
-        yield from beside(contents_of(root / folder), folder, used, others)
-    train = KAGGLE_DATA / "train"
-    inside = contents_of(root / train)
-    yield from unused_in(inside, str(train))
-    yield from misplaced(str(train), inside.files, "a file beside the class folders: move it into its class, or away")
+    for folder, used, others in (*_KAGGLE_FOLDERS, (str(KAGGLE_DATA / "train"), classes, ())):
+        yield from unused_in(
+            contents_of(root / folder), folder, used, "not part of Kaggle's layout: move it away", others
+        )
     for label, wnid in enumerate(classes):
-        yield from list_class(root, train / wnid, wnid, label)
+        yield from list_class(root, KAGGLE_DATA / "train" / wnid, wnid, label)
 
 
 def _list_kaggle_val(root: Path, solution: Path, numbers: dict[str, int]) -> Iterator[Entry | Unused]:
     folder, labels = KAGGLE_DATA / "val", _read_solution(solution)
     inside = contents_of(root / folder)
-    yield from unused_in(inside, str(folder))
-    yield from misplaced(str(folder), inside.folders, "a folder among the validation images: move it away")
+    yield from unused_in(inside, str(folder), set(inside.files), "a folder among the validation images: move it away")
     files, alike = by_unique(inside.files, lambda name: Path(name).stem)
     for name, first in alike:
-        yield from misplaced(str(folder), [name], f"would be the same image as {first}: rename one")
+        yield Unused(MISPLACED, below(str(folder), name), f"would be the same image as {first}: rename one")
     if different := sorted({*files} ^ {*labels}):
         where = f"in {folder}" if different[0] in labels else "among its lines"
         raise UserError(f"{solution}: {different[0]} is not {where} ({len(different)} such). Restore both")
@@ -107,8 +107,7 @@ def _read_solution(path: Path) -> dict[str, str]:
             f"{path}: not Kaggle's list with ImageId and PredictionString in every line ({clipped(repr(error))}). "
             "Download it again"
         ) from error
-    _, later = by_unique(dict.fromkeys(answers), lambda answer: answer[0])
-    if later:
-        (image, wnid), first = later[0]
-        raise UserError(f"{path}: {clipped(image)} has two classes, {first[1]} and {wnid}. Download it again")
-    return dict(answers)
+    labels = dict(answers)
+    if twice := [image for image, wnid in answers if labels[image] != wnid]:
+        raise UserError(f"{path}: two classes for {clipped(named(twice, 3))}. Download it again")
+    return labels

@@ -15,7 +15,6 @@ from typing import Final, Literal
 from tools.lib.shards.images import MAX_BYTES, RejectedImageError
 
 SPLITS = ("train", "val")
-VAL_NAMES = ("val", "valid", "validation")  # The validation split's folder or files usually have one of these names.
 UnusedKind = Literal["hidden", "expected", "misplaced"]
 HIDDEN: Final = "hidden"
 EXPECTED: Final = "expected"
@@ -66,7 +65,7 @@ class Source:
       classes: ids of the classes in the order of their numbers.
       class_names: for people, as many; empty where the source has none.
       splits: for each split a function that lists its samples, and what of the source is not used.
-      read: location -> the file's bytes.
+      read: location -> the file's bytes; workers get a pickled copy of it.
       files: what identifies the source besides its kind: relative path and bytes of each container file.
       copies: whether listing copies the images first, so that it is not repeated to see whether the source has changed.
       class_order: who decided the order of the classes, as pipelines.shards.manifest.class_order returns it.
@@ -109,24 +108,19 @@ def sample_key(class_id: str, stem: str) -> str:
     return re.sub(r"[.\s]", "_", f"{class_id}/{stem}")
 
 
-def file_reader(root: Path) -> Callable[[str], bytes]:
-    """Read locations that are paths relative to `root`.
+def read_file(root: Path, location: str) -> bytes:
+    """Read a file whose location is its path relative to `root`.
 
-    Raises, when it reads:
-      RejectedImageError: a file is larger than any image; no more than that is read into memory. Or it has become
-        something else than a file since it was listed.
+    Raises:
+      RejectedImageError: it is larger than any image; no more than that is read into memory. Or it has become something
+        else than a file since it was listed.
     """
-
-    def read(location: str) -> bytes:
-        with open(f"{root}/{location}", "rb", buffering=0, opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RejectedImageError("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise RejectedImageError(f"{status.st_size:,} bytes; no image has more than {MAX_BYTES:,}")
-            return file.readall()
-
-    return read
+    with open(f"{root}/{location}", "rb", buffering=0, opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise RejectedImageError("not a regular file")
+        check_size(status.st_size)
+        return file.readall()
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -139,23 +133,22 @@ def slice_location(file: str, offset: int, nbytes: int) -> str:
     return f"{file}\n{offset}\n{nbytes}"
 
 
-def slice_reader(root: Path) -> Callable[[str], bytes]:
-    """Read locations that `slice_location` has made of files relative to `root`; the files stay open.
+def read_slice(root: Path, location: str) -> bytes:
+    """Read a range that `slice_location` has named in a file relative to `root`.
 
-    Raises, when it reads:
-      RejectedImageError: a range is larger than any image; it is not read into memory.
+    Raises:
+      RejectedImageError: it is larger than any image; it is not read into memory.
     """
-    opened: dict[str, int] = {}
+    name, offset, size = location.split("\n")
+    check_size(int(size))
+    with open(root / name, "rb", buffering=0) as file:
+        content = os.pread(file.fileno(), int(size), int(offset))
+    if len(content) != int(size):
+        raise OSError(f"{root / name} ends at byte {int(offset) + len(content)}")
+    return content
 
-    def read(location: str) -> bytes:
-        name, offset, size = location.split("\n")
-        if int(size) > MAX_BYTES:
-            raise RejectedImageError(f"{int(size):,} bytes; no image has more than {MAX_BYTES:,}")
-        if name not in opened:
-            opened[name] = os.open(root / name, os.O_RDONLY)
-        content = os.pread(opened[name], int(size), int(offset))
-        if len(content) != int(size):
-            raise OSError(f"{root / name} ends at byte {int(offset) + len(content)}")
-        return content
 
-    return read
+def check_size(nbytes: int) -> None:
+    """Raise a RejectedImageError if an encoded image would be larger than any is."""
+    if nbytes > MAX_BYTES:
+        raise RejectedImageError(f"{nbytes:,} bytes; no image has more than {MAX_BYTES:,}")
