@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -105,12 +106,13 @@ def largest_micro_batch(rank_batch: int, world: World, fits: Callable[[int], boo
     def size(number: int) -> int:
         return 2 * -(-rank_batch // (2 * number))
 
-    def all_fit(number: int) -> bool:
-        lacking = torch.tensor(int(not fits(size(number))), device=world.device)
+    @functools.cache
+    def all_fit(micro_batch: int) -> bool:
+        lacking = torch.tensor(int(not fits(micro_batch)), device=world.device)
         return not world.all_reduce_sum(lacking).item()
 
     number = 1
-    while not all_fit(number):
+    while not all_fit(size(number)):
         if size(number) == 2:
             raise UserError(
                 "run.micro_batch auto: not even two images fit into the GPU's memory. Lower run.eval_batch, "
@@ -120,7 +122,7 @@ def largest_micro_batch(rank_batch: int, world: World, fits: Callable[[int], boo
     too_few = number // 2
     while number - too_few > 1:
         between = (number + too_few) // 2
-        number, too_few = (between, too_few) if all_fit(between) else (number, between)
+        number, too_few = (between, too_few) if all_fit(size(between)) else (number, between)
     return size(number)
 
 
