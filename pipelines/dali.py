@@ -39,7 +39,11 @@ _IN_FLIGHT = 2  # DALI decodes one batch on the host while it finishes another o
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """The properties of a plan that a DALI graph is built for. Another value needs another graph."""
+    """The properties of a plan that a DALI graph is built for. Another value needs another graph.
+
+    Attributes:
+      batch_size: the most rows of a plan; DALI takes fewer, too.
+    """
 
     batch_size: int
     image_size: int
@@ -47,7 +51,7 @@ class _Shape:
 
     @staticmethod
     def of(plan: BatchPlan) -> "_Shape":
-        return _Shape(len(plan), plan.image_size, plan.interpolation)
+        return _Shape(plan.capacity or len(plan), plan.image_size, plan.interpolation)
 
 
 class DaliPipeline(Pipeline):

@@ -26,7 +26,7 @@ from trainer.config.sections import Config, RunConfig, to_dict
 from trainer.evaluation.predict import EvalPass
 from trainer.feed import Feed, Pipelines, open_pipelines, open_splits
 from trainer.micro_batch import choose_micro_batch, resolve_micro_batch
-from trainer.models.batch_norm import synchronize_batch_norms
+from trainer.models.batch_norm import batch_norms, synchronize_batch_norms
 from trainer.models.checks import check_student
 from trainer.models.class_names import order_doubt
 from trainer.models.ema import ModelEma
@@ -149,6 +149,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     else:
         state.micro_batch = micro_batch
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
+    notes.append(batch_norm_note(config, step, student))
     state.restore_rank_statistics(world.rank, world.size)  # DDP has overwritten them with rank 0's.
     return Run(
         config=config,
@@ -275,6 +276,16 @@ def kernel_note(world: World) -> str:
     )
 
 
+def batch_norm_note(config: Config, step: TrainStep, student: nn.Module) -> str:
+    """A note if BatchNorm normalises over other batches than a mixing group, the recipe's; "" elsewhere."""
+    sizes, group = step.division.all_sizes, config.augment.mix_group
+    if sizes == [group] or config.run.batch_norm == "sync" or not batch_norms(student):
+        return ""
+    return (
+        f"BatchNorm normalises over {' or '.join(map(str, sizes))} images; the recipe's is a mixing group, here {group}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Evaluates the raw and the EMA weights of a run: `evaluator()`. Every rank must call it."""
@@ -318,7 +329,9 @@ def warmed_up_step(
         start_s = time.perf_counter()
         try:
             step = make_step(world, micro_batch=state.micro_batch, compiler=compiler)
-            step.warm_up(gray_batch(state.micro_batch, size, config.augment.mix_group, world.device))
+            for num_images in step.division.all_sizes:  # of all ranks, because all must make the same passes
+                group = config.augment.mix_group if step.division.has_whole_groups else num_images
+                step.warm_up(gray_batch(num_images, size, group, world.device))
             return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
         except TorchDynamoException as error:
             reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"

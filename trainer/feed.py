@@ -10,6 +10,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores, package_versions
 from pipelines.dali_probe import probe_dataset
+from pipelines.plan.pairs import Division
 from pipelines.plan.plan import BatchPlan, TrainPlan
 from pipelines.shards.index import ShardIndex, synthetic_index
 from trainer.cluster.world import World
@@ -24,7 +25,7 @@ _DALI = "nvidia-dali-cuda120"
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
-    """This rank's slice of the global batches [step, stop), `micro_batch` rows at a time."""
+    """This rank's slice of the global batches [step, stop), at most `micro_batch` rows at a time."""
     return plan.batches(step, stop, rank=world.rank, ranks=world.size, micro_batch=micro_batch)
 
 
@@ -42,7 +43,7 @@ class Feed(Iterator[Batch]):
       wait: measures the waits.
 
     Args:
-      micro_batch: images of a batch.
+      micro_batch: the most images of a batch.
       preview: the file that gets a picture of the first batch, if it is not there; None makes none.
     """
 
@@ -59,7 +60,8 @@ class Feed(Iterator[Batch]):
     ):
         self._plan = plan
         self._heartbeat = world.heartbeat
-        self._per_update = plan.global_batch // world.size // micro_batch
+        division = Division(plan.global_batch, plan.augment.mix_group, world.size, micro_batch)
+        self._per_update = len(division.sizes(world.rank))
         self._next = start * self._per_update  # The number of the next batch since the run began.
         self._batches = batches_of(pipeline, rank_plans(plan, start, stop, world, micro_batch))
         shown = self._batches if preview is None else keep_samples(self._batches, preview)

@@ -88,7 +88,7 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
     """
     config, state = run.config.run, run.state
     # The step was built for this session's number of ranks and micro-batch.
-    assert run.step.num_micro_batches * state.micro_batch * run.world.size == run.plan.global_batch
+    assert (run.step.division.ranks, run.step.division.micro_batch) == (run.world.size, state.micro_batch)
     is_saved, evaluation = True, Evaluation()  # The state is that of its checkpoint, or no update has changed it.
     # Restore the last update's learning rate: a checkpoint may be saved before the next update sets it.
     run.set_learning_rate(max(state.step - 1, 0))

@@ -1,6 +1,8 @@
 """The micro-batch: whether the configured one divides the global batch, and the largest that fits, found by trying."""
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipelines.common.errors import UserError
+from pipelines.plan.pairs import Division
 from pipelines.plan.plan import BatchPlan, TrainPlan
 from trainer.cluster.memory import is_out_of_memory
 from trainer.cluster.world import World
@@ -18,23 +21,24 @@ from trainer.update.step import TrainStep
 
 
 def resolve_micro_batch(config: Config, world: World) -> int:
-    """The micro-batch, after checking that ranks and micro-batches divide the global batch into whole groups.
+    """The micro-batch, after checking that the global batch can be divided.
 
     It is one group where the configuration leaves it open; `choose_micro_batch` may then find a larger one.
     """
-    group, total = config.augment.mix_group, config.run.global_batch
-    if total % (group * world.size):
+    group, total, wanted = config.augment.mix_group, config.run.global_batch, config.run.micro_batch
+    if total % group:
         raise UserError(
-            f"run.global_batch is {total}; it must be a multiple of augment.mix_group times the number of ranks, "
-            f"{group} x {world.size}. Change one of the three"
+            f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}. Change one of them"
         )
-    micro_batch = group if config.run.micro_batch == "auto" else config.run.micro_batch or group
-    if micro_batch % group or (total // world.size) % micro_batch:
-        raise UserError(
-            f"run.micro_batch is {micro_batch}: it must be a multiple of augment.mix_group, {group}, and divide a "
-            f"rank's slice of the global batch, {total // world.size}"
-        )
-    return micro_batch
+    division = Division(total, group, world.size)
+    if wanted in ("auto", 0):
+        return group if division.has_whole_groups else max(2, group - group % 2)
+    if int(wanted) % 2 and (int(wanted) % group or not division.has_whole_groups):
+        raise UserError(f"run.micro_batch is {wanted}; give an even number, because images are mixed in pairs")
+    division = dataclasses.replace(division, micro_batch=int(wanted))
+    if config.run.batch_norm == "sync" and len({len(division.sizes(rank)) for rank in range(world.size)}) > 1:
+        raise UserError("run.micro_batch is 2, too small for run.batch_norm sync with so many ranks. Give 4 or more")
+    return int(wanted)
 
 
 def choose_micro_batch(
@@ -48,26 +52,25 @@ def choose_micro_batch(
 ) -> str:
     """Set `state.micro_batch` where the configuration leaves it open. Returns a sentence about the choice.
 
-    A run that is resumed keeps its own if it still divides a rank's slice, because BatchNorm depends on it. A GPU gets
-    the largest that fits; a CPU gets one group, because more would not be faster.
+    A run that is resumed keeps its own, because BatchNorm depends on it. A GPU gets the largest that fits; a CPU gets
+    one group, because more would not be faster.
 
     Args:
       make_step: makes the update of a world and a `micro_batch`, not compiled: that takes long and no more memory.
       evaluate: evaluates the first validation images, if there are any, on this rank alone.
     Raises:
-      UserError: not even one group fits.
+      UserError: not even one pair of images fits.
     """
-    rank_batch = config.run.global_batch // world.size
-    if state.micro_batch and rank_batch % state.micro_batch == 0:
+    if state.micro_batch:
         return f"run.micro_batch auto: {state.micro_batch}, as before"
     if world.device.type != "cuda":
-        state.micro_batch = config.augment.mix_group
+        state.micro_batch = resolve_micro_batch(config, world)
         return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
+    rank_batch = max(Division(config.run.global_batch, config.augment.mix_group, world.size).all_sizes)
 
     def fits(micro_batch: int) -> bool:
-        step = make_step(
-            world.by_itself(), micro_batch=micro_batch
-        )  # One rank may fail alone, so the ranks must not communicate.
+        # One rank may fail alone, so the ranks must not communicate.
+        step = make_step(world.by_itself(), micro_batch=micro_batch)
         try:
             plans = largest_plans(config, plan, world, micro_batch)
             with contextlib.closing(batches_of(pipelines.of["train"], plans)) as batches:
@@ -84,29 +87,43 @@ def choose_micro_batch(
                 pipeline.forget()
             torch.cuda.empty_cache()
 
-    state.micro_batch = largest_micro_batch(config, world, fits)
+    state.micro_batch = largest_micro_batch(rank_batch, world, fits)
     return f"run.micro_batch auto: {state.micro_batch}, the largest that fits of a rank's {rank_batch} images"
 
 
-def largest_micro_batch(config: Config, world: World, fits: Callable[[int], bool]) -> int:
-    """The largest micro-batch in whole groups that divides a rank's slice of the global batch and fits on every rank.
+def largest_micro_batch(rank_batch: int, world: World, fits: Callable[[int], bool]) -> int:
+    """The largest micro-batch that fits on every rank, of those that divide a rank's images into equal ones.
+
+    The number of micro-batches is doubled until they fit, then bisected.
 
     Args:
-      fits: tries one on this rank. It is called from the largest down, on all ranks alike.
+      rank_batch: the most images of a rank in an update.
+      fits: tries one on this rank, which takes seconds. It is called for the same sizes on all ranks.
     Raises:
-      UserError: not even one group fits.
+      UserError: not even one pair of images fits.
     """
-    group, rank_batch = config.augment.mix_group, config.run.global_batch // world.size
-    for micro_batch in range(rank_batch, 0, -group):
-        if rank_batch % micro_batch:
-            continue
+
+    def size(number: int) -> int:
+        return 2 * -(-rank_batch // (2 * number))
+
+    @functools.cache
+    def all_fit(micro_batch: int) -> bool:
         lacking = torch.tensor(int(not fits(micro_batch)), device=world.device)
-        if not world.all_reduce_sum(lacking).item():
-            return micro_batch
-    raise UserError(
-        f"run.micro_batch auto: not even one group of {group} images fits into the GPU's memory. Lower "
-        "augment.mix_group, run.eval_batch, data.image_size or data.prefetch, or use a smaller model"
-    )
+        return not world.all_reduce_sum(lacking).item()
+
+    number = 1
+    while not all_fit(size(number)):
+        if size(number) == 2:
+            raise UserError(
+                "run.micro_batch auto: not even two images fit into the GPU's memory. Lower run.eval_batch, "
+                "data.image_size or data.prefetch, or use a smaller model"
+            )
+        number *= 2
+    too_few = number // 2
+    while number - too_few > 1:
+        between = (number + too_few) // 2
+        number, too_few = (between, too_few) if all_fit(size(between)) else (number, between)
+    return size(number)
 
 
 def largest_plans(config: Config, plan: TrainPlan, world: World, micro_batch: int) -> Iterator[BatchPlan]:

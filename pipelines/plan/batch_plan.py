@@ -33,6 +33,7 @@ class BatchPlan:
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
       partners: the rows that these are mixed with, where these are only a part of a group; then mix_group is 0. None
         elsewhere. Its own `position` means nothing.
+      capacity: the most rows of any plan that comes with this one, where their sizes differ; 0 elsewhere.
     """
 
     position: int
@@ -52,6 +53,7 @@ class BatchPlan:
     box: np.ndarray
     valid: np.ndarray
     partners: "BatchPlan | None" = None
+    capacity: int = 0
 
     def __len__(self) -> int:
         return len(self.sample)

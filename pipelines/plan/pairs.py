@@ -46,14 +46,14 @@ class Division:
     def has_whole_groups(self) -> bool:
         """True if every micro-batch is made of whole groups, and all have one size. Their rows are then in order."""
         rows, rest = divmod(self.global_batch, self.ranks)
-        micro_batch = self.micro_batch or rows
+        micro_batch = min(self.micro_batch or rows, rows)
         return not (rest or rows % self.mix_group or micro_batch % self.mix_group or rows % micro_batch)
 
     def rows(self, rank: int) -> list[np.ndarray]:
         """The rows of the global batch in each micro-batch of a rank: int64 [B] each, in the order of mixing."""
         if self.has_whole_groups:
             num = self.global_batch // self.ranks
-            return np.split(np.arange(rank * num, rank * num + num), num // (self.micro_batch or num))
+            return np.split(np.arange(rank * num, rank * num + num), num // min(self.micro_batch or num, num))
         pairs = self._pairs()
         bounds = _bounds(len(pairs), self.ranks)
         own = pairs[bounds[rank] : bounds[rank + 1]]
@@ -63,8 +63,13 @@ class Division:
         return [_in_order(own[start:stop]) for start, stop in zip(parts[:-1], parts[1:], strict=True)]
 
     def sizes(self, rank: int) -> list[int]:
-        """The rows of each micro-batch of a rank."""
+        """How many rows each micro-batch of a rank has."""
         return [len(rows) for rows in self.rows(rank)]
+
+    @property
+    def all_sizes(self) -> list[int]:
+        """The different sizes of micro-batches on all ranks, in increasing order: at most two for an even batch."""
+        return sorted({size for rank in range(self.ranks) for size in self.sizes(rank)})
 
     def unmixed(self) -> np.ndarray:
         """The rows that are their own partners, the middle ones of groups of an odd size: int64."""

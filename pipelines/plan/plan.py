@@ -204,7 +204,7 @@ class TrainPlan:
             end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
             num_steps = min(together, end_of_epoch - step, stop_step - step)
             first = step * self.global_batch + rank * rows
-            yield from self.rows(first, first + num_steps * rows).split(micro_batch or rows)
+            yield from self.rows(first, first + num_steps * rows).split(min(micro_batch or rows, rows))
             step += num_steps
 
     def _paired(self, start: int, micro_batches: list[np.ndarray], unmixed: np.ndarray) -> Iterator[BatchPlan]:
@@ -216,8 +216,10 @@ class TrainPlan:
         # A row that is its own partner here lies beside another one, which it must not be mixed with.
         alone = unmixed[(unmixed >= first) & (unmixed < first + len(planned))] - first
         planned.lam[alone], planned.box[alone] = 1, 0
+        capacity = max(map(len, micro_batches))
         for part in micro_batches:
-            yield dataclasses.replace(planned.take(part - first, start + int(part[0])), mix_group=len(part))
+            rows = planned.take(part - first, start + int(part[0]))
+            yield dataclasses.replace(rows, mix_group=len(part), capacity=capacity)
 
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, crop, flip, operations with arguments, mixing and partner."""

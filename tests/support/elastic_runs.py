@@ -16,21 +16,27 @@ sys.path[:1] = [str(_TESTS), str(_TESTS.parent)]
 
 from chaos import runs  # noqa: E402
 from trainer.state.checkpoint import path_of  # noqa: E402
+from trainer.update.mixing import mix_pixels  # noqa: E402
 from trainer.update.step import TrainStep  # noqa: E402
 
+GLOBAL_BATCH = 64
+# Its gradients do not depend on how a batch is divided.
+NO_BATCH_NORM = [
+    *("--student.name", "test_vit", "--student.kwargs.drop_rate", "0", "--student.kwargs.drop_path_rate", "0")
+]
 LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 
 def noting_batches(out: Path) -> None:
-    """Every group of images that a step is given is noted, as the hash of pixels and mixing, with its position."""
+    """Every row that an update is given is noted: the hash of its label and mixed pixels, and the update's number."""
     forward = TrainStep._forward
 
     def noting(self, batch):
-        if len(batch.labels) > 2:  # This is no warm-up.
-            columns = (batch.images, batch.labels, batch.lam, batch.box)
-            digest = hashlib.sha256(b"".join(column.contiguous().numpy().tobytes() for column in columns)).hexdigest()
-            with open(out.with_suffix(".positions.jsonl"), "a") as file:
-                file.write(json.dumps([batch.position, len(batch.labels), digest]) + "\n")
+        if batch.images.unique().numel() > 1:  # This is no warm-up.
+            rows = zip(mix_pixels(batch).numpy(), batch.labels.tolist(), strict=True)
+            digests = [hashlib.sha256(pixels.tobytes() + bytes([label])).hexdigest() for pixels, label in rows]
+            with open(out.with_suffix(".rows.jsonl"), "a") as file:
+                file.write(json.dumps([batch.position // GLOBAL_BATCH, digests]) + "\n")
         return forward(self, batch)
 
     TrainStep._forward = noting
@@ -58,9 +64,10 @@ def main() -> None:
     root = runs.make_dataset(folder)
     run(root, folder / "steady", 2, 20)
     copy_checkpoint(folder / "steady", 10, folder / "changing")
-    for ranks, stop in ((4, 13), (1, 20)):
+    for ranks, stop in ((4, 12), (7, 14), (3, 16), (16, 17), (1, 20)):
         run(root, folder / "changing", ranks, stop)
-    run(root, folder / "alone", 1, 1)
+    for name, ranks in (("alone", 1), ("three", 3), ("five", 5), ("seven", 7)):
+        run(root, folder / name, ranks, 1, *NO_BATCH_NORM)
     for name, ranks, *more in (("four", 4), ("own-statistics", 2, "--run.batch_norm", "none")):
         run(root, folder / name, ranks, 5, *more)
         copy_checkpoint(folder / name, 3, folder / f"{name}-resumed")

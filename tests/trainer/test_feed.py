@@ -14,7 +14,6 @@ from support.tiny_runs import ONE, newest
 from trainer.cluster.world import World
 from trainer.config.sections import parse
 from trainer.feed import choose_decode
-from trainer.micro_batch import resolve_micro_batch
 from trainer.models.normalize import Normalize
 
 
@@ -66,18 +65,6 @@ def test_micro_batches_change_only_what_batch_normalisation_sees(digits, tmp_pat
     for micro in (32, 64):
         a, b = newest(tmp_path / "16")["student"], newest(tmp_path / str(micro))["student"]
         assert_close_states(a, b, 1e-4)
-
-
-@pytest.mark.parametrize("ranks", [3, 8])
-def test_a_global_batch_the_ranks_cannot_divide(ranks):
-    with pytest.raises(UserError, match=f"run.global_batch is 64; it must be a multiple of .* 32 x {ranks}"):
-        resolve_micro_batch(parse(TINY), World(0, ranks, ranks, torch.device("cpu")))
-
-
-@pytest.mark.parametrize("micro", [8, 48])
-def test_a_micro_batch_that_does_not_fit(micro):
-    with pytest.raises(UserError, match=f"run.micro_batch is {micro}"):
-        resolve_micro_batch(parse([*TINY, "--run.micro_batch", str(micro)]), ONE)
 
 
 def test_a_size_that_would_never_be_reached_is_refused():

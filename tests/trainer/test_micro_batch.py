@@ -3,37 +3,72 @@
 import pytest
 import torch
 
-from conftest import REPOSITORY, train_here
+from conftest import REPOSITORY, TINY, train_here
 from pipelines.common.errors import UserError
-from support.tiny_runs import arguments_for
+from support.tiny_runs import ONE, arguments_for
 from tools import doctor
 from trainer.cluster.world import World
 from trainer.config.sections import parse
-from trainer.micro_batch import largest_micro_batch
+from trainer.micro_batch import largest_micro_batch, resolve_micro_batch
 from trainer.run import main
 
 CONFIG = REPOSITORY / "configs" / "usi.yaml"
 
 
-@pytest.mark.parametrize(("limit", "ranks", "expected"), [(1000, 1, 1024), (600, 1, 512), (300, 2, 256), (128, 8, 128)])
-def test_the_largest_micro_batch_that_fits_is_found(limit, ranks, expected):
-    config = parse(["--run.micro_batch", "auto"])
-    world = World(0, ranks, ranks, torch.device("cpu"))
-    world_sum = World.all_reduce_sum
+@pytest.mark.parametrize(
+    ("limit", "rank_batch", "expected"),
+    [
+        (1000, 1024, 512),
+        (1024, 1024, 1024),
+        (600, 1024, 512),
+        (400, 1024, 342),
+        (33, 1024, 32),
+        (2, 64, 2),
+        (70, 206, 70),
+    ],
+)
+def test_the_largest_micro_batch_that_fits_is_found_by_few_attempts(limit, rank_batch, expected):
     tried = []
 
     def fits(micro_batch: int) -> bool:
         tried.append(micro_batch)
-        return micro_batch <= max(limit, 1024 if limit == 1000 else 0)
+        return micro_batch <= limit
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            World, "all_reduce_sum", lambda self, values: values if self.size > 1 else world_sum(self, values)
-        )
-        assert largest_micro_batch(config, world, fits) == expected
-        assert tried == sorted(tried, reverse=True) and all(1024 // ranks % size == 0 for size in tried)
-        with pytest.raises(UserError, match="not even one group of 128 images fits"):
-            largest_micro_batch(config, world, lambda _: False)
+    assert largest_micro_batch(rank_batch, ONE, fits) == expected
+    assert len(tried) == len(set(tried)) <= 12
+    number = -(-rank_batch // expected)  # With one micro-batch fewer they would not fit.
+    assert number == 1 or 2 * -(-rank_batch // (2 * (number - 1))) > limit
+
+
+def test_that_not_even_a_pair_fits_is_an_error_on_every_rank():
+    with pytest.raises(UserError, match="not even two images fit"):
+        largest_micro_batch(64, ONE, lambda _: False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 7, 16, 32])
+@pytest.mark.parametrize("micro", [0, "auto", 2, 8, 32, 48, 64, 100])
+def test_any_number_of_ranks_and_any_even_micro_batch_are_taken(ranks, micro):
+    config = parse([*TINY, "--run.micro_batch", str(micro)])
+    found = resolve_micro_batch(config, World(0, ranks, ranks, torch.device("cpu")))
+    assert found == (32 if micro in (0, "auto") else micro)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (33, [], "ranks is 33; a global batch of 64 rows has 32 pairs"),
+        (1, ["--run.micro_batch", "7"], "run.micro_batch is 7; give an even number"),
+        (1, ["--run.global_batch", "48"], "run.global_batch is 48; it must be a multiple of augment.mix_group, 32"),
+        (
+            3,
+            ["--run.micro_batch", "2", "--run.batch_norm", "sync"],
+            "too small for run.batch_norm sync",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(ranks, arguments, message):
+    with pytest.raises(UserError, match=message):
+        resolve_micro_batch(parse([*TINY, *arguments]), World(0, ranks, ranks, torch.device("cpu")))
 
 
 def test_auto_is_one_group_on_a_cpu_and_is_kept_by_a_run_that_resumes(digits, tmp_path, capsys):

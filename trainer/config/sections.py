@@ -294,9 +294,9 @@ class RunConfig(Section):
       seed: of the plan, the initial weights and dropout.
       device: auto, cuda or cpu.
       global_batch: images an update, over all ranks and micro-batches.
-      micro_batch: images a forward pass on one rank, whole mixing groups; 0 is one group; auto is the largest that fits
-        the GPU's memory, which is tried before a run begins. BatchNorm sees a micro-batch at a time, so with it the
-        result depends on this.
+      micro_batch: the most images a forward pass on one rank, an even number; 0 is a mixing group; auto is the largest
+        that fits the GPU's memory, which is tried before a run begins. BatchNorm sees a micro-batch at a time, so with
+        it the result depends on this.
       precision: auto, bf16, fp16 or fp32; auto is bf16 on GPUs that have it, fp16 on others, fp32 on CPUs.
       tf32: GPUs may round the factors of float32 matrix products and convolutions to TensorFloat-32.
       batch_norm: which running statistics BatchNorm has after an update. reduce: the mean over all ranks; broadcast:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from pipelines.common.errors import UserError, named
@@ -97,7 +98,9 @@ class Monitor:
     def _mean(self) -> TrainRecord:
         """Means over all images of the updates since the last line, on all ranks."""
         step, num_steps = self._state.step, len(self._updates)
-        values = [torch.stack([each.loss, *each.agreement, each.bad.any().float()]) for each in self._updates]
+        # The ranks may differ by a pair of images.
+        weight = len(self._updates[0].bad) * self._world.size / self._plan.global_batch
+        values = [torch.stack([each.loss, *each.agreement, each.bad.any().float()]) * weight for each in self._updates]
         sums = self._world.all_reduce_sum(torch.stack(values).sum(0)) / self._world.size / num_steps
         loss, teacher_top1, agreement, bad = sums.tolist()
         if bad or not math.isfinite(loss):
@@ -122,8 +125,10 @@ class Monitor:
         mine: list[tuple[int, list[str]]] = []  # This rank's first bad update, and the samples with bad logits in it.
         for step, update in enumerate(self._updates, start=stop - len(self._updates)):
             if update.bad.any() or not update.loss.isfinite():
-                (rows,) = plan.batches(step, step + 1, rank=world.rank, ranks=world.size)
-                mine = [(step, [plan.index.name(int(sample)) for sample in rows.sample[update.bad.cpu().numpy()]])]
+                share = {"rank": world.rank, "ranks": world.size, "micro_batch": self._state.micro_batch}
+                samples = np.concatenate([batch.sample for batch in plan.batches(step, step + 1, **share)])
+                samples = samples[update.bad.cpu().numpy()]
+                mine = [(step, [plan.index.name(int(sample)) for sample in samples])]
                 break
         found = world.all_gather(mine)
         first = min((step for step, _ in found), default=stop - 1)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batch import Batch
 from pipelines.plan import rng
+from pipelines.plan.pairs import Division
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DistillConfig
 from trainer.models.checkpoint_format import OPTIMIZER_TENSORS
@@ -35,7 +36,7 @@ class StepMetrics(NamedTuple):
         handles that.
       agreement: float32 [2], fractions of the images where the teacher's best class is the label, and where it is the
         student's best class (trainer/models/teacher.py); zeros without a teacher.
-      bad: bool [B] in the order of their positions, True where a model's logits are not finite.
+      bad: bool [B] in the order of the batches' rows, True where a model's logits are not finite.
     """
 
     loss: torch.Tensor
@@ -49,13 +50,14 @@ class TrainStep:
     Attributes:
       inputs: Batch -> ModelInputs, what the models see of it.
       teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
+      division: of the global batch among ranks and micro-batches.
       num_micro_batches: forward passes an update on this rank.
 
     Args:
       state: the student on its device, its optimizer, GradScaler and EMA; an update changes them in place.
       normalize: the student's own.
       world: the ranks; with several of them the gradients are averaged by DistributedDataParallel.
-      micro_batch: images of a forward pass on this rank.
+      micro_batch: the most images of a forward pass.
       compiler: compiles both models and what is computed from their outputs (trainer/update/compiler.py).
     """
 
@@ -72,7 +74,9 @@ class TrainStep:
     ):
         self.inputs = functools.partial(model_inputs, normalize, teachers)
         self.teacher = compiler(teachers) if teachers is not None else None
-        self.num_micro_batches = config.run.global_batch // world.size // micro_batch
+        self.division = Division(config.run.global_batch, config.augment.mix_group, world.size, micro_batch)
+        self._sizes = self.division.sizes(world.rank)
+        self.num_micro_batches = len(self._sizes)
         self._config = config
         self._device = world.device
         self._precision = resolve_precision(config.run.precision, world.device)
@@ -85,7 +89,10 @@ class TrainStep:
         self._scaler = state.scaler
         self._ema = state.ema
         self._clip = gradient_clipping(state.student, config.optim)
-        self._statistics = StatisticsAverage(state.student, self.num_micro_batches, config.run.batch_norm, world)
+        # DDP averages over the ranks, as if each had as many images. A micro-batch's loss is weighted by its images.
+        self._images_per_rank = config.run.global_batch / world.size
+        rank_weight = sum(self._sizes) / self._images_per_rank
+        self._statistics = StatisticsAverage(state.student, self._sizes, rank_weight, config.run.batch_norm, world)
         self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
 
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
@@ -93,7 +100,7 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         done: list[StepMetrics] = []
         with self._statistics.one_update():
-            for micro_batch in range(self.num_micro_batches):
+            for micro_batch, size in enumerate(self._sizes):
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
                 seed_dropout(self._config.run.seed, batch.position, self._device)
@@ -102,7 +109,7 @@ class TrainStep:
                 waits = isinstance(self._model, DistributedDataParallel) and not is_last
                 with self._model.no_sync() if waits else contextlib.nullcontext():
                     metrics = self._forward(batch)
-                    self._scaler.scale(metrics.loss / self.num_micro_batches).backward()
+                    self._scaler.scale(metrics.loss / (self._images_per_rank / size)).backward()
                 self._statistics.end_micro_batch()
                 done.append(metrics._replace(loss=metrics.loss.detach()))
         metrics = merged(done)
@@ -163,10 +170,12 @@ class TrainStep:
 def merged(micro_batches: list[StepMetrics]) -> StepMetrics:
     """The metrics of an update with these micro-batches."""
     loss, agreement = torch.zeros_like(micro_batches[0].loss), torch.zeros_like(micro_batches[0].agreement)
+    bad = torch.cat([metrics.bad for metrics in micro_batches])
     for metrics in micro_batches:
-        loss += metrics.loss / len(micro_batches)
-        agreement += metrics.agreement / len(micro_batches)
-    return StepMetrics(loss, agreement, torch.cat([metrics.bad for metrics in micro_batches]))
+        part = len(bad) / len(metrics.bad)
+        loss += metrics.loss / part
+        agreement += metrics.agreement / part
+    return StepMetrics(loss, agreement, bad)
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:

@@ -26,21 +26,24 @@ from trainer.state.checkpoint import read
 def elastic(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elastic")
     command = [executable(), str(REPOSITORY / "tests" / "support" / "elastic_runs.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-def test_the_samples_and_pixels_of_each_step_are_the_same_when_the_ranks_change(elastic):
-    """2 ranks all along, and 4, then 1 from the tenth step on."""
-    steady, changing = (
-        sorted(map(json.loads, (elastic / f"{name}.positions.jsonl").read_text().splitlines()))
-        for name in ("steady", "changing")
-    )
-    assert [position for position, *_ in steady] == list(range(0, 20 * 64, 16))
-    assert steady[len(steady) // 2 :] == changing
-    a, b = newest(elastic / "steady")["student"], newest(elastic / "changing")["student"]
-    assert all(torch.allclose(a[name].double(), b[name].double(), rtol=1e-3, atol=1e-3) for name in a)
+def rows_of_steps(notes: Path) -> dict[int, list[str]]:
+    """The hashes of all rows of each step, on all ranks, sorted."""
+    found: dict[int, list[str]] = {}
+    for step, digests in map(json.loads, notes.read_text().splitlines()):
+        found.setdefault(step, []).extend(digests)
+    return {step: sorted(digests) for step, digests in found.items()}
+
+
+def test_the_samples_and_mixed_pixels_of_each_step_are_the_same_when_the_ranks_change(elastic):
+    """2 ranks all along, and 4, 7, 3, 16, then 1 from the tenth step on."""
+    steady, changing = (rows_of_steps(elastic / f"{name}.rows.jsonl") for name in ("steady", "changing"))
+    assert sorted(steady) == list(range(20)) and all(len(rows) == 64 for rows in steady.values())
+    assert changing == {step: rows for step, rows in steady.items() if step >= 10}
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
@@ -62,9 +65,9 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(elastic, tmp_path):
     assert_same_end(elastic / "steady", tmp_path)
 
 
-def test_the_gradients_are_the_same_on_1_2_and_4_ranks(elastic):
-    """AdamW's first moment after one update is a tenth of the gradient."""
-    firsts = [checkpoint.path_of(elastic / name / "checkpoints", 1) for name in ("alone", "steady", "four")]
+def test_the_gradients_are_the_same_on_1_3_5_and_7_ranks(elastic):
+    """AdamW's first moment after one update is a tenth of the gradient. The model has no BatchNorm."""
+    firsts = [checkpoint.path_of(elastic / name / "checkpoints", 1) for name in ("alone", "three", "five", "seven")]
     one, *others = (read(path)["optimizer"]["state"] for path in firsts)
     for other in others:
         for index, state in one.items():
