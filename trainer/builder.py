@@ -329,7 +329,7 @@ def warmed_up_step(
         start_s = time.perf_counter()
         try:
             step = make_step(world, micro_batch=state.micro_batch, compiler=compiler)
-            for num_images in step.division.all_sizes:  # of all ranks, because all must make the same passes
+            for num_images in step.division.all_sizes:  # All ranks must make the same passes.
                 group = config.augment.mix_group if step.division.has_whole_groups else num_images
                 step.warm_up(gray_batch(num_images, size, group, world.device))
             return step, f"compiled in {time.perf_counter() - start_s:.0f} s"

@@ -37,7 +37,9 @@ def resolve_micro_batch(config: Config, world: World) -> int:
         raise UserError(f"run.micro_batch is {wanted}; give an even number, because images are mixed in pairs")
     division = dataclasses.replace(division, micro_batch=int(wanted))
     if config.run.batch_norm == "sync" and len({len(division.sizes(rank)) for rank in range(world.size)}) > 1:
-        raise UserError("run.micro_batch is 2, too small for run.batch_norm sync with so many ranks. Give 4 or more")
+        raise UserError(
+            "run.micro_batch is 2, too small for run.batch_norm sync with this number of ranks. Give 4 or more"
+        )
     return int(wanted)
 
 

@@ -80,10 +80,11 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def reason_of(error: BaseException, most: int = 120) -> str:
-    """Return an error's message, clipped. If it has none, return the line that raised it, or its type."""
+    """Return an error's message, clipped. If it has none, return the line outside of torch that raised it, or its type."""
     if text := clipped(error, most):
         return text
-    for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if "/torch/" not in each.filename]
+    for frame in frames[-1:]:
         return clipped(f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}", most)
     return type(error).__name__
 

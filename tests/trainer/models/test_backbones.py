@@ -144,7 +144,7 @@ def test_a_size_that_a_model_cannot_be_built_for_is_refused(small, tmp_path, nam
     """timm asserts it, at times without a word."""
     arguments = [*small, *student(name, {}), "--run.out", str(tmp_path / "run"), "--data.image_size", "50"]
     with pytest.raises(
-        UserError, match=f"model '{name}' cannot be built for images of 50 px .* Change data.image_size"
+        UserError, match=f"model '{name}' cannot be built for images of 50 px .* Change the image size or its kwargs"
     ):
         train(build(parse(arguments), ONE))
 
@@ -158,7 +158,7 @@ def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_
         "--data.image_size",
         "40",
     ]
-    with pytest.raises(UserError, match=r"cannot take images of 40 px \(\w+.py:\d+: "):
+    with pytest.raises(UserError, match=r"cannot take images of 40 px in evaluation \(\w+.py:\d+: "):
         train(build(parse(arguments), ONE))
 
 
@@ -170,7 +170,7 @@ def test_a_model_that_refuses_a_size_without_a_word_is_refused_with_its_line_of_
     ],
 )
 def test_a_model_that_gives_something_else_than_logits_is_refused(small, tmp_path, name, kwargs, found):
-    with pytest.raises(UserError, match=f"model '{name}' gives {found} for 2 images in training, not .2, 10."):
+    with pytest.raises(UserError, match=f"model '{name}' gives {found} for 2 images in evaluation, not .2, 10."):
         train(
             build(
                 parse([*small, *student(name, kwargs), "--data.image_size", "299", "--run.out", str(tmp_path / "run")]),

@@ -73,7 +73,7 @@ def test_a_run_in_windows_of_shards_resumes_bit_equal(digits, tmp_path):
         for steps in stops:
             train_here(digits, tmp_path / name, *window, "--run.stop_after_steps", steps)
     assert_equal_states(newest(tmp_path / "whole")["student"], newest(tmp_path / "stopped")["student"])
-    with pytest.raises(UserError, match=r"another plan: window_shards .*data.window_shards.* was 2, now it is 0"):
+    with pytest.raises(UserError, match=r"another run: window_shards .*data.window_shards.* was 2, now it is 0"):
         train_here(digits, tmp_path / "whole")
 
 

@@ -166,6 +166,9 @@ class OnnxRuntimeSession(Session):
         return np.asarray(self._session.run([LOGITS], {IMAGES: images.numpy()})[0])
 
 
+_IN_PLACE: dict[str, Any] = {"share_inputs": True}  # OpenVINO reads the images in place.
+
+
 class OpenVinoSession(Session):
     """OpenVINO on the CPU as in the paper: an FP16 model, one image a call, as many streams as cores.
 
@@ -194,12 +197,12 @@ class OpenVinoSession(Session):
     @override
     def run(self, calls: int) -> None:
         for _ in range(calls):
-            self._queue.start_async([self._images], share_inputs=True)  # OpenVINO reads the images in place.
+            self._queue.start_async([self._images], **_IN_PLACE)
         self._queue.wait_all()
 
     @override
     def run_single(self) -> None:
-        self._single.infer([self._images], share_inputs=True)
+        self._single.infer([self._images], **_IN_PLACE)
 
     @functools.cached_property
     def _single(self):

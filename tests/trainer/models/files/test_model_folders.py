@@ -196,7 +196,7 @@ def test_a_description_with_more_outputs_than_its_weights_have_makes_no_classifi
     folder = write_folder(tmp_path / "there", model, **own)
     with pytest.raises(UserError, match="there: does not fit model"):
         trained.load(None, folder)
-    assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160).model.num_classes == 7  # by the weights alone
+    assert build_teacher(TeacherConfig(f"local-dir:{folder}"), 7, 160).model.num_classes == 7
 
 
 @pytest.mark.parametrize(
