@@ -80,7 +80,7 @@ def clipped(value: object, most: int = 60) -> str:
 
 
 def reason_of(error: BaseException, most: int = 120) -> str:
-    """Return an error's message, clipped. If it has none, return the line outside of torch that raised it, or its type."""
+    """Return an error's message, clipped; without one the line that raised it, outside of torch, or its type."""
     if text := clipped(error, most):
         return text
     frames = [each for each in traceback.extract_tb(error.__traceback__) if "/torch/" not in each.filename]
