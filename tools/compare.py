@@ -69,7 +69,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Choose, measure, show and write.
+    """Choose, measure, write and show.
 
     Raises:
       UserError: something asked for cannot be had, or nothing could be measured.
@@ -98,11 +98,13 @@ def compare(options: argparse.Namespace) -> None:
         measured = measure(models, backends, plan, lambda done: status.update(escape(done)))
     rows, failed = results.rows_of(measured)
     notes = results.notes(rows)
-    for table in results.tables(rows, failed):
-        screen.print(table)
-    for note in notes:
-        screen.print(note, markup=False, highlight=False, soft_wrap=True)
-    written = write(options.out, rows, failed, [*remarks, *notes], plan)
+    try:  # The files come first, because rich ends the process where nobody reads what it prints.
+        written = write(options.out, rows, failed, [*remarks, *notes], plan)
+    finally:
+        for table in results.tables(rows, failed):
+            screen.print(table)
+        for note in notes:
+            screen.print(note, markup=False, highlight=False, soft_wrap=True)
     screen.print(f"written to {options.out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     if not rows:
         raise UserError(f"nothing could be measured; the first reason: {failed[0].failed}")

@@ -21,6 +21,7 @@ if not __package__:  # A script finds the packages of its own repository, instal
 from rich.console import Console
 
 from pipelines.common.errors import UserError, exit_on_user_error
+from pipelines.common.files import write_synced
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive, check_result_file
@@ -119,16 +120,23 @@ def examine(config: Config, world: World, seconds: float, json_path: Path | None
         measured = measure(run, work, seconds)
     shared = world.device.type == "cpu"
     diagnosis = diagnose(measured.rates, shared_cores=shared, input_wait=measured.input_wait)
+
+    def write(tried: list[Trial]) -> None:
+        """The file comes before the tables, because rich ends the process where nobody reads what it prints."""
+        if json_path and world.is_main:
+            found = to_json(run, seconds, measured, diagnosis, tried, work)
+            write_synced(json_path, (json.dumps(found, indent=1) + "\n").encode())
+
+    write([])
     shown.print(stage_table(measured))
     for line in (diagnosis.text, *spread_lines(measured.rates)):
         shown.print(line, markup=False, soft_wrap=True)
     with shown.status("trying other settings; --no-trials leaves that out"):
         tried = propose(run, measured.size, diagnosis, seconds) if trials else []
+    if tried:
+        write(tried)
     for line in (*proposal_lines(tried), *duration_lines(work, measured, config.run.global_batch, tried)):
         shown.print(line, markup=False, soft_wrap=True)
-    if json_path and world.is_main:
-        found = to_json(run, seconds, measured, diagnosis, tried, work)
-        json_path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 # --- measuring ---

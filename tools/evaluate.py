@@ -27,7 +27,7 @@ from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.manifest import read_manifest
 from tools.lib.common.evaluation import ForwardConfig, Origin, Report, predict_split
 from tools.lib.evaluate.real_labels import read_real_labels
-from tools.lib.evaluate.report import class_rows, show_and_write
+from tools.lib.evaluate.report import class_rows, write_and_show
 from trainer.cluster.code_version import code_version
 from trainer.cluster.world import World, join_world
 from trainer.config.cli import parse_settings
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
             with join_world(config.run.device, lambda _: code_version(), config.run.ready_s) as world:
                 report = evaluate_dataset(config, world)
                 if world.is_main:
-                    show_and_write(report, config.run.json)
+                    write_and_show(report, config.run.json)
     except KeyboardInterrupt:
         sys.exit(130)
 

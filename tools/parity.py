@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compare(options: argparse.Namespace) -> list[Row]:
-    """Compare all stages, show the rows, write the files that the options name, and return the rows."""
+    """Compare all stages, write the files that the options name, show the rows, and return them."""
     for name, path in (("--json", options.json), ("--markdown", options.markdown)):
         if path is not None:
             check_parent_folder(path, f"{name} {path}")
@@ -69,12 +69,12 @@ def compare(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(report(open_photos(Path(scratch)), options.size))
     text = markdown(rows, options.size)
-    console().print(Markdown(text))
     if options.json:
         content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
         write_synced(options.json, (json.dumps(content, indent=1) + "\n").encode())
     if options.markdown:
         write_between_marks(options.markdown, text, BEGIN, END)
+    console().print(Markdown(text))  # Last, because rich ends the process where nobody reads what it prints.
     return rows
 
 

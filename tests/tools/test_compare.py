@@ -325,6 +325,15 @@ def test_the_picture_is_one(compared):
         assert np.asarray(image.convert("L")).std() > 1
 
 
+def test_a_comparison_that_nobody_reads_is_written(tmp_path, monkeypatch):
+    """Behind `| head -1` rich ends the process."""
+    monkeypatch.setattr(compare, "measure", lambda *arguments: [])
+    monkeypatch.setattr(results, "tables", lambda rows, failed: sys.exit(1))
+    with pytest.raises(SystemExit):
+        compare.main(["test_resnet", "--device", "cpu", "--out", str(tmp_path)])
+    assert {"comparison.csv", "comparison.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.long
 def test_ctrl_c_ends_a_comparison_in_silence_and_leaves_nothing(tmp_path):
     command = [sys.executable, str(REPOSITORY / "tools/compare.py"), "test_resnet", "--device", "cpu"]

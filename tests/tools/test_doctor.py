@@ -5,6 +5,7 @@ Nothing is said about how fast."""
 import dataclasses
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +158,15 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
         assert measured["rates"][name]["min"] > 0 and name in printed
     assert "With data.threads 2, data.prefetch 3\n" in printed
     assert found["diagnosis"]["text"] in printed.replace("\n", " ") and found["machine"]["cores"] >= 1
+
+
+def test_what_nobody_reads_is_written(digits, tmp_path, monkeypatch):
+    """Behind `| head -1` rich ends the process."""
+    monkeypatch.setattr(doctor, "stage_table", lambda measured: sys.exit(1))
+    config = parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        doctor.examine(config, ALONE, 0.01, tmp_path / "doctor.json")
+    assert json.loads((tmp_path / "doctor.json").read_text())["measured"]["size"] == 32
 
 
 def test_every_setting_that_can_be_had_is_tried_on_the_whole(digits, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from support.forked_python import executable
 from support.processes import without_workers
 from tools import evaluate
 from tools.lib.evaluate.real_labels import read_real_labels
-from tools.lib.evaluate.report import show, show_and_write
+from tools.lib.evaluate.report import show, write_and_show
 from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
@@ -337,8 +338,17 @@ def test_ranks_that_are_about_to_evaluate_different_things_are_refused():
 def test_a_report_that_cannot_be_written_is_shown(last, digits, tmp_path, capsys):
     found = report("--data.root", digits, "--student.checkpoint", last)
     with pytest.raises(FileNotFoundError):
-        show_and_write(found, tmp_path / "gone" / "report.json")
+        write_and_show(found, tmp_path / "gone" / "report.json")
     assert "Classes that are found least" in capsys.readouterr().out
+
+
+def test_a_report_that_nobody_reads_is_written(last, digits, tmp_path, monkeypatch):
+    """Behind `| head -1` rich ends the process."""
+    found = report("--data.root", digits, "--student.checkpoint", last)
+    monkeypatch.setattr("tools.lib.evaluate.report.show", lambda report: sys.exit(1))
+    with pytest.raises(SystemExit):
+        write_and_show(found, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["top1"] == found["top1"]
 
 
 def test_a_checkpoint_of_this_trainer_says_all_that_belongs_to_it(last):

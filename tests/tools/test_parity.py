@@ -1,6 +1,8 @@
 """The parity report holds, and says so where it does not."""
 
 import dataclasses
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +63,17 @@ def test_an_exceeded_tolerance_ends_the_command_with_1(rows, monkeypatch, tmp_pa
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("\n| ") == len(rows) + 1 and "| NO |" in text
+
+
+def test_a_report_that_nobody_reads_is_written(rows, monkeypatch, tmp_path):
+    """Behind `| head -1` rich ends the process."""
+    monkeypatch.setattr(parity, "report", lambda photos, size: rows)
+    monkeypatch.setattr(parity, "open_photos", lambda folder: None)
+    monkeypatch.setattr(parity, "console", lambda: sys.exit(1))
+    with pytest.raises(SystemExit):
+        parity.main(["--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "parity.md")])
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == len(rows)
+    assert (tmp_path / "parity.md").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its rows, and how it is shown and written."""
+"""The report of an evaluation: its rows, and how it is written and shown."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,17 @@ from trainer.evaluation.trained import descriptions
 _WORST = 10  # The report shows this many classes.
 
 
-def show_and_write(report: Report, path: Path | None) -> None:
-    """Show the report, and write it to a file if one is given."""
-    show(report)
+def write_and_show(report: Report, path: Path | None) -> None:
+    """Write the report to a file if one is given, and show it; if it cannot be written it is shown all the same.
+
+    The file comes first, because rich ends the process where nobody reads what it prints.
+    """
+    try:
+        if path is not None:
+            write_synced(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    finally:
+        show(report)
     if path is not None:
-        write_synced(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
         print(f"written to {path}")
 
 
