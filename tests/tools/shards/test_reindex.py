@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import tarfile
 from pathlib import Path
 
@@ -147,6 +148,41 @@ def test_an_index_elsewhere_is_the_index_beside_the_tars(tmp_path, monkeypatch):
     here = index_webdataset(Path("set"))
     assert there["splits"] == here["splits"]
     assert os.readlink("index/train/a.tar") == str(tmp_path / "set" / "train" / "a.tar")
+
+
+def interrupted(monkeypatch, *arguments, **options) -> None:
+    """Index, but for the last step: the complete index stays in its hidden folder."""
+    with monkeypatch.context() as here, pytest.raises(KeyboardInterrupt):
+        here.setattr("tools.lib.shards.reindex._move_up", lambda partial, home: signal.raise_signal(signal.SIGINT))
+        index_webdataset(*arguments, **options)
+
+
+def test_an_interrupted_index_is_resumed(tmp_path, monkeypatch):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(4)))
+    interrupted(monkeypatch, tmp_path)
+    monkeypatch.setattr("tools.lib.shards.reindex._read_shard", None)
+    index_webdataset(tmp_path)
+    assert len(keys(tmp_path)) == 4 and verify(tmp_path) == []
+    assert not (tmp_path / ".index.partial" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("out", [None, "index"])
+def test_an_interrupted_index_of_tars_that_have_changed_is_made_again(tmp_path, monkeypatch, name, out):
+    home = tmp_path / (out or "set")
+    put(tmp_path / "set" / "train" / "a.tar", tar_of(samples(4)))
+    interrupted(monkeypatch, tmp_path / "set", out=out and home)
+    put(tmp_path / "set" / "train" / f"{name}.tar", tar_of(samples(40, start=4)))
+    index_webdataset(tmp_path / "set", out=out and home)
+    assert len(keys(home)) == (40 if name == "a" else 44) and verify(home) == []
+
+
+def test_an_interrupted_index_with_other_options_is_made_again(tmp_path, monkeypatch):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(4) | {"x.jpg": b"none", "x.cls": b"0"}))
+    interrupted(monkeypatch, tmp_path, skip_bad=True)
+    assert "samples cannot be used: train/a.tar: x" in refused(index_webdataset, tmp_path)
+    interrupted(monkeypatch, tmp_path, skip_bad=True)
+    assert index_webdataset(tmp_path, skip_bad=True, audit=False)["options"] == {"audit": False}
 
 
 @pytest.mark.parametrize(

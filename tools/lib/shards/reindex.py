@@ -1,7 +1,7 @@
 """An existing WebDataset, indexed where it lies: its tars are read and never written.
 
 Everything is made in the hidden folder .index.partial. Once its manifest is there the index is complete, and its files
-are moved up, the manifest last; a later command resumes that move.
+are moved up, the manifest last; a later command resumes that move if the tars are still the same.
 """
 
 import collections
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, grouped
-from pipelines.common.files import locked, sync_folder, write_synced
+from pipelines.common.files import locked, read_json, sync_folder, write_synced
 from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.conversion import reporting_disk_errors
@@ -69,7 +69,9 @@ def index_webdataset(
         reporting_disk_errors(home, "" if out else ". Or have the index elsewhere: --out DIR"),
         _alone(home) as partial,
     ):
-        if not (partial / MANIFEST).is_file():
+        if not _is_of(read_json(partial / MANIFEST), found, audit, skip_bad):
+            shutil.rmtree(partial)
+            partial.mkdir()
             if out and contents_of(out).visible:
                 raise UserError(f"--out {out}: holds something else. Choose a new folder")
             jobs = []
@@ -112,6 +114,17 @@ def _alone(home: Path) -> Iterator[Path]:
             if is_new:
                 with contextlib.suppress(OSError):  # It holds the index.
                     home.rmdir()
+
+
+def _is_of(manifest: dict, found: dict[str, list[Path]], audit: bool, skip_bad: bool) -> bool:
+    """Return whether a manifest is of these tars, by their names and bytes, and of these options; {} is of none."""
+    splits = manifest.get("splits", {}).items()
+    shards = {split: [(each["name"], each["bytes"]) for each in entry["shards"]] for split, entry in splits}
+    return (
+        shards == {split: [(path.name, path.stat().st_size) for path in paths] for split, paths in found.items()}
+        and manifest["options"] == {"audit": audit}
+        and (skip_bad or not manifest["audit"]["counts"]["rejected"])
+    )
 
 
 def _move_up(partial: Path, home: Path) -> None:
