@@ -185,6 +185,27 @@ def test_an_interrupted_index_with_other_options_is_made_again(tmp_path, monkeyp
     assert index_webdataset(tmp_path, skip_bad=True, audit=False)["options"] == {"audit": False}
 
 
+def test_files_that_move_to_another_file_system_are_on_the_disk(tmp_path, monkeypatch):
+    put(tmp_path / "train" / "a.tar", tar_of(samples(4)))
+    rename, fsync, synced = os.rename, os.fsync, set()
+
+    def rename_within(source, target, **options):
+        if ".index.partial" in str(source) and ".index.partial" not in str(target):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        return rename(source, target, **options)
+
+    def record(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", rename_within)
+    monkeypatch.setattr(os, "fsync", record)
+    index_webdataset(tmp_path)
+    made = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".tar"]
+    assert sorted(path.name for path in made) == ["a.idx", "audit.jsonl", "index.npy", "manifest.json"]
+    assert {path.stat().st_ino for path in made} <= synced and verify(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [("set", "in .* itself"), ("set/index", "in .* itself"), ("photos", "else"), ("other", "else")],

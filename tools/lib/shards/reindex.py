@@ -6,6 +6,7 @@ are moved up, the manifest last; a later command resumes that move if the tars a
 
 import collections
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -133,7 +134,16 @@ def _move_up(partial: Path, home: Path) -> None:
     for path in sorted(paths, key=lambda path: (path.name == MANIFEST, path)):
         target = home / path.relative_to(partial)
         target.parent.mkdir(exist_ok=True)
-        shutil.move(path, target)
+        try:
+            os.rename(path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            if path.is_symlink():
+                shutil.move(path, target)
+            else:  # The copy is on the disk before the manifest is there.
+                write_synced(target, path.read_bytes())
+                path.unlink()
         sync_folder(target.parent)
 
 
