@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, TINY, train_here
+from pipelines.common.errors import UserError
 from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
 from tools import doctor
@@ -172,12 +173,27 @@ def test_what_nobody_reads_is_written(digits, tmp_path, monkeypatch):
 def test_every_setting_that_can_be_had_is_tried_on_the_whole(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(proposals, "REPEATS", 1)
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")]), ALONE)
-    candidates = [{"data.threads": 1}, {"run.micro_batch": 32}, {"run.micro_batch": 48}]  # 48 does not divide 64
+    candidates = [{"data.threads": 1}, {"run.micro_batch": 32}, {"run.micro_batch": 47}]  # 47 is odd
     trials = proposals.try_all(run, 32, candidates, seconds=0.01)
     assert [trial.override for trial in trials] == ["--data.threads 1", "--run.micro_batch 32"]
     for trial in trials:
         assert 0 < trial.rate.min <= trial.rate.images_per_s <= trial.rate.max
     assert run.config.data.threads == 0 and not (tmp_path / "none").exists()
+
+
+def test_an_error_that_is_not_about_the_setting_ends_the_trials(digits, tmp_path, monkeypatch):
+    run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")]), ALONE)
+
+    def stage(run, size):
+        def read(count):
+            raise UserError("train-00000.tar: damaged")
+
+        return read
+
+    monkeypatch.setattr(proposals, "_whole_stage", stage)
+    monkeypatch.setattr(proposals, "rates", lambda *arguments: {"unchanged": Rate(1, 1, 1)})
+    with pytest.raises(UserError, match=r"train-00000.tar: damaged"):
+        proposals.try_all(run, 32, [{"data.threads": 1}], seconds=0.01)
 
 
 def test_a_finished_run_has_nothing_left_to_predict(digits, tmp_path):

@@ -84,7 +84,8 @@ def override(changes: Changes) -> str:
 def try_all(run: Run, size: int, candidates: list[Changes], seconds: float) -> list[Trial]:
     """Try each of the settings in turn with the unchanged run.
 
-    Settings for which this machine lacks memory or DALI are left out.
+    Settings that are refused, or for which this machine lacks memory or DALI, are left out. Other errors are not about
+    the setting, and may be one rank's alone, which must not leave the others waiting.
 
     Args:
       size: of the images, pixels.
@@ -92,8 +93,12 @@ def try_all(run: Run, size: int, candidates: list[Changes], seconds: float) -> l
     """
     measured = {_UNCHANGED: _whole_stage(run, size)}
     for changes in candidates:
-        with _left_out_where_impossible():
-            whole = _whole_stage(changed(run, changes), size)
+        with _left_out_for_want_of_memory():
+            try:
+                other = changed(run, changes)
+            except UserError:
+                continue
+            whole = _whole_stage(other, size)
             whole(1)
             measured[override(changes)] = whole
     found = rates(measured, run.plan.global_batch, seconds, run.world, REPEATS)
@@ -132,11 +137,9 @@ def _whole_stage(run: Run, size: int) -> Stage:
 
 
 @contextlib.contextmanager
-def _left_out_where_impossible() -> Iterator[None]:
+def _left_out_for_want_of_memory() -> Iterator[None]:
     try:
         yield
-    except UserError:
-        return
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
