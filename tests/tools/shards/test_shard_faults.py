@@ -1,5 +1,6 @@
 """A conversion survives whatever stops it, and verify finds whatever happens to a dataset afterwards."""
 
+import contextlib
 import os
 import random
 import resource
@@ -13,11 +14,13 @@ from typing import NamedTuple
 import pytest
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import replacing
 from pipelines.shards.index import read_index
+from support.processes import without_workers
 from support.small_sources import TOOL, convert, tree
 from tools.lib.common.photos import photographs
 from tools.lib.common.process_pool import LostWorkerError, run_jobs
-from tools.lib.shards.build import merge
+from tools.lib.shards.build import BuildOptions, build, merge
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
 
@@ -174,6 +177,22 @@ def test_a_lost_worker_is_reported_and_nothing_is_lost(many, tmp_path):
     assert "error: a worker was killed" in error and "Traceback" not in error
     complete(command, tmp_path / "out")
     assert_clean(tmp_path / "out", clean)
+
+
+def test_damage_between_writing_and_reading_is_found(digits_folder, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def damaging(path):
+        with replacing(path) as file:
+            yield file
+        content = bytearray(path.read_bytes())
+        content[700] ^= 1
+        path.write_bytes(content)
+
+    with without_workers(), monkeypatch.context() as here:
+        here.setattr("tools.lib.shards.shard.replacing", damaging)
+        build(digits_folder, tmp_path / "out", BuildOptions(samples_per_shard=400))
+    damaged = {fault.split(":")[0] for fault in verify(tmp_path / "out")}
+    assert damaged == {"train/train-00000.tar", "val/val-00000.tar"}
 
 
 def test_a_full_disk_is_reported_and_nothing_is_lost(many, tmp_path):

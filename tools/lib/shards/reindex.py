@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipelines.common.errors import UserError, clipped, grouped
-from pipelines.common.files import locked, read_json, sync_folder, write_synced
+from pipelines.common.files import locked, read_json, sha256_of, sync_folder, write_synced
 from pipelines.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, manifest_bytes, read_manifest
 from tools.lib.common.process_pool import run_jobs
 from tools.lib.shards.conversion import reporting_disk_errors
@@ -219,7 +219,7 @@ def _read_shard(path: Path, home: Path, partial: Path, record: Path, audit: bool
     idx = _idx_of(there, samples)
     if not there.exists():
         write_synced(partial / there.name, idx)
-    found.write(record, path, idx)
+    found.write(record, path, sha256_of(path), idx)
 
 
 def _idx_of(there: Path, samples: dict[str, Parts]) -> bytes:

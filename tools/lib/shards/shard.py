@@ -8,10 +8,10 @@ import json
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import replacing, sha256_of, write_synced
+from pipelines.common.files import replacing, write_synced
 from pipelines.shards.manifest import Remark, ShardEntry
 from tools.lib.shards.images import TINY_PX, CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.source import Entry
@@ -99,17 +99,18 @@ class RecordBuilder:
         """Add a sample that cannot be used, and why."""
         self.notes["rejected"].append({"sample": key, "source": source, "reason": reason})
 
-    def write(self, path: Path, tar: Path, idx: bytes) -> None:
+    def write(self, path: Path, tar: Path, sha256: str, idx: bytes) -> None:
         """Write the record, which makes the shard complete, and beside it the hash of each sample's source.
 
         Args:
+          sha256: of the tar, in hex.
           idx: the content of the tar's .idx file.
         """
         entry = ShardEntry(
             name=tar.name,
             bytes=tar.stat().st_size,
             samples=len(self._rows),
-            sha256=sha256_of(tar),
+            sha256=sha256,
             idx_sha256=hashlib.sha256(idx).hexdigest(),
         )
         write_synced(path.with_suffix(".sha256"), b"".join(self._hashes))
@@ -141,23 +142,38 @@ def write_shard(
 
     members: dict[str, Parts] = {}
     record = RecordBuilder()
-    with replacing(path) as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-        for entry in entries:
-            try:
-                content = read(entry.location)
-                image = check_image(content, options)
-            except RejectedImageError as error:
-                record.reject(entry.key, entry.source, str(error))
-                continue
-            except OSError as error:
-                reason = f"cannot be read ({error.strerror or error})"
-                raise UserError(f"{entry.source}: {reason}. Fix that and run the same command again") from error
-            assert entry.key not in members, entry.key
-            members[entry.key] = _write_sample(tar, entry, image.jpeg)
-            record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image, content)
+    with replacing(path) as file:
+        hashing = _HashingFile(file)
+        # TarWriter calls write() alone.
+        with TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:  # pyright: ignore[reportArgumentType]
+            for entry in entries:
+                try:
+                    content = read(entry.location)
+                    image = check_image(content, options)
+                except RejectedImageError as error:
+                    record.reject(entry.key, entry.source, str(error))
+                    continue
+                except OSError as error:
+                    reason = f"cannot be read ({error.strerror or error})"
+                    raise UserError(f"{entry.source}: {reason}. Fix that and run the same command again") from error
+                assert entry.key not in members, entry.key
+                members[entry.key] = _write_sample(tar, entry, image.jpeg)
+                record.add(entry.key, entry.label, members[entry.key]["jpg"][0], image, content)
     idx = dali_index(members)
     write_synced(path.with_suffix(".idx"), idx)
-    record.write(records / f"{path.stem}.json", path, idx)
+    record.write(records / f"{path.stem}.json", path, hashing.sha256.hexdigest(), idx)
+
+
+class _HashingFile:
+    """Hashes what is meant to be written, since what is read back from the disk may be damaged."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self._file.write(content)
 
 
 def _write_sample(tar: TarWriter, entry: Entry, jpeg: bytes) -> Parts:
