@@ -175,6 +175,7 @@ def test_a_lost_worker_is_reported_and_nothing_is_lost(many, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error: a worker was killed" in error and "Traceback" not in error
+    assert "Finished shards are kept, and the same command resumes" in error
     complete(command, tmp_path / "out")
     assert_clean(tmp_path / "out", clean)
 

@@ -13,7 +13,7 @@ from pipelines.common.errors import UserError, named
 from pipelines.common.files import locked, move_entries, sync_folder, write_synced
 from pipelines.plan import rng
 from pipelines.shards.manifest import MANIFEST, Manifest, manifest_bytes, read_manifest
-from tools.lib.common.process_pool import run_jobs
+from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.conversion import (
     JOB,
     BuildOptions,
@@ -83,8 +83,11 @@ def build(
                     (partial / split).mkdir(exist_ok=True)
                     (partial / "records" / split).mkdir(parents=True, exist_ok=True)
                 results = run_jobs(_write_one, jobs, workers, preload=["webdataset"]) if jobs else ()
-                for done, _ in enumerate(results, 1):
-                    on_shard(done, len(jobs))
+                try:
+                    for done, _ in enumerate(results, 1):
+                        on_shard(done, len(jobs))
+                except LostWorkerError as error:
+                    raise LostWorkerError(f"{error}. {KEPT}") from error
                 if part[1] > 1:
                     return None
                 _check_rejected(partial, skip_bad)
