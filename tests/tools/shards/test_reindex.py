@@ -254,9 +254,13 @@ def test_a_damaged_older_idx_file_is_a_fault(tmp_path):
     assert fault.startswith("train/a.idx: ") and "not those of the manifest" in fault
 
 
-def test_what_dalis_own_tool_writes_is_kept_for_names_with_folders(tmp_path):
+@pytest.mark.parametrize("upper_case", [False, True])
+def test_what_dalis_own_tool_writes_is_kept_for_names_with_folders(tmp_path, upper_case):
     wds2idx = pytest.importorskip("wds2idx")
-    put(tmp_path / "train" / "a.tar", tar_of(samples(3, "./x/é{:04d}") | {"._0.jpg": b"x"}))
+    members = samples(3, "./x/é{:04d}")
+    if upper_case:
+        members = {name.replace(".jpg", ".JPEG"): content for name, content in members.items()}
+    put(tmp_path / "train" / "a.tar", tar_of(members | {"._0.jpg": b"x"}))
     with wds2idx.IndexCreator(str(tmp_path / "train" / "a.tar"), str(tmp_path / "train" / "a.idx"), False) as creator:
         creator._get_data_tar = creator._get_data_tarfile  # tar's own listing escapes other letters
         creator.create_index()

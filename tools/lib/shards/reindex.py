@@ -233,6 +233,8 @@ def _idx_of(there: Path, samples: dict[str, Parts]) -> bytes:
         return expected
     if there.is_file() and there.stat().st_size <= 2 * len(expected):  # Nothing is read from a pipe, or without end.
         content = there.read_bytes()
-        if content.split() in (expected.split(), dali_index(samples, "v1.1").split()):
+        # DALI's own wds2idx keeps upper-case extensions.
+        older = dali_index(samples, "v1.1")
+        if content.lower().split() in (expected.lower().split(), older.lower().split()):
             return content
     raise UserError(f"{there}: describes another tar. Move it away to have it written")
