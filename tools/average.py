@@ -23,7 +23,7 @@ from pipelines.common.errors import ROOM, UserError, advice_against, clipped, ex
 from pipelines.common.files import check_parent_folder, sha256_of
 from pipelines.shards.index import read_index
 from pipelines.shards.manifest import read_manifest
-from tools.lib.average.ingredients import Ingredient, Weights, differing, read_alike
+from tools.lib.average.ingredients import Ingredient, Weights, differing, read, read_alike
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.evaluation import ForwardConfig, predict_split
 from tools.lib.common.tables import terminal_table
@@ -160,9 +160,13 @@ def mean(paths: list[Path], factors: list[float], which: Kind) -> dict[str, Any]
                 sums[name] = sums.get(name, 0.0) + factor * value.double()
         rows.append(_row(each, factor / total))
         seen.append(dataclasses.replace(each, weights={}))
-    state = {name: (sums[name] / total).to(value.dtype) if name in sums else value for name, value in weights.items()}
-    made = {"weights": seen[-1].kind, "state_dict": state}
+    made = {"weights": seen[-1].kind, "state_dict": _state(sums, total, weights)}
     return {**seen[-1].origin, **made, "average": {"differ": differing(seen), "of": rows}}
+
+
+def _state(sums: Weights, total: float, weights: Weights) -> Weights:
+    """The mean of which these are the sums; the types, and the tensors that have no sum, are those of `weights`."""
+    return {name: (sums[name] / total).to(value.dtype) if name in sums else value for name, value in weights.items()}
 
 
 def ema(run: Path, decay: float) -> dict[str, Any]:
@@ -208,7 +212,7 @@ def ema_weights(steps: list[int], decay: float) -> list[float]:
 def greedy(paths: list[Path], which: Kind, data: Path) -> dict[str, Any]:
     """The greedy soup: from the best checkpoint on, each is kept whose mean with those before is not worse.
 
-    The best one stands for all.
+    The best one stands for all. Besides it, one checkpoint is in memory, and the sums of those that are kept.
 
     Raises:
       UserError: there is no validation split, or it has classes that the model does not know.
@@ -221,22 +225,23 @@ def greedy(paths: list[Path], which: Kind, data: Path) -> dict[str, Any]:
         print(f"{each.path}: top-1 {alone[each.path]:.2f} %", file=sys.stderr)
     # The sort is stable: of equals, the one that was given first stays first.
     ordered = sorted(paths, key=lambda path: -alone[path])
-    soup = load(None, ordered[0], weights=which)
-    kept, top1 = ordered[:1], alone[ordered[0]]
-    content = mean(kept, [1.0], which)
-    for path in ordered:
-        rows[path] |= {"alone": alone[path], "together": alone[path], "kept": path in kept}
-        if path not in kept:
-            tried = mean([path, *kept], [1.0] * (len(kept) + 1), which)
-            soup.module.load_state_dict(tried["state_dict"])
-            together = scorer.top1(soup)
-            rows[path] |= {"together": together, "kept": together >= top1}
-            if together >= top1:
-                kept, content, top1 = [path, *kept], tried, together
-    for path in kept:
-        rows[path]["fraction"] = 1 / len(kept)
-    content["average"] |= {"dataset": scorer.digest, "top1": top1, "of": [rows[path] for path in ordered]}
-    return content
+    soup, best, top1 = load(None, ordered[0], weights=which), read(ordered[0], which), alone[ordered[0]]
+    rows[best.path] |= {"alone": top1, "together": top1}
+    sums = {name: value.double() for name, value in best.weights.items() if value.is_floating_point()}
+    kept = [best]
+    for path in ordered[1:]:
+        each = read(path, which)
+        tried = {name: value + each.weights[name].double() for name, value in sums.items()}
+        soup.module.load_state_dict(_state(tried, len(kept) + 1, best.weights))
+        together = scorer.top1(soup)
+        rows[path] |= {"alone": alone[path], "together": together, "kept": together >= top1}
+        if together >= top1:
+            kept, sums, top1 = [*kept, dataclasses.replace(each, weights={})], tried, together
+    for each in kept:
+        rows[each.path]["fraction"] = 1 / len(kept)
+    made = {"weights": best.kind, "state_dict": _state(sums, len(kept), best.weights)}
+    about = {"differ": differing(kept), "dataset": scorer.digest, "top1": top1, "of": [rows[path] for path in ordered]}
+    return {**best.origin, **made, "average": about}
 
 
 class Scorer:

@@ -10,9 +10,10 @@ import torch
 
 from conftest import TINY
 from pipelines.shards.index import read_index
-from tools import export
+from tools import average, export
 from tools.average import ema_weights, main
 from tools.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
+from tools.lib.average import ingredients
 from trainer.builder import build_models
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, parse
@@ -166,6 +167,20 @@ def test_what_a_greedy_soup_is_said_to_reach_is_what_evaluation_finds(tiny_run, 
     mean = averaged(tmp_path / "mean.pt", "uniform", *kept[::-1], "--weights", "raw")["state_dict"]
     soup = content_of(tmp_path / "out.pt")["state_dict"]
     assert all(torch.equal(soup[name], value) for name, value in mean.items())
+
+
+def test_a_greedy_soup_hashes_each_checkpoint_once_and_reads_it_once_for_its_trial(
+    tiny_run, digits, tmp_path, monkeypatch
+):
+    best = tiny_run / "checkpoints" / "best.pt"
+    paths = [best, *(changed(best, tmp_path / f"{name}.pt") for name in "abc")]
+    hashed, read = [], []
+    sha256_of, read_file = average.sha256_of, ingredients.read_file
+    monkeypatch.setattr(average, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    monkeypatch.setattr(ingredients, "read_file", lambda path: read.append(path) or read_file(path))
+    found = averaged(tmp_path / "out.pt", "greedy", *paths, "--data", digits)
+    assert [row["kept"] for row in found["average"]["of"]] == [True] * 4
+    assert sorted(hashed) == sorted(paths) and sorted(read) == sorted([*paths, *paths])
 
 
 def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path):
