@@ -147,10 +147,9 @@ def find_duplicates(records: list[Path]) -> list[list[str]]:
         unique, counts = np.unique(np.concatenate(found), return_counts=True)
         groups |= {content: [] for content in unique[counts > 1].tolist()}
     for path in records:
-        hashes = _hashes(path)
-        if len(rows := np.flatnonzero(np.isin(hashes, list(groups)))):
+        if found := [(row, content) for row, content in enumerate(_hashes(path).tolist()) if content in groups]:
             keys = [row["key"] for row in read_record(path).rows]
-            for row, content in zip(rows.tolist(), hashes[rows].tolist(), strict=True):
+            for row, content in found:
                 groups[content].append(f"{path.parent.name}/{keys[row]}")
     return sorted(map(sorted, groups.values()))
 
