@@ -66,10 +66,8 @@ def without_workers() -> Iterator[None]:
         yield
 
 
-def _run_jobs(function, jobs, workers, *, start=None, on_wait=lambda: None, preload=()):
+def _run_jobs(function, jobs, workers, *, preload=()):
     """`tools.lib.common.process_pool.run_jobs` without workers."""
-    if start is not None:
-        start(0)
     for number, each in enumerate(jobs):
         yield number, function(*each)
 

@@ -144,13 +144,10 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("function", "start"), [(signal.raise_signal, None), (os.getpgid, os._exit)], ids=["at work", "at its start"]
-)
-def test_workers_that_die_are_never_waited_for(function, start):
+def test_workers_that_die_are_never_waited_for():
     for _ in range(5):
         with pytest.raises(LostWorkerError):
-            list(run_jobs(function, [(signal.SIGKILL,)] * 7, 3, start=start))
+            list(run_jobs(signal.raise_signal, [(signal.SIGKILL,)] * 7, 3))
 
 
 def test_when_a_worker_is_killed_the_others_finish_what_they_have_begun(tmp_path):

@@ -24,7 +24,6 @@ from pipelines.common.errors import UserError
 from pipelines.common.machine import use_short_socket_names
 
 T = TypeVar("T")
-_PATIENCE_S = 0.2  # `on_wait` is called this often.
 _starting = threading.Lock()  # One thread at a time starts the server, since the environment is changed for it.
 
 
@@ -41,8 +40,6 @@ def run_jobs(
     jobs: Sequence[tuple],
     workers: int,
     *,
-    start: Callable[[int], None] | None = None,
-    on_wait: Callable[[], None] = lambda: None,
     preload: Sequence[str] = (),
 ) -> Iterator[tuple[int, T]]:
     """(number of the job, `function(*job)`) of each job, in the order in which they end.
@@ -50,8 +47,7 @@ def run_jobs(
     When the iterator is closed or an error ends it, it waits for the jobs that have begun.
 
     Args:
-      function, start: importable; `start(number)` is called first in each worker, with the worker's number.
-      on_wait: called several times a second.
+      function: importable.
       preload: slow modules that the jobs import, which are then imported once for all workers.
     Raises:
       LostWorkerError: a worker was killed.
@@ -62,10 +58,10 @@ def run_jobs(
     try:
         with _reporting_lost_workers():
             context = forkserver_context(function.__module__, *preload)
-            for number in range(min(workers, len(jobs))):
+            for _ in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
                 idle.append(ours)
-                processes.append(context.Process(target=_work, args=(theirs, function, start, number)))
+                processes.append(context.Process(target=_work, args=(theirs, function)))
                 processes[-1].start()
                 theirs.close()
         while True:
@@ -75,7 +71,7 @@ def run_jobs(
                     busy[-1].send(job)
             if not busy:
                 return
-            ready = wait_for_handles(busy, timeout=_PATIENCE_S)
+            ready = wait_for_handles(busy)
             for connection in [each for each in busy if each in ready]:
                 with _reporting_lost_workers():
                     answer: _Answer = connection.recv()
@@ -85,7 +81,6 @@ def run_jobs(
                 busy.remove(connection)
                 idle.append(connection)
                 yield number, result
-            on_wait()
     finally:
         for connection in [*idle, *busy]:
             connection.close()
@@ -143,16 +138,13 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (wait_for_handles([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _work(connection: Connection, function: Callable, start: Callable[[int], None] | None, number: int) -> None:
+def _work(connection: Connection, function: Callable) -> None:
     end_with_parent()  # It must not keep writing beside the next attempt.
     with contextlib.suppress(EOFError, ConnectionError):  # Nobody waits for a result any more.
         while True:
             index, job = connection.recv()
             answer: _Answer
             try:
-                if start is not None:
-                    start(number)
-                    start = None
                 answer = index, function(*job), None, ""
             except Exception as error:
                 answer = index, None, error, traceback.format_exc()
