@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -94,7 +95,7 @@ class _RepeatedImages:
     def take(self, sample: int) -> Callable[[], np.ndarray]:
         """A function that returns the decoded image. Its first call, in one of the pool's threads, decodes it."""
         self._uses[sample] -= 1
-        image = self._kept.get(sample) or functools.cache(functools.partial(self._decode, sample))
+        image = self._kept.get(sample) or _once(functools.partial(self._decode, sample))
         if self._uses[sample] == 0:
             del self._uses[sample]
             if self._kept.pop(sample, None):
@@ -107,3 +108,14 @@ class _RepeatedImages:
     def _nbytes(self, sample: int) -> int:
         row = self._index.samples[sample]
         return 3 * int(row["height"]) * int(row["width"])
+
+
+def _once(decode: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    """The function with its result kept; threads that ask while the first one decodes wait for it."""
+    lock, kept = threading.Lock(), functools.cache(decode)
+
+    def image() -> np.ndarray:
+        with lock:
+            return kept()
+
+    return image

@@ -1,6 +1,7 @@
 """Work that is done ahead of its use: bytes that are asked for early, and items that a background thread makes."""
 
 import collections
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -39,4 +40,9 @@ def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
         finally:
             for future in waiting:
                 future.cancel()
-            thread.submit(getattr(iterator, "close", lambda: None)).result()
+            closing = None
+            # At the end of Python no thread takes work any more, and the process frees what closing would.
+            with contextlib.suppress(RuntimeError):
+                closing = thread.submit(getattr(iterator, "close", lambda: None))
+            if closing is not None:
+                closing.result()

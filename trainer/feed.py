@@ -1,14 +1,17 @@
 """The images of a run: the splits, the pipelines over them, and this rank's batches."""
 
+import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Generator, Iterable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
 from pipelines import Pipeline, open_dataset, open_pipeline, resolve_pipeline
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json
-from pipelines.common.machine import num_cores, package_versions
+from pipelines.common.machine import num_cores
 from pipelines.dali_probe import probe_dataset
 from pipelines.plan.pairs import Division
 from pipelines.plan.plan import BatchPlan, TrainPlan
@@ -21,7 +24,6 @@ from trainer.monitor.sample_grid import keep_samples
 from trainer.update.compiler import COMPILE_PATIENCE_S
 
 DECODE = "decode.json"
-_DALI = "nvidia-dali-cuda120"
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
@@ -139,7 +141,7 @@ def choose_decode(config: ImagesConfig, index: ShardIndex, world: World, path: P
     """
     if config.decode != "auto":
         return {"decode": config.decode}
-    dali = package_versions().get(_DALI)  # Opening the pipeline says what to do where it is missing.
+    dali = _dali_version()  # Opening the pipeline says what to do where it is missing.
     if world.device.type != "cuda" or not dali or resolve_pipeline(config.pipeline, world.device) != "dali":
         return {"decode": "roi"}
     tried_with = {"device": world.device_name, "dali": dali, "hw_decoder_load": config.hw_decoder_load}
@@ -148,6 +150,18 @@ def choose_decode(config: ImagesConfig, index: ShardIndex, world: World, path: P
         decode, why = probe_dataset(index, str(world.device), config)
         found = {"decode": decode, "why": why, **tried_with}
     return world.broadcast_object(found)
+
+
+def _dali_version() -> str:
+    """DALI's version; "unknown" where it can be imported and no package says so, "" where it is missing.
+
+    The package has another name for each version of CUDA.
+    """
+    with contextlib.suppress(ModuleNotFoundError):  # `nvidia` itself may be missing.
+        if importlib.util.find_spec("nvidia.dali"):
+            found = (each.version for each in distributions() if str(each.name).startswith("nvidia-dali-"))
+            return next(found, "unknown")
+    return ""
 
 
 def rank_threads(config: ImagesConfig, world: World) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -112,15 +113,24 @@ def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
             f"{_REBUILD}"
         )
     try:
-        samples = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        if samples.ndim != 1 or samples.dtype != sample_dtype(samples.dtype["key"].itemsize):
+        file = io.BytesIO(content)
+        shape, dtype = _read_header(file)
+        if len(shape) != 1 or dtype != sample_dtype(dtype["key"].itemsize):
             raise ValueError("rows of another kind")
+        samples = np.frombuffer(content, dtype, shape[0], file.tell())  # It reads `content`, and copies nothing.
     except Exception as error:  # Bytes that are no array bring NumPy to raise nearly anything.
         raise UserError(f"{path}: not an index ({clipped(error, 120)}). {_REBUILD}") from error
     if not len(samples):
         raise UserError(f"{path}: holds no samples. Build the dataset again from a folder with images")
-    samples.flags.writeable = False
     return samples
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Read the header of NumPy's file format: the array's shape and dtype. Its values follow in the file."""
+    is_first_version = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
@@ -130,9 +140,7 @@ def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
       OSError: it cannot be read, or has changed since.
     """
     with open(path, "rb") as file:
-        is_first_version = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
-        dtype = read(file)[2]
+        _, dtype = _read_header(file)
         file.seek(start * dtype.itemsize, os.SEEK_CUR)
         rows = np.fromfile(file, dtype, stop - start)
     if len(rows) != stop - start:

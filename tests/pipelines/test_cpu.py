@@ -1,7 +1,10 @@
 """The executor on the CPU decodes an image once for all rows that show it."""
 
+import contextlib
 import dataclasses
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -26,6 +29,22 @@ def test_an_image_is_decoded_once_for_all_plans_that_show_it(photos):
         assert [int(images.take(s)()[0, 0, 0]) for s in samples.tolist()] == samples.tolist()
     assert sorted(decoded) == [1, 2, 3]
     assert not images._kept and not images._uses and images._kept_bytes == 0
+
+
+def test_an_image_is_decoded_once_for_threads_that_ask_at_the_same_time(photos):
+    decoded, both = [], threading.Barrier(2)
+
+    def decode(sample: int) -> np.ndarray:
+        decoded.append(sample)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # A second thread that decodes meets the first one here.
+        return np.full((1, 1, 3), sample)
+
+    images = _RepeatedImages(photos, decode)
+    images.announce(np.array([1, 1]))
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(images.take(1)) for _ in range(2)]
+    assert found[0].result() is found[1].result() and decoded == [1]
 
 
 def test_what_is_kept_changes_nothing(digits, tmp_path, monkeypatch):

@@ -1,7 +1,11 @@
 """Work done ahead gives the items of the plain loop."""
 
+import subprocess
+import sys
+
 import pytest
 
+from conftest import REPOSITORY
 from pipelines.prefetch import read_ahead
 
 
@@ -35,3 +39,9 @@ def test_read_ahead_stops_and_closes_its_source_when_its_user_stops():
     assert next(ahead) == 0
     ahead.close()
     assert closed == [True]
+
+
+def test_read_ahead_that_is_in_use_when_python_ends_says_nothing():
+    script = "from pipelines.prefetch import read_ahead; ahead = read_ahead(iter(range(9)), 3); next(ahead)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr) == (0, "")

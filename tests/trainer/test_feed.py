@@ -1,6 +1,7 @@
 """This rank's images: how the global batch is divided, and how they are decoded."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -93,3 +94,32 @@ def test_the_card_is_tried_once_and_the_answer_remembered(digits, tmp_path, monk
     assert len(tried) == 4
     assert choose_decode(config, index, ONE) == {"decode": "roi"}
     assert choose_decode(parse([*TINY, "--data.decode", "full"]).data, index, world) == {"decode": "full"}
+
+
+def _import_only_from(folder, monkeypatch) -> None:
+    for name in {"nvidia", *(name for name in sys.modules if name.startswith("nvidia."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # What is there now is there again afterwards.
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(folder)])
+
+
+@pytest.mark.parametrize("version", ["2.2.0", "unknown"])
+def test_the_card_is_tried_whatever_the_name_of_the_package_of_dali(version, digits, tmp_path, monkeypatch):
+    packages = [] if version == "unknown" else [("nvidia_dali_cuda130", "Name: nvidia-dali-cuda130")]
+    for name, line in packages:
+        (tmp_path / f"{name}-2.2.0.dist-info").mkdir()
+        (tmp_path / f"{name}-2.2.0.dist-info" / "METADATA").write_text(f"{line}\nVersion: {version}\n")
+    (tmp_path / "nvidia" / "dali").mkdir(parents=True)
+    (tmp_path / "nvidia" / "dali" / "__init__.py").touch()
+    _import_only_from(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr("trainer.feed.probe_dataset", lambda *_: ("full", "regions crashed"))
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    chosen = choose_decode(parse(TINY).data, read_index(digits, "train"), world)
+    assert (chosen["decode"], chosen["dali"]) == ("full", version)
+
+
+def test_the_card_is_not_tried_without_dali(digits, tmp_path, monkeypatch):
+    _import_only_from(tmp_path, monkeypatch)
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    assert choose_decode(parse(TINY).data, read_index(digits, "train"), world) == {"decode": "roi"}

@@ -13,6 +13,7 @@ import torch
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import replacing
 from pipelines.plan.plan import BEFORE
+from trainer.cluster.memory import is_out_of_memory
 from trainer.models.checkpoint_format import (
     FORMAT_VERSION,
     DamagedError,
@@ -180,10 +181,10 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     try:
         check_moments(content["optimizer"], state.optimizer)
         check_statistics(content.get("rank_statistics", []), state.student)
-        state.student.load_state_dict(content["student"])
+        _load_weights(state.student, content["student"])
         if state.ema is not None:
-            state.ema.module.load_state_dict(ema)
-    except (FieldError, RuntimeError) as error:  # PyTorch's is about weights that are not the model's.
+            _load_weights(state.ema.module, ema)
+    except FieldError as error:
         reason = clipped(error, 200)
         raise UserError(f"{path}: of another model ({reason}). Start a new run with another --run.out") from error
     _load_optimizer(state.optimizer, content["optimizer"])
@@ -201,6 +202,17 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
         if versions.get(name, present) != present
     ]
     return changes(content["config"], state.config) + newer
+
+
+def _load_weights(model: torch.nn.Module, saved: dict) -> None:
+    """Load the weights; a FieldError says that they are not the model's."""
+    try:
+        model.load_state_dict(saved)
+    except RuntimeError as error:
+        # Errors of memory and of the GPU say nothing about the weights; PyTorch may quote them among those that do.
+        if is_out_of_memory(error) or type(error) is not RuntimeError or "an exception occurred" in str(error):
+            raise
+        raise FieldError(str(error)) from error
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -32,11 +32,10 @@ def model_inputs(normalize: Normalize, teachers: Teachers | None, batch: Batch) 
     if teachers is None:
         return ModelInputs(mixed_inputs(batch, [normalize])[0], [])
     members = [(teacher, teacher.image_size in (0, batch.images.shape[1])) for teacher in teachers.members]
-    wanted = [teacher.normalize if has_size else teachers.raw for teacher, has_size in members]
+    wanted = [teacher.normalize for teacher, has_size in members if has_size]
+    if len(wanted) < len(members):
+        wanted.append(teachers.raw)  # Integers up to 255, which every type holds exactly; last, for all other sizes.
     student, *seen = mixed_inputs(batch, [normalize, *wanted])
-    # Raw pixels are integers up to 255, which every type holds exactly.
-    own = [
-        images if has_size else teacher.inputs(images.permute(0, 2, 3, 1))
-        for (teacher, has_size), images in zip(members, seen, strict=True)
-    ]
-    return ModelInputs(student, own)
+    own = iter(seen)
+    inputs = [next(own) if has_size else teacher.inputs(seen[-1].permute(0, 2, 3, 1)) for teacher, has_size in members]
+    return ModelInputs(student, inputs)

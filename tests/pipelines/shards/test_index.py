@@ -2,13 +2,14 @@ import functools
 import json
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from pipelines.common.errors import UserError
 from pipelines.common.files import sha256_of
-from pipelines.shards.index import read_index
+from pipelines.shards.index import _read_samples, read_index, sample_dtype
 from pipelines.shards.manifest import manifest_bytes, read_manifest
 from pipelines.shards.reader import ShardReader
 from tools.lib.shards.summary import summarize
@@ -181,6 +182,20 @@ def test_a_pipe_in_place_of_the_index_is_named(copy):
     os.mkfifo(path)
     with pytest.raises(UserError, match=r"index.npy: not an index of 320"):
         read_index(copy, "train")
+
+
+def test_an_index_is_once_in_memory(tmp_path):
+    rows = np.ones(50_000, sample_dtype(20))
+    np.save(tmp_path / "index.npy", rows)
+    sha256 = sha256_of(tmp_path / "index.npy")
+    tracemalloc.start()
+    try:
+        samples = _read_samples(tmp_path / "index.npy", sha256, len(rows))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(samples, rows) and not samples.flags.writeable
+    assert peak < 1.5 * rows.nbytes
 
 
 def test_a_stale_index(copy):

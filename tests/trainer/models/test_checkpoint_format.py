@@ -268,6 +268,19 @@ def test_weights_and_moments_of_another_shape_are_refused(what, tmp_path):
         checkpoint.load(tmp_path / "step-00000002.pt", content, made(1, seed=5))
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), torch.AcceleratorError("CUDA error: misaligned")]
+)
+def test_an_error_of_the_gpu_is_not_taken_for_weights_of_another_model(error, tmp_path, monkeypatch):
+    def copy(*_):
+        raise error
+
+    content, state = saved(), made(1, seed=5)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with pytest.raises(RuntimeError, match=str(error)):
+        checkpoint.load(tmp_path / "step-00000002.pt", content, state)
+
+
 def test_all_that_a_run_writes_passes(tiny_run, tmp_path):
     for path in (tiny_run / "checkpoints").glob("*.pt"):
         assert (read if path.name == "best.pt" else read_state)(path)["format_version"] == 1

@@ -29,6 +29,7 @@ _DEEPEST = 100  # Containers may be nested this deep; checkpoints have about ten
 _OFTEN = 16
 # What torch.save names where it saves a dense tensor.
 _DENSE = ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state", "from_type_v2")
+_STANDARD: Any = pickle._Unpickler.dispatch  # Python's function for each opcode of a pickle.
 
 
 class ClaimError(ValueError):
@@ -170,13 +171,34 @@ class _Claims(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> object:
         """A storage as torch.save refers to it: ("storage", bytes of a value, key, device, number of values)."""
-        _, itemsize, key, _, count = pid
+        kind, itemsize, key, _, count = pid
+        # A product with text is as long as the count says, and tuples within tuples are endless in writing.
+        if kind != "storage" or not isinstance(key, str) or not type(itemsize) is type(count) is int:
+            raise ClaimError("refers to a record as torch.save never does")
         found = self._records.get(f"data/{key}", 0)
         if not 0 <= itemsize * count <= found:
             raise ClaimError(
                 f"its record '{clipped(key, 20)}' should hold {clipped(count)} values, and has {found:,} bytes"
             )
         return PlainData()
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        _STANDARD[pickle.SETITEM[0]](self)
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])
+        _STANDARD[pickle.SETITEMS[0]](self)
+
+    stack: list
+    dispatch: Any = {**_STANDARD, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+
+
+def _check_keys(keys: list) -> None:
+    """Raise a ClaimError about keys of a dictionary that are not plain: the hash of tuples within tuples is endless."""
+    for key in keys:
+        if not isinstance(key, (str, int, float, type(None))):
+            raise ClaimError(f"a key in it is a {type(key).__name__}: neither text nor a number")
 
 
 def _check_content(content: object, pickled: int, size: int) -> None:

@@ -164,6 +164,38 @@ def test_a_pickle_that_asks_for_more_bytes_than_the_file_has_is_refused_and_take
     assert isolated(command, mib=40).complaint() == ""
 
 
+def stored(item: bytes = b"ctorch\nFloatStorage\n", key: bytes = b"X\x01\0\0\x000", count: int = 1) -> bytes:
+    """The opcodes of a reference to a storage."""
+    text = b"(X\x07\0\0\0storage" + item + key + b"X\x03\0\0\0cpuJ" + count.to_bytes(4, "little")
+    return text + pickle.TUPLE + pickle.BINPERSID
+
+
+# A tuple that holds the last one twice, many times over: the memo gives it again.
+DOUBLED = pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.TUPLE2) * 40
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (stored(item=b"X\x01\0\0\0A", count=2 * 10**9), "refers to a record as torch.save never does"),
+        (stored(key=DOUBLED), "refers to a record as torch.save never does"),
+        (stored(item=DOUBLED), "refers to a record as torch.save never does"),
+        (b"}" + DOUBLED + b"K\x01s", "a key in it is a tuple: neither text nor a number"),
+        (b"}(K\x01K\x01" + DOUBLED + b"K\x01u", "a key in it is a tuple: neither text nor a number"),
+    ],
+    ids=["text as a type", "key of a record", "type", "key of a dictionary", "second key of a dictionary"],
+)
+def test_what_torch_never_saves_in_a_place_takes_neither_time_nor_memory(asked, reason, tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "w.pth")
+    _rewrite(tmp_path / "w.pth", lambda name, old: b"\x80\x02" + asked + b"." if name.endswith("data.pkl") else old)
+
+    def command() -> None:
+        with pytest.raises(UserError, match=f"w.pth: damaged, or no file of weights .*{reason}"):
+            read_file(tmp_path / "w.pth")
+
+    assert isolated(command, mib=40).complaint() == ""
+
+
 def test_a_file_without_a_checksum_is_loaded_as_torch_loads_it(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
