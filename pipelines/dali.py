@@ -189,7 +189,7 @@ class DaliPipeline(Pipeline):
           UserError: it was none of the images.
         """
         found, graph = False, None
-        for row in plan.split(1):
+        for row in dataclasses.replace(plan, capacity=0).split(1):
             sample = int(row.sample[0])
             known = self._reader.is_replaced(sample)
             # Each thread of the decoder takes its memory, so this graph has one alone.
@@ -205,7 +205,7 @@ class DaliPipeline(Pipeline):
         if not found:
             del graph  # Otherwise the error's traceback keeps it and its memory alive.
             raise UserError(
-                f"DALI failed on positions [{plan.position}, {plan.position + len(plan)}), not because of an image: "
+                f"DALI failed on the batch of {len(plan)} images at position {plan.position}, not because of an image: "
                 f"{error}. Look at the driver and at the memory that is left, or use "
                 f"{self._config.option('pipeline', 'torchvision')}"
             )

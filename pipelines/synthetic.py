@@ -22,10 +22,10 @@ class SyntheticPipeline(Pipeline):
         """The batch of each plan, in order."""
         images = torch.empty(0)
         for plan in plans:
-            shape = (len(plan), plan.image_size, plan.image_size, 3)
+            shape = (max(len(plan), plan.capacity), plan.image_size, plan.image_size, 3)
             if images.shape != shape:
                 images = torch.from_numpy(_noise(shape)).to(self._device)
-            yield self._maker.make(images, plan)
+            yield self._maker.make(images[: len(plan)], plan)
 
 
 def _noise(shape: tuple[int, ...]) -> np.ndarray:

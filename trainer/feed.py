@@ -70,13 +70,15 @@ class Feed(Iterator[Batch]):
         self.wait = InputWait(shown, world.device)
 
     def __next__(self) -> Batch:
-        step = self._next // self._per_update
-        self._heartbeat(f"step {step + 1}: input")
+        step, within = divmod(self._next, self._per_update)
+        if within == 0:  # Ranks may have different numbers of micro-batches, and must beat alike.
+            self._heartbeat(f"step {step + 1}: input")
         batch = next(self.wait)
         # A compiled model is compiled again when the image size changes, at the start of an epoch.
         epochs = (each // self._plan.steps_per_epoch for each in (max(step - 1, 0), step))
         before, now = map(self._plan.image_size_at, epochs)
-        self._heartbeat(f"step {step + 1}: update", COMPILE_PATIENCE_S if now != before else 0)
+        if within == 0:
+            self._heartbeat(f"step {step + 1}: update", COMPILE_PATIENCE_S if now != before else 0)
         self._next += 1
         return batch
 

@@ -1,7 +1,6 @@
 """The micro-batch: whether the configured one divides the global batch, and the largest that fits, found by trying."""
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import itertools
@@ -30,17 +29,18 @@ def resolve_micro_batch(config: Config, world: World) -> int:
         raise UserError(
             f"run.global_batch is {total}; it must be a multiple of augment.mix_group, {group}. Change one of them"
         )
-    division = Division(total, group, world.size)
-    if wanted in ("auto", 0):
-        return group if division.has_whole_groups else max(2, group - group % 2)
-    if int(wanted) % 2 and (int(wanted) % group or not division.has_whole_groups):
+    is_whole = Division(total, group, world.size).has_whole_groups
+    default = group if is_whole else max(2, group - group % 2)
+    micro_batch = default if wanted in ("auto", 0) else int(wanted)
+    if micro_batch % 2 and (micro_batch % group or not is_whole):
         raise UserError(f"run.micro_batch is {wanted}; give an even number, because images are mixed in pairs")
-    division = dataclasses.replace(division, micro_batch=int(wanted))
+    division = Division(total, group, world.size, micro_batch)
     if config.run.batch_norm == "sync" and len({len(division.sizes(rank)) for rank in range(world.size)}) > 1:
         raise UserError(
-            "run.micro_batch is 2, too small for run.batch_norm sync with this number of ranks. Give 4 or more"
+            f"run.micro_batch is {micro_batch}, too small for run.batch_norm sync with this number of ranks, which "
+            "would make different numbers of forward passes. Give 4 or more"
         )
-    return int(wanted)
+    return micro_batch
 
 
 def choose_micro_batch(

@@ -42,6 +42,10 @@ class UserError(ValueError):
         self.argument = argument
         self.help_with = help_with
 
+    def in_command(self) -> str:
+        """The message as a command prints it, with what another command can do about it."""
+        return f"{self}{_COMMANDS[self.help_with]}"
+
 
 # What commands print after an error with `help_with`. In a notebook there are no commands, so messages do not hold it.
 _COMMANDS = {
@@ -135,8 +139,7 @@ def exit_on_user_error() -> Iterator[None]:
         if not quiet:
             this = launched()
             rank = f"[rank {this.rank}] " if this.size > 1 else ""
-            is_users = isinstance(error, UserError)
-            message = f"{error}{_COMMANDS[error.help_with]}" if is_users else system_error_text(error)
+            message = error.in_command() if isinstance(error, UserError) else system_error_text(error)
             message = " ".join(message.split())
             if len(message) > _LONGEST_LINE:  # The beginning and the advice at the end remain.
                 message = f"{message[: _LONGEST_LINE // 2]} [...] {message[-_LONGEST_LINE // 2 :]}"

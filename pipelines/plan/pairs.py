@@ -21,9 +21,10 @@ class Division:
       mix_group: rows of a group.
       ranks: at most one for each pair. Their rows differ by at most one pair.
       micro_batch: the most rows that a rank processes at a time, an even number, or whole groups; None is all of them.
-        The micro-batches of a rank have at most two sizes, which differ by one pair.
+        The micro-batches of a rank have at most two sizes, which differ by one pair. With two rows a rank may have one
+        micro-batch more than another; otherwise all ranks have as many.
     Raises:
-      UserError: there are more ranks than pairs, or a micro-batch has less than a pair.
+      UserError: there are more ranks than pairs.
     """
 
     global_batch: int
@@ -39,8 +40,6 @@ class Division:
                 "for each rank",
                 argument="ranks",
             )
-        if self.micro_batch is not None and self.micro_batch < 2 and not self.has_whole_groups:
-            raise UserError(f"micro_batch is {self.micro_batch}; it holds at least one pair", argument="micro_batch")
 
     @property
     def has_whole_groups(self) -> bool:
@@ -58,7 +57,7 @@ class Division:
         bounds = _bounds(len(pairs), self.ranks)
         own = pairs[bounds[rank] : bounds[rank + 1]]
         largest = int(np.diff(bounds).max())
-        num = -(-largest // ((self.micro_batch or 2 * largest) // 2))
+        num = -(-largest // max((self.micro_batch or 2 * largest) // 2, 1))
         parts = _bounds(len(own), min(num, len(own)))
         return [_in_order(own[start:stop]) for start, stop in zip(parts[:-1], parts[1:], strict=True)]
 
@@ -91,8 +90,8 @@ class Division:
 
 
 def _bounds(count: int, parts: int) -> np.ndarray:
-    """Where each part begins, and the end: parts whose sizes differ by at most one."""
-    return count * np.arange(parts + 1) // parts
+    """Where each part begins, and the end: parts whose sizes differ by at most one, the larger ones first."""
+    return -(-count * np.arange(parts + 1) // parts)
 
 
 def _in_order(pairs: np.ndarray) -> np.ndarray:

@@ -116,6 +116,8 @@ def _fork(environment: dict, arguments: list[str], log: Path) -> int:
         return pid
 
     def rank() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # As trainer/run.py does where it is started as a program.
+            signal.signal(number, lambda *_: os._exit(REQUEUE))
         with open(log, "a") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)

@@ -206,8 +206,8 @@ SIXTEEN = "torchrun --nnodes 2 --nproc-per-node 8 trainer/run.py --config config
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        (f"{SIXTEEN} --run.global_batch 1536", UserError),  # 12 groups
-        (f"sbatch --nodes 3 {SBATCH} --config configs/usi.yaml", UserError),
+        (f"{SIXTEEN} --run.global_batch 1500", UserError),  # no whole groups
+        (f"sbatch --nodes 65 {SBATCH} --config configs/usi.yaml", UserError),
         ("... --schedule.epoch 100", UserError),
         ("... --config configs/none.yaml", UserError),
         (".venv/bin/python tools/doctor.py configs/usi.yaml --optim.lrr 1", UserError),

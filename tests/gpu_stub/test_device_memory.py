@@ -153,7 +153,7 @@ def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path
 
 
 def test_a_run_that_does_not_fit_is_refused_with_advice(like_dali, tmp_path):
-    with pytest.raises(UserError, match="not even one group of 16 images fits .* Lower augment.mix_group, run.eval_b"):
+    with pytest.raises(UserError, match="not even two images fit .* Lower run.eval_b"):
         built(tmp_path / "run", {**SETTINGS, "run.eval_batch": 8192})
 
 

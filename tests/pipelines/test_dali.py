@@ -15,9 +15,12 @@ from PIL import Image
 
 from chaos.attempts import mapped_bytes
 from pipelines.common.errors import UserError
+from pipelines.config import PipelineConfig
+from pipelines.dali import DaliPipeline
+from pipelines.executors import open_pipeline
 from pipelines.ops.pil_ops import augmented, decode
 from pipelines.plan.draws import AugmentConfig
-from pipelines.plan.plan import BatchPlan, EvalPlan
+from pipelines.plan.plan import BatchPlan, EvalPlan, TrainPlan
 from pipelines.shards.damage import decode_with_pil
 from pipelines.shards.index import ShardIndex, read_index
 from pipelines.shards.reader import ShardReader
@@ -35,6 +38,7 @@ from support.executors import (
     works_on_gpu,
 )
 from tools.lib.shards.build import BuildOptions, build
+from trainer.update.mixing import mix_pixels
 
 # DALI against PIL, for each photograph, after decoding and resizing, in levels of 255 (docs/design.md). PIL
 # rounds between the two passes of a resize; where 9 x 7 pixels are blown up that shows more.
@@ -276,5 +280,23 @@ def test_what_dali_fails_on_without_an_image_being_at_fault_ends_the_run(photos,
         yield
 
     monkeypatch.setattr(dali._Graph, "run", run)
-    with pytest.raises(UserError, match=r"DALI failed on positions \[0, 10\), not because of an image: out of memory"):
+    with pytest.raises(UserError, match="batch of 10 images at position 0, not because of an image: out of memory"):
         pixels("dali", photos, plans_of(train_plan(photos), 3))
+
+
+def test_batches_of_two_sizes_take_one_graph_and_have_the_pixels_of_whole_groups(photos, monkeypatch):
+    plan = TrainPlan(photos, AugmentConfig(mix_group=5, repeats=1), global_batch=10, image_size=32)
+    built, build = [], DaliPipeline._build
+    monkeypatch.setattr(
+        DaliPipeline, "_build", lambda self, shape, *more: built.append(shape) or build(self, shape, *more)
+    )
+    with open_pipeline(photos, PipelineConfig(pipeline="dali", threads=1), device="cpu") as pipeline:
+        (whole,) = pipeline.batches(plan.batches(0, 1))
+        expected = sorted(image.numpy().tobytes() for image in mix_pixels(whole))
+        built.clear()
+        found = []
+        for rank in range(2):
+            for batch in pipeline.batches(plan.batches(0, 1, rank=rank, ranks=2, micro_batch=4)):
+                found += [image.numpy().tobytes() for image in mix_pixels(batch)]
+    assert [shape.batch_size for shape in built] == [4, 2]  # One graph for each rank, of its larger batch.
+    assert sorted(found) == expected

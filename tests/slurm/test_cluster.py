@@ -79,6 +79,14 @@ def test_a_run_that_is_requeued_by_its_time_limit_and_by_scancel_ends_with_the_b
     assert len(checkpoints(checkpoints_folder(interrupted))) > 0
 
 
+def test_a_job_that_scancel_ends_does_not_come_back(cluster, digits, tmp_path):
+    job, log = train(cluster, digits, tmp_path / "run")
+    wait_until(lambda: steps_logged(tmp_path / "run") > 0, 300, "the first update")
+    cluster.call("scancel", job)
+    assert cluster.await_end(job, 120) == ["CANCELLED"]
+    assert REQUEUED not in log.read_text()
+
+
 def test_a_job_that_fails_is_not_requeued(cluster, tmp_path):
     job, log = train(cluster, tmp_path / "no dataset", tmp_path / "run")
     assert cluster.await_end(job, 120) == ["FAILED"]

@@ -279,9 +279,9 @@ def test_reals_own_list_goes_by_the_number_of_the_image(photos):
         ),
         (
             ["--data.crop_mode", "border", "--data.root", "DIGITS", "--student.checkpoint", "LAST"],
-            "not one of center, squash",
+            "Expected one of .*center.*squash",
         ),
-        (["--student.wieghts", "ema"], "unknown key '--student.wieghts'; did you mean '--student.weights'"),
+        (["--student.wieghts", "ema"], "unknown key 'student.wieghts'; did you mean 'student.weights'"),
         (["--run.json", "nowhere/there.json"], "run.json is nowhere/there.json: not a file in a folder"),
     ],
 )
@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_the_model_they_are_said_to_be_of(digits, tmp_pa
     given = ["--data.root", digits, "--student.checkpoint", tmp_path / "vit.pth"]
     with pytest.raises(UserError, match="vit.pth: does not say which model it is of. Name it .option name"):
         report(*given)
-    with pytest.raises(UserError, match="vit.pth: none of its weights has 1,000 outputs"):
+    with pytest.raises(UserError, match="vit.pth: .*none of its weights has 1,000 outputs"):
         report(*given, "--student.name", "test_resnet")
 
 

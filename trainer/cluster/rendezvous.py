@@ -51,7 +51,7 @@ def meet(rank: int, size: int, describe: Callable[[], dict], seconds: float) -> 
     try:
         mine["facts"] = {"WORLD_SIZE": size, **describe()}
     except UserError as error:
-        mine["error"] = " ".join(str(error).split())
+        mine["error"] = " ".join(error.in_command().split())
     deadline = time.monotonic() + seconds
     silent = (
         f"no answer at {_address()}: what listens there is no store of this run, or rank 0 hangs. Look at its message, "

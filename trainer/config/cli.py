@@ -136,7 +136,7 @@ def _reason(message: str, keys: list[str]) -> str:
     if unknown := _UNKNOWN.match(reason):
         key = ".".join(filter(None, unknown.groups()))
         alike = [known for known in keys if known.partition(".")[2] == key.rpartition(".")[2]]
-        nearest = alike or difflib.get_close_matches(key, keys, n=1)
+        nearest = alike or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
         hint = f"did you mean '{nearest[0]}'?" if nearest else "--help lists all keys"
         return f"unknown key '{clipped(key)}'; {hint}"
     for pattern, words in _OF_PYTHON:

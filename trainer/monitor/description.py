@@ -31,7 +31,8 @@ def opening_lines(
     lines = [
         f"{config.student.name} {teacher}: {len(index):,} images of {index.num_classes} classes, "
         f"{config.schedule.total_epochs} epochs of {plan.steps_per_epoch} steps of {config.run.global_batch} on "
-        f"{world.size} x {world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline"
+        f"{world.size} x {world.device.type}, {str(precision).removeprefix('torch.')}, {pipeline} pipeline, "
+        f"into {config.run.out}"
     ]
     if state.step:
         lines.append(f"resuming after step {state.step}")

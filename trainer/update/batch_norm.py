@@ -18,7 +18,7 @@ class StatisticsAverage:
 
     Args:
       model: the unwrapped model.
-      sizes: images of each micro-batch of an update, on this rank.
+      sizes: images that BatchNorm sees in each micro-batch of an update.
       rank_weight: this rank's images, as a multiple of the mean over the ranks.
       mode: run.batch_norm; only with reduce, the default, the ranks take the mean over all of them.
     """

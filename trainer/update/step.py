@@ -92,7 +92,11 @@ class TrainStep:
         # DDP averages over the ranks, as if each had as many images. A micro-batch's loss is weighted by its images.
         self._images_per_rank = config.run.global_batch / world.size
         rank_weight = sum(self._sizes) / self._images_per_rank
-        self._statistics = StatisticsAverage(state.student, self._sizes, rank_weight, config.run.batch_norm, world)
+        sizes = self._sizes
+        if config.run.batch_norm == "sync":  # Its layers see the images of all ranks.
+            of_ranks = (self.division.sizes(rank) for rank in range(world.size))
+            sizes = [sum(each) for each in zip(*of_ranks, strict=True)]
+        self._statistics = StatisticsAverage(state.student, sizes, rank_weight, config.run.batch_norm, world)
         self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
 
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:

@@ -116,5 +116,3 @@ def test_whole_groups_stay_in_order():
 def test_a_rank_without_a_pair_is_refused():
     with pytest.raises(UserError, match="ranks is 9; a global batch of 16 rows has 8 pairs"):
         next(plan_of(16, 8).batches(0, 1, ranks=9))
-    with pytest.raises(UserError, match="micro_batch is 1; it holds at least one pair"):
-        next(plan_of(16, 8).batches(0, 1, ranks=1, micro_batch=1))

@@ -124,7 +124,7 @@ def test_a_read_only_folder_is_indexed_elsewhere_as_the_message_says(tmp_path, m
 @pytest.mark.parametrize(
     ("number", "helps"),
     [
-        *((errno.ENOSPC, "Make room there"), (errno.EIO, "Look at the disk"), (errno.EROFS, "name another place")),
+        *((errno.ENOSPC, "Make room there"), (errno.EIO, "Look at the disk"), (errno.EROFS, "Name another place")),
         (errno.EFBIG, "raise the limit ('ulimit -f')"),
     ],
 )

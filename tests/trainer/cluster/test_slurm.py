@@ -41,6 +41,8 @@ with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps(["scontrol", *sys.argv[1:]]) + "\\n")
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("localhost\\nsecond")
+if sys.argv[1:3] == ["show", "job"]:
+    print("JobId=1 JobName=usi\\n   JobState=" + os.environ.get("STATE", "RUNNING") + " Reason=None")
 """
 
 
@@ -143,6 +145,15 @@ def test_a_signal_that_came_before_python_could_catch_it_queues_the_job_again(sl
     done, calls = slurm(f"rank.py {code}", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1")
     assert done.returncode == 0 and f"stopped by a signal (exit code {code})" in done.stdout
     assert len([call for call in calls if call[:2] == ["scontrol", "requeue"]]) == 1
+
+
+@pytest.mark.parametrize("code", [75, 143])
+def test_a_job_that_scancel_ends_is_not_queued_again(slurm, code):
+    program = f"rank.py {code}"
+    environment = {"SIGNAL": "1"} if code == 75 else {}
+    done, calls = slurm(program, STATE="COMPLETING", SLURM_NTASKS="1", SLURM_NTASKS_PER_NODE="1", **environment)
+    assert done.returncode == code
+    assert not [call for call in calls if call[:2] == ["scontrol", "requeue"]]
 
 
 @pytest.mark.parametrize("code", [0, 1])

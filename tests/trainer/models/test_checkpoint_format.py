@@ -79,7 +79,6 @@ def test_a_field_without_which_no_run_can_go_on_is_named_and_the_others_may_be_a
         ("optim.lr", True),
         ("teacher.name", 7),
         ("teacher.others", [{"checkpoint": "w.pth"}]),
-        ("teacher.others", [{"name": None}]),
         ("teacher.others", [{"name": "resnet50", "checkpoint": 7}]),
         ("student.kwargs", [2]),
         ("student.checkpoint", 7),

@@ -235,7 +235,7 @@ def test_names_that_are_not_one_for_each_output_are_refused(model, tmp_path, nam
 def test_arguments_that_are_decided_elsewhere_are_refused_in_the_settings(name):
     for settings in (StudentConfig, TeacherConfig, EvalStudentConfig):
         with pytest.raises(
-            UserError, match=rf"(student|teacher).kwargs.{name}: decided by the dataset and .* Leave it out"
+            UserError, match=rf"(student|teacher).kwargs.{name}: decided by the dataset, .* Leave it out"
         ):
             settings(name=NAME, kwargs={"depth": 2, name: str(RESERVED[name])})
         settings(name=NAME, kwargs={"depth": 2})

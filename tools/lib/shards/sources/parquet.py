@@ -271,4 +271,11 @@ def _rows(path: Path, options: SourceOptions) -> Iterator[tuple[bytes, int | str
     with _naming_damage(path):
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=64, columns=columns):
             for image, label in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-                yield (image["bytes"] if isinstance(image, dict) else image) or b"", label
+                if isinstance(image, dict):
+                    if image["bytes"] is None and image.get("path"):
+                        raise UserError(
+                            f"{path}: names the file {clipped(image['path'])} and does not hold its bytes. Put them "
+                            "into the parquet file, or convert the folder of images"
+                        )
+                    image = image["bytes"]
+                yield image or b"", label
