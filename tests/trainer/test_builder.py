@@ -126,7 +126,7 @@ def test_a_model_of_one_size_is_refused_where_sizes_change_unless_it_takes_any(d
     vit = {"model_name": "vit_tiny_patch16_224", "depth": 1}
     sizes = ["--data.image_size", "[[0,16],[1,32]]", "--run.stop_after_steps", 6]
     student = [*sizes, "--student.name", vit["model_name"], "--student.kwargs.depth", 1]
-    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* take any size with --student.kwargs.dynamic"
+    fixed = "'vit_tiny_patch16_224' cannot take images of 16 px .* take any size with dynamic_img_size"
     with pytest.raises(UserError, match=fixed):
         train_here(digits, tmp_path / "run", *student)
     weights = tmp_path / "teacher.pth"
