@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slurm
 
 SCRIPT = REPOSITORY / "tools" / "slurm" / "train.sbatch"
 PYTHON = sys.executable
-# Longer than three time limits of a minute: SLURM looks for jobs whose time is up only every 30 seconds.
-EPOCHS = 500
+# Longer than two time limits: SLURM looks for jobs whose time is up only every 30 seconds.
+EPOCHS = 350
 REQUEUED = "goes back into the queue"
 
 
@@ -59,8 +59,8 @@ def test_a_run_that_is_requeued_by_its_time_limit_and_by_scancel_ends_with_the_b
     cluster, digits, tmp_path
 ):
     interrupted, undisturbed = tmp_path / "interrupted", tmp_path / "undisturbed"
-    # SIGUSR1 comes 50 seconds before the minute is over, or up to 30 seconds later.
-    job, log = train(cluster, digits, interrupted, "--time=1", "--signal=USR1@50")
+    # SIGUSR1 comes 50 seconds after the start, or up to 30 seconds later: time enough to start and make updates.
+    job, log = train(cluster, digits, interrupted, "--time=2", "--signal=USR1@70")
     wait_until(lambda: log.exists() and log.read_text().count(REQUEUED) >= 2, 600, "two requeues")
     steps = steps_logged(interrupted)
     wait_until(lambda: steps_logged(interrupted) > steps, 300, "the third start")
