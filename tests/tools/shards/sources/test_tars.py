@@ -187,3 +187,12 @@ def test_a_tar_inside_a_tar_is_read_to_its_end_too(tmp_path):
             member = next(tar_files(path, file))
             inside = tar_files(path / member.name, file, member.offset_data, member.size)
             assert message in refused(list, inside)
+
+
+@pytest.mark.parametrize("kept", [0, 6])
+def test_a_small_tar_whose_rest_is_zeros_is_named(tmp_path, kept):
+    """More zeros than a writer fills a record with, though less than a megabyte."""
+    content = tar_of({f"{number}.jpg": bytes([number]) * 4000 for number in range(12)})
+    cut = kept * 9 * 512  # A member has a header and eight blocks.
+    path = put(tmp_path / "a.tar", content[:cut] + bytes(len(content) - cut))
+    assert f"zeros at byte {cut}, and {len(content) - cut:,} bytes" in refused(listed, path)

@@ -14,7 +14,9 @@ from tools.lib.shards.sources.contents import printable
 BLOCK = 512
 Parts = dict[str, tuple[int, int]]  # The parts of a sample in a tar: extension -> (offset, bytes) of the content.
 # A writer ends an archive with two blocks of zeros, and fills the file up to a multiple of its record with more.
-_END, _LARGEST_RECORD = 2 * BLOCK, 1 << 20
+_END = 2 * BLOCK
+# The record has 20 blocks unless the person chose another size; these are the ones that people choose.
+_RECORD, _LARGER_RECORDS = 20 * BLOCK, tuple(blocks * BLOCK for blocks in (64, 128, 256, 512, 1024, 2048))
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # The headers before one member, with names and remarks, are far shorter in any usual archive.
 _VOLUME_LABEL = b"V"  # `tar --label` writes it.
@@ -49,7 +51,7 @@ def tar_files(path: Path, file: BinaryIO, start: int = 0, size: int | None = Non
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). Look at that file or disk") from error
     except Exception as error:  # tarfile raises errors of nearly any type about damaged headers.
         raise UserError(f"{path}: {_why_no_tar(file, start, error)}") from error
-    if damage := _damage_at_end(file, end, stop):
+    if damage := _damage_at_end(file, start, end, stop):
         raise UserError(f"{path}: {damage}. Restore it, or pack it again")
     if others:
         help_ = "Pack the tar again with the files themselves: tar -h --hard-dereference"
@@ -87,13 +89,15 @@ def _why_no_tar(file: BinaryIO, start: int, error: Exception) -> str:
     return instead_of_content(head) or (damaged if head else "an empty file. Restore it")
 
 
-def _damage_at_end(file: BinaryIO, end: int, stop: int) -> str:
+def _damage_at_end(file: BinaryIO, start: int, end: int, stop: int) -> str:
     """Say what is wrong unless zeros alone follow the last member, and no more than a writer fills a file with."""
     file.seek(end)
     found = file.read(min(BLOCK, max(0, stop - end)))
     if found != bytes(BLOCK):
         return f"damaged or cut off at byte {end}, where its end or a header is expected"
-    if stop - end > _END + _LARGEST_RECORD or first_not_zero(file, end + BLOCK, stop) is not None:
+    usual, *larger = (-(-(end - start + _END) // record) * record for record in (_RECORD, *_LARGER_RECORDS))
+    is_filled = stop - start <= usual or stop - start in larger
+    if not is_filled or first_not_zero(file, end + BLOCK, stop) is not None:
         return f"damaged, or several tars joined: zeros at byte {end}, and {stop - end:,} bytes from there to its end"
     return ""
 
