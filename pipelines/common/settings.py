@@ -20,6 +20,7 @@ from pipelines.common.errors import UserError, clipped
 
 _MOST = 2**31 - 1  # Numbers end up in NumPy's and C's types, and more seconds overflow somewhere.
 _KEY = "setting"
+_NOT_LACKING = object()  # Every plan has had the field.
 OnResume = Literal["refused", "reported", "ignored"]
 
 
@@ -35,6 +36,7 @@ class Setting:
       on_resume: what happens where a value differs from the checkpoint's: the checkpoint is "refused", because the
         setting decides what the plan is; the change is "reported"; or it is "ignored". None stands for the section's.
       plan_field: the plan's name of what the setting decides, "" for SECTION.NAME or where nothing is refused.
+      in_old_plans: the value that plans had before the field existed; their files lack it.
     """
 
     at_least: float = -_MOST
@@ -46,6 +48,7 @@ class Setting:
     per_machine: bool = False
     on_resume: OnResume | None = None
     plan_field: str = ""
+    in_old_plans: object = _NOT_LACKING
 
     def complaint(self, value: object) -> str:
         """Return the end of a sentence that says what is wrong with a number or text; "" if it is allowed."""
@@ -76,6 +79,12 @@ def natures(kind: Any) -> dict[str, Setting]:
         plan_field = (nature.plan_field or f"{kind.key}.{field.name}") if on_resume == "refused" else ""
         found[field.name] = dataclasses.replace(nature, on_resume=on_resume, plan_field=plan_field)
     return found
+
+
+def values_in_old_plans(kind: Any) -> dict[str, object]:
+    """The fields of a dataclass that files of old plans lack, and the values that these plans had."""
+    values = {field.name: field.metadata.get(_KEY, Setting()).in_old_plans for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not _NOT_LACKING}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,9 +61,9 @@ class AugmentConfig(Section):
     randaugment_prob: float = setting(0.5, at_least=0, at_most=1)
     randaugment_magnitude: float = setting(7.0, at_least=0, at_most=MAX_MAGNITUDE)
     randaugment_std: float = setting(0.5, at_least=0)
-    three_augment: bool = False
-    color_jitter: float = setting(0.0, at_least=0)
-    erase_prob: float = setting(0.0, at_least=0, at_most=1)
+    three_augment: bool = setting(False, in_old_plans=False)
+    color_jitter: float = setting(0.0, at_least=0, in_old_plans=0.0)
+    erase_prob: float = setting(0.0, at_least=0, at_most=1, in_old_plans=0.0)
     mixup_alpha: float = setting(0.8, at_least=0, at_most=1000)
     cutmix_alpha: float = setting(1.0, at_least=0, at_most=1000)
     mix_prob: float = setting(1.0, at_least=0, at_most=1)

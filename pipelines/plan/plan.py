@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pipelines.common.errors import UserError
+from pipelines.common.settings import setting, values_in_old_plans
 from pipelines.plan import draws, order, rng
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.draws import AugmentConfig
@@ -79,7 +80,7 @@ class TrainPlan:
     global_batch: int = 1024
     image_size: int | SizeSchedule = 224
     fill: tuple[int, int, int] = IMAGENET_MEAN_RGB
-    window_shards: int = 0
+    window_shards: int = setting(0, in_old_plans=0)
 
     def __post_init__(self):
         size_schedule(self.image_size)
@@ -269,8 +270,11 @@ class TrainPlan:
         return order.shard_starts(self.index)
 
 
-# What plans did before these fields of TrainPlan.describe() existed; their files lack them.
-BEFORE = {"window_shards": 0, "augment.three_augment": False, "augment.color_jitter": 0.0, "augment.erase_prob": 0.0}
+# The values of fields of TrainPlan.describe() that files of this version's first plans lack.
+BEFORE = {
+    **values_in_old_plans(TrainPlan),
+    **{f"augment.{name}": value for name, value in values_in_old_plans(AugmentConfig).items()},
+}
 
 
 @dataclasses.dataclass(frozen=True)
