@@ -13,7 +13,6 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores
 from pipelines.dali_probe import probe_dataset
-from pipelines.plan.pairs import Division
 from pipelines.plan.plan import BatchPlan, TrainPlan
 from pipelines.shards.index import ShardIndex, synthetic_index
 from trainer.cluster.world import World
@@ -39,7 +38,7 @@ def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batc
 class Feed(Iterator[Batch]):
     """This rank's batches of the updates [start, stop); close it to stop early.
 
-    Each batch is reported to the watchdog, and the time that the device waits for it is measured.
+    Each update is reported to the watchdog, and the time that the device waits for it is measured.
 
     Attributes:
       wait: measures the waits.
@@ -62,8 +61,7 @@ class Feed(Iterator[Batch]):
     ):
         self._plan = plan
         self._heartbeat = world.heartbeat
-        division = Division(plan.global_batch, plan.augment.mix_group, world.size, micro_batch)
-        self._per_update = len(division.sizes(world.rank))
+        self._per_update = len(plan.division(world.size, micro_batch).sizes(world.rank))
         self._next = start * self._per_update  # The number of the next batch since the run began.
         self._batches = batches_of(pipeline, rank_plans(plan, start, stop, world, micro_batch))
         shown = self._batches if preview is None else keep_samples(self._batches, preview)
@@ -71,15 +69,15 @@ class Feed(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         step, within = divmod(self._next, self._per_update)
-        if within == 0:  # Ranks may have different numbers of micro-batches, and must beat alike.
-            self._heartbeat(f"step {step + 1}: input")
+        self._next += 1
+        if within > 0:  # An update is reported once, because ranks may have different numbers of micro-batches.
+            return next(self.wait)
+        self._heartbeat(f"step {step + 1}: input")
         batch = next(self.wait)
         # A compiled model is compiled again when the image size changes, at the start of an epoch.
         epochs = (each // self._plan.steps_per_epoch for each in (max(step - 1, 0), step))
         before, now = map(self._plan.image_size_at, epochs)
-        if within == 0:
-            self._heartbeat(f"step {step + 1}: update", COMPILE_PATIENCE_S if now != before else 0)
-        self._next += 1
+        self._heartbeat(f"step {step + 1}: update", COMPILE_PATIENCE_S if now != before else 0)
         return batch
 
     def close(self) -> None:

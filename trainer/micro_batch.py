@@ -68,7 +68,7 @@ def choose_micro_batch(
     if world.device.type != "cuda":
         state.micro_batch = resolve_micro_batch(config, world)
         return f"run.micro_batch auto: {state.micro_batch}, one group, on a CPU"
-    rank_batch = max(Division(config.run.global_batch, config.augment.mix_group, world.size).all_sizes)
+    rank_batch = max(plan.division(world.size).all_sizes)
 
     def fits(micro_batch: int) -> bool:
         # One rank may fail alone, so the ranks must not communicate.

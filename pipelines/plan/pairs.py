@@ -45,14 +45,19 @@ class Division:
     def has_whole_groups(self) -> bool:
         """True if every micro-batch is made of whole groups, and all have one size. Their rows are then in order."""
         rows, rest = divmod(self.global_batch, self.ranks)
-        micro_batch = min(self.micro_batch or rows, rows)
-        return not (rest or rows % self.mix_group or micro_batch % self.mix_group or rows % micro_batch)
+        return not (rest or rows % self.mix_group or self._limit % self.mix_group or rows % self._limit)
+
+    @property
+    def _limit(self) -> int:
+        """The most rows of a micro-batch: `micro_batch`, but no more than a rank has."""
+        rows = -(-self.global_batch // self.ranks)
+        return min(self.micro_batch or rows, rows)
 
     def rows(self, rank: int) -> list[np.ndarray]:
         """The rows of the global batch in each micro-batch of a rank: int64 [B] each, in the order of mixing."""
         if self.has_whole_groups:
-            num = self.global_batch // self.ranks
-            return np.split(np.arange(rank * num, rank * num + num), num // min(self.micro_batch or num, num))
+            rows = np.arange(self.global_batch).reshape(self.ranks, -1, self._limit)
+            return list(rows[rank])
         pairs = self._pairs()
         bounds = _bounds(len(pairs), self.ranks)
         own = pairs[bounds[rank] : bounds[rank + 1]]

@@ -191,9 +191,9 @@ class TrainPlan:
         Raises:
           UserError: there are more ranks than pairs of rows.
         """
-        division = Division(self.global_batch, self.augment.mix_group, ranks, micro_batch)
+        division = self.division(ranks, micro_batch)
+        micro_batches, unmixed = division.rows(rank), division.unmixed()
         if not division.has_whole_groups:
-            micro_batches, unmixed = division.rows(rank), division.unmixed()
             for step in range(start_step, stop_step):
                 yield from self._paired(step * self.global_batch, micro_batches, unmixed)
             return
@@ -205,8 +205,12 @@ class TrainPlan:
             end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
             num_steps = min(together, end_of_epoch - step, stop_step - step)
             first = step * self.global_batch + rank * rows
-            yield from self.rows(first, first + num_steps * rows).split(min(micro_batch or rows, rows))
+            yield from self.rows(first, first + num_steps * rows).split(len(micro_batches[0]))
             step += num_steps
+
+    def division(self, ranks: int, micro_batch: int | None = None) -> Division:
+        """How ranks and micro-batches divide the global batch. Raises a UserError as Division."""
+        return Division(self.global_batch, self.augment.mix_group, ranks, micro_batch)
 
     def _paired(self, start: int, micro_batches: list[np.ndarray], unmixed: np.ndarray) -> Iterator[BatchPlan]:
         """The rows of micro-batches in the global batch at position `start`, each of which is mixed as one group."""

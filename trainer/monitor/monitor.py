@@ -125,9 +125,10 @@ class Monitor:
         mine: list[tuple[int, list[str]]] = []  # This rank's first bad update, and the samples with bad logits in it.
         for step, update in enumerate(self._updates, start=stop - len(self._updates)):
             if update.bad.any() or not update.loss.isfinite():
-                part = {"rank": world.rank, "ranks": world.size, "micro_batch": self._state.micro_batch}
-                samples = np.concatenate([batch.sample for batch in plan.batches(step, step + 1, **part)])
-                samples = samples[update.bad.cpu().numpy()]
+                batches = plan.batches(
+                    step, step + 1, rank=world.rank, ranks=world.size, micro_batch=self._state.micro_batch
+                )
+                samples = np.concatenate([batch.sample for batch in batches])[update.bad.cpu().numpy()]
                 mine = [(step, [plan.index.name(int(sample)) for sample in samples])]
                 break
         found = world.all_gather(mine)
