@@ -62,8 +62,7 @@ def parse_settings(
         or malformed file.
       SystemExit: --help.
     """
-    fields: Any = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]  (T is a dataclass.)
-    sections: dict[str, Any] = {field.name: field.default_factory for field in fields}
+    sections = sections_of(kind)
     parser = _parser(kind, prog, description, tuple((flags or {}).items()))
     files: dict[str, str] = {}
     try:
@@ -77,6 +76,11 @@ def parse_settings(
         raise UserError(f"{file}{reason}") from error
     finally:
         vars(parser).pop("print_config", None)  # An error leaves it set, and the parser is used again.
+
+
+def sections_of(kind: Any) -> dict[str, Any]:
+    """The dataclass of each section by its name."""
+    return {field.name: field.default_factory for field in dataclasses.fields(kind)}
 
 
 @functools.cache

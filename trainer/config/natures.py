@@ -1,15 +1,15 @@
 """What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Setting)."""
 
-import dataclasses
 from typing import Any
 
 from pipelines.common.settings import Setting, natures
+from trainer.config.cli import sections_of
 from trainer.config.sections import Config, OtherTeacher, to_dict
 
 
 def section_types() -> dict[str, Any]:
-    """The dataclass of each section by its name."""
-    return {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    """The dataclass of each section of a run's configuration by its name."""
+    return sections_of(Config)
 
 
 def setting_natures() -> dict[str, Setting]:

@@ -1,8 +1,9 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
-from collections.abc import Iterable
+from typing import Any
 
 from docstring_parser import parse as parse_docstring
+from typing_extensions import TypedDict
 
 from trainer.config.natures import flat, section_types, setting_natures
 from trainer.config.paper import paper_arguments
@@ -13,17 +14,25 @@ _BATCH_NORM = """on purpose, run.batch_norm is reduce:
 expectation and less variance, and does not depend on their number"""
 
 
-def audit(config: Config) -> list[dict]:
+class AuditRow(TypedDict):
+    """A setting that differs: `key` is SECTION.NAME, `usi` its value in the recipe, `here` the one in use."""
+
+    key: str
+    usi: Any
+    here: Any
+    meaning: str
+
+
+def audit(config: Config) -> list[AuditRow]:
     """The settings that differ from USI, in the order of the configuration.
 
     Returns:
-      for each {"key": "section.name", "usi": its value in the recipe, "here": the one in use, "meaning": what the
-      setting is}; [] for the recipe itself, which is what all defaults are (docs/recipe.md).
+      [] for the recipe itself, which is what all defaults are (docs/recipe.md).
     """
     usi, natures = flat(Config()), setting_natures()
     # What the authors have and the defaults have not; the paper's model may need arguments in the installed timm.
     authors = {"student.kwargs": paper_arguments(config.student.name), "run.batch_norm": "broadcast"}
-    rows = []
+    rows: list[AuditRow] = []
     for key, here in flat(config).items():
         if natures[key].recipe and here not in (usi[key], authors.get(key, usi[key])):
             section, name = key.split(".")
@@ -37,11 +46,6 @@ def _meaning(section: type, name: str) -> str:
     """What the documentation of a section, or of the dataclass that it extends, says of a setting."""
     params = [param for kind in section.__mro__ for param in parse_docstring(kind.__doc__ or "").params]
     return next(" ".join((param.description or "").split()) for param in params if param.arg_name == name)
-
-
-def are_audit_rows(rows: Iterable[object]) -> bool:
-    """Return whether every row has the keys that `audit` writes."""
-    return all(isinstance(row, dict) and {"key", "usi", "here", "meaning"} <= row.keys() for row in rows)
 
 
 def audit_table(config: Config) -> str:

@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.settings import fits, misfit
 from trainer.config.natures import section_types
+from trainer.config.recipe import AuditRow
 from trainer.models.batch_norm import running_statistics
 from trainer.models.files.torch_files import memory_for
 
@@ -71,13 +72,6 @@ _Weights = Annotated[dict[str, torch.Tensor], _are_named]
 _Empty = Annotated[dict, lambda value: not value]
 
 
-class _AuditRow(TypedDict):
-    key: str
-    usi: Any
-    here: Any
-    meaning: str
-
-
 class _Best(TypedDict):
     step: _Count
     weights: _Kind
@@ -121,7 +115,7 @@ class Content(TypedDict, total=False):
     step: _Count
     config: Annotated[dict[str, dict], is_plain]
     plan: Annotated[dict[str, Any], is_plain]
-    audit: list[_AuditRow] | None
+    audit: list[AuditRow] | None
     classes: list[str] | None
     software: dict[str, str] | None
     evaluated: _Count

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from pipelines.common.files import parsed_json, split_json_lines, write_synced
-from trainer.config.recipe import are_audit_rows
+from pipelines.common.files import read_json, split_json_lines, write_synced
+from pipelines.common.settings import fits
+from trainer.config.recipe import AuditRow
 from trainer.state.train_state import Best
 
 METRICS = "metrics.jsonl"
@@ -58,7 +59,7 @@ class Summary(TypedDict):
     student: str
     teacher: str | None
     dataset: str
-    deviations: list[dict]
+    deviations: list[AuditRow]
     quarantined: int
     evaluation: Evaluation
     best: Best
@@ -136,14 +137,12 @@ def is_quarantine_line(line: object) -> bool:
 
 def read_summary(path: Path) -> dict:
     """The summary of a session as Summary; {} without one."""
-    summary = parsed_json(path.read_bytes()) if path.is_file() else None
+    summary = read_json(path)
     if (
-        isinstance(summary, dict)
-        and isinstance(summary.get("finished"), bool)
+        isinstance(summary.get("finished"), bool)
         and isinstance(summary.get("session"), dict)
         and all(_is_count(summary.get(name)) for name in ("step", "total_steps"))
-        and isinstance(summary.get("deviations"), list)
-        and are_audit_rows(summary["deviations"])
+        and fits(summary.get("deviations"), list[AuditRow])
     ):
         return summary
     return {}

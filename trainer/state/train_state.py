@@ -6,6 +6,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from trainer.config.recipe import AuditRow
 from trainer.models.batch_norm import running_statistics
 from trainer.models.ema import ModelEma
 
@@ -42,7 +43,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     plan: dict
     config: dict
-    audit: list[dict]
+    audit: list[AuditRow]
     classes: list[str] | None
     micro_batch: int = 0
     step: int = 0

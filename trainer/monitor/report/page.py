@@ -18,7 +18,7 @@ import numpy as np
 from pipelines.common.errors import UserError, clipped, with_escaped_bytes, write_error_line
 from pipelines.common.files import split_json_lines, write_synced
 from trainer.config.cli import read_yaml
-from trainer.config.recipe import audit
+from trainer.config.recipe import AuditRow, audit
 from trainer.config.sections import parse
 from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.report.charts import CHARTS, Chart, Curve, draw
@@ -62,7 +62,7 @@ class RunRecord:
         return next((line["steps_per_epoch"] for line in self.of("session") if line.get("steps_per_epoch")), None)
 
     @functools.cached_property
-    def deviations(self) -> list[dict] | None:
+    def deviations(self) -> list[AuditRow] | None:
         """The settings that differ from the recipe, as from `audit`; None where this version cannot read them."""
         if self.summary:
             return self.summary["deviations"]
