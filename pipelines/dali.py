@@ -138,7 +138,7 @@ class DaliPipeline(Pipeline):
 
     @staticmethod
     def _inputs(plan: BatchPlan, encoded: list[np.ndarray]) -> tuple:
-        """What the graph takes of a plan and its images, in the order of its external source."""
+        """Return what the graph takes of a plan and its images, in the order of its external source."""
         return (
             encoded,
             np.ascontiguousarray(plan.crop[:, :2]),

@@ -189,7 +189,7 @@ def check_ranks_agree(world: World, mine: dict[str, object]) -> None:
     """Raise a UserError, on every rank, if ranks are about to evaluate different things. Every rank must call it.
 
     Args:
-      mine: what must be the same on all ranks, by its name in the message.
+      mine: this rank's values, which all ranks must share, by their names in the message.
     """
     of_ranks = world.all_gather([mine])
     for name in mine:

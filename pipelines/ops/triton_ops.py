@@ -31,7 +31,7 @@ def launch(kernel, images: torch.Tensor, out: torch.Tensor, *tensors: torch.Tens
 
     Args:
       images, out: uint8 [B, S, S, 3], contiguous, not the same memory.
-      tensors: what the kernel takes besides, contiguous. The first one has an entry for each image that is written.
+      tensors: the kernel's other tensors, contiguous. The first one has an entry for each image that is written.
     """
     size = images.shape[1]
     blocks = triton.cdiv(size * size, _PIXELS_PER_PROGRAM)

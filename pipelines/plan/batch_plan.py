@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """What an executor carries out for B positions.
+    """The rows of B positions, with all that an executor needs to carry them out.
 
     The order of the stages: decode, cut out `crop`, resize it to `resize`, cut out the square window of side
     `image_size` at `window`, flip, the operations from left to right, fill the box `erase`. Mixing follows in the

@@ -67,7 +67,7 @@ class Division:
         return [_in_order(own[start:stop]) for start, stop in zip(parts[:-1], parts[1:], strict=True)]
 
     def sizes(self, rank: int) -> list[int]:
-        """How many rows each micro-batch of a rank has."""
+        """Return the number of rows in each micro-batch of a rank."""
         return [len(rows) for rows in self.rows(rank)]
 
     @property
@@ -95,7 +95,7 @@ class Division:
 
 
 def _bounds(count: int, parts: int) -> np.ndarray:
-    """Where each part begins, and the end: parts whose sizes differ by at most one, the larger ones first."""
+    """Return where each part begins, and the end. Sizes differ by at most one; the larger parts come first."""
     return -(-count * np.arange(parts + 1) // parts)
 
 

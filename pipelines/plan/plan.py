@@ -209,7 +209,7 @@ class TrainPlan:
             step += num_steps
 
     def division(self, ranks: int, micro_batch: int | None = None) -> Division:
-        """How ranks and micro-batches divide the global batch. Raises a UserError as Division."""
+        """Divide the global batch among ranks and micro-batches. Raises a UserError as Division."""
         return Division(self.global_batch, self.augment.mix_group, ranks, micro_batch)
 
     def _paired(self, start: int, micro_batches: list[np.ndarray], unmixed: np.ndarray) -> Iterator[BatchPlan]:

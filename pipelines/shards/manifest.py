@@ -29,7 +29,7 @@ AUDIT = "audit.jsonl"
 CLASS_ORDERS = ("text", "numeric")  # how names of classes can be sorted
 _MAX_MANIFEST = 1 << 28  # bytes; that of ImageNet has 0.2 MB
 
-# What follows are the parts of a manifest that are read, and a file is checked against these types. Keys that are not
+# These types are the parts of a manifest that are read, and a file is checked against them. Keys that are not
 # required may be missing, because older versions did not write them.
 
 

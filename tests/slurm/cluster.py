@@ -77,7 +77,7 @@ class Cluster:
         }
 
     def call(self, *command: object) -> str:
-        """What a command of SLURM prints. Raises CalledProcessError."""
+        """Call a command of SLURM. Returns what it prints; raises an AssertionError if it fails."""
         done = subprocess.run(
             [str(part) for part in command],
             env=self.environment,

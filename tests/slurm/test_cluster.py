@@ -50,7 +50,7 @@ def train(cluster: Cluster, digits: Path, out: Path, *options: str) -> tuple[int
 
 
 def steps_logged(out: Path) -> int:
-    """How many updates a run has logged."""
+    """Count the updates that a run has logged."""
     log = out / "metrics.jsonl"
     return log.read_text().count('"train"') if log.exists() else 0
 

@@ -75,7 +75,7 @@ def read_alike(paths: list[Path], which: Kind) -> Iterator[Ingredient]:
 
 
 def _identity(each: Ingredient) -> dict[str, object]:
-    """What must be equal in checkpoints that are averaged, by its name in messages."""
+    """Return the facts that averaged checkpoints must share, by their names in messages."""
     student = each.origin["config"]["student"]
     return {
         **{f"student.{key}": student.get(key) for key in ("name", "kwargs")},

@@ -96,7 +96,7 @@ class Runs:
 
 
 def test_nothing_that_a_file_names_is_built_or_run(models, tmp_path, capsys):
-    """What stands beside the weights is ignored; a model that was saved whole has no tensors by name."""
+    """Values beside the weights are ignored; a model that was saved whole has no tensors by name."""
     beside = [Runs(print, "ran"), Runs(exec, "print('ran')"), Runs(pickle.loads, b"x"), pathlib.Path("x"), models[1]]
     torch.save({"state_dict": models[0].state_dict(), "more": beside}, tmp_path / "w.pth")
     assert is_of(tmp_path / "w.pth", models[0])
