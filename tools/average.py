@@ -117,7 +117,9 @@ def files_of(paths: list[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        found = checkpoint.checkpoints(checkpoints_folder(path)) if path.is_dir() else [path] * path.exists()
+        found = [path] if path.exists() else []
+        if path.is_dir():
+            found = checkpoint.checkpoints(checkpoints_folder(path))
         if not found:
             raise UserError(f"{path}: neither a checkpoint nor a run's folder with checkpoints/step-*.pt. Give others")
         files += found

@@ -124,7 +124,10 @@ def largest_micro_batch(rank_batch: int, world: World, fits: Callable[[int], boo
     too_few = number // 2
     while number - too_few > 1:
         between = (number + too_few) // 2
-        number, too_few = (between, too_few) if all_fit(size(between)) else (number, between)
+        if all_fit(size(between)):
+            number = between
+        else:
+            too_few = between
     return size(number)
 
 

@@ -71,7 +71,7 @@ def setting(default: object = dataclasses.MISSING, *, factory: Any = dataclasses
 
 
 def natures(kind: Any) -> dict[str, Setting]:
-    """What each field of a section, or of a dataclass that is an item of a setting, is to a run, by its name."""
+    """Return what each field is to a run, by its name. `kind` is a section, or the dataclass of a setting's items."""
     found = {}
     for field in dataclasses.fields(kind):
         nature = field.metadata.get(_KEY, Setting())
@@ -132,7 +132,7 @@ def _leaves(value: object) -> Iterator[object]:
 
 
 def _name_of(hint: Any) -> str:
-    """A type as messages have it: the choices of a Literal, or as it is written in Python."""
+    """Name a type in a message: a Literal by its choices, any other type as Python writes it."""
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(str(choice) for choice in typing.get_args(hint) if choice != '')}"
     return hint.__name__ if type(hint) is type else str(hint)
@@ -146,13 +146,14 @@ def misfit(values: Mapping, kind: Any) -> str:
     """
     if dataclasses.is_dataclass(kind):
         required = {
-            field.name: field.default is field.default_factory is dataclasses.MISSING
+            field.name: field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             for field in dataclasses.fields(kind)
         }
     else:
         required = {name: name in kind.__required_keys__ for name in _hints(kind)}
     for name, is_required in required.items():
-        if not fits(values[name], _hints(kind)[name], is_plain=True) if name in values else is_required:
+        is_fine = fits(values[name], _hints(kind)[name], is_plain=True) if name in values else not is_required
+        if not is_fine:
             return name
     return ""
 
@@ -161,7 +162,7 @@ def fits(value: object, hint: Any, is_plain: bool = False) -> bool:
     """Whether a value is of a type, a whole number also where any number is wanted, and true and false nowhere else.
 
     Args:
-      hint: of Annotated[X, predicate] the predicate must hold, too.
+      hint: the type. In Annotated[X, predicate] the predicate must hold, too.
       is_plain: the value is as files have it: text where a path is wanted, and keys where a dataclass is.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

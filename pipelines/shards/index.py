@@ -102,7 +102,8 @@ _REBUILD = "Build the dataset again, or restore the file"
 def _read_samples(path: Path, sha256: str, num_samples: int) -> np.ndarray:
     """Read all rows of an index file that has the manifest's hash and number of samples."""
     try:
-        if not path.is_file() and path.exists() or path.stat().st_size > _MAX_ROW * (num_samples + 1):
+        is_special = path.exists() and not path.is_file()  # Reading from a pipe would wait for ever.
+        if is_special or path.stat().st_size > _MAX_ROW * (num_samples + 1):
             raise UserError(f"{path}: not an index of {num_samples:,} samples. {_REBUILD}")
         content = path.read_bytes()
     except OSError as error:

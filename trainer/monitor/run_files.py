@@ -93,8 +93,11 @@ def naming(path: Path) -> Iterator[None]:
 def append_synced(path: Path, lines: list[bytes]) -> None:
     """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk."""
     with naming(path), open(path, "a+b") as file:
-        is_cut_off = file.tell() and path.read_bytes()[-1:] != b"\n"
-        file.write(b"\n" * is_cut_off + b"".join(line + b"\n" for line in lines))
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(b"".join(line + b"\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
 

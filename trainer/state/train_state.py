@@ -72,5 +72,8 @@ class TrainState:
         has been switched on since begins with the student's statistics.
         """
         if self.ranks_differ and len(self.rank_statistics) == num_ranks:
-            for values, saved in zip(self._running_statistics(), self.rank_statistics[rank] * 2, strict=False):
-                values.copy_(saved)
+            present, saved = self._running_statistics(), self.rank_statistics[rank]
+            if len(saved) < len(present):
+                saved = [*saved, *saved]
+            for values, own in zip(present, saved, strict=False):  # An EMA may have been switched off since.
+                values.copy_(own)

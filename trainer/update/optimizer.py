@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     trainer/models/checkpoint_format.py lists the tensors that it keeps for each parameter. Checkpoints are checked
     against that list, and the warm-up of an update allocates as many.
     """
-    excluded = getattr(model, "no_weight_decay", tuple)()
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    excluded = no_weight_decay() if no_weight_decay is not None else ()
     groups = param_groups_weight_decay(model, weight_decay=config.weight_decay, no_weight_decay_list=excluded)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 

@@ -141,8 +141,9 @@ def mark_front(rows: Sequence[Row]) -> None:
     """Mark the front of the speeds that are shown, and which of its models surely belong there."""
     known = [(row.top1, row) for row in rows if row.top1 is not None]
     front = ranking.pareto_front([(top1, row.images_per_s) for top1, row in known])
-    for (top1, row), row.on_front in zip(known, front, strict=True):
-        if row.on_front:
+    for (top1, row), is_on_front in zip(known, front, strict=True):
+        row.on_front = is_on_front
+        if is_on_front:
             row.front_is_sure = all(
                 ranking.surely_faster(row.timed_images_per_s, other.timed_images_per_s)
                 for other_top1, other in known
