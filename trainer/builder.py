@@ -149,7 +149,9 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     else:
         state.micro_batch = micro_batch
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
-    notes.append(batch_norm_note(config, step, student))
+    sizes = batch_norm_sizes(config, step, student)
+    notes.append(batch_norm_note(sizes, config.augment.mix_group))
+    state.audit = audit(config, sizes)
     state.restore_rank_statistics(world.rank, world.size)  # DDP has overwritten them with rank 0's.
     return Run(
         config=config,
@@ -276,10 +278,16 @@ def kernel_note(world: World) -> str:
     )
 
 
-def batch_norm_note(config: Config, step: TrainStep, student: nn.Module) -> str:
-    """A note if BatchNorm normalises over other batches than a mixing group, the recipe's; "" elsewhere."""
-    sizes, group = step.division.all_sizes, config.augment.mix_group
-    if sizes == [group] or config.run.batch_norm == "sync" or not batch_norms(student):
+def batch_norm_sizes(config: Config, step: TrainStep, student: nn.Module) -> list[int]:
+    """The numbers of images over which BatchNorm normalises if it is not over a mixing group; [] if it is."""
+    sizes = step.division.all_sizes
+    is_recipe = sizes == [config.augment.mix_group] or config.run.batch_norm == "sync" or not batch_norms(student)
+    return [] if is_recipe else sizes
+
+
+def batch_norm_note(sizes: list[int], group: int) -> str:
+    """What `batch_norm_sizes` found as a note for the user; "" for []."""
+    if not sizes:
         return ""
     return (
         f"BatchNorm normalises over {' or '.join(map(str, sizes))} images; the recipe's is a mixing group, here {group}"

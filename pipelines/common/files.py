@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -44,6 +45,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file's name is one that `replacing` leaves behind if the process is killed."""
+    return re.fullmatch(r".+\.[0-9a-f]{8}\.partial", name) is not None
 
 
 def check_parent_folder(path: Path, named: str) -> None:

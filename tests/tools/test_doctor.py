@@ -203,9 +203,10 @@ def test_a_finished_run_has_nothing_left_to_predict(digits, tmp_path):
 
 
 def test_several_ranks_measure_together_and_the_gradients_too(digits, tmp_path):
+    """Of 64 images, which three ranks do not divide equally."""
     report, config = tmp_path / "doctor.json", tmp_path / "config.yaml"
     config.write_text("{}\n")
-    launcher = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [executable(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [*launcher, str(REPOSITORY / "tools" / "doctor.py"), str(config), "--seconds", "0.01", "--no-trials"]
     command += ["--json", str(report), *TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

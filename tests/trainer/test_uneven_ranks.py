@@ -3,7 +3,7 @@
 from conftest import train_here
 from pipelines.common.files import read_json_lines
 from support.ranks import run_ranks
-from support.tiny_runs import assert_same_end
+from support.tiny_runs import assert_same_end, newest
 
 
 def test_a_note_says_what_batch_norm_sees(digits, tmp_path, capsys):
@@ -14,6 +14,14 @@ def test_a_note_says_what_batch_norm_sees(digits, tmp_path, capsys):
     assert (
         "BatchNorm normalises over 20 or 22 images; the recipe's is a mixing group, here 32" in capsys.readouterr().out
     )
+
+
+def test_the_summary_and_the_checkpoint_list_what_batch_norm_sees(digits, tmp_path):
+    summary = train_here(digits, tmp_path, "--run.stop_after_steps", 1, "--run.micro_batch", 26)
+    rows = [row for row in summary["deviations"] if row["key"] == "run.micro_batch"]
+    assert [row["here"] for row in rows] == ["BatchNorm over 20 or 22 images"]
+    assert rows[0]["usi"] == "BatchNorm over a mixing group, 128 images"
+    assert newest(tmp_path)["audit"] == summary["deviations"]
 
 
 def test_three_ranks_resume_bit_equal_and_log_the_mean_of_all_images(digits, tmp_path):

@@ -1,5 +1,6 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
@@ -23,9 +24,12 @@ class AuditRow(TypedDict):
     meaning: str
 
 
-def audit(config: Config) -> list[AuditRow]:
+def audit(config: Config, batch_norm_sizes: Sequence[int] = ()) -> list[AuditRow]:
     """The settings that differ from USI, in the order of the configuration.
 
+    Args:
+      batch_norm_sizes: over how many images the student's BatchNorm normalises, if it is not a mixing group. The
+        setting of it, run.micro_batch, then comes last with these numbers, because ranks and memory decide them, too.
     Returns:
       [] for the recipe itself, which is what all defaults are (docs/recipe.md).
     """
@@ -39,6 +43,12 @@ def audit(config: Config) -> list[AuditRow]:
             rows.append(
                 {"key": key, "usi": usi[key], "here": here, "meaning": _meaning(section_types()[section], name)}
             )
+    if batch_norm_sizes:
+        rows = [row for row in rows if row["key"] != "run.micro_batch"]
+        here = f"BatchNorm over {' or '.join(map(str, batch_norm_sizes))} images"
+        usi_sizes = f"BatchNorm over a mixing group, {usi['augment.mix_group']} images"
+        meaning = _meaning(section_types()["run"], "micro_batch")
+        rows.append({"key": "run.micro_batch", "usi": usi_sizes, "here": here, "meaning": meaning})
     return rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import replacing
 from pipelines.shards.index import read_index
 from support.hand_made import jpeg, keys, put, refused, samples, tar_of
 from support.small_sources import add, jpeg_of, samples_of, tree
@@ -43,6 +44,19 @@ def test_existing_webdataset_tars_are_indexed_and_not_touched(digits, tmp_path):
         assert (root / split / f"{split}-00000.idx").read_bytes() == (
             digits / split / f"{split}-00000.idx"
         ).read_bytes()
+
+
+def test_a_file_that_a_killed_process_was_writing_is_no_stranger(digits, tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    for path in (digits / "train").glob("*.tar"):
+        (tmp_path / "train" / path.name).write_bytes(path.read_bytes())
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Path, "unlink", lambda path, missing_ok: None)
+        with replacing(tmp_path / "train" / "train-00000.idx"):
+            raise KeyboardInterrupt
+    (leftover,) = (tmp_path / "train").glob("*.partial")
+    index_webdataset(tmp_path)
+    assert samples_of(tmp_path, "train") == samples_of(digits, "train") and leftover.exists()
 
 
 def test_tars_of_another_writer_are_indexed_too(tmp_path):

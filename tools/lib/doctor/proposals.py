@@ -56,11 +56,14 @@ def input_candidates(run: Run) -> list[Changes]:
 
 def step_candidates(run: Run) -> list[Changes]:
     """Other settings of the step."""
-    group, rank_batch = run.config.augment.mix_group, run.plan.global_batch // run.world.size
-    now = run.state.micro_batch
-    larger = run.world.size == 1  # A rank without the memory for it would leave the others waiting.
-    sizes = [size for size in (now // 2, 2 * now) if size and size % group == 0 and rank_batch % size == 0]
-    found: list[Changes] = [{"run.micro_batch": size} for size in sizes if size < now or larger]
+    now, alone = run.state.micro_batch, run.world.size == 1
+    sizes = [now // 4 * 2, 2 * now] if alone else [now // 4 * 2]  # Without memory a rank would leave others waiting.
+    divides = run.plan.division(run.world.size, now).all_sizes
+    found: list[Changes] = [
+        {"run.micro_batch": size}
+        for size in sizes
+        if size and run.plan.division(run.world.size, size).all_sizes != divides
+    ]
     if run.world.device.type == "cuda":
         found.append({"run.compile": run.config.run.compile is False})
     return found

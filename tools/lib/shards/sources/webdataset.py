@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.common.errors import UserError, clipped, named
-from pipelines.common.files import is_hidden
+from pipelines.common.files import is_hidden, is_leftover
 from pipelines.shards.manifest import AUDIT, INDEX, MANIFEST
 from tools.lib.shards.images import CheckedImage, ImageOptions, RejectedImageError, check_image
 from tools.lib.shards.sources.contents import EXTENSIONS, contents_of, printable, unused_in
@@ -38,7 +38,8 @@ def find_tars(root: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
         shards = contents_of(root / split)
         tars = [name for name in shards.files if name.endswith(".tar")]
         indices = [Path(name).with_suffix(".idx").name for name in tars]
-        unused += unused_in(shards, split, {*tars, *indices, INDEX}, _STRANGER)
+        leftovers = filter(is_leftover, shards.files)
+        unused += unused_in(shards, split, {*tars, *indices, *leftovers, INDEX}, _STRANGER)
         unused += missing_files(f"{split}/{name}" for name in tars)
         others = of_other_splits(tars, split)
         for name in others:
