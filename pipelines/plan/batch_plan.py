@@ -15,7 +15,7 @@ class BatchPlan:
     training step.
 
     Attributes:
-      position: the position of the first row.
+      positions: int64 [B], the position of each row.
       image_size: side of the square output, pixels.
       interpolation: filter of the resize, bicubic or bilinear, antialiased.
       fill: RGB that geometric operations put where the source has no pixel, and erasing everywhere in its box.
@@ -32,11 +32,11 @@ class BatchPlan:
       box: int32 [B, 4], top, left, height, width of what comes from the partner; empty means mixup.
       valid: bool [B], False for rows that only fill up the batch; their pixels and labels mean nothing.
       partners: the rows that these are mixed with, where these are only a part of a group; then mix_group is 0. None
-        elsewhere. Its own `position` means nothing.
+        elsewhere.
       capacity: the most rows of any plan that comes with this one, where their sizes differ; 0 elsewhere.
     """
 
-    position: int
+    positions: np.ndarray
     image_size: int
     interpolation: str
     fill: tuple[int, int, int]
@@ -58,13 +58,18 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.sample)
 
+    @property
+    def position(self) -> int:
+        """The position of the first row."""
+        return int(self.positions[0])
+
     def split(self, size: int) -> Iterator["BatchPlan"]:
         """The same rows, `size` at a time: the fixed cost of planning is paid once for all of them."""
         for start in range(0, len(self), size):
-            yield self.take(slice(start, start + size), self.position + start)
+            yield self.take(slice(start, start + size))
 
-    def take(self, rows: slice | np.ndarray, position: int) -> "BatchPlan":
-        """Some of the rows, of which the first is at `position`."""
+    def take(self, rows: slice | np.ndarray) -> "BatchPlan":
+        """Some of the rows."""
         columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        partners = None if self.partners is None else self.partners.take(rows, self.partners.position)
-        return dataclasses.replace(self, position=position, partners=partners, **columns)
+        partners = None if self.partners is None else self.partners.take(rows)
+        return dataclasses.replace(self, partners=partners, **columns)

@@ -133,7 +133,8 @@ class TrainPlan:
         if start % group or stop % group or not 0 <= start < stop:
             raise ValueError(f"positions [{start}, {stop}) are not whole groups of {group}")
         image_size = self._size_of(start, stop)
-        sample = self._samples(np.arange(start, stop))
+        positions = np.arange(start, stop)
+        sample = self._samples(positions)
         rows = self.index.samples[sample]
         u_crop = rng.uniforms(self.seed, Stream.CROP, start, stop, draws.CROP_DRAWS)
         ops, args = draws.operations(self.seed, start, stop, self.augment)
@@ -141,7 +142,7 @@ class TrainPlan:
         lam, box = draws.mixes(u_mix, image_size, self.augment)
         num = len(sample)
         return BatchPlan(
-            position=start,
+            positions=positions,
             image_size=image_size,
             interpolation=self.augment.interpolation,
             fill=self.fill,
@@ -169,7 +170,7 @@ class TrainPlan:
             return whole
         rows = np.arange(start - first, stop - first)
         whole = dataclasses.replace(whole, mix_group=0)
-        return dataclasses.replace(whole.take(rows, start), partners=whole.take(self.partner(rows), first))
+        return dataclasses.replace(whole.take(rows), partners=whole.take(self.partner(rows)))
 
     __iter__ = None  # A plan has no end: take plan[start:stop], or plan.batches(start_step, stop_step).
 
@@ -223,7 +224,7 @@ class TrainPlan:
         planned.lam[alone], planned.box[alone] = 1, 0
         capacity = max(map(len, micro_batches))
         for part in micro_batches:
-            rows = planned.take(part - first, start + int(part[0]))
+            rows = planned.take(part - first)
             yield dataclasses.replace(rows, mix_group=len(part), capacity=capacity)
 
     def explain(self, position: int) -> str:
@@ -320,9 +321,9 @@ class EvalPlan:
     def rows(self, start: int, stop: int) -> BatchPlan:
         """The plan for positions [start, stop). Positions beyond the last image are filled up and not valid."""
         num = stop - start
-        position = np.arange(start, stop)
-        valid = position < len(self.index)
-        sample = np.where(valid, position, 0).astype(np.int32)
+        positions = np.arange(start, stop)
+        valid = positions < len(self.index)
+        sample = np.where(valid, positions, 0).astype(np.int32)
         rows = self.index.samples[sample]
         crop = _middle(rows["height"].astype(np.int64), rows["width"].astype(np.int64), self.crop_mode)
         height, width = crop[:, 2], crop[:, 3]
@@ -332,7 +333,7 @@ class EvalPlan:
         else:
             resize = np.stack([_scaled(height, width, short), _scaled(width, height, short)], axis=1)
         return BatchPlan(
-            position=start,
+            positions=positions,
             image_size=self.image_size,
             interpolation=self.interpolation,
             fill=(0, 0, 0),
