@@ -23,6 +23,7 @@ class Batch:
       valid: bool [B], False for rows that only fill up the batch.
       position: the position of the first row.
       mix_group: rows that are mixed with each other, partner = the group reversed; 0 where nothing is mixed.
+      targets: for each recorded teacher uint8 [B, row_bytes], its encoded outputs; () without.
     """
 
     images: torch.Tensor
@@ -32,6 +33,7 @@ class Batch:
     valid: torch.Tensor
     position: int
     mix_group: int
+    targets: tuple[torch.Tensor, ...] = ()
 
 
 class Pipeline(Protocol):

@@ -102,7 +102,8 @@ class DaliPipeline(Pipeline):
 
             previous: _Shape | None = None
             for shape, same_shape in itertools.groupby(look_ahead(plans, PLANS_AHEAD, announce), _Shape.of):
-                if previous is not None:  # Progressive resizing does not return to a size, and needs the memory.
+                # Progressive resizing needs the memory, and does not return to a size before the epochs are repeated.
+                if previous is not None:
                     self._graphs.pop(previous, None)
                 previous = shape
                 for plan, pixels in self._pixels(shape, same_shape, graph_of):

@@ -10,11 +10,11 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, advice_against
 
 # Operating systems and file servers leave these behind, beside names that begin with a dot (as AppleDouble's ._NAME).
 _SYSTEM_NAMES = {
@@ -62,6 +62,53 @@ def write_synced(path: Path, content: bytes) -> None:
     """Replace a file's content completely or not at all; it is on the disk when this returns."""
     with replacing(path) as file:
         file.write(content)
+
+
+# Some file systems on networks and in user space have no hard links, and answer with these errors.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def write_once(path: Path, parts: Iterable[bytes | memoryview]) -> bool:
+    """Write a file that is not there yet, complete or not at all; it is on the disk when this returns.
+
+    A file that is there is never replaced, not even one that another process has written in the meantime, unless the
+    file system has no hard links. A process that dies inside leaves a file whose name ends in `.partial`.
+
+    Returns:
+      whether this call has written it.
+    Raises:
+      UserError: the storage fails or is full.
+    """
+    if path.exists():
+        return False
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        _name_once(partial, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        advice = advice_against(error, "Run the same command again")
+        raise UserError(f"{path}: cannot be written ({error.strerror}). {advice}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def _name_once(partial: Path, path: Path) -> None:
+    """Give a complete file its name. Raises a FileExistsError where another file has it."""
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        partial.rename(path)
 
 
 def is_hidden(path: str) -> bool:

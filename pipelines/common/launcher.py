@@ -23,7 +23,8 @@ class Launch:
 
     Attributes:
       by: "torchrun", "srun", "RANK and WORLD_SIZE" where something else has set these, "" for a process of its own.
-      rank, size: among all processes; local_rank, local_size: among those on this machine.
+      rank, size: among all processes; local_rank, local_size: among those on this machine. (srun gives each task its
+        own cores, so local_size stays 1 there.)
       ignored: a sentence about variables of a launcher that were ignored, without its end; "" where none were.
     """
 
@@ -94,7 +95,9 @@ def _by_srun(environment: Mapping[str, str], proc: Path) -> Launch | None:
     if rank >= size or step > _LAST_STEP:
         return None
     in_terminal = environment.get("SLURM_PTY_PORT") and task != os.getpid()  # a shell that 'srun --pty' opened
-    return Launch("srun", rank, size) if task in _ancestors(proc) and not in_terminal else None
+    if in_terminal or task not in _ancestors(proc):
+        return None
+    return Launch("srun", rank, size, _number(environment.get("SLURM_LOCALID", "")) or 0)
 
 
 def _number(text: str) -> int | None:

@@ -1,7 +1,7 @@
 """The rows of a plan: everything that an executor needs for B positions."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -73,3 +73,10 @@ class BatchPlan:
         columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         partners = None if self.partners is None else self.partners.take(rows)
         return dataclasses.replace(self, partners=partners, **columns)
+
+    @staticmethod
+    def join(parts: Sequence["BatchPlan"]) -> "BatchPlan":
+        """The rows of all parts, one after another. The parts are of one plan and image size, without partners."""
+        columns = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+        return dataclasses.replace(parts[0], **joined)

@@ -3,10 +3,14 @@
 A position counts samples since the run began. Step s covers positions [s * G, (s + 1) * G) of the global batch G; an
 epoch has len(index) // G steps, and the images that are left over are dropped. A global batch is made of groups of
 `mix_group` positions, which share one mixing draw and are mixed with themselves reversed.
+
+What a position sees is its view: image, crop, flip, operations and mixing. Where `augment.cycle_epochs` is set, later
+positions repeat the views of earlier ones.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -54,6 +58,22 @@ def size_schedule(image_size: int | SizeSchedule) -> tuple[tuple[int, int], ...]
     return pairs
 
 
+def check_cycle(image_size: int | SizeSchedule, cycle_epochs: int) -> None:
+    """Raise a UserError if image sizes change in epochs whose views are those of earlier ones, of another size.
+
+    Args:
+      image_size: as for `size_schedule`.
+      cycle_epochs: as for AugmentConfig.
+    """
+    epoch, size = size_schedule(image_size)[-1]
+    if cycle_epochs and epoch >= cycle_epochs:
+        raise UserError(
+            f"image_size: {size} px begin with epoch {epoch}, but augment.cycle_epochs is {cycle_epochs}, so epoch "
+            f"{epoch} repeats epoch {epoch % cycle_epochs}: let all sizes begin earlier, or raise augment.cycle_epochs",
+            argument="image_size",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """The training set, augmented, as a function of the position.
@@ -67,11 +87,11 @@ class TrainPlan:
       seed: 0 <= seed < 2**64; everything that is drawn depends on it.
       global_batch: positions a step, over all ranks; a multiple of augment.mix_group.
       image_size: side of the square training image, pixels; or (epoch, size) pairs as for `size_schedule`.
-      fill: see BatchPlan.
+      fill: see BatchPlan; the student's mean colour, which augment.fill replaces.
       window_shards: shards whose images are shuffled together (order.window_order); 0 shuffles all images together.
     Raises:
       UserError: the groups do not divide the global batch, the dataset is smaller than one global batch, or the sizes
-        are no schedule.
+        are no schedule, or change after the epochs that are repeated.
     """
 
     index: ShardIndex
@@ -83,7 +103,7 @@ class TrainPlan:
     window_shards: int = setting(0, in_old_plans=0)
 
     def __post_init__(self):
-        size_schedule(self.image_size)
+        check_cycle(self.image_size, self.augment.cycle_epochs)
         group = self.augment.mix_group
         if self.global_batch < 1 or self.global_batch % group:
             reason = f"it must be a multiple of augment.mix_group, {group}"
@@ -102,24 +122,46 @@ class TrainPlan:
 
     def image_size_at(self, epoch: int) -> int:
         """Side of the square training image in an epoch, pixels."""
+        if self.augment.cycle_epochs:
+            epoch %= self.augment.cycle_epochs
         return next(size for start, size in reversed(size_schedule(self.image_size)) if start <= epoch)
 
     def describe(self) -> dict:
         """Everything the plan depends on, as plain values. Equal descriptions mean equal plans."""
         sizes = size_schedule(self.image_size)
+        augment = dataclasses.asdict(self.augment)
+        del augment["fill"]  # The plan depends on the colour, whoever chose it.
         return {
             "plan_version": PLAN_VERSION,
             "dataset": self.index.digest,
             "seed": self.seed,
             "global_batch": self.global_batch,
             "image_size": sizes[0][1] if len(sizes) == 1 else [list(pair) for pair in sizes],
-            "fill": list(self.fill),
+            "fill": list(self._fill),
             "window_shards": self.window_shards,
             **{
-                f"augment.{name}": list(value) if isinstance(value, tuple) else value
-                for name, value in dataclasses.asdict(self.augment).items()
+                f"augment.{name}": list(value) if isinstance(value, tuple) else value for name, value in augment.items()
             },
         }
+
+    @property
+    def _fill(self) -> tuple[int, int, int]:
+        return self.fill if self.augment.fill is None else self.augment.fill
+
+    def views(self, positions: np.ndarray) -> np.ndarray:
+        """The position whose view each position has: its own unless augment.cycle_epochs repeats an earlier one.
+
+        Args:
+          positions: int64 [...].
+        Returns:
+          int64, same shape. Rows of equal views are equal in all columns but `positions`.
+        """
+        return positions % self._cycle if self._cycle else positions
+
+    @property
+    def _cycle(self) -> int:
+        """The number of positions whose views are repeated; 0 where each position has its own."""
+        return self.augment.cycle_epochs * self.steps_per_epoch * self.global_batch
 
     def rows(self, start: int, stop: int) -> BatchPlan:
         """The plan for positions [start, stop), both multiples of augment.mix_group.
@@ -133,6 +175,22 @@ class TrainPlan:
         if start % group or stop % group or not 0 <= start < stop:
             raise ValueError(f"positions [{start}, {stop}) are not whole groups of {group}")
         image_size = self._size_of(start, stop)
+        parts = [self._own_views(*views, image_size) for views in self._ranges_of_views(start, stop)]
+        rows = parts[0] if len(parts) == 1 else BatchPlan.join(parts)
+        return dataclasses.replace(rows, positions=np.arange(start, stop))
+
+    def _ranges_of_views(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The ranges of positions whose views positions [start, stop) have, in their order."""
+        cycle = self._cycle
+        if not cycle:
+            return [(start, stop)]
+        seams = range((start // cycle + 1) * cycle, stop, cycle)
+        ranges = itertools.pairwise([start, *seams, stop])
+        return [(first % cycle, first % cycle + last - first) for first, last in ranges]
+
+    def _own_views(self, start: int, stop: int, image_size: int) -> BatchPlan:
+        """The rows of positions [start, stop), each of which has its own view."""
+        group = self.augment.mix_group
         positions = np.arange(start, stop)
         sample = self._samples(positions)
         rows = self.index.samples[sample]
@@ -145,7 +203,7 @@ class TrainPlan:
             positions=positions,
             image_size=image_size,
             interpolation=self.augment.interpolation,
-            fill=self.fill,
+            fill=self._fill,
             mix_group=group,
             sample=sample,
             crop=draws.resized_crops(u_crop, rows["height"], rows["width"], self.augment),
@@ -230,7 +288,12 @@ class TrainPlan:
     def explain(self, position: int) -> str:
         """What a position sees, in words: image, crop, flip, operations with arguments, mixing and partner."""
         rows, partner = self[position], int(self.partner(np.array(position)))
-        return "\n".join([*explain(rows, self.index), explain_mix(rows, self.index, partner)])
+        lines = [*explain(rows, self.index), explain_mix(rows, self.index, partner)]
+        original = int(self.views(np.array(position)))
+        if original != position:
+            epoch = original // (self.steps_per_epoch * self.global_batch)
+            lines.append(f"  repeats: the view of position {original}, in epoch {epoch}")
+        return "\n".join(lines)
 
     def _erasures(self, start: int, stop: int, image_size: int) -> np.ndarray:
         if not self.augment.erase_prob:
@@ -241,11 +304,10 @@ class TrainPlan:
     def _size_of(self, start: int, stop: int) -> int:
         """The one image size of positions [start, stop)."""
         per_epoch = self.steps_per_epoch * self.global_batch
-        first, last = start // per_epoch, (stop - 1) // per_epoch
-        size = self.image_size_at(first)
-        if any(first < epoch <= last and other != size for epoch, other in size_schedule(self.image_size)):
+        sizes = {self.image_size_at(epoch) for epoch in range(start // per_epoch, (stop - 1) // per_epoch + 1)}
+        if len(sizes) > 1:
             raise ValueError(f"positions [{start}, {stop}) are of two image sizes; ask for each epoch alone")
-        return size
+        return sizes.pop()
 
     def _samples(self, positions: np.ndarray) -> np.ndarray:
         """The image at each position: int32, same shape.

@@ -1,5 +1,6 @@
 """An executor is a pure function of the plan."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -33,6 +34,18 @@ def test_a_pipeline_can_be_used_again_and_left_early(photos, name):
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
     assert torch.equal(first, next(pipeline.batches(plans_of(plan, 1))).images)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_repeated_epochs_have_the_pixels_of_the_first_ones_also_where_sizes_change(photos, name):
+    augment = dataclasses.replace(EVERYTHING, cycle_epochs=2)
+    plan = dataclasses.replace(train_plan(photos, augment), image_size=((0, 48), (1, 64)))
+    steps = 2 * plan.steps_per_epoch
+    batches = list(opened(name, photos).batches(plan.batches(0, 3 * steps)))
+    assert {batch.images.shape[1] for batch in batches} == {48, 64}
+    for number, batch in enumerate(batches):
+        assert batch.position == 10 * number
+        assert torch.equal(batch.images, batches[number % steps].images)
 
 
 def test_earlier_batches_are_not_overwritten_by_later_ones(photos):

@@ -1,13 +1,15 @@
 """Files take the place of others whole or not at all; what is no file stays what it is."""
 
+import errno
 import os
+import resource
 import threading
 from pathlib import Path
 
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked, move_entries, read_json, replacing, write_synced
+from pipelines.common.files import locked, move_entries, read_json, replacing, write_once, write_synced
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -101,3 +103,47 @@ def test_entries_move_into_a_folder_all_or_none_and_the_named_ones_last(tmp_path
     monkeypatch.setattr(Path, "rename", lambda path, target: order.append(path.name) or rename(path, target))
     move_entries(tmp_path / "from", tmp_path / "to", ("manifest", "job"))
     assert order == ["a", "z", "manifest", "job"] and not (tmp_path / "from").exists()
+
+
+def test_a_file_that_is_there_is_never_replaced(tmp_path):
+    path = tmp_path / "x"
+    assert write_once(path, [b"on", b"ce"]) and not write_once(path, [b"again"])
+    assert path.read_bytes() == b"once" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_another_process_makes_in_the_meantime_stays(tmp_path, monkeypatch, has_links):
+    """The other process is the quicker one by as little as it can be."""
+    path, link = tmp_path / "x", os.link
+
+    def link_after_another_process(source, target):
+        path.write_bytes(b"the other's")
+        if not has_links:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_after_another_process)
+    assert not write_once(path, [b"ours"])
+    assert path.read_bytes() == b"the other's" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_file_system_without_links_takes_a_file_too(tmp_path, monkeypatch):
+    def refused(*_args):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", refused)
+    assert write_once(tmp_path / "x", [b"once"]) and (tmp_path / "x").read_bytes() == b"once"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^.*/x: cannot be written \(File too large\)\. No file may become"):
+            write_once(tmp_path / "x", [bytes(101)])
+        assert not os.listdir(tmp_path)
+        (tmp_path / "x").touch()
+        assert not write_once(tmp_path / "x", [bytes(101)])  # It writes nothing where the file is there.
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

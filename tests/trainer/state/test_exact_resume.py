@@ -67,6 +67,16 @@ def test_all_augmentations_together_train_and_resume_bit_equal(digits, tmp_path,
         train_here(digits, tmp_path / "whole", *more[:4], *more[6:])
 
 
+def test_a_run_of_repeated_epochs_resumes_bit_equal_with_dropout_of_its_own(digits, tmp_path):
+    """5 steps an epoch: the sixth repeats the first one's views."""
+    repeated = ["--augment.cycle_epochs", 1, *DROPOUT]
+    for name, stops in (("whole", (7,)), ("stopped", (4, 6, 7))):
+        for steps in stops:
+            train_here(digits, tmp_path / name, *repeated, "--run.stop_after_steps", steps)
+    assert_equal_states(newest(tmp_path / "whole")["student"], newest(tmp_path / "stopped")["student"])
+    assert newest(tmp_path / "whole")["plan"]["augment.cycle_epochs"] == 1
+
+
 def test_a_run_in_windows_of_shards_resumes_bit_equal(digits, tmp_path):
     window = ["--data.shuffle", "window", "--data.window_shards", 2]
     for name, stops in (("whole", (7,)), ("stopped", (4, 7))):
