@@ -26,6 +26,7 @@ ORDER = {
         ("config",),
         ("cluster",),
         ("models",),
+        ("targets",),
         ("state",),
         ("update",),
         ("evaluation", "monitor"),

@@ -4,6 +4,7 @@ import functools
 import hashlib
 from pathlib import Path
 
+from pipelines import PIXELS_VERSION
 from pipelines.common.machine import package_versions
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,3 +33,8 @@ def code_version() -> dict[str, str | None]:
 
 def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+def software() -> dict[str, str]:
+    """What pixels and gradients depend on in their last bits."""
+    return {"pipelines": str(PIXELS_VERSION), **package_versions()}

@@ -128,9 +128,14 @@ def _check_launch(this: Launch) -> None:
         write_error_line(f"note: {this.ignored}. torchrun and tools/slurm/train.sbatch start several ranks")
 
 
-def alone(device: str = "auto") -> World:
-    """This process and no other, whatever torchrun's variables say; `device` as for join_world."""
-    return World(0, 1, 1, _prepared_device(device, 0))
+def alone(device: str = "auto", local_rank: int = 0, local_size: int = 1) -> World:
+    """This process and no other, whatever torchrun's variables say; `device` as for join_world.
+
+    Args:
+      local_rank, local_size: its place among processes of this machine that work beside each other, of which each takes
+        a GPU of its own.
+    """
+    return World(0, 1, local_size, _prepared_device(device, local_rank))
 
 
 def _prepared_device(device: str, local_rank: int) -> torch.device:

@@ -18,6 +18,12 @@ def setting_natures() -> dict[str, Setting]:
     return {f"{key}.{name}": nature for key, kind in kinds for name, nature in natures(kind).items()}
 
 
+def settings_of_plan_field(name: str) -> str:
+    """The setting that decides a field of TrainPlan.describe(), for messages; several are listed behind the field."""
+    settings = [key for key, nature in setting_natures().items() if nature.plan_field == name]
+    return f"{name} (from {' and '.join(settings)})" if len(settings) > 1 else (settings or [name])[0]
+
+
 def flat(config: Config) -> dict[str, Any]:
     """The configuration as plain values by SECTION.NAME."""
     return {f"{section}.{name}": value for section, values in to_dict(config).items() for name, value in values.items()}

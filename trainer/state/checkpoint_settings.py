@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipelines import PIXELS_VERSION
 from pipelines.common.errors import UserError
-from pipelines.common.machine import package_versions
-from trainer.config.natures import setting_natures
+from trainer.config.natures import setting_natures, settings_of_plan_field
 from trainer.config.sections import Config, to_dict
 from trainer.models.checkpoint_format import wrong_setting
 
@@ -41,18 +39,11 @@ def with_defaults(saved: dict) -> dict:
     return {**saved, **filled}
 
 
-def software() -> dict[str, str]:
-    """What pixels and gradients depend on in their last bits."""
-    return {"pipelines": str(PIXELS_VERSION), **package_versions()}
-
-
 def check_same_plan(path: Path, saved: dict, current: dict) -> None:
     """Raise a UserError that names the first field in which two plans differ."""
     for name in [*current, *(name for name in saved if name not in current)]:
         if saved.get(name) != current.get(name):
-            settings = [key for key, nature in setting_natures().items() if nature.plan_field == name]
-            what = f"{name} (from {' and '.join(settings)})" if len(settings) > 1 else (settings or [name])[0]
             raise UserError(
-                f"{path}: belongs to another run: {what} was {saved.get(name)}, now it is "
+                f"{path}: belongs to another run: {settings_of_plan_field(name)} was {saved.get(name)}, now it is "
                 f"{current.get(name)}. Use the same settings and data, or start a new run with another --run.out"
             )

@@ -1,0 +1,255 @@
+"""STORE/store.json: what a store was recorded from. A run replays it only where a live teacher would say the same."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.common.errors import UserError, clipped, reason_of
+from pipelines.common.files import instead_of_content, is_hidden, is_leftover, parsed_json, write_once
+from pipelines.common.settings import misfit
+from pipelines.plan.plan import BEFORE
+from trainer.config.natures import settings_of_plan_field
+from trainer.models.files.torch_files import require_regular
+from trainer.targets.codec import Codec, open_codec
+
+FORMAT_VERSION = 1
+HEADER = "store.json"
+_LARGEST_HEADER = 1 << 20  # bytes; a header has about two thousand, and a larger file is none.
+_LARGEST_GROUP = 1 << 30  # bytes of a mixing group, which is read at once
+_MOST = 1 << 20  # classes and rows of a global batch: above any real ones
+# The repeated epochs have the positions of the first ones, so the same store serves a plan with any number of them.
+_NOT_STORED = ("augment.cycle_epochs",)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFacts:
+    """What a teacher's logits depend on, besides the pixels.
+
+    Attributes:
+      name: its name in timm.
+      kwargs: arguments of timm.create_model, plain values.
+      image_size: side of the image it sees, pixels; 0 is the plan's size.
+      weights: sha256 over its state dict.
+      checkpoint: sha256 of the file that its weights come from; None for timm's own. It is for information, because the
+        same weights may lie in several files.
+      order: sha256 over the order of its outputs in the dataset's classes; None where it is the dataset's.
+    """
+
+    name: str
+    kwargs: dict[str, Any]
+    image_size: int
+    weights: str
+    checkpoint: str | None = None
+    order: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreHeader:
+    """What a store was recorded from.
+
+    Attributes:
+      plan: TrainPlan.describe(), without what a store does not depend on.
+      num_classes: length of a row of logits.
+      teacher: whose logits they are.
+      codec: the codec's name.
+      precision: fp32, fp16 or bf16, in which the teacher computed.
+      made_with: plain values for information, such as the pipeline and versions; two recorders may differ in them.
+      transcoded_from: the codecs that lose something from which the rows were transcoded, in their order; [] where they
+        are what a recorder writes.
+    Raises:
+      UserError: an unknown codec, or the plan has no sizes of batches and groups that a store can have.
+    """
+
+    plan: dict[str, Any]
+    num_classes: int
+    teacher: TeacherFacts
+    codec: str
+    precision: str
+    made_with: dict[str, Any]
+    transcoded_from: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        plan = {name: value for name, value in self.plan.items() if name not in _NOT_STORED}
+        object.__setattr__(self, "plan", json.loads(json.dumps(plan)))  # Tuples become the lists that the file has.
+        object.__setattr__(self, "made_with", json.loads(json.dumps(self.made_with)))
+        for what, value in (
+            ("num_classes", self.num_classes),
+            ("global_batch", self.plan.get("global_batch")),
+            ("augment.mix_group", self.plan.get("augment.mix_group")),
+        ):
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise UserError(f"{what} is {clipped(value)}; a store needs a number from 1 to {_MOST}")
+        group_bytes = self.mix_group * self.open_codec().row_bytes
+        if self.global_batch % self.mix_group or group_bytes > _LARGEST_GROUP:
+            raise UserError(
+                f"augment.mix_group is {self.mix_group}; it must divide global_batch, {self.global_batch}, and its "
+                f"{group_bytes} bytes of outputs must be at most {_LARGEST_GROUP}"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of a step."""
+        return self.plan["global_batch"]
+
+    @property
+    def mix_group(self) -> int:
+        """Rows that have one checksum: those that are mixed with each other."""
+        return self.plan["augment.mix_group"]
+
+    @property
+    def codecs(self) -> str:
+        """The codec, and those that were before it, for people."""
+        return " transcoded from ".join([self.codec, *reversed(self.transcoded_from)])
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of all but what is for information, in hex: sha256. Each piece names the identity of its store."""
+        facts = dataclasses.asdict(self)
+        del facts["made_with"], facts["teacher"]["checkpoint"]
+        return _sha256({"format_version": FORMAT_VERSION, **facts})
+
+    def open_codec(self) -> Codec:
+        """The codec of its rows."""
+        return open_codec(self.codec, self.num_classes)
+
+    def content(self) -> bytes:
+        """The bytes of store.json."""
+        facts = {"format_version": FORMAT_VERSION, "identity": self.identity, **dataclasses.asdict(self)}
+        return (json.dumps({**facts, "sha256": _sha256(facts)}, indent=1) + "\n").encode()
+
+
+def read_header(store: Path) -> StoreHeader:
+    """The header of a store.
+
+    Raises:
+      UserError: there is none, it is of another format version, or any byte of it has changed.
+    """
+    path = Path(store) / HEADER
+    try:
+        require_regular(path)
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_HEADER + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{store}: is no teacher store, because it has no {HEADER}. Name a store's folder, or record one with "
+            "tools/record_teacher.py"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from error
+    parsed = parsed_json(content) if len(content) <= _LARGEST_HEADER else None
+    version = parsed.get("format_version") if isinstance(parsed, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format version {clipped(version)}, and this program reads {FORMAT_VERSION}. Use the version "
+            "of the program that recorded it, or record another store"
+        )
+    header = _header_of(parsed, content)
+    if header is None:
+        reason = instead_of_content(content[:1024]) or (
+            "damaged, or not written by this program. Restore it from a copy, or record another store"
+        )
+        raise UserError(f"{path}: {reason}")
+    return header
+
+
+def check_store_folder(store: Path) -> None:
+    """Raise a UserError if something else than a store lies there, such as a run, a dataset or a file."""
+    if not store.exists():
+        return
+    if not store.is_dir():
+        raise UserError(f"{store}: is no folder. Name a new one, or a store")
+    # Another process may just be making the store: its header comes first, under a temporary name.
+    others = sorted(each.name for each in store.iterdir() if not (is_hidden(each.name) or is_leftover(each.name)))
+    if others and not (store / HEADER).exists():
+        raise UserError(f"{store}: holds {others[0]} and no {HEADER}, so it is no store. Name a new folder, or a store")
+
+
+def claim(store: Path, header: StoreHeader) -> StoreHeader:
+    """Make a store, or check that the one that is there has the same plan, teacher, codec and precision.
+
+    Of two processes that claim at once, the header of one becomes the store's, and both return that one.
+
+    Raises:
+      UserError: the store was recorded from something else, which is named; or its header is damaged.
+    """
+    store = Path(store)
+    if not (store / HEADER).exists():
+        store.mkdir(parents=True, exist_ok=True)
+        write_once(store / HEADER, [header.content()])
+    stored = read_header(store)
+    check_same(store, stored, header)
+    return stored
+
+
+def check_same(store: Path, stored: StoreHeader, wanted: StoreHeader) -> None:
+    """Compare what a store was recorded from with what is wanted.
+
+    Raises:
+      UserError: it names the first field that differs, and both values.
+    """
+    pairs = _plan_pairs(stored, wanted.plan, wanted.num_classes)
+    for name, called in _TEACHER_FIELDS.items():
+        pairs.append((f"teacher.{name}", called, getattr(stored.teacher, name), getattr(wanted.teacher, name)))
+    pairs.append(("codec", "the codec", stored.codecs, wanted.codecs))
+    pairs.append(("precision", "the precision", stored.precision, wanted.precision))
+    _check_pairs(store, pairs)
+
+
+def check_plan(store: Path, stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> None:
+    """Compare the plan and the classes of a store with those of a run, as `check_same`.
+
+    Args:
+      plan: TrainPlan.describe().
+    """
+    _check_pairs(store, _plan_pairs(stored, plan, num_classes))
+
+
+# What is compared: a field's name, what messages call the wanted value, the recorded value and the wanted one.
+_Pair = tuple[str, str, Any, Any]
+
+
+# The teacher's fields, and what messages call the wanted values. The same weights may lie in another file.
+_TEACHER_FIELDS = {
+    "name": "teacher.name",
+    "kwargs": "teacher.kwargs",
+    "image_size": "teacher.image_size",
+    "order": "the order of its classes here",
+    "weights": "the sha256 of its weights here",
+}
+
+
+def _plan_pairs(stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> list[_Pair]:
+    before, now = {**BEFORE, **stored.plan}, {**BEFORE, **json.loads(json.dumps(plan))}
+    names = [name for name in {**now, **before} if name not in _NOT_STORED]
+    pairs: list[_Pair] = [(name, settings_of_plan_field(name), before.get(name), now.get(name)) for name in names]
+    return [*pairs, ("num_classes", "the number of the dataset's classes", stored.num_classes, num_classes)]
+
+
+def _check_pairs(store: Path, pairs: list[_Pair]) -> None:
+    for name, called, before, now in pairs:
+        if before != now:
+            raise UserError(
+                f"{store}: was recorded with {name} {clipped(before, 150)}, and {called} is {clipped(now, 150)}. "
+                "Use the same, or record another store with tools/record_teacher.py"
+            )
+
+
+def _header_of(parsed: object, content: bytes) -> StoreHeader | None:
+    """The header that a file's JSON describes; None where its content is not exactly what this header would have."""
+    if not isinstance(parsed, dict) or misfit(parsed, StoreHeader):
+        return None
+    fields = {name: value for name, value in parsed.items() if name not in ("format_version", "identity", "sha256")}
+    # A UserError about its values is a ValueError. Lists in lists without end are a RecursionError.
+    with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError, RecursionError):
+        header = StoreHeader(**{**fields, "teacher": TeacherFacts(**fields["teacher"])})
+        # The bytes are compared, and not only the hash, so no change of a space or of the hash itself can be missed.
+        return header if header.content() == content else None
+    return None
+
+
+def _sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
