@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from pipelines.common.errors import UserError, naming_settings
 from pipelines.ops.torch_ops import kernel_error
-from pipelines.plan.plan import EvalPlan, TrainPlan
+from pipelines.plan.plan import IMAGENET_MEAN_RGB, EvalPlan, TrainPlan
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from trainer.cluster.code_version import code_version, source_hash
@@ -40,9 +40,21 @@ from trainer.monitor.sinks import Sink, open_sinks
 from trainer.state.resume import resume
 from trainer.state.train_state import TrainState
 from trainer.state.writer import CheckpointStore
+from trainer.targets.header import read_header
+from trainer.targets.replay import (
+    Replay,
+    check_fill,
+    check_stores,
+    made_with,
+    open_stores,
+    provenances,
+    recorded_teachers,
+    with_recorded_settings,
+)
+from trainer.targets.store import TeacherStore
 from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, uncompiled
 from trainer.update.optimizer import build_optimizer, set_learning_rate
-from trainer.update.precision import allow_tf32, resolve_precision
+from trainer.update.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
 from trainer.update.step import TrainStep, gray_batch
 
@@ -56,6 +68,7 @@ class Run:
       evaluate: gives the metrics of the raw and the EMA weights; None without a validation set.
       preemption: stops all ranks at the same step.
       checkpoints: where the state is saved.
+      replay: gives the batches the targets of recorded teachers; None without.
       sinks: get every record that metrics.jsonl gets.
       precision: of the forward passes.
       total_steps: of the whole run.
@@ -73,6 +86,7 @@ class Run:
     evaluate: "Evaluator | None"
     preemption: Preemption
     checkpoints: CheckpointStore
+    replay: Replay | None
     sinks: list[Sink]
     precision: torch.dtype
     total_steps: int
@@ -101,7 +115,14 @@ class Run:
         """
         pipeline, micro_batch = self.pipelines.of["train"], self.state.micro_batch
         return Feed(
-            self.plan, pipeline, self.world, micro_batch=micro_batch, start=start, stop=self.stop, preview=preview
+            self.plan,
+            pipeline,
+            self.world,
+            micro_batch=micro_batch,
+            start=start,
+            stop=self.stop,
+            replay=self.replay,
+            preview=preview,
         )
 
     def set_learning_rate(self, step: int) -> None:
@@ -114,44 +135,41 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
 
     Args:
-      world: the ranks; None is this process alone.
-      preemption: None makes one. Every rank must do the same.
+      world: the ranks; None is this process alone. preemption: None makes one. Every rank must do the same.
     Raises:
       UserError: what the configuration asks for cannot be done.
     """
     world = world or alone(config.run.device)
-    preemption = preemption or Preemption(world)
     check_writable(config.run.out)
+    resolve_micro_batch(config, world)  # It checks that the global batch can be divided, before models are built.
+    stores = open_stores(config.teacher)
+    config = with_recorded_settings(config, stores)
     sinks = open_sinks(config) if world.is_main else []
-    micro_batch = resolve_micro_batch(config, world)
     splits, classes = open_splits(config.data)
-    student, teachers = build_models(config, splits["train"].num_classes, classes, world)
+    check_stores(config, stores, train_plan(config, splits["train"], IMAGENET_MEAN_RGB))
+    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores)
     expects = preprocessing(student)
     plan = train_plan(config, splits["train"], expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
+    check_fill(stores, plan)
     pipelines = open_pipelines(config, splits, world)
     precision = resolve_precision(config.run.precision, world.device)
-    place(student, teachers, precision, config.run, world)
+    place([student], config.run, world.device)
+    if teachers is not None:
+        place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
     make_step = functools.partial(TrainStep, config, state, normalize, teachers)
-    evaluator = None
-    if "val" in splits:
-        val_plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, expects.interpolation)
-        images = EvalPass(normalize, pipelines.of["val"], val_plan, config.run.eval_batch, precision, world)
-        evaluator = Evaluator(state, images)
-    if config.run.micro_batch == "auto":
-        evaluate = evaluator.one_batch if evaluator is not None else lambda: None
-        notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, evaluate))
-    else:
-        state.micro_batch = micro_batch
+    images = validation_pass(config, splits, pipelines, expects.interpolation, normalize, world)
+    evaluator = None if images is None else Evaluator(state, images)
+    try_evaluation = evaluator.one_batch if evaluator is not None else lambda: None
+    notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, try_evaluation))
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
     sizes = batch_norm_sizes(config, step, student)
-    notes.append(batch_norm_note(sizes, config.augment.mix_group))
-    state.audit = audit(config, sizes)
+    state.audit = audit(config, sizes, provenances(stores))
     state.restore_rank_statistics(world.rank, world.size)  # DDP has overwritten them with rank 0's.
     return Run(
         config=config,
@@ -161,12 +179,13 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
         state=state,
         step=step,
         evaluate=evaluator,
-        preemption=preemption,
+        preemption=preemption or Preemption(world),
         checkpoints=CheckpointStore(config.run, world),
+        replay=Replay(list(stores.values()), plan, world.device) if stores else None,
         sinks=sinks,
         precision=precision,
         total_steps=total_steps,
-        notes=[note for note in [*notes, warm_up_note] if note],
+        notes=list(filter(None, [*notes, batch_norm_note(sizes, config.augment.mix_group), warm_up_note])),
         validation=splits["val"].digest if "val" in splits else "",
         source=source_hash(),
     )
@@ -184,7 +203,9 @@ def facts_to_compare(config: Config, device: torch.device) -> dict:
     splits = read_manifest(config.data.root)["splits"] if config.data.root is not None else {}
     digests = {f"dataset digest of '{split}'": entry["digest"][:12] for split, entry in splits.items()}
     precision = {"the precision": str(resolve_precision(config.run.precision, device))}
-    return {**shared_settings(config), **digests, **model_contents(config), **code_version(), **precision}
+    recorded = {key: teacher.store for key, teacher in config.teacher.members if teacher.store is not None}
+    stores = {f"content of {key}.store": read_header(store).identity[:12] for key, store in recorded.items()}
+    return {**shared_settings(config), **digests, **model_contents(config), **stores, **code_version(), **precision}
 
 
 def check_writable(out: Path) -> None:
@@ -199,7 +220,7 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, world: World
+    config: Config, num_classes: int, classes: list[str] | None, world: World, stores: Mapping[str, TeacherStore]
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
@@ -211,7 +232,9 @@ def build_models(
     check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
-    return student, build_teachers(config, num_classes, classes, doubt)
+    return student, build_teachers(
+        config, num_classes, classes, doubt, recorded_teachers(stores, made_with(config, world.device))
+    )
 
 
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
@@ -228,18 +251,21 @@ def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) ->
         )
 
 
-def place(
-    student: nn.Module, teachers: Teachers | None, precision: torch.dtype, config: RunConfig, world: World
-) -> None:
-    """Move the models to their device, into their memory format; the teachers into the type of the forward passes."""
-    if world.device.type == "cuda":
+def place(models: list[nn.Module], config: RunConfig, device: torch.device) -> None:
+    """Move models to their device and into their memory format, and set up the device for them."""
+    if device.type == "cuda":
         allow_tf32(config.tf32)
         torch.backends.cudnn.benchmark = True  # Shapes stay the same, so a search for the fastest algorithms pays.
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    for model in [student] if teachers is None else [student, teachers]:
-        model.to(device=world.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
-    if teachers is not None:
-        teachers.to_precision(precision)
+    for model in models:
+        model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
+
+
+def place_teachers(teachers: Teachers, config: Config, precision: torch.dtype, device: torch.device) -> None:
+    """Move the teachers to their device, and into teacher.precision, which may be the student's."""
+    place([teachers], config.run, device)
+    own = config.teacher.precision
+    teachers.to_precision(precision if own == "auto" else PRECISIONS[own])
 
 
 def build_state(
@@ -312,6 +338,21 @@ class Evaluator:
         """The metrics of the first validation images, on this rank alone."""
         plan, world = self.images.plan.first(self.images.batch), self.images.world.by_itself()
         return Evaluator(self.state, dataclasses.replace(self.images, plan=plan, world=world))()
+
+
+def validation_pass(
+    config: Config,
+    splits: dict[str, ShardIndex],
+    pipelines: Pipelines,
+    interpolation: str,
+    normalize: Normalize,
+    world: World,
+) -> EvalPass | None:
+    """The pass over the validation set in the precision of the normalised images; None without a validation set."""
+    if "val" not in splits:
+        return None
+    plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, interpolation)
+    return EvalPass(normalize, pipelines.of["val"], plan, config.run.eval_batch, normalize.dtype, world)
 
 
 def warmed_up_step(

@@ -20,6 +20,7 @@ from trainer.config.sections import Config, DataConfig, ImagesConfig
 from trainer.monitor.clock import InputWait
 from trainer.monitor.quarantine import QUARANTINE, Quarantine
 from trainer.monitor.sample_grid import keep_samples
+from trainer.targets.replay import Replay
 from trainer.update.compiler import COMPILE_PATIENCE_S
 
 DECODE = "decode.json"
@@ -30,9 +31,11 @@ def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch:
     return plan.batches(step, stop, rank=world.rank, ranks=world.size, micro_batch=micro_batch)
 
 
-def batches_of(pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Generator[Batch, None, None]:
-    """The batch of each plan, in order; closing the generator stops the pipeline."""
-    yield from pipeline.batches(plans)
+def batches_of(
+    pipeline: Pipeline, plans: Iterable[BatchPlan], replay: Replay | None = None
+) -> Generator[Batch, None, None]:
+    """The batch of each plan, in order, with the targets of recorded teachers; closing the generator stops the work."""
+    yield from pipeline.batches(plans) if replay is None else replay.batches(pipeline, plans)
 
 
 class Feed(Iterator[Batch]):
@@ -45,6 +48,7 @@ class Feed(Iterator[Batch]):
 
     Args:
       micro_batch: the most images of a batch.
+      replay: gives each batch the targets of recorded teachers.
       preview: the file that gets a picture of the first batch, if it is not there; None makes none.
     """
 
@@ -57,13 +61,14 @@ class Feed(Iterator[Batch]):
         micro_batch: int,
         start: int,
         stop: int,
+        replay: Replay | None = None,
         preview: Path | None = None,
     ):
         self._plan = plan
         self._heartbeat = world.heartbeat
         self._per_update = len(plan.division(world.size, micro_batch).sizes(world.rank))
         self._next = start * self._per_update  # The number of the next batch since the run began.
-        self._batches = batches_of(pipeline, rank_plans(plan, start, stop, world, micro_batch))
+        self._batches = batches_of(pipeline, rank_plans(plan, start, stop, world, micro_batch), replay)
         shown = self._batches if preview is None else keep_samples(self._batches, preview)
         self.wait = InputWait(shown, world.device)
 

@@ -52,7 +52,7 @@ def choose_micro_batch(
     make_step: Callable[..., TrainStep],
     evaluate: Callable[[], object],
 ) -> str:
-    """Set `state.micro_batch` where the configuration leaves it open. Returns a sentence about the choice.
+    """Set `state.micro_batch`. Returns a sentence about the choice where the configuration leaves it open, else "".
 
     A run that is resumed keeps its own, because BatchNorm depends on it. A GPU gets the largest that fits; a CPU gets
     one group, because more would not be faster.
@@ -63,6 +63,9 @@ def choose_micro_batch(
     Raises:
       UserError: not even one pair of images fits.
     """
+    if config.run.micro_batch != "auto":
+        state.micro_batch = resolve_micro_batch(config, world)
+        return ""
     if state.micro_batch:
         return f"run.micro_batch auto: {state.micro_batch}, as before"
     if world.device.type != "cuda":

@@ -35,6 +35,7 @@ from trainer.config.sections import parse
 from trainer.loop import train
 from trainer.micro_batch import reporting_out_of_memory
 from trainer.models.checks import reporting_one_value_per_channel
+from trainer.targets.replay import open_stores, provenances, with_recorded_settings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     with reporting_errors():
         config = parse(arguments, prog="trainer/run.py")
         if "--audit" in arguments:
-            print(audit_table(config))
+            stores = open_stores(config.teacher)
+            print(audit_table(with_recorded_settings(config, stores), provenances(stores)))
             return
         agree = functools.partial(facts_to_compare, config)
         with (

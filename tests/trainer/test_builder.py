@@ -43,6 +43,24 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
     assert not run.step.teacher.members[0].model.training and run.state.student.training
 
 
+def test_students_of_different_means_see_the_same_pixels_with_one_fill_colour_and_different_ones_without(
+    digits, tmp_path
+):
+    """The mean colour of test_byobnet is ImageNet's, that of tiny_cnn is 128, 128, 128."""
+
+    def images(student: str, *arguments: str) -> torch.Tensor:
+        always = ["--augment.erase_prob", "1", "--student.name", student, "--run.out", str(tmp_path), *arguments]
+        run = build(parse([*TINY, "--data.root", str(digits), *always]), ONE)
+        with contextlib.closing(run.pipelines.of["train"].batches(run.plan.batches(0, 1))) as batches:
+            return next(batches).images
+
+    one, other = images("test_byobnet"), images("tiny_cnn")
+    changed = (one != other).any(dim=-1).flatten(1).any(dim=1)
+    assert changed.all()  # Each image has an erased box.
+    fill = ["--augment.fill", "[124,116,104]"]
+    assert torch.equal(images("test_byobnet", *fill), one) and torch.equal(images("tiny_cnn", *fill), one)
+
+
 def test_the_ema_is_evaluated_beside_the_raw_weights(digits, tmp_path):
     summary = train_here(digits, tmp_path, "--run.stop_after_steps", 5, "--optim.lr", "1e-2")
     run = build(parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path)]), ONE)

@@ -1,6 +1,7 @@
 """What differs from the published recipe: every setting that the USI scheme fixes, beside the one in use."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
@@ -24,12 +25,15 @@ class AuditRow(TypedDict):
     meaning: str
 
 
-def audit(config: Config, batch_norm_sizes: Sequence[int] = ()) -> list[AuditRow]:
+def audit(
+    config: Config, batch_norm_sizes: Sequence[int] = (), recorded: Mapping[str, str] = MappingProxyType({})
+) -> list[AuditRow]:
     """The settings that differ from USI, in the order of the configuration.
 
     Args:
       batch_norm_sizes: over how many images the student's BatchNorm normalises, if it is not a mixing group. The
         setting of it, run.micro_batch, then comes last with these numbers, because ranks and memory decide them, too.
+      recorded: how the outputs of recorded teachers were computed and stored, by the teacher's key, where it is known.
     Returns:
       [] for the recipe itself, which is what all defaults are (docs/recipe.md).
     """
@@ -49,6 +53,10 @@ def audit(config: Config, batch_norm_sizes: Sequence[int] = ()) -> list[AuditRow
         usi_sizes = f"BatchNorm over a mixing group, {usi['augment.mix_group']} images"
         meaning = _meaning(section_types()["run"], "micro_batch")
         rows.append({"key": "run.micro_batch", "usi": usi_sizes, "here": here, "meaning": meaning})
+    for teacher, here in recorded.items():
+        rows = [row for row in rows if row["key"] != f"{teacher}.store"]
+        meaning = _meaning(section_types()["teacher"], "store")
+        rows.append({"key": f"{teacher}.store", "usi": "a live teacher", "here": here, "meaning": meaning})
     return rows
 
 
@@ -58,9 +66,13 @@ def _meaning(section: type, name: str) -> str:
     return next(" ".join((param.description or "").split()) for param in params if param.arg_name == name)
 
 
-def audit_table(config: Config) -> str:
-    """The settings that differ from USI, and the one that this project chose otherwise, as lines for people."""
-    deviations = audit(config)
+def audit_table(config: Config, recorded: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The settings that differ from USI, and the one that this project chose otherwise, as lines for people.
+
+    Args:
+      recorded: as for `audit`.
+    """
+    deviations = audit(config, recorded=recorded)
     lines = [f"{len(deviations)} settings differ from the USI recipe:"]
     lines += [f"  {row['key']}: USI {row['usi']}, here {row['here']}\n      {row['meaning']}" for row in deviations]
     if not deviations:

@@ -15,7 +15,7 @@ from pipelines import PipelineConfig
 from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.settings import Section, check, setting
 from pipelines.plan.draws import AugmentConfig
-from pipelines.plan.plan import LARGEST_SIDE, size_schedule
+from pipelines.plan.plan import LARGEST_SIDE, check_cycle, size_schedule
 from trainer.config.cli import parse_settings
 from trainer.config.model_arguments import Kwargs, check_kwargs
 
@@ -24,7 +24,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 _MOST_EPOCHS = 10**6
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 
@@ -137,6 +137,8 @@ class OtherTeacher:
       classes: text file that names its outputs in their order, one class on a line, as the dataset's manifest names
         them; it may have more classes than the dataset. Without it a checkpoint of this trainer names them itself, and
         the outputs of any other are taken to be in the dataset's order.
+      store: folder with its recorded outputs (tools/record_teacher.py), which are replayed: no model is built. The
+        store then says what the other settings are; one that is given here must be the same.
     """
 
     name: str | None
@@ -144,6 +146,7 @@ class OtherTeacher:
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     image_size: int = setting(0, at_least=0, at_most=LARGEST_SIDE)
     classes: Path | None = setting(None, recipe=False, per_machine=True)
+    store: Path | None = setting(None, per_machine=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +154,16 @@ class TeacherConfig(OtherTeacher, Section):
     """The frozen model, or models, that are learned from.
 
     Attributes:
-      others: further teachers, each with name, checkpoint, kwargs, image_size and classes of its own; the student
-        learns from the mean of all probabilities.
+      precision: of the teachers' forward passes, auto, bf16, fp16 or fp32; auto is the student's in a run, and fp16 on
+        a GPU when a teacher is recorded. In bf16 the outputs of networks with depthwise convolutions move much more
+        than in fp16 (docs/teacher-store.md).
+      others: further teachers, each with name, checkpoint, kwargs, image_size, classes and store of its own; the
+        student learns from the mean of all probabilities.
     """
 
     key, on_resume = "teacher", "reported"
     name: str | None = "tresnet_v2_l"
+    precision: Precision = "auto"
     others: list[OtherTeacher] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -164,23 +171,33 @@ class TeacherConfig(OtherTeacher, Section):
         for key, teacher in self.members:
             check(teacher, key)
             check_kwargs(key, teacher.kwargs)
-            _require(teacher.name is not None, f"{key}.name is null: name the model, or leave the teacher out")
+            _require(
+                teacher.name is not None or teacher.store is not None,
+                f"{key}.name is null: name the model, or leave the teacher out",
+            )
+            _require(
+                teacher.store is None or teacher.classes is None,
+                f"{key}.classes is {teacher.classes} and {key}.store is {teacher.store}: recorded outputs are in the "
+                f"dataset's order already. Leave {key}.classes out",
+            )
         for name in ("checkpoint", "image_size", "classes", "others"):
             _require(
-                self.name is not None or not getattr(self, name),
+                self.name is not None or self.store is not None or not getattr(self, name),
                 f"teacher.{name} is {getattr(self, name)}, but teacher.name is null: name the model, or leave both out",
             )
 
     @property
     def members(self) -> list[tuple[str, OtherTeacher]]:
         """Every teacher under its key: the first one, without its others, is `teacher`."""
-        first: list[tuple[str, OtherTeacher]] = [("teacher", self)] if self.name is not None else []
+        is_there = self.name is not None or self.store is not None
+        first: list[tuple[str, OtherTeacher]] = [("teacher", self)] if is_there else []
         return first + [(f"teacher.others[{i}]", other) for i, other in enumerate(self.others)]
 
     @property
     def title(self) -> str | None:
         """All names in one."""
-        return " + ".join(teacher.name for _, teacher in self.members if teacher.name) or None
+        names = [f"{teacher.name}{', recorded' if teacher.store else ''}" for _, teacher in self.members]
+        return " + ".join(names) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +391,7 @@ class Config:
 
     def __post_init__(self):
         _require(
-            self.teacher.name is not None or self.distill.label_weight > 0,
+            self.teacher.members or self.distill.label_weight > 0,
             "distill.label_weight is 0 and teacher.name is null: nothing would be learned. Name a teacher, or raise it",
         )
         epoch, size = size_schedule(self.data.image_size)[-1]
@@ -383,6 +400,8 @@ class Config:
             f"data.image_size: {size} px begin with epoch {epoch}, but the run ends after "
             f"{self.schedule.total_epochs} epochs: let them begin earlier, or raise schedule.epochs",
         )
+        with naming_settings(image_size="data.image_size"):
+            check_cycle(self.data.image_size, self.augment.cycle_epochs)
 
     @classmethod
     def load(cls, path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> "Config":

@@ -1,6 +1,8 @@
 """What the student learns from: a frozen teacher or the mean of several, in the dataset's order of classes."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -48,6 +50,30 @@ class Teacher(nn.Module):
         return logits if self.order is None else logits.index_select(1, self.order)
 
 
+class RecordedTeacher(nn.Module):
+    """A teacher whose outputs were recorded: it decodes them.
+
+    Args:
+      decode: uint8 [B, row_bytes] -> float32 logits [B, C] over the dataset's classes.
+      row_bytes: bytes of an encoded row.
+      note: a sentence about it for the log; "" is none.
+    """
+
+    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor], row_bytes: int, note: str = ""):
+        super().__init__()
+        self._decode = decode
+        self.row_bytes = row_bytes
+        self.note = note
+
+    def blank(self, num_rows: int, device: torch.device) -> torch.Tensor:
+        """Rows for a batch that is at no position of the plan: uint8 [num_rows, row_bytes]."""
+        return torch.zeros(num_rows, self.row_bytes, dtype=torch.uint8, device=device)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Encoded rows -> logits [B, C]."""
+        return self._decode(rows)
+
+
 class Teachers(nn.Module):
     """One or several teachers as one.
 
@@ -56,7 +82,7 @@ class Teachers(nn.Module):
       temperature: the probabilities are averaged at this temperature.
     """
 
-    def __init__(self, members: list[Teacher], temperature: float):
+    def __init__(self, members: Sequence[Teacher | RecordedTeacher], temperature: float):
         super().__init__()
         self._members = nn.ModuleList(members)
         self.raw = Normalize((0.0,) * 3, (1 / 255,) * 3)  # Gives unchanged pixels, for members that see another size.
@@ -64,9 +90,19 @@ class Teachers(nn.Module):
         self._precision = torch.float32
 
     @property
-    def members(self) -> list[Teacher]:
+    def members(self) -> list[Teacher | RecordedTeacher]:
         """The teachers one by one."""
-        return [member for member in self._members if isinstance(member, Teacher)]
+        return [member for member in self._members if isinstance(member, (Teacher, RecordedTeacher))]
+
+    @property
+    def live(self) -> list[Teacher]:
+        """Those that see the images."""
+        return [member for member in self.members if isinstance(member, Teacher)]
+
+    @property
+    def recorded(self) -> list[RecordedTeacher]:
+        """Those whose outputs come with the batches."""
+        return [member for member in self.members if isinstance(member, RecordedTeacher)]
 
     @property
     def notes(self) -> list[str]:
@@ -81,14 +117,14 @@ class Teachers(nn.Module):
         """
         self._precision = precision
         if precision == torch.bfloat16:
-            for teacher in self.members:
+            for teacher in self.live:
                 teacher.model.to(precision)
-        for normalize in (self.raw, *(teacher.normalize for teacher in self.members)):
+        for normalize in (self.raw, *(teacher.normalize for teacher in self.live)):
             normalize.dtype = precision
         return self
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """Each teacher's inputs -> logits [B, C], as `mean_logits`."""
+        """Each teacher's images, or its encoded rows -> logits [B, C], as `mean_logits`."""
         with torch.autocast(inputs[0].device.type, torch.float16, enabled=self._precision == torch.float16):
             logits = [teacher(each) for teacher, each in zip(self.members, inputs, strict=True)]
         return mean_logits(logits, self._temperature)
@@ -174,12 +210,19 @@ def teacher_warning(found: float, num_classes: int) -> str:
     )
 
 
-def build_teachers(config: Config, num_classes: int, names: list[str] | None, doubt: str = "") -> Teachers | None:
+def build_teachers(
+    config: Config,
+    num_classes: int,
+    names: list[str] | None,
+    doubt: str = "",
+    recorded: Mapping[str, RecordedTeacher] = MappingProxyType({}),
+) -> Teachers | None:
     """All teachers of the configuration on the CPU, after checking that they take the images they will get.
 
     Their BatchNorms are folded into the convolutions, as the authors do.
 
     Args:
+      recorded: the teachers that have a store, by their keys in TeacherConfig.members.
       num_classes, names: the dataset's classes; names in the order of the labels, None where it has no names.
       doubt: as trainer.models.class_names.order_doubt.
     Returns:
@@ -189,6 +232,9 @@ def build_teachers(config: Config, num_classes: int, names: list[str] | None, do
     """
     sizes, members = config.data.train_sizes, []
     for key, each in config.teacher.members:
+        if key in recorded:
+            members.append(recorded[key])
+            continue
         teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt)
         seen = [each.image_size] if each.image_size else sorted(set(sizes))
         advice = f"Change {key}.image_size, {key}.kwargs or {key}.name"

@@ -13,6 +13,7 @@ import torch
 from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import replacing
 from pipelines.plan.plan import BEFORE
+from trainer.cluster.code_version import software
 from trainer.cluster.memory import is_out_of_memory
 from trainer.models.checkpoint_format import (
     FORMAT_VERSION,
@@ -25,7 +26,7 @@ from trainer.models.checkpoint_format import (
     digest_of,
 )
 from trainer.models.files.torch_files import load_plain
-from trainer.state.checkpoint_settings import changes, check_same_plan, software
+from trainer.state.checkpoint_settings import changes, check_same_plan
 from trainer.state.train_state import TrainState
 
 BEST = "best.pt"

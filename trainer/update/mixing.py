@@ -20,7 +20,7 @@ def mix_pixels(batch: Batch) -> torch.Tensor:
 
 
 def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None = None) -> list[torch.Tensor]:
-    """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory, all of one dtype.
+    """The mixed images, normalised for each of several models: [B, 3, S, S] in channels-last memory.
 
     Each model's images have memory of their own, so that the student's, which are kept for its backward pass, keep no
     others.
@@ -36,7 +36,10 @@ def mixed_inputs(batch: Batch, models: list[Normalize], *, kernel: bool | None =
         return [normalize(pixels) for normalize in models]
     from trainer.update.mixing_triton import launch
 
-    assert batch.images.is_contiguous() and len({model.dtype for model in models}) == 1
+    assert batch.images.is_contiguous()
     outs = [torch.empty_like(batch.images, dtype=model.dtype) for model in models]
-    launch(batch, outs, torch.stack([model.scale for model in models]), torch.stack([model.shift for model in models]))
+    for dtype in {model.dtype for model in models}:  # The kernel writes one type.
+        chosen = [i for i, model in enumerate(models) if model.dtype == dtype]
+        scale = torch.stack([models[i].scale for i in chosen])
+        launch(batch, [outs[i] for i in chosen], scale, torch.stack([models[i].shift for i in chosen]))
     return [out.permute(0, 3, 1, 2) for out in outs]

@@ -1,6 +1,7 @@
 """One update: mix, both forward passes, loss, backward, clipping, AdamW, EMA. No I/O, no clock, no host sync."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ class TrainStep:
     Attributes:
       inputs: Batch -> ModelInputs, what the models see of it.
       teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
+        Where teachers were recorded, each batch has their targets.
       division: of the global batch among ranks and micro-batches.
       num_micro_batches: forward passes an update on this rank.
 
@@ -74,6 +76,7 @@ class TrainStep:
     ):
         self.inputs = functools.partial(model_inputs, normalize, teachers)
         self.teacher = compiler(teachers) if teachers is not None else None
+        self._recorded = teachers.recorded if teachers is not None else []
         self.division = Division(config.run.global_batch, config.augment.mix_group, world.size, micro_batch)
         self._sizes = self.division.sizes(world.rank)
         self.num_micro_batches = len(self._sizes)
@@ -144,6 +147,13 @@ class TrainStep:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
+    def with_blank_targets(self, batch: Batch) -> Batch:
+        """The batch with meaningless outputs of recorded teachers: it is no batch of the plan."""
+        recorded = self._recorded
+        return dataclasses.replace(
+            batch, targets=tuple(each.blank(len(batch.labels), self._device) for each in recorded)
+        )
+
     def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
         """Run forward and backward passes with the memory of an update, leaving no trace. Every rank must call it.
 
@@ -162,7 +172,7 @@ class TrainStep:
         if self.num_micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
             held += [torch.empty_like(parameter) for parameter in self._parameters]
         try:
-            self._scaler.scale(self._forward(batch).loss).backward()
+            self._scaler.scale(self._forward(self.with_blank_targets(batch)).loss).backward()
             then()
         finally:
             del held

@@ -22,20 +22,24 @@ UPDATE_S = 0.5
 FAST = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3,timeout=300,close_timeout=5"
 
 
-class Agent:
-    """One machine's torchrun."""
+# As docs/launching.md says: agents that share their store do not give its address to one that joins later.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-    def __init__(self, port: int, log: Path, trainer: list):
+
+class Agent:
+    """One machine's torchrun; that of the endpoint's host has the store, and must stay."""
+
+    def __init__(self, port: int, log: Path, trainer: list, *, is_host: bool = False):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
         command += ["--max-restarts", "5", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        command += ["--rdzv-id", "elastic", "--rdzv-conf", FAST, *map(str, trainer)]
+        command += ["--rdzv-id", "elastic", "--rdzv-conf", f"{FAST},is_host={is_host}", *map(str, trainer)]
         self.log = log
         with open(log, "w") as file:
             self.process = subprocess.Popen(
                 command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **ENVIRONMENT},
             )
 
     def kill(self) -> None:
@@ -72,7 +76,7 @@ def test_a_machine_is_lost_and_comes_back_and_each_sample_counts_once(tmp_path):
     trainer += ["--run.ready_s", 120, "--schedule.epochs", EPOCHS, "--run.eval_every", EPOCHS]
     trainer += ["--data.root", root, "--run.out", out]
     port = free_port()
-    first = Agent(port, tmp_path / "first.log", trainer)
+    first = Agent(port, tmp_path / "first.log", trainer, is_host=True)
     second = Agent(port, tmp_path / "second.log", trainer)
     try:
         await_ranks(first, 2, out)

@@ -15,7 +15,7 @@ from trainer.state.checkpoint_settings import changes, check_same_plan
 NATURES = setting_natures()
 PLAN = TrainPlan(synthetic_index(2048, 10), Config().augment, 0, 1024, 224, (0, 0, 0)).describe()
 # What a run writes into its plan beside TrainPlan.describe(), and what of that no setting decides.
-OF_STUDENT, OF_DATA = {"student.name", "student.kwargs"}, {"plan_version", "dataset", "fill"}
+OF_STUDENT, OF_DATA = {"student.name", "student.kwargs"}, {"plan_version", "dataset"}
 
 
 def with_value(key: str, value: object) -> Config:
@@ -61,6 +61,8 @@ def test_the_settings_that_are_refused_are_what_a_plan_is_made_of():
         ("seed", "run.seed"),
         ("window_shards", r"window_shards \(from data.shuffle and data.window_shards\)"),
         ("augment.flip", "augment.flip"),
+        ("fill", "augment.fill"),
+        ("augment.cycle_epochs", "augment.cycle_epochs"),
         ("dataset", "dataset"),
     ],
 )

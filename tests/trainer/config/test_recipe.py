@@ -44,6 +44,8 @@ RECIPE = {
     "augment.mix_prob": 1.0,
     "augment.cutmix_prob": 0.5,
     "augment.mix_group": 128,
+    "augment.fill": None,  # the student's mean colour
+    "augment.cycle_epochs": 0,
     "data.shuffle": "global",
     "data.image_size": 224,
     "data.eval_image_size": 0,  # as image_size
@@ -106,6 +108,15 @@ def test_the_audit_names_what_differs_with_both_values_and_its_meaning():
     assert "optim.lr: USI 0.002, here 0.001\n      peak learning rate" in audit_table(parse([*changed, *elsewhere]))
 
 
+def test_the_audit_says_what_is_known_of_repeated_views():
+    (row,) = audit(parse(["--augment.cycle_epochs", "50"]))
+    assert (row["key"], row["usi"], row["here"]) == ("augment.cycle_epochs", 0, 50)
+    assert "50 stored views an image were as good as 400 where a run used each three times" in row["meaning"]
+    assert "no comparison of six uses or more is known" in row["meaning"]
+    (row,) = audit(parse(["--augment.fill", "[124,116,104]"]))
+    assert (row["key"], row["usi"], row["here"]) == ("augment.fill", None, [124, 116, 104])
+
+
 def test_the_settings_of_the_published_recipe_are_audited():
     natures = setting_natures()
     assert all(natures[key].recipe for key in RECIPE)
@@ -141,7 +152,7 @@ def test_settings_of_the_training_that_have_no_default_of_the_authors_are_the_on
     listed = {key for row in table() for key in row.ours}
     lacking = {
         *("augment.three_augment", "data.shuffle", "data.eval_image_size", "distill.temperature", "ema.warmup"),
-        *("teacher.image_size", "teacher.others"),
+        *("teacher.image_size", "teacher.others", "augment.fill", "augment.cycle_epochs"),
     }
     assert set(RECIPE) - listed == lacking
 

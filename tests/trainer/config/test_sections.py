@@ -229,6 +229,32 @@ def test_epochs_of_image_sizes_may_be_larger_than_any_size():
         parse(["--data.image_size", "[[0,128],[100,5000]]"])
 
 
+def test_sizes_that_begin_after_the_repeated_epochs_are_refused_by_their_settings():
+    sizes = ["--data.image_size", "[[0,128],[100,160]]"]
+    assert parse([*sizes, "--augment.cycle_epochs", "101"]).augment.cycle_epochs == 101
+    message = (
+        "^data.image_size: 160 px begin with epoch 100, but augment.cycle_epochs is 50, so epoch 100 repeats epoch 0: "
+        "let all sizes begin earlier, or raise augment.cycle_epochs$"
+    )
+    with pytest.raises(UserError, match=message):
+        parse([*sizes, "--augment.cycle_epochs", "50"])
+
+
+@pytest.mark.parametrize(
+    ("colour", "message"),
+    [
+        ("[0,0,256]", r"augment.fill is .*\(0, 0, 256\).*; it must lie in \[0, 255\]"),
+        ("[1,2]", "augment.fill: Expected one of"),
+        ("gray", "augment.fill: Expected one of"),
+    ],
+)
+def test_a_fill_colour_is_three_bytes_or_null(colour, message):
+    assert parse(["--augment.fill", "[0,128,255]"]).augment.fill == (0, 128, 255)
+    assert parse(["--augment.fill", "null"]).augment.fill is None
+    with pytest.raises(UserError, match=message):
+        parse(["--augment.fill", colour])
+
+
 def test_a_pipe_is_read_as_a_file():
     read, write_end = os.pipe()
     os.write(write_end, b"\xef\xbb\xbfoptim: {lr: 0.5}")  # with a byte order mark

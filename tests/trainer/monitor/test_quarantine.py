@@ -128,7 +128,8 @@ def test_a_thousand_damaged_of_twenty_thousand_are_named_exactly(tmp_path, pipel
     build(tmp_path / "src", tmp_path / "data", BuildOptions(samples_per_shard=2000), workers=2)
     bad = flip_bytes(tmp_path / "data", "train", np.random.default_rng(1).permutation(20_000)[:1000])
     arguments = ("--augment.repeats", "1", "--data.max_bad_fraction", "0.1", "--data.pipeline", pipeline)
-    epochs = ("--schedule.epochs", "2", "--run.global_batch", "80")  # 80 divides 20,000: nothing is dropped
+    # 80 divides 20,000: nothing is dropped.
+    epochs = ("--schedule.epochs", "2", "--run.global_batch", "80", "--augment.mix_group", "16")
     run_trainer("--data.root", tmp_path / "data", "--run.out", tmp_path / "run", *arguments, *epochs)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
     assert len(named(tmp_path / "run")) == 1000 and set(named(tmp_path / "run")) == bad

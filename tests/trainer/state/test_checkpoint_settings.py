@@ -64,6 +64,8 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(dig
         (["--student.kwargs.drop_rate", "0.3"], r"student.kwargs was \{'drop_rate': 0.2.*now it is \{'drop_rate': 0.3"),
         (["--student.name", "test_vit"], "student.name was tiny_cnn, now it is test_vit"),
         (["--data.image_size", "64"], "image_size was 32, now it is 64"),
+        (["--augment.fill", "[0,0,0]"], r"augment.fill was \[128, 128, 128\], now it is \[0, 0, 0\]. Use the same"),
+        (["--augment.cycle_epochs", "2"], "augment.cycle_epochs was 0, now it is 2"),
     ],
 )
 def test_a_checkpoint_of_another_plan_is_refused_and_left_alone(digits, distilled, tmp_path, arguments, message):

@@ -24,3 +24,7 @@ def test_raw_pixels_are_made_once_for_all_teachers_of_other_sizes(monkeypatch):
     for teacher, seen in zip(members, found.teachers, strict=True):
         assert torch.equal(seen, teacher.inputs(pixels))
     assert made == [student, members[1].normalize, members[3].normalize, teachers.raw]
+
+    alone = inputs.teacher_inputs(teachers, batch)  # No student is there when a teacher is recorded.
+    assert all(torch.equal(*pair) for pair in zip(alone, found.teachers, strict=True))
+    assert made[4:] == made[1:4]

@@ -196,7 +196,8 @@ def model_contents(config: Config) -> dict[str, str | None]:
     for each other. The revision of their repository stands for them.
     """
     found: dict[str, str | None] = {}
-    for key, model in [("student", config.student), *config.teacher.members]:
+    live = [(key, teacher) for key, teacher in config.teacher.members if teacher.store is None]
+    for key, model in [("student", config.student), *live]:
         files = {f"{key}.checkpoint": model.checkpoint, f"{key}.classes": model.classes}
         if folder := named_folder(model.name):
             files[f"{key}.name ({CONFIG})"] = folder.path / CONFIG

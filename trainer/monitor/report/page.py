@@ -177,7 +177,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
     return {
         "state": state,
         "student": section["student"].get("name", _NONE),
-        "teacher": section["teacher"].get("name") or "none, labels alone",
+        "teacher": _teacher(section["teacher"]),
         "steps done": f"{step:,} of {total:,}" if total else f"{step:,}",
         "top-1, EMA weights": f"{last['ema']['top1']:.2f} %" if "ema" in last else _NONE,
         "top-1, raw weights": f"{last['raw']['top1']:.2f} %" if "raw" in last else _NONE,
@@ -192,6 +192,11 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "damaged images": str(run.num_damaged),
         "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
+
+
+def _teacher(section: dict) -> str:
+    name = section.get("name") or "none, labels alone"
+    return f"{name}, recorded in {section['store']}" if section.get("store") else name
 
 
 def _ranks(session: dict) -> str:

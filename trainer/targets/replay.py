@@ -1,0 +1,200 @@
+"""Replays what teachers said: the stores of a run, whether they fit it, and the targets beside its batches."""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines import resolve_pipeline
+from pipelines.batch import Batch, Pipeline
+from pipelines.common.errors import UserError
+from pipelines.common.files import sha256_of
+from pipelines.plan.batch_plan import BatchPlan
+from pipelines.plan.plan import TrainPlan
+from trainer.cluster.code_version import software
+from trainer.config.sections import Config, OtherTeacher, TeacherConfig
+from trainer.models.teacher import RecordedTeacher
+from trainer.targets.header import check_plan
+from trainer.targets.store import TeacherStore
+
+_RECORD = "Record it with tools/record_teacher.py"
+
+
+def open_stores(config: TeacherConfig) -> dict[str, TeacherStore]:
+    """The stores of all teachers that have one, by their keys in TeacherConfig.members.
+
+    Raises:
+      UserError: as TeacherStore.
+    """
+    return {key: TeacherStore(each.store) for key, each in config.members if each.store is not None}
+
+
+def provenances(stores: Mapping[str, TeacherStore]) -> dict[str, str]:
+    """How the outputs in each store were computed and stored, for people."""
+    headers = {key: store.header for key, store in stores.items()}
+    return {
+        key: f"{each.teacher.name}, recorded in {each.precision}, stored as {each.codec}"
+        for key, each in headers.items()
+    }
+
+
+def with_recorded_settings(config: Config, stores: Mapping[str, TeacherStore]) -> Config:
+    """The configuration with the name, arguments and image size of each recorded teacher as its store has them.
+
+    Raises:
+      UserError: the configuration names another teacher, or another precision, than what was recorded.
+    """
+    teacher = config.teacher
+    if len(stores) == len(teacher.members) and teacher.precision != "auto":
+        for key, store in stores.items():
+            if store.header.precision != teacher.precision:
+                raise UserError(
+                    f"{store.folder}: {key} was recorded in {store.header.precision}, and teacher.precision is "
+                    f"{teacher.precision}. Leave teacher.precision out, or give another store"
+                )
+    members = {key: each if key not in stores else _recorded(key, each, stores[key]) for key, each in teacher.members}
+    others = [each for key, each in members.items() if key != "teacher"]
+    if "teacher" in stores:
+        teacher = members["teacher"]
+    return dataclasses.replace(config, teacher=dataclasses.replace(teacher, others=others))
+
+
+def _recorded(key: str, given: OtherTeacher, store: TeacherStore) -> Any:
+    """One teacher's settings as its store has them. A setting that has its default was not given."""
+    facts = store.header.teacher
+    defaults = {field.name: field.default for field in dataclasses.fields(type(given))} | {"kwargs": {}}
+    for name in ("name", "kwargs", "image_size"):
+        value, found = getattr(given, name), getattr(facts, name)
+        if value not in (None, defaults[name], found):
+            raise UserError(
+                f"{store.folder}: was recorded with {key}.{name} {found}, and {value} is given. Leave {key}.{name} "
+                "out, or give another store"
+            )
+    if given.checkpoint is not None:
+        content = sha256_of(given.checkpoint) if given.checkpoint.is_file() else None
+        if content is None or content != facts.checkpoint:
+            raise UserError(
+                f"{store.folder}: was not recorded from the file {given.checkpoint}, which is given as "
+                f"{key}.checkpoint. Leave it out, or give another store"
+            )
+    return dataclasses.replace(given, name=facts.name, kwargs=facts.kwargs, image_size=facts.image_size)
+
+
+def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
+    """Raise a UserError if a store is of another plan, lacks steps, or does not serve the temperature.
+
+    Args:
+      plan: its fill colour is not compared where it is the student's, which `check_fill` compares later.
+    """
+    epochs = config.schedule.total_epochs
+    num_steps = plan.steps_per_epoch * min(epochs, config.augment.cycle_epochs or epochs)
+    for store in stores.values():
+        described = plan.describe()
+        if config.augment.fill is None:
+            described["fill"] = store.header.plan.get("fill")
+        check_plan(store.folder, store.header, described, plan.index.num_classes)
+        temperature = config.distill.temperature
+        if temperature != 1 and not store.codec.any_temperature:
+            raise UserError(
+                f"{store.folder}: is stored as {store.header.codec}, which serves no other temperature than 1, and "
+                f"distill.temperature is {temperature:g}. Use that, or a store with another codec"
+            )
+        missing = store.coverage.first_missing(0, num_steps)
+        if missing is not None:
+            raise UserError(
+                f"{store.folder}: step {missing} is not recorded, and the run needs the steps up to {num_steps}. "
+                f"{_RECORD}, lower schedule.epochs, or set augment.cycle_epochs to epochs that are recorded"
+            )
+
+
+def check_fill(stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
+    """Raise a UserError if the plan of a run has another fill colour than the plan of a store."""
+    for store in stores.values():
+        fill, own = store.header.plan.get("fill"), plan.describe()["fill"]
+        if fill != own:
+            raise UserError(
+                f"{store.folder}: was recorded with the fill colour {fill}, and the student's mean colour is {own}. "
+                f"Give the colour of the store: --augment.fill '{fill}'"
+            )
+
+
+def made_with(config: Config, device: torch.device) -> dict[str, Any]:
+    """What a teacher's outputs depend on a little, besides its device: plain values by their names."""
+    return {"pipeline": resolve_pipeline(config.data.pipeline, device), **software()}
+
+
+def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]) -> dict[str, RecordedTeacher]:
+    """The teachers that decode the stores' rows, by the teacher's key, with a note on each.
+
+    Args:
+      now: as `made_with`; the notes say with what else a store was recorded.
+    """
+    found = {}
+    for key, provenance in provenances(stores).items():
+        store = stores[key]
+        note = f"{key}: {provenance}; replayed from {store.folder}"
+        before = store.header.made_with
+        other = [name for name, value in now.items() if before.get(name, value) != value]
+        if other:
+            is_seen = "pipeline" in other or "pipelines" in other
+            what = "its pixels differ a little" if is_seen else "its outputs may differ in the last bits"
+            note += f"; it was recorded with {', '.join(f'{name} {before[name]}' for name in other)}, so {what}"
+        if num_damaged := store.num_quarantined():
+            note += f"; {num_damaged} of its images were damaged and are gray"
+        found[key] = RecordedTeacher(store.codec.decode, store.codec.row_bytes, note)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Puts the targets of recorded teachers beside the batches of a plan.
+
+    Attributes:
+      stores: in the order of the teachers.
+      plan: which every store is of.
+      device: where the targets are wanted.
+    """
+
+    stores: Sequence[TeacherStore]
+    plan: TrainPlan
+    device: torch.device
+
+    def batches(self, pipeline: Pipeline, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """The batch of each plan with its targets, which are read as soon as the pipeline takes the plan."""
+        waiting: collections.deque[Future[list[torch.Tensor]]] = collections.deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="targets") as thread:
+
+            def announced() -> Iterator[BatchPlan]:
+                for plan in plans:
+                    waiting.append(thread.submit(self.read, plan))
+                    yield plan
+
+            batches: Any = pipeline.batches(announced())  # A generator, which Pipeline.batches does not promise.
+            try:
+                with contextlib.closing(batches):
+                    for batch in batches:
+                        rows = [each.to(self.device, non_blocking=True) for each in waiting.popleft().result()]
+                        yield dataclasses.replace(batch, targets=tuple(rows))
+            finally:
+                thread.shutdown(cancel_futures=True)
+
+    def drop_from_cache(self, plans: Iterable[BatchPlan]) -> None:
+        """Drop what is stored for the rows of plans from the page cache, as far as the system allows it."""
+        positions = self.plan.views(np.concatenate([plan.positions for plan in plans]))
+        for store in self.stores:
+            store.drop_from_cache(positions)
+
+    def read(self, plan: BatchPlan) -> list[torch.Tensor]:
+        """The encoded rows of a plan from each store: uint8 [B, row_bytes], ready to be copied to the device.
+
+        Raises:
+          UserError: as TeacherStore.read.
+        """
+        positions = self.plan.views(plan.positions)
+        rows = [store.read(positions) for store in self.stores]
+        return [each.pin_memory() for each in rows] if self.device.type == "cuda" else rows
