@@ -23,8 +23,22 @@ from conftest import REPOSITORY
 from fidelity import command as fidelity
 from pipelines.common.errors import UserError
 from support.documented import DOCUMENTS, NOT_OURS, SBATCH, SUBCOMMANDS, Shown, commands, spans, without_variables
-from tools import average, benchmark, compare, demo, doctor, evaluate, export, parity, predict, report, shard_imagenet
+from tools import (
+    average,
+    benchmark,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    parity,
+    predict,
+    record_teacher,
+    report,
+    shard_imagenet,
+)
 from tools.evaluate import EvalConfig
+from tools.lib.record_teacher.store_commands import SUBCOMMANDS as STORE_COMMANDS
 from trainer import run
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
@@ -33,11 +47,14 @@ from trainer.micro_batch import resolve_micro_batch
 
 TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
-    for tool in (average, benchmark, compare, demo, doctor, export, parity, predict, report, shard_imagenet)
+    for tool in (
+        *(average, benchmark, compare, demo, doctor, export, parity, predict, record_teacher, report, shard_imagenet),
+    )
 } | {"tests/chaos": chaos, "tests/fidelity": fidelity}
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
+    record_teacher: STORE_COMMANDS,
     shard_imagenet: SUBCOMMANDS,
 }
 # Modules of others that `python -m` starts.
@@ -154,6 +171,8 @@ def parsed(call: Called) -> object:
         return config
     assert call.program in TOOLS, f"{call.program}: what is this? Add it to TOOLS, or to NOT_OURS"
     options = TOOLS[call.program]._parse(call.arguments)
+    if call.program == "tools/record_teacher.py" and options[0].command == "record":
+        return parse(options[1])
     return options if call.program != "tools/doctor.py" else doctor.configuration(options[0].target, options[1])
 
 

@@ -1,4 +1,6 @@
-"""Nothing in an update, an evaluation or the augmentation makes the host wait for the device, or mixes devices."""
+"""Nothing in an update, an evaluation, a recording or the augmentation makes the host wait for the device, or mixes
+devices.
+"""
 
 import numpy as np
 import pytest
@@ -6,13 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpu_stub.runs import GPU, built, teacher_file, updates
+from gpu_stub.runs import GPU, arguments, built, teacher_file, updates
 from gpu_stub.stand_in import triton_launches
 from pipelines.ops.torch_ops import apply_ops, erase, kernel_error
 from pipelines.plan.draws import Op
 from pipelines.plan.plan import EvalPlan
 from pipelines.shards.index import synthetic_index
 from pipelines.synthetic import SyntheticPipeline
+from tools.lib.common.terminal import Progress
+from tools.lib.record_teacher.blocks import encoded_rows
+from tools.lib.record_teacher.recording import build_recording
+from trainer.config.sections import parse
 from trainer.evaluation import metrics
 from trainer.evaluation.predict import EvalPass
 from trainer.models.normalize import Normalize
@@ -117,3 +123,34 @@ def test_an_evaluation_waits_at_its_end_alone(monkeypatch, no_host_sync):
     eval_pass = EvalPass(normalize, pipeline, EvalPlan(index, 32, 0.95, "bicubic"), 16, torch.bfloat16, GPU)
     eval_pass.predict({"raw": model}, shown=watched)
     assert seen == [40]
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp16", "compact"])
+def test_a_recording_does_not_wait_for_the_device_within_a_block(codec, tmp_path, no_host_sync):
+    settings = {**TEACHER, "teacher.checkpoint": teacher_file(tmp_path), "data.synthetic_classes": 10}
+    config = parse(arguments(tmp_path / "run", settings))
+    recording = build_recording(config, tmp_path / "store", codec=codec, epochs=1, world=GPU)
+    assert recording.header.precision == "fp16"
+    plans = recording.plan.batches(0, 4, micro_batch=recording.micro_batch)
+    batches = iter(list(recording.pipelines.of["train"].batches(plans)))
+    progress = Progress(4, 32, "process 1 of 1")
+    encoded_rows(recording, batches, (0, 2), lambda: 0, progress)  # compiles the Triton kernels
+    with no_host_sync(), CrossDevice() as devices:
+        rows, finite, num_right = encoded_rows(recording, batches, (2, 4), lambda: 0, progress)
+    assert (
+        num_right.is_cuda
+        and rows.is_cuda
+        and rows.shape == (2, 32, recording.codec.row_bytes)
+        and finite.shape == (2, 32)
+    )
+    assert devices.operations > 50 and not devices.found
+
+
+def test_a_recording_in_float32_does_not_round_factors_to_tf32(tmp_path):
+    """A run may, and does by default."""
+    settings = {**TEACHER, "teacher.checkpoint": teacher_file(tmp_path), "data.synthetic_classes": 10}
+    built(tmp_path / "run", settings)
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    config = parse(arguments(tmp_path / "run", {**settings, "teacher.precision": "fp32"}))
+    build_recording(config, tmp_path / "store", codec="int8", epochs=1, world=GPU)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32

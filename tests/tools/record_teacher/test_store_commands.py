@@ -1,0 +1,329 @@
+"""Stores are looked at, checked, merged and written in a smaller codec; no file that was recorded ever changes."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.plan.plan import BEFORE
+from support.recordings import files, pieces, record, save_teacher
+from support.small_store import HEADER, PIECES, PLAN, write_small_store
+from tools.lib.record_teacher.merge import merge
+from tools.lib.record_teacher.transcode import Loss, transcode
+from tools.record_teacher import main
+from trainer.targets.header import claim
+from trainer.targets.pieces import Piece, write_piece
+from trainer.targets.store import QUARANTINE, TeacherStore
+
+ALL = np.arange(1280)
+INT8 = ("--codec", "int8")
+LINE = {"split": "train", "shard": "train-00000.tar", "key": "a", "offset": 512, "error": "PIL cannot decode it"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> list[str]:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
+@pytest.fixture(scope="module")
+def exact(digits, teacher, tmp_path_factory) -> Path:
+    """A recording of fp32, 160 steps in three pieces."""
+    return record(tmp_path_factory.mktemp("stores") / "exact", digits, teacher, "--codec", "fp32")
+
+
+@pytest.fixture
+def parts(exact, tmp_path) -> list[Path]:
+    """The recording in two stores: the first piece, and the two others."""
+    for name, kept in (("first", (0,)), ("second", (1, 2))):
+        shutil.copytree(exact, tmp_path / name)
+        for number, piece in enumerate(pieces(exact)):
+            if number not in kept:
+                (tmp_path / name / piece).unlink()
+    return [tmp_path / "first", tmp_path / "second"]
+
+
+def change_byte(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.unlink()  # The file may have a second name.
+    path.write_bytes(content)
+
+
+def error_of(arguments: list, capsys) -> str:
+    """The line with which a command ends."""
+    with pytest.raises(SystemExit) as end:
+        main([str(each) for each in arguments])
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+# --- info and verify ---
+
+
+def test_info_lists_what_a_store_is_of_and_how_much_it_has(exact, parts, capsys):
+    main(["info", str(exact)])
+    said = capsys.readouterr().out
+    rows = {line.split("  ")[0].strip(): line.partition("  ")[2].strip() for line in said.splitlines()}
+    header = TeacherStore(exact).header
+    assert rows["identity"] == header.identity and rows["its weights"] == f"sha256 {header.teacher.weights}"
+    assert rows["teacher"] == "tiny_cnn" and rows["codec"] == "fp32" and rows["precision"] == "fp32"
+    assert rows["plan: seed"] == "0" and rows["plan: global_batch"] == "8" and rows["damaged images"] == "0"
+    assert rows["steps"] == "160 recorded, 4 epochs of 40"
+    assert rows["size"].endswith(" kB in 3 pieces, 40 bytes a position")
+    (parts[1] / QUARANTINE).write_text(json.dumps(LINE) + "\n")
+    main(["info", str(parts[1])])
+    said = capsys.readouterr().out
+    assert "96 recorded, 2.4 epochs of 40; of the first 160 the first missing one is 0" in said
+    assert said.split()[-1] == "1"  # damaged image
+
+
+def test_info_counts_what_killed_recorders_have_left(exact, parts, capsys):
+    main(["info", str(exact)])
+    assert "unfinished files none" in " ".join(capsys.readouterr().out.split())
+    for token in ("0123abcd", "4567cdef"):
+        (parts[0] / f"{pieces(exact)[1]}.{token}.partial").write_bytes(bytes(750_000))
+    main(["info", str(parts[0])])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "unfinished files 2 with 1.5 MB; remove *.partial when no recorder runs" in said
+
+
+def test_a_forged_name_of_a_distant_step_costs_no_time(parts, capsys):
+    """Going through the steps in front of it one by one would take a day."""
+    (parts[0] / "9999999998-9999999999.0-8.safetensors").touch()
+    main(["info", str(parts[0])])
+    said = capsys.readouterr().out
+    assert "65 recorded" in said and "of the first 9,999,999,999 the first missing one is 64" in said
+    (parts[1] / "00000000-9999999999.0-8.safetensors").touch()  # Its rows would take 3 TB of memory.
+    assert "has 0 bytes instead of" in error_of(["transcode", parts[1], parts[1].with_name("x"), *INT8], capsys)
+    (parts[0] / "9999999998-9999999999.0-8.safetensors").unlink()
+    assert "has 0 bytes instead of" in merge(parts[0], parts[1:])[1][0] and pieces(parts[0])[1:] == pieces(parts[1])[1:]
+
+
+def test_verify_finds_nothing_in_an_intact_store_and_names_each_fault_of_another(exact, tmp_path, capsys):
+    main(["verify", str(exact)])
+    assert capsys.readouterr().out == f"{exact}: no damage found\n"
+    store = shutil.copytree(exact, tmp_path / "store")
+    change_byte(store / pieces(store)[1], -1)
+    (store / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(store)])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and len(said.out.splitlines()) == 2
+    assert f"{pieces(store)[1]}: is damaged at step 127" in said.out and "notes.txt" in said.out
+    assert "2 faults. Move the files named above away, and record their steps again" in said.err
+
+
+def test_what_verify_names_can_be_moved_away_and_is_recorded_again(exact, digits, teacher, tmp_path):
+    store = shutil.copytree(exact, tmp_path / "store")
+    change_byte(store / pieces(store)[1], -1)
+    (store / pieces(store)[1]).rename(tmp_path / "damaged")
+    record(store, digits, teacher, "--codec", "fp32")
+    assert files(store) == files(exact)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["verify"], ["merge", "STORE"], ["transcode"]], ids=str)
+def test_a_folder_that_is_no_store_is_named(tmp_path, capsys, arguments):
+    none = tmp_path / "none"
+    rest = [tmp_path / "out", "--codec", "int8"] if arguments[0] == "transcode" else []
+    words = [arguments[0], *[tmp_path / word for word in arguments[1:]], none, *rest]
+    if arguments[0] == "verify":
+        with pytest.raises(SystemExit):
+            main([str(each) for each in words])
+        assert f"{none}: is no teacher store" in capsys.readouterr().out
+    else:
+        assert f"error: {none}: is no teacher store" in error_of(words, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# --- merge ---
+
+
+def test_merged_parts_are_the_store_of_one_recording(exact, parts, tmp_path, capsys):
+    before = [files(part) for part in parts]
+    main(["merge", str(tmp_path / "merged"), *map(str, parts)])
+    assert files(tmp_path / "merged") == files(exact) and [files(part) for part in parts] == before
+    assert "3 pieces added" in capsys.readouterr().out
+    main(["merge", str(parts[0]), str(parts[1])])
+    assert files(parts[0]) == files(exact) and "2 pieces added" in capsys.readouterr().out
+    main(["merge", str(parts[0]), str(parts[1])])
+    assert "0 pieces added" in capsys.readouterr().out
+
+
+def test_a_merged_piece_is_the_same_file_or_a_copy_where_there_are_no_links(exact, parts, tmp_path, monkeypatch):
+    merge(tmp_path / "linked", parts)
+    first = pieces(exact)[0]
+    assert os.path.samefile(tmp_path / "linked" / first, parts[0] / first)
+
+    link = os.link
+
+    def no_links(source, target):
+        if str(source).endswith(".partial"):  # A new file gets its name by a link within a folder.
+            return link(source, target)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", no_links)
+    added, faults = merge(tmp_path / "copied", parts)
+    assert (added, faults) == (3, []) and files(tmp_path / "copied") == files(exact)
+    assert not os.path.samefile(tmp_path / "copied" / first, parts[0] / first)
+
+
+def test_a_piece_that_is_a_symbolic_link_is_merged_as_the_file_that_it_leads_to(exact, parts, tmp_path):
+    first = parts[0] / pieces(exact)[0]
+    (tmp_path / "disk").mkdir()
+    first.rename(tmp_path / "disk" / first.name)
+    first.symlink_to(f"../disk/{first.name}")  # In another folder this name leads nowhere.
+    merged = tmp_path / "more" / "merged"
+    assert merge(merged, parts) == (3, []) and not (merged / first.name).is_symlink()
+    assert files(merged) == files(exact)
+
+
+def test_a_damaged_piece_is_named_and_not_merged(exact, parts, tmp_path, capsys):
+    change_byte(parts[1] / pieces(exact)[2], -1)
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(tmp_path / "merged"), *map(str, parts)])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and f"{pieces(exact)[2]}: is damaged at step 159" in said.out
+    assert "1 damaged pieces were left out" in said.err and pieces(tmp_path / "merged") == pieces(exact)[:2]
+
+
+def test_damaged_images_are_named_once_in_the_merged_store(parts, tmp_path):
+    other = {**LINE, "key": "b", "offset": 1024}
+    for part, lines in zip(parts, ([LINE], [other, LINE]), strict=True):
+        (part / QUARANTINE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):
+        merge(tmp_path / "merged", parts)
+    assert (tmp_path / "merged" / QUARANTINE).read_text() == f"{json.dumps(LINE)}\n{json.dumps(other)}\n"
+
+
+def test_a_store_of_something_else_is_not_merged_and_nothing_is_added(exact, digits, teacher, parts, tmp_path, capsys):
+    other = record(tmp_path / "other", digits, teacher, "--codec", "fp32", "--run.seed", 1, "--epochs", 1)
+    before = files(parts[0])
+    said = error_of(["merge", parts[0], parts[1], other], capsys)
+    assert f"error: {other}: was recorded with seed 1, and run.seed is 0. Use the same" in said
+    assert files(parts[0]) == before
+    assert f"error: {other}: was recorded with seed 1" in error_of(["merge", tmp_path / "new", exact, other], capsys)
+    assert not (tmp_path / "new").exists()
+    assert "is the store itself. Name other stores" in error_of(["merge", parts[0], parts[0]], capsys)
+
+
+def test_weights_of_another_file_are_the_same_teacher(exact, digits, tmp_path):
+    """A header names the file, and the identity of a store does not depend on it."""
+    file = save_teacher(tmp_path / "plain.pth")
+    content = torch.load(file[-1], weights_only=True)
+    torch.save({"state_dict": content}, file[-1])
+    other = record(tmp_path / "other", digits, file, "--codec", "fp32")
+    headers = [TeacherStore(each).header for each in (other, exact)]
+    assert headers[0].identity == headers[1].identity and headers[0].teacher.checkpoint != headers[1].teacher.checkpoint
+    store = tmp_path / "store"
+    store.mkdir()
+    shutil.copy(exact / "store.json", store)
+    assert merge(store, [other]) == (3, []) and files(store) == files(exact)
+    assert os.path.samefile(store / pieces(exact)[0], other / pieces(exact)[0])
+
+
+def test_pieces_of_a_store_that_is_older_than_a_setting_are_copied_under_the_identity_of_the_other(tmp_path):
+    """Each piece names the identity of its store, which the settings in its header decide."""
+    younger = dataclasses.replace(HEADER, plan={**BEFORE, **PLAN})
+    assert younger.identity != HEADER.identity
+    whole = write_small_store(tmp_path / "whole", younger)
+    source, store = write_small_store(tmp_path / "source"), write_small_store(tmp_path / "store", younger, ())
+    assert merge(store, [source]) == (len(PIECES), []) and files(store) == files(whole)
+
+
+# --- transcode ---
+
+
+def test_a_transcoded_store_is_the_one_that_the_smaller_codec_would_have_recorded(
+    exact, digits, teacher, tmp_path, capsys
+):
+    before = files(exact)
+    main(["transcode", str(exact), str(tmp_path / "int8"), "--codec", "int8"])
+    said = capsys.readouterr().out
+    assert "3 pieces written as int8" in said and "lost, over 24 positions: KL " in said
+    assert files(exact) == before
+    recorded, found = TeacherStore(record(tmp_path / "recorded", digits, teacher)), TeacherStore(tmp_path / "int8")
+    assert torch.equal(found.read(ALL), recorded.read(ALL)) and found.header.identity == recorded.header.identity
+    main(["transcode", str(exact), str(tmp_path / "int8"), "--codec", "int8"])
+    assert "0 pieces written" in capsys.readouterr().out
+
+
+def test_a_store_that_comes_from_a_lossy_codec_is_neither_continued_nor_merged_as_a_direct_one(
+    exact, digits, teacher, tmp_path, capsys
+):
+    transcode(exact, tmp_path / "fp16", "fp16")
+    transcode(tmp_path / "fp16", tmp_path / "int8", "int8")
+    transcode(exact, tmp_path / "direct", "int8")
+    headers = [TeacherStore(tmp_path / name).header for name in ("int8", "direct")]
+    assert headers[0].transcoded_from == ["fp16"] and headers[1].transcoded_from == []
+    assert headers[0].identity != headers[1].identity
+    before, says = files(tmp_path / "int8"), "was recorded with codec int8 transcoded from fp16, and the codec is int8."
+    with pytest.raises(SystemExit):
+        record(tmp_path / "int8", digits, teacher, *INT8)
+    assert says in capsys.readouterr().err
+    assert says in error_of(["merge", tmp_path / "direct", tmp_path / "int8"], capsys)
+    assert files(tmp_path / "int8") == before
+    main(["info", str(tmp_path / "int8")])
+    assert "int8 transcoded from fp16" in capsys.readouterr().out
+    assert transcode(tmp_path / "fp16", tmp_path / "int8", "int8")[0] == 0  # The same command continues it.
+
+
+def test_a_transcoding_that_was_interrupted_is_completed(exact, tmp_path):
+    transcode(exact, tmp_path / "once", "int8")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")
+    (tmp_path / "twice" / pieces(exact)[1]).unlink()
+    assert transcode(exact, tmp_path / "twice", "int8")[0] == 1
+    assert files(tmp_path / "twice") == files(tmp_path / "once")
+
+
+@pytest.mark.parametrize(("codec", "size"), [("fp32", "40 bytes"), ("fp16", "20 bytes"), ("int8", "10 bytes")])
+def test_a_codec_that_is_not_smaller_is_refused(exact, tmp_path, capsys, codec, size):
+    transcode(exact, tmp_path / "int8", "int8")
+    said = error_of(["transcode", tmp_path / "int8", tmp_path / "out", "--codec", codec], capsys)
+    assert f"--codec {codec} takes {size} a position" in said and "has 10 (int8)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_piece_ends_a_transcoding_and_is_named(exact, tmp_path, capsys):
+    store = shutil.copytree(exact, tmp_path / "store")
+    change_byte(store / pieces(store)[1], -1)
+    said = error_of(["transcode", store, tmp_path / "out", "--codec", "int8"], capsys)
+    assert f"{pieces(store)[1]}: is damaged at step 127" in said
+    assert pieces(tmp_path / "out") == pieces(exact)[:1]
+
+
+def test_logits_that_no_recorder_writes_end_a_transcoding(exact, tmp_path, capsys):
+    store = tmp_path / "store"
+    header = claim(store, TeacherStore(exact).header)
+    rows = np.zeros((2, 8, 10), np.float32)
+    rows[1, 3, 7] = np.nan
+    write_piece(store, header, Piece(4, 6, 0, 8), rows.view(np.uint8))
+    said = error_of(["transcode", store, tmp_path / "out", *INT8], capsys)
+    assert "00000004-00000006.0-8.safetensors: has logits that are not finite at step 5. Record it again" in said
+    assert pieces(tmp_path / "out") == []
+
+
+def test_the_damaged_images_go_with_a_transcoded_store(parts, tmp_path):
+    (parts[0] / QUARANTINE).write_text(json.dumps(LINE) + "\n")
+    transcode(parts[0], tmp_path / "out", "int8")
+    assert TeacherStore(tmp_path / "out").num_quarantined() == 1
+
+
+def test_the_loss_is_measured_as_it_is_defined():
+    before = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    after = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 0.0]])
+    loss = Loss()
+    loss.add(before, after, seed=0)
+    p, q = before.softmax(1), after.softmax(1)
+    kl = (p[1] * (p[1] / q[1]).log()).sum() / 2
+    uniform = (p - q)[1].norm() / (p[1] - 1 / 3).norm() / 2
+    assert loss.num == 2 and loss.same_top1 == 0.5
+    assert loss.kl == pytest.approx(kl.item()) and loss.uniform == pytest.approx(uniform.item())
+    loss.add(before, before, seed=0)  # Means are over all positions.
+    assert loss.num == 4 and loss.kl == pytest.approx(kl.item() / 2) and loss.same_top1 == 0.75
+    assert 0 < loss.noised < 10

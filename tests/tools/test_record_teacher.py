@@ -1,0 +1,412 @@
+"""A recording holds what a live teacher says, bit for bit; it is stopped and resumed anywhere, and refuses nonsense."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.common.files import read_json_lines
+from pipelines.shards.index import read_index
+from support.recordings import SMALL, command, files, pieces, record, save_teacher
+from support.tiny_runs import ONE
+from tools.lib.common.terminal import Progress
+from tools.lib.record_teacher.part import Part, part_of_this_process
+from tools.lib.record_teacher.recording import teacher_facts
+from tools.record_teacher import main
+from trainer.builder import build
+from trainer.config.sections import parse
+from trainer.models.teacher import build_teacher
+from trainer.targets.store import QUARANTINE, TeacherStore
+
+GROUPS = ("--augment.mix_group", 16, "--run.global_batch", 64)  # Five steps an epoch, of four groups each.
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> list[str]:
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
+@pytest.fixture(scope="module")
+def store(digits, teacher, tmp_path_factory):
+    """A recording that one process made in one go."""
+    return record(tmp_path_factory.mktemp("stores") / "in-one-go", digits, teacher)
+
+
+def says(capsys) -> str:
+    """What was printed, on one line."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def live_logits(digits, out, teacher, *more) -> tuple[np.ndarray, torch.Tensor]:
+    """What a run's own teacher says in its first ten updates: positions, and logits float32 [n, 10]."""
+    run = build(parse([str(text) for text in (*SMALL, *teacher, "--data.root", digits, "--run.out", out, *more)]), ONE)
+    positions, logits = [], []
+    plans = list(run.plan.batches(0, 10, micro_batch=run.state.micro_batch))
+    for plan, batch in zip(plans, run.pipelines.of["train"].batches(plans), strict=True):
+        with torch.no_grad():
+            logits.append(run.step.teacher(run.step.inputs(batch).teachers))
+        positions.append(plan.positions)
+    return np.concatenate(positions), torch.cat(logits)
+
+
+# --- what is recorded ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("--run.micro_batch", 24),  # The run's batches are pairs that lie apart.
+        ("--data.image_size", "[[0,24],[1,32]]"),
+        ("--teacher.image_size", 40),
+        ("--augment.mix_group", 32, "--augment.repeats", 1, "--augment.erase_prob", 0.5),
+        ("--run.eval_batch", 16),  # The recorder's forward passes are smaller than the run's,
+        ("--run.eval_batch", 48),  # or are pairs that lie apart.
+    ],
+    ids=str,
+)
+def test_a_store_of_fp32_has_the_bits_of_a_live_teacher(digits, teacher, tmp_path, settings):
+    settings = (*GROUPS, "--run.micro_batch", 64, *settings)
+    store = TeacherStore(record(tmp_path / "store", digits, teacher, "--codec", "fp32", "--epochs", 2, *settings))
+    positions, logits = live_logits(digits, tmp_path / "run", teacher, *settings)
+    assert sorted(positions) == list(range(640))
+    assert torch.equal(store.codec.decode(store.read(positions)), logits)
+
+
+def test_int8_is_the_default_and_its_softmax_is_near_the_live_teachers(digits, teacher, tmp_path, store):
+    recorded = TeacherStore(store)
+    assert recorded.header.codec == "int8" and recorded.codec.row_bytes == 10
+    positions, logits = live_logits(digits, tmp_path / "run", teacher)
+    found = recorded.codec.decode(recorded.read(positions)).softmax(1)
+    assert logits.softmax(1).amax(1).mean() > 0.2 and (found - logits.softmax(1)).abs().max() < 0.02
+
+
+def test_the_header_says_what_was_recorded(digits, teacher, store):
+    header = TeacherStore(store).header
+    config = parse([*SMALL, *teacher, "--data.root", str(digits)])
+    assert header.plan["dataset"] == read_index(digits, "train").digest and header.plan["global_batch"] == 8
+    assert header.precision == "fp32" and header.made_with["steps_per_epoch"] == 40
+    assert header.teacher == teacher_facts(config, build_teacher(config.teacher, 10, 32))
+    assert header.teacher.name == "tiny_cnn" and header.teacher.order is None
+
+
+def test_other_weights_have_another_digest_and_a_store_of_them_is_refused(digits, store, tmp_path, capsys):
+    other = save_teacher(tmp_path / "other.pth", seed=6)
+    with pytest.raises(SystemExit):
+        record(store, digits, other)
+    assert "was recorded with teacher.weights" in says(capsys)
+
+
+def test_the_teachers_precision_can_be_chosen_and_is_recorded(digits, teacher, tmp_path):
+    stores = {
+        precision: TeacherStore(
+            record(
+                tmp_path / precision,
+                digits,
+                teacher,
+                "--codec",
+                "fp32",
+                "--epochs",
+                1,
+                "--teacher.precision",
+                precision,
+            )
+        )
+        for precision in ("fp32", "bf16", "fp16")
+    }
+    positions = np.arange(320)
+    logits = {name: each.codec.decode(each.read(positions)) for name, each in stores.items()}
+    errors = {name: (each - logits["fp32"]).abs().mean().item() for name, each in logits.items()}
+    assert {name: each.header.precision for name, each in stores.items()} == {name: name for name in stores}
+    assert 0 < errors["fp16"] < errors["bf16"] < 0.1 * logits["fp32"].abs().mean()
+
+
+def test_all_epochs_of_the_schedule_are_recorded_if_none_are_named(digits, teacher, tmp_path):
+    main([str(tmp_path / "store"), *command(tmp_path, digits, teacher, "--schedule.epochs", 2)[3:]])
+    recorded = TeacherStore(tmp_path / "store")
+    assert recorded.coverage.first_missing(0, 80) is None and recorded.coverage.first_missing(0, 81) == 80
+
+
+def test_epochs_that_repeat_others_are_not_recorded(digits, teacher, tmp_path, store, capsys):
+    cycle = ["--augment.cycle_epochs", "1"]
+    main([str(tmp_path / "store"), *command(tmp_path, digits, teacher, *cycle)[3:]])
+    recorded, all_epochs = TeacherStore(tmp_path / "store"), TeacherStore(store)
+    assert pieces(tmp_path / "store") == ["00000000-00000040.0-8.safetensors"]
+    assert recorded.header.identity == all_epochs.header.identity
+    assert torch.equal(recorded.read(np.arange(320)), all_epochs.read(np.arange(320)))
+    with pytest.raises(SystemExit):
+        record(tmp_path / "store", digits, teacher, *cycle)
+    assert "--epochs is 4, and augment.cycle_epochs is 1, so that later epochs repeat" in says(capsys)
+
+
+def test_with_a_fill_colour_of_its_own_a_plan_needs_no_student(digits, teacher, tmp_path, store, capsys, monkeypatch):
+    def no_student(*_):
+        raise AssertionError("a student is built")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tools.lib.record_teacher.recording.build_student", no_student)
+        with pytest.raises(AssertionError, match="a student is built"):
+            record(tmp_path / "store", digits, teacher)
+        record(tmp_path / "store", digits, teacher, "--augment.fill", "[128,128,128]")
+    assert files(tmp_path / "store") == files(store)  # It is the colour of the student elsewhere in this file.
+
+
+def test_more_epochs_are_added_to_the_first_ones_which_stay_as_they_were(digits, teacher, tmp_path, store):
+    short = record(tmp_path / "store", digits, teacher, "--epochs", 1)
+    first = files(short)
+    assert pieces(short) == ["00000000-00000040.0-8.safetensors"]
+    record(short, digits, teacher)
+    assert files(short).items() >= first.items()
+    positions = np.arange(1280)
+    assert torch.equal(TeacherStore(short).read(positions), TeacherStore(store).read(positions))
+
+
+def test_a_complete_store_is_left_alone(digits, teacher, store, capsys):
+    before = files(store)
+    capsys.readouterr()
+    record(store, digits, teacher)
+    assert files(store) == before and "0 of the 160 steps" in (said := says(capsys)) and "has all 160 steps" in said
+
+
+def test_a_teacher_that_does_not_know_the_classes_is_named_once_after_enough_images(
+    digits, teacher, tmp_path, store, capsys
+):
+    """With ten classes these are 200 images, and the first block has 512. The tests' teacher has learned nothing."""
+    record(tmp_path / "store", digits, teacher)
+    run = build(parse([*SMALL, *teacher, "--data.root", str(digits), "--run.out", str(tmp_path / "run")]), ONE)
+    plan, recorded = run.plan[0:512], TeacherStore(store)
+    best = recorded.codec.decode(recorded.read(plan.positions)).argmax(1).numpy()
+    labels = run.plan.index.samples["label"][plan.sample]
+    partners = labels.reshape(-1, 8)[:, ::-1].reshape(-1)  # Groups of 8 are mixed with themselves in reverse.
+    found = (best == np.where(plan.lam >= 0.5, labels, partners)).mean()
+    assert 0 < found < 0.2 and (said := says(capsys)).count("it hardly knows these classes") == 1
+    assert f"the teacher finds the label of {found:.2%} of the mixed images, chance is 10.00%" in said
+
+
+# --- several processes ---
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "{}", "WORLD_SIZE": "2", "LOCAL_RANK": "{}", "LOCAL_WORLD_SIZE": "2"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "{}",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_STEP": "1",
+    "SLURM_ARRAY_TASK_COUNT": "2",
+}
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, ARRAY], ids=["torchrun", "job array"])
+def test_processes_of_any_launcher_record_parts_that_together_are_the_whole(
+    digits, teacher, tmp_path, store, monkeypatch, capsys, variables
+):
+    for index, own in ((1, 1), (0, 3)):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value.format(index))
+        record(tmp_path / "store", digits, teacher)
+        assert len(pieces(tmp_path / "store")) == own  # blocks 1; then 0 and 2
+    assert files(tmp_path / "store") == files(store)
+    said = says(capsys)
+    assert "process 2 of 2: done" in said and "lacks 96 steps of other processes" in said
+    assert "process 1 of 2: done" in said and "has all 160 steps" in said
+
+
+def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
+    assert part_of_this_process({}) == Part(0, 1, 0, 1)
+    torchrun = {name: value.format(1) for name, value in TORCHRUN.items()}
+    array = {name: value.format(1) for name, value in ARRAY.items()}
+    assert part_of_this_process(torchrun) == Part(1, 2, 1, 2)
+    assert part_of_this_process(array) == Part(1, 2, 0, 1)
+    assert part_of_this_process({**torchrun, **array}) == Part(3, 4, 1, 2)  # torchrun in each task of an array
+    srun = {"SLURM_STEP_ID": "0", "SLURM_TASK_PID": str(os.getpid())}
+    tasks = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert part_of_this_process({**srun, **tasks}) == Part(5, 8, 1, 1)
+
+
+def test_the_number_of_a_block_decides_who_records_it_whatever_is_missing():
+    blocks = [(0, 64), (70, 128), (192, 256), (256, 300)]
+    assert [Part(index, 2).own(blocks, 64) for index in (0, 1)] == [[(0, 64), (256, 300)], [(70, 128), (192, 256)]]
+
+
+# --- stopping ---
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda each: str(each)
+)
+def test_a_signal_ends_a_recording_with_a_line_and_loses_the_block_in_work_at_most(
+    digits, teacher, tmp_path, store, monkeypatch, capsys, number, code
+):
+    add_step = Progress.add_step
+
+    def signalling(self):
+        add_step(self)
+        if self.num_steps == 100:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "add_step", signalling)
+        with pytest.raises(SystemExit) as end:
+            record(tmp_path / "store", digits, teacher)
+    assert end.value.code == code
+    assert pieces(tmp_path / "store") == pieces(store)[:1]
+    assert f"{signal.Signals(number).name}: stopped" in (said := says(capsys))
+    assert "lacks 96 steps. Run the same command again to record the rest" in said
+    assert files(record(tmp_path / "store", digits, teacher)) == files(store)
+
+
+@pytest.mark.parametrize("name", ["store.json", "00000064-00000128.0-8.safetensors"])
+def test_a_full_disk_ends_a_recording_with_a_line_and_the_store_is_completed_later(
+    digits, teacher, tmp_path, store, monkeypatch, capsys, name
+):
+    link = os.link
+
+    def full(source, target, **others):
+        if str(target).endswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        return link(source, target, **others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", full)
+        with pytest.raises(SystemExit) as end:
+            record(tmp_path / "store", digits, teacher)
+    assert end.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and name in errors[0] and "No space left on device). Make room there" in errors[0]
+    assert not list((tmp_path / "store").glob("*.partial"))
+    assert files(record(tmp_path / "store", digits, teacher)) == files(store)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["--teacher.name", "null", "--teacher.checkpoint", "null"],
+            "teacher.name is null: there is nothing to record",
+        ),
+        (["--teacher.others", '[{"name":"test_resnet"}]'], "teacher.others names 1 more: a store is of one teacher"),
+        (["--codec", "int9"], "codec is 'int9'; it must be one of int8"),
+        (["--augment.mix_grup", "8"], "did you mean 'augment.mix_group'?"),
+        (["--data.root", "nowhere"], "nowhere"),
+        (["--run.global_batch", "12"], "run.global_batch is 12; it must be a multiple of augment.mix_group, 8"),
+        (["--data.pipeline", "dali", "--data.threads", "-1"], "data.threads is -1"),
+    ],
+    ids=lambda each: "".join(each)[:40],
+)
+def test_settings_that_cannot_be_recorded_are_refused_before_anything_is_written(
+    digits, teacher, tmp_path, capsys, settings, message
+):
+    with pytest.raises(SystemExit) as end:
+        record(tmp_path / "store", digits, teacher, *settings)
+    assert end.value.code == 1 and not (tmp_path / "store").exists()
+    assert message in (said := says(capsys)) and said.startswith("error: ")
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "1000001", "many"])
+def test_epochs_are_a_positive_number(tmp_path, capsys, epochs):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "store"), "--epochs", epochs])
+    assert end.value.code == 2 and "--epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--run.seed", "1"], "was recorded with seed 0, and run.seed is 1. Use the same"),
+        (["--augment.repeats", "1"], "was recorded with augment.repeats 3, and augment.repeats is 1"),
+        (["--augment.fill", "[124,116,104]"], "was recorded with fill [128, 128, 128], and augment.fill is [124, 116,"),
+        (["--codec", "fp16"], "was recorded with codec int8, and the codec is fp16"),
+        (["--teacher.precision", "bf16"], "was recorded with precision fp32, and the precision is bf16"),
+    ],
+    ids=lambda each: "".join(each)[:40],
+)
+def test_a_store_of_something_else_is_refused_and_left_alone(digits, teacher, store, capsys, settings, message):
+    before = files(store)
+    with pytest.raises(SystemExit):
+        record(store, digits, teacher, *settings)
+    assert message in says(capsys) and files(store) == before
+
+
+def test_the_store_comes_before_the_settings(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--epochs", "4", str(tmp_path / "store")])
+    assert end.value.code == 2 and "STORE comes first, in front of --epochs" in capsys.readouterr().err
+
+
+def test_a_run_or_another_folder_with_something_in_it_does_not_become_a_store(digits, teacher, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    with pytest.raises(SystemExit):
+        record(tmp_path, digits, teacher)
+    assert "holds config.yaml and no store.json, so it is no store" in says(capsys)
+    with pytest.raises(SystemExit):
+        record(tmp_path / "config.yaml", digits, teacher)
+    assert "config.yaml: is no folder. Name a new one, or a store" in says(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_logits_that_are_not_finite_are_refused_by_name_and_not_written(digits, tmp_path, capsys):
+    huge = save_teacher(tmp_path / "huge.pth", scale=1e8)
+    with pytest.raises(SystemExit) as end:
+        record(tmp_path / "store", digits, huge, "--teacher.precision", "fp16")
+    said = says(capsys)
+    assert end.value.code == 1 and "the teacher's outputs are not finite at" in said
+    assert "of 512 positions of steps 0 to 63: position " in said and "train-000" in said and ": sample " in said
+    assert "These steps are not recorded. Use --teacher.precision fp32" in said
+    assert pieces(tmp_path / "store") == []
+    record(tmp_path / "fp32", digits, huge, "--epochs", 1)
+
+
+# --- damaged images ---
+
+
+def test_damaged_images_are_named_once_in_the_store_by_all_sessions(digits, teacher, tmp_path, capsys):
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    index = read_index(root, "train")
+    row = index.samples[5]
+    with open(index.paths[row["shard"]], "r+b") as file:
+        file.seek(int(row["offset"]) + int(row["nbytes"]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    store = record(tmp_path / "store", root, teacher, "--augment.repeats", 1, "--epochs", 1)
+    record(store, root, teacher, "--augment.repeats", 1, "--epochs", 2)
+    lines = read_json_lines(store / QUARANTINE)
+    assert [(line["split"], line["key"]) for line in lines] == [("train", row["key"].decode())]
+    assert TeacherStore(store).num_quarantined() == 1 and "damaged and replaced: train: sample" in says(capsys)
+    with pytest.raises(SystemExit):
+        record(tmp_path / "strict", root, teacher, "--augment.repeats", 1, "--data.max_bad_fraction", 0)
+    assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction" in says(capsys)
+    assert pieces(tmp_path / "strict") == []
+
+
+# --- progress ---
+
+
+def test_without_a_terminal_a_line_says_how_far_the_recording_is(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("tools.lib.common.terminal.time.monotonic", lambda: next(clock))
+    progress = Progress(total_steps=100, global_batch=1024, name="process 1 of 1")
+    with progress.showing():
+        for _ in range(3):
+            progress.add_bytes(65_536_000)
+            progress.add_step()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("process 1 of 1: ") and " of 100 steps, " in line and " images/s, " in line
+    assert " MB written, " in line and line.endswith(" left")
+
+
+def test_help_says_what_a_lost_process_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        end.value.code == 0 and "where one was lost, start again" in said and "teacher.precision auto is fp16" in said
+    )
+    assert json.dumps(said).isascii()

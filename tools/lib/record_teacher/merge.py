@@ -1,0 +1,72 @@
+"""Brings the pieces of several stores of the same plan, teacher, codec and precision together in one of them."""
+
+import itertools
+import os
+from pathlib import Path
+
+from pipelines.common.errors import UserError
+from pipelines.common.files import write_once
+from tools.lib.common.terminal import tracked
+from tools.lib.record_teacher.rows import copy_quarantine
+from trainer.targets.header import HEADER, StoreHeader, check_same, check_store_folder, claim, read_header
+from trainer.targets.pieces import Coverage, Piece, find_pieces, head_of
+from trainer.targets.store import open_piece
+
+_READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
+
+
+def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
+    """Add the pieces of other stores that a store lacks. The sources stay unchanged.
+
+    Every piece is read and checked first. It becomes a second name of the same file where the file system allows that,
+    and a copy elsewhere.
+
+    Args:
+      store: made if it is not there.
+    Returns:
+      How many pieces were added, and a line about each damaged one, which was left out.
+    Raises:
+      UserError: a source was recorded from something else; the first field that differs is named, and nothing was
+        added.
+    """
+    check_store_folder(store)
+    headers = {source: read_header(source) for source in sources}
+    wanted = read_header(store) if (store / HEADER).exists() else headers[sources[0]]
+    for source, found in headers.items():
+        if store.exists() and os.path.samefile(source, store):
+            raise UserError(f"{source}: is the store itself. Name other stores")
+        check_same(source, found, wanted)
+    header = claim(store, wanted)
+    added, faults = 0, []
+    for source in sources:
+        copy_quarantine(source, store)  # Before the pieces that show these images in gray.
+        coverage = Coverage(store, header)
+        for piece in tracked(find_pieces(source, headers[source]), f"merging {source}"):
+            if coverage.first_missing(piece.first_step, piece.stop_step) is None:
+                continue
+            try:
+                added += _add(store, header, source, headers[source], piece)
+            except UserError as error:
+                faults.append(str(error))
+    return added, faults
+
+
+def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHeader, piece: Piece) -> bool:
+    """Add a piece after checking it. Returns False where the store has it under the same name."""
+    with open_piece(source, source_header, piece) as file:
+        for fault in file.faults():
+            raise UserError(fault)
+    if source_header.identity == header.identity:
+        try:
+            # The name of a symbolic link would be linked instead of the file, and may lead nowhere from the store.
+            os.link(os.path.realpath(source / piece.name), store / piece.name)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # It is another file system, or one without hard links.
+            pass
+    with open(source / piece.name, "rb") as file:
+        # A header of an older version may lack settings. Its identity, which a file begins with, is then another one.
+        file.seek(len(head_of(source_header, piece)))
+        content = iter(lambda: file.read(_READ_BYTES), b"")
+        return write_once(store / piece.name, itertools.chain([head_of(header, piece)], content))
