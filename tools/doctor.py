@@ -172,7 +172,9 @@ def _stages(run: Run, size: int) -> dict[str, Stage]:
         found |= input_stages.input_stages(run, plans)
         if run.world.device.type == "cuda":
             found[stages.TO_DEVICE] = input_stages.to_device(run, plans)
-    if run.config.teacher.name is not None:
+    if run.replay is not None:
+        found[stages.STORE] = step_stages.store_stage(run, plans)
+    if any(teacher.store is None for _, teacher in run.config.teacher.members):
         found[stages.TEACHER] = step_stages.teacher_stage(run, plans)
         found[stages.STUDENT] = step_stages.step_stage(step_stages.without_teacher(run), plans)
     found[stages.STEP] = step_stages.step_stage(run, plans)

@@ -15,6 +15,8 @@ from conftest import REPOSITORY, TINY, train_here
 from pipelines.common.errors import UserError
 from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
+from support.recorded import record
+from support.tiny_runs import build_here
 from tools import doctor
 from tools.lib.doctor import input_stages, output, proposals, stages
 from tools.lib.doctor.diagnosis import Remaining, diagnose, remaining
@@ -23,6 +25,7 @@ from tools.lib.doctor.stages import Rate
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
+from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 PIPELINE_SPEEDS = {
@@ -35,7 +38,12 @@ PIPELINE_SPEEDS = {
 
 def judged(shared_cores: bool = False, input_wait: float = 0.0, **speeds: float):
     names = {"teacher": stages.TEACHER, "student": stages.STUDENT, "step": stages.STEP, "whole": stages.WHOLE}
-    names |= {"all_reduce": stages.ALL_REDUCE, "to_device": stages.TO_DEVICE, "pipeline": stages.PIPELINE}
+    names |= {
+        "all_reduce": stages.ALL_REDUCE,
+        "to_device": stages.TO_DEVICE,
+        "pipeline": stages.PIPELINE,
+        "store": stages.STORE,
+    }
     speeds = {**PIPELINE_SPEEDS, **{names[name]: speed for name, speed in speeds.items()}}
     rates = {name: Rate(speed, speed, speed) for name, speed in speeds.items()}
     return diagnose(rates, shared_cores=shared_cores, input_wait=input_wait)
@@ -54,6 +62,8 @@ def test_a_step_that_waits_is_limited_by_the_slowest_part_of_the_pipeline():
     assert slow_operations.part == "RandAugment"
     slow_copies = judged(student=9_000, step=9_000, to_device=4_000, whole=3_900)
     assert slow_copies.part == stages.TO_DEVICE
+    slow_store = judged(student=9_000, step=9_000, store=2_000, whole=1_990)
+    assert (slow_store.side, slow_store.part) == ("input", stages.STORE) and "headroom 1.0 x" in slow_store.text
 
 
 def test_gradients_limit_where_they_travel_longer_than_the_student_computes():
@@ -168,6 +178,15 @@ def test_what_nobody_reads_is_written(digits, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         doctor.examine(config, ALONE, 0.01, tmp_path / "doctor.json")
     assert json.loads((tmp_path / "doctor.json").read_text())["measured"]["size"] == 32
+
+
+def test_the_store_of_a_recorded_teacher_is_a_stage(digits, tiny_run, tmp_path):
+    teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", checkpoints(checkpoints_folder(tiny_run))[-1]]
+    store = record(build_here(digits, tmp_path / "none", *teacher), tmp_path / "store", 20)
+    run = build_here(digits, tmp_path / "none", "--teacher.store", store)
+    measured = doctor.measure(run, remaining(run), 0.01)
+    assert measured.rates[stages.STORE].images_per_s > 0 and stages.TEACHER not in measured.rates
+    assert not (tmp_path / "none").exists()
 
 
 def test_every_setting_that_can_be_had_is_tried_on_the_whole(digits, tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ def diagnose(rates: dict[str, Rate], *, shared_cores: bool, input_wait: float) -
     """
     speed = {name: rate.images_per_s for name, rate in rates.items()}
     pipeline, step, whole = speed.get(stages.PIPELINE), speed[stages.STEP], speed[stages.WHOLE]
+    if pipeline is not None and stages.STORE in speed:  # Images and targets are read at the same time.
+        pipeline = min(pipeline, speed[stages.STORE])
     if pipeline is None:
         input_fraction, why = 0.0, "The batches are synthetic"
     elif shared_cores:
@@ -69,8 +71,10 @@ def diagnose(rates: dict[str, Rate], *, shared_cores: bool, input_wait: float) -
 
 def _input_times(speed: dict[str, float]) -> dict[str, float]:
     """For each part of the pipeline, the seconds an image that it adds to those before it."""
-    if speed.get(stages.TO_DEVICE, float("inf")) <= speed[stages.PIPELINE]:  # It is done beside the rest.
-        return {stages.TO_DEVICE: 1 / speed[stages.TO_DEVICE]}
+    beside = {name: speed[name] for name in (stages.TO_DEVICE, stages.STORE) if name in speed}
+    slowest = min(beside, key=lambda name: beside[name], default=stages.PIPELINE)
+    if slowest in beside and beside[slowest] <= speed[stages.PIPELINE]:  # It is done beside the rest.
+        return {slowest: 1 / speed[slowest]}
     times, before_s = {}, 0.0
     for name, part in _PARTS.items():
         if name in speed:

@@ -16,6 +16,7 @@ from trainer.cluster.world import World
 READING_COLD, READING = "reading, cold", "reading"
 DECODING, RESIZING, PIPELINE = "+ decoding", "+ crop, resize, flip", "+ RandAugment: the pipeline"
 TO_DEVICE, TEACHER, STUDENT, ALL_REDUCE, STEP = "host to device", "teacher", "student", "all-reduce", "the step"
+STORE = "reading the teacher store, cold"
 WHOLE = "the whole"
 NOTHING = "not-there"  # In this folder of a run another build finds no checkpoint.
 _LEAST_UPDATES = 4  # A timed run of fewer shows how the threads that decode happen to fall rather than a speed.

@@ -26,7 +26,8 @@ _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
 
 def synthetic_batches(run: Run, plans: Plans) -> Iterator[Batch]:
     """The micro-batches of one update on the device, with noise for pixels, without end."""
-    return itertools.cycle(list(SyntheticPipeline(run.plan.index, device=run.world.device).batches(plans(1))))
+    batches = SyntheticPipeline(run.plan.index, device=run.world.device).batches(plans(1))
+    return itertools.cycle(list(map(run.step.with_blank_targets, batches)))
 
 
 def step_stage(run: Run, plans: Plans) -> Stage:
@@ -60,6 +61,22 @@ def teacher_stage(run: Run, plans: Plans) -> Stage:
     return lambda count: timed_updates(update, count)
 
 
+def store_stage(run: Run, plans: Plans) -> Stage:
+    """Reading the targets of recorded teachers from storage: a run reads each of them once."""
+    assert run.replay is not None  # Otherwise there is nothing to read.
+    replay = run.replay
+
+    def stage(count: int) -> float:
+        planned = list(plans(count))
+        replay.drop_from_cache(planned)
+        start_s = time.perf_counter()
+        for plan in planned:
+            replay.read(plan)
+        return time.perf_counter() - start_s
+
+    return stage
+
+
 def all_reduce_stage(run: Run) -> Stage:
     """The gradients of an update, summed over the ranks while nothing else is computed."""
     total = sum(p.numel() for p in run.state.student.parameters() if p.requires_grad)
@@ -89,8 +106,10 @@ class WholeRun:
         updates = 1 + ahead + count + ahead
         if self._cold:
             drop_from_cache(run.plan.index, np.concatenate([plan.sample for plan in self._plans(updates)]))
+        if run.replay is not None:
+            run.replay.drop_from_cache(self._plans(updates))
         run.set_learning_rate(run.state.step)
-        with closing(batches_of(run.pipelines.of["train"], self._plans(updates))) as batches:
+        with closing(batches_of(run.pipelines.of["train"], self._plans(updates), run.replay)) as batches:
             watched = InputWait(batches, run.world.device)
             for _ in range(1 + ahead):
                 run.step(watched, run.state.step)

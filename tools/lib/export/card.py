@@ -107,8 +107,9 @@ def _recipe(trained: TrainedModel) -> dict[str, str]:
         return {}
     check_settings(trained.source, trained.origin["config"], ("teacher.name", "teacher.others"))
     config, plan, differ = trained.origin["config"], trained.origin.get("plan", {}), _differ(trained)
-    names = [config["teacher"]["name"], *(other["name"] for other in config["teacher"].get("others") or ())]
-    teachers = " and ".join(_code(name) for name in names if name) or "none: labels alone"
+    members = [config["teacher"], *(config["teacher"].get("others") or ())]
+    names = [_code(each["name"]) + (" (recorded)" if each.get("store") else "") for each in members if each["name"]]
+    teachers = " and ".join(names) or "none: labels alone"
     epochs = f"{_cell(config['schedule']['epochs'])} + {_cell(config['schedule']['cooldown_epochs'])}"
     facts = [  # a title, its text, and the settings that it is made of
         ("student", _code(config["student"]["name"]), {"student.name"}),
