@@ -21,6 +21,7 @@ from pipelines.common.errors import exit_on_user_error
 from pipelines.common.machine import num_cores
 from tools.lib.benchmark.gpu import PARTS, gpu
 from tools.lib.benchmark.loader import SIZE_PX, loader
+from tools.lib.benchmark.replay import replay
 from tools.lib.benchmark.results import Result, Row, command_line, markdown, new_result, read_result, save, title
 from tools.lib.benchmark.step import step
 from tools.lib.benchmark.train import train
@@ -30,11 +31,17 @@ from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive, check_result_file
 
 # Each measures; it is called with the options by name. Rows are shown and saved as they come.
-BENCHMARKS: dict[str, Callable[..., Iterable[Row]]] = {"loader": loader, "step": step, "train": train}
+BENCHMARKS: dict[str, Callable[..., Iterable[Row]]] = {
+    "loader": loader,
+    "step": step,
+    "train": train,
+    "replay": replay,
+}
 ABOUT = {
     "loader": f"training batches of {SIZE_PX} px, against DALI's own reader, timm, webdataset and FFCV, on all cores",
     "step": "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
     "train": "a run fed by its own pipeline over photographs, against the same run on synthetic images",
+    "replay": "an update with a live teacher, with its recorded outputs, and alone; recording; the store's reading",
     "gpu": "the first ten minutes on a GPU: tests, then speed; a later call continues with what is not done",
     "table": "print results that were written with --json as tables in Markdown",
 }
@@ -69,10 +76,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = first_device().type == "cuda"
     _add_model_options(commands["step"], on_gpu, compile_on_gpu="both")
     _add_model_options(commands["train"], on_gpu, compile_on_gpu="yes")
+    _add_model_options(commands["replay"], on_gpu, compile_on_gpu="yes")
     commands["loader"].add_argument("--images", type=int, default=1024, help="about how many a timed run takes")
     commands["loader"].add_argument("--batch", type=int, default=128, help="images a batch")
     about = "JPEGs of 500 x 375 pixels, which are made for it"
-    commands["train"].add_argument("--images", type=int, default=4096 if on_gpu else 512, help=about)
+    for name, on_cpu in (("train", 512), ("replay", 1024)):
+        commands[name].add_argument("--images", type=int, default=4096 if on_gpu else on_cpu, help=about)
     for name in BENCHMARKS:
         commands[name].add_argument("--repeats", type=int, default=5, help="runs of each row; the median counts")
         commands[name].add_argument("--json", type=path_argument, metavar="FILE", help="write the result here, too")

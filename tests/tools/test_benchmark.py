@@ -1,5 +1,6 @@
 """The benchmarks run, on few images; nothing is said about how fast."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from conftest import REPOSITORY
 from pipelines import PipelineConfig, resolve_decode
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
+from pipelines.synthetic import SyntheticPipeline
 from support.forked_python import executable
 from tools import benchmark
 from tools.lib.benchmark import loader as loaders
+from tools.lib.benchmark import replay as replays
 from tools.lib.benchmark import step as steps
 from tools.lib.benchmark import train as trains
+from tools.lib.benchmark.photographs import photograph_index
 from tools.lib.benchmark.results import markdown, read_result
-from tools.lib.benchmark.runs import Setting
+from tools.lib.benchmark.runs import Setting, open_run, settings
 from tools.lib.common.photos import write_common_photographs
 from tools.lib.shards.build import BuildOptions, build
 from trainer.config.sections import DataConfig
@@ -147,6 +151,41 @@ def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(
     assert 0 <= rows[0]["input_wait"] <= 1 and 0 <= rows[2]["input_wait"] <= 1 and "input_wait" not in rows[1]
 
 
+def test_replay_measures_updates_recording_and_reading(run):
+    rows, printed = run("replay", *TINY, "--compile", "no", "--images", "16")
+    updates = [replays.ALONE, replays.LIVE, replays.REPLAY, replays.RECORDING]
+    assert [row["what"] for row in rows] == [*updates, replays.LOADER, replays.BESIDE, replays.READING]
+    for row in rows:
+        assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ms"] > 0 and row["ratio"] > 0, row
+        assert (row.get("cpu_ms", 0) > 0) == on_cpu(), row
+        assert row["of"] == (replays.ALONE if row["what"] in updates else replays.LOADER)
+        assert row["what"] in printed and row["setting"] in printed
+
+
+def test_the_store_of_the_replay_benchmark_has_what_its_live_teacher_says(tmp_path):
+    """Beside the run whose teacher it is, a replaying run gets targets that decode to that teacher's logits."""
+    photograph_index(tmp_path, 16, 512)
+    data = ["--data.root", str(tmp_path / "data"), "--augment.cycle_epochs", "1"]
+    chosen = {"batch": 8, "size": 32, "precision": "fp32", "compile": "no", "classes": 16}
+    setting = next(settings(["test_byobnet"], ["test_resnet"], tmp_path, **chosen))
+    live = open_run(setting, tmp_path, data)
+    recorder = replays.Recorder(live, setting, tmp_path / "store")
+    store = recorder.record_epoch()
+    recorder.record(3)
+    names = sorted(path.name for path in store.glob("*.safetensors"))
+    assert names == ["00000000-00000002.0-8.safetensors", "00000002-00000005.0-8.safetensors"]
+    replayed = open_run(setting, tmp_path, [*data, "--teacher.store", str(store)])
+    steps = []
+    for run in (live, replayed):
+        pipeline = SyntheticPipeline(run.plan.index, device=run.world.device)
+        with contextlib.closing(replays._batches(run, pipeline)) as batches:
+            steps.append([run.step.teacher(run.step.inputs(next(batches)).teachers).softmax(1) for _ in range(3)])
+    for heard, read in zip(*steps, strict=True):
+        torch.testing.assert_close(read, heard, rtol=0.02, atol=1e-4)
+    assert not torch.equal(steps[0][0], steps[0][1])  # The steps have outputs of their own, and the third repeats one.
+    assert torch.equal(steps[0][0], steps[0][2])
+
+
 def test_the_classes_of_photographs_have_one_order_however_many_there_are(tmp_path):
     """As text and by number: a teacher whose outputs have no names is rejected where the two differ."""
     write_common_photographs(tmp_path / "src", 101, classes=101)
@@ -169,6 +208,8 @@ def test_train_takes_torchvision_where_dali_cannot_be_used_and_says_why(photos, 
     ("arguments", "message"),
     [
         (("train", "--images", "4", "--batch", "8"), "--images 4 is less than --batch 8"),
+        (("replay", "--images", "4", "--batch", "8"), "--images 4 is less than --batch 8"),
+        (("replay", "--teacher", "null"), "--teacher is null: there is nothing to record"),
         (("step", "--batch", "7"), "--batch is 7: timm mixes images in pairs"),
         (("step", "--repeats", "0"), "--repeats is 0; it must be positive"),
         (("step", "--seconds", "inf"), "--seconds is inf; it must be positive and finite"),

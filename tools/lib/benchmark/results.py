@@ -25,6 +25,7 @@ class Measured(TypedDict, total=False):
     min: float
     max: float
     ms: float
+    cpu_ms: float
     peak_mib: int
     ratio: float
     of: str
@@ -57,6 +58,7 @@ _HEADINGS = {
     "min": "min",
     "max": "max",
     "ms": "ms an update",
+    "cpu_ms": "of processor time",
     "peak_mib": "MiB",
     "ratio": "ratio",
     "of": "of",
