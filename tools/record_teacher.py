@@ -44,7 +44,7 @@ from trainer.micro_batch import reporting_out_of_memory
 from trainer.targets.header import StoreHeader, claim
 from trainer.targets.pieces import Coverage
 
-_AGAIN = "Run the same command again to record the rest"
+_AGAIN = "Run the same command again to record the rest, the block in work included"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,7 +96,8 @@ def _record_part(recording: Recording, store: Path, header: StoreHeader, part: P
         name = signal.Signals(number).name
         progress.say(f"{name}: stopped, {took}; {store} lacks {left:,} steps. {_AGAIN}")
     elif left:
-        progress.say(f"done, {took}; {store} lacks {left:,} steps of other processes. If they have ended: {_AGAIN}")
+        others = "which other processes may be recording. If they have ended, run the same command again"
+        progress.say(f"done, {took}; {store} lacks {left:,} steps, {others}")
     else:
         progress.say(f"done, {took}; {store} has all {recording.total_steps:,} steps")
     return number

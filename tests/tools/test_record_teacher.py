@@ -211,7 +211,7 @@ def test_processes_of_any_launcher_record_parts_that_together_are_the_whole(
         assert len(pieces(tmp_path / "store")) == own  # blocks 1; then 0 and 2
     assert files(tmp_path / "store") == files(store)
     said = says(capsys)
-    assert "process 2 of 2: done" in said and "lacks 96 steps of other processes" in said
+    assert "process 2 of 2: done" in said and "lacks 96 steps, which other processes may be recording" in said
     assert "process 1 of 2: done" in said and "has all 160 steps" in said
 
 
@@ -322,7 +322,7 @@ def test_epochs_are_a_positive_number(tmp_path, capsys, epochs):
         (["--run.seed", "1"], "was recorded with seed 0, and run.seed is 1. Use the same"),
         (["--augment.repeats", "1"], "was recorded with augment.repeats 3, and augment.repeats is 1"),
         (["--augment.fill", "[124,116,104]"], "was recorded with fill [128, 128, 128], and augment.fill is [124, 116,"),
-        (["--codec", "fp16"], "was recorded with codec int8, and the codec is fp16"),
+        (["--codec", "fp16"], "was recorded with codec int8, and the wanted codec is fp16"),
         (["--teacher.precision", "bf16"], "was recorded with precision fp32, and the precision is bf16"),
     ],
     ids=lambda each: "".join(each)[:40],

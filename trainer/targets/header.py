@@ -112,6 +112,13 @@ class StoreHeader:
         del facts["made_with"], facts["teacher"]["checkpoint"]
         return _sha256({"format_version": FORMAT_VERSION, **facts})
 
+    @property
+    def how_to_complete(self) -> str:
+        """What a message advises where steps of the store are missing."""
+        if self.transcoded_from:
+            return "transcode the store that this one was made from once more, which adds what is missing here"
+        return "record its steps again with tools/record_teacher.py"
+
     def open_codec(self) -> Codec:
         """The codec of its rows."""
         return open_codec(self.codec, self.num_classes)
@@ -194,7 +201,7 @@ def check_same(store: Path, stored: StoreHeader, wanted: StoreHeader) -> None:
     pairs = _plan_pairs(stored, wanted.plan, wanted.num_classes)
     for name, called in _TEACHER_FIELDS.items():
         pairs.append((f"teacher.{name}", called, getattr(stored.teacher, name), getattr(wanted.teacher, name)))
-    pairs.append(("codec", "the codec", stored.codecs, wanted.codecs))
+    pairs.append(("codec", "the wanted codec", stored.codecs, wanted.codecs))
     pairs.append(("precision", "the precision", stored.precision, wanted.precision))
     _check_pairs(store, pairs)
 

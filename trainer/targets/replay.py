@@ -22,8 +22,6 @@ from trainer.models.teacher import RecordedTeacher
 from trainer.targets.header import check_plan
 from trainer.targets.store import TeacherStore
 
-_RECORD = "Record it with tools/record_teacher.py"
-
 
 def open_stores(config: TeacherConfig) -> dict[str, TeacherStore]:
     """The stores of all teachers that have one, by their keys in TeacherConfig.members.
@@ -108,7 +106,8 @@ def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: Train
         if missing is not None:
             raise UserError(
                 f"{store.folder}: step {missing} is not recorded, and the run needs the steps up to {num_steps}. "
-                f"{_RECORD}, lower schedule.epochs, or set augment.cycle_epochs to epochs that are recorded"
+                f"Lower schedule.epochs, set augment.cycle_epochs to epochs that are recorded, or "
+                f"{store.header.how_to_complete}"
             )
 
 

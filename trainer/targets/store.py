@@ -18,7 +18,6 @@ from trainer.targets.pieces import Coverage, Piece, head_of
 
 QUARANTINE = "quarantine.jsonl"
 _LARGEST_QUARANTINE = 1 << 26  # bytes; a line has about 150, and a recorder stops long before half a million.
-_AGAIN = "Move it away, and record its steps again with tools/record_teacher.py"
 
 
 class PieceFile:
@@ -30,15 +29,16 @@ class PieceFile:
 
     def __init__(self, store: Path, header: StoreHeader, piece: Piece, file: int):
         self._path, self._piece, self._file = Path(store) / piece.name, piece, file
+        self._again = f"Move it away, and {header.how_to_complete}"
         self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
         head = head_of(header, piece)
         self._sums_at = len(head)
         self._rows_at = len(head) + 4 * piece.num_steps * self._groups_per_step
         size = self._rows_at + piece.num_steps * piece.num_rows * self._row_bytes
         if (found := os.fstat(file).st_size) != size:
-            raise UserError(f"{self._path}: has {found} bytes instead of {size}. {_AGAIN}")
+            raise UserError(f"{self._path}: has {found} bytes instead of {size}. {self._again}")
         if self._read(0, len(head)).tobytes() != head:
-            raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {_AGAIN}")
+            raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {self._again}")
 
     def group(self, step: int, row: int) -> np.ndarray:
         """The rows of the mixing group that has a row: uint8 [mix_group, row_bytes].
@@ -50,7 +50,7 @@ class PieceFile:
         num_bytes = self._group * self._row_bytes
         rows = self._read(self._rows_at + index * num_bytes, num_bytes)
         if zlib.crc32(rows.data) != int(self._read(self._sums_at + 4 * index, 4).view("<u4")[0]):
-            raise UserError(f"{self._path}: is damaged at step {step}. {_AGAIN}")
+            raise UserError(f"{self._path}: is damaged at step {step}. {self._again}")
         return rows.reshape(self._group, self._row_bytes)
 
     def faults(self) -> Iterator[str]:
@@ -73,9 +73,9 @@ class PieceFile:
             try:
                 count = os.preadv(self._file, [content.data[done:]], offset + done)
             except OSError as error:
-                raise _unreadable(self._path, error) from error
+                raise _unreadable(self._path, self._again, error) from error
             if count == 0:
-                raise UserError(f"{self._path}: has become shorter while it was read. {_AGAIN}")
+                raise UserError(f"{self._path}: has become shorter while it was read. {self._again}")
             done += count
         return content
 
@@ -88,7 +88,7 @@ def open_piece(store: Path, header: StoreHeader, piece: Piece) -> Iterator[Piece
         require_regular(path)
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, f"Move it away, and {header.how_to_complete}", error) from error
     try:
         yield PieceFile(store, header, piece, file)
     finally:
@@ -159,10 +159,11 @@ class TeacherStore:
         piece = self.coverage.find(step, row)
         if piece is None:
             raise UserError(
-                f"{self.folder}: step {step} is not recorded for row {row}. Record it with tools/record_teacher.py"
+                f"{self.folder}: step {step} is not recorded for row {row}. To complete the store, "
+                f"{self.header.how_to_complete}"
             )
         return piece
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error}). {advice_against(error, _AGAIN)}")
+def _unreadable(path: Path, advice: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error}). {advice_against(error, advice)}")

@@ -74,12 +74,12 @@ def test_info_lists_what_a_store_is_of_and_how_much_it_has(exact, parts, capsys)
     assert rows["identity"] == header.identity and rows["its weights"] == f"sha256 {header.teacher.weights}"
     assert rows["teacher"] == "tiny_cnn" and rows["codec"] == "fp32" and rows["precision"] == "fp32"
     assert rows["plan: seed"] == "0" and rows["plan: global_batch"] == "8" and rows["damaged images"] == "0"
-    assert rows["steps"] == "160 recorded, 4 epochs of 40"
+    assert rows["steps, by the names of files"] == "160 recorded: 4 epochs of 40 steps each"
     assert rows["size"].endswith(" kB in 3 pieces, 40 bytes a position")
     (parts[1] / QUARANTINE).write_text(json.dumps(LINE) + "\n")
     main(["info", str(parts[1])])
     said = capsys.readouterr().out
-    assert "96 recorded, 2.4 epochs of 40; of the first 160 the first missing one is 0" in said
+    assert "96 recorded: 2.4 epochs of 40 steps each; of the first 160 the first missing one is 0" in said
     assert said.split()[-1] == "1"  # damaged image
 
 
@@ -116,7 +116,7 @@ def test_verify_finds_nothing_in_an_intact_store_and_names_each_fault_of_another
     said = capsys.readouterr()
     assert end.value.code == 1 and len(said.out.splitlines()) == 2
     assert f"{pieces(store)[1]}: is damaged at step 127" in said.out and "notes.txt" in said.out
-    assert "2 faults. Move the files named above away, and record their steps again" in said.err
+    assert "faults named above: 2. Each says what to do" in said.err
 
 
 def test_what_verify_names_can_be_moved_away_and_is_recorded_again(exact, digits, teacher, tmp_path):
@@ -148,11 +148,11 @@ def test_merged_parts_are_the_store_of_one_recording(exact, parts, tmp_path, cap
     before = [files(part) for part in parts]
     main(["merge", str(tmp_path / "merged"), *map(str, parts)])
     assert files(tmp_path / "merged") == files(exact) and [files(part) for part in parts] == before
-    assert "3 pieces added" in capsys.readouterr().out
+    assert "pieces added: 3" in capsys.readouterr().out
     main(["merge", str(parts[0]), str(parts[1])])
-    assert files(parts[0]) == files(exact) and "2 pieces added" in capsys.readouterr().out
+    assert files(parts[0]) == files(exact) and "pieces added: 2" in capsys.readouterr().out
     main(["merge", str(parts[0]), str(parts[1])])
-    assert "0 pieces added" in capsys.readouterr().out
+    assert "pieces added: 0" in capsys.readouterr().out
 
 
 def test_a_merged_piece_is_the_same_file_or_a_copy_where_there_are_no_links(exact, parts, tmp_path, monkeypatch):
@@ -245,12 +245,12 @@ def test_a_transcoded_store_is_the_one_that_the_smaller_codec_would_have_recorde
     before = files(exact)
     main(["transcode", str(exact), str(tmp_path / "int8"), "--codec", "int8"])
     said = capsys.readouterr().out
-    assert "3 pieces written as int8" in said and "lost, over 24 positions: KL " in said
+    assert "pieces written as int8: 3" in said and "lost, over 24 positions: KL " in said
     assert files(exact) == before
     recorded, found = TeacherStore(record(tmp_path / "recorded", digits, teacher)), TeacherStore(tmp_path / "int8")
     assert torch.equal(found.read(ALL), recorded.read(ALL)) and found.header.identity == recorded.header.identity
     main(["transcode", str(exact), str(tmp_path / "int8"), "--codec", "int8"])
-    assert "0 pieces written" in capsys.readouterr().out
+    assert "pieces written as int8: 0" in capsys.readouterr().out
 
 
 def test_a_store_that_comes_from_a_lossy_codec_is_neither_continued_nor_merged_as_a_direct_one(
@@ -262,7 +262,10 @@ def test_a_store_that_comes_from_a_lossy_codec_is_neither_continued_nor_merged_a
     headers = [TeacherStore(tmp_path / name).header for name in ("int8", "direct")]
     assert headers[0].transcoded_from == ["fp16"] and headers[1].transcoded_from == []
     assert headers[0].identity != headers[1].identity
-    before, says = files(tmp_path / "int8"), "was recorded with codec int8 transcoded from fp16, and the codec is int8."
+    before, says = (
+        files(tmp_path / "int8"),
+        "was recorded with codec int8 transcoded from fp16, and the wanted codec is int8.",
+    )
     with pytest.raises(SystemExit):
         record(tmp_path / "int8", digits, teacher, *INT8)
     assert says in capsys.readouterr().err

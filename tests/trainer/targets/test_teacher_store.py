@@ -96,7 +96,9 @@ def test_what_is_missing(store):
     assert coverage.missing_blocks(0, 8, steps=4) == []
     assert coverage.missing_blocks(0, 21, steps=4) == [(8, 12), (12, 16), (16, 20), (20, 21)]
     assert coverage.find(4, 9) == Piece(4, 6, 8, 12) and coverage.find(8, 0) is None
-    with pytest.raises(UserError, match="step 8 is not recorded for row 0. Record it with tools/record_teacher.py"):
+    with pytest.raises(
+        UserError, match="step 8 is not recorded for row 0. To complete the store, record its steps again with"
+    ):
         TeacherStore(store).read(np.array([95, 96]))
 
 

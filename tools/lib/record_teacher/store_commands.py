@@ -51,9 +51,7 @@ def _verify(options: argparse.Namespace) -> None:
         print(fault)
         num_faults += 1
     if num_faults:
-        raise UserError(
-            f"{options.store}: {num_faults} faults. Move the files named above away, and record their steps again"
-        )
+        raise UserError(f"{options.store}: not as it should be; faults named above: {num_faults}. Each says what to do")
     print(f"{options.store}: no damage found")
 
 
@@ -61,14 +59,14 @@ def _merge(options: argparse.Namespace) -> None:
     added, faults = merge(options.store, options.sources)
     for fault in faults:
         print(fault)
-    print(f"{options.store}: {added:,} pieces added")
+    print(f"{options.store}: pieces added: {added:,}")
     if faults:
-        raise UserError(f"{len(faults)} damaged pieces were left out. Record the steps named above again")
+        raise UserError(f"damaged pieces that were left out: {len(faults)}. Record the steps named above again")
 
 
 def _transcode(options: argparse.Namespace) -> None:
     written, loss = transcode(options.store, options.out, options.codec)
-    print(f"{options.out}: {written:,} pieces written as {options.codec}")
+    print(f"{options.out}: pieces written as {options.codec}: {written:,}")
     if loss.num:
         print(_lost(loss))
 

@@ -38,7 +38,7 @@ def summarize(folder: Path) -> dict[str, str]:
         **{f"plan: {name}": plan[name] for name in _SHOWN_BEFORE if name in plan},
         **{f"plan: {name}": value for name, value in plan.items() if name not in _SHOWN_BEFORE},
         **{f"made with {name}": value for name, value in header.made_with.items()},
-        "steps": _steps(store),
+        "steps, by the names of files": _steps(store),
         "size": f"{human_bytes(num_bytes)} in {len(pieces):,} pieces, {store.codec.row_bytes:,} bytes a position",
         "unfinished files": _unfinished(folder),
         "damaged images": f"{store.num_quarantined():,}",
@@ -64,6 +64,6 @@ def _steps(store: TeacherStore) -> str:
     text = f"{recorded:,} recorded"
     per_epoch = store.header.made_with.get("steps_per_epoch")
     if isinstance(per_epoch, int) and per_epoch > 0:
-        text += f", {recorded / per_epoch:.4g} epochs of {per_epoch:,}"
+        text += f": {recorded / per_epoch:.4g} epochs of {per_epoch:,} steps each"
     missing = store.coverage.first_missing(0, bounds[-1])
     return text if missing is None else f"{text}; of the first {bounds[-1]:,} the first missing one is {missing:,}"

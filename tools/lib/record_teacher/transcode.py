@@ -68,7 +68,7 @@ def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, Loss]:
     if new.row_bytes >= old.row_bytes:
         raise UserError(
             f"--codec {new.name} takes {new.row_bytes:,} bytes a position, and {store} has {old.row_bytes:,} "
-            f"({old.name}): what its codec has lost cannot be had back. Name a smaller codec, or record the store again"
+            f"({old.name}) for {header.num_classes} classes. Name a codec that takes fewer bytes"
         )
     check_store_folder(out)
     # What a codec has lost stays lost, so the rows are others than those of a recorder with the new codec.
