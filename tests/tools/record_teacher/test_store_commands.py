@@ -189,7 +189,7 @@ def test_a_damaged_piece_is_named_and_not_merged(exact, parts, tmp_path, capsys)
         main(["merge", str(tmp_path / "merged"), *map(str, parts)])
     said = capsys.readouterr()
     assert end.value.code == 1 and f"{pieces(exact)[2]}: is damaged at step 159" in said.out
-    assert "1 damaged pieces were left out" in said.err and pieces(tmp_path / "merged") == pieces(exact)[:2]
+    assert "damaged pieces that were left out: 1" in said.err and pieces(tmp_path / "merged") == pieces(exact)[:2]
 
 
 def test_damaged_images_are_named_once_in_the_merged_store(parts, tmp_path):
