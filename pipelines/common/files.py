@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with open(path, "wb") as file:
             yield file
         return
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = _partial_of(path)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -47,8 +47,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def _partial_of(path: Path) -> Path:
+    """A new name beside a file that is being written; `is_leftover` knows it."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def is_leftover(name: str) -> bool:
-    """Return whether a file's name is one that `replacing` leaves behind if the process is killed."""
+    """Return whether a killed process that was writing a file leaves behind one of this name."""
     return re.fullmatch(r".+\.[0-9a-f]{8}\.partial", name) is not None
 
 
@@ -81,7 +86,7 @@ def write_once(path: Path, parts: Iterable[bytes | memoryview]) -> bool:
     """
     if path.exists():
         return False
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = _partial_of(path)
     try:
         with open(partial, "xb") as file:
             file.writelines(parts)

@@ -43,21 +43,19 @@ def audit(
     rows: list[AuditRow] = []
     for key, here in flat(config).items():
         if natures[key].recipe and here not in (usi[key], authors.get(key, usi[key])):
-            section, name = key.split(".")
-            rows.append(
-                {"key": key, "usi": usi[key], "here": here, "meaning": _meaning(section_types()[section], name)}
-            )
+            rows.append(_row(key, usi[key], here, key.split(".")[0]))
+    known = []  # What is known of a run says more than the settings do, and replaces their rows.
     if batch_norm_sizes:
-        rows = [row for row in rows if row["key"] != "run.micro_batch"]
-        here = f"BatchNorm over {' or '.join(map(str, batch_norm_sizes))} images"
         usi_sizes = f"BatchNorm over a mixing group, {usi['augment.mix_group']} images"
-        meaning = _meaning(section_types()["run"], "micro_batch")
-        rows.append({"key": "run.micro_batch", "usi": usi_sizes, "here": here, "meaning": meaning})
-    for teacher, here in recorded.items():
-        rows = [row for row in rows if row["key"] != f"{teacher}.store"]
-        meaning = _meaning(section_types()["teacher"], "store")
-        rows.append({"key": f"{teacher}.store", "usi": "a live teacher", "here": here, "meaning": meaning})
-    return rows
+        here = f"BatchNorm over {' or '.join(map(str, batch_norm_sizes))} images"
+        known.append(_row("run.micro_batch", usi_sizes, here, "run"))
+    known += [_row(f"{key}.store", "a live teacher", here, "teacher") for key, here in recorded.items()]
+    return [*(row for row in rows if row["key"] not in {each["key"] for each in known}), *known]
+
+
+def _row(key: str, usi: Any, here: Any, section: str) -> AuditRow:
+    meaning = _meaning(section_types()[section], key.rpartition(".")[2])
+    return {"key": key, "usi": usi, "here": here, "meaning": meaning}
 
 
 def _meaning(section: type, name: str) -> str:

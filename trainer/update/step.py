@@ -149,10 +149,8 @@ class TrainStep:
 
     def with_blank_targets(self, batch: Batch) -> Batch:
         """The batch with meaningless outputs of recorded teachers: it is no batch of the plan."""
-        recorded = self._recorded
-        return dataclasses.replace(
-            batch, targets=tuple(each.blank(len(batch.labels), self._device) for each in recorded)
-        )
+        blanks = (teacher.blank(len(batch.labels), self._device) for teacher in self._recorded)
+        return dataclasses.replace(batch, targets=tuple(blanks))
 
     def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:
         """Run forward and backward passes with the memory of an update, leaving no trace. Every rank must call it.

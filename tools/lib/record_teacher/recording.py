@@ -31,14 +31,14 @@ _BLOCK_BYTES = 1 << 28  # A piece has fewer steps where it would be larger, beca
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What a process needs to record any blocks of steps.
+    """Holds all that a process needs to record any blocks of steps.
 
     Attributes:
-      header: what the store is recorded from; codec: of its rows.
+      header: describes what the store is recorded from; codec: encodes its rows.
       total_steps: the store is to hold the steps [0, total_steps).
       block_steps: steps of a piece.
       micro_batch: the most images of a forward pass.
-      rows: of the global batch in each of its forward passes, int64 on the device.
+      rows: the rows of the global batch that each forward pass takes, int64 on the device.
       device: where the teacher computes.
     """
 
