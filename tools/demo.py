@@ -16,18 +16,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
+from tools.lib.common.digits import write_digits
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints, checkpoints_folder
@@ -42,23 +40,6 @@ MODELS = {
     "other": (f"student, {OTHER_STUDENT}", "labels and the same recording"),
 }
 _MARKER = ".demo"  # lies in the demo's folder: what an earlier demo left, which may be replaced
-
-
-def write_digits(folder: Path, num_train: int = 1437, num_val: int = 360) -> None:
-    """scikit-learn's digits as FOLDER/{train,val}/DIGIT/*.jpg: grayscale JPEGs of 8 x 8 pixels, the same every time."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    data: Any = load_digits()
-    train, val = train_test_split(
-        np.arange(len(data.target)), train_size=num_train, test_size=num_val, random_state=0, stratify=data.target
-    )
-    for split, chosen in (("train", train), ("val", val)):
-        for i in chosen:
-            path = folder / split / str(data.target[i]) / f"digit-{i:04d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # values 0 to 16 -> 0 to 255
-            Image.fromarray((data.images[i] * 255 / 16).astype(np.uint8)).save(path, quality=95)
 
 
 def demo(folder: Path) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipelines import resolve_pipeline
 from pipelines.common.errors import UserError, exit_on_user_error
-from pipelines.common.files import check_parent_folder
+from pipelines.common.files import check_parent_folder, replacing
 from pipelines.common.machine import package_versions
 from pipelines.common.settings import Section, setting
 from pipelines.plan.plan import LARGEST_SIDE
@@ -104,16 +104,21 @@ class EvalRunConfig(ForwardConfig):
 
     Attributes:
       json: file for the whole report.
+      predictions: file, NAME.npz, for what the model says of each image, in the order of the split: arrays of NumPy
+        sample and label (int64 [N]), top (int64 [N, K], the best classes, best first), confidence and loss (float32
+        [N]).
       ready_s: seconds within which all ranks must have come.
     """
 
     json: Path | None = None
+    predictions: Path | None = None
     ready_s: float = setting(60, above=0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.json is not None:
-            check_parent_folder(self.json, f"run.json is {self.json}")
+        for name in ("json", "predictions"):
+            if (path := getattr(self, name)) is not None:
+                check_parent_folder(path, f"run.{name} is {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +179,9 @@ def evaluate_dataset(config: EvalConfig, world: World) -> Report:
     )
     predictions, damaged = predict_split(trained, index, order, images=data, forward=config.run, world=world)
     check_finite(predictions, index)
+    if config.run.predictions is not None and world.is_main:
+        with replacing(config.run.predictions) as file:
+            np.savez(file, **vars(predictions))
     report: Report = {
         **facts,
         **metrics.summary(predictions),

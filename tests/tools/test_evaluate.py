@@ -68,6 +68,17 @@ def three_classes(digits_folder, tmp_path_factory) -> Path:
     return folder / "dataset"
 
 
+def test_the_predictions_of_each_image_are_written_and_give_the_reported_accuracy(run, digits, tmp_path):
+    file = tmp_path / "predictions.npz"
+    found = report("--data.root", digits, "--student.checkpoint", run, "--run.predictions", file)
+    with np.load(file) as arrays:
+        assert arrays["sample"].tolist() == list(range(found["images"])) and arrays["top"].shape == (96, 5)
+        assert 100 * np.mean(arrays["top"][:, 0] == arrays["label"]) == found["top1"]
+        assert arrays["loss"].mean(dtype=np.float64) == found["loss"]
+    with pytest.raises(UserError, match=r"run.predictions is .*: not a file in a folder that is there"):
+        config_of("--run.predictions", tmp_path / "none" / "file.npz")
+
+
 # --- the pixels ---
 
 
