@@ -82,6 +82,11 @@ class Student(Section):
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds is {self.seeds}: name at least one, and each once")
 
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.title or self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection(Section):

@@ -67,7 +67,7 @@ class Stage:
         """What it makes."""
         return self.folder / self.product_name
 
-    def running(self, *words: object, settings: str = "") -> "Stage":
+    def with_command(self, *words: object, settings: str = "") -> "Stage":
         """The same stage with its command, which may name its own folder."""
         return dataclasses.replace(self, command=[str(word) for word in words], settings=settings)
 
@@ -92,7 +92,7 @@ class Stage:
         return float(read_json(self.folder / DONE).get("seconds", 0.0))
 
     @property
-    def commands_run(self) -> list[str]:
+    def command_run(self) -> list[str]:
         """The command that made its result, or that is going to."""
         return read_json(self.folder / DONE).get("command", self.command)
 
