@@ -226,7 +226,7 @@ def build_models(
 
     A model that takes one size only is built for the last one, or for teacher.image_size. Classes are the dataset's.
     """
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.student_seed)
     doubt = order_doubt(config.data.root)
     student = build_student(config.student, num_classes, config.data.train_sizes[-1], classes, doubt)
     check_student(student, config)
@@ -286,6 +286,8 @@ def build_state(
         plan={
             "student.name": config.student.name,
             "student.kwargs": settings["student"]["kwargs"],
+            # Checkpoints from before the setting existed lack it, and run.seed is the same said otherwise.
+            "student.seed": None if config.student_seed == config.run.seed else config.student.seed,
             **plan.describe(),
         },
         config=settings,

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 
-from conftest import TINY, train_here
+from conftest import DROPOUT, TINY, train_here
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import EvalPlan
 from pipelines.shards.index import read_index
-from support.tiny_runs import ONE
+from support.tiny_runs import ONE, all_equal, build_here, first_batches
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import parse
@@ -41,6 +41,27 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
     student = raw(seen["student"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert torch.allclose(student, raw(seen["teacher"], (0.5,) * 3, (0.5,) * 3), atol=1e-6)
     assert not run.step.teacher.members[0].model.training and run.state.student.training
+
+
+def test_seeds_of_a_student_have_other_weights_and_dropout_and_the_same_batches(digits, tmp_path):
+    plain, own, other = (
+        build_here(digits, tmp_path / "run", *DROPOUT, *more)
+        for more in ([], ["--student.seed", 0], ["--student.seed", 1])
+    )
+    weights = [list(run.state.student.state_dict().values()) for run in (plain, own, other)]
+    assert all_equal(weights[0], weights[1]) and not all_equal(weights[0], weights[2])
+    assert plain.plan.describe() == other.plan.describe()
+    batch = first_batches(plain, 1)[0]
+    assert torch.equal(batch.images, first_batches(other, 1)[0].images)
+    other.state.student.load_state_dict(plain.state.student.state_dict())
+    losses = [run.step(iter(first_batches(run, 1)), 0).loss.item() for run in (plain, own, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_seed_that_is_the_runs_own_resumes_a_run_without_one(digits, tmp_path):
+    train_here(digits, tmp_path, "--run.seed", 3, "--run.stop_after_steps", 1)
+    summary = train_here(digits, tmp_path, "--run.seed", 3, "--student.seed", 3, "--run.stop_after_steps", 2)
+    assert summary["session"]["start_step"] == 1
 
 
 def test_students_of_different_means_see_the_same_pixels_with_one_fill_colour_and_different_ones_without(

@@ -100,6 +100,7 @@ class StudentConfig(Section):
       classes: text file that names the outputs of the weights to start from in their order, one class on a line, as the
         dataset's manifest names them; the classifier is put into the dataset's order. Without it a checkpoint of this
         trainer names them itself.
+      seed: of the initial weights and dropout, and not of the images, which run.seed decides; null is run.seed.
     """
 
     key = "student"
@@ -108,6 +109,7 @@ class StudentConfig(Section):
     pretrained: bool = False
     kwargs: Kwargs = setting(factory=dict, on_resume="refused")
     classes: Path | None = setting(None, recipe=False, per_machine=True)
+    seed: int | None = setting(None, at_least=0, below=2**63, recipe=False, on_resume="refused")
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,7 +310,7 @@ class RunConfig(Section):
 
     Attributes:
       out: run folder: config.yaml, checkpoints, metrics.jsonl, summary.json. A run that is there is resumed.
-      seed: of the plan, the initial weights and dropout.
+      seed: of the plan, and of the student where student.seed is null.
       device: auto, cuda or cpu.
       global_batch: images an update, over all ranks and micro-batches.
       micro_batch: the most images a forward pass on one rank, an even number; 0 is a mixing group; auto is the largest
@@ -402,6 +404,11 @@ class Config:
         )
         with naming_settings(image_size="data.image_size"):
             check_cycle(self.data.image_size, self.augment.cycle_epochs)
+
+    @property
+    def student_seed(self) -> int:
+        """The seed of the student's initial weights and dropout."""
+        return self.run.seed if self.student.seed is None else self.student.seed
 
     @classmethod
     def load(cls, path: Path | str | None = None, overrides: Mapping[str, object] | None = None) -> "Config":

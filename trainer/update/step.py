@@ -110,7 +110,7 @@ class TrainStep:
             for micro_batch, size in enumerate(self._sizes):
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
-                seed_dropout(self._config.run.seed, batch.position, self._device)
+                seed_dropout(self._config.student_seed, batch.position, self._device)
                 # DDP averages the gradients over the ranks with the last micro-batch only.
                 is_last = micro_batch == self.num_micro_batches - 1
                 waits = isinstance(self._model, DistributedDataParallel) and not is_last

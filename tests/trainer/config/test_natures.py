@@ -15,7 +15,7 @@ from trainer.state.checkpoint_settings import changes, check_same_plan
 NATURES = setting_natures()
 PLAN = TrainPlan(synthetic_index(2048, 10), Config().augment, 0, 1024, 224, (0, 0, 0)).describe()
 # What a run writes into its plan beside TrainPlan.describe(), and what of that no setting decides.
-OF_STUDENT, OF_DATA = {"student.name", "student.kwargs"}, {"plan_version", "dataset"}
+OF_STUDENT, OF_DATA = {"student.name", "student.kwargs", "student.seed"}, {"plan_version", "dataset"}
 
 
 def with_value(key: str, value: object) -> Config:

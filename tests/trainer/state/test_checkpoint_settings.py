@@ -62,6 +62,7 @@ def test_a_checkpoint_from_before_a_setting_existed_resumes_with_its_default(dig
         (["--augment.flip", "0.25"], r"augment.flip was 0.5, now it is 0.25. Use the same settings"),
         (["--run.seed", "1"], "seed was 0, now it is 1"),
         (["--student.kwargs.drop_rate", "0.3"], r"student.kwargs was \{'drop_rate': 0.2.*now it is \{'drop_rate': 0.3"),
+        (["--student.seed", "1"], "student.seed was None, now it is 1"),
         (["--student.name", "test_vit"], "student.name was tiny_cnn, now it is test_vit"),
         (["--data.image_size", "64"], "image_size was 32, now it is 64"),
         (["--augment.fill", "[0,0,0]"], r"augment.fill was \[128, 128, 128\], now it is \[0, 0, 0\]. Use the same"),

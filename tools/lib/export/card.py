@@ -117,10 +117,16 @@ def _recipe(trained: TrainedModel) -> dict[str, str]:
         ("epochs + cool-down", epochs, {"schedule.epochs", "schedule.cooldown_epochs"}),
         ("image size", _cell(config["data"]["image_size"]), {"data.image_size"}),
         ("global batch", _cell(config["run"]["global_batch"]), {"run.global_batch"}),
-        ("seed", _cell(config["run"]["seed"]), {"run.seed", "run.out"}),
+        ("seed", _seed(config), {"run.seed", "student.seed", "run.out"}),
         ("dataset's digest", _code(str(plan.get("dataset", "not known"))[:12]), {"plan.dataset"}),
     ]
     return {title: text for title, text, keys in facts if not keys & differ} | {"weights": _weights(trained)}
+
+
+def _seed(config: dict) -> str:
+    """The seed of the plan, and that of the student where it has one of its own."""
+    own = config["student"].get("seed")  # Files from before the setting existed lack it.
+    return _cell(config["run"]["seed"]) + ("" if own is None else f" (student: {_cell(own)})")
 
 
 def _differ(trained: TrainedModel) -> set[str]:

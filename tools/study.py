@@ -1,0 +1,141 @@
+"""A study: many students by one recipe, from a folder of images to their speed and accuracy in one report.
+
+    python tools/study.py STUDY.yaml --out DIR [--dry-run] [--jobs N] [--report] [--slurm [KEY=VALUE ...]]
+
+STUDY.yaml names a dataset, a recipe, a teacher and students (configs/study-demo.yaml is one). The study makes shards,
+records the teacher once, trains each student from the recording, evaluates and exports it, measures speed and writes
+DIR/index.html. Each stage is a command of this project with a folder of its own in DIR. Stop it anywhere: the same
+command goes on where it was. A changed setting does again what depends on it, and nothing else.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # A script finds the packages of its own repository, installed or not.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pipelines  # noqa: F401  (Before torch, because it sets how OpenMP's threads wait.)
+
+import yaml
+
+from pipelines.common.errors import exit_on_user_error
+from pipelines.common.files import locked
+from tools.lib.common.arguments import path_argument
+from tools.lib.common.digits import write_digits
+from tools.lib.common.terminal import console
+from tools.lib.study.checks import check_study
+from tools.lib.study.cluster import submit
+from tools.lib.study.graph import Graph, build_graph, speed_stage
+from tools.lib.study.outcome import finish
+from tools.lib.study.plan import command_lines, estimates_of, plan_table
+from tools.lib.study.running import run
+from tools.lib.study.screen import Screen
+from tools.lib.study.settings import Study, read_study
+from trainer.cluster.preemption import INTERRUPTED, REQUEUE
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; exits with 1 if a stage has failed, and as a run if a signal has stopped the study."""
+    options = _parse(arguments)
+    with exit_on_user_error():
+        study, out = read_study(options.study), options.out.resolve()
+        graph = build_graph(study, out)
+        if options.dry_run:
+            show_plan(study, graph, options.seconds)
+            return
+        if not options.report:
+            check_study(study, graph, out)
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / ".lock", f"{out}: another study is running there"):
+            stopped_by = carry_out(study, graph, out, options)
+    if stopped_by:
+        print(f"stopped. The same command goes on: {' '.join(sys.argv)}", file=sys.stderr)
+        sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
+    if options.slurm is None and not all(stage.is_done for stage in graph.stages):
+        sys.exit(1)
+
+
+def carry_out(study: Study, graph: Graph, out: Path, options: argparse.Namespace) -> int:
+    """Run, submit or report. Returns the number of the signal that has stopped the study, 0 for none."""
+    screen = Screen(graph.stages)
+    if not options.report:
+        for stage in graph.stages:
+            if reason := stage.reason_to_redo():
+                screen.say(f"{stage.name} is done again: {reason}")
+        if study.source == "digits":
+            write_once(out / "digits")
+    if options.slurm is not None:
+        for names, number in submit(study, graph.stages, out, options.slurm).items():
+            screen.say(f"job {number}: {names}")
+        return 0
+    with screen.showing():
+        stopped_by = 0
+        if not options.report:
+            stopped_by = run(graph.stages, slots=options.jobs, together=study.together, screen=screen)
+        return stopped_by or finish(study, out, screen)
+
+
+def write_once(images: Path) -> None:
+    """Write scikit-learn's digits, complete or not at all."""
+    if not images.exists():
+        partial = images.with_name(f"{images.name}.partial")
+        write_digits(partial)
+        partial.rename(images)
+
+
+def show_plan(study: Study, graph: Graph, seconds: float) -> None:
+    """Print what the command would do, without doing it."""
+    speed, screen = speed_stage(study, graph), console()
+    stages = [*graph.stages, *([] if speed is None else [speed])]
+    with screen.status("measuring the students; --seconds 0 leaves that out"):
+        estimates = estimates_of(graph, seconds) if seconds else {}
+    screen.print(plan_table(stages, estimates))
+    for line in command_lines(stages, study.together):
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    num_left = sum(not stage.is_done for stage in stages)
+    screen.print(f"{num_left} of {len(stages)} stages are to be done; the report comes last, and speed before it")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    add = parser.add_argument
+    add("study", type=path_argument, metavar="STUDY.yaml", help="what is compared, and how")
+    add("--out", type=path_argument, required=True, metavar="DIR", help="folder of the study, new or to be completed")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the stages, what is done and what the others would cost; run nothing",
+    )
+    what = "how long --dry-run measures each stage of a training (default %(default)s); 0 measures nothing"
+    add("--seconds", type=float, default=1.0, metavar="S", help=what)
+    what = "stages at once, each with a GPU of its own or its part of the cores (default %(default)s)"
+    add("--jobs", type=_positive, default=1, metavar="N", help=what)
+    add("--report", action="store_true", help="train nothing: measure speed and write the report of what is there")
+    what = "submit to SLURM; parameters of submitit, such as timeout_min=600 gpus_per_node=1 slurm_partition=NAME"
+    add("--slurm", nargs="*", type=_parameter, metavar="KEY=VALUE", help=what)
+    options = parser.parse_args(arguments)
+    options.slurm = None if options.slurm is None else dict(options.slurm)
+    return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE")
+    return key, yaml.safe_load(value)
+
+
+_positive.__name__, _parameter.__name__ = "positive number", "parameter"  # argparse shows these names.
+
+
+if __name__ == "__main__":
+    main()
