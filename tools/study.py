@@ -5,7 +5,7 @@
 STUDY.yaml names a dataset, a recipe, a teacher and students (configs/study-demo.yaml is one). The study makes shards,
 records the teacher once, trains each student from the recording, evaluates and exports it, measures speed and writes
 DIR/index.html. Each stage is a command of this project with a folder of its own in DIR. Stop it anywhere: the same
-command goes on where it was. A changed setting does again what depends on it, and nothing else.
+command resumes it. A changed setting does again what depends on it, and nothing else.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         with locked(out / ".lock", f"{out}: another study is running there"):
             stopped_by = carry_out(study, graph, out, options)
     if stopped_by:
-        print(f"stopped. The same command goes on: {' '.join(sys.argv)}", file=sys.stderr)
+        print("stopped. Run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
     if options.slurm is None and not all(stage.is_done for stage in graph.stages):
         sys.exit(1)

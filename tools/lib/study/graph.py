@@ -120,8 +120,9 @@ def build_graph(study: Study, out: Path) -> Graph:
 
 def shards_stage(source: str, out: Path) -> Stage:
     """The conversion of images to shards."""
-    images = out / "digits" if source == "digits" else expanded(source).resolve()
-    stage = Stage(out, "shards", "", "dataset", {"source": str(images)}, product_name="dataset")
+    images = out / source if source == "digits" else expanded(source).resolve()
+    facts = {"source": source if source == "digits" else str(images)}
+    stage = Stage(out, "shards", "", "dataset", facts, product_name="dataset")
     return stage.with_command("tools/shard_imagenet.py", "build", images, stage.product)
 
 

@@ -1,0 +1,257 @@
+"""The graph of a study: which commands it has, and which of them a changed setting does again."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY
+from pipelines.common.errors import UserError
+from tools import compare, export, record_teacher, shard_imagenet
+from tools.lib.study.graph import Graph, build_graph, speed_stage
+from tools.lib.study.settings import Study, read_study
+from tools.lib.study.stage import DONE, Stage
+from trainer.config.sections import Config, parse
+
+DEMO = {
+    "source": "digits",
+    "recipe": {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": {"schedule.epochs": 6}},
+    "teacher": {"name": "test_resnet", "train": {"schedule.epochs": 7}},
+    "students": ["test_byobnet", {"name": "test_vit", "seeds": [0, 1], "title": "ViT"}],
+    "evaluate": {"weights": ["ema", "raw"], "suites": {"small": {"data.image_size": 24}}},
+    "speed": {"backends": ["eager"], "repeats": 3},
+}
+
+
+def study_of(folder: Path, content: dict) -> Study:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return read_study(file)
+
+
+def graph_of(folder: Path, content: dict = DEMO) -> Graph:
+    return build_graph(study_of(folder, content), folder / "out")
+
+
+def changed(*path_and_value) -> dict:
+    """DEMO with one value changed, at a path of keys."""
+    content = copy.deepcopy(DEMO)
+    *path, last, value = path_and_value
+    inner = content
+    for key in path:
+        inner = inner.setdefault(key, {}) if isinstance(inner, dict) else inner[key]
+    inner[last] = value
+    return content
+
+
+def redone(folder: Path, content: dict) -> set[str]:
+    """The stages that have another folder than in DEMO, or are not in it."""
+    before = {stage.name: stage.folder for stage in graph_of(folder).stages}
+    return {stage.name for stage in graph_of(folder, content).stages if before.get(stage.name) != stage.folder}
+
+
+def carry_out(stage: Stage) -> None:
+    """Write what a stage that is done leaves behind."""
+    stage.begin()
+    stage.product.parent.mkdir(parents=True, exist_ok=True)
+    if not stage.product.exists():
+        stage.product.mkdir()
+    stage.finish(stage.command, 1.0)
+
+
+STUDENTS = ("test_byobnet-s0", "ViT-s0", "ViT-s1")
+OF_STUDENTS = {
+    f"{kind} {name}"
+    for name in STUDENTS
+    for kind in ("train", "evaluate ema", "evaluate raw", "evaluate small", "export")
+}
+
+
+def test_every_stage_stands_behind_what_it_needs_and_has_a_name_and_a_folder_of_its_own(tmp_path):
+    stages = graph_of(tmp_path).stages
+    assert {stage.name for stage in stages} == {"shards", "teacher", "store"} | OF_STUDENTS
+    seen = set()
+    for stage in stages:
+        assert {need.folder for need in stage.needs} <= seen
+        seen.add(stage.folder)
+    assert len(seen) == len(stages)
+    needs = {stage.name: [need.name for need in stage.needs] for stage in stages}
+    assert needs["teacher"] == ["shards"] and needs["store"] == ["shards", "teacher"]
+    assert needs["train ViT-s1"] == ["store"]
+    assert needs["export ViT-s1"] == ["train ViT-s1", "evaluate ema ViT-s1"]
+
+
+def test_the_program_of_each_stage_takes_its_command(tmp_path):
+    graph = graph_of(tmp_path)
+    parsers = {"export": export._parse, "shard_imagenet": shard_imagenet._parse}
+    for stage in graph.stages:
+        stage.folder.mkdir(parents=True)
+        (stage.folder / "settings.yaml").write_text(stage.settings)
+        program, *words = stage.command
+        if program == "trainer/run.py":
+            assert parse(words).run.out == stage.product
+        elif program == "tools/record_teacher.py":
+            options, settings = record_teacher._parse(words)
+            assert options.store == stage.product and parse(settings).teacher.name == "test_resnet"
+        elif program != "tools/evaluate.py":
+            parsers[Path(program).stem](words)
+    for each in graph.students:
+        carry_out(each.export)
+    for stage in graph.stages:
+        carry_out(stage)
+    speed = speed_stage(study_of(tmp_path, DEMO), graph)
+    options = compare._parse(speed.command[1:])
+    assert options.models == [str(graph.students[n].export.product) for n in (0, 1)] and options.repeats == 3
+
+
+def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_seed_alone(tmp_path):
+    graph = graph_of(tmp_path)
+    configs = [each.config for each in graph.students]
+    assert {(c.student.name, c.student.seed) for c in configs} == {
+        ("test_byobnet", 0),
+        ("test_vit", 0),
+        ("test_vit", 1),
+    }
+    assert {c.teacher.store for c in configs} == {graph.common["store"].product}
+    assert {json.dumps([c.augment.fill, c.run.seed]) for c in configs} == {"[[124, 116, 104], 0]"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (changed("recipe", "overrides", "optim.lr", 0.001), {"teacher", "store"} | OF_STUDENTS),
+        (changed("recipe", "overrides", "schedule.epochs", 5), {"store"} | OF_STUDENTS),
+        (changed("teacher", "codec", "fp16"), {"store"} | OF_STUDENTS),
+        (changed("students", 0, {"name": "test_byobnet", "overrides": {"optim.lr": 0.001}}), "test_byobnet-s0"),
+        (changed("students", 1, {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT"}), "ViT-s2"),
+        (changed("evaluate", "suites", "small", "data.image_size", 40), {f"evaluate small {s}" for s in STUDENTS}),
+        (changed("recipe", "overrides", "run.log_every", 7), set()),
+        (changed("recipe", "overrides", "data.threads", 1), set()),
+        (changed("recipe", "overrides", "run.device", "cpu"), set()),
+        (changed("together", 2), set()),
+        (changed("speed", "repeats", 4), set()),
+        (changed("title", "another title"), set()),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(tmp_path, content, expected):
+    if isinstance(expected, str):
+        expected = {name for name in (redone(tmp_path, content) | OF_STUDENTS) if name.endswith(expected)}
+    assert redone(tmp_path, content) == expected
+
+
+def test_files_count_by_their_content(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    content = changed("recipe", "config", str(recipe))
+    recipe.write_text("augment: {mix_group: 32}\nrun: {global_batch: 64}\n")
+    first = [stage.folder for stage in graph_of(tmp_path, content).stages]
+    recipe.write_text("# A comment changes nothing.\naugment: {mix_group: 32}\nrun: {global_batch: 64}\n")
+    assert [stage.folder for stage in graph_of(tmp_path, content).stages] == first
+    recipe.write_text("augment: {mix_group: 16}\nrun: {global_batch: 64}\n")
+    assert not {stage.folder for stage in graph_of(tmp_path, content).stages[1:]} & {*first}
+    weights = tmp_path / "teacher.pth"
+    content = {**DEMO, "teacher": {"name": "test_resnet", "checkpoint": str(weights)}}
+    weights.write_bytes(b"one")
+    before = graph_of(tmp_path, content).common["store"].fingerprint
+    weights.write_bytes(b"two!")
+    assert graph_of(tmp_path, content).common["store"].fingerprint != before
+
+
+def test_a_stage_that_is_done_again_names_the_setting_and_the_earlier_result(tmp_path):
+    for stage in graph_of(tmp_path).stages:
+        carry_out(stage)
+    graph = graph_of(tmp_path, changed("recipe", "overrides", "schedule.epochs", 5))
+    reasons = {stage.name: stage.reason_to_redo() for stage in graph.stages}
+    earlier = graph_of(tmp_path).common["store"].folder
+    assert reasons["store"] == f"epochs 8 -> 7; the earlier result is store/{earlier.name}"
+    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 5, another store; the earlier result is train/")
+    assert reasons["export ViT-s0"].startswith("another train ViT-s0, another evaluate ema ViT-s0; ")
+    assert reasons["teacher"] == ""
+    assert all(stage.is_done for stage in graph_of(tmp_path).stages)
+    assert not any(stage.reason_to_redo() for stage in graph_of(tmp_path).stages)
+
+
+def test_a_result_counts_only_with_its_product_and_its_own_fingerprint(tmp_path):
+    stage = graph_of(tmp_path).common["shards"]
+    carry_out(stage)
+    assert stage.is_done
+    stage.product.rmdir()
+    assert not stage.is_done
+    stage.product.mkdir()
+    (stage.folder / DONE).write_text('{"fingerprint": "another"}')
+    assert not stage.is_done
+
+
+def test_a_student_of_another_plan_gets_the_teacher_itself_because_no_store_fits(tmp_path):
+    content = changed("students", 0, {"name": "test_byobnet", "overrides": {"augment.flip": 0.0}})
+    graph = graph_of(tmp_path, content)
+    first, others = graph.students[0], graph.students[1:]
+    assert first.differs == ["augment.flip"] and [need.name for need in first.train.needs] == ["teacher"]
+    assert first.config.teacher.store is None and first.config.teacher.name == "test_resnet"
+    assert first.config.teacher.checkpoint == graph.common["teacher"].product / "checkpoints" / "best.pt"
+    assert all(not each.differs and each.config.teacher.store is not None for each in others)
+    assert first.train.group != others[0].train.group == others[1].train.group
+
+
+def test_a_study_without_a_teacher_and_one_with_repeated_views(tmp_path):
+    graph = graph_of(tmp_path, {key: value for key, value in DEMO.items() if key != "teacher"})
+    assert [*graph.common] == ["shards"] and graph.students[0].config.teacher.members == []
+    graph = graph_of(tmp_path, changed("teacher", "epochs", 2))
+    assert graph.epochs == 2 and {each.config.augment.cycle_epochs for each in graph.students} == {2}
+
+
+def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path):
+    graph = graph_of(tmp_path, changed("recipe", "overrides", "ema.decay", 0))
+    assert [*graph.students[0].evaluations] == ["raw", "small"]
+    assert "raw" in graph.students[0].export.command
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**DEMO, "studens": []}, "unknown key 'studens'; did you mean 'students'?"),
+        (changed("teacher", "nam", "x"), "teacher: unknown key 'nam'; did you mean 'name'?"),
+        (changed("students", 0, {"name": "test_vit", "seed": [1]}), r"students\[0\]: unknown key 'seed'; did you mean"),
+        (changed("students", 0, {"seeds": [1]}), r"students\[0\]: 'name' is missing"),
+        (
+            changed("students", 0, {"name": "a", "seeds": [1, 1]}),
+            r"students\[0\]: seeds is \[1, 1\]: name at least one",
+        ),
+        (changed("students", []), "must name at least one"),
+        (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
+        ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
+        (changed("together", 0), "together is 0; it must lie in"),
+        (changed("evaluate", "weights", ["best"]), "weights is"),
+        (changed("teacher", "checkpoint", "x.pth"), "teacher.checkpoint and teacher.train are both given"),
+        (changed("recipe", "overrides", "run.out", "x"), "recipe: run.out among its overrides: the study decides it"),
+        (changed("recipe", "overrides", "schedule.epoch", 3), "recipe: unknown key 'schedule.epoch'; did you mean"),
+        (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\]: .*optim.lr"),
+        (changed("students", 0, "test_vit"), "students: 'ViT-s0' and 'test_vit-s0' are the same"),
+        (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), "two of them are called 'ViT-s0'"),
+        (changed("paper", "somebody"), "paper is 'somebody'; it must be one of usi"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        graph_of(tmp_path, content)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("students: [")
+    with pytest.raises(UserError, match=r"bad.yaml: not YAML"):
+        read_study(tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match=r"none.yaml: No such file"):
+        read_study(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["study-demo", "study-imagenet"])
+def test_the_studies_of_the_repository_are_graphs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    study = read_study(REPOSITORY / "configs" / f"{name}.yaml")
+    graph = build_graph(study, tmp_path)
+    assert len(graph.students) == sum(len(each.seeds) for each in study.students) >= 10
+    assert not any(each.differs for each in graph.students)
+    assert isinstance(graph.students[0].config, Config)

@@ -1,0 +1,217 @@
+"""How a study carries out its stages: in order, again after a failure, a signal or a kill, several at once."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+from support.forked_python import executable
+from tools.lib.study import running
+from tools.lib.study.running import Process, dependencies, jobs_of, run
+from tools.lib.study.screen import Screen
+from tools.lib.study.stage import LOG, Stage
+
+# A command that notes each start, does what FOLDER/how says, and makes FOLDER/product.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, lambda *_: (folder.joinpath("saved").write_text("yes"), os._exit(75)))
+folder = Path(sys.argv[1])
+how = Path(sys.argv[2])
+with open(folder / "starts", "a") as starts:
+    print(os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES"), file=starts)
+mode = how.read_text() if how.exists() else ""
+if mode == "fail":
+    print("working\\nerror: no such model")
+    sys.exit(1)
+while mode == "wait" and not (folder / "saved").exists() and how.exists():
+    time.sleep(0.02)
+(folder / "product").write_text("resumed" if (folder / "saved").exists() else "at once")
+"""
+
+
+class Study:
+    """Stages in a folder: b needs a, and c needs b; d needs nothing."""
+
+    def __init__(self, folder: Path, facts: dict | None = None):
+        self.folder = folder
+        self.script = folder / "command.py"
+        self.script.write_text(SCRIPT)
+        self.stages: dict[str, Stage] = {}
+        for name, needs in {"a": "", "b": "a", "c": "b", "d": ""}.items():
+            needed = tuple(self.stages[need] for need in needs)
+            stage = Stage(folder / "out", name, "", name, (facts or {}).get(name, {}), needed, "product")
+            self.stages[name] = stage.with_command(self.script, stage.folder, self.how(name))
+
+    def how(self, name: str) -> Path:
+        """The file that says what a stage's command does."""
+        return self.folder / f"how-{name}"
+
+    def run(self, slots: int = 1) -> int:
+        return run([*self.stages.values()], slots=slots, together=1, screen=Screen([*self.stages.values()]))
+
+    def starts(self) -> dict[str, int]:
+        """How often each stage's command was started."""
+        files = {name: stage.folder / "starts" for name, stage in self.stages.items()}
+        return {name: len(file.read_text().splitlines()) if file.exists() else 0 for name, file in files.items()}
+
+    def done(self) -> str:
+        return "".join(name for name, stage in self.stages.items() if stage.is_done)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_stages_are_carried_out_once(tmp_path, capsys):
+    study = Study(tmp_path)
+    assert study.run() == 0 and study.done() == "abcd"
+    assert "a: done in" in capsys.readouterr().out
+    assert study.run() == 0 and study.starts() == dict.fromkeys("abcd", 1)
+    assert capsys.readouterr().out == ""
+    log = (study.stages["a"].folder / LOG).read_text()
+    assert log.startswith(f"$ python {study.script} ")
+
+
+def test_a_failed_stage_stops_only_what_needs_it_and_is_tried_again(tmp_path, capsys):
+    study = Study(tmp_path)
+    study.how("b").write_text("fail")
+    assert study.run() == 0 and study.done() == "ad"
+    shown = capsys.readouterr().out
+    assert "b: failed, exit code 1: error: no such model (log: " in shown
+    assert "c: left out, because there is no result of b" in shown
+    assert study.stages["b"].failure == "exit code 1: error: no such model" and not study.stages["c"].failure
+    study.how("b").unlink()
+    assert study.run() == 0 and study.done() == "abcd" and not study.stages["b"].failure
+    assert study.starts() == {"a": 1, "b": 2, "c": 1, "d": 1}
+
+
+def test_a_changed_fact_does_again_what_depends_on_it_and_the_earlier_results_stay(tmp_path):
+    first = Study(tmp_path)
+    first.run()
+    other = Study(tmp_path, {"b": {"epochs": 2}})
+    assert other.done() == "ad"
+    assert other.stages["b"].reason_to_redo().startswith("epochs default -> 2; the earlier result is b/b-")
+    other.run()
+    assert other.starts() == dict.fromkeys("abcd", 1)
+    assert first.done() == other.done() == "abcd"
+
+
+def test_a_process_that_the_system_kills_is_a_failure_with_the_signal(tmp_path):
+    study = Study(tmp_path)
+    study.script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    study.run()
+    assert study.stages["a"].failure.startswith("killed by SIGKILL: ")
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts a study in a process of its own whose stage waits, and waits until that has begun."""
+    processes = []
+
+    def start(waiting: str) -> tuple[Study, subprocess.Popen]:
+        study = Study(tmp_path)
+        study.how(waiting).write_text("wait")
+        folders = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).parent)]
+        code = (
+            f"import sys\nsys.path[:0] = {folders}\nfrom pathlib import Path\n"
+            f"import {Path(__file__).stem} as tests\nsys.exit(tests.Study(Path({str(tmp_path)!r})).run())"
+        )
+        processes.append(subprocess.Popen([executable(), "-c", code]))
+        wait_for(study.stages[waiting].folder / "starts")
+        return study, processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_study_resumes_inside_the_stage_that_was_running(started):
+    study, process = started("b")
+    process.kill()
+    process.wait()
+    wait_for(study.stages["b"].folder / "saved")  # Its command was stopped, too, and has saved.
+    assert study.done() == "a"
+    study.run()
+    assert study.done() == "abcd" and study.starts() == {"a": 1, "b": 2, "c": 1, "d": 1}
+    assert study.stages["b"].product.read_text() == "resumed"
+    assert study.stages["c"].product.read_text() == "at once"
+
+
+def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_waits_for_it(tmp_path):
+    study = Study(tmp_path)
+    slow = SCRIPT.replace('(folder.joinpath("saved")', '(time.sleep(1), folder.joinpath("saved")')
+    study.script.write_text(slow)
+    study.how("a").write_text("wait")
+    first = Process([study.stages["a"]])
+    wait_for(study.stages["a"].folder / "starts")
+    first.signal(signal.SIGTERM)
+    for lock in first._locks:
+        lock.close()  # The killed study's; the command still holds its own.
+    second = Process([study.stages["a"]])
+    second.note_result()
+    assert study.stages["a"].product.read_text() == "resumed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_running_command_and_nothing_has_failed(started, number):
+    study, process = started("a")
+    process.send_signal(number)
+    assert process.wait(timeout=120) == number
+    assert (study.stages["a"].folder / "saved").exists()
+    assert study.done() == "" and not study.stages["a"].failure and study.starts()["d"] == 0
+
+
+def test_two_stages_at_once_get_a_part_of_the_cores_or_a_gpu_each(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(running, "num_cores", lambda: 8)
+    study = Study(tmp_path)
+    study.run(slots=2)
+    assert (study.stages["d"].folder / "starts").read_text().split()[0] == "4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [running.environment_of(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4", "6"]
+    assert running.environment_of(0, 1) == {}
+
+
+def test_students_of_one_plan_are_trained_together_and_one_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
+    def train(name: str, group: str) -> Stage:
+        stage = Stage(tmp_path, "train", name, name, {"student": name}, product_name="run", group=group)
+        return stage.with_command("trainer/run.py")
+
+    one, two, three, other = train("one", "x"), train("two", "x"), train("three", "x"), train("other", "y")
+    evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,)).with_command("tools/evaluate.py")
+    stages = [one, evaluate, two, other, three]
+    jobs = jobs_of(stages, 2)
+    assert jobs == [[one, two], [evaluate], [other], [three]]
+    assert dependencies(jobs) == {0: set(), 1: {0}, 2: set(), 3: set()}
+    command = tmp_path / "together.py"
+    command.write_text(
+        "import json, sys\nfrom pathlib import Path\n"
+        "for folder in map(Path, sys.argv[1:]):\n"
+        "    (folder / 'run').mkdir()\n"
+        "    finished = folder.name.startswith('one')\n"
+        "    (folder / 'run' / 'summary.json').write_text(json.dumps({'finished': finished}))\n"
+        "sys.exit('error: two: loss is not finite')\n"
+    )
+    monkeypatch.setattr(running, "command_of", lambda job: [str(command), *(str(each.folder) for each in job)])
+    process = Process(jobs[0])
+    process.note_result()
+    assert one.is_done and two.failure == "exit code 1: error: two: loss is not finite"
+
+
+def test_settings_are_there_before_the_command_starts(tmp_path):
+    stage = Stage(tmp_path, "train", "x", "x", {}, product_name="copy")
+    script = tmp_path / "copy.py"
+    script.write_text("import shutil, sys\nshutil.copy(*sys.argv[1:])")
+    stage = stage.with_command(script, stage.folder / "settings.yaml", stage.product, settings="run: {}\n")
+    Process([stage]).note_result()
+    assert stage.is_done and stage.product.read_text() == "run: {}\n"
