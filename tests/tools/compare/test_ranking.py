@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tools.lib.common.front import pareto_front
 from tools.lib.compare import ranking
 
 
@@ -14,21 +15,21 @@ def timed(speed: float, rounds: int = 15, noise: float = 0.0, seed: int = 0) -> 
 
 
 def test_no_point_of_the_front_is_dominated_by_another():
-    assert ranking.pareto_front([(80, 100), (82, 50), (81, 40), (79, 100), (84, 1)]) == [True, True, False, False, True]
+    assert pareto_front([(80, 100), (82, 50), (81, 40), (79, 100), (84, 1)]) == [True, True, False, False, True]
 
 
 def test_equal_points_are_on_the_front_together():
-    assert ranking.pareto_front([(80, 100), (80, 100), (79, 90)]) == [True, True, False]
+    assert pareto_front([(80, 100), (80, 100), (79, 90)]) == [True, True, False]
 
 
 @pytest.mark.parametrize(("other", "expected"), [((80, 99), False), ((79, 100), False), ((81, 99), True)])
 def test_a_tie_in_one_coordinate_is_decided_by_the_other(other, expected):
-    assert ranking.pareto_front([(80, 100), other]) == [True, expected]
+    assert pareto_front([(80, 100), other]) == [True, expected]
 
 
 def test_one_model_and_none_have_a_front():
-    assert ranking.pareto_front([(80, 100)]) == [True]
-    assert ranking.pareto_front([]) == []
+    assert pareto_front([(80, 100)]) == [True]
+    assert pareto_front([]) == []
 
 
 # The order

@@ -84,16 +84,3 @@ def order_line(ranks: Mapping[str, int]) -> str:
     """The order in a line: a > b = c > d."""
     groups = itertools.groupby(ranks, key=lambda name: ranks[name])
     return " > ".join(" = ".join(names) for _, names in groups)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points are on the front: no other is at least as accurate and at least as fast, and better in one.
-
-    Args:
-      points: accuracy and speed. Equal points are on the front together, or not at all.
-    """
-
-    def dominates(a: tuple, b: tuple) -> bool:
-        return a != b and a[0] >= b[0] and a[1] >= b[1]
-
-    return [not any(dominates(other, point) for other in points) for point in points]

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pipelines.common.errors import named
 from tools.lib.common.attention import PLAIN_ATTENTION
+from tools.lib.common.front import pareto_front
 from tools.lib.common.tables import terminal_table
 from tools.lib.compare import ranking
 from tools.lib.compare.measuring import Measured, Opened
@@ -76,6 +77,10 @@ class Row(Opened):
     on_front: bool | None = None
     front_is_sure: bool | None = None
 
+    @property
+    def top1_interval(self) -> None:
+        """The picture has none: an accuracy is given without one."""
+
 
 @dataclasses.dataclass
 class FailedRow:
@@ -140,7 +145,7 @@ def _row(measured: Measured, rank: int, images_per_s: float, latency_s: float) -
 def mark_front(rows: Sequence[Row]) -> None:
     """Mark the front of the speeds that are shown, and which of its models surely belong there."""
     known = [(row.top1, row) for row in rows if row.top1 is not None]
-    front = ranking.pareto_front([(top1, row.images_per_s) for top1, row in known])
+    front = pareto_front([(top1, row.images_per_s) for top1, row in known])
     for (top1, row), is_on_front in zip(known, front, strict=True):
         row.on_front = is_on_front
         if is_on_front:

@@ -8,6 +8,7 @@ import numpy as np
 
 # These are Okabe and Ito, Color Universal Design (2008), without the yellow: it is too light for a line on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "s^Dv"  # They distinguish curves of the same color, from the eighth on.
 _MARKS = {"session": ("restarted", (0, (4, 3))), "rollback": ("went back to a checkpoint", (0, (1, 1.5)))}
 _MANY_POINTS = 100  # A noisy curve of at least this many points gets its moving average drawn over it.
 
@@ -109,10 +110,22 @@ def _draw_curve(axes, curve: Curve, chart: Chart) -> None:
         y = moving_average(y)
     label = _plain(curve.label) if len(chart.curves) > 1 else None  # The title names a single curve.
     marker = "o" if len(y) <= 12 else None
+    if again := curve.color // len(_COLORS):
+        marker = _MARKERS[(again - 1) % len(_MARKERS)]
     width = 1.7
     if chart.rims:
         width += 1.4 * (len(chart.curves) - 1 - chart.curves.index(curve))
-    axes.plot(curve.x, y, **look, label=label, linewidth=min(width, 10.0), marker=marker, markersize=4, zorder=3)
+    axes.plot(
+        curve.x,
+        y,
+        **look,
+        label=label,
+        linewidth=min(width, 10.0),
+        marker=marker,
+        markersize=4,
+        zorder=3,
+        markevery=max(1, len(y) // 12),
+    )
 
 
 def _dress(axes, chart: Chart) -> None:

@@ -133,20 +133,20 @@ def report_or_reason(folder: Path) -> str:
         return f"no report was drawn ({reason}); tools/report.py {folder} tries again"
 
 
-def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """The pictures for which there are numbers."""
+def charts(runs: Sequence[RunRecord], kinds: Sequence[Chart] = CHARTS) -> list[Chart]:
+    """The pictures of these kinds for which there are numbers."""
     in_epochs = all(run.steps_per_epoch for run in runs)
-    marks, curves = [], {chart.name: [] for chart in CHARTS}
+    marks, curves = [], {chart.name: [] for chart in kinds}
     for i, run in enumerate(runs):
         scale = run.steps_per_epoch if in_epochs and run.steps_per_epoch else 1
         color = None if len(runs) == 1 else i
         marks += [(line["kind"], color, line["step"] / scale) for line in run.of("session")[1:] + run.of("rollback")]
-        for chart in CHARTS:
+        for chart in kinds:
             curves[chart.name] += _curves(chart, run, color, scale)
     x_label = "epoch" if in_epochs else "step"
     return [
         dataclasses.replace(chart, x_label=x_label, curves=curves[chart.name], marks=marks)
-        for chart in CHARTS
+        for chart in kinds
         if curves[chart.name]
     ]
 
@@ -227,26 +227,28 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list]:
 def page(runs: list[RunRecord], pictures: dict[str, tuple[str, bytes]], strips: dict[str, bytes]) -> str:
     """The page as text; `pictures` are (title, PNG), `strips` the first images of runs by their names."""
     columns = [numbers(run) for run in runs]
-    return _template().render(
+    return template(Path(__file__).with_name("page.html")).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=runs,
         numbers={key: [column[key] for column in columns] for key in columns[0]},
         differing=differing_settings(runs),
-        pictures={title: _embedded(content) for title, content in pictures.values()},
-        strips={name: _embedded(content) for name, content in strips.items()},
-        summaries={run.name: _text(run.summary, indent=1) for run in runs if run.summary},
+        pictures={title: embedded(content) for title, content in pictures.values()},
+        strips={name: embedded(content) for name, content in strips.items()},
+        summaries={run.name: text(run.summary, indent=1) for run in runs if run.summary},
         written=_clock(datetime.datetime.now().timestamp()),
     )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": _clock, "setting": _text, "ranks": _ranks}
-    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+def template(path: Path) -> jinja2.Template:
+    """A page in HTML, which may extend the base.html that lies here."""
+    loader = jinja2.FileSystemLoader([path.parent, Path(__file__).parent])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters |= {"clock": _clock, "setting": text, "ranks": _ranks}
+    return environment.get_template(path.name)
 
 
-def _text(value: object, indent: int | None = None) -> str:
+def text(value: object, indent: int | None = None) -> str:
     """A setting as the command line takes it: JSON, also of values that JSON has not, such as a date."""
     try:
         return value if isinstance(value, str) else json.dumps(value, indent=indent, default=str)
@@ -254,5 +256,6 @@ def _text(value: object, indent: int | None = None) -> str:
         return clipped(value)
 
 
-def _embedded(png: bytes) -> str:
+def embedded(png: bytes) -> str:
+    """A picture as the address of itself, for a page that needs no other file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
