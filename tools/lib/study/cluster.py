@@ -1,6 +1,7 @@
 """A study on a cluster: a job of SLURM for each command, submitted through submitit."""
 
 import os
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,26 +80,25 @@ def submit(study: Study, stages: list[Stage], out: Path, parameters: Mapping[str
     except ImportError as error:
         raise UserError("--slurm needs submitit: python -m pip install 'submitit>=1.5'") from error
     jobs, numbers = jobs_of(stages, study.together), {}
-    try:
+    ids: list[str] = []
+
+    def submitted(call: ClusterJob | LastJob, names: str, needed: list[str]) -> str:
         executor = submitit.AutoExecutor(out / "slurm", cluster="slurm", slurm_max_num_timeout=_MOST_TIMEOUTS)
-        common = {"timeout_min": _TIMEOUT_MIN, "slurm_setup": [f"export PYTHONPATH={REPOSITORY}"], **parameters}
-        ids: list[str] = []
+        executor.update_parameters(
+            **{"timeout_min": _TIMEOUT_MIN, **parameters},
+            name=names.partition(",")[0].replace(" ", "-"),
+            slurm_setup=[f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}"],
+            slurm_additional_parameters={"requeue": True},
+            **({"slurm_dependency": f"afterany:{':'.join(needed)}"} if needed else {}),
+        )
+        numbers[names] = executor.submit(call).job_id
+        return numbers[names]
+
+    try:
         for number, needed in dependencies(jobs).items():
             names = ", ".join(stage.name for stage in jobs[number])
-            ids.append(
-                _submitted(executor, ClusterJob(jobs[number]), jobs[number][0].name, [ids[n] for n in needed], common)
-            )
-            numbers[names] = ids[-1]
-        numbers["speed, report"] = _submitted(executor, LastJob(study, out), "report", ids, common)
+            ids.append(submitted(ClusterJob(jobs[number]), names, [ids[n] for n in sorted(needed)]))
+        submitted(LastJob(study, out), "speed and report", ids)
     except (RuntimeError, ValueError, NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"--slurm: {error}. Already submitted: {', '.join(numbers.values()) or 'nothing'}") from error
     return numbers
-
-
-def _submitted(executor: Any, call: Any, name: str, needed: list[str], parameters: Mapping[str, Any]) -> str:
-    dependency = {"slurm_dependency": f"afterany:{':'.join(needed)}"} if needed else {}
-    more = {"slurm_additional_parameters": {"requeue": True}}
-    executor.update_parameters(**{**parameters, **more, **dependency, "name": name.replace(" ", "-")})
-    if not needed:
-        executor._executor.parameters.pop("dependency", None)
-    return executor.submit(call).job_id

@@ -1,0 +1,114 @@
+"""python tools/study.py: what it refuses before anything runs, what it prints, and a whole study."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY
+from pipelines.common.files import locked
+from support.tiny_runs import assert_same_end
+from tools import study
+from tools.lib.study import checks
+
+SHORT = {"schedule.epochs": 2, "schedule.warmup_epochs": 1, "schedule.cooldown_epochs": 0, "run.device": "cpu"}
+
+
+def write_study(folder: Path, digits: Path, **changed) -> Path:
+    content = {
+        "dataset": str(digits),
+        "recipe": {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": SHORT},
+        "teacher": {"name": "test_resnet", "train": {}},
+        "students": ["test_byobnet", {"name": "test_vit", "seeds": [0, 1]}],
+        "evaluate": {"weights": ["ema"]},
+        **changed,
+    }
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def error_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as ended:
+        study.main([str(each) for each in arguments])
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"students": ["test_bit"]}, "error: unknown model 'test_bit'; did you mean test_vit"),
+        ({"teacher": {"name": "nobody"}}, "error: unknown model 'nobody'"),
+        ({"students": [{"name": "test_vit", "kwargs": {"img_size": 64}}]}, "cannot take images of 32 px"),
+        ({"teacher": {"name": "test_resnet", "codec": "int7"}}, "int7"),
+        ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
+        ({"dataset": None, "source": "nowhere"}, "error: source is nowhere: not found"),
+    ],
+    ids=range(6),
+)
+def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path, out, digits, capsys, changed, message):
+    line = error_of(capsys, write_study(tmp_path, digits, **changed), "--out", out)
+    assert message in line and line.count("\n") == 1 and not out.exists()
+
+
+def test_too_little_room_on_the_disk_is_noticed_before_anything_runs(tmp_path, out, digits, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
+    line = error_of(capsys, write_study(tmp_path, digits), "--out", out)
+    # A store of 2 epochs of 320 images, and 10 values of 4 bytes for each of about 0.8 million parameters.
+    assert "the study needs about 32" in line and "its disk has 1 kB left. Make room there" in line and not out.exists()
+
+
+def test_only_one_study_runs_in_a_folder(tmp_path, out, digits, capsys):
+    out.mkdir()
+    with locked(out / ".lock", "test"):
+        assert f"{out}: another study is running there. Wait for it" in error_of(
+            capsys, write_study(tmp_path, digits), "--out", out
+        )
+
+
+def test_a_dry_run_lists_stages_and_commands_and_writes_nothing(tmp_path, out, digits, capsys):
+    study.main([str(write_study(tmp_path, digits)), "--out", str(out), "--dry-run", "--seconds", "0"])
+    shown = capsys.readouterr().out
+    assert "train test_vit-s1" in shown and f"python trainer/run.py --config {out}/train/test_vit-s1-" in shown
+    assert "11 of 11 stages are to be done" in shown and not out.exists()
+    study.main([str(write_study(tmp_path, digits, together=3)), "--out", str(out), "--dry-run", "--seconds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("trainer/together.py" in line and line.count("settings.yaml") == 3 for line in lines) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--jobs", "0"], ["--slurm", "gpus"], []])
+def test_wrong_options_are_refused(tmp_path, arguments):
+    out = ["--out", str(tmp_path / "out")] if arguments else []
+    with pytest.raises(SystemExit) as ended:
+        study.main([str(tmp_path / "study.yaml"), *out, *arguments])
+    assert ended.value.code == 2
+
+
+@pytest.mark.long
+def test_a_study_that_lost_a_student_at_first_ends_as_one_that_did_not(tmp_path, digits, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    broken = {"name": "test_vit", "seeds": [0, 1], "overrides": {"distill.temperature": 1e-30}}
+    file = write_study(tmp_path, digits, students=["test_byobnet", broken])
+    with pytest.raises(SystemExit) as ended:
+        study.main([str(file), "--out", str(one)])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "train test_vit-s0: failed, exit code 1: error: " in shown and "export test_byobnet-s0: done in" in shown
+    assert "report: " in shown and "test_vit" in (one / "index.html").read_text()
+    file = write_study(tmp_path, digits)
+    for out in (one, two):
+        study.main([str(file), "--out", str(out)])
+    finished = {
+        out: {run.parent.parent.name: run.parent for run in out.glob("train/*/run/summary.json")} for out in (one, two)
+    }
+    for name, run in finished[two].items():
+        assert_same_end(finished[one][name], run)
+    assert len(finished[two]) == 3
