@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from tools.lib.study.outcome import finish
 from tools.lib.study.running import REPOSITORY, Job, Process, dependencies, jobs_of
 from tools.lib.study.settings import Study
 from tools.lib.study.stage import Stage
+from trainer.cluster.preemption import REQUEUE
 
 # submitit's name of the signal that comes before a time limit. A training saves at SIGUSR1, and SIGUSR2 would end it.
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
+# How a command ends that a preemption has stopped, as in tools/slurm/train.sbatch.
+_STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGUSR1)
 _TIMEOUT_MIN, _MOST_TIMEOUTS = 720, 1000
 
 
@@ -30,7 +34,8 @@ class ClusterJob:
         job = [stage for stage in self.job if not stage.is_blocked]
         if job:
             self._process = Process(job)
-            self._process.note_result()
+            if self._process.note_result() in _STOPPED:
+                requeue()
         if missing := [stage.name for stage in self.job if not stage.is_done]:
             raise UserError(f"{', '.join(missing)}: not done. The stage's folder has its log")
 
@@ -59,6 +64,14 @@ class LastJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(LastJob(self.study, self.out))
+
+
+def requeue() -> None:
+    """Put this job back into the queue, unless somebody has cancelled it: then it is no longer running."""
+    job = os.environ["SLURM_JOB_ID"]
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    if "JobState=RUNNING" in shown.stdout:
+        subprocess.run(["scontrol", "requeue", job])
 
 
 def submit(study: Study, stages: list[Stage], out: Path, parameters: Mapping[str, Any]) -> dict[str, str]:

@@ -104,11 +104,13 @@ class Process:
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, number)
 
-    def note_result(self, *, stopped: bool = False) -> None:
+    def note_result(self, *, stopped: bool = False) -> int:
         """Wait for its end, note for each stage whether it is done or has failed, and give the locks back.
 
         Args:
           stopped: this process has stopped it, so that it has not failed.
+        Returns:
+          its exit code, or minus the number of the signal that has killed it.
         """
         code = 0 if self._process is None else self._process.wait()
         seconds = (time.monotonic() - self._start_s) / max(1, len(self.job))
@@ -119,6 +121,7 @@ class Process:
                 stage.fail(f"{_ending(code)}: {_last_line(self.log)}", self.log)
         for lock in self._locks:
             lock.close()
+        return code
 
 
 def command_of(job: Job) -> list[str]:
