@@ -1,9 +1,10 @@
 """Reads what was recorded for any positions."""
 
+import functools
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +19,33 @@ from trainer.targets.pieces import Coverage, Piece, head_of
 
 QUARANTINE = "quarantine.jsonl"
 _LARGEST_QUARANTINE = 1 << 26  # bytes; a line has about 150, and a recorder stops long before half a million.
+_OPEN_FILES = 32  # A global batch lies in one piece, or in as many as processes that divided its rows.
 
 
 class PieceFile:
     """A piece's open file, whose head and size are those that its name and its store ask for.
 
+    It is closed when nobody refers to it any more.
+
     Raises:
       UserError: it is short, damaged or of another store, or cannot be read.
     """
 
-    def __init__(self, store: Path, header: StoreHeader, piece: Piece, file: int):
-        self._path, self._piece, self._file = Path(store) / piece.name, piece, file
+    def __init__(self, store: Path, header: StoreHeader, piece: Piece):
+        self._path, self._piece = Path(store) / piece.name, piece
         self._again = f"Move it away, and {header.how_to_complete}"
         self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
         head = head_of(header, piece)
         self._sums_at = len(head)
         self._rows_at = len(head) + 4 * piece.num_steps * self._groups_per_step
         size = self._rows_at + piece.num_steps * piece.num_rows * self._row_bytes
-        if (found := os.fstat(file).st_size) != size:
+        try:
+            require_regular(self._path)
+            self._file = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        weakref.finalize(self, os.close, self._file)
+        if (found := os.fstat(self._file).st_size) != size:
             raise UserError(f"{self._path}: has {found} bytes instead of {size}. {self._again}")
         if self._read(0, len(head)).tobytes() != head:
             raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {self._again}")
@@ -73,26 +83,15 @@ class PieceFile:
             try:
                 count = os.preadv(self._file, [content.data[done:]], offset + done)
             except OSError as error:
-                raise _unreadable(self._path, self._again, error) from error
+                raise self._unreadable(error) from error
             if count == 0:
                 raise UserError(f"{self._path}: has become shorter while it was read. {self._again}")
             done += count
         return content
 
-
-@contextmanager
-def open_piece(store: Path, header: StoreHeader, piece: Piece) -> Iterator[PieceFile]:
-    """Open a piece's file and check its head. Raises a UserError as PieceFile."""
-    path = Path(store) / piece.name
-    try:
-        require_regular(path)
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise _unreadable(path, f"Move it away, and {header.how_to_complete}", error) from error
-    try:
-        yield PieceFile(store, header, piece, file)
-    finally:
-        os.close(file)
+    def _unreadable(self, error: OSError) -> UserError:
+        advice = advice_against(error, self._again)
+        return UserError(f"{self._path}: cannot be read ({error.strerror or error}). {advice}")
 
 
 class TeacherStore:
@@ -109,11 +108,12 @@ class TeacherStore:
         self.header = read_header(self.folder)
         self.codec: Codec = self.header.open_codec()
         self.coverage = Coverage(self.folder, self.header)
+        # A store may have more pieces than a process may have open files. A file that another thread still reads is
+        # closed when that thread is done with it.
+        self._open = functools.lru_cache(_OPEN_FILES)(functools.partial(PieceFile, self.folder, self.header))
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
         """What is stored for positions in any order.
-
-        A piece is opened for each call, because a store may have more of them than a process may have open files.
 
         Args:
           positions: int64 [B].
@@ -129,11 +129,11 @@ class TeacherStore:
             wanted.setdefault(self._piece(int(step[index]), int(row[index])), []).append(index)
         out = np.empty((len(positions), self.codec.row_bytes), dtype=np.uint8)
         for piece, indices in wanted.items():
-            with open_piece(self.folder, self.header, piece) as file:
-                for index in indices:
-                    rows = file.group(int(step[index]), int(row[index]))
-                    same = group == group[index]
-                    out[same] = rows[positions[same] % self.header.mix_group]
+            file = self._open(piece)
+            for index in indices:
+                rows = file.group(int(step[index]), int(row[index]))
+                same = group == group[index]
+                out[same] = rows[positions[same] % self.header.mix_group]
         return torch.from_numpy(out)
 
     def drop_from_cache(self, positions: np.ndarray) -> None:
@@ -163,7 +163,3 @@ class TeacherStore:
                 f"{self.header.how_to_complete}"
             )
         return piece
-
-
-def _unreadable(path: Path, advice: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error}). {advice_against(error, advice)}")

@@ -7,7 +7,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import is_hidden, is_leftover
 from trainer.targets.header import HEADER, StoreHeader, read_header
 from trainer.targets.pieces import Piece
-from trainer.targets.store import QUARANTINE, open_piece
+from trainer.targets.store import QUARANTINE, PieceFile
 
 
 def verify(store: Path) -> Iterator[str]:
@@ -32,7 +32,6 @@ def _faults_of(path: Path, header: StoreHeader) -> Iterator[str]:
         yield f"{path}: its name is none that a piece of this store can have. Move it away"
         return
     try:
-        with open_piece(path.parent, header, piece) as file:
-            yield from file.faults()
+        yield from PieceFile(path.parent, header, piece).faults()
     except UserError as error:
         yield str(error)

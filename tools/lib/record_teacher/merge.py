@@ -10,7 +10,7 @@ from tools.lib.common.terminal import tracked
 from tools.lib.record_teacher.rows import copy_quarantine
 from trainer.targets.header import HEADER, StoreHeader, check_same, check_store_folder, claim, read_header
 from trainer.targets.pieces import Coverage, Piece, find_pieces, head_of
-from trainer.targets.store import open_piece
+from trainer.targets.store import PieceFile
 
 _READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
 
@@ -53,9 +53,8 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
 
 def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHeader, piece: Piece) -> bool:
     """Add a piece after checking it. Returns False where the store has it under the same name."""
-    with open_piece(source, source_header, piece) as file:
-        for fault in file.faults():
-            raise UserError(fault)
+    for fault in PieceFile(source, source_header, piece).faults():
+        raise UserError(fault)
     if source_header.identity == header.identity:
         try:
             # The name of a symbolic link would be linked instead of the file, and may lead nowhere from the store.

@@ -12,7 +12,7 @@ from trainer.monitor.quarantine import is_quarantine_line
 from trainer.monitor.run_files import append_synced
 from trainer.targets.header import StoreHeader
 from trainer.targets.pieces import Piece
-from trainer.targets.store import QUARANTINE, open_piece
+from trainer.targets.store import QUARANTINE, PieceFile
 
 _STEPS = 64  # Rows of this many steps are held in memory.
 
@@ -29,11 +29,11 @@ def read_rows(store: Path, header: StoreHeader, piece: Piece, part: Piece) -> np
     Raises:
       UserError: a group does not have its checksum, or the file is damaged in another way.
     """
-    with open_piece(store, header, piece) as file:  # This comes first, because a forged name may ask for any memory.
-        rows = np.empty((part.num_steps, part.num_rows, header.open_codec().row_bytes), dtype=np.uint8)
-        for step in range(part.num_steps):
-            for row in range(0, part.num_rows, header.mix_group):
-                rows[step, row : row + header.mix_group] = file.group(part.first_step + step, part.first_row + row)
+    file = PieceFile(store, header, piece)  # This comes first, because a forged name may ask for any memory.
+    rows = np.empty((part.num_steps, part.num_rows, header.open_codec().row_bytes), dtype=np.uint8)
+    for step in range(part.num_steps):
+        for row in range(0, part.num_rows, header.mix_group):
+            rows[step, row : row + header.mix_group] = file.group(part.first_step + step, part.first_row + row)
     return rows
 
 
