@@ -15,9 +15,8 @@ from pipelines.common.errors import UserError
 from pipelines.plan.pairs import Division
 from support.small_store import ALL_STEPS, HEADER, PIECES, rows_of, write_small_store
 from trainer.targets.header import FORMAT_VERSION
-from trainer.targets.pieces import Coverage, Piece, find_pieces, write_piece
-from trainer.targets.store import TeacherStore
-from trainer.targets.verify import verify
+from trainer.targets.pieces import Piece, find_pieces, write_piece
+from trainer.targets.store import Coverage, TeacherStore, verify
 
 EVERYTHING = rows_of(ALL_STEPS).reshape(96, -1)
 
