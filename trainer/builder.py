@@ -75,6 +75,7 @@ class Run:
       notes: what the user should know before it begins, in sentences.
       validation: digest of the validation set, "" without one.
       source: hash of the source files.
+      title: begins every line on the screen, where runs share it.
     """
 
     config: Config
@@ -93,6 +94,7 @@ class Run:
     notes: list[str]
     validation: str
     source: str
+    title: str = ""
 
     @property
     def stop(self) -> int:
@@ -131,11 +133,17 @@ class Run:
         set_learning_rate(self.state.optimizer, learning_rate(epoch, self.config.optim, self.config.schedule))
 
 
-def build(config: Config, world: World | None = None, preemption: Preemption | None = None) -> Run:
+def build(
+    config: Config,
+    world: World | None = None,
+    preemption: Preemption | None = None,
+    teachers: Teachers | None = None,
+) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
 
     Args:
       world: the ranks; None is this process alone. preemption: None makes one. Every rank must do the same.
+      teachers: what the student learns from, where another run has built the teachers of the configuration.
     Raises:
       UserError: what the configuration asks for cannot be done.
     """
@@ -147,7 +155,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     sinks = open_sinks(config) if world.is_main else []
     splits, classes = open_splits(config.data)
     check_stores(config, stores, train_plan(config, splits["train"], IMAGENET_MEAN_RGB))
-    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores)
+    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores, teachers)
     expects = preprocessing(student)
     plan = train_plan(config, splits["train"], expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -220,11 +228,17 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, world: World, stores: Mapping[str, TeacherStore]
+    config: Config,
+    num_classes: int,
+    classes: list[str] | None,
+    world: World,
+    stores: Mapping[str, TeacherStore],
+    teachers: Teachers | None,
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
     A model that takes one size only is built for the last one, or for teacher.image_size. Classes are the dataset's.
+    Teachers that are given are left unchanged.
     """
     torch.manual_seed(config.student_seed)
     doubt = order_doubt(config.data.root)
@@ -232,9 +246,10 @@ def build_models(
     check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
-    return student, build_teachers(
-        config, num_classes, classes, doubt, recorded_teachers(stores, made_with(config, world.device))
-    )
+    if teachers is None:
+        recorded = recorded_teachers(stores, made_with(config, world.device))
+        teachers = build_teachers(config, num_classes, classes, doubt, recorded)
+    return student, teachers
 
 
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
