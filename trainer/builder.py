@@ -134,10 +134,7 @@ class Run:
 
 
 def build(
-    config: Config,
-    world: World | None = None,
-    preemption: Preemption | None = None,
-    teachers: Teachers | None = None,
+    config: Config, world: World | None = None, preemption: Preemption | None = None, teachers: Teachers | None = None
 ) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
 
@@ -163,16 +160,14 @@ def build(
     pipelines = open_pipelines(config, splits, world)
     precision = resolve_precision(config.run.precision, world.device)
     place([student], config.run, world.device)
-    if teachers is not None:
-        place_teachers(teachers, config, precision, world.device)
+    place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
     make_step = functools.partial(TrainStep, config, state, normalize, teachers)
-    images = validation_pass(config, splits, pipelines, expects.interpolation, normalize, world)
-    evaluator = None if images is None else Evaluator(state, images)
+    evaluator = open_evaluator(config, splits, pipelines, expects.interpolation, normalize, state, world)
     try_evaluation = evaluator.one_batch if evaluator is not None else lambda: None
     notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, try_evaluation))
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
@@ -276,8 +271,10 @@ def place(models: list[nn.Module], config: RunConfig, device: torch.device) -> N
         model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
 
 
-def place_teachers(teachers: Teachers, config: Config, precision: torch.dtype, device: torch.device) -> None:
-    """Move the teachers to their device, and into teacher.precision, which may be the student's."""
+def place_teachers(teachers: Teachers | None, config: Config, precision: torch.dtype, device: torch.device) -> None:
+    """Move the teachers, if there are any, to their device, and into teacher.precision, which may be the student's."""
+    if teachers is None:
+        return
     place([teachers], config.run, device)
     own = config.teacher.precision
     teachers.to_precision(precision if own == "auto" else PRECISIONS[own])
@@ -357,19 +354,21 @@ class Evaluator:
         return Evaluator(self.state, dataclasses.replace(self.images, plan=plan, world=world))()
 
 
-def validation_pass(
+def open_evaluator(
     config: Config,
     splits: dict[str, ShardIndex],
     pipelines: Pipelines,
     interpolation: str,
     normalize: Normalize,
+    state: TrainState,
     world: World,
-) -> EvalPass | None:
-    """The pass over the validation set in the precision of the normalised images; None without a validation set."""
+) -> Evaluator | None:
+    """The evaluator, in the precision of the normalised images; None without a validation set."""
     if "val" not in splits:
         return None
     plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, interpolation)
-    return EvalPass(normalize, pipelines.of["val"], plan, config.run.eval_batch, normalize.dtype, world)
+    images = EvalPass(normalize, pipelines.of["val"], plan, config.run.eval_batch, normalize.dtype, world)
+    return Evaluator(state, images)
 
 
 def warmed_up_step(

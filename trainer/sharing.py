@@ -16,6 +16,7 @@ from trainer.config.sections import Config
 from trainer.feed import batches_of, open_configured_pipeline, rank_plans
 from trainer.models.teacher import RecordedTeacher, Teachers
 from trainer.targets.codec import open_codec
+from trainer.targets.replay import open_stores, with_recorded_settings
 from trainer.update.inputs import teacher_inputs
 
 # Besides what concerns the images and the teacher: what all models on a device have in common, and what the teacher's
@@ -127,11 +128,8 @@ def _pipelines(runs: Sequence[Run], per_update: int) -> dict[str, Pipeline]:
 
 
 def check_configs(configs: Sequence[Config]) -> None:
-    """Raise a UserError if students of these configurations cannot be trained together.
-
-    Args:
-      configs: with the settings of recorded teachers as their stores have them.
-    """
+    """Raise a UserError if students of these configurations cannot be trained together."""
+    configs = [with_recorded_settings(config, open_stores(config.teacher)) for config in configs]
     outs = [config.run.out.absolute() for config in configs]
     first = configs[0]
     of_plan = {name for name, nature in setting_natures().items() if nature.plan_field and name[:8] != "student."}

@@ -41,7 +41,6 @@ from trainer.monitor.monitor import NonFiniteError
 from trainer.monitor.run_files import Summary
 from trainer.run import reporting_errors
 from trainer.sharing import check_configs, check_runs, heard, share
-from trainer.targets.replay import open_stores, with_recorded_settings
 
 
 class Student:
@@ -119,7 +118,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. The exit code is that of a run, and 1 if a student has failed and no signal came."""
     with reporting_errors():
         configs = [parse(["--config", str(path)]) for path in _parse(arguments).configs]
-        configs = [with_recorded_settings(config, open_stores(config.teacher)) for config in configs]
         check_configs(configs)  # Before the ranks meet.
 
         def facts(device: torch.device) -> dict:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.builder import build
 from trainer.config.sections import Config, parse, to_yaml
 from trainer.loop import train
 from trainer.models.teacher import Teacher
+from trainer.sharing import check_configs
 from trainer.state.checkpoint import checkpoints, checkpoints_folder
 from trainer.targets.store import TeacherStore
 from trainer.together import train_together
@@ -76,6 +78,13 @@ def lines(out: Path) -> list[dict]:
     """metrics.jsonl without what depends on time, and without its sessions."""
     found = [line for line in read_json_lines(out / "metrics.jsonl") if line["kind"] != "session"]
     return [{k: v for k, v in line.items() if k not in ("time", "images_per_s", "input_wait")} for line in found]
+
+
+def watch_updates(monkeypatch) -> list[int]:
+    """The numbers of all updates that are made from now on."""
+    made, step = [], TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, *given: made.append(given[1]) or step(self, *given))
+    return made
 
 
 def assert_same(found: Path, expected: Path, names=STUDENTS) -> None:
@@ -136,22 +145,14 @@ def test_images_are_loaded_once_and_the_teacher_is_asked_once(digits, teacher, s
 
 def test_students_that_were_stopped_go_on_together_and_alone(digits, teacher, alone, tmp_path, monkeypatch):
     settings = ["--data.root", digits, *teacher]
-    step, made = TrainStep.__call__, []
-
-    def stopping(self, batches, number):
-        made.append(number)
-        if number == 6 and made.count(6) == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return step(self, batches, number)
-
-    monkeypatch.setattr(TrainStep, "__call__", stopping)
     configs = both(tmp_path, *settings)
-    students = train_together(configs, ONE)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        students = train_together(configs, ONE)
     assert [student.summary["session"]["stopped_by"] for student in students] == ["SIGTERM"] * 2
     assert [newest(config.run.out)["step"] for config in configs] == [7, 6]
-    made.clear()
     train(build(changed(configs[0], stop_after_steps=9), ONE))
-    made.clear()
+    made = watch_updates(monkeypatch)
     train_together([changed(config, stop_after_steps=11) for config in configs], ONE)
     assert made == [6, 7, 8, 9, 9, 10, 10]
     train(build(configs[1], ONE))
@@ -165,8 +166,7 @@ def test_a_student_without_its_checkpoint_goes_first(digits, teacher, alone, tmp
     """As after a kill: one has written the checkpoint of a later update than the other."""
     configs = both(tmp_path, "--data.root", digits, *teacher)
     train(build(changed(configs[0], stop_after_steps=3), ONE))
-    made, step = [], TrainStep.__call__
-    monkeypatch.setattr(TrainStep, "__call__", lambda self, *given: made.append(given[1]) or step(self, *given))
+    made = watch_updates(monkeypatch)
     train_together([changed(config, stop_after_steps=5) for config in configs], ONE)
     assert made == [0, 1, 2, 3, 3, 4, 4]
     assert lines(tmp_path / "a") == [line for line in lines(alone / "a") if line["step"] <= 5]
@@ -194,7 +194,7 @@ def test_a_student_that_rolls_back_is_waited_for(digits, teacher, alone, tmp_pat
 
     monkeypatch.setattr(TrainStep, "__call__", faulty)
     train_together([first, changed(second, on_nonfinite="rollback")], ONE)
-    assert made[12:22] == [6, 6, 4, 5, 6, 7, 7, 8, 8, 9]
+    assert made[12:22] == [6, 6, 7, 4, 5, 6, 7, 8, 8, 9]
     monkeypatch.setattr(TrainStep, "__call__", step)
     assert_same_end(tmp_path / "a", alone / "a")
     assert_same_end(tmp_path / "b", alone / "b")
@@ -228,12 +228,13 @@ def test_what_does_not_fit_together_is_refused(digits, tmp_path, arguments, word
     refused([first, second], words.format(a=first.run.out, b=second.run.out))
 
 
-def test_two_stores_are_refused_and_one_that_only_one_student_names_by_its_teacher_is_not(
-    digits, store, tmp_path, monkeypatch
-):
-    named = config_of(tmp_path / "a", "--data.root", digits, "--teacher.store", store)
-    live = config_of(tmp_path / "b", "--data.root", digits)
-    refused([named, live], f"teacher.store is {store} for {named.run.out} and None for")
+def test_another_store_is_refused_and_a_teacher_that_one_file_leaves_to_its_store_is_not(digits, store, tmp_path):
+    first = config_of(tmp_path / "a", "--data.root", digits, "--teacher.store", store)
+    named = dataclasses.replace(first, teacher=dataclasses.replace(first.teacher, name="tiny_cnn"))
+    check_configs([first, changed(named, out=tmp_path / "b")])
+    other = shutil.copytree(store, tmp_path / "copy")
+    second = config_of(tmp_path / "b", "--data.root", digits, "--teacher.store", other)
+    refused([first, second], f"teacher.store is {store} for {first.run.out} and {other} for {second.run.out}")
 
 
 def test_one_folder_for_two_students_is_refused(digits, tmp_path):
