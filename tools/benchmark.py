@@ -24,6 +24,7 @@ from tools.lib.benchmark.loader import SIZE_PX, loader
 from tools.lib.benchmark.replay import replay
 from tools.lib.benchmark.results import Result, Row, command_line, markdown, new_result, read_result, save, title
 from tools.lib.benchmark.step import step
+from tools.lib.benchmark.together import together
 from tools.lib.benchmark.train import train
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.hardware import first_device
@@ -36,12 +37,14 @@ BENCHMARKS: dict[str, Callable[..., Iterable[Row]]] = {
     "step": step,
     "train": train,
     "replay": replay,
+    "together": together,
 }
 ABOUT = {
     "loader": f"training batches of {SIZE_PX} px, against DALI's own reader, timm, webdataset and FFCV, on all cores",
     "step": "an update on synthetic images, against a step written from timm's pieces, and against the models alone",
     "train": "a run fed by its own pipeline over photographs, against the same run on synthetic images",
     "replay": "an update with a live teacher, with its recorded outputs, and alone; recording; the store's reading",
+    "together": "students that are trained together in one process, against one that is trained alone",
     "gpu": "the first ten minutes on a GPU: tests, then speed; a later call continues with what is not done",
     "table": "print results that were written with --json as tables in Markdown",
 }
@@ -77,10 +80,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_model_options(commands["step"], on_gpu, compile_on_gpu="both")
     _add_model_options(commands["train"], on_gpu, compile_on_gpu="yes")
     _add_model_options(commands["replay"], on_gpu, compile_on_gpu="yes")
+    _add_model_options(commands["together"], on_gpu, compile_on_gpu="yes")
+    commands["together"].add_argument("--students", type=int, nargs="+", default=[1, 2, 4, 8], help="how many together")
     commands["loader"].add_argument("--images", type=int, default=1024, help="about how many a timed run takes")
     commands["loader"].add_argument("--batch", type=int, default=128, help="images a batch")
     about = "JPEGs of 500 x 375 pixels, which are made for it"
-    for name, on_cpu in (("train", 512), ("replay", 1024)):
+    for name, on_cpu in (("train", 512), ("replay", 1024), ("together", 512)):
         commands[name].add_argument("--images", type=int, default=4096 if on_gpu else on_cpu, help=about)
     for name in BENCHMARKS:
         commands[name].add_argument("--repeats", type=int, default=5, help="runs of each row; the median counts")

@@ -30,29 +30,46 @@ if not __package__:  # A script finds the packages of its own repository, instal
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (It must come before torch: it sets how OpenMP's threads wait.)
 
-from pipelines.common.errors import exit_on_user_error
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.terminal import Progress
+from tools.lib.common.terminal import Progress, console
 from tools.lib.common.units import human_bytes, human_seconds
-from tools.lib.record_teacher.blocks import record_blocks
-from tools.lib.record_teacher.part import Part, part_of_this_process
-from tools.lib.record_teacher.recording import Recording, build_recording
-from tools.lib.record_teacher.store_commands import SUBCOMMANDS, parse_subcommand
+from tools.lib.record_teacher.blocks import own_blocks, record_blocks, this_process
+from tools.lib.record_teacher.merge import merge
+from tools.lib.record_teacher.recording import build_recording
+from tools.lib.record_teacher.summary import summarize
+from tools.lib.record_teacher.transcode import transcode
 from trainer.cluster.preemption import INTERRUPTED, REQUEUE, Preemption
+from trainer.cluster.world import alone
 from trainer.config.sections import parse
 from trainer.micro_batch import reporting_out_of_memory
-from trainer.targets.header import StoreHeader, claim
-from trainer.targets.pieces import Coverage
+from trainer.targets.header import claim
+from trainer.targets.store import Coverage, verify
 
 _AGAIN = "Run the same command again to record the rest, the block in work included"
+_SUBCOMMANDS = {
+    "info": "what a store holds",
+    "verify": "find every file that is not as it was recorded",
+    "merge": "add the pieces of other stores of the same plan, teacher, codec and precision",
+    "transcode": "write a store again in a smaller codec, and say what that loses",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; a recording that a signal has stopped ends the process with its exit code."""
-    options, settings = _parse(arguments)
+    options, settings = _parse(sys.argv[1:] if arguments is None else arguments)
+    commands = {"info": _info, "verify": _verify, "merge": _merge, "transcode": _transcode}
+    stopped_by = 0
     try:
         with exit_on_user_error(), reporting_out_of_memory():
-            stopped_by = _record(options, settings) if options.command == "record" else options.run(options)
+            if options.command == "record":
+                stopped_by = _record(options, settings)
+            else:
+                commands[options.command](options)
     except KeyboardInterrupt:
         print(f"interrupted. {_AGAIN}", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -61,58 +78,83 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _record(options: argparse.Namespace, settings: list[str]) -> int:
-    """Record this process's part. Returns the number of the signal that stopped it, 0 for none."""
-    config = parse(settings, prog="tools/record_teacher.py")
-    part = part_of_this_process()
-    world = part.world(config.run.device)
+    """Record this process's blocks. Returns the number of the signal that stopped it, 0 for none."""
+    config, store = parse(settings, prog="tools/record_teacher.py"), options.store
+    this = this_process()
+    num_gpus = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    # srun may show a task one GPU alone, and processes may outnumber the GPUs: a recording needs no GPU for each.
+    world = alone(config.run.device, this.local_rank % max(num_gpus, 1), this.local_size)
     preemption = Preemption(world)
     with preemption.catching_signals():
-        recording = build_recording(
-            config,
-            options.store,
-            codec=options.codec,
-            epochs=options.epochs,
-            world=world,
-        )
-        header = claim(options.store, recording.header)
-        return _record_part(recording, options.store, header, part, lambda: preemption.agree(False).signal)
+        recording = build_recording(config, store, codec=options.codec, epochs=options.epochs, world=world)
+        header = claim(store, recording.header)
+        missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
+        blocks = own_blocks(missing, recording.block_steps, this.rank, this.size)
+        num_steps = sum(stop - first for first, stop in blocks)
+        progress = Progress(num_steps, recording.plan.global_batch, f"process {this.rank + 1} of {this.size}")
+        for note in recording.teachers.notes:
+            progress.say(note)
+        progress.say(f"{num_steps:,} of the {recording.total_steps:,} steps of {store} are to be recorded here")
+        start_s = time.monotonic()
+        with progress.showing():
+            stopped_by = lambda: preemption.agree(False).signal  # noqa: E731
+            number = record_blocks(recording, store, header, blocks, stopped_by=stopped_by, progress=progress)
+        took = f"{human_bytes(progress.num_bytes)} recorded in {human_seconds(time.monotonic() - start_s)}"
+        left = sum(stop - first for first, stop in Coverage(store, header).missing(0, recording.total_steps))
+        progress.say(_ending(store, number, took, left, recording.total_steps))
+        return number
 
 
-def _record_part(recording: Recording, store: Path, header: StoreHeader, part: Part, stopped_by) -> int:
-    """Record into an existing store."""
-    missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
-    blocks = part.own(missing, recording.block_steps)
-    num_steps = sum(stop - first for first, stop in blocks)
-    progress = Progress(num_steps, recording.plan.global_batch, str(part))
-    for note in recording.teachers.notes:
-        progress.say(note)
-    progress.say(f"{num_steps:,} of the {recording.total_steps:,} steps of {store} are to be recorded here")
-    start_s = time.monotonic()
-    with progress.showing():
-        number = record_blocks(recording, store, header, blocks, stopped_by=stopped_by, progress=progress)
-    took = f"{human_bytes(progress.num_bytes)} recorded in {human_seconds(time.monotonic() - start_s)}"
-    left = sum(stop - first for first, stop in Coverage(store, header).missing_blocks(0, recording.total_steps))
+def _ending(store: Path, number: int, took: str, left: int, total_steps: int) -> str:
+    """What the last line of a recording says, which the signal of a number ended, or nothing where it is 0."""
     if number:
-        name = signal.Signals(number).name
-        progress.say(f"{name}: stopped, {took}; {store} lacks {left:,} steps. {_AGAIN}")
-    elif left:
+        return f"{signal.Signals(number).name}: stopped, {took}; {store} lacks {left:,} steps. {_AGAIN}"
+    if left:
         others = "which other processes may be recording. If they have ended, run the same command again"
-        progress.say(f"done, {took}; {store} lacks {left:,} steps, {others}")
-    else:
-        progress.say(f"done, {took}; {store} has all {recording.total_steps:,} steps")
-    return number
+        return f"done, {took}; {store} lacks {left:,} steps, {others}"
+    return f"done, {took}; {store} has all {total_steps:,} steps"
 
 
-def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _info(options: argparse.Namespace) -> None:
+    table = Table(show_header=False, box=None)
+    for label, text in summarize(options.store).items():
+        table.add_row(f"[bold]{label}[/bold]", escape(text))
+    console().print(table)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    num_faults = 0
+    for fault in verify(options.store):
+        print(fault)
+        num_faults += 1
+    if num_faults:
+        raise UserError(f"{options.store}: not as it should be; faults named above: {num_faults}. Each says what to do")
+    print(f"{options.store}: no damage found")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    added, faults = merge(options.store, options.sources)
+    print("\n".join([*faults, f"{options.store}: pieces added: {added:,}"]))
+    if faults:
+        raise UserError(f"damaged pieces that were left out: {len(faults)}. Record the steps named above again")
+
+
+def _transcode(options: argparse.Namespace) -> None:
+    written, lost = transcode(options.store, options.out, options.codec)
+    print(f"{options.out}: pieces written as {options.codec}: {written:,}")
+    if lost:
+        print(lost)
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the settings, which trainer.config.sections.parse reads. Subcommands have none of these."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] and arguments[0] in SUBCOMMANDS:
-        return parse_subcommand(arguments, "record_teacher.py"), []
+    if arguments[:1] and arguments[0] in _SUBCOMMANDS:
+        return _parse_subcommand(arguments), []
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n\n")[0],
         usage="%(prog)s STORE --config FILE [--codec NAME] [--epochs N] [--section.key value ...]",
         epilog="Other uses: "
-        + "; ".join(f"'{name} STORE': {meaning}" for name, meaning in SUBCOMMANDS.items())
+        + "; ".join(f"'{name} STORE': {meaning}" for name, meaning in _SUBCOMMANDS.items())
         + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
         "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
         "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
@@ -126,10 +168,10 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--codec",
-        default="int8",
+        default="",
         metavar="NAME",
-        help="how a row is stored: int8 (default, one byte a class), compact (less than half of that), fp16 or fp32; "
-        "topK, as in top64, only for more than 4,096 classes",
+        help="how a row is stored: int8 (default of a new store, one byte a class), compact (less than half of that), "
+        "fp16 or fp32; topK, as in top64, only for more than 4,096 classes. A store that is there keeps its codec",
     )
     parser.add_argument(
         "--epochs",
@@ -142,6 +184,21 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if arguments[:1] and arguments[0].startswith("--") and arguments[0] != "--help":
         parser.error(f"STORE comes first, in front of {arguments[0]}")  # The value of an option would be taken for it.
     return parser.parse_known_args(arguments)
+
+
+def _parse_subcommand(arguments: list[str]) -> argparse.Namespace:
+    """The options of a subcommand, which is the first of the arguments."""
+    parser = argparse.ArgumentParser(prog="record_teacher.py", description="Teacher stores.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, meaning in _SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        command.add_argument("store", type=path_argument, metavar="STORE", help="folder of the store")
+    sources = "stores of the same plan, teacher, codec and precision; they stay unchanged"
+    commands.choices["merge"].add_argument("sources", type=path_argument, nargs="+", metavar="SOURCE", help=sources)
+    transcoding = commands.choices["transcode"]
+    transcoding.add_argument("out", type=path_argument, metavar="OUT", help="folder of the new store")
+    transcoding.add_argument("--codec", required=True, metavar="NAME", help="fp16, int8, compact, or topK as in top64")
+    return parser.parse_args(arguments)
 
 
 def _positive(text: str) -> int:

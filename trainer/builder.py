@@ -75,6 +75,7 @@ class Run:
       notes: what the user should know before it begins, in sentences.
       validation: digest of the validation set, "" without one.
       source: hash of the source files.
+      title: begins every line on the screen, where runs share it.
     """
 
     config: Config
@@ -93,6 +94,7 @@ class Run:
     notes: list[str]
     validation: str
     source: str
+    title: str = ""
 
     @property
     def stop(self) -> int:
@@ -131,11 +133,14 @@ class Run:
         set_learning_rate(self.state.optimizer, learning_rate(epoch, self.config.optim, self.config.schedule))
 
 
-def build(config: Config, world: World | None = None, preemption: Preemption | None = None) -> Run:
+def build(
+    config: Config, world: World | None = None, preemption: Preemption | None = None, teachers: Teachers | None = None
+) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
 
     Args:
       world: the ranks; None is this process alone. preemption: None makes one. Every rank must do the same.
+      teachers: what the student learns from, where another run has built the teachers of the configuration.
     Raises:
       UserError: what the configuration asks for cannot be done.
     """
@@ -147,7 +152,7 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     sinks = open_sinks(config) if world.is_main else []
     splits, classes = open_splits(config.data)
     check_stores(config, stores, train_plan(config, splits["train"], IMAGENET_MEAN_RGB))
-    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores)
+    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores, teachers)
     expects = preprocessing(student)
     plan = train_plan(config, splits["train"], expects.fill)
     total_steps = plan.steps_per_epoch * config.schedule.total_epochs
@@ -155,16 +160,14 @@ def build(config: Config, world: World | None = None, preemption: Preemption | N
     pipelines = open_pipelines(config, splits, world)
     precision = resolve_precision(config.run.precision, world.device)
     place([student], config.run, world.device)
-    if teachers is not None:
-        place_teachers(teachers, config, precision, world.device)
+    place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
     make_step = functools.partial(TrainStep, config, state, normalize, teachers)
-    images = validation_pass(config, splits, pipelines, expects.interpolation, normalize, world)
-    evaluator = None if images is None else Evaluator(state, images)
+    evaluator = open_evaluator(config, splits, pipelines, expects.interpolation, normalize, state, world)
     try_evaluation = evaluator.one_batch if evaluator is not None else lambda: None
     notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, try_evaluation))
     step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
@@ -220,11 +223,17 @@ def check_writable(out: Path) -> None:
 
 
 def build_models(
-    config: Config, num_classes: int, classes: list[str] | None, world: World, stores: Mapping[str, TeacherStore]
+    config: Config,
+    num_classes: int,
+    classes: list[str] | None,
+    world: World,
+    stores: Mapping[str, TeacherStore],
+    teachers: Teachers | None,
 ) -> tuple[nn.Module, Teachers | None]:
     """Student and teachers on the CPU, after checking that they take the images they will get, of every size.
 
     A model that takes one size only is built for the last one, or for teacher.image_size. Classes are the dataset's.
+    Teachers that are given are left unchanged.
     """
     torch.manual_seed(config.student_seed)
     doubt = order_doubt(config.data.root)
@@ -232,9 +241,10 @@ def build_models(
     check_student(student, config)
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
-    return student, build_teachers(
-        config, num_classes, classes, doubt, recorded_teachers(stores, made_with(config, world.device))
-    )
+    if teachers is None:
+        recorded = recorded_teachers(stores, made_with(config, world.device))
+        teachers = build_teachers(config, num_classes, classes, doubt, recorded)
+    return student, teachers
 
 
 def train_plan(config: Config, index: ShardIndex, fill: tuple[int, int, int]) -> TrainPlan:
@@ -261,8 +271,10 @@ def place(models: list[nn.Module], config: RunConfig, device: torch.device) -> N
         model.to(device=device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]  (It has no stub.)
 
 
-def place_teachers(teachers: Teachers, config: Config, precision: torch.dtype, device: torch.device) -> None:
-    """Move the teachers to their device, and into teacher.precision, which may be the student's."""
+def place_teachers(teachers: Teachers | None, config: Config, precision: torch.dtype, device: torch.device) -> None:
+    """Move the teachers, if there are any, to their device, and into teacher.precision, which may be the student's."""
+    if teachers is None:
+        return
     place([teachers], config.run, device)
     own = config.teacher.precision
     teachers.to_precision(precision if own == "auto" else PRECISIONS[own])
@@ -342,19 +354,21 @@ class Evaluator:
         return Evaluator(self.state, dataclasses.replace(self.images, plan=plan, world=world))()
 
 
-def validation_pass(
+def open_evaluator(
     config: Config,
     splits: dict[str, ShardIndex],
     pipelines: Pipelines,
     interpolation: str,
     normalize: Normalize,
+    state: TrainState,
     world: World,
-) -> EvalPass | None:
-    """The pass over the validation set in the precision of the normalised images; None without a validation set."""
+) -> Evaluator | None:
+    """The evaluator, in the precision of the normalised images; None without a validation set."""
     if "val" not in splits:
         return None
     plan = EvalPlan(splits["val"], config.data.eval_size, config.data.eval_crop_pct, interpolation)
-    return EvalPass(normalize, pipelines.of["val"], plan, config.run.eval_batch, normalize.dtype, world)
+    images = EvalPass(normalize, pipelines.of["val"], plan, config.run.eval_batch, normalize.dtype, world)
+    return Evaluator(state, images)
 
 
 def warmed_up_step(

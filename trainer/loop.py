@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Generator
 
 from trainer.builder import Run
 from trainer.monitor.description import ending
@@ -35,7 +36,21 @@ def train(run: Run) -> Summary:
     Raises:
       UserError: the run cannot be started, and nothing has been written; or it cannot continue.
     """
-    with run.preemption.catching_signals(), claimed(run):
+    loop = training(run)
+    with run.preemption.catching_signals():
+        while True:
+            try:
+                next(loop)
+            except StopIteration as end:
+                return end.value
+
+
+def training(run: Run) -> Generator[None, None, Summary]:
+    """As `train`, which goes on whenever it is asked for the next item; signals are left to the caller.
+
+    It pauses before the first update, when the run has its folder, and after each one.
+    """
+    with claimed(run):
         monitor = make_monitor(run)
         start_step, start_s = run.state.step, time.perf_counter()
         describe(run, monitor)
@@ -44,7 +59,8 @@ def train(run: Run) -> Summary:
         if run.world.is_main:
             prepare_folder(run)
         with monitor.telemetry.live():
-            outcome = updates_with_rollback(run, monitor)
+            yield
+            outcome = yield from updates_with_rollback(run, monitor)
         elapsed_s = time.perf_counter() - start_s
         summary = summary_of(run, outcome.evaluation, outcome.signal, start_step, elapsed_s)
         if run.world.is_main:
@@ -55,12 +71,15 @@ def train(run: Run) -> Summary:
         return summary
 
 
-def updates_with_rollback(run: Run, monitor: Monitor) -> Outcome:
-    """Run all updates. With run.on_nonfinite rollback, return to the last checkpoint once after a non-finite loss."""
+def updates_with_rollback(run: Run, monitor: Monitor) -> Generator[None, None, Outcome]:
+    """Run all updates, with a pause after each.
+
+    With run.on_nonfinite rollback, return to the last checkpoint once after a non-finite loss.
+    """
     retried_step = -1
     while True:
         try:
-            outcome = updates(run, monitor)
+            outcome = yield from updates(run, monitor)
             break
         except NonFiniteError as error:
             # The same data give the same loss, so one retry finds out whether the machine was to blame.
@@ -80,8 +99,8 @@ def updates_with_rollback(run: Run, monitor: Monitor) -> Outcome:
     return outcome
 
 
-def updates(run: Run, monitor: Monitor) -> Outcome:
-    """Every update from run.state.step on, and what happens between two of them.
+def updates(run: Run, monitor: Monitor) -> Generator[None, None, Outcome]:
+    """Every update from run.state.step on, and what happens between two of them; it pauses after each update.
 
     Raises:
       NonFiniteError: on every rank, if a loss or gradient is not finite.
@@ -122,6 +141,7 @@ def updates(run: Run, monitor: Monitor) -> Outcome:
             state.step += 1
             is_saved = False
             monitor.add(metrics)
+            yield
 
 
 def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:

@@ -41,6 +41,7 @@ def make_monitor(run: Run) -> Monitor:
         steps_per_epoch=run.plan.steps_per_epoch,
         sinks=run.sinks,
         validation=run.validation,
+        title=run.title,
     )
     has_teacher = run.step.teacher is not None
     return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, has_teacher)

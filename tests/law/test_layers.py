@@ -33,9 +33,10 @@ ORDER = {
         ("feed",),
         ("micro_batch",),
         ("builder",),
-        ("session",),
+        ("sharing", "session"),
         ("loop",),
         ("run",),
+        ("together",),
     ),
 }
 MAY_IMPORT = {"pipelines": set(), "trainer": {"pipelines"}, "tools": {"pipelines", "trainer"}}

@@ -15,7 +15,7 @@ from pipelines.shards.index import read_index
 from support.recordings import SMALL, command, files, pieces, record, save_teacher
 from support.tiny_runs import ONE
 from tools.lib.common.terminal import Progress
-from tools.lib.record_teacher.part import Part, part_of_this_process
+from tools.lib.record_teacher.blocks import own_blocks, this_process
 from tools.lib.record_teacher.recording import teacher_facts
 from tools.record_teacher import main
 from trainer.builder import build
@@ -188,6 +188,13 @@ def test_a_teacher_that_does_not_know_the_classes_is_named_once_after_enough_ima
     assert f"the teacher finds the label of {found:.2%} of the mixed images, chance is 10.00%" in said
 
 
+def test_a_store_that_is_there_keeps_its_codec(digits, teacher, tmp_path):
+    store = record(tmp_path / "store", digits, teacher, "--codec", "fp16", "--epochs", 1)
+    record(store, digits, teacher, "--epochs", 2)
+    recorded = TeacherStore(store)
+    assert recorded.header.codec == "fp16" and recorded.coverage.first_missing(0, 80) is None
+
+
 # --- several processes ---
 
 
@@ -216,20 +223,24 @@ def test_processes_of_any_launcher_record_parts_that_together_are_the_whole(
 
 
 def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
-    assert part_of_this_process({}) == Part(0, 1, 0, 1)
+    def part(environment: dict) -> tuple[int, int, int, int]:
+        this = this_process(environment)
+        return this.rank, this.size, this.local_rank, this.local_size
+
+    assert part({}) == (0, 1, 0, 1)
     torchrun = {name: value.format(1) for name, value in TORCHRUN.items()}
     array = {name: value.format(1) for name, value in ARRAY.items()}
-    assert part_of_this_process(torchrun) == Part(1, 2, 1, 2)
-    assert part_of_this_process(array) == Part(1, 2, 0, 1)
-    assert part_of_this_process({**torchrun, **array}) == Part(3, 4, 1, 2)  # torchrun in each task of an array
+    assert part(torchrun) == (1, 2, 1, 2)
+    assert part(array) == (1, 2, 0, 1)
+    assert part({**torchrun, **array}) == (3, 4, 1, 2)  # torchrun in each task of an array
     srun = {"SLURM_STEP_ID": "0", "SLURM_TASK_PID": str(os.getpid())}
     tasks = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    assert part_of_this_process({**srun, **tasks}) == Part(5, 8, 1, 1)
+    assert part({**srun, **tasks}) == (5, 8, 1, 1)
 
 
 def test_the_number_of_a_block_decides_who_records_it_whatever_is_missing():
     blocks = [(0, 64), (70, 128), (192, 256), (256, 300)]
-    assert [Part(index, 2).own(blocks, 64) for index in (0, 1)] == [[(0, 64), (256, 300)], [(70, 128), (192, 256)]]
+    assert [own_blocks(blocks, 64, rank, 2) for rank in (0, 1)] == [[(0, 64), (256, 300)], [(70, 128), (192, 256)]]
 
 
 # --- stopping ---

@@ -40,9 +40,16 @@ class Preemption:
     """
 
     def __init__(self, world: World):
+        self._world = world
         self._group: Any = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if world.size > 1 else None
-        self._signal = 0
+        self._signals: list[int] = []  # The numbers of those that came, in their order.
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    def another(self) -> "Preemption":
+        """One for another run of this process: it has the signals that come here, and questions of its own."""
+        other = Preemption(self._world)
+        other._signals = self._signals
+        return other
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
@@ -61,12 +68,12 @@ class Preemption:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        if number == signal.SIGINT and self._signals[:1] == [signal.SIGINT]:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # The terminal may be gone.
                 print("stopping after the present step, or before the first; again ends at once", file=sys.stderr)
-        self._signal = self._signal or number
+        self._signals.append(number)
 
     def agree(self, failed: bool) -> Agreement:
         """Report what happened on this rank, and return what all had reported one call ago.
@@ -76,10 +83,11 @@ class Preemption:
         Args:
           failed: a checkpoint could not be written on this rank.
         """
+        first = self._signals[0] if self._signals else 0
         if self._group is None:
-            return Agreement(self._signal, failed)
+            return Agreement(first, failed)
         # The maximum is one of the signals' numbers; it does not matter which one.
-        report = torch.tensor([self._signal, int(failed)])
+        report = torch.tensor([first, int(failed)])
         work = dist.all_reduce(report, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         earlier, self._asked = self._asked, (work, report)

@@ -217,9 +217,7 @@ def build_teachers(
     doubt: str = "",
     recorded: Mapping[str, RecordedTeacher] = MappingProxyType({}),
 ) -> Teachers | None:
-    """All teachers of the configuration on the CPU, after checking that they take the images they will get.
-
-    Their BatchNorms are folded into the convolutions, as the authors do.
+    """All teachers of the configuration on the CPU, after `check_and_fold`.
 
     Args:
       recorded: the teachers that have a store, by their keys in TeacherConfig.members.
@@ -236,13 +234,22 @@ def build_teachers(
             members.append(recorded[key])
             continue
         teacher = build_teacher(each, num_classes, sizes[-1], names=names, doubt=doubt)
-        seen = [each.image_size] if each.image_size else sorted(set(sizes))
-        advice = f"Change {key}.image_size, {key}.kwargs or {key}.name"
-        for size in seen:
-            check_images(teacher.model, str(each.name), size, advice)
-        fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
+        check_and_fold(teacher, each, key, sizes)
         members.append(teacher)
     return Teachers(members, config.distill.temperature) if members else None
+
+
+def check_and_fold(teacher: Teacher, config: OtherTeacher, key: str, sizes: Sequence[int]) -> None:
+    """Check that a teacher takes images of all sizes, and fold its BatchNorms into convolutions, as the authors do.
+
+    Args:
+      key: what its settings are called in messages.
+    """
+    seen = [config.image_size] if config.image_size else sorted(set(sizes))
+    advice = f"Change {key}.image_size, {key}.kwargs or {key}.name"
+    for size in seen:
+        check_images(teacher.model, str(config.name), size, advice)
+    fold_batch_norms(teacher.model, torch.rand(2, 3, seen[0], seen[0], generator=torch.Generator().manual_seed(0)))
 
 
 def build_teacher(

@@ -58,6 +58,7 @@ class Telemetry:
       total_steps, steps_per_epoch: of the whole run.
       sinks: each gets every record that metrics.jsonl gets.
       validation: digest of the validation images, "" without any.
+      title: begins every line on the screen, where runs share it; there is no progress line then.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Telemetry:
         steps_per_epoch: int,
         sinks: Sequence[Sink] = (),
         validation: str = "",
+        title: str = "",
     ):
         self._path = folder / METRICS
         self._world = world
@@ -81,7 +83,11 @@ class Telemetry:
         self._file: TextIO | None = None  # It is open in a session, on rank 0.
         self._latest = ""  # The latest numbers, for the progress line.
         screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
-        self._console = Console(file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True)
+        self._title = title and f"{title}: "
+        terminal = False if title else None  # None finds out whether it is one.
+        self._console = Console(
+            file=screen, quiet=not world.is_main, highlight=False, soft_wrap=True, force_terminal=terminal
+        )
         # The time left follows from the pace of this session, evaluations and all, without its first log line.
         column = TextColumn("{task.description}")
         self._progress = Progress(column, console=self._console, speed_estimate_period=math.inf)
@@ -179,7 +185,7 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         """Print a line for the user."""
-        self._console.print(text, markup=False)
+        self._console.print(f"{self._title}{text}", markup=False)
 
     def _show(self) -> str:
         """Update the progress line, and return its text, with the epoch of the last update."""

@@ -54,9 +54,7 @@ class StoreHeader:
     Attributes:
       plan: TrainPlan.describe(), without what a store does not depend on.
       num_classes: length of a row of logits.
-      teacher: whose logits they are.
-      codec: the codec's name.
-      precision: fp32, fp16 or bf16, in which the teacher computed.
+      codec: the codec's name; precision: fp32, fp16 or bf16, in which the teacher computed.
       made_with: plain values for information, such as the pipeline and versions; two recorders may differ in them.
       transcoded_from: the codecs that lose something from which the rows were transcoded, in their order; [] where they
         are what a recorder writes.
@@ -76,13 +74,10 @@ class StoreHeader:
         plan = {name: value for name, value in self.plan.items() if name not in _NOT_STORED}
         object.__setattr__(self, "plan", json.loads(json.dumps(plan)))  # Tuples become the lists that the file has.
         object.__setattr__(self, "made_with", json.loads(json.dumps(self.made_with)))
-        for what, value in (
-            ("num_classes", self.num_classes),
-            ("global_batch", self.plan.get("global_batch")),
-            ("augment.mix_group", self.plan.get("augment.mix_group")),
-        ):
-            if type(value) is not int or not 1 <= value <= _MOST:
-                raise UserError(f"{what} is {clipped(value)}; a store needs a number from 1 to {_MOST}")
+        sizes = {name: self.plan.get(name) for name in ("global_batch", "augment.mix_group")}
+        for name, size in {"num_classes": self.num_classes, **sizes}.items():
+            if type(size) is not int or not 1 <= size <= _MOST:
+                raise UserError(f"{name} is {clipped(size)}; a store needs a number from 1 to {_MOST}")
         group_bytes = self.mix_group * self.open_codec().row_bytes
         if self.global_batch % self.mix_group or group_bytes > _LARGEST_GROUP:
             raise UserError(
@@ -101,9 +96,11 @@ class StoreHeader:
         return self.plan["augment.mix_group"]
 
     @property
-    def codecs(self) -> str:
-        """The codec, and those that were before it, for people."""
-        return " transcoded from ".join([self.codec, *reversed(self.transcoded_from)])
+    def facts(self) -> dict[str, Any]:
+        """What decides the rows beside the plan and the classes, by the names that messages have."""
+        teacher = {f"teacher.{name}": value for name, value in vars(self.teacher).items() if name != "checkpoint"}
+        codecs = " transcoded from ".join([self.codec, *reversed(self.transcoded_from)])
+        return {**teacher, "codec": codecs, "precision": self.precision}
 
     @functools.cached_property
     def identity(self) -> str:
@@ -181,9 +178,10 @@ def claim(store: Path, header: StoreHeader) -> StoreHeader:
     Of two processes that claim at once, the header of one becomes the store's, and both return that one.
 
     Raises:
-      UserError: the store was recorded from something else, which is named; or its header is damaged.
+      UserError: as `check_store_folder`, `check_same` and `read_header`.
     """
     store = Path(store)
+    check_store_folder(store)
     if not (store / HEADER).exists():
         store.mkdir(parents=True, exist_ok=True)
         write_once(store / HEADER, [header.content()])
@@ -198,51 +196,35 @@ def check_same(store: Path, stored: StoreHeader, wanted: StoreHeader) -> None:
     Raises:
       UserError: it names the first field that differs, and both values.
     """
-    pairs = _plan_pairs(stored, wanted.plan, wanted.num_classes)
-    for name, called in _TEACHER_FIELDS.items():
-        pairs.append((f"teacher.{name}", called, getattr(stored.teacher, name), getattr(wanted.teacher, name)))
-    pairs.append(("codec", "the wanted codec", stored.codecs, wanted.codecs))
-    pairs.append(("precision", "the precision", stored.precision, wanted.precision))
-    _check_pairs(store, pairs)
+    check_plan(store, stored, wanted.plan, wanted.num_classes)
+    for name, value in wanted.facts.items():
+        _check(store, name, _WANTED.get(name, name), stored.facts[name], value)
 
 
 def check_plan(store: Path, stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> None:
-    """Compare the plan and the classes of a store with those of a run, as `check_same`.
-
-    Args:
-      plan: TrainPlan.describe().
-    """
-    _check_pairs(store, _plan_pairs(stored, plan, num_classes))
-
-
-# What is compared: a field's name, what messages call the wanted value, the recorded value and the wanted one.
-_Pair = tuple[str, str, Any, Any]
+    """Compare the plan, as TrainPlan.describe() has it, and the classes of a run with a store's, as `check_same`."""
+    before, now = {**BEFORE, **stored.plan}, {**BEFORE, **json.loads(json.dumps(plan))}
+    for name in {**now, **before}:
+        if name not in _NOT_STORED:
+            _check(store, name, settings_of_plan_field(name), before.get(name), now.get(name))
+    _check(store, "num_classes", "the number of the dataset's classes", stored.num_classes, num_classes)
 
 
-# The teacher's fields, and what messages call the wanted values. The same weights may lie in another file.
-_TEACHER_FIELDS = {
-    "name": "teacher.name",
-    "kwargs": "teacher.kwargs",
-    "image_size": "teacher.image_size",
-    "order": "the order of its classes here",
-    "weights": "the sha256 of its weights here",
+# What messages call a wanted fact, where that is not the fact's own name.
+_WANTED = {
+    "teacher.order": "the order of its classes here",
+    "teacher.weights": "the sha256 of its weights here",
+    "codec": "the wanted codec",
+    "precision": "the precision",
 }
 
 
-def _plan_pairs(stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> list[_Pair]:
-    before, now = {**BEFORE, **stored.plan}, {**BEFORE, **json.loads(json.dumps(plan))}
-    names = [name for name in {**now, **before} if name not in _NOT_STORED]
-    pairs: list[_Pair] = [(name, settings_of_plan_field(name), before.get(name), now.get(name)) for name in names]
-    return [*pairs, ("num_classes", "the number of the dataset's classes", stored.num_classes, num_classes)]
-
-
-def _check_pairs(store: Path, pairs: list[_Pair]) -> None:
-    for name, called, before, now in pairs:
-        if before != now:
-            raise UserError(
-                f"{store}: was recorded with {name} {clipped(before, 150)}, and {called} is {clipped(now, 150)}. "
-                "Use the same, or record another store with tools/record_teacher.py"
-            )
+def _check(store: Path, name: str, called: str, before: object, now: object) -> None:
+    if before != now:
+        raise UserError(
+            f"{store}: was recorded with {name} {clipped(before, 150)}, and {called} is {clipped(now, 150)}. "
+            "Use the same, or record another store with tools/record_teacher.py"
+        )
 
 
 def _header_of(parsed: object, content: bytes) -> StoreHeader | None:

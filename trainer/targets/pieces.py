@@ -8,17 +8,20 @@ The name of a file and the header of its store determine every byte in front of 
 expects these bytes instead of parsing them, and nothing that a file claims is believed.
 """
 
-import bisect
-import collections
 import dataclasses
 import json
+import os
 import re
+import weakref
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.common.errors import UserError, advice_against
 from pipelines.common.files import write_once
+from trainer.models.files.torch_files import require_regular
 from trainer.targets.header import StoreHeader
 
 _NAME = re.compile(r"(\d{8,10})-(\d{8,10})\.(\d{1,7})-(\d{1,7})\.safetensors", re.ASCII)
@@ -48,47 +51,37 @@ class Piece:
         """How many rows of each global batch it has."""
         return self.stop_row - self.first_row
 
-    @staticmethod
-    def named(name: str) -> "Piece | None":
-        """The piece of a file's name; None for other names."""
-        match = _NAME.fullmatch(name)
-        piece = Piece(*map(int, match.groups())) if match else None
-        return piece if piece is not None and piece.name == name else None
-
     def fits(self, header: StoreHeader) -> bool:
         """Return whether it has steps, and rows of complete mixing groups within the global batch."""
-        group = header.mix_group
         return (
             self.first_step < self.stop_step
             and self.first_row < self.stop_row <= header.global_batch
-            and self.first_row % group == self.stop_row % group == 0
+            and self.first_row % header.mix_group == self.stop_row % header.mix_group == 0
         )
+
+
+def piece_named(name: str, header: StoreHeader) -> Piece | None:
+    """The piece of a file's name; None for a name that no piece of the store has."""
+    match = _NAME.fullmatch(name)
+    piece = Piece(*map(int, match.groups())) if match else None
+    return piece if piece is not None and piece.name == name and piece.fits(header) else None
 
 
 def find_pieces(store: Path, header: StoreHeader) -> list[Piece]:
     """The pieces that a store's folder has by their names, in the order of their steps; other names are left out."""
-    named = (Piece.named(entry.name) for entry in Path(store).iterdir())
-    return sorted(piece for piece in named if piece is not None and piece.fits(header))
+    return sorted(filter(None, (piece_named(entry.name, header) for entry in Path(store).iterdir())))
 
 
 def head_of(header: StoreHeader, piece: Piece) -> bytes:
     """What a piece's file begins with, up to the checksums: the head of a safetensors file."""
-    num_groups = piece.num_rows // header.mix_group
-    row_bytes = header.open_codec().row_bytes
-    end_of_sums = 4 * piece.num_steps * num_groups
-    end = end_of_sums + piece.num_steps * piece.num_rows * row_bytes
+    groups, row_bytes = piece.num_rows // header.mix_group, header.open_codec().row_bytes
+    end_of_sums = 4 * piece.num_steps * groups
+    ends = [end_of_sums, end_of_sums + piece.num_steps * piece.num_rows * row_bytes]
+    facts = {"store": header.identity, "codec": header.codec, **{name: str(each) for name, each in vars(piece).items()}}
     head = {
-        "__metadata__": {
-            "store": header.identity,
-            "codec": header.codec,
-            **{name: str(value) for name, value in vars(piece).items()},
-        },
-        "crc32": {"dtype": "U32", "shape": [piece.num_steps, num_groups], "data_offsets": [0, end_of_sums]},
-        "targets": {
-            "dtype": "U8",
-            "shape": [piece.num_steps, piece.num_rows, row_bytes],
-            "data_offsets": [end_of_sums, end],
-        },
+        "__metadata__": facts,
+        "crc32": {"dtype": "U32", "shape": [piece.num_steps, groups], "data_offsets": [0, end_of_sums]},
+        "targets": {"dtype": "U8", "shape": [piece.num_steps, piece.num_rows, row_bytes], "data_offsets": ends},
     }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # The format aligns the data with spaces.
@@ -111,69 +104,81 @@ def write_piece(store: Path, header: StoreHeader, piece: Piece, rows: np.ndarray
     if not piece.fits(header) or rows.shape != shape or rows.dtype != np.uint8:
         raise ValueError(f"{piece}: rows are {rows.dtype} {list(rows.shape)}, and the piece takes uint8 {list(shape)}")
     rows = np.ascontiguousarray(rows)
-    groups = rows.reshape(piece.num_steps, -1, header.mix_group * shape[2])
-    sums = np.array([[zlib.crc32(group) for group in step] for step in groups], dtype="<u4")
+    groups = rows.reshape(-1, header.mix_group * shape[2])
+    sums = np.array([zlib.crc32(group) for group in groups], dtype="<u4")
     return write_once(Path(store) / piece.name, [head_of(header, piece), sums.tobytes(), rows.data])
 
 
-class Coverage:
-    """Which rows of which steps a store has, by the names of its files when this is made."""
+class PieceFile:
+    """A piece's open file, whose head and size are those that its name and its store ask for.
 
-    def __init__(self, store: Path, header: StoreHeader):
-        self._global_batch = header.global_batch
-        # The pieces of each range of rows. Pieces of two processes may overlap; each step is found in the first one.
-        self._stops: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-        self._pieces: dict[tuple[int, int], list[Piece]] = collections.defaultdict(list)
-        for piece in find_pieces(store, header):
-            rows = (piece.first_row, piece.stop_row)
-            if not self._stops[rows] or piece.stop_step > self._stops[rows][-1]:
-                self._stops[rows].append(piece.stop_step)
-                self._pieces[rows].append(piece)
+    It is closed when nobody refers to it any more.
 
-    def find(self, step: int, row: int) -> Piece | None:
-        """The piece that has a row of a step; None where that is not recorded."""
-        for rows, stops in self._stops.items():
-            if rows[0] <= row < rows[1]:
-                index = bisect.bisect_right(stops, step)
-                if index < len(stops) and self._pieces[rows][index].first_step <= step:
-                    return self._pieces[rows][index]
-        return None
+    Raises:
+      UserError: it is short, damaged or of another store, or cannot be read.
+    """
 
-    def first_missing(self, start_step: int, stop_step: int) -> int | None:
-        """The first step in [start_step, stop_step) of which a row is missing; None where all are recorded."""
-        step = start_step
-        while step < stop_step:
-            recorded = self._recorded_until(step)
-            if recorded == step:
-                return step
-            step = recorded
-        return None
+    def __init__(self, store: Path, header: StoreHeader, piece: Piece):
+        self._path, self._piece = Path(store) / piece.name, piece
+        self._again = f"Move it away, and {header.how_to_complete}"
+        self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
+        head = head_of(header, piece)
+        self._sums_at = len(head)
+        self._rows_at = len(head) + 4 * piece.num_steps * piece.num_rows // self._group
+        size = self._rows_at + piece.num_steps * piece.num_rows * self._row_bytes
+        try:
+            require_regular(self._path)
+            self._file = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        weakref.finalize(self, os.close, self._file)
+        if (found := os.fstat(self._file).st_size) != size:
+            raise UserError(f"{self._path}: has {found} bytes instead of {size}. {self._again}")
+        if self._read(0, len(head)).tobytes() != head:
+            raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {self._again}")
 
-    def missing_blocks(self, start_step: int, stop_step: int, steps: int = 64) -> list[tuple[int, int]]:
-        """What is missing in [start_step, stop_step), as ranges (first_step, stop_step).
+    def group(self, step: int, row: int) -> np.ndarray:
+        """The rows of the mixing group that has a row: uint8 [mix_group, row_bytes].
 
-        No range crosses a multiple of `steps`, so all processes divide the work in the same way, whenever they look.
+        Raises:
+          UserError: they do not have their checksum, or cannot be read.
         """
-        missing = []
-        step = start_step
-        while step < stop_step:
-            recorded = self._recorded_until(step)
-            if recorded > step:
-                step = recorded
-                continue
-            first, end_of_block = step, min(stop_step, (step // steps + 1) * steps)
-            while step < end_of_block and self._recorded_until(step) == step:
-                step += 1
-            missing.append((first, step))
-        return missing
+        place = (step - self._piece.first_step) * self._piece.num_rows + row - self._piece.first_row
+        number, num_bytes = place // self._group, self._group * self._row_bytes
+        rows = self._read(self._rows_at + number * num_bytes, num_bytes)
+        if zlib.crc32(rows.data) != int(self._read(self._sums_at + 4 * number, 4).view("<u4")[0]):
+            raise UserError(f"{self._path}: is damaged at step {step}. {self._again}")
+        return rows.reshape(self._group, self._row_bytes)
 
-    def _recorded_until(self, step: int) -> int:
-        """The step up to which all rows are recorded from `step` on; `step` itself where a row of it is missing."""
-        row, until = 0, None
-        while row < self._global_batch:
-            piece = self.find(step, row)
-            if piece is None:
-                return step
-            row, until = piece.stop_row, piece.stop_step if until is None else min(until, piece.stop_step)
-        assert until is not None
-        return until
+    def groups(self, step: int) -> list[np.ndarray]:
+        """All mixing groups of a step, as `group`."""
+        return [self.group(step, row) for row in range(self._piece.first_row, self._piece.stop_row, self._group)]
+
+    def _read(self, offset: int, num_bytes: int) -> np.ndarray:
+        content, done = np.empty(num_bytes, dtype=np.uint8), 0
+        try:
+            while count := os.preadv(self._file, [content.data[done:]], offset + done):
+                done += count
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if done < num_bytes:
+            raise UserError(f"{self._path}: has become shorter while it was read. {self._again}")
+        return content
+
+    def _unreadable(self, error: OSError) -> UserError:
+        advice = advice_against(error, self._again)
+        return UserError(f"{self._path}: cannot be read ({error.strerror or error}). {advice}")
+
+
+def faults(store: Path, header: StoreHeader, piece: Piece) -> Iterator[str]:
+    """Read all of a piece; give a line for each step that is damaged, or for the file."""
+    try:
+        file = PieceFile(store, header, piece)
+    except UserError as error:
+        yield str(error)
+        return
+    for step in range(piece.first_step, piece.stop_step):
+        try:
+            file.groups(step)
+        except UserError as error:
+            yield str(error)

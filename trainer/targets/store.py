@@ -1,98 +1,87 @@
-"""Reads what was recorded for any positions."""
+"""Reads what was recorded for any positions, and finds what is missing or damaged."""
 
+import bisect
+import collections
+import functools
+import itertools
 import os
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipelines.common.errors import UserError, advice_against
-from pipelines.common.files import read_json_lines
-from trainer.models.files.torch_files import require_regular
-from trainer.targets.codec import Codec
-from trainer.targets.header import StoreHeader, read_header
-from trainer.targets.pieces import Coverage, Piece, head_of
+from pipelines.common.errors import UserError
+from pipelines.common.files import is_hidden, is_leftover, read_json_lines
+from trainer.targets.header import HEADER, StoreHeader, read_header
+from trainer.targets.pieces import Piece, PieceFile, faults, find_pieces, piece_named
 
 QUARANTINE = "quarantine.jsonl"
 _LARGEST_QUARANTINE = 1 << 26  # bytes; a line has about 150, and a recorder stops long before half a million.
+_OPEN_FILES = 32  # A global batch lies in one piece, or in as many as processes that divided its rows.
 
 
-class PieceFile:
-    """A piece's open file, whose head and size are those that its name and its store ask for.
+class Coverage:
+    """Which rows of which steps a store has, by the names of its files when this is made.
 
-    Raises:
-      UserError: it is short, damaged or of another store, or cannot be read.
+    Attributes:
+      complete: the ranges (first, stop) of steps of which every row is recorded, in order.
     """
 
-    def __init__(self, store: Path, header: StoreHeader, piece: Piece, file: int):
-        self._path, self._piece, self._file = Path(store) / piece.name, piece, file
-        self._again = f"Move it away, and {header.how_to_complete}"
-        self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
-        head = head_of(header, piece)
-        self._sums_at = len(head)
-        self._rows_at = len(head) + 4 * piece.num_steps * self._groups_per_step
-        size = self._rows_at + piece.num_steps * piece.num_rows * self._row_bytes
-        if (found := os.fstat(file).st_size) != size:
-            raise UserError(f"{self._path}: has {found} bytes instead of {size}. {self._again}")
-        if self._read(0, len(head)).tobytes() != head:
-            raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {self._again}")
+    def __init__(self, store: Path, header: StoreHeader):
+        self._global_batch = header.global_batch
+        # The pieces of each range of rows. Pieces of two processes may overlap; each step is found in the first one.
+        self._pieces: dict[tuple[int, int], list[Piece]] = collections.defaultdict(list)
+        bounds = set()
+        for piece in find_pieces(store, header):
+            bounds.update((piece.first_step, piece.stop_step))
+            pieces = self._pieces[piece.first_row, piece.stop_row]
+            if not pieces or piece.stop_step > pieces[-1].stop_step:
+                pieces.append(piece)
+        # Between two neighbouring bounds all steps have the same rows. A forged name may have any numbers.
+        self.complete: list[tuple[int, int]] = []
+        for first, stop in itertools.pairwise(sorted(bounds)):
+            if self._has_all_rows(first):
+                is_next = self.complete and self.complete[-1][1] == first
+                self.complete.append((self.complete.pop()[0] if is_next else first, stop))
 
-    def group(self, step: int, row: int) -> np.ndarray:
-        """The rows of the mixing group that has a row: uint8 [mix_group, row_bytes].
+    def find(self, step: int, row: int) -> Piece | None:
+        """The piece that has a row of a step; None where that is not recorded."""
+        for (first_row, stop_row), pieces in self._pieces.items():
+            if first_row <= row < stop_row:
+                index = bisect.bisect_right(pieces, step, key=lambda piece: piece.stop_step)
+                if index < len(pieces) and pieces[index].first_step <= step:
+                    return pieces[index]
+        return None
 
-        Raises:
-          UserError: they do not have their checksum, or cannot be read.
+    def missing(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int]]:
+        """The ranges (first, stop) of steps in [start_step, stop_step) of which a row is missing, in order."""
+        step = start_step
+        for first, stop in [*self.complete, (stop_step, stop_step)]:
+            if step < min(first, stop_step):
+                yield step, min(first, stop_step)
+            step = max(step, stop)
+
+    def first_missing(self, start_step: int, stop_step: int) -> int | None:
+        """The first step in [start_step, stop_step) of which a row is missing; None where all are recorded."""
+        return next((first for first, _ in self.missing(start_step, stop_step)), None)
+
+    def missing_blocks(self, start_step: int, stop_step: int, steps: int = 64) -> list[tuple[int, int]]:
+        """The ranges of `missing`, cut at each multiple of `steps`.
+
+        So all processes divide the work in the same way, whenever they look.
         """
-        index = (step - self._piece.first_step) * self._groups_per_step + (row - self._piece.first_row) // self._group
-        num_bytes = self._group * self._row_bytes
-        rows = self._read(self._rows_at + index * num_bytes, num_bytes)
-        if zlib.crc32(rows.data) != int(self._read(self._sums_at + 4 * index, 4).view("<u4")[0]):
-            raise UserError(f"{self._path}: is damaged at step {step}. {self._again}")
-        return rows.reshape(self._group, self._row_bytes)
+        return [
+            (max(first, block), min(stop, block + steps))
+            for first, stop in self.missing(start_step, stop_step)
+            for block in range(first // steps * steps, stop, steps)
+        ]
 
-    def faults(self) -> Iterator[str]:
-        """A line for every step that is damaged."""
-        for step in range(self._piece.first_step, self._piece.stop_step):
-            try:
-                for row in range(self._piece.first_row, self._piece.stop_row, self._group):
-                    self.group(step, row)
-            except UserError as error:
-                yield str(error)
-
-    @property
-    def _groups_per_step(self) -> int:
-        return self._piece.num_rows // self._group
-
-    def _read(self, offset: int, num_bytes: int) -> np.ndarray:
-        content = np.empty(num_bytes, dtype=np.uint8)
-        done = 0
-        while done < num_bytes:
-            try:
-                count = os.preadv(self._file, [content.data[done:]], offset + done)
-            except OSError as error:
-                raise _unreadable(self._path, self._again, error) from error
-            if count == 0:
-                raise UserError(f"{self._path}: has become shorter while it was read. {self._again}")
-            done += count
-        return content
-
-
-@contextmanager
-def open_piece(store: Path, header: StoreHeader, piece: Piece) -> Iterator[PieceFile]:
-    """Open a piece's file and check its head. Raises a UserError as PieceFile."""
-    path = Path(store) / piece.name
-    try:
-        require_regular(path)
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise _unreadable(path, f"Move it away, and {header.how_to_complete}", error) from error
-    try:
-        yield PieceFile(store, header, piece, file)
-    finally:
-        os.close(file)
+    def _has_all_rows(self, step: int) -> bool:
+        row = 0
+        while row < self._global_batch and (piece := self.find(step, row)):
+            row = piece.stop_row
+        return row == self._global_batch
 
 
 class TeacherStore:
@@ -107,13 +96,14 @@ class TeacherStore:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.header = read_header(self.folder)
-        self.codec: Codec = self.header.open_codec()
+        self.codec = self.header.open_codec()
         self.coverage = Coverage(self.folder, self.header)
+        # A store may have more pieces than a process may have open files. A file that another thread still reads is
+        # closed when that thread is done with it.
+        self._open = functools.lru_cache(_OPEN_FILES)(functools.partial(PieceFile, self.folder, self.header))
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
         """What is stored for positions in any order.
-
-        A piece is opened for each call, because a store may have more of them than a process may have open files.
 
         Args:
           positions: int64 [B].
@@ -122,18 +112,13 @@ class TeacherStore:
         Raises:
           UserError: a position is not recorded, or what is stored for it is damaged; the file and step are named.
         """
-        step, row = np.divmod(positions, self.header.global_batch)
-        group = positions // self.header.mix_group
-        wanted: dict[Piece, list[int]] = {}  # The indices, in `positions`, of one row of each group.
-        for index in np.unique(group, return_index=True)[1].tolist():
-            wanted.setdefault(self._piece(int(step[index]), int(row[index])), []).append(index)
+        group, row = np.divmod(positions, self.header.mix_group)
         out = np.empty((len(positions), self.codec.row_bytes), dtype=np.uint8)
-        for piece, indices in wanted.items():
-            with open_piece(self.folder, self.header, piece) as file:
-                for index in indices:
-                    rows = file.group(int(step[index]), int(row[index]))
-                    same = group == group[index]
-                    out[same] = rows[positions[same] % self.header.mix_group]
+        for number in np.unique(group).tolist():
+            step, first_row = divmod(number * self.header.mix_group, self.header.global_batch)
+            rows = self._open(self._piece(step, first_row)).group(step, first_row)
+            wanted = group == number
+            out[wanted] = rows[row[wanted]]
         return torch.from_numpy(out)
 
     def drop_from_cache(self, positions: np.ndarray) -> None:
@@ -165,5 +150,21 @@ class TeacherStore:
         return piece
 
 
-def _unreadable(path: Path, advice: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error}). {advice_against(error, advice)}")
+def verify(store: Path) -> Iterator[str]:
+    """Every fault of a store, a line each, in the order of the files' names.
+
+    Every byte of the header and of the pieces is read and compared with its checksum. Hidden files, and what a killed
+    or a present recorder leaves behind, are no faults. Which steps are missing is no fault either; see Coverage.
+    """
+    try:
+        header = read_header(store)
+    except UserError as error:
+        yield str(error)
+        return
+    for path in sorted(Path(store).iterdir()):
+        if path.name in (HEADER, QUARANTINE) or is_leftover(path.name) or is_hidden(path.name):
+            continue
+        if piece := piece_named(path.name, header):
+            yield from faults(store, header, piece)
+        else:
+            yield f"{path}: its name is none that a piece of this store can have. Move it away"

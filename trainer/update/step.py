@@ -50,8 +50,9 @@ class TrainStep:
 
     Attributes:
       inputs: Batch -> ModelInputs, what the models see of it.
-      teacher: maps ModelInputs.teachers to logits [B, C], compiled if the student is; None without a teacher.
-        Where teachers were recorded, each batch has their targets.
+      teachers: what the student learns from, and `teacher`, the same compiled if the student is: it maps
+        ModelInputs.teachers to logits [B, C]; None without a teacher. Where teachers were recorded, each batch has
+        their targets.
       division: of the global batch among ranks and micro-batches.
       num_micro_batches: forward passes an update on this rank.
 
@@ -74,9 +75,8 @@ class TrainStep:
         micro_batch: int,
         compiler: Compiler = uncompiled,
     ):
-        self.inputs = functools.partial(model_inputs, normalize, teachers)
-        self.teacher = compiler(teachers) if teachers is not None else None
-        self._recorded = teachers.recorded if teachers is not None else []
+        self._normalize = normalize
+        self.learn_from(teachers, compiler)
         self.division = Division(config.run.global_batch, config.augment.mix_group, world.size, micro_batch)
         self._sizes = self.division.sizes(world.rank)
         self.num_micro_batches = len(self._sizes)
@@ -101,6 +101,11 @@ class TrainStep:
             sizes = [sum(each) for each in zip(*of_ranks, strict=True)]
         self._statistics = StatisticsAverage(state.student, sizes, rank_weight, config.run.batch_norm, world)
         self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
+
+    def learn_from(self, teachers: Teachers | None, compiler: Compiler = uncompiled) -> None:
+        """Take these teachers from now on."""
+        self.inputs = functools.partial(model_inputs, self._normalize, teachers)
+        self.teachers, self.teacher = teachers, compiler(teachers) if teachers is not None else None
 
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
         """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
@@ -149,7 +154,8 @@ class TrainStep:
 
     def with_blank_targets(self, batch: Batch) -> Batch:
         """The batch with meaningless outputs of recorded teachers: it is no batch of the plan."""
-        blanks = (teacher.blank(len(batch.labels), self._device) for teacher in self._recorded)
+        recorded = self.teachers.recorded if self.teachers is not None else []
+        blanks = (teacher.blank(len(batch.labels), self._device) for teacher in recorded)
         return dataclasses.replace(batch, targets=tuple(blanks))
 
     def warm_up(self, batch: Batch, then: Callable[[], object] = lambda: None) -> None:

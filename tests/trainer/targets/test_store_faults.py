@@ -10,9 +10,8 @@ import pytest
 
 from pipelines.common.errors import UserError
 from support.small_store import ALL_STEPS, HEADER, PIECES, rows_of, write_small_store
-from trainer.targets.pieces import Coverage, Piece, find_pieces, head_of, write_piece
-from trainer.targets.store import TeacherStore
-from trainer.targets.verify import verify
+from trainer.targets.pieces import Piece, find_pieces, head_of, write_piece
+from trainer.targets.store import Coverage, TeacherStore, verify
 
 EVERYTHING = rows_of(ALL_STEPS).reshape(96, -1)
 AGAIN = "Move it away, and record its steps again with tools/record_teacher.py"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,9 +15,8 @@ from pipelines.common.errors import UserError
 from pipelines.plan.pairs import Division
 from support.small_store import ALL_STEPS, HEADER, PIECES, rows_of, write_small_store
 from trainer.targets.header import FORMAT_VERSION
-from trainer.targets.pieces import Coverage, Piece, find_pieces, write_piece
-from trainer.targets.store import TeacherStore
-from trainer.targets.verify import verify
+from trainer.targets.pieces import Piece, find_pieces, write_piece
+from trainer.targets.store import Coverage, TeacherStore, verify
 
 EVERYTHING = rows_of(ALL_STEPS).reshape(96, -1)
 
@@ -61,6 +61,42 @@ def test_threads_read_at_once(store):
     with ThreadPoolExecutor(8) as threads:
         for positions, rows in zip(wanted, threads.map(opened.read, wanted), strict=True):
             assert np.array_equal(rows.numpy(), EVERYTHING[positions])
+
+
+def open_files(store) -> list[str]:
+    """The names of the store's files that this process has open."""
+    paths = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    return [os.path.basename(path) for path in paths if os.path.dirname(path) == str(store)]
+
+
+def test_a_few_files_stay_open_until_nobody_needs_them(tmp_path):
+    pieces = tuple(Piece(step, step + 1, row, row + 4) for step in range(8) for row in (0, 4, 8)) + tuple(
+        Piece(step, step + 1, 0, 12) for step in range(8, 20)
+    )
+    store = write_small_store(tmp_path, pieces=pieces)
+    opened, positions = TeacherStore(store), [np.arange(12 * step, 12 * step + 12) for step in range(20)]
+    opened.read(positions[0])
+    assert sorted(open_files(store)) == sorted(piece.name for piece in pieces[:3])
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            for wanted, rows in zip(positions, threads.map(opened.read, positions), strict=True):
+                assert np.array_equal(rows.numpy(), rows_of(Piece(wanted[0] // 12, wanted[0] // 12 + 1, 0, 12))[0])
+    assert len(set(open_files(store))) == len(open_files(store)) == 32 < len(pieces)
+    del opened
+    assert open_files(store) == []
+
+
+def test_a_file_is_opened_and_its_head_checked_once(store, monkeypatch):
+    opened, real, names = TeacherStore(store), os.open, []
+
+    def noted(path, *others):
+        names.append(os.path.basename(path))
+        return real(path, *others)
+
+    monkeypatch.setattr(os, "open", noted)
+    for position in (0, 5, 47, 60, 1, 56, 61):
+        assert np.array_equal(opened.read(np.array([position])).numpy(), EVERYTHING[[position]])
+    assert names == [PIECES[0].name, PIECES[3].name, PIECES[2].name]
 
 
 def test_a_piece_is_a_file_of_safetensors(store):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from pathlib import Path
 
 import pytest
 import timm
@@ -32,13 +33,24 @@ traced = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
 
 @pytest.fixture
 def arguments(tmp_path):
+    """A run of models of a few layers: tracing takes a while for each of them."""
+    return arguments_for("tiny_cnn", "tiny_cnn", tmp_path)
+
+
+@pytest.fixture
+def arguments_of_timms_models(tmp_path):
+    """A run of two different architectures."""
+    return arguments_for("test_byobnet", "test_resnet", tmp_path)
+
+
+def arguments_for(student: str, teacher: str, folder: Path) -> list[str]:
     """A run on synthetic images, with a teacher; BatchNorm, dropout and two micro-batches an update."""
     torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "teacher.pth")
+    torch.save(timm.create_model(teacher, num_classes=10).state_dict(), folder / "teacher.pth")
     data = ["--data.pipeline", "synthetic", "--data.synthetic_samples", "256", "--data.synthetic_classes", "10"]
-    models = ["--student.name", "test_byobnet", "--student.kwargs.drop_rate", "0.1", "--teacher.name", "test_resnet"]
-    models += ["--teacher.checkpoint", str(tmp_path / "teacher.pth")]
-    run = ["--run.out", str(tmp_path / "run"), "--run.device", "cpu", "--run.global_batch", "64"]
+    models = ["--student.name", student, "--student.kwargs.drop_rate", "0.1", "--teacher.name", teacher]
+    models += ["--teacher.checkpoint", str(folder / "teacher.pth")]
+    run = ["--run.out", str(folder / "run"), "--run.device", "cpu", "--run.global_batch", "64"]
     return [*data, *models, *run, "--augment.mix_group", "32", "--data.image_size", "[[0,32],[1,40]]"]
 
 
@@ -106,7 +118,7 @@ def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arg
 
     monkeypatch.setattr(compiling, "compiled", functools.partial(torch.compile, backend=fail, dynamic=False))
     torch._dynamo.reset()
-    with pytest.raises(UserError, match=r"test_byobnet.*cannot be compiled.*without a lowering.*--run.compile false"):
+    with pytest.raises(UserError, match=r"tiny_cnn.*cannot be compiled.*without a lowering.*--run.compile false"):
         builder.build(parse([*arguments, "--run.compile", "true"]), ONE)
     monkeypatch.setattr(builder, "choose_compiler", lambda *_: (compiling.compiled, ""))  # as on a GPU
     run = builder.build(parse([*arguments, "--run.compile", "auto"]), ONE)
@@ -116,8 +128,9 @@ def test_a_model_that_cannot_be_compiled_ends_in_one_line_or_trains_as_it_is(arg
 
 
 @pytest.mark.long
-def test_two_ranks_with_generated_code_train_what_one_does(arguments, tmp_path):
+def test_two_ranks_with_generated_code_train_what_one_does(arguments_of_timms_models, tmp_path):
     """Compiled before DDP wraps it. The statistics are the mean over both ranks either way."""
+    arguments = arguments_of_timms_models
     arguments[arguments.index("0.1")] = "0"
     for ranks in (1, 2):
         more = ["--run.compile", "true", "--run.stop_after_steps", "3", "--run.out", tmp_path / str(ranks)]
@@ -127,7 +140,8 @@ def test_two_ranks_with_generated_code_train_what_one_does(arguments, tmp_path):
 
 
 @pytest.mark.long
-def test_generated_code_trains_alike(arguments):
+def test_generated_code_trains_alike(arguments_of_timms_models):
+    arguments = arguments_of_timms_models
     arguments[arguments.index("0.1")] = "0"  # generated code draws other numbers for dropout
     plain, _ = losses([*arguments, "--run.compile", "false"], 3)
     found, _ = losses([*arguments, "--run.compile", "true"], 3)
@@ -135,7 +149,8 @@ def test_generated_code_trains_alike(arguments):
 
 
 @pytest.mark.gpu
-def test_generated_code_trains_alike_on_the_gpu(arguments):
+def test_generated_code_trains_alike_on_the_gpu(arguments_of_timms_models):
+    arguments = arguments_of_timms_models
     arguments[arguments.index("0.1")] = "0"
     world, exact = World(0, 1, 1, torch.device("cuda", 0)), ["--run.precision", "fp32", "--run.tf32", "false"]
     plain, _ = losses([*arguments, *exact, "--run.compile", "false"], 3, world)

@@ -13,7 +13,7 @@ from tools.lib.common.hardware import first_device
 from tools.lib.common.timing import timed_on_device
 from trainer.builder import Run, build
 from trainer.cluster.world import alone
-from trainer.config.sections import parse
+from trainer.config.sections import Config, parse
 from trainer.models.factory import create_model
 from trainer.update.precision import PRECISIONS, resolve_precision
 
@@ -93,7 +93,12 @@ def _random_weights(name: str, classes: int, size: int, folder: Path) -> Path:
 
 
 def open_run(setting: Setting, folder: Path, data: Sequence[object] = ()) -> Run:
-    """Build a run of the trainer that has trained nothing yet, with a new folder in `folder`.
+    """Build a run of the trainer that has trained nothing yet; the arguments are those of `run_config`."""
+    return build(run_config(setting, folder, data), alone())
+
+
+def run_config(setting: Setting, folder: Path, data: Sequence[object] = ()) -> Config:
+    """The configuration of a run with a new folder in `folder`.
 
     Args:
       data: options of the trainer that name the images; without any they are synthetic.
@@ -113,7 +118,7 @@ def open_run(setting: Setting, folder: Path, data: Sequence[object] = ()) -> Run
         *("--run.compile", str(setting.compiled).lower()),
         *("--run.checkpoint_every", LAST),
     ]
-    return build(parse([str(argument) for argument in arguments]), alone())
+    return parse([str(argument) for argument in arguments])
 
 
 def updates_per_timed_run(update: Callable[[], object], seconds: float) -> int:

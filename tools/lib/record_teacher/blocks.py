@@ -1,7 +1,8 @@
 """The pass over blocks of steps: images, the teacher's forward pass, encoded rows, pieces of the store."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
-from pipelines.common.errors import UserError, named
+from pipelines.common.errors import UserError, named, write_error_line
+from pipelines.common.launcher import Launch, array_task, launched
 from pipelines.ops.mixing import partners
 from pipelines.plan.plan import BatchPlan
 from tools.lib.common.terminal import Progress
@@ -22,6 +24,28 @@ from trainer.update.inputs import teacher_inputs
 
 _SHOWN = 3  # An error names at most this many samples.
 Block = tuple[int, int]  # First step and stop step.
+
+
+def this_process(environment: Mapping[str, str] | None = None) -> Launch:
+    """This process among all that record: those of torchrun or srun, those in each task of a job array, or it alone.
+
+    Prints a line about variables of a launcher that are ignored.
+
+    Args:
+      environment: os.environ by default.
+    """
+    this, array = launched(environment), array_task(environment)
+    if ignored := array.ignored or (this.ignored if array.size == 1 else ""):
+        write_error_line(f"note: {ignored}. torchrun, srun and sbatch --array=0-N start several processes")
+    return dataclasses.replace(this, rank=array.rank * this.size + this.rank, size=array.size * this.size)
+
+
+def own_blocks(blocks: list[Block], block_steps: int, rank: int, size: int) -> list[Block]:
+    """The blocks that a process records.
+
+    The number of a block decides, not its place in the list, because other processes may see another list.
+    """
+    return [block for block in blocks if block[0] // block_steps % size == rank]
 
 
 def record_blocks(
@@ -46,8 +70,8 @@ def record_blocks(
       UserError: logits are not finite, too many images are damaged, or a piece cannot be written.
     """
     batches: Any = recording.pipelines.of["train"].batches(_plans(recording, blocks))
-    judge = _Judge(recording.plan.index.num_classes)
-    written: list[Future[None]] = []
+    num_classes, all_right, num_images = recording.plan.index.num_classes, 0.0, 0
+    written: Future[None] | None = None
 
     def write(block: Block, rows: np.ndarray) -> None:
         if write_piece(store, header, Piece(*block, 0, recording.plan.global_batch), rows):
@@ -61,16 +85,18 @@ def record_blocks(
                     return stopped_by()
                 rows, finite, num_right = (each.cpu().numpy() for each in found)
                 _check_finite(recording, block, finite)
-                if warning := judge.warning(float(num_right), finite.size):
-                    progress.say(warning)
-                if line := recording.pipelines.quarantine.record_new():
+                all_right, before, num_images = all_right + float(num_right), num_images, num_images + finite.size
+                lines = [recording.pipelines.quarantine.record_new()]
+                if before < num_images_needed(num_classes) <= num_images:
+                    lines.append(teacher_warning(all_right / num_images, num_classes))
+                for line in filter(None, lines):
                     progress.say(line)
                 if written:
-                    written.pop().result()
-                written.append(writer.submit(write, block, rows))
+                    written.result()
+                written = writer.submit(write, block, rows)
         finally:
             if written:
-                written.pop().result()
+                written.result()
     return 0
 
 
@@ -91,8 +117,8 @@ def encoded_rows(
       uint8 [steps, global batch, row_bytes]; bool [steps, global batch]; and float32 [], the number of images where the
       teacher's best class is the label with the larger weight. All are on the device, for which nobody has waited.
     """
-    plan, teachers, codec = recording.plan, recording.teachers, recording.codec
-    shape, device = (block[1] - block[0], plan.global_batch), recording.device
+    teachers, codec, device = recording.teachers, recording.codec, recording.rows[0].device
+    shape = (block[1] - block[0], recording.plan.global_batch)
     rows = torch.empty((*shape, codec.row_bytes), dtype=torch.uint8, device=device)
     finite = torch.empty(shape, dtype=torch.bool, device=device)
     num_right = torch.zeros((), device=device)
@@ -104,49 +130,24 @@ def encoded_rows(
             logits = teachers(teacher_inputs(teachers, batch)).float()
             rows[step].index_copy_(0, own, codec.encode(logits))
             finite[step].index_copy_(0, own, logits.isfinite().all(1))
-            num_right += _num_right(logits, batch)
+            partner_labels = partners(batch.labels, batch.mix_group)
+            num_right += agreement(logits, logits, batch.labels, partner_labels, batch.lam)[0] * len(logits)
         progress.add_step()
     return rows, finite, num_right
 
 
-def _num_right(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The number of images whose label with the larger weight is the best class of logits [B, C]: float32 []."""
-    fractions = agreement(logits, logits, batch.labels, partners(batch.labels, batch.mix_group), batch.lam)
-    return fractions[0] * len(logits)
-
-
-class _Judge:
-    """Finds out whether a teacher knows the dataset's classes, before all is recorded."""
-
-    def __init__(self, num_classes: int):
-        self._num_classes, self._num_right, self._num_images = num_classes, 0.0, 0
-
-    def warning(self, num_right: float, num_images: int) -> str:
-        """Count more images. Returns a warning about the teacher once, when there are enough images; else ""."""
-        needed, before = num_images_needed(self._num_classes), self._num_images
-        self._num_right += num_right
-        self._num_images += num_images
-        if not before < needed <= self._num_images:
-            return ""
-        return teacher_warning(self._num_right / self._num_images, self._num_classes)
-
-
 def _check_finite(recording: Recording, block: Block, finite: np.ndarray) -> None:
     """Raise a UserError that names the samples whose logits are not finite; a codec would make them any numbers."""
-    steps, rows = np.nonzero(~finite)
-    if not len(steps):
+    plan, precision = recording.plan, recording.header.precision
+    positions = block[0] * plan.global_batch + np.flatnonzero(~finite)
+    if not len(positions):
         return
-    plan = recording.plan
-    positions = (block[0] + steps) * plan.global_batch + rows
-    names = [
-        f"position {position} ({plan.index.name(int(plan[position].sample[0]))})"
-        for position in positions[:_SHOWN].tolist()
-    ]
+    shown = positions[:_SHOWN].tolist()
+    names = [f"position {position} ({plan.index.name(int(plan[position].sample[0]))})" for position in shown]
     names += [""] * (len(positions) - len(names))  # `named` counts those that it does not show.
-    precision = recording.header.precision
-    advice = (
-        "--teacher.precision fp32" if precision != "fp32" else "another teacher; this one's precision is fp32 already"
-    )
+    advice = "--teacher.precision fp32"
+    if precision == "fp32":
+        advice = "another teacher; this one's precision is fp32 already"
     raise UserError(
         f"the teacher's outputs are not finite at {len(positions)} of {finite.size} positions of steps {block[0]} to "
         f"{block[1] - 1}: {named(names, _SHOWN)}. These steps are not recorded. Use {advice}"

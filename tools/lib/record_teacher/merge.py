@@ -1,16 +1,18 @@
 """Brings the pieces of several stores of the same plan, teacher, codec and precision together in one of them."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import write_once
+from pipelines.common.files import split_json_lines, write_once
 from tools.lib.common.terminal import tracked
-from tools.lib.record_teacher.rows import copy_quarantine
-from trainer.targets.header import HEADER, StoreHeader, check_same, check_store_folder, claim, read_header
-from trainer.targets.pieces import Coverage, Piece, find_pieces, head_of
-from trainer.targets.store import open_piece
+from trainer.monitor.quarantine import is_quarantine_line
+from trainer.monitor.run_files import append_synced
+from trainer.targets.header import HEADER, StoreHeader, check_same, claim, read_header
+from trainer.targets.pieces import Piece, faults, find_pieces, head_of
+from trainer.targets.store import QUARANTINE, Coverage
 
 _READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
 
@@ -24,12 +26,11 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
     Args:
       store: made if it is not there.
     Returns:
-      How many pieces were added, and a line about each damaged one, which was left out.
+      How many pieces were added, and a line about each fault of the others, which were left out.
     Raises:
       UserError: a source was recorded from something else; the first field that differs is named, and nothing was
         added.
     """
-    check_store_folder(store)
     headers = {source: read_header(source) for source in sources}
     wanted = read_header(store) if (store / HEADER).exists() else headers[sources[0]]
     for source, found in headers.items():
@@ -37,25 +38,22 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
             raise UserError(f"{source}: is the store itself. Name other stores")
         check_same(source, found, wanted)
     header = claim(store, wanted)
-    added, faults = 0, []
-    for source in sources:
+    added, damaged = 0, []
+    for source, found in headers.items():
         copy_quarantine(source, store)  # Before the pieces that show these images in gray.
         coverage = Coverage(store, header)
-        for piece in tracked(find_pieces(source, headers[source]), f"merging {source}"):
-            if coverage.first_missing(piece.first_step, piece.stop_step) is None:
-                continue
-            try:
-                added += _add(store, header, source, headers[source], piece)
-            except UserError as error:
-                faults.append(str(error))
-    return added, faults
+        for piece in tracked(find_pieces(source, found), f"merging {source}"):
+            if coverage.first_missing(piece.first_step, piece.stop_step) is not None:
+                fault = next(faults(source, found, piece), None)
+                if fault is None:
+                    added += _add(store, header, source, found, piece)
+                else:
+                    damaged.append(fault)
+    return added, damaged
 
 
 def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHeader, piece: Piece) -> bool:
-    """Add a piece after checking it. Returns False where the store has it under the same name."""
-    with open_piece(source, source_header, piece) as file:
-        for fault in file.faults():
-            raise UserError(fault)
+    """Add an intact piece. Returns False where the store has it under the same name."""
     if source_header.identity == header.identity:
         try:
             # The name of a symbolic link would be linked instead of the file, and may lead nowhere from the store.
@@ -70,3 +68,11 @@ def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHea
         file.seek(len(head_of(source_header, piece)))
         content = iter(lambda: file.read(_READ_BYTES), b"")
         return write_once(store / piece.name, itertools.chain([head_of(header, piece)], content))
+
+
+def copy_quarantine(source: Path, target: Path) -> None:
+    """Name the damaged images of one store in another one, where they are not named yet."""
+    lines = [split_json_lines(store / QUARANTINE, is_quarantine_line)[0] for store in (source, target)]
+    missing = [line for line in lines[0] if line not in lines[1]]
+    if missing:
+        append_synced(target / QUARANTINE, [json.dumps(line).encode() for line in missing])

@@ -8,58 +8,44 @@ import torch
 
 from pipelines.common.errors import UserError
 from tools.lib.common.terminal import tracked
-from tools.lib.record_teacher.rows import copy_quarantine, parts_of, read_rows
+from tools.lib.record_teacher.merge import copy_quarantine
 from trainer.targets.codec import Codec, open_codec
-from trainer.targets.header import StoreHeader, check_store_folder, claim, read_header
-from trainer.targets.pieces import Piece, find_pieces, write_piece
+from trainer.targets.header import claim, read_header
+from trainer.targets.pieces import Piece, PieceFile, find_pieces, write_piece
 
+_STEPS = 64  # Rows of this many steps are held in memory, as many as a recorder writes into a piece.
 _NOISE = 1.0  # Standard deviation of the noise on logits; a student of such logits has a KL of about half a nat.
 
 
-@dataclasses.dataclass
-class Loss:
-    """What a smaller codec changes, as means over the positions that were compared.
+def losses(before: torch.Tensor, after: torch.Tensor, seed: int) -> torch.Tensor:
+    """What a smaller codec changes.
 
-    Attributes:
-      num: how many positions were compared.
-      kl: KL(before || after), nats.
-      uniform, noised: how far the gradient of the distillation, weight x (student - teacher), moves, relative to its
-        norm: for a student that gives all classes the same probability, and for the teacher's logits with noise.
-      same_top1: fraction of the positions whose best class is the same.
+    Args:
+      before, after: decoded logits, float32 [B, C].
+      seed: that of the noise.
+    Returns:
+      float32 [B, 4]: KL(before || after) in nats; how far the gradient of the distillation, weight x (student -
+      teacher), moves relative to its norm, for a student that gives all classes the same probability, and for the
+      teacher's logits with noise; and 1 where the best class is the same, else 0.
     """
-
-    num: int = 0
-    kl: float = 0.0
-    uniform: float = 0.0
-    noised: float = 0.0
-    same_top1: float = 0.0
-
-    def add(self, before: torch.Tensor, after: torch.Tensor, seed: int) -> None:
-        """Compare decoded logits, float32 [B, C]; `seed` is that of the noise."""
-        log_p, log_q = before.log_softmax(1), after.log_softmax(1)
-        p, q = log_p.exp(), log_q.exp()
-        noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)) * _NOISE
-        student = (before + noise).softmax(1)
-        moved = (q - p).norm(dim=1)
-        values = {
-            "kl": (p * (log_p - log_q)).sum(1),
-            "uniform": moved / (p - 1 / p.shape[1]).norm(dim=1).clamp(min=1e-12),
-            "noised": moved / (p - student).norm(dim=1).clamp(min=1e-12),
-            "same_top1": (before.argmax(1) == after.argmax(1)).float(),
-        }
-        total = self.num + len(before)
-        for name, value in values.items():
-            setattr(self, name, (getattr(self, name) * self.num + value.sum().item()) / total)
-        self.num = total
+    log_p, log_q = before.log_softmax(1), after.log_softmax(1)
+    p, moved = log_p.exp(), (log_q.exp() - log_p.exp()).norm(dim=1)
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)) * _NOISE
+    gradients = [
+        (p - student).norm(dim=1).clamp(min=1e-12) for student in (1 / p.shape[1], (before + noise).softmax(1))
+    ]
+    same_best = (before.argmax(1) == after.argmax(1)).float()
+    return torch.stack([(p * (log_p - log_q)).sum(1), *(moved / each for each in gradients), same_best], dim=1)
 
 
-def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, Loss]:
+def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, str]:
     """Write a store in a smaller codec. Run it again to resume after an interruption.
 
     Args:
       out: folder of the new store.
     Returns:
-      How many pieces were written, and what was lost, measured on the first step of each of them.
+      How many pieces were written, and a sentence about what the codec loses in the first step of each piece; "" for a
+      store without pieces.
     Raises:
       UserError: the codec is not smaller, a piece is damaged, or `out` was made from something else.
     """
@@ -70,34 +56,41 @@ def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, Loss]:
             f"--codec {new.name} takes {new.row_bytes:,} bytes a position, and {store} has {old.row_bytes:,} "
             f"({old.name}) for {header.num_classes} classes. Name a codec that takes fewer bytes"
         )
-    check_store_folder(out)
     # What a codec has lost stays lost, so the rows are others than those of a recorder with the new codec.
-    lossy = header.transcoded_from if old.is_lossless else [*header.transcoded_from, old.name]
+    lossy = header.transcoded_from if old.name == "fp32" else [*header.transcoded_from, old.name]
     out_header = claim(out, dataclasses.replace(header, codec=new.name, transcoded_from=lossy))
     copy_quarantine(store, out)
     torch.set_num_threads(1)  # Operations on a group are so short that threads would mostly wait for each other.
-    loss, written = Loss(), 0
+    lost, num, written = torch.zeros(4, dtype=torch.float64), 0, 0
     for piece in tracked(find_pieces(store, header), "transcoding"):
-        for part in parts_of(piece):
-            if not (out / part.name).exists():
-                rows = read_rows(store, header, piece, part)
-                written += write_piece(out, out_header, part, _transcoded(rows, header, new, part, loss))
-    return written, loss
+        file = PieceFile(store, header, piece)
+        for first in range(piece.first_step, piece.stop_step, _STEPS):
+            part = dataclasses.replace(piece, first_step=first, stop_step=min(first + _STEPS, piece.stop_step))
+            is_there = (out / part.name).exists()
+            rows, lost_here = _transcoded(file, part, 1 if is_there else part.num_steps, old, new)
+            lost, num = lost + lost_here.double().sum(0), num + len(lost_here)
+            written += not is_there and write_piece(out, out_header, part, rows)
+    return written, _sentence(num, *(lost / num).tolist()) if num else ""
 
 
-def _transcoded(rows: np.ndarray, header: StoreHeader, new: Codec, part: Piece, loss: Loss) -> np.ndarray:
-    """Rows of a part, uint8 [steps, rows, row_bytes], in another codec. What the first step loses is added."""
-    old, encoded = header.open_codec(), np.empty((*rows.shape[:2], new.row_bytes), dtype=np.uint8)
-    for step in range(part.num_steps):
-        for row in range(0, part.num_rows, header.mix_group):  # One group at a time is decoded, to save memory.
-            group = slice(row, row + header.mix_group)
-            logits = old.decode(torch.from_numpy(rows[step, group]))
+def _transcoded(
+    file: PieceFile, part: Piece, num_steps: int, old: Codec, new: Codec
+) -> tuple[np.ndarray, torch.Tensor]:
+    """The first steps of a part in another codec, uint8 [num_steps, rows, row_bytes], and the `losses` of the first."""
+    encoded, lost = [], []
+    for step in range(part.first_step, part.first_step + num_steps):
+        for rows in file.groups(step):
+            logits = old.decode(torch.from_numpy(rows))
             if not logits.isfinite().all():  # No recorder writes that, and a codec would make it any numbers.
-                raise UserError(
-                    f"{part.name}: has logits that are not finite at step {part.first_step + step}. Record it again"
-                )
-            coded = new.encode(logits)
-            encoded[step, group] = coded.numpy()
-            if step == 0:
-                loss.add(logits, new.decode(coded), seed=part.first_step)
-    return encoded
+                raise UserError(f"{part.name}: has logits that are not finite at step {step}. Record it again")
+            encoded.append(new.encode(logits))
+            if step == part.first_step:
+                lost.append(losses(logits, new.decode(encoded[-1]), seed=step))
+    return torch.cat(encoded).reshape(num_steps, part.num_rows, -1).numpy(), torch.cat(lost)
+
+
+def _sentence(num: int, kl: float, uniform: float, noised: float, same_best: float) -> str:
+    return (
+        f"lost, over {num:,} positions: KL {kl:.2g} nats; gradient moved by {uniform:.2%} (uniform student) and "
+        f"{noised:.2%} (the teacher with noise); best class the same in {same_best:.2%}"
+    )
