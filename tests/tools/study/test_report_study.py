@@ -239,9 +239,12 @@ def test_a_failed_student_and_a_missing_seed_are_reported_and_the_others_have_th
     assert "&lt;no memory&gt;" in page and 'href="../logs/a%20%231.log"' in page and "<no memory>" not in page
 
 
-def test_a_study_in_which_everything_failed_has_a_page(tmp_path):
+def test_a_study_in_which_everything_failed_has_a_page_and_no_pictures_of_an_earlier_one(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "front.png").touch()
     found = reported(tmp_path, study([StudentResult("a", "a", {}, 0, failed="train: killed")]))
     assert found["pairs"] == [] and "train: killed" in page_text(tmp_path)
+    assert not (tmp_path / "report" / "front.png").exists()
 
 
 def test_students_that_were_evaluated_on_other_images_are_not_compared(tmp_path):
