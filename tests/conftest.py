@@ -22,8 +22,7 @@ import support.tiny_model  # noqa: F401  (registers the student of most runs her
 from pipelines.shards.index import ShardIndex, read_index
 from support.forked_python import executable
 from support.processes import REPOSITORY, without_workers
-from tools.lib.common.digits import write_digits
-from tools.lib.common.photos import write_photographs
+from tools.lib.common.photos import write_digits, write_photographs
 from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from trainer.monitor.report.page import write_report
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints, checkpoints_folder

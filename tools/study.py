@@ -1,6 +1,6 @@
 """A study: many students by one recipe, from a folder of images to their speed and accuracy in one report.
 
-    python tools/study.py STUDY.yaml --out DIR [--dry-run] [--jobs N] [--report] [--slurm [KEY=VALUE ...]]
+    python tools/study.py STUDY.yaml --out DIR [--dry-run] [--jobs N] [--report] [--slurm]
 
 STUDY.yaml names a dataset, a recipe, a teacher and students (configs/study-demo.yaml is one). The study makes shards,
 records the teacher once, trains each student from the recording, evaluates and exports it, measures speed and writes
@@ -23,7 +23,7 @@ import yaml
 from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import locked
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
 from tools.lib.study.checks import check_study
 from tools.lib.study.cluster import submit

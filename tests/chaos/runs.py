@@ -22,7 +22,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from support.processes import exit_with, free_port, without_workers
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.cluster.preemption import REQUEUE

@@ -36,6 +36,7 @@ from tools import (
     record_teacher,
     report,
     shard_imagenet,
+    study,
 )
 from tools.evaluate import EvalConfig
 from tools.lib.record_teacher.store_commands import SUBCOMMANDS as STORE_COMMANDS
@@ -49,6 +50,7 @@ TOOLS = {
     f"tools/{tool.__name__.rpartition('.')[2]}.py": tool
     for tool in (
         *(average, benchmark, compare, demo, doctor, export, parity, predict, record_teacher, report, shard_imagenet),
+        study,
     )
 } | {"tests/chaos": chaos, "tests/fidelity": fidelity}
 MODES = {

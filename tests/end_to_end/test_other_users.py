@@ -12,7 +12,7 @@ from chaos.attempts import Ended, isolated
 from chaos.conversions import shard
 from support.hand_made import put, samples, tar_of
 from tools import predict
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.predict.image_files import decoded, items_of, survey
 from trainer.evaluation.trained import EvalTransform
 

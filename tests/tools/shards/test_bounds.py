@@ -21,7 +21,7 @@ from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import read_index
 from support.hand_made import jpeg, listed, put, refused, samples, tar_of
 from support.small_sources import add
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.predict.image_files import decoded, items_of, pixels_of
 from tools.lib.shards import build as build_module
 from tools.lib.shards.build import BuildOptions, build, merge

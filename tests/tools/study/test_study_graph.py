@@ -122,7 +122,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
     ("content", "expected"),
     [
         (changed("recipe", "overrides", "optim.lr", 0.001), {"teacher", "store"} | OF_STUDENTS),
-        (changed("recipe", "overrides", "schedule.epochs", 5), {"store"} | OF_STUDENTS),
+        (changed("recipe", "overrides", "schedule.epochs", 8), {"store"} | OF_STUDENTS),
         (changed("teacher", "codec", "fp16"), {"store"} | OF_STUDENTS),
         (changed("students", 0, {"name": "test_byobnet", "overrides": {"optim.lr": 0.001}}), "test_byobnet-s0"),
         (changed("students", 1, {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT"}), "ViT-s2"),
@@ -134,7 +134,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
         (changed("speed", "repeats", 4), set()),
         (changed("title", "another title"), set()),
     ],
-    ids=str,
+    ids=range(12),
 )
 def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(tmp_path, content, expected):
     if isinstance(expected, str):
@@ -162,11 +162,11 @@ def test_files_count_by_their_content(tmp_path):
 def test_a_stage_that_is_done_again_names_the_setting_and_the_earlier_result(tmp_path):
     for stage in graph_of(tmp_path).stages:
         carry_out(stage)
-    graph = graph_of(tmp_path, changed("recipe", "overrides", "schedule.epochs", 5))
+    graph = graph_of(tmp_path, changed("recipe", "overrides", "schedule.epochs", 8))
     reasons = {stage.name: stage.reason_to_redo() for stage in graph.stages}
     earlier = graph_of(tmp_path).common["store"].folder
-    assert reasons["store"] == f"epochs 8 -> 7; the earlier result is store/{earlier.name}"
-    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 5, another store; the earlier result is train/")
+    assert reasons["store"] == f"epochs 8 -> 10; the earlier result is store/{earlier.name}"
+    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 8, another store; the earlier result is train/")
     assert reasons["export ViT-s0"].startswith("another train ViT-s0, another evaluate ema ViT-s0; ")
     assert reasons["teacher"] == ""
     assert all(stage.is_done for stage in graph_of(tmp_path).stages)
@@ -230,7 +230,7 @@ def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path)
         (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\]: .*optim.lr"),
         (changed("students", 0, "test_vit"), "students: 'ViT-s0' and 'test_vit-s0' are the same"),
         (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), "two of them are called 'ViT-s0'"),
-        (changed("paper", "somebody"), "paper is 'somebody'; it must be one of usi"),
+        (changed("paper", "somebody"), "paper is 'somebody'; it must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

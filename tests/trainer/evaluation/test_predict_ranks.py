@@ -20,7 +20,7 @@ from pipelines.plan.plan import BatchPlan, EvalPlan
 from pipelines.shards.index import read_index
 from support.forked_python import executable
 from support.processes import without_workers
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.shards.build import BuildOptions, build
 from trainer.cluster.world import World
 from trainer.config.sections import parse

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, run_trainer
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from support.processes import without_workers
-from tools.lib.common.digits import write_digits
+from tools.lib.common.photos import write_digits
 from tools.lib.shards.build import BuildOptions
 from tools.lib.shards.build import build as build_dataset
 from trainer.builder import build

@@ -131,7 +131,8 @@ def teacher_stage(study: Study, out: Path, common: Settings, given: dict, needs:
     assert study.teacher is not None and study.teacher.train is not None
     model = {"student.name": study.teacher.name, "student.kwargs": study.teacher.kwargs}
     changed = {**common, **study.teacher.train, **model}
-    return training("teacher", "", slug_of(study.teacher.name), study, out, changed, given, needs, "teacher.train")
+    slug = slug_of(study.teacher.name)
+    return training("teacher", "", slug, study, out, changed, given, needs, "teacher.train")[0]
 
 
 def store_stage(
@@ -164,8 +165,8 @@ def student_stages(
 ) -> StudentStages:
     """A student's training, and what follows it."""
     subject, slug = f"{student.label}-s{seed}", f"{slug_of(student.name)}-s{seed}"
-    train = training("train", subject, slug, study, out, changed, given, needs, f"student {student.label}")
-    config = load(study, changed)
+    where = f"student {student.label}"
+    train, config = training("train", subject, slug, study, out, changed, given, needs, where)
     weights = [kind for kind in study.evaluate.weights if config.ema.decay or kind == "raw"] or ["raw"]
     wanted = {kind: {"student.weights": kind} for kind in weights}
     wanted |= {name: {"student.weights": weights[0], **more} for name, more in study.evaluate.suites.items()}
@@ -223,13 +224,15 @@ def training(
     given: dict,
     needs: tuple[Stage, ...],
     where: str,
-) -> Stage:
-    """A training. Its command reads a file of all its settings, which nobody edits while the study runs."""
-    facts = facts_of(load(study, changed, where), out) | given
+) -> tuple[Stage, Config]:
+    """A training, and its configuration: its command reads a file of all settings, which stays while others change."""
+    config = load(study, changed, where)
+    facts = facts_of(config, out) | given
     others = [value for item in facts.items() if not item[0].startswith("student.") for value in item]
     stage = Stage(out, kind, subject, slug, facts, needs, "run", group=json.dumps(others))
-    settings = to_yaml(load(study, {**changed, "run.out": stage.product}))
-    return stage.with_command("trainer/run.py", "--config", stage.folder / SETTINGS, settings=settings)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
+    stage = stage.with_command("trainer/run.py", "--config", stage.folder / SETTINGS, settings=to_yaml(config))
+    return stage, config
 
 
 def facts_of(config: Config, out: Path) -> Settings:
