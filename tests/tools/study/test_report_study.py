@@ -61,9 +61,9 @@ def trained(folder: Path, name: str, seed: int, *arguments: str, steps: int = 20
 def evaluated(path: Path, num_right: int, **changes) -> Path:
     """An evaluation in which the first `num_right` images are recognised, and its predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    view = {"image_size": 32, "crop_pct": 0.95}
+    transform = {"image_size": 32, "crop_pct": 0.95}
     report = {"top1": 100 * num_right / IMAGES, "parameters": 1_500_000, "digest": "e" * 64, "images": IMAGES}
-    report |= {"precision": "float32", "pipeline": "torchvision", "software": {"torch": "2"}, "view": view}
+    report |= {"precision": "float32", "pipeline": "torchvision", "software": {"torch": "2"}, "view": transform}
     path.write_text(json.dumps({**report, **changes}))
     label = np.zeros(IMAGES, np.int64)
     top = np.where(np.arange(IMAGES) < num_right, 0, 1)[:, None]

@@ -27,7 +27,7 @@ from tools.lib.common import front
 from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.units import human_seconds
 from tools.lib.study.results import StudentResult, StudyResults
-from tools.lib.study.statistics import Comparison, compare_students, letters
+from tools.lib.study.significance import Comparison, compare_students, letters
 from trainer.config.natures import setting_natures
 from trainer.models.files.torch_files import load_plain
 from trainer.monitor.report.charts import CHARTS, Chart, draw
