@@ -1,6 +1,7 @@
 """The report of a study: its numbers, what it warns of, and that equal files give equal bytes."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import tools.lib.study.report
 from conftest import TINY
 from support.sessions import ONE
 from tools.lib.common import front
-from tools.lib.study.report import write_report
+from tools.lib.study.report import Point, write_report
 from tools.lib.study.results import PaperPoint, StudentResult, StudyResults, TeacherResult
 from trainer.config.recipe import audit
 from trainer.config.sections import parse, to_yaml
@@ -21,6 +22,7 @@ from trainer.monitor.run_files import write_summary
 from trainer.monitor.telemetry import Telemetry
 
 IMAGES = 400
+DRAWING = tools.lib.study.report.draw, front.picture
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +61,9 @@ def trained(folder: Path, name: str, seed: int, *arguments: str, steps: int = 20
 def evaluated(path: Path, num_right: int, **changes) -> Path:
     """An evaluation in which the first `num_right` images are recognised, and its predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    view = {"image_size": 32, "crop_pct": 0.95}
+    transform = {"image_size": 32, "crop_pct": 0.95}
     report = {"top1": 100 * num_right / IMAGES, "parameters": 1_500_000, "digest": "e" * 64, "images": IMAGES}
-    report |= {"precision": "float32", "pipeline": "torchvision", "software": {"torch": "2"}, "view": view}
+    report |= {"precision": "float32", "pipeline": "torchvision", "software": {"torch": "2"}, "view": transform}
     path.write_text(json.dumps({**report, **changes}))
     label = np.zeros(IMAGES, np.int64)
     top = np.where(np.arange(IMAGES) < num_right, 0, 1)[:, None]
@@ -178,6 +180,14 @@ def test_what_changes_no_result_is_no_warning(tmp_path):
     assert reported(tmp_path, study(students))["warnings"] == []
 
 
+def test_another_file_of_teacher_weights_is_named(tmp_path):
+    teachers = [["--teacher.name", "test_resnet", "--teacher.checkpoint", file] for file in ("x.pth", "y.pth")]
+    students = [student(tmp_path, name, 0, 300, *teacher) for name, teacher in zip("ab", teachers, strict=True)]
+    assert (
+        "runs differ in teacher.checkpoint: x.pth in a; y.pth in b" in reported(tmp_path, study(students))["warnings"]
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
@@ -239,9 +249,12 @@ def test_a_failed_student_and_a_missing_seed_are_reported_and_the_others_have_th
     assert "&lt;no memory&gt;" in page and 'href="../logs/a%20%231.log"' in page and "<no memory>" not in page
 
 
-def test_a_study_in_which_everything_failed_has_a_page(tmp_path):
+def test_a_study_in_which_everything_failed_has_a_page_and_no_pictures_of_an_earlier_one(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "front.png").touch()
     found = reported(tmp_path, study([StudentResult("a", "a", {}, 0, failed="train: killed")]))
     assert found["pairs"] == [] and "train: killed" in page_text(tmp_path)
+    assert not (tmp_path / "report" / "front.png").exists()
 
 
 def test_students_that_were_evaluated_on_other_images_are_not_compared(tmp_path):
@@ -253,6 +266,19 @@ def test_students_that_were_evaluated_on_other_images_are_not_compared(tmp_path)
 
 
 # --- files ---
+
+
+def test_curves_of_more_runs_than_there_are_colors_and_points_with_intervals_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tools.lib.study.report, "draw", lambda chart: drawn.append(chart) or b"")
+    students = [student(tmp_path, f"s{number}", 0, 300, steps=3) for number in range(9)]
+    reported(tmp_path, study(students))
+    draw, picture = DRAWING
+    first, last = (dataclasses.replace(drawn[0], curves=[drawn[0].curves[i]] * 2) for i in (0, 7))
+    assert drawn[0].curves[7].color == 7 and draw(first) != draw(last)  # The same color of seven, with another marker.
+    points = [Point("a", 80.0, 10.0, (70.0, 90.0), on_front=True), Point("b, paper", 81.0, 9.0, None, True)]
+    pictures = [picture({"eager": some}, "", {False: "", True: ""}) for some in (points, [points[0], points[0]])]
+    assert pictures[0] != pictures[1] and all(each.startswith(b"\x89PNG") for each in pictures)
 
 
 def test_a_study_that_was_interrupted_has_the_same_results_and_curves(tmp_path, monkeypatch):

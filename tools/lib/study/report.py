@@ -27,18 +27,17 @@ from tools.lib.common import front
 from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.units import human_seconds
 from tools.lib.study.results import StudentResult, StudyResults
-from tools.lib.study.statistics import Comparison, compare_students, letters
+from tools.lib.study.significance import Comparison, compare_students, letters
 from trainer.config.natures import setting_natures
 from trainer.models.files.torch_files import load_plain
-from trainer.monitor.report.charts import CHARTS, draw
+from trainer.monitor.report.charts import CHARTS, Chart, draw
 from trainer.monitor.report.page import PAGE, RunRecord, charts, embedded, read_run, template, text
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
-_KINDS = ("ema", "raw")  # Weights that are evaluated on the validation images; other evaluations are suites.
+# The weights that are evaluated on the validation images; other evaluations are suites.
+_WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 _OF_THE_STUDENT = {"student.name", "student.kwargs", "student.seed"}
 _OF_MODELS = ("student.", "teacher.")  # The files that these settings name change results, unlike other paths.
-_SERIES = {"loss": "train/loss", "top1": "eval/ema/top1", "agreement": "train/agreement"}
-_CURVES = [dataclasses.replace(chart, series={"": _SERIES[chart.name]}) for chart in CHARTS if chart.name in _SERIES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,10 @@ class Run:
     def key(self) -> tuple[str, int]:
         """Student and seed."""
         return self.result.title, self.result.seed
+
+    def lines(self, kind: str) -> list[dict]:
+        """The lines of its metrics.jsonl of this kind."""
+        return self.record.of(kind) if self.record is not None else []
 
     def top1(self, name: str) -> float | None:
         """Accuracy in percent: of an evaluation, otherwise of the weights after the last update of the run."""
@@ -98,8 +101,7 @@ def write_report(out: Path, results: StudyResults) -> Path:
     Returns:
       the page's path.
     """
-    kind = next((kind for kind in _KINDS if any(kind in each.evaluations for each in results.students)), _KINDS[0])
-    weights = {"ema": "EMA weights", "raw": "raw weights"}[kind]
+    kind = next((kind for kind in _WEIGHTS if any(kind in each.evaluations for each in results.students)), "ema")
     runs = [_read(each, results.students, kind) for each in results.students]
     students = [Student(title, [*group]) for title, group in itertools.groupby(runs, lambda run: run.result.title)]
     warnings = _warnings(results, runs, kind)
@@ -112,31 +114,30 @@ def write_report(out: Path, results: StudyResults) -> Path:
         student.row |= {"low": low, "high": high, "letters": letter}
     panels = _fronts(students, compared, comparison, results, kind)
     students.sort(key=lambda student: -(student.row.get(f"top1_{kind}") or -1))
-    pictures = {chart.name: (chart.title, draw(chart)) for chart in _curves(runs)}
+    pictures = {chart.name: (chart.title, draw(chart)) for chart in _curves(runs, kind)}
     if panels:
-        drawn = front.picture(
-            panels, f"Accuracy ({weights}) and speed", {False: "trained here", True: "the paper's accuracy"}
-        )
+        legend = {False: "trained here", True: "the paper's accuracy"}
+        drawn = front.picture(panels, f"Accuracy ({_WEIGHTS[kind]}) and speed", legend)
         pictures = {"front": ("Accuracy and speed", drawn), **pictures}
     pairs = _pairs(compared, comparison)
     out.mkdir(parents=True, exist_ok=True)
-    for name, (_, content) in pictures.items():
-        write_synced(out / f"{name}.png", content)
+    for name in ("front", *(chart.name for chart in CHARTS)):
+        if name in pictures:
+            write_synced(out / f"{name}.png", pictures[name][1])
+        else:  # An earlier report may have had it.
+            (out / f"{name}.png").unlink(missing_ok=True)
     write_synced(out / "study.csv", _csv(students).encode())
-    write_synced(
-        out / "study.json", (json.dumps(_everything(results, students, warnings, pairs), indent=1) + "\n").encode()
-    )
+    everything = json.dumps(_everything(results, students, warnings, pairs), indent=1)
+    write_synced(out / "study.json", f"{everything}\n".encode())
     page = template(Path(__file__).with_name("study.html")).render(
         title=results.title,
         results=results,
-        weights=weights,
-        devices=", ".join(
-            dict.fromkeys(line.get("device", "?") for run in runs if run.record for line in run.record.of("session"))
-        ),
+        weights=_WEIGHTS[kind],
+        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.lines("session"))),
         warnings=warnings,
         students=students,
         backends=[key for key in dict.fromkeys(key for each in students for key in each.measured) if ":" in key],
-        suites=list(dict.fromkeys(name for run in runs for name in run.reports if name not in _KINDS)),
+        suites=list(dict.fromkeys(name for run in runs for name in run.reports if name not in _WEIGHTS)),
         pairs={(pair["a"], pair["b"]): pair for pair in pairs},
         images=len(next((run.correct for run in runs if run.correct is not None), ())),
         audit=_audit(runs),
@@ -275,7 +276,7 @@ def _compared(students: Sequence[Student]) -> tuple[list[Student], Comparison]:
     """The students whose predictions are of the same images as the first one's, and how they compare."""
     known = {}
     for run in (run for student in students for run in student.runs if run.correct is not None):
-        report = next(run.reports[kind] for kind in _KINDS if kind in run.reports)
+        report = next(run.reports[kind] for kind in _WEIGHTS if kind in run.reports)
         known.setdefault(report["digest"], {}).setdefault(run.key[0], []).append(run.correct)
     found = max(known.values(), key=len, default={})
     if not found:
@@ -290,13 +291,13 @@ def _fill_row(student: Student, results: StudyResults) -> None:
     row, runs = student.row, student.runs
     row |= {"name": runs[0].result.name, "kwargs": runs[0].result.kwargs}
     row |= {"seeds": len(runs), "failed": sum(bool(run.result.failed) for run in runs)}
-    for name in dict.fromkeys([*_KINDS, *(name for run in runs for name in run.reports)]):
+    for name in dict.fromkeys([*_WEIGHTS, *(name for run in runs for name in run.reports)]):
         values = [value for run in runs if (value := run.top1(name)) is not None]
         row[f"top1_{name}"] = statistics.mean(values) if values else None
         row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
     row["parameters"] = next((each["parameters"] for run in runs for each in run.reports.values()), None)
     row["paper"] = next((point.top1 for point in results.paper if point.name == row["name"]), None)
-    speeds = [line["images_per_s"] for run in runs if run.record for line in run.record.of("train")]
+    speeds = [line["images_per_s"] for run in runs for line in run.lines("train")]
     student.measured["train_images_per_s"] = statistics.median(speeds) if speeds else None
     student.measured["device_hours"] = sum(run.hours for run in runs)
 
@@ -347,8 +348,15 @@ def _pairs(students: Sequence[Student], comparison: Comparison) -> list[dict]:
 # --- writing ---
 
 
-def _curves(runs: Sequence[Run]) -> list:
+def _curves(runs: Sequence[Run], kind: str) -> list[Chart]:
     """The curves of all runs; seeds of a student have its color, and one entry of the legend."""
+    series = {"loss": "train/loss", "top1": f"eval/{kind}/top1", "agreement": "train/agreement"}
+    titles_of = {"top1": f"Validation accuracy, {_WEIGHTS[kind]}", "agreement": "Agreement of student and teacher"}
+    kinds = [
+        dataclasses.replace(chart, title=titles_of.get(chart.name, chart.title), series={"": series[chart.name]})
+        for chart in CHARTS
+        if chart.name in series
+    ]
     records = [run.record for run in runs if run.record is not None]
     titles = list(dict.fromkeys(record.name for record in records))
     return [
@@ -360,7 +368,7 @@ def _curves(runs: Sequence[Run]) -> list:
                 for curve in chart.curves
             ],
         )
-        for chart in charts(records, _CURVES)
+        for chart in charts(records, kinds)
     ]
 
 
@@ -391,7 +399,7 @@ def _everything(results: StudyResults, students: Sequence[Student], warnings: li
         "runs": [
             {
                 **{"student": run.result.title, "seed": run.result.seed, "failed": run.result.failed},
-                "top1": {name: run.top1(name) for name in dict.fromkeys([*_KINDS, *run.reports])},
+                "top1": {name: run.top1(name) for name in dict.fromkeys([*_WEIGHTS, *run.reports])},
                 "best": run.record.summary.get("best") if run.record else None,
                 "deviations": run.record.deviations if run.record else None,
             }

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tools.lib.study.statistics import compare_students, letters
+from tools.lib.study.significance import compare_students, letters
 
 IMAGES, IMAGE_SD = 200, 2.0  # Images differ in how hard they are, for all students alike.
 
