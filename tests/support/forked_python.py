@@ -34,13 +34,15 @@ _TESTS = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def executable() -> str:
-    """The program's path; the process that is forked ends with the one that has called this or `share` first."""
-    return os.environ.get(_SHARED) or _start()
+    """The program's path, once it can be forked; the process that is forked ends with the one that started it."""
+    program = os.environ.get(_SHARED) or _start()
+    subprocess.run([program, "-c", ""], check=True)
+    return program
 
 
 def share() -> None:
-    """Let the processes that this one starts fork the same process as this one."""
-    os.environ[_SHARED] = executable()
+    """Start the process that is forked, for this one and all that it starts; `executable` waits until it is ready."""
+    os.environ[_SHARED] = _start()
 
 
 def _start() -> str:
