@@ -21,7 +21,7 @@ import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of most runs here)
 from pipelines.shards.index import ShardIndex, read_index
-from support.forked_python import executable, share
+from support.forked_python import executable, start_for_workers
 from support.processes import REPOSITORY, without_workers
 from tools.demo import write_digits
 from tools.lib.common.photos import write_photographs
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """The processes of xdist share the one that is forked, which imports everything while they begin."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        share()
+        start_for_workers()
 
 
 def pytest_collection_finish():

@@ -27,7 +27,7 @@ _PRELOADED = (
     *("support.tiny_model", "trainer.run", "tools.evaluate"),
     *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
 )
-_SHARED = "USI_TESTS_FORKED_PYTHON"  # In the environment: the program of a process that has called `share`.
+_SHARED = "USI_TESTS_FORKED_PYTHON"  # In the environment: the program of the process that `start_for_workers` started.
 _NETWORK = "/proc/self/ns/net"
 _TESTS = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def executable() -> str:
     return program
 
 
-def share() -> None:
+def start_for_workers() -> None:
     """Start the process that is forked, for this one and all that it starts; `executable` waits until it is ready."""
     os.environ[_SHARED] = _start()
 
