@@ -153,7 +153,7 @@ def test_train_measures_a_run_on_photographs_against_itself_on_synthetic_images(
 
 def test_replay_measures_updates_recording_and_reading(run):
     rows, printed = run("replay", *TINY, "--compile", "no", "--images", "16")
-    updates = [replays.ALONE, replays.LIVE, replays.REPLAY, replays.RECORDING]
+    updates = [replays.ALONE, replays.LIVE, replays.AT_HAND, replays.REPLAY, replays.RECORDING]
     assert [row["what"] for row in rows] == [*updates, replays.LOADER, replays.BESIDE, replays.READING]
     for row in rows:
         assert 0 < row["min"] <= row["images_per_s"] <= row["max"] and row["ms"] > 0 and row["ratio"] > 0, row
