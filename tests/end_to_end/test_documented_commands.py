@@ -39,7 +39,7 @@ from tools import (
 )
 from tools.evaluate import EvalConfig
 from tools.lib.record_teacher.store_commands import SUBCOMMANDS as STORE_COMMANDS
-from trainer import run
+from trainer import run, together
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import Config, parse, to_yaml
@@ -50,7 +50,7 @@ TOOLS = {
     for tool in (
         *(average, benchmark, compare, demo, doctor, export, parity, predict, record_teacher, report, shard_imagenet),
     )
-} | {"tests/chaos": chaos, "tests/fidelity": fidelity}
+} | {"tests/chaos": chaos, "tests/fidelity": fidelity, "trainer/together.py": together}
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
