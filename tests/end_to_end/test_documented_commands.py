@@ -200,7 +200,8 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "config.yaml").write_text(to_yaml(Config()))
     (tmp_path / "RUN-OR-CONFIG").symlink_to(REPOSITORY / "configs" / "usi.yaml")
-    (tmp_path / "mine.yaml").write_text("schedule:\n  epochs: 100\n")
+    for name in ("mine.yaml", "A.yaml"):
+        (tmp_path / name).write_text("schedule:\n  epochs: 100\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
