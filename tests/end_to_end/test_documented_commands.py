@@ -39,7 +39,7 @@ from tools import (
 )
 from tools.evaluate import EvalConfig
 from tools.lib.record_teacher.store_commands import SUBCOMMANDS as STORE_COMMANDS
-from trainer import run
+from trainer import run, together
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import Config, parse, to_yaml
@@ -50,7 +50,7 @@ TOOLS = {
     for tool in (
         *(average, benchmark, compare, demo, doctor, export, parity, predict, record_teacher, report, shard_imagenet),
     )
-} | {"tests/chaos": chaos, "tests/fidelity": fidelity}
+} | {"tests/chaos": chaos, "tests/fidelity": fidelity, "trainer/together.py": together}
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
@@ -205,7 +205,8 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "config.yaml").write_text(to_yaml(Config()))
     (tmp_path / "RUN-OR-CONFIG").symlink_to(REPOSITORY / "configs" / "usi.yaml")
-    (tmp_path / "mine.yaml").write_text("schedule:\n  epochs: 100\n")
+    for name in ("mine.yaml", "A.yaml"):
+        (tmp_path / name).write_text("schedule:\n  epochs: 100\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
