@@ -38,7 +38,6 @@ from tools import (
     shard_imagenet,
 )
 from tools.evaluate import EvalConfig
-from tools.lib.record_teacher.store_commands import SUBCOMMANDS as STORE_COMMANDS
 from trainer import run, together
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
@@ -54,7 +53,7 @@ TOOLS = {
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
-    record_teacher: STORE_COMMANDS,
+    record_teacher: record_teacher.SUBCOMMANDS,
     shard_imagenet: SUBCOMMANDS,
 }
 # Modules of others that `python -m` starts.
