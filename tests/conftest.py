@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import socket
 import subprocess
@@ -20,13 +21,14 @@ import torch
 
 import support.tiny_model  # noqa: F401  (registers the student of most runs here)
 from pipelines.shards.index import ShardIndex, read_index
-from support.forked_python import executable
+from support.forked_python import executable, start_for_workers
 from support.processes import REPOSITORY, without_workers
 from tools.lib.common.photos import write_digits, write_photographs
 from tools.lib.shards.build import BuildOptions, build
 
 # A worker takes one file after the other. These take longest, so they come first: none is left when the rest is done.
 SLOW = (
+    *("test_gpu_stub", "test_attention", "test_replay", "test_benchmark", "test_recorders"),
     *("test_exact_resume", "test_resume", "test_preemption", "test_backbones", "test_resume_ranks", "test_chaos"),
     *("test_export", "test_teacher", "test_oracle", "test_run", "test_nonfinite", "test_writer", "test_batch_norm"),
     *(
@@ -54,6 +56,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_configure(config):
+    """The processes of xdist share the one that is forked, which imports everything while they begin."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        start_for_workers()
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

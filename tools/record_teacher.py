@@ -51,7 +51,7 @@ from trainer.targets.header import claim
 from trainer.targets.store import Coverage, verify
 
 _AGAIN = "Run the same command again to record the rest, the block in work included"
-_SUBCOMMANDS = {
+SUBCOMMANDS = {
     "info": "what a store holds",
     "verify": "find every file that is not as it was recorded",
     "merge": "add the pieces of other stores of the same plan, teacher, codec and precision",
@@ -148,13 +148,13 @@ def _transcode(options: argparse.Namespace) -> None:
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the settings, which trainer.config.sections.parse reads. Subcommands have none of these."""
-    if arguments[:1] and arguments[0] in _SUBCOMMANDS:
+    if arguments[:1] and arguments[0] in SUBCOMMANDS:
         return _parse_subcommand(arguments), []
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n\n")[0],
         usage="%(prog)s STORE --config FILE [--codec NAME] [--epochs N] [--section.key value ...]",
         epilog="Other uses: "
-        + "; ".join(f"'{name} STORE': {meaning}" for name, meaning in _SUBCOMMANDS.items())
+        + "; ".join(f"'{name} STORE': {meaning}" for name, meaning in SUBCOMMANDS.items())
         + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
         "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
         "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
@@ -190,7 +190,7 @@ def _parse_subcommand(arguments: list[str]) -> argparse.Namespace:
     """The options of a subcommand, which is the first of the arguments."""
     parser = argparse.ArgumentParser(prog="record_teacher.py", description="Teacher stores.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, meaning in _SUBCOMMANDS.items():
+    for name, meaning in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
         command.add_argument("store", type=path_argument, metavar="STORE", help="folder of the store")
     sources = "stores of the same plan, teacher, codec and precision; they stay unchanged"

@@ -163,6 +163,7 @@ def build(
     place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
     state = build_state(config, plan, student, precision, classes, world)
+    state.stores = {key: store.header.facts for key, store in stores.items()}
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)

@@ -78,7 +78,7 @@ def heard(run: Run) -> Teachers | None:
     return Teachers([RecordedTeacher(codec.decode, codec.row_bytes, note)], run.config.distill.temperature)
 
 
-def share(runs: Sequence[Run]) -> SharedBatches:
+def connect(runs: Sequence[Run]) -> SharedBatches:
     """Make the runs take their images from one pipeline, and their targets from the teachers of the first run."""
     first = runs[0]
     plan, world, replay = first.plan, first.world, first.replay

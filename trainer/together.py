@@ -40,7 +40,7 @@ from trainer.models.checks import reporting_one_value_per_channel
 from trainer.monitor.monitor import NonFiniteError
 from trainer.monitor.run_files import Summary
 from trainer.run import reporting_errors
-from trainer.sharing import check_configs, check_runs, heard, share
+from trainer.sharing import check_configs, check_runs, connect, heard
 
 
 class Student:
@@ -90,7 +90,7 @@ def train_together(configs: Sequence[Config], world: World) -> list[Student]:
     preemption = Preemption(world)
     with preemption.catching_signals(), contextlib.ExitStack() as closing:
         runs = build_together(configs, world, preemption)
-        closing.callback(share(runs).close)
+        closing.callback(connect(runs).close)
         students = [Student(run) for run in runs]
         del runs
         for student in students:
@@ -102,7 +102,7 @@ def train_together(configs: Sequence[Config], world: World) -> list[Student]:
 
 
 def build_together(configs: Sequence[Config], world: World, preemption: Preemption) -> list[Run]:
-    """The runs, of which the first alone has teachers: `share` gives the others what these say."""
+    """The runs, of which the first alone has teachers: `connect` gives the others what these say."""
     check_configs(configs)
     first = build(configs[0], world, preemption)
     runs = [first]

@@ -152,6 +152,7 @@ def test_an_evaluation_is_tried_beside_moments_and_gradients(like_dali, tmp_path
     assert beside - alone >= 3 * sum(parameter.nbytes for parameter in found.state.student.parameters())
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_fit_is_refused_with_advice(like_dali, tmp_path):
     with pytest.raises(UserError, match="not even two images fit .* Lower run.eval_b"):
         built(tmp_path / "run", {**SETTINGS, "run.eval_batch": 8192})

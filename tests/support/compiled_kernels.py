@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -29,7 +29,7 @@ CAPABILITIES = 80, 90, 100  # A100, H100 and H200, B200
 LARGE = 16384  # images of 224 px have more than 2**31 values: more than any run's batch
 # A case of `launches`, whether multiplications and additions may be fused, and for which GPUs it is compiled. Not all
 # for all, since each takes a second or two.
-_TRIED = (
+TRIED = (
     ("a probe", False, CAPABILITIES),
     ("RandAugment, of a run", False, (90, 100)),
     ("RandAugment, large", False, (90, 100)),
@@ -41,6 +41,19 @@ _TRIED = (
     ("mixing, no teacher", False, CAPABILITIES),
     ("mixing, of a run", True, CAPABILITIES),
 )
+# Every kernel for two GPUs, and every case for one of them.
+TRIED_QUICKLY = (
+    ("a probe", False, (80, 90)),
+    ("RandAugment, large", False, (90,)),
+    ("RandAugment, unaligned", False, (80,)),
+    ("RandAugment, of a run", True, (90,)),
+    ("mixing, of a run", False, (90,)),
+    ("mixing, large", False, (80,)),
+    ("mixing, three models, unaligned", False, (90,)),
+    ("mixing, no teacher", False, (80,)),
+    ("mixing, of a run", True, (80,)),
+)
+Tried = Sequence[tuple[str, bool, Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +93,13 @@ class CompiledKernel:
         return sum(number for opcode, number in self.opcodes.items() if re.match("[A-Z]MUL", opcode))
 
 
-def compiled_kernels() -> list[CompiledKernel]:
-    """Every kernel of every case, compiled in a process and a cache of their own."""
+def compiled_kernels(tried: Tried) -> list[CompiledKernel]:
+    """The kernels of these cases, compiled in a process and a cache of their own."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests", "TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+        command = [sys.executable, __file__, json.dumps(tried)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [CompiledKernel(**fields | {"grid": tuple(fields["grid"])}) for fields in json.loads(done.stdout)]
 
@@ -217,11 +231,11 @@ def without_device(capability: int, fused: bool) -> Iterator[RecordingDriver]:
         yield recording
 
 
-def record() -> list[dict]:
-    """The fields of every CompiledKernel."""
+def record(tried: Tried) -> list[dict]:
+    """The fields of every CompiledKernel of these cases."""
     found, machine_code, launch = [], {}, launches()
     with ThreadPoolExecutor() as pool:  # a disassembler takes a third of a second to start
-        for case, fused, capabilities in _TRIED:
+        for case, fused, capabilities in tried:
             for capability in capabilities:
                 with without_device(capability, fused) as driver:
                     launch[case]()
@@ -254,4 +268,4 @@ def _output(*command) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(record()))
+    print(json.dumps(record(json.loads(sys.argv[1]))))

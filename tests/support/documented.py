@@ -10,14 +10,17 @@ from conftest import REPOSITORY
 SBATCH = "tools/slurm/train.sbatch"
 _PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "tests" / "README.md"]
 DOCUMENTS = [*_PAGES, *sorted((REPOSITORY / "docs").glob("*.md"))]
-PROGRAMS = [*sorted((REPOSITORY / "tools").rglob("*.py")), REPOSITORY / "trainer" / "run.py"]
+PROGRAMS = [
+    *sorted((REPOSITORY / "tools").rglob("*.py")),
+    *(REPOSITORY / "trainer" / name for name in ("run.py", "together.py")),
+]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 SUBCOMMANDS = ("build", "merge", "index", "verify", "info")  # Docs name these of tools/shard_imagenet.py alone.
 # Commands of others: nothing of theirs is checked.
 NOT_OURS = ("pip", "pre-commit", "apt-get", "nc", "mkdir", "getent", "srun", "salloc")
 _OURS = ("python", "torchrun", "sbatch", "make")
 _OPTION = re.compile(r"^(?!--).*\s--\w")  # The option follows another word.
-_WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/run\.py) +\S")
+_WITH_ARGUMENTS = re.compile(r"(tools/\w+\.py|train\.sbatch|trainer/(?:run|together)\.py) +\S")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Started by tests/trainer/state/test_preemption.py: runs whose number of ranks changes, with a note of all that each
+"""Started by tests/trainer/state/test_resume_ranks.py: runs whose number of ranks changes, with a note of all that each
 step was given.
 
-python tests/support/elastic_runs.py FOLDER: the runs below, beside each what its steps were given.
+python tests/support/elastic_runs.py FOLDER few|many: the runs below, beside each what its steps were given.
 """
 
 import hashlib
@@ -24,6 +24,9 @@ GLOBAL_BATCH = 64
 NO_BATCH_NORM = [
     *("--student.name", "test_vit", "--student.kwargs.drop_rate", "0", "--student.kwargs.drop_path_rate", "0")
 ]
+# How many ranks a run has after step 10, and until which step. An update has four groups of 16 images.
+CHANGES = {"few": ((3, 12), (6, 13), (1, 15)), "many": ((4, 12), (7, 14), (3, 16), (16, 17), (1, 20))}
+ONE_UPDATE = {"few": (1, 3, 7), "many": (1, 3, 5, 7)}  # With how many ranks a run of one update is made.
 LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 
@@ -60,14 +63,14 @@ def copy_checkpoint(source: Path, step: int, out: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, number = Path(sys.argv[1]), sys.argv[2]
     root = runs.make_dataset(folder)
     run(root, folder / "steady", 2, 20)
     copy_checkpoint(folder / "steady", 10, folder / "changing")
-    for ranks, stop in ((4, 12), (7, 14), (3, 16), (16, 17), (1, 20)):
+    for ranks, stop in CHANGES[number]:
         run(root, folder / "changing", ranks, stop)
-    for name, ranks in (("alone", 1), ("three", 3), ("five", 5), ("seven", 7)):
-        run(root, folder / name, ranks, 1, *NO_BATCH_NORM)
+    for ranks in ONE_UPDATE[number]:
+        run(root, folder / f"ranks-{ranks}", ranks, 1, *NO_BATCH_NORM)
     for name, ranks, *more in (("four", 4), ("own-statistics", 2, "--run.batch_norm", "none")):
         run(root, folder / name, ranks, 5, *more)
         copy_checkpoint(folder / name, 3, folder / f"{name}-resumed")

@@ -27,21 +27,37 @@ _PRELOADED = (
     *("support.tiny_model", "trainer.run", "tools.evaluate"),
     *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
 )
+_SHARED = "USI_TESTS_FORKED_PYTHON"  # In the environment: the program of the process that `start_for_workers` started.
 _NETWORK = "/proc/self/ns/net"
 _TESTS = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
 def executable() -> str:
-    """The program's path; the process that is forked ends with this one."""
+    """The program's path, once it can be forked; the process that is forked ends with the one that started it."""
+    program = os.environ.get(_SHARED) or _start()
+    subprocess.run([program, "-c", ""], check=True)
+    return program
+
+
+def start_for_workers() -> None:
+    """Start the process that is forked, for this one and all that it starts; `executable` waits until it is ready."""
+    os.environ[_SHARED] = _start()
+
+
+def _start() -> str:
+    """Start the process that is forked. A program that is started before it is ready waits for it."""
     folder = tempfile.TemporaryDirectory(prefix="forked-")
     address, program = Path(folder.name) / "socket", Path(folder.name) / "python"
     program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", __file__, str(address)])} "$@"\n')
     program.chmod(0o755)
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
-    command = [sys.executable, __file__, str(address), "--serve", str(program)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    assert server.stdout.readline() == b"ready\n"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen(64)
+        command = [sys.executable, __file__, str(listener.fileno()), "--serve", str(program)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pass_fds": [listener.fileno()]}
+        server = subprocess.Popen(command, env=environment, **pipes)
     atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
     return str(program)
 
@@ -81,7 +97,7 @@ def _client(address: str, arguments: list[str]) -> None:
 # --- the process that is forked ---
 
 
-def _serve(address: str, program: str) -> None:
+def _serve(listening: int, program: str) -> None:
     import importlib
     import select
 
@@ -89,12 +105,11 @@ def _serve(address: str, program: str) -> None:
     for module in ("support.processes", *_PRELOADED):
         importlib.import_module(module)
     sys.modules["trainer.config.sections"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
+    # The report at a run's end gets empty pictures, as in conftest.py: to draw them takes as long as a short run.
+    sys.modules["trainer.monitor.report.page"].draw = lambda chart: b""
     gc.freeze()  # a collection in a fork would copy every page with objects of this process
     forks: dict[socket.socket, int] = {}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen(64)
-        os.write(1, b"ready\n")
+    with socket.socket(fileno=listening) as listener:
         while True:
             ready, _, _ = select.select([0, listener, *forks], [], [], 0.005 if forks else None)
             if 0 in ready:  # whoever started this process has ended
@@ -195,6 +210,6 @@ def _run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:3] == ["--serve"]:
-        _serve(sys.argv[1], sys.argv[3])
+        _serve(int(sys.argv[1]), sys.argv[3])
     else:
         _client(sys.argv[1], sys.argv[2:])

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -238,44 +240,58 @@ def test_a_runtimes_own_error_of_reading_is_reported_like_any_other(error):
             process.answer()
 
 
-def test_a_backend_that_computes_something_else_is_refused(tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_parameters_are_counted_before_batch_norms_are_folded(tmp_path):
     model = Candidate("test_resnet", "test_resnet", "", 64)
-    facts = candidates.prepare(model, tmp_path, [candidates.ONNX])
-    assert facts.parameters_m == pytest.approx(0.469_688)
-    norms = [module for module in candidates.build(model).modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert not norms  # They are folded.
-    session = backends.OnnxRuntimeSession(model, tmp_path, Plan("cpu", batch=2, repeats=1, threads=1))
-    assert measuring._difference(session, tmp_path) < 1e-4
-    reference = torch.load(tmp_path / candidates.REFERENCE, weights_only=True)
+    assert candidates.prepare(model, tmp_path, []).parameters_m == pytest.approx(0.469_688)
+    assert not [module for module in candidates.build(model).modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+class Prepared(NamedTuple):
+    """A Hiera whose fused attention is not exported, the folder with its files, the backends that these are for."""
+
+    model: Candidate
+    folder: Path
+    facts: candidates.Facts
+    names: list[str]
+
+
+@pytest.fixture(scope="module", params=["float32", pytest.param("float16", marks=pytest.mark.long)])
+def hiera(request, tmp_path_factory) -> Prepared:
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    folder, names = tmp_path_factory.mktemp("hiera"), ["openvino", "onnxruntime"]
+    names += ["tensorrt"] if request.param == "float16" else []
+    write_folder(tiny_hiera(), folder)
+    model = Candidate("mine", "hiera_tiny_224", str(folder), 32)
+    facts = candidates.prepare(model, folder, [backends.BACKENDS[name].file for name in names])
+    return Prepared(model, folder, facts, names)
+
+
+def test_a_backend_that_computes_something_else_is_refused(hiera, tmp_path):
+    session = backends.OnnxRuntimeSession(hiera.model, hiera.folder, Plan("cpu", batch=2, repeats=1, threads=1))
+    assert measuring._difference(session, hiera.folder) < 1e-4
+    reference = torch.load(hiera.folder / candidates.REFERENCE, weights_only=True)
     torch.save({**reference, "logits": -reference["logits"]}, tmp_path / candidates.REFERENCE)
     with pytest.raises(UserError, match="its logits are 200% away from PyTorch's"):
         measuring._difference(session, tmp_path)
 
 
 def test_a_model_whose_fused_attention_is_not_exported_runs_with_plain_attention_on_these_backends_and_a_note_says_so(
-    tmp_path,
+    hiera,
 ):
-    for package in ("onnxruntime", "openvino"):
-        pytest.importorskip(package)
-    (tmp_path / "hiera").mkdir()
-    write_folder(tiny_hiera(), tmp_path / "hiera")
-    model = Candidate("mine", "hiera_tiny_224", str(tmp_path / "hiera"), 32)
-    facts = candidates.prepare(model, tmp_path, files := [candidates.ONNX, candidates.HALF_ONNX, candidates.OPENVINO])
-    assert facts.plain_attention == {*files}
-    session = backends.OnnxRuntimeSession(model, tmp_path, Plan("cpu", batch=2, repeats=1, threads=1))
-    assert measuring._difference(session, tmp_path) < 1e-4
+    assert hiera.facts.plain_attention == {backends.BACKENDS[name].file for name in hiera.names}
     opened = measuring.Opened(
         batch=2, calls_at_once=1, precision="float32", peak_memory_mib=1, difference_from_pytorch=0
     )
-    names = ("openvino", "onnxruntime", "tensorrt", "eager")
     timed = [1.0] * 6
-    rows, _ = results.rows_of(
-        [measuring.Measured(model, backends.BACKENDS[name], facts, opened, timed, timed) for name in names]
-    )
-    assert [row.plain_attention for row in rows] == [True, True, True, False]
+    measured = [
+        measuring.Measured(hiera.model, backends.BACKENDS[name], hiera.facts, opened, timed, timed)
+        for name in (*hiera.names, "eager")
+    ]
+    rows, _ = results.rows_of(measured)
+    assert [row.plain_attention for row in rows] == [True] * len(hiera.names) + [False]
     said = "with timm's plain attention, because the fused one cannot be exported: "
-    assert f"{said}mine (openvino), mine (onnxruntime), mine (tensorrt)" in results.notes(rows)
+    assert f"{said}{', '.join(f'mine ({name})' for name in hiera.names)}" in results.notes(rows)
 
 
 @pytest.fixture(scope="module")

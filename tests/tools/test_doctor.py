@@ -25,7 +25,6 @@ from tools.lib.doctor.stages import Rate
 from trainer.builder import build
 from trainer.cluster.world import World
 from trainer.config.sections import Config, parse
-from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
 ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 PIPELINE_SPEEDS = {
@@ -34,6 +33,12 @@ PIPELINE_SPEEDS = {
     stages.RESIZING: 5_500,
     stages.PIPELINE: 5_000,
 }
+
+
+@pytest.fixture(autouse=True)
+def short_timed_runs(monkeypatch):
+    """A timed run has one update at least: no speed is looked at here."""
+    monkeypatch.setattr(stages, "_LEAST_UPDATES", 1)
 
 
 def judged(shared_cores: bool = False, input_wait: float = 0.0, **speeds: float):
@@ -173,6 +178,9 @@ def test_a_run_is_measured_from_its_checkpoint_and_left_as_it_is(digits, tmp_pat
 
 def test_what_nobody_reads_is_written(digits, tmp_path, monkeypatch):
     """Behind `| head -1` rich ends the process."""
+    names = (*PIPELINE_SPEEDS, stages.STUDENT, stages.STEP, stages.WHOLE)
+    measured = output.Measured(32, {name: Rate(1, 1, 1) for name in names}, {32: 1.0}, 0.0, 1.0, cached=True)
+    monkeypatch.setattr(doctor, "measure", lambda *arguments: measured)
     monkeypatch.setattr(doctor, "stage_table", lambda measured: sys.exit(1))
     config = parse([*TINY, "--data.root", str(digits), "--run.out", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
@@ -180,8 +188,7 @@ def test_what_nobody_reads_is_written(digits, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "doctor.json").read_text())["measured"]["size"] == 32
 
 
-def test_the_store_of_a_recorded_teacher_is_a_stage(digits, tiny_run, tmp_path):
-    teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", checkpoints(checkpoints_folder(tiny_run))[-1]]
+def test_the_store_of_a_recorded_teacher_is_a_stage(digits, teacher, tmp_path):
     store = record(build_here(digits, tmp_path / "none", *teacher), tmp_path / "store", 20)
     run = build_here(digits, tmp_path / "none", "--teacher.store", store)
     measured = doctor.measure(run, remaining(run), 0.01)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import DROPOUT, REPOSITORY, TINY
 from pipelines.batch import BatchMaker
@@ -180,6 +181,20 @@ def test_a_student_that_diverges_leaves_the_others_alone(digits, teacher, alone,
     assert "not finite" in students[0].failure and students[0].run is None
     assert f"error: {wild.run.out}: {students[0].failure}" in capsys.readouterr().err
     assert_same(tmp_path, alone)
+
+
+def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, teacher, alone, tmp_path, monkeypatch):
+    step = TrainStep.__call__
+
+    def lacking(self, batches, number):
+        if number == 2 and self._config.run.out.name == "a":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, batches, number)
+
+    monkeypatch.setattr(TrainStep, "__call__", lacking)
+    students = train_together(both(tmp_path, "--data.root", digits, *teacher, "--run.stop_after_steps", 4), ONE)
+    assert students[0].failure.startswith("CUDA out of memory. Lower run.micro_batch") and not students[1].failure
+    assert lines(tmp_path / "b") == [line for line in lines(alone / "b") if line["step"] <= 4]
 
 
 def test_a_student_that_rolls_back_is_waited_for(digits, teacher, alone, tmp_path, monkeypatch):

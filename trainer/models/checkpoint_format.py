@@ -116,6 +116,7 @@ class Content(TypedDict, total=False):
     config: Annotated[dict[str, dict], is_plain]
     plan: Annotated[dict[str, Any], is_plain]
     audit: list[AuditRow] | None
+    stores: Annotated[dict[str, dict], is_plain]
     classes: list[str] | None
     software: dict[str, str] | None
     evaluated: _Count

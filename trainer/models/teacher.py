@@ -191,7 +191,7 @@ def num_images_needed(num_classes: int) -> int:
     return max(200, 10 * num_classes)
 
 
-def teacher_warning(found: float, num_classes: int) -> str:
+def teacher_warning(found: float, num_classes: int, *, is_recorded: bool = False) -> str:
     """The warning about teachers that know the labels hardly better than chance; "" for others.
 
     The student would learn nonsense from them without any error. The limit is twice chance, but with few classes no
@@ -199,14 +199,17 @@ def teacher_warning(found: float, num_classes: int) -> str:
 
     Args:
       found: the fraction of the mixed images where the teachers' best class is the label with the larger weight.
+      is_recorded: whether a teacher's outputs come from a store, which its settings cannot change any more.
     """
     chance = 1 / num_classes
     if found >= chance + min(chance, (1 - chance) / 4):
         return ""
+    advice = "Check teacher.checkpoint, teacher.classes, teacher.kwargs and teacher.image_size"
+    if is_recorded:
+        advice += " of the recording, and record another store with the right ones (tools/record_teacher.py)"
     return (
         f"the teacher finds the label of {found:.2%} of the mixed images, chance is {chance:.2%}: it hardly knows "
-        "these classes, or its outputs are in another order. Check teacher.checkpoint, teacher.classes, teacher.kwargs "
-        "and teacher.image_size"
+        f"these classes, or its outputs are in another order. {advice}"
     )
 
 

@@ -151,7 +151,9 @@ class Monitor:
             return
         self._num_judged += num_images
         self._num_found += top1 / 100 * num_images
-        warning = teacher_warning(self._num_found / self._num_judged, num_classes)
+        teacher = self._state.config["teacher"]
+        is_recorded = any(each["store"] for each in (teacher, *teacher["others"]))
+        warning = teacher_warning(self._num_found / self._num_judged, num_classes, is_recorded=is_recorded)
         if warning and self._num_judged >= num_needed:
             self.say(warning)
 

@@ -26,7 +26,7 @@ from trainer.models.checkpoint_format import (
     digest_of,
 )
 from trainer.models.files.torch_files import load_plain
-from trainer.state.checkpoint_settings import changes, check_same_plan
+from trainer.state.checkpoint_settings import changes, check_same_plan, store_changes
 from trainer.state.train_state import TrainState
 
 BEST = "best.pt"
@@ -88,6 +88,7 @@ def _origin(state: TrainState) -> dict:
         "plan": state.plan,
         "config": state.config,
         "audit": state.audit,
+        "stores": state.stores,
         "classes": state.classes,
         "software": software(),
     }
@@ -173,7 +174,7 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
     """Set the state to what a file holds.
 
     Returns:
-      one sentence for each setting and package that may change and has changed since the file was written.
+      one sentence for each setting, store and package that may change and has changed since the file was written.
     Raises:
       UserError: the file belongs to another plan; the first field that differs is named.
     """
@@ -202,7 +203,8 @@ def load(path: Path, content: dict, state: TrainState) -> list[str]:
         for name, present in software().items()
         if versions.get(name, present) != present
     ]
-    return changes(content["config"], state.config) + newer
+    stores = store_changes(content.get("stores", {}), state.stores)
+    return changes(content["config"], state.config) + stores + newer
 
 
 def _load_weights(model: torch.nn.Module, saved: dict) -> None:

@@ -20,6 +20,22 @@ def changes(saved: dict, current: dict) -> list[str]:
     return found
 
 
+def store_changes(saved: dict[str, dict], current: dict[str, dict]) -> list[str]:
+    """What the stores of recorded teachers were recorded from, where it differs from the checkpoint's, in words.
+
+    Another store may lie at the same path. Whether a teacher has a store at all is a setting, as in `changes`.
+
+    Args:
+      saved, current: TrainState.stores.
+    """
+    return [
+        f"{key}.store was recorded with {name} {saved[key].get(name)}, now it is recorded with {value}"
+        for key, facts in current.items()
+        for name, value in facts.items()
+        if key in saved and saved[key].get(name) != value
+    ]
+
+
 def check_settings(path: Path | str, config: dict, names: Iterable[str]) -> None:
     """Raise a UserError if one of the settings that are to be used from a checkpoint is of another type here.
 

@@ -28,6 +28,7 @@ class TrainState:
       plan: what the data depends on (TrainPlan.describe()) and the student's name and arguments; a checkpoint of
         another plan is refused.
       config: the resolved configuration. audit: its deviations from USI. Both are informational.
+      stores: what each recorded teacher's store was recorded from, by the teacher's key; resuming reports what differs.
       classes: the dataset's class names in the order of the labels, None where it has none.
       micro_batch: images of a forward pass on one rank; 0 as long as it is not known.
       step: updates done.
@@ -51,6 +52,7 @@ class TrainState:
     ranks_differ: bool = False
     rank_statistics: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
     best: Best = dataclasses.field(default_factory=Best)
+    stores: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def local_statistics(self) -> list[torch.Tensor]:
         """This rank's running statistics where ranks differ, else [].

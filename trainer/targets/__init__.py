@@ -4,6 +4,6 @@
     STORE/00000768-00000832.0-1024.safetensors    a piece: steps [768, 832), rows [0, 1024) of each global batch
 
 The augmented dataset is a pure function of the position, mixing included, and so is what a frozen teacher says of it.
-codec.py turns logits into bytes and back, header.py says what a store was recorded from, pieces.py writes its files and
-knows which steps they cover, store.py reads positions, and verify.py finds damage.
+codec.py turns logits into bytes and back, header.py says what a store was recorded from, pieces.py writes and reads its
+files, store.py reads positions and finds what is missing or damaged, and replay.py gives a run its targets.
 """

@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 from pipelines.common.errors import UserError
 
 _DEPTH = 20.0  # nats; classes further below the best one add nothing to a loss in float32.
-_LEVELS = 255  # the largest number in a byte
 _EXACT = {"fp32": torch.float32, "fp16": torch.float16}
 _COMPACT_TOP, _TAIL_LEVELS = 16, 7  # the classes that `compact` stores one by one, and the largest number in 3 bits
 # With fewer classes topK is refused: what it leaves out is systematic. A student of 1,000 classes had 8 % more KL with
@@ -31,8 +30,8 @@ class Codec:
       name: int8, fp32, fp16, compact, or topK for a number K.
       row_bytes: bytes of an encoded row.
       encode: logits [B, C] of any floating type -> uint8 [B, row_bytes], on the logits' device.
-      decode: uint8 [B, row_bytes] -> float32 [B, C]. Their softmax is that of the logits, up to the codec's error; only
-        fp32 and fp16 return the logits themselves, and the others subtract a constant from each row.
+      decode: uint8 [B, row_bytes] -> float32 [B, C] with the logits' softmax, up to the codec's error. All but fp32 and
+        fp16 subtract a constant from each row.
       any_temperature: whether the decoded logits may be softened by a temperature other than 1.
     """
 
@@ -54,8 +53,7 @@ def open_codec(name: str, num_classes: int) -> Codec:
     if dtype := _EXACT.get(name):
         size = num_classes * dtype.itemsize
         return Codec(name, size, lambda logits: _octets(logits, dtype), lambda rows: _floats(rows, dtype))
-    top = re.fullmatch(r"top([1-9]\d{0,4})", name)
-    reason = ""
+    top, reason = re.fullmatch(r"top([1-9]\d{0,4})", name), ""
     if name != "compact" and top is None:
         reason = f"it must be one of {', '.join(CODECS)}"
     elif num_classes > _MOST_NUMBERED:
@@ -74,12 +72,11 @@ def _encode_grid(logits: torch.Tensor) -> torch.Tensor:
     An error of a distance d changes the class's probability by about exp(-d) times the error, so large distances may
     have large errors.
     """
-    below = _below_best(logits).clamp(max=_DEPTH)
-    return (below.div(_DEPTH).sqrt() * _LEVELS).round().to(torch.uint8)
+    return (_below_best(logits).clamp(max=_DEPTH).div(_DEPTH).sqrt() * 255).round().to(torch.uint8)
 
 
 def _decode_grid(rows: torch.Tensor) -> torch.Tensor:
-    return -(rows.float() * (_DEPTH**0.5 / _LEVELS)).square()
+    return -(rows.float() * (_DEPTH**0.5 / 255)).square()
 
 
 def _largest(name: str, top: int, num_classes: int, *, has_levels: bool) -> Codec:

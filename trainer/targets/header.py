@@ -34,8 +34,8 @@ class TeacherFacts:
       kwargs: arguments of timm.create_model, plain values.
       image_size: side of the image it sees, pixels; 0 is the plan's size.
       weights: sha256 over its state dict.
-      checkpoint: sha256 of the file that its weights come from; None for timm's own. It is for information, because the
-        same weights may lie in several files.
+      checkpoint: sha256 of the file that its weights come from, for information, because the same weights may lie in
+        several files; None for timm's own.
       order: sha256 over the order of its outputs in the dataset's classes; None where it is the dataset's.
     """
 
@@ -102,6 +102,11 @@ class StoreHeader:
         codecs = " transcoded from ".join([self.codec, *reversed(self.transcoded_from)])
         return {**teacher, "codec": codecs, "precision": self.precision}
 
+    @property
+    def provenance(self) -> str:
+        """How the rows were computed and stored, for people."""
+        return f"{self.teacher.name}, recorded in {self.precision}, stored as {self.codec}"
+
     @functools.cached_property
     def identity(self) -> str:
         """Hash of all but what is for information, in hex: sha256. Each piece names the identity of its store."""
@@ -151,23 +156,19 @@ def read_header(store: Path) -> StoreHeader:
             f"{path}: has format version {clipped(version)}, and this program reads {FORMAT_VERSION}. Use the version "
             "of the program that recorded it, or record another store"
         )
-    header = _header_of(parsed, content)
-    if header is None:
-        reason = instead_of_content(content[:1024]) or (
-            "damaged, or not written by this program. Restore it from a copy, or record another store"
-        )
-        raise UserError(f"{path}: {reason}")
-    return header
+    if header := _header_of(parsed, content):
+        return header
+    damaged = "damaged, or not written by this program. Restore it from a copy, or record another store"
+    raise UserError(f"{path}: {instead_of_content(content[:1024]) or damaged}")
 
 
 def check_store_folder(store: Path) -> None:
     """Raise a UserError if something else than a store lies there, such as a run, a dataset or a file."""
-    if not store.exists():
-        return
-    if not store.is_dir():
+    if store.exists() and not store.is_dir():
         raise UserError(f"{store}: is no folder. Name a new one, or a store")
     # Another process may just be making the store: its header comes first, under a temporary name.
-    others = sorted(each.name for each in store.iterdir() if not (is_hidden(each.name) or is_leftover(each.name)))
+    names = sorted(each.name for each in store.iterdir()) if store.exists() else []
+    others = [name for name in names if not (is_hidden(name) or is_leftover(name))]
     if others and not (store / HEADER).exists():
         raise UserError(f"{store}: holds {others[0]} and no {HEADER}, so it is no store. Name a new folder, or a store")
 

@@ -105,7 +105,7 @@ def write_piece(store: Path, header: StoreHeader, piece: Piece, rows: np.ndarray
         raise ValueError(f"{piece}: rows are {rows.dtype} {list(rows.shape)}, and the piece takes uint8 {list(shape)}")
     rows = np.ascontiguousarray(rows)
     groups = rows.reshape(-1, header.mix_group * shape[2])
-    sums = np.array([zlib.crc32(group) for group in groups], dtype="<u4")
+    sums = np.array([zlib.crc32(group.data) for group in groups], dtype="<u4")
     return write_once(Path(store) / piece.name, [head_of(header, piece), sums.tobytes(), rows.data])
 
 

@@ -34,11 +34,7 @@ def open_stores(config: TeacherConfig) -> dict[str, TeacherStore]:
 
 def provenances(stores: Mapping[str, TeacherStore]) -> dict[str, str]:
     """How the outputs in each store were computed and stored, for people."""
-    headers = {key: store.header for key, store in stores.items()}
-    return {
-        key: f"{each.teacher.name}, recorded in {each.precision}, stored as {each.codec}"
-        for key, each in headers.items()
-    }
+    return {key: store.header.provenance for key, store in stores.items()}
 
 
 def with_recorded_settings(config: Config, stores: Mapping[str, TeacherStore]) -> Config:
@@ -48,39 +44,36 @@ def with_recorded_settings(config: Config, stores: Mapping[str, TeacherStore]) -
       UserError: the configuration names another teacher, or another precision, than what was recorded.
     """
     teacher = config.teacher
-    if len(stores) == len(teacher.members) and teacher.precision != "auto":
-        for key, store in stores.items():
-            if store.header.precision != teacher.precision:
-                raise UserError(
-                    f"{store.folder}: {key} was recorded in {store.header.precision}, and teacher.precision is "
-                    f"{teacher.precision}. Leave teacher.precision out, or give another store"
-                )
     members = {key: each if key not in stores else _recorded(key, each, stores[key]) for key, each in teacher.members}
+    for key, store in stores.items():
+        recorded, wanted = store.header.precision, teacher.precision
+        if len(stores) == len(members) and wanted not in ("auto", recorded):  # Else it is that of the live teachers.
+            raise UserError(
+                f"{store.folder}: {key} was recorded in {recorded}, and teacher.precision is {wanted}. Leave "
+                "teacher.precision out, or give another store"
+            )
     others = [each for key, each in members.items() if key != "teacher"]
-    if "teacher" in stores:
-        teacher = members["teacher"]
-    return dataclasses.replace(config, teacher=dataclasses.replace(teacher, others=others))
+    return dataclasses.replace(config, teacher=dataclasses.replace(members.get("teacher", teacher), others=others))
 
 
 def _recorded(key: str, given: OtherTeacher, store: TeacherStore) -> Any:
     """One teacher's settings as its store has them. A setting that has its default was not given."""
     facts = store.header.teacher
+    found = {name: getattr(facts, name) for name in ("name", "kwargs", "image_size")}
     defaults = {field.name: field.default for field in dataclasses.fields(type(given))} | {"kwargs": {}}
-    for name in ("name", "kwargs", "image_size"):
-        value, found = getattr(given, name), getattr(facts, name)
-        if value not in (None, defaults[name], found):
+    for name, value in found.items():
+        if getattr(given, name) not in (None, defaults[name], value):
             raise UserError(
-                f"{store.folder}: was recorded with {key}.{name} {found}, and {value} is given. Leave {key}.{name} "
-                "out, or give another store"
+                f"{store.folder}: was recorded with {key}.{name} {value}, and {getattr(given, name)} is given. Leave "
+                f"{key}.{name} out, or give another store"
             )
-    if given.checkpoint is not None:
-        content = sha256_of(given.checkpoint) if given.checkpoint.is_file() else None
-        if content is None or content != facts.checkpoint:
-            raise UserError(
-                f"{store.folder}: was not recorded from the file {given.checkpoint}, which is given as "
-                f"{key}.checkpoint. Leave it out, or give another store"
-            )
-    return dataclasses.replace(given, name=facts.name, kwargs=facts.kwargs, image_size=facts.image_size)
+    file = given.checkpoint
+    if file is not None and (not file.is_file() or sha256_of(file) != facts.checkpoint):
+        raise UserError(
+            f"{store.folder}: was not recorded from the file {file}, which is given as {key}.checkpoint. Leave it out, "
+            "or give another store"
+        )
+    return dataclasses.replace(given, **found)
 
 
 def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
@@ -91,12 +84,10 @@ def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: Train
     """
     epochs = config.schedule.total_epochs
     num_steps = plan.steps_per_epoch * min(epochs, config.augment.cycle_epochs or epochs)
+    temperature = config.distill.temperature
     for store in stores.values():
-        described = plan.describe()
-        if config.augment.fill is None:
-            described["fill"] = store.header.plan.get("fill")
-        check_plan(store.folder, store.header, described, plan.index.num_classes)
-        temperature = config.distill.temperature
+        fill = {"fill": store.header.plan.get("fill")} if config.augment.fill is None else {}
+        check_plan(store.folder, store.header, {**plan.describe(), **fill}, plan.index.num_classes)
         if temperature != 1 and not store.codec.any_temperature:
             raise UserError(
                 f"{store.folder}: is stored as {store.header.codec}, which serves no other temperature than 1, and "
@@ -134,12 +125,10 @@ def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]
       now: as `made_with`; the notes say with what else a store was recorded.
     """
     found = {}
-    for key, provenance in provenances(stores).items():
-        store = stores[key]
-        note = f"{key}: {provenance}; replayed from {store.folder}"
+    for key, store in stores.items():
+        note = f"{key}: {store.header.provenance}; replayed from {store.folder}"
         before = store.header.made_with
-        other = [name for name, value in now.items() if before.get(name, value) != value]
-        if other:
+        if other := [name for name, value in now.items() if before.get(name, value) != value]:
             is_seen = "pipeline" in other or "pipelines" in other
             what = "its pixels differ a little" if is_seen else "its outputs may differ in the last bits"
             note += f"; it was recorded with {', '.join(f'{name} {before[name]}' for name in other)}, so {what}"

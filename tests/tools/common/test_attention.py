@@ -16,6 +16,8 @@ from tools.lib.common.onnx_file import export_onnx, largest_difference, onnx_run
 from tools.lib.export.formats import FORMATS, export_program
 from tools.lib.export.timm_folder import timm_model
 
+pytestmark = pytest.mark.usefixtures("onnx_translations_read_once")
+
 
 class Undecided(nn.Module):
     """A model whose code asks for the value of a pixel, which no exporter can know."""
@@ -80,7 +82,9 @@ def sam_layer() -> nn.Module:
     return nn.Sequential(Reshaped(lambda images: images.permute(0, 2, 3, 1)), nn.Linear(3, 8), layer, nn.Flatten(1))
 
 
-@pytest.mark.parametrize("build", [Windows, nest_layer, sam_layer])
+@pytest.mark.parametrize(
+    "build", [sam_layer, *(pytest.param(layer, marks=pytest.mark.long) for layer in (Windows, nest_layer))]
+)
 def test_fused_attention_in_other_than_four_dimensions_falls_back_to_plain_attention_for_onnx(build, tmp_path):
     model, images, path = build().eval(), torch.randn(3, 3, 8, 8), tmp_path / "model.onnx"
     _, plain = fused_or_plain(model, lambda candidate: export_onnx(candidate, images, path))

@@ -256,6 +256,7 @@ def test_an_untouched_dataset_has_no_faults(dataset, capsys):
     assert "everything is as it was written" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("jobs_in_this_process")
 def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_located(dataset):
     index = read_index(dataset, "train")
     path = index.paths[1]
@@ -282,13 +283,14 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_located(dataset):
     assert verify(dataset) == []
 
 
+@pytest.mark.usefixtures("jobs_in_this_process")
 @pytest.mark.parametrize(
     "name", ["manifest.json", "audit.jsonl", "train/index.npy", "train/train-00002.idx", "val/val-00000.tar"]
 )
 def test_a_flipped_bit_at_random_places_of_every_kind_of_file_is_found(dataset, name, capsys):
     path = dataset / name
     places = random.Random(name)
-    for _ in range(10):
+    for _ in range(4):
         position = places.randrange(path.stat().st_size)
         flip(path, position)
         with pytest.raises(SystemExit) as done:
@@ -298,6 +300,7 @@ def test_a_flipped_bit_at_random_places_of_every_kind_of_file_is_found(dataset, 
         flip(path, position)
 
 
+@pytest.mark.usefixtures("jobs_in_this_process")
 @pytest.mark.parametrize("keep", [0, 511, 20_000, -1])
 def test_a_truncated_shard_is_found_with_the_sample_where_it_ends(dataset, keep):
     path = dataset / "train" / "train-00003.tar"
@@ -310,6 +313,7 @@ def test_a_truncated_shard_is_found_with_the_sample_where_it_ends(dataset, keep)
         assert any(f"byte {size}: the shard ends here" in fault for fault in faults)
 
 
+@pytest.mark.usefixtures("jobs_in_this_process")
 def test_swapped_shards_and_indices_and_missing_and_foreign_files_are_found(dataset):
     train = dataset / "train"
     swapped = shutil.copytree(dataset, dataset.with_name("swapped"))

@@ -112,6 +112,9 @@ def test_without_a_teacher_the_log_has_nothing_about_it(digits, tmp_path, capsys
 def test_the_bar_for_a_teacher(hits, images, classes, warns):
     warning = teacher_warning(hits / images, classes)
     assert bool(warning) == warns and ("hardly knows these classes" in warning) == warns
+    recorded = teacher_warning(hits / images, classes, is_recorded=True)
+    assert ("record another store with the right ones (tools/record_teacher.py)" in recorded) == warns
+    assert "record another" not in warning
 
 
 GENTLE = ["--augment.randaugment_ops", 0, "--augment.flip", 0, "--augment.repeats", 1, "--augment.crop_area", "[0.7,1]"]

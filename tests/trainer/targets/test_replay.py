@@ -10,6 +10,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from support.ranks import Ranks, run_ranks
 from support.recorded import record
+from support.recordings import save_teacher
 from support.tiny_runs import assert_same_end, build_here, first_batches, newest
 from trainer import builder, run
 from trainer.state.checkpoint import checkpoints, checkpoints_folder
@@ -182,6 +183,29 @@ def test_a_damaged_piece_ends_the_run_before_it_is_used(digits, store, tmp_path)
     piece.write_bytes(content)
     with pytest.raises(UserError, match=f"{piece.name}: is damaged at step 9"):
         train_here(digits, tmp_path / "run", "--teacher.store", damaged, "--run.log_every", 1)
+
+
+def test_another_store_at_the_same_path_is_reported_when_a_run_resumes(digits, store, teacher, tmp_path, capsys):
+    place = tmp_path / "store"
+    place.symlink_to(store)
+    train_here(digits, tmp_path / "run", "--teacher.store", place, "--run.stop_after_steps", 1)
+    run = build_here(digits, tmp_path / "none", *teacher, "--augment.mix_group", 32)
+    place.unlink()
+    record(run, place, STEPS, "fp16")
+    capsys.readouterr()
+    train_here(digits, tmp_path / "run", "--teacher.store", place, "--run.stop_after_steps", 2)
+    changed = "changed since the checkpoint: teacher.store was recorded with codec fp32, now it is recorded with fp16"
+    assert (said := capsys.readouterr().out).count("changed since the checkpoint") == 1 and changed in said
+
+
+def test_the_warning_about_a_recorded_teacher_says_what_helps(digits, tmp_path, capsys):
+    """The tests' teacher has learned nothing, and 200 images of ten classes are enough to say so."""
+    untrained = save_teacher(tmp_path / "teacher.pth")
+    run = build_here(digits, tmp_path / "none", *untrained, "--augment.mix_group", 32)
+    record(run, tmp_path / "store", 10)
+    settings = ["--teacher.store", tmp_path / "store", "--schedule.epochs", 2, "--run.log_every", 1]
+    train_here(digits, tmp_path / "run", *settings)
+    assert "record another store with the right ones (tools/record_teacher.py)" in capsys.readouterr().out
 
 
 def test_the_free_settings_may_differ(digits, store, tmp_path):

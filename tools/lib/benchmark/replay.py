@@ -5,6 +5,8 @@ What makes the rows of a table comparable:
 - The runs are built like any other, with the same student, images and plan. One has the live teacher, one replays a
   store of the same teacher, and one has labels alone. Their pixels are synthetic and cost nothing, as those of the
   recording, so a row has the models' time and not the loader's.
+- "targets at hand" has the loss of distillation, on rows of a codec that lie in memory. What a replay takes beyond this
+  row is the store's; what this row takes beyond the student alone is paid by every student that is distilled.
 - "recording" does for each batch what tools/record_teacher.py does: the mixed images, the teacher's forward pass in the
   tool's default precision, encoding, and a piece for each timed run, synced to the disk. The tool writes in a thread
   while it computes. This row does not, so it shows at least what the tool costs.
@@ -52,7 +54,7 @@ from trainer.targets.replay import made_with
 from trainer.update.inputs import teacher_inputs
 from trainer.update.precision import PRECISIONS
 
-ALONE, LIVE, REPLAY, RECORDING = "student alone", "live teacher", "replay", "recording"
+ALONE, LIVE, AT_HAND, REPLAY, RECORDING = "student alone", "live teacher", "targets at hand", "replay", "recording"
 LOADER, BESIDE, READING = "loader alone", "loader and replay", "reading the store alone"
 _CODEC = "int8"  # This is the tool's default.
 _PER_SHARD = 512  # A shard has this many photographs.
@@ -99,11 +101,16 @@ def _rows(setting: Setting, folder: Path, data: list[str], repeats: int, seconds
     store = recorder.record_epoch()
     # The labels, their smoothing and the mixing are the same without a teacher; the loss lacks the distillation.
     alone = open_run(dataclasses.replace(setting, teacher="null", weights=None), folder, data)
-    replayed = open_run(setting, folder, [*data, "--teacher.store", str(store)])
+    at_hand, replayed = (open_run(setting, folder, [*data, "--teacher.store", str(store)]) for _ in range(2))
     with contextlib.ExitStack() as stack:
         updates = {
-            what: stack.enter_context(contextlib.closing(Updates(run)))
-            for what, run in ((ALONE, alone), (LIVE, live), (REPLAY, replayed))
+            what: stack.enter_context(contextlib.closing(Updates(run, batches(run))))
+            for what, run, batches in (
+                (ALONE, alone, _synthetic),
+                (LIVE, live, _synthetic),
+                (AT_HAND, at_hand, _with_targets_at_hand),
+                (REPLAY, replayed, _synthetic),
+            )
         }
         for each in updates.values():
             each.make(_WARM_UP)
@@ -213,12 +220,10 @@ class Recorder:
 
 
 class Updates:
-    """Updates of a run on synthetic pixels, with the targets of its store where it has one; close it at the end."""
+    """Updates of a run on these batches, which must have the targets of its store; close it at the end."""
 
-    def __init__(self, run: Run):
-        self._run = run
-        self._batches = _batches(run, SyntheticPipeline(run.plan.index, device=run.world.device))
-        self._number = 0
+    def __init__(self, run: Run, batches: Generator[Batch, None, None]):
+        self._run, self._batches, self._number = run, batches, 0
 
     def make(self, count: int) -> None:
         """Make `count` updates."""
@@ -238,6 +243,17 @@ def _plans(run: Run) -> Iterator[BatchPlan]:
 def _batches(run: Run, pipeline: Pipeline) -> Generator[Batch, None, None]:
     """The batches of a run from a pipeline, with the targets of its store where it has one."""
     return batches_of(pipeline, _plans(run), run.replay)
+
+
+def _synthetic(run: Run) -> Generator[Batch, None, None]:
+    """The batches of a run with pixels that cost nothing, with the targets of its store where it has one."""
+    return _batches(run, SyntheticPipeline(run.plan.index, device=run.world.device))
+
+
+def _with_targets_at_hand(run: Run) -> Generator[Batch, None, None]:
+    """As `_synthetic`, but what stands for the targets is made in memory."""
+    batches = batches_of(SyntheticPipeline(run.plan.index, device=run.world.device), _plans(run))
+    yield from map(run.step.with_blank_targets, batches)
 
 
 def _skip(batches: Iterator[Batch], count: int) -> None:

@@ -129,7 +129,7 @@ def command_line(result: Result) -> str:
     """The subcommand and options that a result came from."""
     words = [result["benchmark"]]
     for name, value in result["options"].items():
-        words += [f"--{name}", *(value if isinstance(value, (list, tuple)) else [str(value)])]
+        words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return " ".join(words)
 
 

@@ -27,7 +27,7 @@ from trainer.builder import Run
 from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import alone
 from trainer.config.sections import DataConfig
-from trainer.sharing import share
+from trainer.sharing import connect
 from trainer.together import build_together
 
 ALONE = "one student alone"
@@ -79,7 +79,7 @@ def _rows(
             found[what].make(1)
         count = max(3 * _LEAD, updates_per_timed_run(functools.partial(found[ALONE].make, 1), seconds))
         candidates = {
-            what: Timed(functools.partial(each.make, count), functools.partial(each.make, _LEAD))
+            what: Timed(functools.partial(each.make, count), functools.partial(each.skip, _LEAD))
             for what, each in found.items()
         }
         seconds_of = interleaved(candidates, repeats)
@@ -108,7 +108,7 @@ class Students:
     def __init__(self, runs: Sequence[Run], *, is_shared: bool):
         self._stack = contextlib.ExitStack()
         if is_shared:
-            self._stack.callback(share(runs).close)
+            self._stack.callback(connect(runs).close)
         feeds = [self._stack.enter_context(contextlib.closing(run.feed(0))) for run in runs]
         self._runs = list(zip(runs, feeds, strict=True))
         self._number = 0
@@ -119,6 +119,12 @@ class Students:
             for run, feed in self._runs:
                 run.step(feed, self._number)
             self._number += 1
+
+    def skip(self, count: int) -> None:
+        """Take the batches of `count` updates, which nobody makes."""
+        for _ in range(count):
+            for _, feed in self._runs:
+                next(feed)
 
     def close(self) -> None:
         """End the threads of the loader."""
