@@ -46,7 +46,7 @@ def train(run: Run) -> Summary:
 
 
 def training(run: Run) -> Generator[None, None, Summary]:
-    """As `train`, which goes on whenever it is asked for the next item; signals are left to the caller.
+    """As `train`, an update for each item that is asked for; signals are left to the caller.
 
     It pauses before the first update, when the run has its folder, and after each one.
     """
