@@ -162,8 +162,7 @@ def build(
     place([student], config.run, world.device)
     place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
-    state = build_state(config, plan, student, precision, classes, world)
-    state.stores = {key: store.header.facts for key, store in stores.items()}
+    state = build_state(config, plan, student, precision, classes, stores, world)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
     notes += resume(config.run, state, total_steps, world)
@@ -287,6 +286,7 @@ def build_state(
     student: nn.Module,
     precision: torch.dtype,
     classes: list[str] | None,
+    stores: Mapping[str, TeacherStore],
     world: World,
 ) -> TrainState:
     """The state of a run that has not begun."""
@@ -306,6 +306,7 @@ def build_state(
         config=settings,
         audit=audit(config),
         classes=classes,
+        stores={key: store.header.facts for key, store in stores.items()},
         ranks_differ=config.run.batch_norm == "none" and world.size > 1,
     )
 
