@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gpu gpu-first needed-there gpu-stub slurm chaos fidelity lint clean
+.PHONY: setup demo test gpu gpu-first needed-there gpu-stub slurm chaos fidelity codecs lint clean
 
 setup: .venv/.complete
 
@@ -55,6 +55,10 @@ chaos: setup
 # The trainer against the authors' own version of timm, into docs/parity.md. AUTHORS=/path/to/clone runs their files, too.
 fidelity: setup .fidelity/.complete
 	$(BIN)/python tests/fidelity --markdown docs/parity.md
+
+# Students of the demo from recordings in each codec, three seeds each; runs/codecs keeps what is done.
+codecs: setup
+	$(BIN)/python tests/fidelity/codecs.py runs/codecs
 
 # timm 0.5.4 without its dependencies, beside the one in .venv: both have the same name.
 .fidelity/.complete:

@@ -20,6 +20,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from chaos import command as chaos
 from conftest import REPOSITORY
+from fidelity import codecs
 from fidelity import command as fidelity
 from pipelines.common.errors import UserError
 from support.documented import DOCUMENTS, NOT_OURS, SBATCH, SUBCOMMANDS, Shown, commands, spans, without_variables
@@ -51,7 +52,12 @@ TOOLS = {
         *(average, benchmark, compare, demo, doctor, export, parity, predict, record_teacher, report, shard_imagenet),
         study,
     )
-} | {"tests/chaos": chaos, "tests/fidelity": fidelity, "trainer/together.py": together}
+} | {
+    "tests/chaos": chaos,
+    "tests/fidelity": fidelity,
+    "tests/fidelity/codecs.py": codecs,
+    "trainer/together.py": together,
+}
 MODES = {
     average: ("uniform", "ema", "greedy"),
     benchmark: (*benchmark.BENCHMARKS, "gpu", "table"),
