@@ -70,7 +70,8 @@ class Run:
     def top1(self, name: str) -> float | None:
         """Accuracy in percent: of an evaluation, otherwise of the weights after the last update of the run."""
         at_the_end = self.record.summary.get("evaluation", {}) if self.record else {}
-        return self.reports.get(name, at_the_end.get(name, {})).get("top1")
+        found = self.reports[name] if name in self.reports else at_the_end.get(name, {})
+        return found.get("top1")
 
 
 @dataclasses.dataclass
@@ -270,8 +271,9 @@ def _pairs(students: Sequence[Student], kind: str) -> list[dict]:
     Intervals and letters go into the rows of these students.
     """
     known: dict[str, dict[str, list[np.ndarray]]] = {}
-    for run in (run for student in students for run in student.runs if run.correct is not None):
-        known.setdefault(run.reports[kind]["digest"], {}).setdefault(run.key[0], []).append(run.correct)
+    for run in (run for student in students for run in student.runs):
+        if run.correct is not None:
+            known.setdefault(run.reports[kind]["digest"], {}).setdefault(run.key[0], []).append(run.correct)
     if not known:
         return []
     titles, correct = zip(*max(known.values(), key=len).items(), strict=True)
