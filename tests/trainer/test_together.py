@@ -99,7 +99,10 @@ def assert_same(found: Path, expected: Path, names=STUDENTS) -> None:
         assert (found / name / "samples.png").read_bytes() == (expected / name / "samples.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["live", "recorded", "none", "synthetic", "averaged"])
+@pytest.mark.parametrize(
+    "kind",
+    ["live", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("recorded", "none", "synthetic", "averaged"))],
+)
 def test_students_end_as_each_would_alone(digits, teacher, store, alone, tmp_path, kind):
     young = [{"name": "tiny_cnn", "checkpoint": str(teacher[3])}]
     settings = {
@@ -173,6 +176,7 @@ def test_a_student_without_its_checkpoint_goes_first(digits, teacher, alone, tmp
     assert lines(tmp_path / "a") == [line for line in lines(alone / "a") if line["step"] <= 5]
 
 
+@pytest.mark.long
 def test_a_student_that_diverges_leaves_the_others_alone(digits, teacher, alone, tmp_path, capsys):
     settings = ["--data.root", digits, *teacher]
     wild = config_of(tmp_path / "wild", *settings, "--optim.lr", "1e9", "--schedule.warmup_lr", "1e9")
@@ -197,6 +201,7 @@ def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, teach
     assert lines(tmp_path / "b") == [line for line in lines(alone / "b") if line["step"] <= 4]
 
 
+@pytest.mark.long
 def test_a_student_that_rolls_back_is_waited_for(digits, teacher, alone, tmp_path, monkeypatch):
     """The machine is at fault once: the update gives a loss that is not finite."""
     first, second = both(tmp_path, "--data.root", digits, *teacher)
@@ -272,6 +277,7 @@ def test_means_of_several_teachers_are_taken_at_one_temperature(digits, teacher,
     refused([first, other], "distill.temperature is 1.0 for")
 
 
+@pytest.mark.long
 def test_the_command_trains_on_two_ranks_and_its_exit_code_says_that_a_student_failed(digits, teacher, tmp_path):
     settings = ["--data.root", digits, *teacher, "--run.stop_after_steps", 6]
     wild = config_of(tmp_path / "wild", *settings, "--optim.lr", "1e9", "--schedule.warmup_lr", "1e9")

@@ -1,5 +1,6 @@
 """What each setting is to a run, by SECTION.NAME, as the fields of the sections say it (settings.Setting)."""
 
+import functools
 from typing import Any
 
 from pipelines.common.settings import Setting, natures
@@ -12,6 +13,7 @@ def section_types() -> dict[str, Any]:
     return sections_of(Config)
 
 
+@functools.cache
 def setting_natures() -> dict[str, Setting]:
     """The nature of every setting, by SECTION.NAME, in the order of the configuration."""
     kinds = section_types().items()

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-_AT_ONCE = 50  # This many resamples are counted at a time: 10 MB of counts for 50,000 images.
+RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +46,7 @@ def compare_students(
 
     Args:
       correct: bool [R, N], runs in rows; all are of the same N images.
-      student: the number of the student of each run, from 0; a student has at least one run. None give
-        empty arrays.
+      student: the number of the student of each run, from 0; a student has at least one run.
       resamples: B. The cost is that of B R N multiplications: 20 runs and 50,000 images take some seconds.
       seed: of the random numbers; the same arguments give the same result.
     Sources: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval). Owen 2007,
@@ -57,70 +54,49 @@ def compare_students(
       intervals err on the wide side). Westfall and Young 1993, Resampling-Based Multiple Testing; Hothorn, Bretz and
       Westfall 2008, Simultaneous inference in general parametric models (the largest standardised difference).
     """
-    if len(student) == 0:
-        shapes = (0,), (0, 2), (0, 0), (0, 0, 2), (0, 0, 2)
-        return Comparison(*map(np.zeros, shapes), distinguishable=np.zeros((0, 0), bool))
     owner, generator = np.asarray(student), np.random.default_rng(seed)
-    drawn = _over_seeds(100 * _resampled(correct, resamples, generator), owner, generator)
-    top1 = np.array([100 * correct[owner == each].mean() for each in range(owner.max() + 1)])
+    num_images, columns = correct.shape[1], correct.T.astype(np.float32)
+    of_runs = np.empty((resamples, len(owner)))
+    for row in of_runs:
+        count = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
+        # Sums of whole numbers are exact in float32 up to 2^24 images, so no order of a sum changes a bit.
+        row[:] = 100 * (count.astype(np.float32) @ columns).astype(np.float64) / num_images
+    drawn = _over_seeds(of_runs, owner, generator)
+    top1 = _means(100 * correct.mean(axis=1), owner)
     difference, differences = top1[:, None] - top1, drawn[:, :, None] - drawn[:, None, :]
     error = differences.std(axis=0)
     standard = np.abs(differences - difference) / np.where(error > 0, error, np.inf)
     half = np.quantile(standard.max(axis=(1, 2)), CONFIDENCE) * error
-    return Comparison(
-        top1,
-        _percentiles(drawn),
-        difference,
-        _percentiles(differences),
-        np.stack([difference - half, difference + half], axis=-1),
-        np.abs(difference) > half,
-    )
+    ends = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+    of_top1, alone = (np.moveaxis(np.quantile(each, ends, axis=0), 0, -1) for each in (drawn, differences))
+    together = np.stack([difference - half, difference + half], axis=-1)
+    return Comparison(top1, of_top1, difference, alone, together, np.abs(difference) > half)
 
 
-def _resampled(correct: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """The accuracy of each run on each resample of the images, float64 [B, R].
-
-    Sums of products of whole numbers are exact in float32 up to 2^24 images, so no order of a sum changes a bit.
-    """
-    num_images = correct.shape[1]
-    columns = correct.T.astype(np.float32)
-    parts = []
-    for start in range(0, resamples, _AT_ONCE):
-        rows = generator.integers(num_images, size=(min(_AT_ONCE, resamples - start), num_images))
-        counts = np.stack([np.bincount(row, minlength=num_images) for row in rows])
-        parts.append(counts.astype(np.float32) @ columns)
-    return np.concatenate(parts).astype(np.float64) / num_images
+def _means(of_runs: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The mean over the runs of each student, [..., R] to [..., S]."""
+    return np.stack([of_runs[..., owner == each].mean(axis=-1) for each in range(owner.max() + 1)], axis=-1)
 
 
 def _over_seeds(of_runs: np.ndarray, owner: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The accuracy of each student, with its seeds drawn again in each resample, float64 [B, S].
+    """The accuracy of each student, with its seeds drawn again in each resample, [B, R] to [B, S].
 
     A student has the mean of its runs plus as many deviations as it has runs, averaged. They are drawn with replacement
     from the deviations of all runs from their students' means, because two or three runs of one student say little, and
     one says nothing: seeds are taken to vary alike in all students. Of k runs each deviation counts sqrt(k / (k - 1))
     times, for it is from their own mean. Where each student has one run, seeds are not drawn.
 
-    Args:
-      of_runs: [B, R]; owner: [R].
     Source: Davison and Hinkley 1997, Bootstrap Methods and their Application, sections 3.2 and 3.3 (several samples,
       pooled and rescaled residuals).
     """
-    counts = np.bincount(owner)
-    middle = np.stack([of_runs[:, owner == each].mean(axis=1) for each in range(len(counts))], axis=1)
-    repeated = np.flatnonzero(counts[owner] > 1)
+    middle, k = _means(of_runs, owner), np.bincount(owner)[owner]
+    repeated = np.flatnonzero(k > 1)
     if len(repeated) == 0:
         return middle
-    k = counts[owner[repeated]]
-    deviations = np.sqrt(k / (k - 1)) * (of_runs[:, repeated] - middle[:, owner[repeated]])
+    scale = np.sqrt(k / np.maximum(k - 1, 1))
+    deviations = (scale * (of_runs - middle[:, owner]))[:, repeated]
     chosen = generator.integers(len(repeated), size=of_runs.shape)
-    drawn = np.take_along_axis(deviations, chosen, axis=1)  # [B, R]
-    return middle + np.stack([drawn[:, owner == each].mean(axis=1) for each in range(len(counts))], axis=1)
-
-
-def _percentiles(drawn: np.ndarray) -> np.ndarray:
-    """Low and high end of the percentile interval over the first axis, as a last axis."""
-    outside = (1 - CONFIDENCE) / 2
-    return np.moveaxis(np.quantile(drawn, [outside, 1 - outside], axis=0), 0, -1)
+    return middle + _means(np.take_along_axis(deviations, chosen, axis=1), owner)
 
 
 def letters(top1: np.ndarray, distinguishable: np.ndarray) -> list[str]:
