@@ -46,7 +46,10 @@ def error_of(capsys, *arguments) -> str:
     [
         ({"students": ["test_bit"]}, "error: unknown model 'test_bit'; did you mean test_vit"),
         ({"teacher": {"name": "nobody"}}, "error: unknown model 'nobody'"),
-        ({"students": [{"name": "test_vit", "kwargs": {"img_size": 64}}]}, "cannot take images of 32 px"),
+        (
+            {"students": [{"name": "test_vit", "kwargs": {"img_size": 64, "dynamic_img_size": False}}]},
+            "cannot take images of 32 px",
+        ),
         ({"teacher": {"name": "test_resnet", "codec": "int7"}}, "int7"),
         ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
         ({"dataset": None, "source": "nowhere"}, "error: source is nowhere: not found"),
