@@ -1,5 +1,6 @@
 """A recording holds what a live teacher says, bit for bit; it is stopped and resumed anywhere, and refuses nonsense."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from tools.lib.record_teacher.recording import teacher_facts
 from tools.record_teacher import main
 from trainer.builder import build
 from trainer.config.sections import parse
+from trainer.models.preprocessing import timm_config
 from trainer.models.teacher import build_teacher
 from trainer.targets.store import QUARANTINE, TeacherStore
 
@@ -93,6 +95,23 @@ def test_the_header_says_what_was_recorded(digits, teacher, store):
     assert header.precision == "fp32" and header.made_with["steps_per_epoch"] == 40
     assert header.teacher == teacher_facts(config, build_teacher(config.teacher, 10, 32))
     assert header.teacher.name == "tiny_cnn" and header.teacher.order is None
+
+
+def test_the_same_weights_under_another_normalisation_or_description_are_another_teacher(digits, teacher, tmp_path):
+    config = parse([*SMALL, *teacher, "--data.root", str(digits)])
+    built = build_teacher(config.teacher, 10, 32)
+    facts = teacher_facts(config, built)
+    built.model.pretrained_cfg = {**timm_config(built.model), "mean": (0.4, 0.5, 0.6)}
+    assert teacher_facts(config, built) != facts == dataclasses.replace(teacher_facts(config, built), model=facts.model)
+    found = []
+    for activation in ("relu", "gelu"):  # timm builds a folder's model with the arguments of its config.json.
+        folder = tmp_path / activation
+        folder.mkdir()
+        content = {"architecture": "test_resnet", "num_classes": 10, "model_args": {"act_layer": activation}}
+        (folder / "config.json").write_text(json.dumps(content))
+        named = dataclasses.replace(config.teacher, name=f"local-dir:{folder}")
+        found.append(teacher_facts(dataclasses.replace(config, teacher=named), built).model)
+    assert found[0] != found[1] and found[0]["kwargs"] == {"act_layer": "relu"}
 
 
 def test_other_weights_have_another_digest_and_a_store_of_them_is_refused(digits, store, tmp_path, capsys):
@@ -420,4 +439,4 @@ def test_help_says_what_a_lost_process_needs(capsys):
     assert (
         end.value.code == 0 and "where one was lost, start again" in said and "teacher.precision auto is fp16" in said
     )
-    assert json.dumps(said).isascii()
+    assert said.isascii()

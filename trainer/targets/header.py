@@ -37,6 +37,8 @@ class TeacherFacts:
       checkpoint: sha256 of the file that its weights come from, for information, because the same weights may lie in
         several files; None for timm's own.
       order: sha256 over the order of its outputs in the dataset's classes; None where it is the dataset's.
+      model: what else decides its outputs and is no weight: mean and std of its normalisation, and the architecture and
+        arguments in the config.json of a model folder.
     """
 
     name: str
@@ -45,6 +47,7 @@ class TeacherFacts:
     weights: str
     checkpoint: str | None = None
     order: str | None = None
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ class StoreHeader:
         plan = {name: value for name, value in self.plan.items() if name not in _NOT_STORED}
         object.__setattr__(self, "plan", json.loads(json.dumps(plan)))  # Tuples become the lists that the file has.
         object.__setattr__(self, "made_with", json.loads(json.dumps(self.made_with)))
+        object.__setattr__(self, "teacher", TeacherFacts(**json.loads(json.dumps(vars(self.teacher)))))
         sizes = {name: self.plan.get(name) for name in ("global_batch", "augment.mix_group")}
         for name, size in {"num_classes": self.num_classes, **sizes}.items():
             if type(size) is not int or not 1 <= size <= _MOST:
@@ -215,6 +219,7 @@ def check_plan(store: Path, stored: StoreHeader, plan: dict[str, Any], num_class
 _WANTED = {
     "teacher.order": "the order of its classes here",
     "teacher.weights": "the sha256 of its weights here",
+    "teacher.model": "what its description here has",
     "codec": "the wanted codec",
     "precision": "the precision",
 }

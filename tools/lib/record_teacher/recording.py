@@ -16,6 +16,7 @@ from trainer.config.sections import Config
 from trainer.feed import Pipelines, open_pipelines, open_splits
 from trainer.models.checkpoint_format import digest_of
 from trainer.models.class_names import order_doubt
+from trainer.models.files.model_folders import named_folder
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
 from trainer.models.teacher import Teacher, Teachers, build_teacher, check_and_fold
@@ -125,6 +126,8 @@ def teacher_facts(config: Config, teacher: Teacher) -> TeacherFacts:
     """What the logits of the configuration's first teacher, as build_teacher returns it, depend on."""
     said = config.teacher
     order = None if teacher.order is None else json.dumps(teacher.order.tolist()).encode()
+    expects, folder = preprocessing(teacher.model), named_folder(str(said.name))
+    described = {} if folder is None else {"architecture": folder.architecture, "kwargs": folder.kwargs}
     return TeacherFacts(
         name=str(said.name),
         kwargs=dict(said.kwargs),
@@ -132,4 +135,5 @@ def teacher_facts(config: Config, teacher: Teacher) -> TeacherFacts:
         weights=digest_of(teacher.model.state_dict()),
         checkpoint=sha256_of(said.checkpoint) if said.checkpoint is not None else None,
         order=None if order is None else hashlib.sha256(order).hexdigest(),
+        model={"mean": [*expects.mean], "std": [*expects.std], **described},
     )
