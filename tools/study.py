@@ -24,15 +24,13 @@ from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import locked
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.photos import write_digits
-from tools.lib.common.terminal import console
-from tools.lib.study.checks import check_study
 from tools.lib.study.cluster import submit
-from tools.lib.study.graph import Graph, build_graph, speed_stage
+from tools.lib.study.graph import Graph
 from tools.lib.study.outcome import finish
-from tools.lib.study.plan import command_lines, estimates_of, plan_table
+from tools.lib.study.plan import check_study, show_plan
 from tools.lib.study.running import run
 from tools.lib.study.screen import Screen
-from tools.lib.study.settings import Study, read_study
+from tools.lib.study.settings import read_study
 from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 
 
@@ -40,16 +38,15 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with 1 if a stage has failed, and as a run if a signal has stopped the study."""
     options = _parse(arguments)
     with exit_on_user_error():
-        study, out = read_study(options.study), options.out.resolve()
-        graph = build_graph(study, out)
+        graph = Graph(read_study(options.study), options.out.resolve())
         if options.dry_run:
-            show_plan(study, graph, options.seconds)
+            show_plan(graph, options.seconds)
             return
         if not options.report:
-            check_study(study, graph, out)
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out / ".lock", f"{out}: another study is running there"):
-            stopped_by = carry_out(study, graph, out, options)
+            check_study(graph)
+        graph.out.mkdir(parents=True, exist_ok=True)
+        with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
+            stopped_by = carry_out(graph, options)
     if stopped_by:
         print("stopped. Run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
@@ -57,24 +54,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def carry_out(study: Study, graph: Graph, out: Path, options: argparse.Namespace) -> int:
+def carry_out(graph: Graph, options: argparse.Namespace) -> int:
     """Run, submit or report. Returns the number of the signal that has stopped the study, 0 for none."""
     screen = Screen(graph.stages)
-    if not options.report:
-        for stage in graph.stages:
-            if reason := stage.reason_to_redo():
-                screen.say(f"{stage.name} is done again: {reason}")
-        if study.source == "digits":
-            write_once(out / "digits")
+    if options.report:
+        return finish(graph, screen)
+    for stage in graph.stages:
+        if reason := stage.reason_to_redo():
+            screen.say(f"{stage.name} is done again: {reason}")
+    if graph.study.source == "digits":
+        write_once(graph.out / "digits")
     if options.slurm is not None:
-        for names, number in submit(study, graph.stages, out, options.slurm).items():
-            screen.say(f"job {number}: {names}")
+        submit(graph, options.slurm, screen)
         return 0
-    with screen.showing():
-        stopped_by = 0
-        if not options.report:
-            stopped_by = run(graph.stages, slots=options.jobs, together=study.together, screen=screen)
-        return stopped_by or finish(study, out, screen)
+    with screen.live:
+        stopped_by = run(graph.stages, slots=options.jobs, together=graph.study.together, screen=screen)
+        return stopped_by or finish(graph, screen)
 
 
 def write_once(images: Path) -> None:
@@ -83,19 +78,6 @@ def write_once(images: Path) -> None:
         partial = images.with_name(f"{images.name}.partial")
         write_digits(partial)
         partial.rename(images)
-
-
-def show_plan(study: Study, graph: Graph, seconds: float) -> None:
-    """Print what the command would do, without doing it."""
-    speed, screen = speed_stage(study, graph), console()
-    stages = [*graph.stages, *([] if speed is None else [speed])]
-    with screen.status("measuring the students; --seconds 0 leaves that out"):
-        estimates = estimates_of(graph, seconds) if seconds else {}
-    screen.print(plan_table(stages, estimates))
-    for line in command_lines(stages, study.together):
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    num_left = sum(not stage.is_done for stage in stages)
-    screen.print(f"{num_left} of {len(stages)} stages are to be done; the report comes last, and speed before it")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

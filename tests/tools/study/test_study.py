@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from pipelines.common.files import locked
 from support.tiny_runs import assert_same_end
 from tools import study
-from tools.lib.study import checks
+from tools.lib.study import plan
 
 SHORT = {"schedule.epochs": 2, "schedule.warmup_epochs": 1, "schedule.cooldown_epochs": 0, "run.device": "cpu"}
 
@@ -63,7 +63,7 @@ def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path,
 
 def test_too_little_room_on_the_disk_is_noticed_before_anything_runs(tmp_path, out, digits, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
     line = error_of(capsys, write_study(tmp_path, digits), "--out", out)
     # A store of 2 epochs of 320 images, and 10 values of 4 bytes for each of about 0.8 million parameters.
     assert "the study needs about 32" in line and "its disk has 1 kB left. Make room there" in line and not out.exists()

@@ -10,10 +10,11 @@ import yaml
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from tools import compare, export, record_teacher, shard_imagenet
-from tools.lib.study.graph import Graph, build_graph, speed_stage
+from tools.lib.study.graph import Graph, plan_of
+from tools.lib.study.running import jobs_of
 from tools.lib.study.settings import Study, read_study
-from tools.lib.study.stage import DONE, Stage
-from trainer.config.sections import Config, parse
+from tools.lib.study.stage import STATE, Stage
+from trainer.config.sections import parse, to_yaml
 
 DEMO = {
     "source": "digits",
@@ -32,7 +33,7 @@ def study_of(folder: Path, content: dict) -> Study:
 
 
 def graph_of(folder: Path, content: dict = DEMO) -> Graph:
-    return build_graph(study_of(folder, content), folder / "out")
+    return Graph(study_of(folder, content), folder / "out")
 
 
 def changed(*path_and_value) -> dict:
@@ -62,11 +63,10 @@ def redone(demo: tuple[Path, Graph], content: dict) -> set[str]:
 
 def carry_out(stage: Stage) -> None:
     """Write what a stage that is done leaves behind."""
-    stage.begin()
     stage.product.parent.mkdir(parents=True, exist_ok=True)
     if not stage.product.exists():
         stage.product.mkdir()
-    stage.finish(stage.command, 1.0)
+    stage.note(stage.command, done=True, seconds=1.0)
 
 
 STUDENTS = ("test_byobnet-s0", "ViT-s0", "ViT-s1")
@@ -96,7 +96,8 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
     parsers = {"export": export._parse, "shard_imagenet": shard_imagenet._parse}
     for stage in graph.stages:
         stage.folder.mkdir(parents=True)
-        (stage.folder / "settings.yaml").write_text(stage.settings)
+        if stage.config is not None:
+            (stage.folder / "settings.yaml").write_text(to_yaml(stage.config))
         program, *words = stage.command
         if program == "trainer/run.py":
             assert parse(words).run.out == stage.product
@@ -109,7 +110,8 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
         carry_out(each.export)
     for stage in graph.stages:
         carry_out(stage)
-    speed = speed_stage(study_of(tmp_path, DEMO), graph)
+    graph.add_speed()
+    speed = graph.stages[-1]
     options = compare._parse(speed.command[1:])
     assert options.models == [str(graph.students[n].export.product) for n in (0, 1)] and options.repeats == 3
 
@@ -189,7 +191,7 @@ def test_a_result_counts_only_with_its_product_and_its_own_fingerprint(tmp_path)
     stage.product.rmdir()
     assert not stage.is_done
     stage.product.mkdir()
-    (stage.folder / DONE).write_text('{"fingerprint": "another"}')
+    (stage.folder / STATE).write_text('{"fingerprint": "another", "done": true}')
     assert not stage.is_done
 
 
@@ -197,11 +199,12 @@ def test_a_student_of_another_plan_gets_the_teacher_itself_because_no_store_fits
     content = changed("students", 0, {"name": "test_byobnet", "overrides": {"augment.flip": 0.0}})
     graph = graph_of(tmp_path, content)
     first, others = graph.students[0], graph.students[1:]
-    assert first.differs == ["augment.flip"] and [need.name for need in first.train.needs] == ["teacher"]
+    assert [need.name for need in first.train.needs] == ["teacher"]
     assert first.config.teacher.store is None and first.config.teacher.name == "test_resnet"
     assert first.config.teacher.checkpoint == graph.common["teacher"].product / "checkpoints" / "best.pt"
-    assert all(not each.differs and each.config.teacher.store is not None for each in others)
-    assert first.train.group != others[0].train.group == others[1].train.group
+    assert all(each.config.teacher.store is not None for each in others)
+    trained = [[stage.name for stage in job] for job in jobs_of(graph.stages, 3) if job[0].kind == "train"]
+    assert trained == [["train test_byobnet-s0"], ["train ViT-s0", "train ViT-s1"]]
 
 
 def test_a_study_without_a_teacher_and_one_with_repeated_views(tmp_path):
@@ -260,7 +263,6 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
 def test_the_studies_of_the_repository_are_graphs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     study = read_study(REPOSITORY / "configs" / f"{name}.yaml")
-    graph = build_graph(study, tmp_path)
+    graph = Graph(study, tmp_path)
     assert len(graph.students) == sum(len(each.seeds) for each in study.students) >= 10
-    assert not any(each.differs for each in graph.students)
-    assert isinstance(graph.students[0].config, Config)
+    assert all(plan_of(each.config) == plan_of(graph.students[0].config) for each in graph.students)

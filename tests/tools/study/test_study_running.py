@@ -10,9 +10,10 @@ import pytest
 from conftest import REPOSITORY
 from support.forked_python import executable
 from tools.lib.study import running
-from tools.lib.study.running import Process, dependencies, jobs_of, run
+from tools.lib.study.running import Process, jobs_of, run
 from tools.lib.study.screen import Screen
 from tools.lib.study.stage import LOG, Stage
+from trainer.config.sections import Config, to_yaml
 
 # A command that notes each start, does what FOLDER/how says, and makes FOLDER/product.
 SCRIPT = """
@@ -45,7 +46,7 @@ class Study:
         for name, needs in {"a": "", "b": "a", "c": "b", "d": ""}.items():
             needed = tuple(self.stages[need] for need in needs)
             stage = Stage(folder / "out", name, "", name, (facts or {}).get(name, {}), needed, "product")
-            self.stages[name] = stage.with_command(self.script, stage.folder, self.how(name))
+            self.stages[name] = stage.by(self.script, stage.folder, self.how(name))
 
     def how(self, name: str) -> Path:
         """The file that says what a stage's command does."""
@@ -151,12 +152,10 @@ def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_wai
     slow = SCRIPT.replace('(folder.joinpath("saved")', '(time.sleep(1), folder.joinpath("saved")')
     study.script.write_text(slow)
     study.how("a").write_text("wait")
-    first = Process([study.stages["a"]])
+    first = Process([study.stages["a"]], {})
     wait_for(study.stages["a"].folder / "starts")
     first.signal(signal.SIGTERM)
-    for lock in first._locks:
-        lock.close()  # The killed study's; the command still holds its own.
-    second = Process([study.stages["a"]])
+    second = Process([study.stages["a"]], {})
     second.note_result()
     assert study.stages["a"].product.read_text() == "resumed"
 
@@ -184,15 +183,13 @@ def test_two_stages_at_once_get_a_part_of_the_cores_or_a_gpu_each(tmp_path, monk
 
 def test_students_of_one_plan_are_trained_together_and_one_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
     def train(name: str, group: str) -> Stage:
-        stage = Stage(tmp_path, "train", name, name, {"student": name}, product_name="run", group=group)
-        return stage.with_command("trainer/run.py")
+        return Stage(tmp_path, "train", name, name, {"student.name": name, "group": group}, (), "run")
 
     one, two, three, other = train("one", "x"), train("two", "x"), train("three", "x"), train("other", "y")
-    evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,)).with_command("tools/evaluate.py")
+    evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,), "report.json")
     stages = [one, evaluate, two, other, three]
     jobs = jobs_of(stages, 2)
     assert jobs == [[one, two], [evaluate], [other], [three]]
-    assert dependencies(jobs) == {0: set(), 1: {0}, 2: set(), 3: set()}
     command = tmp_path / "together.py"
     command.write_text(
         "import json, sys\nfrom pathlib import Path\n"
@@ -203,15 +200,15 @@ def test_students_of_one_plan_are_trained_together_and_one_that_fails_takes_no_o
         "sys.exit('error: two: loss is not finite')\n"
     )
     monkeypatch.setattr(running, "command_of", lambda job: [str(command), *(str(each.folder) for each in job)])
-    process = Process(jobs[0])
+    process = Process(jobs[0], {})
     process.note_result()
     assert one.is_done and two.failure == "exit code 1: error: two: loss is not finite"
 
 
 def test_settings_are_there_before_the_command_starts(tmp_path):
-    stage = Stage(tmp_path, "train", "x", "x", {}, product_name="copy")
+    stage = Stage(tmp_path, "train", "x", "x", {}, (), "copy", Config())
     script = tmp_path / "copy.py"
     script.write_text("import shutil, sys\nshutil.copy(*sys.argv[1:])")
-    stage = stage.with_command(script, stage.folder / "settings.yaml", stage.product, settings="run: {}\n")
-    Process([stage]).note_result()
-    assert stage.is_done and stage.product.read_text() == "run: {}\n"
+    stage.by(script, stage.folder / "settings.yaml", stage.product)
+    Process([stage], {}).note_result()
+    assert stage.is_done and stage.product.read_text() == to_yaml(Config())

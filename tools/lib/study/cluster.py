@@ -1,81 +1,36 @@
 """A study on a cluster: a job of SLURM for each command, submitted through submitit."""
 
+import functools
 import os
 import shlex
-import signal
 import subprocess
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.common.errors import UserError
+from tools.lib.study.graph import Graph
 from tools.lib.study.outcome import finish
-from tools.lib.study.running import REPOSITORY, Job, Process, dependencies, jobs_of
-from tools.lib.study.settings import Study
+from tools.lib.study.running import REPOSITORY, jobs_of, run
+from tools.lib.study.screen import Screen
 from tools.lib.study.stage import Stage
-from trainer.cluster.preemption import REQUEUE
 
-# submitit's name of the signal that comes before a time limit. A training saves at SIGUSR1, and SIGUSR2 would end it.
+# The signal that comes before a time limit, as submitit names it; `run` stops at it, and not at the usual SIGUSR2.
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
-# How a command ends that a preemption has stopped, as in tools/slurm/train.sbatch.
-_STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGUSR1)
-_TIMEOUT_MIN, _MOST_TIMEOUTS = 720, 1000
 
 
-class ClusterJob:
-    """A job of a study: submitit calls it, and again after a time limit or a preemption."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        self._process: Process | None = None
-
-    def __call__(self) -> None:
-        """Carry out the stages whose needs are there."""
-        job = [stage for stage in self.job if not stage.is_blocked]
-        if job:
-            self._process = Process(job)
-            if self._process.note_result() in _STOPPED:
-                requeue()
-        if missing := [stage.name for stage in self.job if not stage.is_done]:
-            raise UserError(f"{', '.join(missing)}: not done. The stage's folder has its log")
-
-    def checkpoint(self, *_: object) -> Any:
-        """Let the command save what it has, and return what the requeued job is to do."""
-        from submitit.helpers import DelayedSubmission
-
-        if self._process is not None:
-            self._process.signal(signal.SIGTERM)
-            self._process.note_result(stopped=True)
-        return DelayedSubmission(ClusterJob(self.job))
+def carry_out(work: Callable[..., int], stages: list[Stage]) -> None:
+    """A job: do the work, and back into the queue where a time limit or a preemption stops it."""
+    if work(screen=Screen(stages)):
+        job = os.environ["SLURM_JOB_ID"]
+        state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+        if "JobState=RUNNING" in state:  # Otherwise somebody has cancelled it, or SLURM itself requeues it.
+            subprocess.run(["scontrol", "requeue", job])
+    if missing := [stage.name for stage in stages if not stage.is_done]:
+        raise UserError(f"{', '.join(missing)}: not done. The stage's folder has its log")
 
 
-class LastJob:
-    """The job behind all others: speed and the report."""
-
-    def __init__(self, study: Study, out: Path):
-        self.study, self.out = study, out
-
-    def __call__(self) -> None:
-        """Make them of what is there."""
-        finish(self.study, self.out)
-
-    def checkpoint(self, *_: object) -> Any:
-        """As for ClusterJob."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(LastJob(self.study, self.out))
-
-
-def requeue() -> None:
-    """Put this job back into the queue, unless somebody has cancelled it: then it is no longer running."""
-    job = os.environ["SLURM_JOB_ID"]
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    if "JobState=RUNNING" in shown.stdout:
-        subprocess.run(["scontrol", "requeue", job])
-
-
-def submit(study: Study, stages: list[Stage], out: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Submit all that is not done.
+def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
+    """Submit all that is not done, and speed and the report behind it.
 
     A job waits until those that it needs have ended, in whatever way (afterany), and then looks for itself whether its
     inputs are there: behind afterok the jobs of a failed student would stay in the queue for ever, and with several
@@ -83,8 +38,6 @@ def submit(study: Study, stages: list[Stage], out: Path, parameters: Mapping[str
 
     Args:
       parameters: of submitit's AutoExecutor, such as timeout_min, gpus_per_node, slurm_partition.
-    Returns:
-      the number of each job, by the names of its stages.
     Raises:
       UserError: submitit is not installed, there is no SLURM here, or it refuses a job.
     """
@@ -92,26 +45,24 @@ def submit(study: Study, stages: list[Stage], out: Path, parameters: Mapping[str
         import submitit
     except ImportError as error:
         raise UserError("--slurm needs submitit: python -m pip install 'submitit>=1.5'") from error
-    jobs, numbers = jobs_of(stages, study.together), {}
-    ids: list[str] = []
-
-    def submitted(call: ClusterJob | LastJob, names: str, needed: list[str]) -> str:
-        executor = submitit.AutoExecutor(out / "slurm", cluster="slurm", slurm_max_num_timeout=_MOST_TIMEOUTS)
-        executor.update_parameters(
-            **{"timeout_min": _TIMEOUT_MIN, **parameters},
-            name=names.partition(",")[0].replace(" ", "-"),
-            slurm_setup=[f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}"],
-            slurm_additional_parameters={"requeue": True},
-            **({"slurm_dependency": f"afterany:{':'.join(needed)}"} if needed else {}),
-        )
-        numbers[names] = executor.submit(call).job_id
-        return numbers[names]
-
+    ids: dict[Stage, str] = {}  # The number of the job of each stage.
+    jobs = [
+        (", ".join(s.name for s in job), functools.partial(run, job, together=len(job)), job)
+        for job in jobs_of(graph.stages, graph.study.together)
+    ]
     try:
-        for number, needed in dependencies(jobs).items():
-            names = ", ".join(stage.name for stage in jobs[number])
-            ids.append(submitted(ClusterJob(jobs[number]), names, [ids[n] for n in sorted(needed)]))
-        submitted(LastJob(study, out), "speed and report", ids)
+        for names, work, job in [*jobs, ("speed and report", functools.partial(finish, graph), [])]:
+            needed = [ids[need] for stage in job for need in stage.needs if need in ids] if job else [*ids.values()]
+            executor = submitit.AutoExecutor(graph.out / "slurm", cluster="slurm")
+            executor.update_parameters(
+                **{"timeout_min": 720, **parameters},
+                name=names.partition(",")[0].replace(" ", "-"),
+                slurm_setup=[f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}"],
+                slurm_additional_parameters={"requeue": True},
+                **({"slurm_dependency": f"afterany:{':'.join(dict.fromkeys(needed))}"} if needed else {}),
+            )
+            number = executor.submit(carry_out, work, job).job_id
+            ids |= dict.fromkeys(job, number)
+            screen.say(f"job {number}: {names}")
     except (RuntimeError, ValueError, NameError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"--slurm: {error}. Already submitted: {', '.join(numbers.values()) or 'nothing'}") from error
-    return numbers
+        raise UserError(f"--slurm: {error}. Already submitted: {', '.join({*ids.values()}) or 'nothing'}") from error

@@ -1,32 +1,109 @@
-"""What --dry-run prints: each stage, whether it is done or why it is done again, what it would cost, its command."""
+"""What comes before a study runs anything: the checks, each mistake in one line, and what --dry-run prints."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from rich.table import Table
+import torch
 from rich.text import Text
 
+from pipelines.common.errors import ROOM, UserError
 from pipelines.common.files import read_json
-from pipelines.shards.manifest import MANIFEST
+from pipelines.common.machine import expanded
+from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.tables import terminal_table
-from tools.lib.common.units import human_seconds
+from tools.lib.common.terminal import console
+from tools.lib.common.units import human_bytes, human_seconds
 from tools.lib.study.graph import Graph, StudentStages
 from tools.lib.study.running import REPOSITORY, command_of, jobs_of, shown
 from tools.lib.study.stage import Stage
+from trainer.config.sections import to_yaml
+from trainer.models.checks import check_student
+from trainer.models.factory import known_name
+from trainer.models.files.model_folders import SOURCES, source_name
+from trainer.models.student import build_student
+from trainer.targets.codec import open_codec
+
+_UNKNOWN_CLASSES = 1000  # The checks build models of this many classes where there is no dataset yet.
+_BYTES_A_PARAMETER = 4 * (2 * 4 + 2)  # Two checkpoints with weights, EMA and two moments; best.pt; the exported model.
 
 
-def plan_table(stages: list[Stage], estimates: dict[str, str]) -> Table:
-    """The stages as a table; `estimates` is what a stage would cost, by its name."""
-    costs = ["" if stage.is_done else estimates.get(stage.name, "unknown") for stage in stages]
-    cells = [[stage.name, Text(state_of(stage)), cost] for stage, cost in zip(stages, costs, strict=True)]
-    return terminal_table(["stage", "state", "cost"], cells, text=(0, 1, 2))
+def check_study(graph: Graph) -> None:
+    """Raise a UserError about what would fail later: a dataset, a model, an image size, space on the disk."""
+    study, (classes, samples) = graph.study, check_images(graph)
+    for each in (study.teacher, *study.students):
+        if each is not None and not source_name(each.name).startswith(SOURCES):
+            known_name(each.name)
+    needed = 0
+    if study.teacher is not None:
+        row_bytes = open_codec(study.teacher.codec, classes).row_bytes
+        needed += 0 if graph.common["store"].is_done else samples * graph.epochs * row_bytes
+    for seeds in to_be_trained(graph).values():
+        needed += len(seeds) * num_parameters(seeds[0], classes) * _BYTES_A_PARAMETER
+    check_space(graph.out, needed)
 
 
-def command_lines(stages: list[Stage], together: int) -> list[str]:
-    """The commands that are to be run, in their order."""
-    return [shown(command_of(job)) for job in jobs_of(stages, together)]
+def check_images(graph: Graph) -> tuple[int, int]:
+    """The numbers of classes and training images, as far as they are known; a UserError if there are no images."""
+    source = graph.study.source
+    if source not in (None, "digits") and not expanded(source).exists():
+        raise UserError(f"source is {source}: not found. Name a folder of images, or the word digits")
+    if source is not None and not graph.common["shards"].is_done:
+        return _UNKNOWN_CLASSES, 0
+    manifest = read_manifest(graph.dataset)
+    for split in ("train", "val"):
+        if split not in manifest["splits"]:
+            raise UserError(f"{graph.dataset}: has no split '{split}', which a study needs")
+    return len(manifest["classes"]), manifest["splits"]["train"]["samples"]
+
+
+def to_be_trained(graph: Graph) -> dict[str, list[StudentStages]]:
+    """The seeds of each student that are not trained yet."""
+    found: dict[str, list[StudentStages]] = {}
+    for each in graph.students:
+        if not each.train.is_done:
+            found.setdefault(each.student.label, []).append(each)
+    return found
+
+
+def num_parameters(each: StudentStages, classes: int) -> int:
+    """The number of a student's parameters, after checking that it takes its images."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_student(each.config.student, classes, each.config.data.train_sizes[-1])
+        check_student(model, each.config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise a UserError if the folder cannot be written, or its disk has less room than the study needs."""
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --out")
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{out}: the study needs about {human_bytes(needed)} for the store, checkpoints and exported models, and "
+            f"its disk has {human_bytes(free)} left. {ROOM}, or change --out"
+        )
+
+
+def show_plan(graph: Graph, seconds: float) -> None:
+    """Print what the command would do, without doing it; `seconds` as for tools/doctor.py, 0 measures nothing."""
+    graph.add_speed()
+    screen, costs = console(), {}
+    if seconds and (graph.dataset / MANIFEST).is_file():
+        with screen.status("measuring the students; --seconds 0 leaves that out"):
+            for seeds in to_be_trained(graph).values():
+                costs |= dict.fromkeys((each.train for each in seeds), estimate(seeds[0], seconds))
+    rows = [(s.name, Text(state_of(s)), "" if s.is_done else costs.get(s, "unknown")) for s in graph.stages]
+    screen.print(terminal_table(["stage", "state", "cost"], rows, text=(0, 1, 2)))
+    for job in jobs_of(graph.stages, graph.study.together):
+        screen.print(shown(command_of(job)), markup=False, highlight=False, soft_wrap=True)
+    num_left = sum(not stage.is_done for stage in graph.stages)
+    screen.print(f"{num_left} of {len(rows)} stages are to be done; the report comes last, and speed before it")
 
 
 def state_of(stage: Stage) -> str:
@@ -40,25 +117,14 @@ def state_of(stage: Stage) -> str:
     return "to be resumed" if stage.folder.exists() else "to do"
 
 
-def estimates_of(graph: Graph, seconds: float) -> dict[str, str]:
-    """How long trainings would take, by their names: tools/doctor.py measures each distinct student.
+def estimate(each: StudentStages, seconds: float) -> str:
+    """How long a training would take, by tools/doctor.py.
 
-    A student is measured without a teacher, because the store may not be there yet, and reading it costs little.
+    It is measured without a teacher, because the store may not be there yet, and reading it costs little.
     """
-    found, known = {}, {}
-    if (graph.dataset / MANIFEST).is_file():
-        for each in graph.students:
-            if not each.train.is_done:
-                key = f"{each.student.name} {each.student.kwargs} {each.student.overrides}"
-                known[key] = known.get(key) or _estimate(each, seconds)
-                found[each.train.name] = known[key]
-    return found
-
-
-def _estimate(each: StudentStages, seconds: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.yaml", Path(folder) / "doctor.json"
-        settings.write_text(each.train.settings)
+        settings.write_text(to_yaml(each.config))
         without_teacher = [f"--teacher.{name}=null" for name in ("name", "store", "checkpoint")]
         words = ["--run.out", f"{folder}/run", "--seconds", str(seconds), "--no-trials", "--json", str(result)]
         command = [sys.executable, "tools/doctor.py", str(settings), *without_teacher, *words]

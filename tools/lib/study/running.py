@@ -1,9 +1,8 @@
-"""Carries out the stages that are not done, each as a process, in the order of the graph, some at once."""
+"""Carries out the stages that are not done, each as a process, behind those that it needs, some at once."""
 
 import contextlib
 import ctypes
 import fcntl
-import graphlib
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -19,6 +17,7 @@ from pipelines.common.errors import clipped
 from pipelines.common.machine import num_cores
 from tools.lib.study.screen import Screen
 from tools.lib.study.stage import LOG, SETTINGS, Stage
+from trainer.cluster.preemption import STOPPING
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 _POLL_S = 0.1
@@ -30,105 +29,76 @@ Job = list[Stage]  # Stages that one command carries out.
 def jobs_of(stages: Iterable[Stage], together: int) -> list[Job]:
     """The stages that are not done as jobs: each alone, but students of one plan up to `together` at a time."""
     jobs: list[Job] = []
-    open_jobs: dict[str, Job] = {}
     for stage in stages:
-        if stage.is_done:
-            continue
-        job = open_jobs.get(stage.group, []) if stage.kind == "train" else []
-        if not job or len(job) == together:
-            job = []
-            jobs.append(job)
-            open_jobs[stage.group] = job
-        job.append(stage)
+        if not stage.is_done:
+            alike = [job for job in jobs if len(job) < together and job[0].kind == stage.kind == "train"]
+            job = next((job for job in alike if _shared_facts(job[0]) == _shared_facts(stage)), [])
+            if not job:
+                jobs.append(job)
+            job.append(stage)
     return jobs
 
 
-def dependencies(jobs: list[Job]) -> dict[int, set[int]]:
-    """The jobs that each job waits for, all by their numbers."""
-    job_of = {stage.folder: number for number, job in enumerate(jobs) for stage in job}
-    needed = {n: {job_of.get(need.folder, n) for stage in job for need in stage.needs} for n, job in enumerate(jobs)}
-    return {number: others - {number} for number, others in needed.items()}
+def _shared_facts(train: Stage) -> dict:
+    return {key: value for key, value in train.facts.items() if not key.startswith("student.")}
+
+
+def command_of(job: Job) -> list[str]:
+    """The words behind `python` that carry out a job."""
+    return job[0].command if len(job) == 1 else ["trainer/together.py", *(str(each.folder / SETTINGS) for each in job)]
 
 
 class Process:
     """The process of a job.
 
-    It holds a lock on the folder of each stage, and gets SIGTERM when this process ends, however that ends. So a study
-    that is started again waits until the processes of a killed one have saved and ended.
-
-    Attributes:
-      job: stages that are in work; those that somebody else has done in the meantime are left out.
-      log: file that gets its output.
+    It gets SIGTERM when this process ends, however that ends, and until its own end it holds a lock on the log of each
+    stage. So a study that is started again waits until the processes of a killed one have saved.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None):
-        self.job: Job = []
-        self._locks: list[IO] = []
-        for stage in job:
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(stage.folder / ".stage", "w")  # noqa: SIM115  (It is held until the process has ended.)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._locks.append(lock)
-            if stage.has_ended_well and not stage.is_done:
-                stage.finish(stage.command, 0.0)
-            if not stage.is_done:
-                stage.begin()
-                self.job.append(stage)
-        self.command = command_of(self.job)
-        self.log = job[0].folder / LOG
+    def __init__(self, job: Job, environment: Mapping[str, str]):
+        self.job, self.command, self.log = job, command_of(job), job[0].folder / LOG
         self._start_s = time.monotonic()
-        self._process = self._started(environment or {}) if self.job else None
-
-    def _started(self, environment: Mapping[str, str]) -> subprocess.Popen:
-        with open(self.log, "a") as log:
-            print("$", shown(self.command), file=log, flush=True)
-            return subprocess.Popen(
+        with contextlib.ExitStack() as closing:
+            logs = []
+            for stage in job:
+                stage.folder.mkdir(parents=True, exist_ok=True)
+                logs.append(closing.enter_context(open(stage.folder / LOG, "a")))
+                fcntl.flock(logs[-1], fcntl.LOCK_EX)
+                stage.note(self.command)
+                elsewhere = "" if stage is job[0] else f" # its output is in {self.log}"
+                print(f"$ {shown(self.command)}{elsewhere}", file=logs[-1], flush=True)
+            self._process = subprocess.Popen(
                 [sys.executable, *self.command],
                 cwd=REPOSITORY,
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=logs[0],
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on.
-                pass_fds=[lock.fileno() for lock in self._locks],
+                pass_fds=[log.fileno() for log in logs],
                 preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, or there was nothing left to do."""
-        return self._process is None or self._process.poll() is not None
+        """Whether it has ended."""
+        return self._process.poll() is not None
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it has started."""
-        if self._process is not None and self._process.poll() is None:
+        if not self.has_ended:
             os.killpg(self._process.pid, number)
 
-    def note_result(self, *, stopped: bool = False) -> int:
-        """Wait for its end, note for each stage whether it is done or has failed, and give the locks back.
-
-        Args:
-          stopped: this process has stopped it, so that it has not failed.
-        Returns:
-          its exit code, or minus the number of the signal that has killed it.
-        """
-        code = 0 if self._process is None else self._process.wait()
-        seconds = (time.monotonic() - self._start_s) / max(1, len(self.job))
+    def note_result(self, *, stopped: bool = False) -> None:
+        """Wait for its end, and note for each stage whether it is done or has failed, which no `stopped` one has."""
+        code = self._process.wait()
+        seconds = (time.monotonic() - self._start_s) / len(self.job)
+        ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        failure = "" if stopped or code == 0 else f"{ending}: {clipped(lines[-1], 300)}"
         for stage in self.job:
-            if code == 0 or stage.has_ended_well:
-                stage.finish(self.command, seconds)
-            elif not stopped:
-                stage.fail(f"{_ending(code)}: {_last_line(self.log)}", self.log)
-        for lock in self._locks:
-            lock.close()
-        return code
-
-
-def command_of(job: Job) -> list[str]:
-    """The words behind `python` that carry out a job."""
-    if len(job) < 2:
-        return job[0].command if job else []
-    return ["trainer/together.py", *(str(stage.folder / SETTINGS) for stage in job)]
+            done = code == 0 or stage.is_done
+            stage.note(self.command, done=done, failure="" if done else failure, seconds=seconds)
 
 
 def shown(command: list[str]) -> str:
@@ -136,45 +106,37 @@ def shown(command: list[str]) -> str:
     return " ".join(["python", *command])
 
 
-def run(stages: list[Stage], *, slots: int, together: int, screen: Screen) -> int:
+def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Screen) -> int:
     """Carry out all stages that are not done and can be, `slots` jobs at once.
 
     Returns:
       the number of the signal that has stopped it; 0 for none.
     """
-    jobs = jobs_of(stages, together)
-    sorter = graphlib.TopologicalSorter(dependencies(jobs))
-    sorter.prepare()
-    ready: list[int] = []
-    running: dict[int, tuple[int, Process]] = {}  # slot -> number of the job, and its process
+    waiting = jobs_of(stages, together)
+    running: dict[int, Process] = {}
     with caught_signals() as caught:
         num_passed_on = 0
-        while running or (sorter.is_active() and not caught):
-            ready = sorted([*ready, *sorter.get_ready()])
-            while ready and len(running) < slots and not caught:
-                number = ready.pop(0)
-                blocked = [stage for stage in jobs[number] if stage.is_blocked]
-                screen.skipped(blocked)
-                slot = min({*range(slots)} - {*running})
-                job = [stage for stage in jobs[number] if stage not in blocked]
-                if not job:
-                    sorter.done(number)
-                    ready = sorted([*ready, *sorter.get_ready()])
-                    continue
-                process = Process(job, environment_of(slot, slots))
-                running[slot] = (number, process)
-                screen.started(process.job, shown(process.command))
+        while running or (waiting and not caught):
+            ahead = {stage for job in [*waiting, *(process.job for process in running.values())] for stage in job}
+            ready = [job for job in waiting if ahead.isdisjoint(need for stage in job for need in stage.needs)]
+            if ready and len(running) < slots and not caught:
+                waiting.remove(ready[0])
+                job = [stage for stage in ready[0] if all(need.is_done for need in stage.needs)]
+                screen.left_out(stage for stage in ready[0] if stage not in job)
+                if job:
+                    slot = min({*range(slots)} - {*running})
+                    running[slot] = Process(job, environment_of(slot, slots))
+                    screen.started(job, shown(running[slot].command))
+                continue
             if len(caught) > num_passed_on:
-                for _, process in running.values():
-                    process.signal(signal.SIGKILL if num_passed_on else signal.SIGTERM)
                 num_passed_on = len(caught)
-            for slot, (number, process) in [*running.items()]:
+                for process in running.values():  # A second Ctrl-C ends at once.
+                    process.signal(signal.SIGKILL if caught.count(signal.SIGINT) > 1 else signal.SIGTERM)
+            for slot, process in [*running.items()]:
                 if process.has_ended:
                     process.note_result(stopped=bool(caught))
-                    screen.ended(process.job, process.log)
+                    screen.ended(process.job)
                     del running[slot]
-                    sorter.done(number)
-            screen.refresh()
             time.sleep(_POLL_S)
     return caught[0] if caught else 0
 
@@ -183,8 +145,7 @@ def run(stages: list[Stage], *, slots: int, together: int, screen: Screen) -> in
 def caught_signals() -> Iterator[list[int]]:
     """Inside, Ctrl-C and signals to end are collected in the list."""
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    previous = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in STOPPING}
     try:
         yield caught
     finally:
@@ -201,12 +162,3 @@ def environment_of(slot: int, slots: int) -> dict[str, str]:
     if devices:
         return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // slots)))}
-
-
-def _ending(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return clipped(next((line for line in reversed(lines) if line.strip()), ""), 300)

@@ -10,7 +10,7 @@ from pipelines.common.settings import Section, setting
 from trainer.config.cli import read_yaml
 from trainer.config.model_arguments import Kwargs, check_kwargs
 
-Overrides = dict[str, Any]
+Overrides = dict[str, Any]  # SECTION.NAME -> value, as on the command line of trainer/run.py
 # The study decides these settings of a training itself.
 _DECIDED = {
     *("data.root", "run.out", "run.stop_after_steps", "student.name", "student.kwargs", "student.seed"),
@@ -20,16 +20,15 @@ _DECIDED = {
 
 @dataclasses.dataclass(frozen=True)
 class RecipeSection(Section):
-    """How every student is trained.
-
-    Attributes:
-      config: YAML file as trainer/run.py takes it.
-      overrides: SECTION.NAME -> value, as on its command line.
-    """
+    """How every student is trained: a YAML file as trainer/run.py takes it, and what is changed of it."""
 
     key = "recipe"
     config: str = "configs/usi.yaml"
     overrides: Overrides = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_overrides(self.overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,6 @@ class TeacherSection(Section):
       name, kwargs, checkpoint: as of trainer/run.py.
       train: the teacher is trained first, on labels alone, by the recipe with these overrides; null takes `checkpoint`,
         or timm's weights.
-      codec: of the store.
       epochs: record this many, and repeat their images for the rest of the training (augment.cycle_epochs); 0 is all.
     """
 
@@ -55,20 +53,14 @@ class TeacherSection(Section):
     def __post_init__(self):
         super().__post_init__()
         check_kwargs("teacher", self.kwargs)
+        _check_overrides(self.train or {})
         if self.train is not None and self.checkpoint is not None:
             raise UserError("teacher.checkpoint and teacher.train are both given: leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)
 class Student(Section):
-    """A student.
-
-    Attributes:
-      name, kwargs: as of trainer/run.py.
-      title: what the report calls it; empty is the name.
-      seeds: of the initial weights and dropout; each is a training of its own on the same images.
-      overrides: settings that this student alone has. The report warns of them.
-    """
+    """A student; each seed, of the initial weights and dropout, is a training of its own on the same images."""
 
     name: str
     title: str = setting("", may_be_empty=True)
@@ -79,6 +71,7 @@ class Student(Section):
     def __post_init__(self):
         super().__post_init__()
         check_kwargs("student", self.kwargs)
+        _check_overrides(self.overrides)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError(f"seeds is {self.seeds}: name at least one, and each once")
 
@@ -90,12 +83,7 @@ class Student(Section):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSection(Section):
-    """What is evaluated of each student.
-
-    Attributes:
-      weights: of the last checkpoint; the first kind is exported. Without an EMA raw is evaluated alone.
-      suites: name -> settings of tools/evaluate.py, for further evaluations of the first kind of weights.
-    """
+    """What is evaluated of the last checkpoint: kinds of weights, and the first of them in suites of other settings."""
 
     key = "evaluate"
     weights: list[Literal["ema", "raw"]] = dataclasses.field(default_factory=lambda: ["ema", "raw"])
@@ -114,18 +102,7 @@ class SpeedSection(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Study(Section):
-    """A study.
-
-    Attributes:
-      students: at least one.
-      title: heading of the report; empty is the file's name.
-      dataset: folder of shards; source: what to make them of, a folder that tools/shard_imagenet.py takes, or the word
-        digits for scikit-learn's. One of the two is given.
-      teacher: null trains on labels alone.
-      together: students that are trained in one process, on the same batches.
-      speed: null measures no speed.
-      paper: usi shows the paper's accuracies beside the measured ones.
-    """
+    """A study: docs/study.md describes each key."""
 
     students: list[Student]
     title: str = setting("", may_be_empty=True)
@@ -146,16 +123,14 @@ class Study(Section):
             raise UserError("students and evaluate.weights must name at least one each")
 
 
-def read_study(path: Path) -> Study:
-    """The study in a YAML file.
+_SECTIONS = {"recipe": RecipeSection, "teacher": TeacherSection, "evaluate": EvaluateSection, "speed": SpeedSection}
 
-    Raises:
-      UserError: the file is missing or malformed, or a key or value is none of a study's; it names the file.
-    """
-    content = read_yaml(path)
-    parts = {"recipe": RecipeSection, "teacher": TeacherSection, "evaluate": EvaluateSection, "speed": SpeedSection}
+
+def read_study(path: Path) -> Study:
+    """The study in a YAML file; a UserError names the file, the key and what is wrong with it."""
+    content = {"title": path.stem, **read_yaml(path)}
     try:
-        for key, kind in parts.items():
+        for key, kind in _SECTIONS.items():
             if content.get(key) is not None:
                 content[key] = _filled(kind, content[key], f"{key}: ")
         if isinstance(content.get("students"), list):
@@ -163,37 +138,30 @@ def read_study(path: Path) -> Study:
                 _filled(Student, {"name": each} if isinstance(each, str) else each, f"students[{number}]: ")
                 for number, each in enumerate(content["students"])
             ]
-        study = _filled(Study, {"title": path.stem, **content}, "")
-        _check_overrides("recipe", study.recipe.overrides)
-        _check_overrides("teacher", (study.teacher and study.teacher.train) or {})
-        for number, student in enumerate(study.students):
-            _check_overrides(f"students[{number}]", student.overrides)
+        return _filled(Study, content, "")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return study
 
 
 def _filled(kind: Any, content: Any, where: str) -> Any:
     """An instance of a section's dataclass with the values of a file."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(content, dict):
         raise UserError(f"{where}is {clipped(content)}, not keys with values")
+    names = [field.name for field in dataclasses.fields(kind)]
     for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(fields)}"
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
             raise UserError(f"{where}unknown key '{clipped(key)}'; {hint}")
-    for name, field in fields.items():
-        has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if name not in content and not has_default:
-            raise UserError(f"{where}'{name}' is missing")
+    for field in dataclasses.fields(kind):
+        if field.default is field.default_factory and field.name not in content:  # Both are MISSING.
+            raise UserError(f"{where}'{field.name}' is missing")
     try:
         return kind(**content)
     except UserError as error:
         raise UserError(f"{where}{error}") from error
 
 
-def _check_overrides(where: str, overrides: Overrides) -> None:
-    for key in overrides:
-        if key in _DECIDED:
-            raise UserError(f"{where}: {key} among its overrides: the study decides it. Leave it out")
+def _check_overrides(overrides: Overrides) -> None:
+    if decided := _DECIDED & {*overrides}:
+        raise UserError(f"{min(decided)} among its overrides: the study decides it. Leave it out")
