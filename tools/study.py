@@ -39,11 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     with exit_on_user_error():
         graph = Graph(read_study(options.study), options.out.resolve())
+        if not options.report:
+            check_study(graph)
         if options.dry_run:
             show_plan(graph, options.seconds)
             return
-        if not options.report:
-            check_study(graph)
         graph.out.mkdir(parents=True, exist_ok=True)
         with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
             stopped_by = carry_out(graph, options)

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from support.forked_python import executable
 from tools.lib.study import running
-from tools.lib.study.running import Process, jobs_of, run
+from tools.lib.study.running import Process, is_held, jobs_of, run
 from tools.lib.study.screen import Screen
 from tools.lib.study.stage import LOG, Stage
 from trainer.config.sections import Config, to_yaml
@@ -147,7 +147,7 @@ def test_a_killed_study_resumes_inside_the_stage_that_was_running(started):
     assert study.stages["c"].product.read_text() == "at once"
 
 
-def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_waits_for_it(tmp_path):
+def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_waits_for_it(tmp_path, capsys):
     study = Study(tmp_path)
     slow = SCRIPT.replace('(folder.joinpath("saved")', '(time.sleep(1), folder.joinpath("saved")')
     study.script.write_text(slow)
@@ -155,9 +155,11 @@ def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_wai
     first = Process([study.stages["a"]], {})
     wait_for(study.stages["a"].folder / "starts")
     first.signal(signal.SIGTERM)
-    second = Process([study.stages["a"]], {})
-    second.note_result()
-    assert study.stages["a"].product.read_text() == "resumed"
+    assert is_held(study.stages["a"]) and not is_held(study.stages["b"])
+    study.run()
+    said = capsys.readouterr().out
+    assert said.count("a: waiting until the process of an earlier study has saved and ended") == 1
+    assert said.index("waiting") < said.index("a: $ ") and study.stages["a"].product.read_text() == "resumed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -103,7 +103,11 @@ def show_plan(graph: Graph, seconds: float) -> None:
     for job in jobs_of(graph.stages, graph.study.together):
         screen.print(shown(command_of(job)), markup=False, highlight=False, soft_wrap=True)
     num_left = sum(not stage.is_done for stage in graph.stages)
-    screen.print(f"{num_left} of {len(rows)} stages are to be done; the report comes last, and speed before it")
+    screen.print(f"{num_left} of {len(rows)} stages are to be done; the report comes last")
+    if graph.study.speed is not None and "speed" not in graph.common:
+        screen.print("speed is measured before the report, as soon as students are exported")
+    if not (graph.dataset / MANIFEST).is_file():
+        screen.print("costs, and the room for the store, are known as soon as there are shards")
 
 
 def state_of(stage: Stage) -> str:

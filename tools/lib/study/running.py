@@ -119,6 +119,7 @@ def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Scree
         while running or (waiting and not caught):
             ahead = {stage for job in [*waiting, *(process.job for process in running.values())] for stage in job}
             ready = [job for job in waiting if ahead.isdisjoint(need for stage in job for need in stage.needs)]
+            ready = [job for job in ready if not screen.held(stage for stage in job if is_held(stage))]
             if ready and len(running) < slots and not caught:
                 waiting.remove(ready[0])
                 job = [stage for stage in ready[0] if all(need.is_done for need in stage.needs)]
@@ -139,6 +140,18 @@ def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Scree
                     del running[slot]
             time.sleep(_POLL_S)
     return caught[0] if caught else 0
+
+
+def is_held(stage: Stage) -> bool:
+    """Whether the process of a killed study still works on a stage."""
+    try:
+        with open(stage.folder / LOG, "a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:  # The stage has never been started.
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
