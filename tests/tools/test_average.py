@@ -193,7 +193,7 @@ def test_whatever_takes_a_checkpoint_takes_the_result(tiny_run, digits, tmp_path
     student = build_student(StudentConfig(name="tiny_cnn", checkpoint=out), 10, 32)
     as_teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(out), "--data.root", str(digits)]
     config = parse([*TINY, *as_teacher])
-    _, teachers = build_models(config, 10, open_splits(config.data)[1], CPU, {})
+    _, teachers = build_models(config, 10, open_splits(config.data)[1], CPU, {}, None)
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(student.eval()(pixels), trained.module(pixels))

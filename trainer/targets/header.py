@@ -16,7 +16,7 @@ from trainer.config.natures import settings_of_plan_field
 from trainer.models.files.torch_files import require_regular
 from trainer.targets.codec import Codec, open_codec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 lacked TeacherFacts.model.
 HEADER = "store.json"
 _LARGEST_HEADER = 1 << 20  # bytes; a header has about two thousand, and a larger file is none.
 _LARGEST_GROUP = 1 << 30  # bytes of a mixing group, which is read at once

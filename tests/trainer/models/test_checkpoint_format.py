@@ -40,6 +40,7 @@ WRONG = {
         *({"state": {7: {}}, "param_groups": [{"params": [0]}]}, {"state": {}, "param_groups": [{"params": [0, 0]}]}),
     ),
     "scaler": (None, [], {"scale": 1.0}, {"scale": math.nan}, {"scale": 1 << 2000}),
+    "stores": (None, [], {"teacher": 7}, {7: {}}, {"teacher": {"codec": torch.zeros(1)}}),
     "micro_batch": (None, -1, True, 1e30),
     "rank_statistics": (None, {}, [7], [[7]]),
     "weights": (None, "best", 7, ["ema"]),

@@ -136,7 +136,7 @@ def test_every_changed_byte_is_found(tmp_path):
         b"\xff\xfe",
         json.dumps(
             {
-                "format_version": 1,
+                "format_version": 2,
                 "plan": 3,
                 "num_classes": 5,
                 "teacher": {},
@@ -219,6 +219,6 @@ def test_what_is_no_store_says_so(tmp_path):
 def test_another_format_version_is_named(tmp_path):
     claim(tmp_path, HEADER)
     path = tmp_path / "store.json"
-    path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 2'))
-    with pytest.raises(UserError, match="has format version 2, and this program reads 1. Use the version"):
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 2', b'"format_version": 1'))
+    with pytest.raises(UserError, match="has format version 1, and this program reads 2. Use the version"):
         read_header(tmp_path)
