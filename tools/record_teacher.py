@@ -25,6 +25,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 commands[options.command](options)
     except KeyboardInterrupt:
-        print(f"interrupted. {_AGAIN}", file=sys.stderr)
+        print(f"interrupted. {_AGAIN}" if options.command == "record" else "interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     if stopped_by:
         sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
@@ -92,7 +93,7 @@ def _record(options: argparse.Namespace, settings: list[str]) -> int:
         blocks = own_blocks(missing, recording.block_steps, this.rank, this.size)
         num_steps = sum(stop - first for first, stop in blocks)
         progress = Progress(num_steps, recording.plan.global_batch, f"process {this.rank + 1} of {this.size}")
-        for note in recording.teachers.notes:
+        for note in (*recording.teachers.notes, *_other_software(store, header.made_with, recording.header.made_with)):
             progress.say(note)
         progress.say(f"{num_steps:,} of the {recording.total_steps:,} steps of {store} are to be recorded here")
         start_s = time.monotonic()
@@ -103,6 +104,16 @@ def _record(options: argparse.Namespace, settings: list[str]) -> int:
         left = sum(stop - first for first, stop in Coverage(store, header).missing(0, recording.total_steps))
         progress.say(_ending(store, number, took, left, recording.total_steps))
         return number
+
+
+def _other_software(store: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A note if the store was begun with another pipeline or other versions than this process has."""
+    others = [f"{name} {before.get(name)}, here {value}" for name, value in now.items() if before.get(name) != value]
+    if not others:
+        return []
+    return [
+        f"{store} was begun with {'; '.join(others)}: the rows of this process may differ a little from its first ones"
+    ]
 
 
 def _ending(store: Path, number: int, took: str, left: int, total_steps: int) -> str:

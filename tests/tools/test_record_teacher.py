@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipelines.shards.index import read_index
 from support.recordings import SMALL, command, files, pieces, record, save_teacher
 from support.tiny_runs import ONE
 from tools.lib.common.terminal import Progress
+from tools.lib.record_teacher import recording
 from tools.lib.record_teacher.blocks import own_blocks, this_process
 from tools.lib.record_teacher.recording import teacher_facts
 from tools.record_teacher import main
@@ -440,3 +442,19 @@ def test_help_says_what_a_lost_process_needs(capsys):
         end.value.code == 0 and "where one was lost, start again" in said and "teacher.precision auto is fp16" in said
     )
     assert said.isascii()
+
+
+def test_a_process_with_other_software_than_the_first_one_says_so(digits, teacher, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "store"
+    real = recording.made_with
+    monkeypatch.setattr(recording, "made_with", lambda *where: {**real(*where), "timm": "0.9"})
+    main(command(store, digits, teacher, "--epochs", 1))
+    assert "was begun with" not in says_all(capsys)
+    monkeypatch.undo()
+    main(command(store, digits, teacher, "--epochs", 2))
+    assert f"{store} was begun with timm 0.9, here {version('timm')}: the rows of this process" in says_all(capsys)
+
+
+def says_all(capsys) -> str:
+    """What was printed to both streams, on one line."""
+    return " ".join(" ".join(capsys.readouterr()).split())

@@ -43,6 +43,7 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ImportError as error:
         raise UserError("--slurm needs submitit: python -m pip install 'submitit>=1.5'") from error
     ids: dict[Stage, str] = {}  # The number of the job of each stage.
@@ -64,5 +65,5 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
             number = executor.submit(carry_out, work, job).job_id
             ids |= dict.fromkeys(job, number)
             screen.say(f"job {number}: {names}")
-    except (RuntimeError, ValueError, NameError, submitit.core.utils.FailedJobError) as error:
+    except (RuntimeError, ValueError, NameError, FailedJobError) as error:
         raise UserError(f"--slurm: {error}. Already submitted: {', '.join({*ids.values()}) or 'nothing'}") from error
