@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from pipelines.common.errors import UserError, naming_settings
+from pipelines.common.files import check_can_be_made
 from pipelines.ops.torch_ops import kernel_error
 from pipelines.plan.plan import IMAGENET_MEAN_RGB, EvalPlan, TrainPlan
 from pipelines.shards.index import ShardIndex
@@ -217,9 +217,7 @@ def check_writable(out: Path) -> None:
         raise UserError(
             f"{out}: is a dataset, for it has a {MANIFEST}. Give the run a folder of its own with --run.out"
         )
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --run.out")
+    check_can_be_made(out, "Change --run.out")
 
 
 def build_models(

@@ -47,6 +47,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def check_can_be_made(folder: Path, advice: str) -> Path:
+    """Raise a UserError with this advice unless a folder can be written, or made where it is not there yet.
+
+    Returns:
+      the nearest folder that exists: itself or one above it.
+    """
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{folder}: cannot be made, {existing} is not a folder that can be written. {advice}")
+    return existing
+
+
 def _partial_of(path: Path) -> Path:
     """A new name beside a file that is being written; `is_leftover` knows it."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")

@@ -1,18 +1,15 @@
 """tools/slurm/train.sbatch, and conversions in job arrays, under SLURM itself: `make slurm`."""
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import REPOSITORY, TINY
 from pipelines.shards.manifest import read_manifest
-from slurm.cluster import Cluster, missing_programs, running_cluster, wait_until
+from slurm.cluster import Cluster, wait_until
 from support.tiny_runs import assert_same_end
 from trainer.state.checkpoint import checkpoints, checkpoints_folder
 
@@ -23,19 +20,6 @@ PYTHON = sys.executable
 # Longer than two time limits: SLURM looks for jobs whose time is up only every 30 seconds.
 EPOCHS = 350
 REQUEUED = "goes back into the queue"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster of one node."""
-    if missing := missing_programs():
-        pytest.fail(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, and run as root")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    try:
-        with running_cluster(folder) as cluster:
-            yield cluster
-    finally:
-        shutil.rmtree(folder)
 
 
 def train(cluster: Cluster, digits: Path, out: Path, *options: str) -> tuple[int, Path]:

@@ -2,36 +2,20 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import REPOSITORY
-from slurm.cluster import Cluster, missing_programs, running_cluster, wait_until
+from slurm.cluster import Cluster, wait_until
 from support.tiny_runs import assert_same_end
 
 pytestmark = pytest.mark.slurm
 
 EPOCHS = 40
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster of one node."""
-    if missing := missing_programs():
-        pytest.fail(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge, and run as root")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    try:
-        with running_cluster(folder) as cluster:
-            yield cluster
-    finally:
-        shutil.rmtree(folder)
 
 
 def run_study(cluster: Cluster, folder: Path, out: Path, digits: Path, broken: bool, *options: str) -> str:

@@ -1,6 +1,5 @@
-"""What comes before a study runs anything: the checks, each mistake in one line, and what --dry-run prints."""
+"""Checks a study before it runs anything, each mistake in one line, and prints what --dry-run shows."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from rich.text import Text
 
 from pipelines.common.errors import ROOM, UserError
-from pipelines.common.files import read_json
+from pipelines.common.files import check_can_be_made, read_json
 from pipelines.common.machine import expanded
 from pipelines.shards.manifest import MANIFEST, read_manifest
 from tools.lib.common.tables import terminal_table
@@ -79,10 +78,7 @@ def num_parameters(each: StudentStages, classes: int) -> int:
 
 def check_space(out: Path, needed: int) -> None:
     """Raise a UserError if the folder cannot be written, or its disk has less room than the study needs."""
-    existing = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{out}: cannot be made, {existing} is not a folder that can be written. Change --out")
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(check_can_be_made(out, "Change --out")).free
     if needed > free:
         raise UserError(
             f"{out}: the study needs about {human_bytes(needed)} for the store, checkpoints and exported models, and "
