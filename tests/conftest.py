@@ -65,7 +65,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What has been imported stays: the garbage collector need not look through it again and again."""
+    """Keep the garbage collector from looking through all imported modules again and again: they stay."""
     gc.collect()
     gc.freeze()
 

@@ -456,5 +456,5 @@ def test_a_process_with_other_software_than_the_first_one_says_so(digits, teache
 
 
 def says_all(capsys) -> str:
-    """What was printed to both streams, on one line."""
+    """Return what was printed to both streams, on one line."""
     return " ".join(" ".join(capsys.readouterr()).split())

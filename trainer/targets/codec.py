@@ -83,9 +83,9 @@ def _largest(name: str, top: int, num_classes: int, *, has_levels: bool) -> Code
     """The largest logits in float16, less the best one; all others together keep their probability.
 
     A row has values, low and high bytes of the classes' numbers, and the shift, which is the others' logit. That holds
-    for temperature 1 alone. With `has_levels` the others lie on 8 evenly spaced levels below the shift, and a row goes
-    on with the spacing and 3 bits for each class. The levels reach one standard deviation below the others' mean; what
-    is lower gets the lowest level, where probabilities are smallest.
+    for temperature 1 alone. With `has_levels` the others lie on 8 evenly spaced levels below the shift, and a row ends
+    with the spacing and 3 bits for each class. The levels reach one standard deviation below the others' mean; what is
+    lower gets the lowest level, where probabilities are smallest.
     """
     num_others, end_of_top = max(num_classes - top, 1), 4 * top
 

@@ -23,7 +23,7 @@ def probability(logit: np.ndarray) -> np.ndarray:
 
 
 def true_difference(levels, seed_sd: float) -> float:
-    """Of the accuracies over all images and all seeds, in percentage points."""
+    """Return the difference of the accuracies over all images and all seeds, in percentage points."""
     x = np.random.default_rng(9).normal(0, np.hypot(IMAGE_SD, seed_sd), 500_000)
     better, worse = (100 * probability(level + x).mean() for level in levels)
     return better - worse

@@ -18,7 +18,7 @@ MOST_PROGRAMS = 2**31 - 1, 65535, 65535  # CUDA's limits for a grid
 
 @pytest.fixture(scope="module", params=[TRIED_QUICKLY, pytest.param(TRIED, marks=pytest.mark.long)], ids=["two", "all"])
 def tried(request) -> Tried:
-    """What is compiled: for two GPUs, or for all of them, which takes half a minute of one core."""
+    """The kernels are compiled for two GPUs, or for all of them, which takes half a minute of one core."""
     return request.param
 
 

@@ -123,7 +123,7 @@ def _check_settings(config: Config, epochs: int) -> None:
 
 
 def teacher_facts(config: Config, teacher: Teacher) -> TeacherFacts:
-    """What the logits of the configuration's first teacher, as build_teacher returns it, depend on."""
+    """Collect what decides the logits of the configuration's first teacher, as build_teacher returns it."""
     said = config.teacher
     order = None if teacher.order is None else json.dumps(teacher.order.tolist()).encode()
     expects, folder = preprocessing(teacher.model), named_folder(str(said.name))

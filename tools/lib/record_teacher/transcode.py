@@ -18,7 +18,7 @@ _NOISE = 1.0  # Standard deviation of the noise on logits; a student of such log
 
 
 def losses(before: torch.Tensor, after: torch.Tensor, seed: int) -> torch.Tensor:
-    """What a smaller codec changes.
+    """Measure what a smaller codec changes.
 
     Args:
       before, after: decoded logits, float32 [B, C].

@@ -37,7 +37,7 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
     students in one job a single failure would keep back all of them.
 
     Args:
-      parameters: of submitit's AutoExecutor, such as timeout_min, gpus_per_node, slurm_partition.
+      parameters: are given to submitit's AutoExecutor, such as timeout_min, gpus_per_node, slurm_partition.
     Raises:
       UserError: submitit is not installed, there is no SLURM here, or it refuses a job.
     """

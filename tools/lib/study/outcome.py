@@ -1,4 +1,4 @@
-"""What is made of the finished stages: the measurement of speed, and the report."""
+"""Measures speed and writes the report when the other stages have ended."""
 
 from tools.lib.study.graph import Graph, StudentStages
 from tools.lib.study.report import write_report
@@ -25,7 +25,7 @@ def finish(graph: Graph, screen: Screen) -> int:
 
 
 def results_of(graph: Graph) -> StudyResults:
-    """What the stages have made, as the report reads it."""
+    """Collect what the stages have made, as the report reads it."""
     study, common = graph.study, graph.common
     done = {kind: stage.product for kind, stage in common.items() if stage.is_done}
     measured = common["speed"].needs if "speed" in common else ()

@@ -47,9 +47,9 @@ class Run:
     """A student with a seed.
 
     Attributes:
-      record: what its folder holds, None without one; reports: its evaluations that can be read.
+      record: holds what its folder has, None without one; reports: are its evaluations that can be read.
       correct: bool [N], which images the weights that are compared have recognised; None where that is not known.
-      hours: of each device, over all sessions, divided by the students that were trained at once.
+      hours: each device was used for this long, over all sessions; students that were trained at once divide it.
     """
 
     result: StudentResult
