@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -68,6 +69,14 @@ def pytest_collection_finish():
     """Keep the garbage collector from looking through all imported modules again and again: they stay."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same random numbers every time, alone or behind any others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -29,14 +29,14 @@ def num_norms(model: nn.Module) -> int:
     ],
 )
 def test_a_folded_model_gives_the_same_logits(name, size, left):
-    model = with_statistics(timm.create_model(name), size)
-    images, before = torch.randn(2, 3, size, size), num_norms(model)
+    model = with_statistics(timm.create_model(name), size).double()  # float32 rounds more in some models than others
+    images, before = torch.randn(2, 3, size, size, dtype=torch.float64), num_norms(model)
     with torch.no_grad():
         expected = model(images)
-        assert fold_batch_norms(model, torch.zeros(1, 3, size, size)) == before - left
+        assert fold_batch_norms(model, torch.zeros_like(images[:1])) == before - left
         found = model(images)
     assert num_norms(model) == left
-    assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
 
 
 class Shared(nn.Module):

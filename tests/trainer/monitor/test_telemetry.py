@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,20 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from chaos.attempts import isolated
 from conftest import TINY
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
+from support.forked_python import executable
 from support.sessions import ONE, session, steps
 from trainer.cluster.world import World
 from trainer.monitor.telemetry import Telemetry
-from trainer.run import main as trainer_main
 
 SYNTHETIC = [
     *TINY,
     *("--data.pipeline", "synthetic", "--data.synthetic_samples", "64", "--data.synthetic_classes", "10"),
     *("--run.stop_after_steps", "1"),
 ]
+
+
+# A training whose error is in a file, because nothing else shows it.
+EXPLAINED = """
+import sys, traceback
+from trainer.run import main
+try:
+    main(sys.argv[2:])
+except BaseException as error:
+    with open(sys.argv[1], "w") as file:
+        traceback.print_exception(error, file=file)
+    raise
+"""
 
 
 class Kept(list):
@@ -173,15 +186,8 @@ def test_a_run_continues_when_nobody_reads_its_output_any_more(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 0), (["--optim.lr", "-1"], 1)])
 def test_a_full_disk_under_output_and_messages_changes_no_exit_code(tmp_path, arguments, code):
-    def command():
-        full = os.open("/dev/full", os.O_WRONLY)
-        os.dup2(full, 1)
-        os.dup2(full, 2)
-        try:
-            trainer_main([*SYNTHETIC, "--run.out", str(tmp_path / "run"), *arguments])
-        except SystemExit as end:
-            os._exit(end.code)
-        os._exit(0)
-
-    assert isolated(command, seconds=60).code == code
+    command = [executable(), "-c", EXPLAINED, tmp_path / "why.txt", *SYNTHETIC, "--run.out", tmp_path / "run"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*command, *arguments], stdout=full, stderr=full, timeout=100)
+    assert ended.returncode == code, (tmp_path / "why.txt").read_text()
     assert (tmp_path / "run" / "summary.json").is_file() == (code == 0)
