@@ -97,7 +97,7 @@ def export(
         with making(out.resolve(), last=CONFIG) as folder:
             write_folder(trained, folder)
             files = {
-                WEIGHTS: "the weights, float32; timm gives the same logits with them, bit by bit",
+                WEIGHTS: "the weights, float32; timm makes the same model of them",
                 CONFIG: "architecture, names of the outputs, what the model sees of an image",
                 **computations(trained, folder, formats, fold=fold),
             }

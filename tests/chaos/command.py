@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from chaos import checkpoints, parquet, reports, runs, settings, system_calls, tars
+from chaos import checkpoints, parquet, reports, runs, settings, studies, system_calls, tars
 from chaos.attempts import Attempt
 from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import write_synced
@@ -25,6 +25,7 @@ from tools.lib.common.arguments import path_argument
 # Each has PROMISE, what must hold, and attempts(folder, seed), which never ends; with how many are tried by default.
 FAULTS: dict[str, tuple[ModuleType, int]] = {
     "runs": (runs, 50),
+    "studies": (studies, 10),
     "tars": (tars, 400),
     "parquet": (parquet, 300),
     "system_calls": (system_calls, 200),

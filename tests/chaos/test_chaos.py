@@ -31,7 +31,7 @@ def test_a_broken_run_ends_bit_equal_to_one_left_in_peace(tmp_path):
     assert "| SIGKILL to one rank | 1 | 1 |" in text or "| the run had already finished | 1 | 1 |" in text
 
 
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "runs"])
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in ("runs", "studies")])
 def test_commands_hold_against_a_few_faults_of_each_kind(name, tmp_path):
     tally = tallied(itertools.islice(FAULTS[name][0].attempts(tmp_path, seed=1), 15))
     assert tally.fell == []
@@ -60,7 +60,7 @@ def test_faults_that_do_not_exist_are_refused_by_name(capsys):
     assert (_parse([]).faults, _parse(["tars", "runs"]).faults) == ([], ["tars", "runs"])
     with pytest.raises(SystemExit):
         _parse(["tars", "tar"])
-    assert "there is no 'tar', only runs, tars, " in capsys.readouterr().err
+    assert "there is no 'tar', only runs, studies, " in capsys.readouterr().err
 
 
 def test_the_report_counts_what_was_tried_and_names_what_fell():

@@ -28,13 +28,15 @@ from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from tools.lib.common.photos import write_digits  # noqa: E402
+
 CODECS = {"digits": ("fp32", "int8", "fp16"), "pairs": ("fp32", "int8", "compact")}
-SEEDS = (0, 1, 2)
+SEEDS = range(6)
 _EPOCH = 22  # updates, with 1,437 training images
 
 
-def write_images(folder: Path, dataset: str) -> None:
-    """The images of a dataset as FOLDER/{train,val}/CLASS/*.jpg, the same every time."""
+def write_pairs(folder: Path) -> None:
+    """Two digits of one split side by side, as FOLDER/{train,val}/AB/*.png, the same every time."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -45,14 +47,10 @@ def write_images(folder: Path, dataset: str) -> None:
     )
     rng = np.random.default_rng(0)
     for name, chosen in zip(("train", "val"), split, strict=True):
-        others = rng.permutation(chosen)  # The second digits come from the same split.
-        for i, j in zip(chosen, others, strict=True):
-            image, label = pixels[i], str(data.target[i])
-            if dataset == "pairs":  # The pair is as large as a digit, so that the demo's recipe fits it.
-                image, label = np.hstack([pixels[i], pixels[j]]), f"{data.target[i]}{data.target[j]}"
-                image = np.repeat(image, 2, axis=0)
-            path = folder / name / label / f"{i:04d}-{j:04d}.png"
+        for i, j in zip(chosen, rng.permutation(chosen), strict=True):
+            path = folder / name / f"{data.target[i]}{data.target[j]}" / f"{i:04d}-{j:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
+            image = np.repeat(np.hstack([pixels[i], pixels[j]]), 2, axis=0)  # as large as a digit for the demo's recipe
             Image.fromarray(image).save(path)
 
 
@@ -73,7 +71,7 @@ def runs_of(folder: Path, dataset: str, jobs: int) -> dict[tuple[str, int], Path
     folder.mkdir(parents=True, exist_ok=True)
     images, shards, teacher = folder / "images", folder / "dataset", folder / "teacher"
     if not images.exists():
-        write_images(folder / "images.partial", dataset)
+        {"digits": write_digits, "pairs": write_pairs}[dataset](folder / "images.partial")
         (folder / "images.partial").rename(images)
     call(shards, "tools/shard_imagenet.py", "build", images, shards, "--samples-per-shard", 500)
     settings = ["--config", "configs/demo.yaml", "--data.root", shards, "--data.threads", 1, "--run.log_every", _EPOCH]

@@ -131,7 +131,7 @@ def test_timm_alone_in_a_fresh_process_gives_the_same_logits_and_transform(expor
     trained, found = inference.load(None, exported[case][0]), alone[case]
     size = trained.transform.image_size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(found["logits"], trained.module(images))
+    torch.testing.assert_close(found["logits"], trained.module(images))
     config = {**found["config"], "image_size": found["config"]["input_size"][-1]}
     assert {key: config[key] for key in dataclasses.asdict(trained.transform)} == dataclasses.asdict(trained.transform)
     assert tuple(config["mean"]) == trained.module.pretrained_cfg["mean"]
@@ -393,6 +393,36 @@ def test_a_file_that_is_not_the_model_is_refused_and_nothing_is_left(cnn, tmp_pa
     monkeypatch.setitem(FORMATS, "model.pt2", dataclasses.replace(FORMATS["model.pt2"], write=write_other))
     message = failed([cnn[0], tmp_path / "out", "--torch-export"], capsys)
     assert re.search("model.pt2: its logits are off by up to .* more than 0.0001 of it. Leave this file out", message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("off", [1e-6, 1e-2, "weight"])
+def test_timm_must_make_the_same_weights_and_logits_but_for_rounding(cnn, tmp_path, capsys, monkeypatch, off):
+    class Off(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+        def state_dict(self):
+            return self.model.state_dict()
+
+        def forward(self, images):
+            logits = self.model(images)
+            return logits + off * logits.abs().max()
+
+    def made(folder: Path) -> nn.Module:
+        model = timm_model(folder)
+        if off != "weight":
+            return Off(model)
+        model.fc.bias.data[3] += 1e-7
+        return model
+
+    monkeypatch.setattr("tools.lib.export.timm_folder.timm_model", made)
+    if off == 1e-6:
+        export.main([str(cnn[0]), str(tmp_path / "out")])
+        return
+    other = r"logits: they are off by up to .* of the largest logit" if off == 1e-2 else r"weights: fc\.bias"
+    assert re.search(f"of the exported files with other {other}", failed([cnn[0], tmp_path / "out"], capsys))
     assert not list(tmp_path.iterdir())
 
 
