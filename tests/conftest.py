@@ -163,6 +163,13 @@ def tiny_run(digits, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_teacher(tiny_run) -> list[str]:
+    """Arguments for a teacher that has learned a little: the end of `tiny_run`."""
+    checkpoint = tiny_run / "checkpoints" / "step-00000030.pt"
+    return ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(checkpoint)]
+
+
+@pytest.fixture(scope="session")
 def undisturbed(digits, tmp_path_factory) -> Path:
     """The folder of a run of 20 steps that nothing has stopped. Tests copy what they change."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from pipelines.common.errors import UserError, naming_settings
 from pipelines.common.files import check_can_be_made
@@ -52,11 +50,12 @@ from trainer.targets.replay import (
     with_recorded_settings,
 )
 from trainer.targets.store import TeacherStore
-from trainer.update.compiler import COMPILE_PATIENCE_S, Compiler, choose_compiler, uncompiled
+from trainer.update.compiler import Compiler, choose_compiler
 from trainer.update.optimizer import build_optimizer, set_learning_rate
 from trainer.update.precision import PRECISIONS, allow_tf32, resolve_precision
 from trainer.update.schedule import learning_rate
-from trainer.update.step import TrainStep, gray_batch
+from trainer.update.step import TrainStep
+from trainer.update.warm_up import warmed_up_step
 
 
 @dataclasses.dataclass
@@ -64,6 +63,7 @@ class Run:
     """Everything that a run is built of.
 
     Attributes:
+      teachers: what the student learns from, on the device; None without.
       step: the update; state: what it changes.
       evaluate: gives the metrics of the raw and the EMA weights; None without a validation set.
       preemption: stops all ranks at the same step.
@@ -71,9 +71,7 @@ class Run:
       replay: gives the batches the targets of recorded teachers; None without.
       sinks: get every record that metrics.jsonl gets.
       precision: of the forward passes.
-      total_steps: of the whole run.
       notes: what the user should know before it begins, in sentences.
-      validation: digest of the validation set, "" without one.
       source: hash of the source files.
       title: begins every line on the screen, where runs share it.
     """
@@ -83,6 +81,7 @@ class Run:
     plan: TrainPlan
     pipelines: Pipelines
     state: TrainState
+    teachers: Teachers | None
     step: TrainStep
     evaluate: "Evaluator | None"
     preemption: Preemption
@@ -90,11 +89,19 @@ class Run:
     replay: Replay | None
     sinks: list[Sink]
     precision: torch.dtype
-    total_steps: int
     notes: list[str]
-    validation: str
     source: str
     title: str = ""
+
+    @property
+    def total_steps(self) -> int:
+        """The updates of the whole run."""
+        return self.plan.steps_per_epoch * self.config.schedule.total_epochs
+
+    @property
+    def validation(self) -> str:
+        """The digest of the validation set, "" without one."""
+        return self.evaluate.images.plan.index.digest if self.evaluate is not None else ""
 
     @property
     def stop(self) -> int:
@@ -133,46 +140,53 @@ class Run:
         set_learning_rate(self.state.optimizer, learning_rate(epoch, self.config.optim, self.config.schedule))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What a run reads of its dataset and its teacher stores before a model is built.
+
+    Attributes:
+      splits: the index of train and, if there is one, of val.
+      classes: the ids of the classes in the order of their labels; None where they have only numbers.
+      stores: of the recorded teachers, by their keys in TeacherConfig.members.
+    """
+
+    splits: dict[str, ShardIndex]
+    classes: list[str] | None
+    stores: dict[str, TeacherStore]
+
+
 def build(
-    config: Config, world: World | None = None, preemption: Preemption | None = None, teachers: Teachers | None = None
+    config: Config, world: World | None = None, preemption: Preemption | None = None, first: Run | None = None
 ) -> Run:
     """Check everything, build everything, and set it to the newest checkpoint. Writes nothing.
 
     Args:
       world: the ranks; None is this process alone. preemption: None makes one. Every rank must do the same.
-      teachers: what the student learns from, where another run has built the teachers of the configuration.
+      first: another run of this process with the same data and teachers: this one takes its teachers and DALI's decode
+        path.
     Raises:
       UserError: what the configuration asks for cannot be done.
     """
     world = world or alone(config.run.device)
-    check_writable(config.run.out)
-    resolve_micro_batch(config, world)  # It checks that the global batch can be divided, before models are built.
-    stores = open_stores(config.teacher)
-    config = with_recorded_settings(config, stores)
+    config, sources = open_sources(config, world)
     sinks = open_sinks(config) if world.is_main else []
-    splits, classes = open_splits(config.data)
-    check_stores(config, stores, train_plan(config, splits["train"], IMAGENET_MEAN_RGB))
-    student, teachers = build_models(config, splits["train"].num_classes, classes, world, stores, teachers)
-    expects = preprocessing(student)
-    plan = train_plan(config, splits["train"], expects.fill)
-    total_steps = plan.steps_per_epoch * config.schedule.total_epochs
-    check_fill(stores, plan)
-    pipelines = open_pipelines(config, splits, world)
-    precision = resolve_precision(config.run.precision, world.device)
+    index, teachers = sources.splits["train"], first.teachers if first else None
+    student, teachers = build_models(config, index.num_classes, sources.classes, world, sources.stores, teachers)
+    expects, precision = preprocessing(student), resolve_precision(config.run.precision, world.device)
+    plan = train_plan(config, index, expects.fill)
+    check_fill(sources.stores, plan)
+    pipelines = open_pipelines(config, sources.splits, world, first.pipelines.decode if first else None)
     place([student], config.run, world.device)
     place_teachers(teachers, config, precision, world.device)
     normalize = Normalize(expects.mean, expects.std, precision).to(world.device)
-    state = build_state(config, plan, student, precision, classes, stores, world)
+    state = build_state(config, plan, student, precision, sources, world)
+    evaluator = open_evaluator(config, sources.splits, pipelines, expects.interpolation, normalize, state, world)
+    make_step = functools.partial(TrainStep, config, state, normalize, teachers)
     compiler, compiler_note = choose_compiler(config.run.compile, student, world)
     notes = [*(teachers.notes if teachers else []), compiler_note, kernel_note(world)]
-    notes += resume(config.run, state, total_steps, world)
-    make_step = functools.partial(TrainStep, config, state, normalize, teachers)
-    evaluator = open_evaluator(config, splits, pipelines, expects.interpolation, normalize, state, world)
-    try_evaluation = evaluator.one_batch if evaluator is not None else lambda: None
-    notes.append(choose_micro_batch(config, plan, state, pipelines, world, make_step, try_evaluation))
-    step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
-    sizes = batch_norm_sizes(config, step, student)
-    state.audit = audit(config, sizes, provenances(stores))
+    notes += resume(config.run, state, plan.steps_per_epoch * config.schedule.total_epochs, world)
+    step, step_notes = build_step(make_step, compiler, config, plan, state, pipelines, evaluator, world)
+    state.audit = audit(config, batch_norm_sizes(config, step, student), provenances(sources.stores))
     state.restore_rank_statistics(world.rank, world.size)  # DDP has overwritten them with rank 0's.
     return Run(
         config=config,
@@ -180,16 +194,15 @@ def build(
         plan=plan,
         pipelines=pipelines,
         state=state,
+        teachers=teachers,
         step=step,
         evaluate=evaluator,
         preemption=preemption or Preemption(world),
         checkpoints=CheckpointStore(config.run, world),
-        replay=Replay(list(stores.values()), plan, world.device) if stores else None,
+        replay=Replay(list(sources.stores.values()), plan, world.device) if sources.stores else None,
         sinks=sinks,
         precision=precision,
-        total_steps=total_steps,
-        notes=list(filter(None, [*notes, batch_norm_note(sizes, config.augment.mix_group), warm_up_note])),
-        validation=splits["val"].digest if "val" in splits else "",
+        notes=list(filter(None, [*notes, *step_notes])),
         source=source_hash(),
     )
 
@@ -209,6 +222,24 @@ def facts_to_compare(config: Config, device: torch.device) -> dict:
     recorded = {key: teacher.store for key, teacher in config.teacher.members if teacher.store is not None}
     stores = {f"content of {key}.store": read_header(store).identity[:12] for key, store in recorded.items()}
     return {**shared_settings(config), **digests, **model_contents(config), **stores, **code_version(), **precision}
+
+
+def open_sources(config: Config, world: World) -> tuple[Config, Sources]:
+    """Open the dataset and the teacher stores, after checking whatever can be checked without a model.
+
+    Returns:
+      the configuration with what the stores say of their teachers, and the sources.
+    Raises:
+      UserError: the run folder cannot be made, the global batch cannot be divided, something is missing or damaged, or
+        a store is of another run.
+    """
+    check_writable(config.run.out)
+    resolve_micro_batch(config, world)
+    stores = open_stores(config.teacher)
+    config = with_recorded_settings(config, stores)
+    splits, classes = open_splits(config.data)
+    check_stores(config, stores, train_plan(config, splits["train"], IMAGENET_MEAN_RGB))
+    return config, Sources(splits, classes, stores)
 
 
 def check_writable(out: Path) -> None:
@@ -283,8 +314,7 @@ def build_state(
     plan: TrainPlan,
     student: nn.Module,
     precision: torch.dtype,
-    classes: list[str] | None,
-    stores: Mapping[str, TeacherStore],
+    sources: Sources,
     world: World,
 ) -> TrainState:
     """The state of a run that has not begun."""
@@ -303,8 +333,8 @@ def build_state(
         },
         config=settings,
         audit=audit(config),
-        classes=classes,
-        stores={key: store.header.facts for key, store in stores.items()},
+        classes=sources.classes,
+        stores={key: store.header.facts for key, store in sources.stores.items()},
         ranks_differ=config.run.batch_norm == "none" and world.size > 1,
     )
 
@@ -371,39 +401,23 @@ def open_evaluator(
     return Evaluator(state, images)
 
 
-def warmed_up_step(
+def build_step(
     make_step: Callable[..., TrainStep],
+    compiler: Compiler,
     config: Config,
     plan: TrainPlan,
     state: TrainState,
+    pipelines: Pipelines,
+    evaluator: Evaluator | None,
     world: World,
-    compiler: Compiler,
-) -> tuple[TrainStep, str]:
-    """The update, warmed up where it needs that, and a note for the user, which may be "".
-
-    DDP arranges its buckets again after the first backward pass. The order in which gradients are summed depends on
-    them, so without a warm-up a run that is resumed would differ from one that was never stopped. A compiler compiles
-    for the batches of the present epoch, before the run begins.
+) -> tuple[TrainStep, list[str]]:
+    """The update, with the micro-batch that it sets in the state, and notes for the user, which may be "".
 
     Raises:
-      UserError: it cannot be compiled though run.compile is true.
+      UserError: as `choose_micro_batch` and `warmed_up_step`.
     """
-    size, note = plan.image_size_at(state.step // plan.steps_per_epoch), ""
-    if compiler is not uncompiled:
-        world.heartbeat("compiling", COMPILE_PATIENCE_S)
-        start_s = time.perf_counter()
-        try:
-            step = make_step(world, micro_batch=state.micro_batch, compiler=compiler)
-            for num_images in step.division.all_sizes:  # All ranks must make the same passes.
-                group = config.augment.mix_group if step.division.has_whole_groups else num_images
-                step.warm_up(gray_batch(num_images, size, group, world.device))
-            return step, f"compiled in {time.perf_counter() - start_s:.0f} s"
-        except TorchDynamoException as error:
-            reason = f"{config.student.name} or its teacher cannot be compiled ({' '.join(str(error).split())[:300]})"
-            if config.run.compile != "auto":
-                raise UserError(f"run.compile is true, and {reason}. Use --run.compile false") from error
-        step, note = None, f"run.compile auto: not compiled, {reason}"  # Its memory, with the buckets of DDP, is freed.
-    step = make_step(world, micro_batch=state.micro_batch)
-    if world.size > 1:
-        step.warm_up(gray_batch(2, size, 2, world.device))  # Two images are the smallest mixing group.
-    return step, note
+    try_evaluation = evaluator.one_batch if evaluator is not None else lambda: None
+    micro_batch_note = choose_micro_batch(config, plan, state, pipelines, world, make_step, try_evaluation)
+    step, warm_up_note = warmed_up_step(make_step, config, plan, state, world, compiler)
+    sizes = batch_norm_sizes(config, step, state.student)
+    return step, [micro_batch_note, batch_norm_note(sizes, config.augment.mix_group), warm_up_note]

@@ -122,10 +122,16 @@ class Pipelines:
     decode: dict[str, str]
 
 
-def open_pipelines(config: Config, indices: dict[str, ShardIndex], world: World) -> Pipelines:
-    """The configured pipeline over each split."""
+def open_pipelines(
+    config: Config, indices: dict[str, ShardIndex], world: World, decode: dict[str, str] | None = None
+) -> Pipelines:
+    """The configured pipeline over each split.
+
+    Args:
+      decode: as Pipelines.decode, where it was chosen before; None chooses it.
+    """
     quarantine = Quarantine(config.run.out / QUARANTINE, indices, config.data.max_bad_fraction, world)
-    decode = choose_decode(config.data, indices["train"], world, config.run.out / DECODE)
+    decode = decode or choose_decode(config.data, indices["train"], world, config.run.out / DECODE)
     of = {
         split: open_configured_pipeline(
             config.data, index, world=world, decode=decode["decode"], on_bad=quarantine.collector(split)

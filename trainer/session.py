@@ -43,7 +43,7 @@ def make_monitor(run: Run) -> Monitor:
         validation=run.validation,
         title=run.title,
     )
-    has_teacher = run.step.teacher is not None
+    has_teacher = run.teachers is not None
     return Monitor(run.world, run.plan, run.state, telemetry, run.pipelines.quarantine, has_teacher)
 
 

@@ -1,6 +1,5 @@
-"""What students that are trained in one process share: the batches of their plan, and what the teacher says of them."""
+"""What students that are trained in one process share: the batches of their plan, and the teachers' logits of them."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,14 +13,7 @@ from trainer.builder import Run
 from trainer.config.natures import flat, setting_natures, settings_of_plan_field
 from trainer.config.sections import Config
 from trainer.feed import batches_of, open_configured_pipeline, rank_plans
-from trainer.models.teacher import RecordedTeacher, Teachers
-from trainer.targets.codec import open_codec
 from trainer.targets.replay import open_stores, with_recorded_settings
-from trainer.update.inputs import teacher_inputs
-
-# Besides what concerns the images and the teacher: what all models on a device have in common, and what the teacher's
-# logits depend on.
-_SHARED = ("run.device", "run.precision", "run.tf32", "run.channels_last", "run.compile")
 
 
 class SharedBatches(Pipeline):
@@ -69,73 +61,73 @@ class SharedBatches(Pipeline):
         self._source, self._step, self._kept = None, -1, []
 
 
-def heard(run: Run) -> Teachers | None:
-    """What stands for a run's teachers in all students: it takes their logits, as float32, for a recording."""
-    if run.step.teachers is None:
-        return None
-    codec = open_codec("fp32", run.plan.index.num_classes)
-    note = "; ".join(run.step.teachers.notes)
-    return Teachers([RecordedTeacher(codec.decode, codec.row_bytes, note)], run.config.distill.temperature)
+class LogitsCache(dict[int, torch.Tensor]):
+    """The teachers' logits [B, C] of the newest micro-batches, by the positions of these.
+
+    A position decides the images and so the logits: what a student finds here is what it would compute itself.
+
+    Args:
+      capacity: how many are kept.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self._capacity = capacity
+
+    def __setitem__(self, position: int, logits: torch.Tensor) -> None:
+        super().__setitem__(position, logits)
+        if len(self) > self._capacity:
+            del self[next(iter(self))]
 
 
-def connect(runs: Sequence[Run]) -> SharedBatches:
-    """Make the runs take their images from one pipeline, and their targets from the teachers of the first run."""
+def use_shared_batches(runs: Sequence[Run]) -> SharedBatches:
+    """Make runs of one plan take their images from one pipeline, and show each batch to their teachers once."""
     first = runs[0]
-    plan, world, replay = first.plan, first.world, first.replay
-    micro_batch, per_update = first.state.micro_batch, first.step.num_micro_batches
-    teachers, teacher = first.step.teachers, first.step.teacher
-    of, stop = _pipelines(runs, per_update), max(run.stop for run in runs)
-
-    @torch.no_grad()
-    def taught(batch: Batch) -> Batch:
-        if teachers is None or teacher is None:
-            return batch
-        logits = teacher(teacher_inputs(teachers, batch)).float().contiguous()
-        return dataclasses.replace(batch, targets=(logits.view(torch.uint8),))
+    plan, replay, stop = first.plan, first.replay, max(run.stop for run in runs)
+    per_update = first.step.num_micro_batches
+    pipelines = _shared_pipelines(runs)
 
     def open_at(step: int) -> Generator[Batch, None, None]:
-        plans = rank_plans(plan, step, stop, world, micro_batch)
-        with contextlib.closing(batches_of(of["train"], plans, replay)) as batches:
-            yield from map(taught, batches)
+        return batches_of(
+            pipelines["train"], rank_plans(plan, step, stop, first.world, first.state.micro_batch), replay
+        )
 
-    shared = SharedBatches(open_at, per_update, plan.global_batch)
-    first.step.learn_from(heard(first))
+    batches, logits_cache = SharedBatches(open_at, per_update, plan.global_batch), LogitsCache(per_update)
     for run in runs:
-        run.pipelines, run.replay = dataclasses.replace(run.pipelines, of={**of, "train": shared}), None
+        run.step.logits_cache = logits_cache
+        run.pipelines = dataclasses.replace(run.pipelines, of={**pipelines, "train": batches})
+        run.replay = None  # The shared batches come with their targets.
         if run.evaluate is not None:
-            images = dataclasses.replace(run.evaluate.images, pipeline=of["val"])
+            images = dataclasses.replace(run.evaluate.images, pipeline=pipelines["val"])
             run.evaluate = dataclasses.replace(run.evaluate, images=images)
-    return shared
+    return batches
 
 
-def _pipelines(runs: Sequence[Run], per_update: int) -> dict[str, Pipeline]:
+def _shared_pipelines(runs: Sequence[Run]) -> dict[str, Pipeline]:
     """A pipeline over each split, which reports damaged samples to all runs."""
     first = runs[0]
     indices = {"train": first.plan.index} | ({"val": first.evaluate.images.plan.index} if first.evaluate else {})
     # The loader works on the next update while all students make this one.
-    data = dataclasses.replace(first.config.data, prefetch=max(first.config.data.prefetch, per_update))
-    found = {}
-    for split, index in indices.items():
+    prefetch = max(first.config.data.prefetch, first.step.num_micro_batches)
+    data, decode = dataclasses.replace(first.config.data, prefetch=prefetch), first.pipelines.decode["decode"]
+
+    def opened(split: str) -> Pipeline:
         collectors = [run.pipelines.quarantine.collector(split) for run in runs]
 
-        def on_bad(sample: int, error: str, collectors=collectors) -> None:
+        def on_bad(sample: int, error: str) -> None:
             for collect in collectors:
                 collect(sample, error)
 
-        decode = first.pipelines.decode["decode"]
-        found[split] = open_configured_pipeline(data, index, world=first.world, decode=decode, on_bad=on_bad)
-    return found
+        return open_configured_pipeline(data, indices[split], world=first.world, decode=decode, on_bad=on_bad)
+
+    return {split: opened(split) for split in indices}
 
 
 def check_configs(configs: Sequence[Config]) -> None:
     """Raise a UserError if students of these configurations cannot be trained together."""
     configs = [with_recorded_settings(config, open_stores(config.teacher)) for config in configs]
     outs = [config.run.out.absolute() for config in configs]
-    first = configs[0]
-    of_plan = {name for name, nature in setting_natures().items() if nature.plan_field and name[:8] != "student."}
-    shared = {*_SHARED, *of_plan} - {"augment.fill"}  # It may be the students' mean colour: see `check_runs`.
-    if len(first.teacher.members) > 1:  # The mean of their probabilities is taken at this temperature.
-        shared.add("distill.temperature")
+    first, names = configs[0], _shared_settings(configs[0])
     for config, out in zip(configs, outs, strict=True):
         if outs.count(out) > 1:
             raise UserError(f"run.out is {config.run.out} for {outs.count(out)} students: give each its own folder")
@@ -144,10 +136,24 @@ def check_configs(configs: Sequence[Config]) -> None:
                 f"run.loggers of {config.run.out} has wandb, which has one run in a process: leave it out, or train "
                 "this student alone"
             )
-        values = zip(flat(first).items(), flat(config).values(), strict=True)
-        for (name, expected), found in values:
-            if name in shared or name.startswith(("data.", "teacher.")):
-                _check_equal(name, first, expected, config, found)
+        expected, found = flat(first), flat(config)
+        for name in names:
+            _check_equal(name, first, expected[name], config, found[name])
+
+
+def _shared_settings(config: Config) -> list[str]:
+    """The settings that must be equal for all students, of whom this is the first."""
+
+    def is_shared(name: str) -> bool:
+        nature, section = setting_natures()[name], name.partition(".")[0]
+        if name == "distill.temperature":  # The mean of several teachers' probabilities is taken at this temperature.
+            return len(config.teacher.members) > 1
+        if name == "augment.fill":  # It may be left to the student's mean colour: `check_runs` compares the colours.
+            return False
+        is_of_plan = bool(nature.plan_field) and section != "student"
+        return section in ("data", "teacher") or nature.one_per_process or is_of_plan
+
+    return list(filter(is_shared, setting_natures()))
 
 
 def check_runs(first: Run, other: Run) -> None:

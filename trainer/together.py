@@ -3,8 +3,9 @@
 python trainer/together.py A.yaml B.yaml C.yaml
 torchrun --nproc-per-node 8 trainer/together.py A.yaml B.yaml C.yaml
 
-A file is the whole configuration of a student, as RUN/config.yaml is. Each student has its own run.out, and ends as it
-would alone. The same command resumes, and so does trainer/run.py with the file of one student.
+A file has the settings of one student, as for `trainer/run.py --config`; what it leaves out has its default. Each
+student has its own run.out, and ends as it would alone. The same command resumes, and so does trainer/run.py with the
+file of one student.
 """
 
 import os
@@ -40,7 +41,7 @@ from trainer.models.checks import reporting_one_value_per_channel
 from trainer.monitor.monitor import NonFiniteError
 from trainer.monitor.run_files import Summary
 from trainer.run import reporting_errors
-from trainer.sharing import check_configs, check_runs, connect, heard
+from trainer.sharing import check_configs, check_runs, use_shared_batches
 
 
 class Student:
@@ -63,12 +64,12 @@ class Student:
     def _training(self, run: Run) -> Generator[None, None, None]:
         self.summary = yield from training(run)
 
-    def advance(self, own: type[UserError] | tuple[()]) -> None:
-        """Make an update, after what is due before it. An error of the type `own` ends this student alone."""
+    def advance(self, ends_alone: type[UserError] | tuple[()]) -> None:
+        """Make an update, after what is due before it. An error of the type `ends_alone` ends this student alone."""
         try:
             with reporting_out_of_memory(), reporting_one_value_per_channel():
                 next(self.loop, None)
-        except own as error:
+        except ends_alone as error:
             self.failure = str(error)
             write_error_line(f"error: {self.out}: {self.failure}")
         if self.failure or self.summary is not None:
@@ -86,28 +87,28 @@ def train_together(configs: Sequence[Config], world: World) -> list[Student]:
       UserError: before anything is trained, if a student cannot begin, or if they do not fit together.
     """
     # Other errors than of a loss may come on one rank alone, for which the others would wait.
-    own = NonFiniteError if world.size > 1 else UserError
+    ends_alone = NonFiniteError if world.size > 1 else UserError
     preemption = Preemption(world)
     with preemption.catching_signals(), contextlib.ExitStack() as closing:
         runs = build_together(configs, world, preemption)
-        closing.callback(connect(runs).close)
+        closing.callback(use_shared_batches(runs).close)
         students = [Student(run) for run in runs]
         del runs
         for student in students:
             closing.callback(student.loop.close)
             student.advance(())  # It takes its folder.
         while going := [(student.run.state.step, i) for i, student in enumerate(students) if student.run]:
-            students[min(going)[1]].advance(own)
+            students[min(going)[1]].advance(ends_alone)
     return students
 
 
 def build_together(configs: Sequence[Config], world: World, preemption: Preemption) -> list[Run]:
-    """The runs, of which the first alone has teachers: `connect` gives the others what these say."""
+    """The runs, which have the same teachers and, until `use_shared_batches`, pipelines of their own."""
     check_configs(configs)
     first = build(configs[0], world, preemption)
     runs = [first]
     for config in configs[1:]:
-        runs.append(build(config, world, preemption.another(), heard(first)))
+        runs.append(build(config, world, preemption.another(), first))
         check_runs(first, runs[-1])
     for run in runs if len(runs) > 1 else []:
         run.title = str(run.config.run.out)

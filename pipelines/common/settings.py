@@ -33,6 +33,7 @@ class Setting:
       may_be_empty: whether an empty text has a meaning.
       recipe: it belongs to the recipe, so the audit reports another value than the recipe's.
       per_machine: the machines of a run may have different values, because it changes no result.
+      one_per_process: runs that are trained together in one process must have the same value.
       on_resume: what happens where a value differs from the checkpoint's: the checkpoint is "refused", because the
         setting decides what the plan is; the change is "reported"; or it is "ignored". None stands for the section's.
       plan_field: the plan's name of what the setting decides, "" for SECTION.NAME or where nothing is refused.
@@ -46,6 +47,7 @@ class Setting:
     may_be_empty: bool = False
     recipe: bool = True
     per_machine: bool = False
+    one_per_process: bool = False
     on_resume: OnResume | None = None
     plan_field: str = ""
     in_old_plans: object = _NOT_LACKING

@@ -90,8 +90,8 @@ def like_dali(monkeypatch) -> dict[str, "LikeDali"]:
     monkeypatch.setattr(metrics, "accuracy", lambda predictions: {"top1": 0.0})
     pipelines = {}
 
-    def opened(config, indices, world):
-        real = real_open(config, indices, world)
+    def opened(config, indices, world, decode):
+        real = real_open(config, indices, world, decode)
         pipelines.update({split: LikeDali(each) for split, each in indices.items()})
         return Pipelines(pipelines, real.quarantine, real.decode)
 

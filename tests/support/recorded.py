@@ -15,13 +15,13 @@ from trainer.targets.pieces import Piece, write_piece
 def record(run: Run, store: Path, steps: int, codec: str = "fp32", made_with: dict | None = None) -> Path:
     """Record the first steps of a run's only teacher. Returns the store."""
     _, given = run.config.teacher.members[0]
-    assert given.name is not None and run.step.teacher is not None
+    assert given.name is not None and run.step.teachers is not None
     facts = TeacherFacts(given.name, given.kwargs, given.image_size, weights="0" * 64)
     header = claim(
         store, StoreHeader(run.plan.describe(), run.plan.index.num_classes, facts, codec, "fp32", made_with or {})
     )
     encode = header.open_codec().encode
-    rows = [encode(run.step.teacher(run.step.inputs(batch).teachers)) for batch in first_batches(run, steps)]
+    rows = [encode(run.step.teachers(run.step.inputs(batch).teachers)) for batch in first_batches(run, steps)]
     whole = torch.cat(rows).reshape(steps, run.plan.global_batch, -1).numpy()
     half = steps // 2
     for first, stop in ((0, half), (half, steps)):

@@ -187,7 +187,7 @@ def test_the_store_of_the_replay_benchmark_has_what_its_live_teacher_says(tmp_pa
     for run in (live, replayed):
         pipeline = SyntheticPipeline(run.plan.index, device=run.world.device)
         with contextlib.closing(replays._batches(run, pipeline)) as batches:
-            steps.append([run.step.teacher(run.step.inputs(next(batches)).teachers).softmax(1) for _ in range(3)])
+            steps.append([run.step.teachers(run.step.inputs(next(batches)).teachers).softmax(1) for _ in range(3)])
     for heard, read in zip(*steps, strict=True):
         torch.testing.assert_close(read, heard, rtol=0.02, atol=1e-4)
     assert not torch.equal(steps[0][0], steps[0][1])  # The steps have outputs of their own, and the third repeats one.

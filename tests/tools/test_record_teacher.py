@@ -53,7 +53,7 @@ def live_logits(digits, out, teacher, *more) -> tuple[np.ndarray, torch.Tensor]:
     plans = list(run.plan.batches(0, 10, micro_batch=run.state.micro_batch))
     for plan, batch in zip(plans, run.pipelines.of["train"].batches(plans), strict=True):
         with torch.no_grad():
-            logits.append(run.step.teacher(run.step.inputs(batch).teachers))
+            logits.append(run.step.teachers(run.step.inputs(batch).teachers))
         positions.append(plan.positions)
     return np.concatenate(positions), torch.cat(logits)
 

@@ -30,7 +30,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
     seen = {}
     arguments = [*TINY, "--data.root", str(digits), "--run.out", str(tmp_path), "--student.name", "resnet18", *teacher]
     run = build(parse(arguments), ONE)
-    for name, model in (("student", run.state.student), ("teacher", run.step.teacher.members[0].model)):
+    for name, model in (("student", run.state.student), ("teacher", run.step.teachers.members[0].model)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
     with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 0, 1, ONE, 32))) as batches:
         run.step(batches, 0)
@@ -40,7 +40,7 @@ def test_each_model_sees_the_pixels_under_its_own_normalisation(digits, tmp_path
 
     student = raw(seen["student"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert torch.allclose(student, raw(seen["teacher"], (0.5,) * 3, (0.5,) * 3), atol=1e-6)
-    assert not run.step.teacher.members[0].model.training and run.state.student.training
+    assert not run.step.teachers.members[0].model.training and run.state.student.training
 
 
 def test_seeds_of_a_student_have_other_weights_and_dropout_and_the_same_batches(digits, tmp_path):

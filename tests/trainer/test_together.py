@@ -1,7 +1,9 @@
 """Students that are trained in one process end bit by bit as each would alone."""
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -18,15 +20,18 @@ from pipelines.common.files import locked, read_json_lines
 from support.ranks import Ranks
 from support.recorded import record
 from support.tiny_runs import ONE, assert_same_end, at_step, build_here, newest
-from trainer import together
+from trainer import feed, together
 from trainer.builder import build
+from trainer.cluster.preemption import Preemption
 from trainer.config.sections import Config, parse, to_yaml
 from trainer.loop import train
 from trainer.models.teacher import Teacher
-from trainer.sharing import check_configs
+from trainer.monitor.clock import InputWait
+from trainer.sharing import check_configs, use_shared_batches
 from trainer.state.checkpoint import checkpoints, checkpoints_folder
 from trainer.targets.store import TeacherStore
-from trainer.together import train_together
+from trainer.together import build_together, train_together
+from trainer.update import compiler
 from trainer.update.step import TrainStep
 
 STEPS = 20  # four epochs of five updates, each of two micro-batches
@@ -55,22 +60,17 @@ def changed(config: Config, **values) -> Config:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_run) -> list:
-    return ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", checkpoints(checkpoints_folder(tiny_run))[-1]]
-
-
-@pytest.fixture(scope="module")
-def store(digits, teacher, tmp_path_factory):
+def store(digits, tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
-    run = build_here(digits, folder / "none", *teacher, *FILL, "--augment.mix_group", 32)
+    run = build_here(digits, folder / "none", *tiny_teacher, *FILL, "--augment.mix_group", 32)
     return record(run, folder / "store", STEPS)
 
 
 @pytest.fixture(scope="module")
-def alone(digits, teacher, tmp_path_factory) -> Path:
+def alone(digits, tiny_teacher, tmp_path_factory) -> Path:
     """Each student, trained alone from the live teacher."""
     folder = tmp_path_factory.mktemp("alone")
-    for config in both(folder, "--data.root", digits, *teacher):
+    for config in both(folder, "--data.root", digits, *tiny_teacher):
         train(build(config, ONE))
     return folder
 
@@ -103,13 +103,13 @@ def assert_same(found: Path, expected: Path, names=STUDENTS) -> None:
     "kind",
     ["live", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("recorded", "none", "synthetic", "averaged"))],
 )
-def test_students_end_as_each_would_alone(digits, teacher, store, alone, tmp_path, kind):
-    young = [{"name": "tiny_cnn", "checkpoint": str(teacher[3])}]
+def test_students_end_as_each_would_alone(digits, tiny_teacher, store, alone, tmp_path, kind):
+    young = [{"name": "tiny_cnn", "checkpoint": str(tiny_teacher[3])}]
     settings = {
-        "live": ["--data.root", digits, *teacher],
+        "live": ["--data.root", digits, *tiny_teacher],
         "recorded": ["--data.root", digits, "--teacher.store", store],
         "none": ["--data.root", digits],
-        "synthetic": [*SYNTHETIC, *teacher],
+        "synthetic": [*SYNTHETIC, *tiny_teacher],
         "averaged": ["--data.root", digits, "--teacher.store", store, "--teacher.others", json.dumps(young)],
     }[kind]
     expected = alone if kind == "live" else tmp_path / "alone"
@@ -125,7 +125,7 @@ def test_students_end_as_each_would_alone(digits, teacher, store, alone, tmp_pat
         assert lines(tmp_path / "run" / "a") == [line for line in lines(alone / "a") if line["step"] <= 6]
 
 
-def test_images_are_loaded_once_and_the_teacher_is_asked_once(digits, teacher, store, tmp_path, monkeypatch):
+def test_images_are_loaded_once_and_the_teacher_is_asked_once(digits, tiny_teacher, store, tmp_path, monkeypatch):
     rows = collections.Counter()
 
     def count(owner: type, method: str, size: Callable[..., int]) -> None:
@@ -141,14 +141,60 @@ def test_images_are_loaded_once_and_the_teacher_is_asked_once(digits, teacher, s
     count(Teacher, "forward", len)
     count(TeacherStore, "read", len)
     settings = ["--data.root", digits, "--run.stop_after_steps", 3]
-    train_together(both(tmp_path / "live", *settings, *teacher), ONE)
+    train_together(both(tmp_path / "live", *settings, *tiny_teacher), ONE)
     assert rows == {"make": 3 * 64, "forward": 3 * 64}
     train_together(both(tmp_path / "recorded", *settings, "--teacher.store", store), ONE)
     assert rows == {"make": 6 * 64, "forward": 3 * 64, "read": 3 * 64}
 
 
-def test_students_that_were_stopped_go_on_together_and_alone(digits, teacher, alone, tmp_path, monkeypatch):
-    settings = ["--data.root", digits, *teacher]
+def test_the_teachers_pass_is_no_wait_for_input(digits, tiny_teacher, tmp_path, monkeypatch):
+    """Neither for the student that makes it nor for the others: it is a part of the update, as in a run alone."""
+    waits, passes = [], []
+
+    def waiting(self):
+        waits.append(self)
+        try:
+            return wait(self)
+        finally:
+            waits.pop()
+
+    def passing(self, inputs):
+        passes.append(len(waits))
+        return forward(self, inputs)
+
+    wait, forward = InputWait.__next__, Teacher.forward
+    monkeypatch.setattr(InputWait, "__next__", waiting)
+    monkeypatch.setattr(Teacher, "forward", passing)
+    train_together(both(tmp_path, "--data.root", digits, *tiny_teacher, "--run.stop_after_steps", 2), ONE)
+    assert passes == [0] * 4  # two updates of two micro-batches
+
+
+def test_no_update_of_a_compiled_student_is_compiled_again(digits, tiny_teacher, tmp_path, monkeypatch):
+    """Also if the teacher's logits are of another type than the students'."""
+    compile_eagerly = functools.partial(torch.compile, backend="eager", dynamic=False)
+    monkeypatch.setattr(compiler, "compiled", compile_eagerly)
+    monkeypatch.setattr(compiler, "why_not", lambda device: "")
+    settings = ["--data.root", digits, *tiny_teacher, "--teacher.precision", "bf16", "--run.compile", "true"]
+    configs = both(tmp_path, *settings, "--run.stop_after_steps", 2)
+    runs = build_together(configs, ONE, Preemption(ONE))
+    with contextlib.closing(use_shared_batches(runs)), torch._dynamo.config.patch(error_on_recompile=True):
+        for run in runs:
+            with contextlib.closing(run.feed(0)) as batches:
+                run.step(batches, 0)
+    assert runs[0].step.logits_cache and {each.dtype for each in runs[0].step.logits_cache.values()} == {torch.bfloat16}
+
+
+def test_the_decode_path_is_chosen_once(digits, tmp_path, monkeypatch):
+    """On a GPU the choice starts a process. Each student's folder keeps it for a session alone."""
+    choice, asked = {"decode": "roi", "why": "it works", "device": "H100"}, []
+    monkeypatch.setattr(feed, "choose_decode", lambda *arguments: asked.append(arguments) or choice)
+    train_together(both(tmp_path, "--data.root", digits, "--run.stop_after_steps", 1), ONE)
+    assert len(asked) == 1
+    assert [json.loads((tmp_path / name / feed.DECODE).read_text()) for name in STUDENTS] == [choice] * 2
+
+
+def test_students_that_were_stopped_go_on_together_and_alone(digits, tiny_teacher, alone, tmp_path, monkeypatch):
+    settings = ["--data.root", digits, *tiny_teacher]
     configs = both(tmp_path, *settings)
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
@@ -166,9 +212,9 @@ def test_students_that_were_stopped_go_on_together_and_alone(digits, teacher, al
     assert_same(tmp_path, alone)
 
 
-def test_a_student_without_its_checkpoint_goes_first(digits, teacher, alone, tmp_path, monkeypatch):
+def test_a_student_without_its_checkpoint_goes_first(digits, tiny_teacher, alone, tmp_path, monkeypatch):
     """As after a kill: one has written the checkpoint of a later update than the other."""
-    configs = both(tmp_path, "--data.root", digits, *teacher)
+    configs = both(tmp_path, "--data.root", digits, *tiny_teacher)
     train(build(changed(configs[0], stop_after_steps=3), ONE))
     made = watch_updates(monkeypatch)
     train_together([changed(config, stop_after_steps=5) for config in configs], ONE)
@@ -177,8 +223,8 @@ def test_a_student_without_its_checkpoint_goes_first(digits, teacher, alone, tmp
 
 
 @pytest.mark.long
-def test_a_student_that_diverges_leaves_the_others_alone(digits, teacher, alone, tmp_path, capsys):
-    settings = ["--data.root", digits, *teacher]
+def test_a_student_that_diverges_leaves_the_others_alone(digits, tiny_teacher, alone, tmp_path, capsys):
+    settings = ["--data.root", digits, *tiny_teacher]
     wild = config_of(tmp_path / "wild", *settings, "--optim.lr", "1e9", "--schedule.warmup_lr", "1e9")
     students = train_together([wild, *both(tmp_path, *settings)], ONE)
     assert [student.summary is None for student in students] == [True, False, False]
@@ -187,7 +233,7 @@ def test_a_student_that_diverges_leaves_the_others_alone(digits, teacher, alone,
     assert_same(tmp_path, alone)
 
 
-def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, teacher, alone, tmp_path, monkeypatch):
+def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, tiny_teacher, alone, tmp_path, monkeypatch):
     step = TrainStep.__call__
 
     def lacking(self, batches, number):
@@ -196,15 +242,15 @@ def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, teach
         return step(self, batches, number)
 
     monkeypatch.setattr(TrainStep, "__call__", lacking)
-    students = train_together(both(tmp_path, "--data.root", digits, *teacher, "--run.stop_after_steps", 4), ONE)
+    students = train_together(both(tmp_path, "--data.root", digits, *tiny_teacher, "--run.stop_after_steps", 4), ONE)
     assert students[0].failure.startswith("CUDA out of memory. Lower run.micro_batch") and not students[1].failure
     assert lines(tmp_path / "b") == [line for line in lines(alone / "b") if line["step"] <= 4]
 
 
 @pytest.mark.long
-def test_a_student_that_rolls_back_is_waited_for(digits, teacher, alone, tmp_path, monkeypatch):
+def test_a_student_that_rolls_back_is_waited_for(digits, tiny_teacher, alone, tmp_path, monkeypatch):
     """The machine is at fault once: the update gives a loss that is not finite."""
-    first, second = both(tmp_path, "--data.root", digits, *teacher)
+    first, second = both(tmp_path, "--data.root", digits, *tiny_teacher)
     step, made = TrainStep.__call__, []
 
     def faulty(self, batches, number):
@@ -270,16 +316,16 @@ def test_a_folder_in_which_another_run_works_is_refused_before_a_student_is_trai
     assert not checkpoints(checkpoints_folder(configs[0].run.out))
 
 
-def test_means_of_several_teachers_are_taken_at_one_temperature(digits, teacher, tmp_path):
-    young = json.dumps([{"name": "tiny_cnn", "checkpoint": str(teacher[3])}])
-    first, second = both(tmp_path, "--data.root", digits, *teacher, "--teacher.others", young)
+def test_means_of_several_teachers_are_taken_at_one_temperature(digits, tiny_teacher, tmp_path):
+    young = json.dumps([{"name": "tiny_cnn", "checkpoint": str(tiny_teacher[3])}])
+    first, second = both(tmp_path, "--data.root", digits, *tiny_teacher, "--teacher.others", young)
     other = dataclasses.replace(second, distill=dataclasses.replace(second.distill, temperature=2.0))
     refused([first, other], "distill.temperature is 1.0 for")
 
 
 @pytest.mark.long
-def test_the_command_trains_on_two_ranks_and_its_exit_code_says_that_a_student_failed(digits, teacher, tmp_path):
-    settings = ["--data.root", digits, *teacher, "--run.stop_after_steps", 6]
+def test_the_command_trains_on_two_ranks_and_its_exit_code_says_that_a_student_failed(digits, tiny_teacher, tmp_path):
+    settings = ["--data.root", digits, *tiny_teacher, "--run.stop_after_steps", 6]
     wild = config_of(tmp_path / "wild", *settings, "--optim.lr", "1e9", "--schedule.warmup_lr", "1e9")
     files = []
     for folder in ("together", "alone"):

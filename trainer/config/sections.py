@@ -342,17 +342,17 @@ class RunConfig(Section):
     key = "run"
     out: Path = setting(Path("runs/default"), recipe=False, per_machine=True)
     seed: int = setting(0, at_least=0, below=2**63, recipe=False, on_resume="refused", plan_field="seed")
-    device: Device = setting("auto", recipe=False, per_machine=True)
+    device: Device = setting("auto", recipe=False, per_machine=True, one_per_process=True)
     global_batch: int = setting(1024, at_least=1, on_resume="refused", plan_field="global_batch")
     micro_batch: int | Literal["auto"] = setting(0, at_least=0, on_resume="reported")
-    precision: Precision = setting("auto", on_resume="reported")
+    precision: Precision = setting("auto", one_per_process=True, on_resume="reported")
     # The recipe computes in half precision, and what autocast leaves in float32 loses no more than that: TF32 has the
     # 10 bits of fp16's mantissa and float32's range. PyTorch's own default is true for convolutions and false for
     # products; the authors left both alone, on GPUs without TF32.
-    tf32: bool = setting(True, recipe=False, on_resume="reported")
+    tf32: bool = setting(True, recipe=False, one_per_process=True, on_resume="reported")
     batch_norm: Literal["reduce", "broadcast", "none", "sync"] = setting("reduce", on_resume="reported")
-    channels_last: bool = setting(True, recipe=False)
-    compile: bool | Literal["auto"] = "auto"
+    channels_last: bool = setting(True, recipe=False, one_per_process=True)
+    compile: bool | Literal["auto"] = setting("auto", one_per_process=True)
     eval_every: int = setting(1, at_least=1, recipe=False)
     eval_batch: int = setting(128, at_least=1, recipe=False)
     checkpoint_every: int = setting(1000, at_least=1, recipe=False)

@@ -31,9 +31,14 @@ def model_inputs(normalize: Normalize, teachers: Teachers | None, batch: Batch) 
       teachers: None without a teacher.
     """
     if teachers is None:
-        return ModelInputs(mixed_inputs(batch, [normalize])[0], [])
+        return ModelInputs(student_input(normalize, batch), [])
     student, *seen = mixed_inputs(batch, [normalize, *_normalizations(teachers, batch)])
     return ModelInputs(student, _of_members(teachers, batch, seen))
+
+
+def student_input(normalize: Normalize, batch: Batch) -> torch.Tensor:
+    """What the student sees of a batch where no teacher is asked, as ModelInputs.student and with the same bits."""
+    return mixed_inputs(batch, [normalize])[0]
 
 
 def teacher_inputs(teachers: Teachers, batch: Batch) -> list[torch.Tensor]:

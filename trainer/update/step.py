@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from trainer.models.teacher import Teachers, agreement
 from trainer.state.train_state import TrainState
 from trainer.update.batch_norm import StatisticsAverage
 from trainer.update.compiler import Compiler, uncompiled
-from trainer.update.inputs import model_inputs
+from trainer.update.inputs import model_inputs, student_input
 from trainer.update.loss import usi_loss
 from trainer.update.mixing import partners
 from trainer.update.optimizer import gradient_clipping
@@ -50,9 +50,10 @@ class TrainStep:
 
     Attributes:
       inputs: Batch -> ModelInputs, what the models see of it.
-      teachers: what the student learns from, and `teacher`, the same compiled if the student is: it maps
-        ModelInputs.teachers to logits [B, C]; None without a teacher. Where teachers were recorded, each batch has
-        their targets.
+      teachers: what the student learns from, compiled if the student is: it maps ModelInputs.teachers to logits [B, C];
+        None without a teacher. Where teachers were recorded, each batch has their targets.
+      logits_cache: the teachers' logits of micro-batches by their positions, where several students learn from the same
+        teachers and batches; None elsewhere.
       division: of the global batch among ranks and micro-batches.
       num_micro_batches: forward passes an update on this rank.
 
@@ -75,8 +76,10 @@ class TrainStep:
         micro_batch: int,
         compiler: Compiler = uncompiled,
     ):
-        self._normalize = normalize
-        self.learn_from(teachers, compiler)
+        self._student_input = functools.partial(student_input, normalize)
+        self.inputs = functools.partial(model_inputs, normalize, teachers)
+        self.teachers = compiler(teachers) if teachers is not None else None
+        self.logits_cache: MutableMapping[int, torch.Tensor] | None = None
         self.division = Division(config.run.global_batch, config.augment.mix_group, world.size, micro_batch)
         self._sizes = self.division.sizes(world.rank)
         self.num_micro_batches = len(self._sizes)
@@ -102,11 +105,6 @@ class TrainStep:
         self._statistics = StatisticsAverage(state.student, sizes, rank_weight, config.run.batch_norm, world)
         self._loss_and_agreement = compiler(functools.partial(loss_and_agreement, config=config.distill))
 
-    def learn_from(self, teachers: Teachers | None, compiler: Compiler = uncompiled) -> None:
-        """Take these teachers from now on."""
-        self.inputs = functools.partial(model_inputs, self._normalize, teachers)
-        self.teachers, self.teacher = teachers, compiler(teachers) if teachers is not None else None
-
     def __call__(self, batches: Iterator[Batch], number: int) -> StepMetrics:
         """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -120,7 +118,7 @@ class TrainStep:
                 is_last = micro_batch == self.num_micro_batches - 1
                 waits = isinstance(self._model, DistributedDataParallel) and not is_last
                 with self._model.no_sync() if waits else contextlib.nullcontext():
-                    metrics = self._forward(batch)
+                    metrics = self._forward(batch, self.logits_cache)
                     self._scaler.scale(metrics.loss / (self._images_per_rank / size)).backward()
                 self._statistics.end_micro_batch()
                 done.append(metrics._replace(loss=metrics.loss.detach()))
@@ -136,16 +134,29 @@ class TrainStep:
             self._ema.update(ema_decay(number, self._config.ema))
         return metrics
 
-    def _forward(self, batch: Batch) -> StepMetrics:
+    def _forward(self, batch: Batch, logits_cache: MutableMapping[int, torch.Tensor] | None = None) -> StepMetrics:
         """Both forward passes and the loss of a micro-batch."""
-        with torch.no_grad():
-            student_input, teacher_inputs = self.inputs(batch)
-            # The teachers go first, so that their activations are gone when the student's must be kept.
-            teacher_logits = self.teacher(teacher_inputs) if self.teacher is not None else None
-            del teacher_inputs  # The student's activations can use this memory, too.
+        # The teachers go first, so that their activations are gone when the student's must be kept. The student's can
+        # use the memory of the teachers' images, too.
+        seen, teacher_logits = self._input_and_targets(batch, logits_cache)
         with torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32):
-            student_logits = self._model(student_input)
+            student_logits = self._model(seen)
         return self._loss_and_agreement(student_logits, teacher_logits, batch.labels, batch.lam, batch.mix_group)
+
+    @torch.no_grad()
+    def _input_and_targets(
+        self, batch: Batch, logits_cache: MutableMapping[int, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The student's images and the teachers' logits, which are computed only if the cache lacks them."""
+        if self.teachers is None:
+            return self._student_input(batch), None
+        if logits_cache is not None and batch.position in logits_cache:
+            return self._student_input(batch), logits_cache[batch.position]
+        inputs = self.inputs(batch)
+        logits = self.teachers(inputs.teachers)
+        if logits_cache is not None:
+            logits_cache[batch.position] = logits
+        return inputs.student, logits
 
     def _is_gradient_finite(self) -> torch.Tensor:
         """Bool scalar on the device."""

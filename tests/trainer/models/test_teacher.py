@@ -77,7 +77,7 @@ def test_every_teacher_sees_the_pixels_under_its_own_normalisation_and_in_its_ow
     more = ["--teacher.others", other(files, "resnet18", image_size=40)]
     run = build(parse(arguments(digits, tmp_path, *first_teacher(files), *more, "--run.micro_batch", 64)), ONE)
     batch, seen = first_batch(run), {}
-    models = {"student": run.state.student, **{str(i): each.model for i, each in enumerate(run.step.teacher.members)}}
+    models = {"student": run.state.student, **{str(i): each.model for i, each in enumerate(run.step.teachers.members)}}
     for name, model in models.items():
         model.register_forward_pre_hook(lambda _, images, name=name: seen.update({name: images[0].detach().clone()}))
     run.step(iter([batch]), 0)
@@ -89,7 +89,7 @@ def test_every_teacher_sees_the_pixels_under_its_own_normalisation_and_in_its_ow
         assert torch.allclose(raw, pixels.permute(0, 3, 1, 2).float(), atol=1e-3), name
     assert seen["1"].shape[2:] == (40, 40) and seen["0"].shape[2:] == (32, 32)
     assert not any(model.training for name, model in models.items() if name != "student")
-    assert not any(parameter.requires_grad for parameter in run.step.teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in run.step.teachers.parameters())
 
 
 def test_what_the_teachers_saw_is_gone_before_the_student_sees_its_images(digits, files, tmp_path):
@@ -97,7 +97,7 @@ def test_what_the_teachers_saw_is_gone_before_the_student_sees_its_images(digits
     more = ["--teacher.others", other(files, "resnet18", image_size=40), "--run.micro_batch", 64]
     run = build(parse(arguments(digits, tmp_path, *first_teacher(files), *more)), ONE)
     storages, gone = [], []
-    for teacher in run.step.teacher.members:
+    for teacher in run.step.teachers.members:
         teacher.model.register_forward_pre_hook(
             lambda _, images: storages.append(StorageWeakRef(images[0].untyped_storage()))
         )
@@ -274,7 +274,7 @@ def test_a_teacher_of_fixed_size_keeps_its_own_while_the_students_images_grow(di
     run = build(parse(arguments(digits, tmp_path / "run", *teacher, *sizes)), ONE)
     seen = {"student": [], "teacher": []}
     noting_sizes(run.state.student, seen["student"])
-    noting_sizes(run.step.teacher.members[0].model, seen["teacher"])
+    noting_sizes(run.step.teachers.members[0].model, seen["teacher"])
     with contextlib.closing(run.pipelines.of["train"].batches(rank_plans(run.plan, 4, 6, ONE, 64))) as batches:
         for step in (4, 5):
             run.step(batches, step)

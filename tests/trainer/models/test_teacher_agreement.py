@@ -53,7 +53,7 @@ def test_the_log_has_how_often_teacher_and_labels_and_student_agree(digits, file
         for batch in batches:
             labels, partner = batch.labels.tolist(), partners(batch.labels, batch.mix_group).tolist()
             shown = [a if lam >= 0.5 else b for a, b, lam in zip(labels, partner, batch.lam.tolist(), strict=True)]
-            best = run.step.teacher(run.step.inputs(batch)[1]).argmax(1).tolist()
+            best = run.step.teachers(run.step.inputs(batch)[1]).argmax(1).tolist()
             counted.append(100 * np.mean(np.array(shown) == np.array(best)))
     assert [line["teacher_top1"] for line in lines] == pytest.approx(counted)
     (line,) = train_here(digits, tmp_path / "64", *setting, "--run.micro_batch", 64, "--run.log_every", 4)

@@ -19,24 +19,18 @@ STEPS = 20  # four epochs of five updates
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_run) -> list:
-    """The settings of a live teacher."""
-    return ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", checkpoints(checkpoints_folder(tiny_run))[-1]]
-
-
-@pytest.fixture(scope="module")
-def store(digits, teacher, tmp_path_factory):
+def store(digits, tiny_teacher, tmp_path_factory):
     """The whole run's outputs of the teacher as fp32, in groups of 32."""
     folder = tmp_path_factory.mktemp("stores")
-    run = build_here(digits, folder / "none", *teacher, "--augment.mix_group", 32)
+    run = build_here(digits, folder / "none", *tiny_teacher, "--augment.mix_group", 32)
     return record(run, folder / "store", STEPS)
 
 
 @pytest.fixture(scope="module")
-def live(digits, teacher, tmp_path_factory):
+def live(digits, tiny_teacher, tmp_path_factory):
     """A run with the live teacher."""
     out = tmp_path_factory.mktemp("live") / "run"
-    train_here(digits, out, *teacher, "--run.log_every", 1, "--run.checkpoint_every", 7)
+    train_here(digits, out, *tiny_teacher, "--run.log_every", 1, "--run.checkpoint_every", 7)
     return out
 
 
@@ -60,40 +54,40 @@ def test_a_replayed_run_is_bit_equal_to_the_live_one_also_after_it_was_stopped(d
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_replay_what_they_would_have_heard(digits, store, teacher, tmp_path, ranks):
+def test_several_ranks_replay_what_they_would_have_heard(digits, store, tiny_teacher, tmp_path, ranks):
     """Three ranks do not divide the groups, so their rows are not consecutive."""
     settings = ["--data.root", digits, "--run.stop_after_steps", 4, "--run.log_every", 1]
-    run_ranks(ranks, *settings, *teacher, "--run.out", tmp_path / "live")
+    run_ranks(ranks, *settings, *tiny_teacher, "--run.out", tmp_path / "live")
     run_ranks(ranks, *settings, "--teacher.store", store, "--run.out", tmp_path / "replayed")
     assert_same_end(tmp_path / "live", tmp_path / "replayed")
     assert losses(tmp_path / "live") == losses(tmp_path / "replayed")
 
 
-def test_what_two_recorders_write_is_what_three_ranks_would_have_heard(digits, teacher, tmp_path):
+def test_what_two_recorders_write_is_what_three_ranks_would_have_heard(digits, tiny_teacher, tmp_path):
     """The command itself records, in two blocks of steps, and both are replayed."""
     settings = ["--data.root", digits, "--run.global_batch", 16, "--augment.mix_group", 8, "--run.log_every", 1]
     recorder = [REPOSITORY / "tools" / "record_teacher.py", tmp_path / "store", "--codec", "fp32"]
-    with Ranks([*recorder, *TINY, *settings, *teacher], 2, TORCHELASTIC_RUN_ID="none") as recorders:
+    with Ranks([*recorder, *TINY, *settings, *tiny_teacher], 2, TORCHELASTIC_RUN_ID="none") as recorders:
         for code, _, said in recorders.end():
             assert code == 0, said
     names = sorted(path.name for path in (tmp_path / "store").glob("*.safetensors"))
     assert names == ["00000000-00000064.0-16.safetensors", "00000064-00000080.0-16.safetensors"]
-    run_ranks(3, *settings, *teacher, "--run.out", tmp_path / "live")
+    run_ranks(3, *settings, *tiny_teacher, "--run.out", tmp_path / "live")
     run_ranks(3, *settings, "--teacher.store", tmp_path / "store", "--run.out", tmp_path / "replayed")
     assert_same_end(tmp_path / "live", tmp_path / "replayed")
     assert len(losses(tmp_path / "live")) == 80 and losses(tmp_path / "live") == losses(tmp_path / "replayed")
 
 
-def test_a_replayed_run_is_compiled_as_the_live_one_is(digits, store, teacher, tmp_path):
+def test_a_replayed_run_is_compiled_as_the_live_one_is(digits, store, tiny_teacher, tmp_path):
     settings = ["--run.compile", "true", "--run.stop_after_steps", 3]
-    train_here(digits, tmp_path / "live", *settings, *teacher)
+    train_here(digits, tmp_path / "live", *settings, *tiny_teacher)
     train_here(digits, tmp_path / "replayed", *settings, "--teacher.store", store)
     assert_same_end(tmp_path / "live", tmp_path / "replayed")
 
 
 @pytest.mark.parametrize(("codec", "bound"), [("int8", 0.01), ("fp16", 0.002), ("compact", 0.02)])
-def test_lossy_codecs_change_the_loss_little(digits, teacher, live, tmp_path, codec, bound):
-    run = build_here(digits, tmp_path / "none", *teacher, "--augment.mix_group", 32)
+def test_lossy_codecs_change_the_loss_little(digits, tiny_teacher, live, tmp_path, codec, bound):
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
     record(run, tmp_path / "store", STEPS, codec)
     train_here(digits, tmp_path / "run", "--teacher.store", tmp_path / "store", "--run.log_every", 1)
     pairs = list(zip(losses(live), losses(tmp_path / "run"), strict=True))
@@ -101,7 +95,7 @@ def test_lossy_codecs_change_the_loss_little(digits, teacher, live, tmp_path, co
     assert max(abs(before[1] - after[1]) for before, after in pairs) < bound
 
 
-def test_recorded_and_live_teachers_are_averaged_as_live_ones(digits, store, teacher, tiny_run, tmp_path):
+def test_recorded_and_live_teachers_are_averaged_as_live_ones(digits, store, tiny_teacher, tiny_run, tmp_path):
     """Each of two different teachers recorded alone, or both."""
     young = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", checkpoints(checkpoints_folder(tiny_run))[0]]
     run = build_here(digits, tmp_path / "none", *young, "--augment.mix_group", 32)
@@ -109,9 +103,9 @@ def test_recorded_and_live_teachers_are_averaged_as_live_ones(digits, store, tea
     live = {"name": "tiny_cnn", "checkpoint": str(young[3])}
     recorded = {"name": "tiny_cnn", "store": str(young_store)}
     settings = ["--run.stop_after_steps", 3, "--teacher.others"]
-    train_here(digits, tmp_path / "live", *settings, json.dumps([live]), *teacher)
+    train_here(digits, tmp_path / "live", *settings, json.dumps([live]), *tiny_teacher)
     for i, (first, other) in enumerate(
-        [(["--teacher.store", store], live), (teacher, recorded), (["--teacher.store", store], recorded)]
+        [(["--teacher.store", store], live), (tiny_teacher, recorded), (["--teacher.store", store], recorded)]
     ):
         train_here(digits, tmp_path / str(i), *settings, json.dumps([other]), *first)
         assert_same_end(tmp_path / "live", tmp_path / str(i))
@@ -185,11 +179,11 @@ def test_a_damaged_piece_ends_the_run_before_it_is_used(digits, store, tmp_path)
         train_here(digits, tmp_path / "run", "--teacher.store", damaged, "--run.log_every", 1)
 
 
-def test_another_store_at_the_same_path_is_reported_when_a_run_resumes(digits, store, teacher, tmp_path, capsys):
+def test_another_store_at_the_same_path_is_reported_when_a_run_resumes(digits, store, tiny_teacher, tmp_path, capsys):
     place = tmp_path / "store"
     place.symlink_to(store)
     train_here(digits, tmp_path / "run", "--teacher.store", place, "--run.stop_after_steps", 1)
-    run = build_here(digits, tmp_path / "none", *teacher, "--augment.mix_group", 32)
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
     place.unlink()
     record(run, place, STEPS, "fp16")
     capsys.readouterr()
@@ -229,10 +223,10 @@ def test_the_free_settings_may_differ(digits, store, tmp_path):
     [["--data.image_size", "[[0,32],[2,40]]"], ["--augment.cycle_epochs", 2, *DROPOUT]],
     ids=["sizes", "cycle"],
 )
-def test_progressive_sizes_and_repeated_views_are_replayed(digits, teacher, tmp_path, settings):
-    run = build_here(digits, tmp_path / "none", *teacher, "--augment.mix_group", 32, *settings)
+def test_progressive_sizes_and_repeated_views_are_replayed(digits, tiny_teacher, tmp_path, settings):
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32, *settings)
     record(run, tmp_path / "store", STEPS if "--augment.cycle_epochs" not in settings else STEPS // 2)
-    train_here(digits, tmp_path / "live", *settings, *teacher)
+    train_here(digits, tmp_path / "live", *settings, *tiny_teacher)
     train_here(digits, tmp_path / "replayed", *settings, "--teacher.store", tmp_path / "store")
     assert_same_end(tmp_path / "live", tmp_path / "replayed")
 
@@ -245,9 +239,9 @@ def test_repeated_views_are_replayed_from_a_store_of_all_epochs(digits, store, t
     assert summary["finished"] and summary["step"] == 25
 
 
-def test_classes_of_another_order_are_in_the_datasets_order_before_they_are_stored(digits, teacher, tmp_path):
+def test_classes_of_another_order_are_in_the_datasets_order_before_they_are_stored(digits, tiny_teacher, tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join(map(str, reversed(range(10)))) + "\n")
-    reversed_order = [*teacher, "--teacher.classes", tmp_path / "classes.txt"]
+    reversed_order = [*tiny_teacher, "--teacher.classes", tmp_path / "classes.txt"]
     run = build_here(digits, tmp_path / "none", *reversed_order, "--augment.mix_group", 32)
     record(run, tmp_path / "store", 10)
     settings = ["--run.stop_after_steps", 3, "--schedule.epochs", 2]
@@ -256,8 +250,8 @@ def test_classes_of_another_order_are_in_the_datasets_order_before_they_are_stor
     assert_same_end(tmp_path / "live", tmp_path / "replayed")
 
 
-def test_a_note_says_how_many_images_were_damaged_and_what_it_was_recorded_with(digits, teacher, tmp_path, capsys):
-    run = build_here(digits, tmp_path / "none", *teacher, "--augment.mix_group", 32)
+def test_a_note_says_how_many_images_were_damaged_and_what_it_was_recorded_with(digits, tiny_teacher, tmp_path, capsys):
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
     store = record(run, tmp_path / "store", STEPS, made_with={"pipelines": "0", "pipeline": "torchvision"})
     line = {"split": "train", "shard": "train-00000.tar", "key": "a", "offset": 512, "error": "cut off"}
     (store / "quarantine.jsonl").write_text("".join(json.dumps({**line, "offset": n}) + "\n" for n in (512, 1024, 512)))
@@ -267,15 +261,15 @@ def test_a_note_says_how_many_images_were_damaged_and_what_it_was_recorded_with(
     assert "2 of its images were damaged and are gray" in said
 
 
-def test_live_teachers_compute_in_their_own_precision(digits, teacher, tmp_path):
+def test_live_teachers_compute_in_their_own_precision(digits, tiny_teacher, tmp_path):
     """In half precision the targets change, and the student's own forward pass stays in float32."""
     logits = {}
     for precision in ("auto", "fp32", "bf16"):
-        run = build_here(digits, tmp_path / precision, *teacher, "--teacher.precision", precision)
+        run = build_here(digits, tmp_path / precision, *tiny_teacher, "--teacher.precision", precision)
         batch = first_batches(run, 1)[0]
         with torch.no_grad():
             inputs = run.step.inputs(batch)
-            logits[precision] = run.step.teacher(inputs.teachers).float()
+            logits[precision] = run.step.teachers(inputs.teachers).float()
         assert inputs.student.dtype == torch.float32
     assert torch.equal(logits["auto"], logits["fp32"]) and not torch.equal(logits["auto"], logits["bf16"])
     assert (logits["bf16"] - logits["fp32"]).abs().max() < 0.1

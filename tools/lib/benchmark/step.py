@@ -185,7 +185,7 @@ def models_alone(setting: Setting, run: Run, batch: Batch) -> Callable[[], None]
     """The models' own part of a run's update."""
     compiler = compiled if setting.compiled else uncompiled
     student, loss = compiler(run.state.student), compiler(usi_loss)
-    teacher = run.step.teacher  # It is the run's own, folded and compiled.
+    teacher = run.step.teachers  # It is the run's own, folded and compiled.
     autocast = _autocast(run)
     centred = (batch.images.float() / 255 - 0.5) / 0.25
     pixels = centred.permute(0, 3, 1, 2).to(run.precision)  # channels-last

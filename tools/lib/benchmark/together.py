@@ -27,7 +27,7 @@ from trainer.builder import Run
 from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import alone
 from trainer.config.sections import DataConfig
-from trainer.sharing import connect
+from trainer.sharing import use_shared_batches
 from trainer.together import build_together
 
 ALONE = "one student alone"
@@ -108,7 +108,7 @@ class Students:
     def __init__(self, runs: Sequence[Run], *, is_shared: bool):
         self._stack = contextlib.ExitStack()
         if is_shared:
-            self._stack.callback(connect(runs).close)
+            self._stack.callback(use_shared_batches(runs).close)
         feeds = [self._stack.enter_context(contextlib.closing(run.feed(0))) for run in runs]
         self._runs = list(zip(runs, feeds, strict=True))
         self._number = 0

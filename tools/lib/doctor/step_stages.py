@@ -48,15 +48,15 @@ def without_teacher(run: Run) -> Run:
 def teacher_stage(run: Run, plans: Plans) -> Stage:
     """The teacher's forward passes of an update; its inputs lie on the device already."""
     batch, step = next(synthetic_batches(run, plans)), run.step
-    assert step.teacher is not None  # Otherwise there is nothing to measure.
-    teacher = step.teacher
+    assert step.teachers is not None  # Otherwise there is nothing to measure.
+    teachers = step.teachers
     with torch.no_grad():
         inputs = step.inputs(batch).teachers
 
     @torch.no_grad()
     def update() -> None:
         for _ in range(step.num_micro_batches):
-            teacher(inputs)
+            teachers(inputs)
 
     return lambda count: timed_updates(update, count)
 
