@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from pipelines.common.errors import UserError, clipped, reason_of
+from pipelines.common.errors import UserError, clipped, named, reason_of
 from trainer.cluster.memory import is_out_of_memory
 from trainer.config.model_arguments import Kwargs
 from trainer.models.checkpoint_format import not_finite
@@ -62,6 +62,9 @@ def create_model(
         reason = f"({type(error).__name__}: {reason_of(error, 160)})"
         if is_out_of_memory(error):
             problem = f"model '{name}': memory is too short for it {reason}. Free some memory, or use a smaller model"
+        elif isinstance(error, MisfitError):
+            advice = "Give the model it was saved from, or a file of this one"
+            problem = f"{source}: does not fit model '{name}' ({error}). {advice}"
         elif weights is not None and isinstance(error, RuntimeError):
             problem = f"{source}: does not fit model '{name}' {reason}. Give the model it was saved from"
         elif pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
@@ -80,23 +83,33 @@ def create_model(
     return model
 
 
+class MisfitError(RuntimeError):
+    """Weights that are not those of a model: the message names the first that differ."""
+
+
 @contextlib.contextmanager
 def all_weights_required() -> Iterator[None]:
-    """Inside, a weight that a model would not get is an error: for some (DLA) timm keeps random ones in silence.
+    """Inside, weights that do not fit a model are a MisfitError, as is a weight that a model would not get.
+
+    For some models (DLA) timm would keep random ones in silence.
 
     This replaces a method of nn.Module for the whole process, so models are built in one thread. Parts that a model
     loads while it is itself loaded may lack weights, as they may elsewhere.
     """
     load, loading = nn.Module.load_state_dict, []
 
-    def load_all(self, *args, **named):
+    def load_all(self, state_dict, *args, **options):
         loading.append(self)
         try:
-            found = load(self, *args, **named)
+            found = load(self, state_dict, *args, **options)
+        except RuntimeError as error:
+            if len(loading) == 1 and not is_out_of_memory(error) and (text := misfit(self.state_dict(), state_dict)):
+                raise MisfitError(text) from error
+            raise
         finally:
             loading.pop()
         if found.missing_keys and not loading:
-            raise RuntimeError("Missing key(s) in state_dict: " + ", ".join(f'"{name}"' for name in found.missing_keys))
+            raise MisfitError(f"it lacks {_named(found.missing_keys)}")
         return found
 
     nn.Module.load_state_dict = load_all
@@ -104,6 +117,26 @@ def all_weights_required() -> Iterator[None]:
         yield
     finally:
         nn.Module.load_state_dict = load
+
+
+def misfit(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
+    """How weights differ from those that a model has, by their first names and shapes; "" if neither differs."""
+    lacking, others = [name for name in own if name not in given], [name for name in given if name not in own]
+    shapes = [name for name in own if name in given and own[name].shape != given[name].shape]
+    differences = [
+        f"it lacks {_named(lacking)}" if lacking else "",
+        f"it has {_named(others)}, which the model has not" if others else "",
+        *(
+            f"'{clipped(name)}' is {[*given[name].shape]} and the model's is {[*own[name].shape]}"
+            for name in shapes[:1]
+        ),
+        f"{len(shapes) - 1} more have another shape" if len(shapes) > 1 else "",
+    ]
+    return "; ".join(filter(None, differences))
+
+
+def _named(weights: Iterable[str]) -> str:
+    return named((f"'{clipped(name)}'" for name in weights), 2)
 
 
 def check_values(model: nn.Module, weights: dict[str, torch.Tensor], source: Path | str) -> None:
