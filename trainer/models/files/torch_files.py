@@ -154,6 +154,7 @@ class _Claims(pickle._Unpickler):
     def __init__(self, pickled: bytes, records: dict[str, int]):
         super().__init__(io.BytesIO(pickled), encoding="latin1")
         self._records = records
+        self._values_left = _OFTEN * len(pickled)  # The arguments of all calls may hold this many values.
         self.mappings: set[str] = set()
 
     def find_class(self, module: str, name: str) -> object:
@@ -190,8 +191,33 @@ class _Claims(pickle._Unpickler):
         _check_keys(self.stack[::2])
         _STANDARD[pickle.SETITEMS[0]](self)
 
+    def _reduce(self) -> None:
+        self._count_arguments()
+        _STANDARD[pickle.REDUCE[0]](self)
+
+    def _new_object(self) -> None:
+        self._count_arguments()
+        _STANDARD[pickle.NEWOBJ[0]](self)
+
+    def _count_arguments(self) -> None:
+        """Raise a ClaimError if the calls so far have too many arguments: a call may hash or print all of them."""
+        waiting = self.stack[-1:]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, (list, tuple, set, frozenset, dict)):
+                self._values_left -= len(value)
+                if self._values_left < 0:
+                    raise ClaimError("calls something with the same values over and over")
+                waiting += [*value.keys(), *value.values()] if isinstance(value, dict) else value
+
     stack: list
-    dispatch: Any = {**_STANDARD, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+    dispatch: Any = {
+        **_STANDARD,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _new_object,
+    }
 
 
 def _check_keys(keys: list) -> None:

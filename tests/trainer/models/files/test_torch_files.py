@@ -173,6 +173,8 @@ def stored(item: bytes = b"ctorch\nFloatStorage\n", key: bytes = b"X\x01\0\0\x00
 # A tuple that holds the last one twice, many times over: the memo gives it again.
 DOUBLED = pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.TUPLE2) * 40
 
+COUNTER = b"ccollections\nCounter\n"  # It hashes what it is called with.
+
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
@@ -182,8 +184,23 @@ DOUBLED = pickle.EMPTY_TUPLE + (pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + 
         (stored(item=DOUBLED), "refers to a record as torch.save never does"),
         (b"}" + DOUBLED + b"K\x01s", "a key in it is a tuple: neither text nor a number"),
         (b"}(K\x01K\x01" + DOUBLED + b"K\x01u", "a key in it is a tuple: neither text nor a number"),
+        (COUNTER + DOUBLED + b"\x85\x85R", "calls something with the same values over and over"),
+        (
+            b"ccollections\nOrderedDict\n" + DOUBLED + b"K\x01\x86\x85\x85R",
+            "calls something with the same values over and over",
+        ),
+        (COUNTER + DOUBLED + b"\x85\x81", "calls something with the same values over and over"),
     ],
-    ids=["text as a type", "key of a record", "type", "key of a dictionary", "second key of a dictionary"],
+    ids=[
+        "text as a type",
+        "key of a record",
+        "type",
+        "key of a dictionary",
+        "second key of a dictionary",
+        "element that is counted",
+        "key in an argument",
+        "argument of a new object",
+    ],
 )
 def test_what_torch_never_saves_in_a_place_takes_neither_time_nor_memory(asked, reason, tmp_path):
     torch.save({"w": torch.ones(3)}, tmp_path / "w.pth")
