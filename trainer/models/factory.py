@@ -16,6 +16,7 @@ from trainer.cluster.memory import is_out_of_memory
 from trainer.config.model_arguments import Kwargs
 from trainer.models.checkpoint_format import not_finite
 from trainer.models.class_names import read_classes
+from trainer.models.files.hub import offline_if_unreachable
 from trainer.models.files.model_folders import ModelFolder, layer_names, named_folder
 from trainer.models.files.weights import named_outputs, read_file, select_weights
 from trainer.models.preprocessing import timm_config
@@ -55,7 +56,11 @@ def create_model(
         overlay = {"state_dict": weights, "num_classes": num_classes, "source": ""}
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     try:
-        with all_weights_required() if weights is not None else contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with (
+            all_weights_required() if weights is not None else nothing,
+            offline_if_unreachable() if pretrained else nothing,
+        ):
             has_weights = pretrained or weights is not None
             model = timm.create_model(name, pretrained=has_weights, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:  # Every model checks its arguments in its own way, and a download fails in many ways.

@@ -14,6 +14,7 @@ from pipelines.common.settings import misfit
 from pipelines.plan.plan import LARGEST_SIDE
 from trainer.config.model_arguments import Kwargs, check_sizes, without_reserved
 from trainer.config.sections import Config
+from trainer.models.files.hub import offline_if_unreachable
 
 CONFIG = "config.json"
 # Where timm looks for weights, in its order. Source: timm.models._hub._PREFERRED_FILES.
@@ -128,10 +129,11 @@ def _any_hub_file(name: str, files: tuple[str, ...]) -> Path:
 
     repository, _, revision = name.removeprefix(_HUB).partition("@")
     try:
-        for file in files:
-            with contextlib.suppress(EntryNotFoundError):
-                return Path(hf_hub_download(repository, file, revision=revision or None))
-        raise FileNotFoundError(f"none of {', '.join(files)}")
+        with offline_if_unreachable():
+            for file in files:
+                with contextlib.suppress(EntryNotFoundError):
+                    return Path(hf_hub_download(repository, file, revision=revision or None))
+            raise FileNotFoundError(f"none of {', '.join(files)}")
     except Exception as error:  # The hub's library, its network's and the file system's all have errors of their own.
         raise UserError(
             f"{name}: {files[0]} cannot be had from Hugging Face's hub ({clipped(error, 100)}). Check the name and the "
