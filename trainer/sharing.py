@@ -83,14 +83,12 @@ class LogitsCache(dict[int, torch.Tensor]):
 def use_shared_batches(runs: Sequence[Run]) -> SharedBatches:
     """Make runs of one plan take their images from one pipeline, and show each batch to their teachers once."""
     first = runs[0]
-    plan, replay, stop = first.plan, first.replay, max(run.stop for run in runs)
-    per_update = first.step.num_micro_batches
-    pipelines = _shared_pipelines(runs)
+    pipelines, stop, per_update = _shared_pipelines(runs), max(run.stop for run in runs), first.step.num_micro_batches
+    # `open_at` must not hold a run, whose memory is freed when it ends.
+    plan, replay, world, micro_batch = first.plan, first.replay, first.world, first.state.micro_batch
 
     def open_at(step: int) -> Generator[Batch, None, None]:
-        return batches_of(
-            pipelines["train"], rank_plans(plan, step, stop, first.world, first.state.micro_batch), replay
-        )
+        return batches_of(pipelines["train"], rank_plans(plan, step, stop, world, micro_batch), replay)
 
     batches, logits_cache = SharedBatches(open_at, per_update, plan.global_batch), LogitsCache(per_update)
     for run in runs:

@@ -103,15 +103,16 @@ def train_together(configs: Sequence[Config], world: World) -> list[Student]:
 
 
 def build_together(configs: Sequence[Config], world: World, preemption: Preemption) -> list[Run]:
-    """The runs, which have the same teachers and, until `use_shared_batches`, pipelines of their own."""
+    """A run of each configuration, all with the same teachers; `use_shared_batches` gives them the same batches."""
     check_configs(configs)
     first = build(configs[0], world, preemption)
     runs = [first]
     for config in configs[1:]:
         runs.append(build(config, world, preemption.another(), first))
         check_runs(first, runs[-1])
-    for run in runs if len(runs) > 1 else []:
-        run.title = str(run.config.run.out)
+    if len(runs) > 1:
+        for run in runs:
+            run.title = str(run.config.run.out)
     return runs
 
 
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainer/together.py", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="all settings of a student, as YAML")
+    parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="the settings of a student, as YAML")
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,6 +232,21 @@ def test_a_student_that_diverges_leaves_the_others_alone(digits, tiny_teacher, a
     assert "not finite" in students[0].failure and students[0].run is None
     assert f"error: {wild.run.out}: {students[0].failure}" in capsys.readouterr().err
     assert_same(tmp_path, alone)
+
+
+def test_the_memory_of_a_student_that_has_ended_is_free_for_the_others(digits, tiny_teacher, tmp_path, monkeypatch):
+    first, second = both(tmp_path, "--data.root", digits, *tiny_teacher)
+    states, is_there = [], []
+
+    def built(*arguments):
+        runs = build_together(*arguments)
+        states.append(weakref.ref(runs[0].state))
+        return runs
+
+    monkeypatch.setattr(together, "build_together", built)
+    at_step(monkeypatch, 2, lambda: is_there.append(states[0]() is not None))
+    train_together([changed(first, stop_after_steps=1), changed(second, stop_after_steps=3)], ONE)
+    assert is_there == [False]
 
 
 def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, tiny_teacher, alone, tmp_path, monkeypatch):
