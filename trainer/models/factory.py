@@ -64,28 +64,32 @@ def create_model(
             has_weights = pretrained or weights is not None
             model = timm.create_model(name, pretrained=has_weights, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:  # Every model checks its arguments in its own way, and a download fails in many ways.
-        reason = f"({type(error).__name__}: {reason_of(error, 160)})"
-        if is_out_of_memory(error):
-            problem = f"model '{name}': memory is too short for it {reason}. Free some memory, or use a smaller model"
-        elif isinstance(error, MisfitError):
-            advice = "Give the model it was saved from, or a file of this one"
-            problem = f"{source}: does not fit model '{name}' ({error}). {advice}"
-        elif weights is not None and isinstance(error, RuntimeError):
-            problem = f"{source}: does not fit model '{name}' {reason}. Give the model it was saved from"
-        elif pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
-            problem = f"model '{name}': its weights cannot be downloaded {reason}. Give a file with its weights"
-        else:
-            problem = (
-                f"model '{name}' cannot be built for images of {image_size} px with these arguments {reason}. Change "
-                "the image size or its kwargs"
-            )
-        raise UserError(problem) from error
+        given = source if weights is not None else None
+        raise UserError(_failure(error, name, image_size, given, pretrained)) from error
     if weights is not None:
         check_values(model, weights, source)
     config = timm_config(model)
     config.pop("state_dict", None)
     config.update(folder.config if folder else {})
     return model
+
+
+def _failure(error: Exception, name: str, image_size: int, source: Path | str | None, pretrained: bool) -> str:
+    """Why a model cannot be built, and what to do. `source` is that of given weights, None without them."""
+    reason = f"({type(error).__name__}: {reason_of(error, 160)})"
+    if is_out_of_memory(error):
+        return f"model '{name}': memory is too short for it {reason}. Free some memory, or use a smaller model"
+    if isinstance(error, MisfitError):
+        advice = "Give the model it was saved from, or a file of this one"
+        return f"{source}: does not fit model '{name}' ({error}). {advice}"
+    if source is not None and isinstance(error, RuntimeError):
+        return f"{source}: does not fit model '{name}' {reason}. Give the model it was saved from"
+    if pretrained and not isinstance(error, TypeError | AssertionError | ValueError):
+        return f"model '{name}': its weights cannot be downloaded {reason}. Give a file with its weights"
+    return (
+        f"model '{name}' cannot be built for images of {image_size} px with these arguments {reason}. Change the image "
+        "size or its kwargs"
+    )
 
 
 class MisfitError(RuntimeError):
