@@ -1,4 +1,8 @@
-"""`python tests/golden`: measures the golden files again, except the checkpoint, and writes them."""
+"""Measures the golden files again, except the checkpoint, and writes them.
+
+`python tests/golden` replaces all of them. `python tests/golden --add` adds the bits of another processor or other
+software, while those of the machines before stay; do that at a commit that holds on one of these.
+"""
 
 import json
 import os
@@ -12,7 +16,10 @@ import pipelines  # noqa: E402, F401  (before torch: it sets how OpenMP's thread
 os.environ["OMP_NUM_THREADS"] = "1"  # as in the tests; before torch is imported
 from golden import measure  # noqa: E402
 
-found = {"where": measure.where(), "sha256": measure.bits()}
+here, is_added = measure.where(), sys.argv[1:] == ["--add"]
+others = [found for found in measure.recorded() if found["where"] != here] if is_added else []
+found = [*others, {"where": here, "sha256": {"resumed": measure.resumed_weights(), **measure.bits()}}]
 (measure.FOLDER / "bits.json").write_text(json.dumps(found, indent=1) + "\n")
-(measure.FOLDER / "settings.yaml").write_text(measure.settings())
-(measure.FOLDER / "options.json").write_text(json.dumps(measure.options(), indent=1) + "\n")
+if not is_added:
+    (measure.FOLDER / "settings.yaml").write_text(measure.settings())
+    (measure.FOLDER / "options.json").write_text(json.dumps(measure.options(), indent=1) + "\n")

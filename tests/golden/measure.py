@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -55,6 +57,25 @@ def where() -> dict[str, str]:
     kept = ("python", "torch", "torchvision", "pillow", "numpy", "nvidia-dali-cuda120", "timm")
     packages = {name: str(found[name]) for name in kept if name in found}
     return {"cpu": found["cpu"], "instructions": torch.backends.cpu.get_cpu_capability(), **packages}
+
+
+def recorded() -> list[dict]:
+    """What bits.json holds of each machine."""
+    return json.loads((FOLDER / "bits.json").read_text())
+
+
+def resume(out: Path) -> dict:
+    """Resume the run of the golden checkpoint in a new folder, to its end. Returns the summary."""
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copy(FOLDER / f"step-{STOPPED:08d}.pt", out / "checkpoints")
+    return run_to(out, STEPS)
+
+
+def resumed_weights() -> str:
+    """Of the run that `resume` makes, as `weights_in`."""
+    with tempfile.TemporaryDirectory() as folder:
+        resume(Path(folder) / "run")
+        return weights_in(Path(folder) / "run")
 
 
 def bits() -> dict[str, str]:
