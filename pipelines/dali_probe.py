@@ -14,6 +14,7 @@ from pipelines.config import PipelineConfig
 from pipelines.shards.damage import CheckedReader, decode_with_pil
 from pipelines.shards.index import ShardIndex
 
+DECODE = "decode.json"  # In the folder of a run or a teacher store: what was found on a GPU, so it is tried once.
 _TIMEOUT_S = 180
 _TOLERANCE = 1.0  # mean difference of the two paths, in levels of 255
 _TAKEN = "busy or unavailable"  # CUDA's words for a second process on a GPU in exclusive-process mode

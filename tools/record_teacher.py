@@ -25,7 +25,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -52,35 +51,24 @@ from trainer.targets.header import claim
 from trainer.targets.store import Coverage, verify
 
 _AGAIN = "Run the same command again to record the rest, the block in work included"
-SUBCOMMANDS = {
-    "info": "what a store holds",
-    "verify": "find every file that is not as it was recorded",
-    "merge": "add the pieces of other stores of the same plan, teacher, codec and precision",
-    "transcode": "write a store again in a smaller codec, and say what that loses",
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; a recording that a signal has stopped ends the process with its exit code."""
-    options, settings = _parse(sys.argv[1:] if arguments is None else arguments)
-    commands = {"info": _info, "verify": _verify, "merge": _merge, "transcode": _transcode}
-    stopped_by = 0
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         with exit_on_user_error(), reporting_out_of_memory():
-            if options.command == "record":
-                stopped_by = _record(options, settings)
-            else:
-                commands[options.command](options)
+            stopped_by = options.run(options)
     except KeyboardInterrupt:
-        print(f"interrupted. {_AGAIN}" if options.command == "record" else "interrupted", file=sys.stderr)
+        print(f"interrupted. {_AGAIN}" if options.run is _record else "interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     if stopped_by:
         sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
 
 
-def _record(options: argparse.Namespace, settings: list[str]) -> int:
+def _record(options: argparse.Namespace) -> int:
     """Record this process's blocks. Returns the number of the signal that stopped it, 0 for none."""
-    config, store = parse(settings, prog="tools/record_teacher.py"), options.store
+    config, store = parse(options.settings, prog="tools/record_teacher.py"), options.store
     this = this_process()
     num_gpus = torch.cuda.device_count() if config.run.device != "cpu" else 0
     # srun may show a task one GPU alone, and processes may outnumber the GPUs: a recording needs no GPU for each.
@@ -89,12 +77,17 @@ def _record(options: argparse.Namespace, settings: list[str]) -> int:
     with preemption.catching_signals():
         recording = build_recording(config, store, codec=options.codec, epochs=options.epochs, world=world)
         header = claim(store, recording.header)
+        recording.pipelines.keep_decode(store)
         missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
         blocks = own_blocks(missing, recording.block_steps, this.rank, this.size)
         num_steps = sum(stop - first for first, stop in blocks)
         progress = Progress(num_steps, recording.plan.global_batch, f"process {this.rank + 1} of {this.size}")
-        for note in (*recording.teachers.notes, *_other_software(store, header.made_with, recording.header.made_with)):
+        for note in recording.teachers.notes:
             progress.say(note)
+        now = recording.header.made_with
+        if other := [f"{name} {value}, here {now[name]}" for name, value in header.made_otherwise(now).items()]:
+            rows = "the rows of this process may differ a little from its first ones"
+            progress.say(f"{store} was begun with {'; '.join(other)}: {rows}")
         progress.say(f"{num_steps:,} of the {recording.total_steps:,} steps of {store} are to be recorded here")
         start_s = time.monotonic()
         with progress.showing():
@@ -106,24 +99,13 @@ def _record(options: argparse.Namespace, settings: list[str]) -> int:
         return number
 
 
-def _other_software(store: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A note if the store was begun with another pipeline or other versions than this process has."""
-    others = [f"{name} {before.get(name)}, here {value}" for name, value in now.items() if before.get(name) != value]
-    if not others:
-        return []
-    return [
-        f"{store} was begun with {'; '.join(others)}: the rows of this process may differ a little from its first ones"
-    ]
-
-
 def _ending(store: Path, number: int, took: str, left: int, total_steps: int) -> str:
     """What the last line of a recording says, which the signal of a number ended, or nothing where it is 0."""
+    has = f"lacks {left:,} steps" if left else f"has all {total_steps:,} steps"
     if number:
-        return f"{signal.Signals(number).name}: stopped, {took}; {store} lacks {left:,} steps. {_AGAIN}"
-    if left:
-        others = "which other processes may be recording. If they have ended, run the same command again"
-        return f"done, {took}; {store} lacks {left:,} steps, {others}"
-    return f"done, {took}; {store} has all {total_steps:,} steps"
+        return f"{signal.Signals(number).name}: stopped, {took}; {store} {has}. {_AGAIN}"
+    others = ", which other processes may be recording. If they have ended, run the same command again" if left else ""
+    return f"done, {took}; {store} {has}{others}"
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -157,59 +139,67 @@ def _transcode(options: argparse.Namespace) -> None:
         print(lost)
 
 
-def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the settings, which trainer.config.sections.parse reads. Subcommands have none of these."""
-    if arguments[:1] and arguments[0] in SUBCOMMANDS:
-        return _parse_subcommand(arguments), []
+_SUBCOMMANDS = {
+    "info": (_info, "what a store holds"),
+    "verify": (_verify, "find every file that is not as it was recorded"),
+    "merge": (_merge, "add the pieces of other stores of the same plan, teacher, codec and precision"),
+    "transcode": (_transcode, "write a store again in a smaller codec, and say what that loses"),
+}
+_EPILOG = (
+    "Other uses: "
+    + "; ".join(f"'{name} STORE': {meaning}" for name, (_, meaning) in _SUBCOMMANDS.items())
+    + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
+    "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
+    "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
+    "and what is missing is recorded. teacher.precision auto is fp16 on a GPU and fp32 on a CPU here, "
+    "because bf16 moves the outputs of some teachers far more than int8 does. "
+    "Set augment.fill if students of different mean colours are to use the store."
+)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options and the function that carries them out, `run`. Without a subcommand they are those of a recording.
+
+    A recording has `settings`, too, which trainer.config.sections.parse reads.
+    """
+    if arguments[:1] and arguments[0] in _SUBCOMMANDS:
+        return _subcommands().parse_args(arguments)
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n\n")[0],
         usage="%(prog)s STORE --config FILE [--codec NAME] [--epochs N] [--section.key value ...]",
-        epilog="Other uses: "
-        + "; ".join(f"'{name} STORE': {meaning}" for name, meaning in SUBCOMMANDS.items())
-        + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
-        "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
-        "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
-        "and what is missing is recorded. teacher.precision auto is fp16 on a GPU and fp32 on a CPU here, "
-        "because bf16 moves the outputs of some teachers far more than int8 does. "
-        "Set augment.fill if students of different mean colours are to use the store.",
+        epilog=_EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "store", type=path_argument, metavar="STORE", help="folder of the store, new or to be completed"
+    add = parser.add_argument
+    add("store", type=path_argument, metavar="STORE", help="folder of the store, new or to be completed")
+    codec = (
+        "how a row is stored: int8 (default of a new store, one byte a class), compact (less than half of that), "
+        "fp16 or fp32; topK, as in top64, only for more than 4,096 classes. A store that is there keeps its codec"
     )
-    parser.add_argument(
-        "--codec",
-        default="",
-        metavar="NAME",
-        help="how a row is stored: int8 (default of a new store, one byte a class), compact (less than half of that), "
-        "fp16 or fp32; topK, as in top64, only for more than 4,096 classes. A store that is there keeps its codec",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=_positive,
-        default=0,
-        metavar="N",
-        help="record the first N epochs (default: augment.cycle_epochs if it is set, else the whole schedule)",
-    )
-    parser.set_defaults(command="record")
+    add("--codec", default="", metavar="NAME", help=codec)
+    epochs = "record the first N epochs (default: augment.cycle_epochs if it is set, else the whole schedule)"
+    add("--epochs", type=_positive, default=0, metavar="N", help=epochs)
     if arguments[:1] and arguments[0].startswith("--") and arguments[0] != "--help":
         parser.error(f"STORE comes first, in front of {arguments[0]}")  # The value of an option would be taken for it.
-    return parser.parse_known_args(arguments)
+    parser.set_defaults(run=_record)
+    options, options.settings = parser.parse_known_args(arguments)
+    return options
 
 
-def _parse_subcommand(arguments: list[str]) -> argparse.Namespace:
-    """The options of a subcommand, which is the first of the arguments."""
+def _subcommands() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="record_teacher.py", description="Teacher stores.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, meaning in SUBCOMMANDS.items():
+    commands = parser.add_subparsers(required=True)
+    add = {}
+    for name, (run, meaning) in _SUBCOMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
-        command.add_argument("store", type=path_argument, metavar="STORE", help="folder of the store")
+        command.set_defaults(run=run)
+        add[name] = command.add_argument
+        add[name]("store", type=path_argument, metavar="STORE", help="folder of the store")
     sources = "stores of the same plan, teacher, codec and precision; they stay unchanged"
-    commands.choices["merge"].add_argument("sources", type=path_argument, nargs="+", metavar="SOURCE", help=sources)
-    transcoding = commands.choices["transcode"]
-    transcoding.add_argument("out", type=path_argument, metavar="OUT", help="folder of the new store")
-    transcoding.add_argument("--codec", required=True, metavar="NAME", help="fp16, int8, compact, or topK as in top64")
-    return parser.parse_args(arguments)
+    add["merge"]("sources", type=path_argument, nargs="+", metavar="SOURCE", help=sources)
+    add["transcode"]("out", type=path_argument, metavar="OUT", help="folder of the new store")
+    add["transcode"]("--codec", required=True, metavar="NAME", help="fp16, int8, compact, or topK as in top64")
+    return parser
 
 
 def _positive(text: str) -> int:

@@ -43,8 +43,8 @@ from trainer.targets.replay import (
     Replay,
     check_fill,
     check_stores,
-    made_with,
     open_stores,
+    pipeline_and_versions,
     provenances,
     recorded_teachers,
     with_recorded_settings,
@@ -271,7 +271,7 @@ def build_models(
     if config.run.batch_norm == "sync":
         student = synchronize_batch_norms(student, world)
     if teachers is None:
-        recorded = recorded_teachers(stores, made_with(config, world.device))
+        recorded = recorded_teachers(stores, pipeline_and_versions(config, world.device))
         teachers = build_teachers(config, num_classes, classes, doubt, recorded)
     return student, teachers
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Callable, Generator, Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
@@ -10,20 +11,19 @@ from pathlib import Path
 from pipelines import Pipeline, open_dataset, open_pipeline, resolve_pipeline
 from pipelines.batch import Batch
 from pipelines.common.errors import UserError
-from pipelines.common.files import read_json
+from pipelines.common.files import read_json, write_synced
 from pipelines.common.machine import num_cores
-from pipelines.dali_probe import probe_dataset
+from pipelines.dali_probe import DECODE, probe_dataset
 from pipelines.plan.plan import BatchPlan, TrainPlan
 from pipelines.shards.index import ShardIndex, synthetic_index
+from pipelines.shards.quarantine import QUARANTINE
 from trainer.cluster.world import World
 from trainer.config.sections import Config, DataConfig, ImagesConfig
 from trainer.monitor.clock import InputWait
-from trainer.monitor.quarantine import QUARANTINE, Quarantine
+from trainer.monitor.quarantine import Quarantine
 from trainer.monitor.sample_grid import keep_samples
 from trainer.targets.replay import Replay
 from trainer.update.compiler import COMPILE_PATIENCE_S
-
-DECODE = "decode.json"
 
 
 def rank_plans(plan: TrainPlan, step: int, stop: int, world: World, micro_batch: int) -> Iterator[BatchPlan]:
@@ -120,6 +120,11 @@ class Pipelines:
     of: dict[str, Pipeline]
     quarantine: Quarantine
     decode: dict[str, str]
+
+    def keep_decode(self, folder: Path) -> None:
+        """Write what a trial on this GPU found into the folder that `open_pipelines` looks in at the next start."""
+        if "device" in self.decode:
+            write_synced(folder / DECODE, (json.dumps(self.decode) + "\n").encode())
 
 
 def open_pipelines(

@@ -1,7 +1,6 @@
 """What a session does before its first update and after its last one: the folder, the first lines, the summary."""
 
 import contextlib
-import json
 import signal
 from collections.abc import Iterator
 from typing import cast
@@ -10,7 +9,6 @@ from pipelines.common.files import locked, write_synced
 from trainer import __version__
 from trainer.builder import Run
 from trainer.config.sections import to_yaml
-from trainer.feed import DECODE
 from trainer.monitor.description import opening_lines
 from trainer.monitor.monitor import Monitor
 from trainer.monitor.report.page import PAGE, report_or_reason
@@ -84,8 +82,7 @@ def prepare_folder(run: Run) -> None:
     (out / SUMMARY).unlink(missing_ok=True)  # It is an earlier session's.
     with naming(out / "config.yaml"):
         write_synced(out / "config.yaml", to_yaml(run.config).encode())
-    if "device" in run.pipelines.decode:
-        write_synced(out / DECODE, (json.dumps(run.pipelines.decode) + "\n").encode())
+    run.pipelines.keep_decode(out)
 
 
 def summary_of(run: Run, evaluation: Evaluation, signal_number: int, start_step: int, elapsed_s: float) -> Summary:

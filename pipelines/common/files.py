@@ -297,6 +297,22 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
+def open_regular(path: Path) -> int:
+    """Open a file to read and return its descriptor. A pipe is not waited for, also where a link leads to it.
+
+    Raises:
+      OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "a pipe, socket or device, not a file", str(path))
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, in hex."""
     digest = hashlib.sha256()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from chaos.attempts import Attempt, isolated
 from pipelines.common.errors import exit_on_user_error
+from pipelines.shards.quarantine import QUARANTINE
 from tools.report import main
 from trainer.config.sections import Config, to_yaml
-from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.report.page import charts, differing_settings, numbers, page, read_run
 from trainer.monitor.run_files import METRICS, SUMMARY
 

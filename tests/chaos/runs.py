@@ -21,12 +21,12 @@ from chaos.attempts import Attempt
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
+from pipelines.shards.quarantine import QUARANTINE
 from support.processes import exit_with, free_port, without_workers
 from tools.lib.common.photos import write_digits
 from tools.lib.shards.build import BuildOptions, build
 from trainer import run as trainer
 from trainer.cluster.preemption import REQUEUE
-from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.run_files import METRICS, SUMMARY
 from trainer.state.checkpoint import BEST, checkpoints, checkpoints_folder, read
 

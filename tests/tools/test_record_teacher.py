@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.common.files import read_json_lines
+from pipelines.common.files import read_json, read_json_lines
 from pipelines.shards.index import read_index
+from pipelines.shards.quarantine import QUARANTINE
 from support.recordings import SMALL, command, files, pieces, record, save_teacher
 from support.tiny_runs import ONE
 from tools.lib.common.terminal import Progress
@@ -25,7 +26,7 @@ from trainer.builder import build
 from trainer.config.sections import parse
 from trainer.models.preprocessing import timm_config
 from trainer.models.teacher import build_teacher
-from trainer.targets.store import QUARANTINE, TeacherStore
+from trainer.targets.store import TeacherStore, verify
 
 GROUPS = ("--augment.mix_group", 16, "--run.global_batch", 64)  # Five steps an epoch, of four groups each.
 
@@ -355,7 +356,7 @@ def test_epochs_are_a_positive_number(tmp_path, capsys, epochs):
         (["--augment.repeats", "1"], "was recorded with augment.repeats 3, and augment.repeats is 1"),
         (["--augment.fill", "[124,116,104]"], "was recorded with fill [128, 128, 128], and augment.fill is [124, 116,"),
         (["--codec", "fp16"], "was recorded with codec int8, and the wanted codec is fp16"),
-        (["--teacher.precision", "bf16"], "was recorded with precision fp32, and the precision is bf16"),
+        (["--teacher.precision", "bf16"], "was recorded with precision fp32, and the wanted precision is bf16"),
     ],
     ids=lambda each: "".join(each)[:40],
 )
@@ -388,11 +389,42 @@ def test_logits_that_are_not_finite_are_refused_by_name_and_not_written(digits, 
     with pytest.raises(SystemExit) as end:
         record(tmp_path / "store", digits, huge, "--teacher.precision", "fp16")
     said = says(capsys)
-    assert end.value.code == 1 and "the teacher's outputs are not finite at" in said
-    assert "of 512 positions of steps 0 to 63: position " in said and "train-000" in said and ": sample " in said
-    assert "These steps are not recorded. Use --teacher.precision fp32" in said
+    assert end.value.code == 1 and "the teacher's outputs are not finite, or not within the 3.40282e+38 of int8" in said
+    assert (
+        "of 512 positions of steps 0 to 63, such as position " in said and "train-000" in said and ": sample " in said
+    )
+    assert "These steps are not recorded. Use --teacher.precision fp32 and a new store" in said
     assert pieces(tmp_path / "store") == []
     record(tmp_path / "fp32", digits, huge, "--epochs", 1)
+
+
+def test_logits_that_the_codec_does_not_hold_are_refused_by_name_and_not_written(digits, tmp_path, capsys):
+    huge = save_teacher(tmp_path / "huge.pth", scale=1e7)
+    with pytest.raises(SystemExit) as end:
+        record(tmp_path / "store", digits, huge, "--codec", "fp16")
+    said = says(capsys)
+    assert end.value.code == 1 and "the teacher's outputs are not finite, or not within the 65,504 of fp16, at" in said
+    assert said.endswith("These steps are not recorded. Use --codec int8 and a new store")
+    assert pieces(tmp_path / "store") == []
+
+
+# --- the decode path of DALI ---
+
+
+def test_what_a_trial_on_the_gpu_found_is_kept_in_the_store_for_the_next_recorder(
+    digits, teacher, tmp_path, monkeypatch
+):
+    """A trial takes seconds; a stand-in for it says what a GPU would say."""
+    tried, found = [], {"decode": "full", "why": "regions crashed", "device": "H100"}
+
+    def choose(config, index, world, path):
+        tried.append(read_json(path))
+        return found
+
+    monkeypatch.setattr("trainer.feed.choose_decode", choose)
+    store = record(tmp_path / "store", digits, teacher, "--epochs", 1)
+    record(store, digits, teacher, "--epochs", 2)
+    assert tried == [{}, found] and not list(verify(store))
 
 
 # --- damaged images ---
@@ -446,8 +478,8 @@ def test_help_says_what_a_lost_process_needs(capsys):
 
 def test_a_process_with_other_software_than_the_first_one_says_so(digits, teacher, tmp_path, capsys, monkeypatch):
     store = tmp_path / "store"
-    real = recording.made_with
-    monkeypatch.setattr(recording, "made_with", lambda *where: {**real(*where), "timm": "0.9"})
+    real = recording.pipeline_and_versions
+    monkeypatch.setattr(recording, "pipeline_and_versions", lambda *where: {**real(*where), "timm": "0.9"})
     main(command(store, digits, teacher, "--epochs", 1))
     assert "was begun with" not in says_all(capsys)
     monkeypatch.undo()

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import split_json_lines
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.quarantine import location, read_quarantine
 from trainer.cluster.world import World
-from trainer.monitor.run_files import append_synced, is_quarantine_line
-
-QUARANTINE = "quarantine.jsonl"
+from trainer.monitor.run_files import append_synced
 
 
 class Quarantine:
@@ -31,8 +29,7 @@ class Quarantine:
         self._max_bad_fraction = max_bad_fraction
         self._world = world
         self._found: queue.SimpleQueue[tuple[str, int, str]] = queue.SimpleQueue()  # On this rank, not recorded yet.
-        lines, _ = split_json_lines(path, is_quarantine_line) if world.is_main else ([], [])
-        self._named = world.broadcast_object({_place(line) for line in lines})
+        self._named = world.broadcast_object(set(read_quarantine(path)) if world.is_main else set())
 
     def __len__(self) -> int:
         """How many samples have been named."""
@@ -54,8 +51,8 @@ class Quarantine:
         lines = []
         for split, sample, error in sorted(self._world.all_gather(mine)):
             line = self._line(split, sample, error)
-            if _place(line) not in self._named:
-                self._named.add(_place(line))
+            if location(line) not in self._named:
+                self._named.add(location(line))
                 lines.append(line)
         if lines and self._world.is_main:
             append_synced(self._path, [json.dumps(line).encode() for line in lines])
@@ -78,7 +75,7 @@ class Quarantine:
 
     def _check_fraction(self) -> None:
         for split, index in self._indices.items():
-            bad = sum(place[0] == split for place in self._named)
+            bad = sum(named[0] == split for named in self._named)
             if bad > self._max_bad_fraction * len(index) and (bad > 1 or not self._max_bad_fraction):
                 raise UserError(
                     f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
@@ -86,7 +83,3 @@ class Quarantine:
                     "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; the run "
                     "resumes from its newest checkpoint, if there is one"
                 )
-
-
-def _place(line: dict) -> tuple[str, str, int]:
-    return line["split"], line["shard"], line["offset"]

@@ -5,6 +5,7 @@ summary.json says how the latest session ended. The functions here return only l
 """
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -91,14 +92,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def append_synced(path: Path, lines: list[bytes]) -> None:
-    """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk."""
-    with naming(path), open(path, "a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(b"".join(line + b"\n" for line in lines))
-        file.flush()
+    """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk.
+
+    Processes that add lines at the same time wait for each other. On a file system without locks each adds its lines in
+    one write at the end of the file.
+    """
+    with naming(path), open(path, "a+b", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)  # The system gives it back when the file is closed.
+        size = file.seek(0, os.SEEK_END)
+        content = b"".join(line + b"\n" for line in lines)
+        if size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            content = b"\n" + content
+        while content:
+            content = content[file.write(content) :]
         os.fsync(file.fileno())
 
 
@@ -127,15 +134,6 @@ def last_validation(path: Path) -> str:
     """The digest of the validation images in the latest session of a metrics.jsonl that has one; "" without one."""
     lines, _ = split_json_lines(path, is_metrics_line)
     return next((line["validation"] for line in reversed(lines) if line.get("validation")), "")
-
-
-def is_quarantine_line(line: object) -> bool:
-    """True for a line of quarantine.jsonl."""
-    return (
-        isinstance(line, dict)
-        and all(isinstance(line.get(name), str) for name in ("split", "shard"))
-        and _is_count(line.get("offset"))
-    )
 
 
 def read_summary(path: Path) -> dict:

@@ -1,6 +1,7 @@
 """Codecs: how a row of logits becomes bytes, and back, on the device and without making the host wait for it."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -10,20 +11,18 @@ from torch.nn.functional import pad
 from pipelines.common.errors import UserError
 
 _DEPTH = 20.0  # nats; classes further below the best one add nothing to a loss in float32.
-_EXACT = {"fp32": torch.float32, "fp16": torch.float16}
 _COMPACT_TOP, _TAIL_LEVELS = 16, 7  # the classes that `compact` stores one by one, and the largest number in 3 bits
 # With fewer classes topK is refused: what it leaves out is systematic. A student of 1,000 classes had 8 % more KL with
 # the 50 largest, and none of that with int8.
 _TOP_NEEDS = 4096
 _MOST_NUMBERED = 1 << 16  # classes that two bytes can number
-CODECS = ("int8", *_EXACT, "compact", "topK")
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """One way to store a row of logits.
 
-    Bytes have no NaN, so who calls `encode` checks that the logits are finite. Both functions compile with
+    Bytes have no NaN, so who calls `encode` checks the logits with `can_encode`. All functions compile with
     torch.compile(fullgraph=True, dynamic=False), and `decode` never fails, whatever the bytes are.
 
     Attributes:
@@ -33,6 +32,7 @@ class Codec:
       decode: uint8 [B, row_bytes] -> float32 [B, C] with the logits' softmax, up to the codec's error. All but fp32 and
         fp16 subtract a constant from each row.
       any_temperature: whether the decoded logits may be softened by a temperature other than 1.
+      largest: the largest absolute value of a logit that it can store.
     """
 
     name: str
@@ -40,6 +40,11 @@ class Codec:
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     any_temperature: bool = True
+    largest: float = torch.finfo(torch.float32).max
+
+    def can_encode(self, logits: torch.Tensor) -> torch.Tensor:
+        """Which rows have only finite logits of at most `largest`: [B, C] of any floating type -> bool [B]."""
+        return (logits.float().abs() <= self.largest).all(1)
 
 
 def open_codec(name: str, num_classes: int) -> Codec:
@@ -48,22 +53,23 @@ def open_codec(name: str, num_classes: int) -> Codec:
     Raises:
       UserError: there is no such codec, or it does not serve that many classes.
     """
-    if name == "int8":
-        return Codec(name, num_classes, _encode_grid, _decode_grid)
-    if dtype := _EXACT.get(name):
-        size = num_classes * dtype.itemsize
-        return Codec(name, size, lambda logits: _octets(logits, dtype), lambda rows: _floats(rows, dtype))
-    top, reason = re.fullmatch(r"top([1-9]\d{0,4})", name), ""
-    if name != "compact" and top is None:
-        reason = f"it must be one of {', '.join(CODECS)}"
-    elif num_classes > _MOST_NUMBERED:
+    reason, top = "", re.fullmatch(r"top([1-9]\d{0,4})", name)
+    if top is None and name not in _BY_NAME:
+        reason = f"it must be one of {', '.join([*_BY_NAME, 'topK'])}"
+    elif (top or name == "compact") and num_classes > _MOST_NUMBERED:
         reason = f"it can number {_MOST_NUMBERED} classes, and there are {num_classes}. Use int8"
     elif top and (num_classes <= _TOP_NEEDS or int(top[1]) >= num_classes):
         needs = f"topK needs more than {_TOP_NEEDS} classes, and more than K"
         reason = f"{needs}; there are {num_classes}. Use int8 or compact"
     if reason:
         raise UserError(f"codec is '{name}'; {reason}", argument="codec")
-    return _largest(name, int(top[1]) if top else min(_COMPACT_TOP, num_classes), num_classes, has_levels=top is None)
+    return _largest(name, int(top[1]), num_classes, has_levels=False) if top else _BY_NAME[name](name, num_classes)
+
+
+def _floating(dtype: torch.dtype, name: str, num_classes: int) -> Codec:
+    """The logits themselves, rounded to a floating type."""
+    encode, decode = functools.partial(_octets, dtype=dtype), functools.partial(_floats, dtype=dtype)
+    return Codec(name, num_classes * dtype.itemsize, encode, decode, largest=torch.finfo(dtype).max)
 
 
 def _encode_grid(logits: torch.Tensor) -> torch.Tensor:
@@ -149,3 +155,15 @@ def _unpack(octets: torch.Tensor, num_classes: int) -> torch.Tensor:
     low, middle, high = pad(octets, (0, -octets.shape[1] % 3)).int().unflatten(1, (-1, 3)).unbind(2)
     shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=octets.device)
     return ((low | middle << 8 | high << 16).unsqueeze(2) >> shifts & 7).flatten(1)[:, :num_classes]
+
+
+def _compact(name: str, num_classes: int) -> Codec:
+    return _largest(name, min(_COMPACT_TOP, num_classes), num_classes, has_levels=True)
+
+
+_BY_NAME: dict[str, Callable[[str, int], Codec]] = {
+    "int8": lambda name, num_classes: Codec(name, num_classes, _encode_grid, _decode_grid),
+    "fp32": functools.partial(_floating, torch.float32),
+    "fp16": functools.partial(_floating, torch.float16),
+    "compact": _compact,
+}

@@ -5,19 +5,26 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.common.errors import UserError, clipped, reason_of
-from pipelines.common.files import instead_of_content, is_hidden, is_leftover, parsed_json, write_once
+from pipelines.common.files import (
+    instead_of_content,
+    is_hidden,
+    is_leftover,
+    open_regular,
+    parsed_json,
+    write_once,
+)
 from pipelines.common.settings import misfit
 from pipelines.plan.plan import BEFORE
 from trainer.config.natures import settings_of_plan_field
-from trainer.models.files.torch_files import require_regular
 from trainer.targets.codec import Codec, open_codec
 
 FORMAT_VERSION = 2  # 1 lacked TeacherFacts.model.
-HEADER = "store.json"
+HEADER_FILE = "store.json"
 _LARGEST_HEADER = 1 << 20  # bytes; a header has about two thousand, and a larger file is none.
 _LARGEST_GROUP = 1 << 30  # bytes of a mixing group, which is read at once
 _MOST = 1 << 20  # classes and rows of a global batch: above any real ones
@@ -34,8 +41,8 @@ class TeacherFacts:
       kwargs: arguments of timm.create_model, plain values.
       image_size: side of the image it sees, pixels; 0 is the plan's size.
       weights: sha256 over its state dict.
-      checkpoint: sha256 of the file that its weights come from, for information, because the same weights may lie in
-        several files; None for timm's own.
+      checkpoint: sha256 of the file that its weights come from; None for timm's own. A run that names a file must name
+        this one, because it builds no teacher. Recorders compare the weights, which may lie in several files.
       order: sha256 over the order of its outputs in the dataset's classes; None where it is the dataset's.
       model: what else decides its outputs and is no weight: mean and std of its normalisation, and the architecture and
         arguments in the config.json of a model folder.
@@ -74,10 +81,9 @@ class StoreHeader:
     transcoded_from: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        plan = {name: value for name, value in self.plan.items() if name not in _NOT_STORED}
-        object.__setattr__(self, "plan", json.loads(json.dumps(plan)))  # Tuples become the lists that the file has.
-        object.__setattr__(self, "made_with", json.loads(json.dumps(self.made_with)))
-        object.__setattr__(self, "teacher", TeacherFacts(**json.loads(json.dumps(vars(self.teacher)))))
+        object.__setattr__(self, "plan", _plan_as_stored(self.plan))
+        object.__setattr__(self, "made_with", _as_stored(self.made_with))
+        object.__setattr__(self, "teacher", TeacherFacts(**_as_stored(vars(self.teacher))))
         sizes = {name: self.plan.get(name) for name in ("global_batch", "augment.mix_group")}
         for name, size in {"num_classes": self.num_classes, **sizes}.items():
             if type(size) is not int or not 1 <= size <= _MOST:
@@ -109,14 +115,19 @@ class StoreHeader:
     @property
     def provenance(self) -> str:
         """How the rows were computed and stored, for people."""
-        return f"{self.teacher.name}, recorded in {self.precision}, stored as {self.codec}"
+        return f"{clipped(self.teacher.name)}, recorded in {clipped(self.precision)}, stored as {self.codec}"
 
     @functools.cached_property
     def identity(self) -> str:
-        """Hash of all but what is for information, in hex: sha256. Each piece names the identity of its store."""
+        """Hash of all that decides the rows, in hex: sha256. Each piece names the identity of its store."""
         facts = dataclasses.asdict(self)
         del facts["made_with"], facts["teacher"]["checkpoint"]
         return _sha256({"format_version": FORMAT_VERSION, **facts})
+
+    def made_otherwise(self, now: Mapping[str, Any]) -> dict[str, str]:
+        """What of `made_with` was another than it is now: name -> value when the store was begun, for messages."""
+        before = {name: self.made_with.get(name, value) for name, value in now.items()}
+        return {name: clipped(before[name]) for name, value in now.items() if before[name] != value}
 
     @property
     def how_to_complete(self) -> str:
@@ -141,14 +152,13 @@ def read_header(store: Path) -> StoreHeader:
     Raises:
       UserError: there is none, it is of another format version, or any byte of it has changed.
     """
-    path = Path(store) / HEADER
+    path = Path(store) / HEADER_FILE
     try:
-        require_regular(path)
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             content = file.read(_LARGEST_HEADER + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{store}: is no teacher store, because it has no {HEADER}. Name a store's folder, or record one with "
+            f"{store}: is no teacher store, because it has no {HEADER_FILE}. Name a store's folder, or record one with "
             "tools/record_teacher.py"
         ) from error
     except OSError as error:
@@ -173,8 +183,10 @@ def check_store_folder(store: Path) -> None:
     # Another process may just be making the store: its header comes first, under a temporary name.
     names = sorted(each.name for each in store.iterdir()) if store.exists() else []
     others = [name for name in names if not (is_hidden(name) or is_leftover(name))]
-    if others and not (store / HEADER).exists():
-        raise UserError(f"{store}: holds {others[0]} and no {HEADER}, so it is no store. Name a new folder, or a store")
+    if others and not (store / HEADER_FILE).exists():
+        raise UserError(
+            f"{store}: holds {others[0]} and no {HEADER_FILE}, so it is no store. Name a new folder, or a store"
+        )
 
 
 def claim(store: Path, header: StoreHeader) -> StoreHeader:
@@ -187,9 +199,9 @@ def claim(store: Path, header: StoreHeader) -> StoreHeader:
     """
     store = Path(store)
     check_store_folder(store)
-    if not (store / HEADER).exists():
+    if not (store / HEADER_FILE).exists():
         store.mkdir(parents=True, exist_ok=True)
-        write_once(store / HEADER, [header.content()])
+        write_once(store / HEADER_FILE, [header.content()])
     stored = read_header(store)
     check_same(store, stored, header)
     return stored
@@ -203,26 +215,15 @@ def check_same(store: Path, stored: StoreHeader, wanted: StoreHeader) -> None:
     """
     check_plan(store, stored, wanted.plan, wanted.num_classes)
     for name, value in wanted.facts.items():
-        _check(store, name, _WANTED.get(name, name), stored.facts[name], value)
+        _check(store, name, f"the wanted {name}", stored.facts[name], value)
 
 
 def check_plan(store: Path, stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> None:
     """Compare the plan, as TrainPlan.describe() has it, and the classes of a run with a store's, as `check_same`."""
-    before, now = {**BEFORE, **stored.plan}, {**BEFORE, **json.loads(json.dumps(plan))}
+    before, now = {**BEFORE, **stored.plan}, {**BEFORE, **_plan_as_stored(plan)}
     for name in {**now, **before}:
-        if name not in _NOT_STORED:
-            _check(store, name, settings_of_plan_field(name), before.get(name), now.get(name))
+        _check(store, name, settings_of_plan_field(name), before.get(name), now.get(name))
     _check(store, "num_classes", "the number of the dataset's classes", stored.num_classes, num_classes)
-
-
-# What messages call a wanted fact, where that is not the fact's own name.
-_WANTED = {
-    "teacher.order": "the order of its classes here",
-    "teacher.weights": "the sha256 of its weights here",
-    "teacher.model": "what its description here has",
-    "codec": "the wanted codec",
-    "precision": "the precision",
-}
 
 
 def _check(store: Path, name: str, called: str, before: object, now: object) -> None:
@@ -244,6 +245,15 @@ def _header_of(parsed: object, content: bytes) -> StoreHeader | None:
         # The bytes are compared, and not only the hash, so no change of a space or of the hash itself can be missed.
         return header if header.content() == content else None
     return None
+
+
+def _as_stored(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values as JSON has them: tuples become lists."""
+    return json.loads(json.dumps(dict(facts)))
+
+
+def _plan_as_stored(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return _as_stored({name: value for name, value in plan.items() if name not in _NOT_STORED})
 
 
 def _sha256(facts: dict[str, Any]) -> str:

@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.common.errors import UserError, advice_against
-from pipelines.common.files import write_once
-from trainer.models.files.torch_files import require_regular
+from pipelines.common.files import open_regular, write_once
 from trainer.targets.header import StoreHeader
 
 _NAME = re.compile(r"(\d{8,10})-(\d{8,10})\.(\d{1,7})-(\d{1,7})\.safetensors", re.ASCII)
@@ -114,12 +113,14 @@ class PieceFile:
 
     It is closed when nobody refers to it any more.
 
+    Attributes:
+      path: where it lies.
     Raises:
       UserError: it is short, damaged or of another store, or cannot be read.
     """
 
     def __init__(self, store: Path, header: StoreHeader, piece: Piece):
-        self._path, self._piece = Path(store) / piece.name, piece
+        self.path, self._piece = Path(store) / piece.name, piece
         self._again = f"Move it away, and {header.how_to_complete}"
         self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
         head = head_of(header, piece)
@@ -127,15 +128,14 @@ class PieceFile:
         self._rows_at = len(head) + 4 * piece.num_steps * piece.num_rows // self._group
         size = self._rows_at + piece.num_steps * piece.num_rows * self._row_bytes
         try:
-            require_regular(self._path)
-            self._file = os.open(self._path, os.O_RDONLY)
+            self._file = open_regular(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
         weakref.finalize(self, os.close, self._file)
         if (found := os.fstat(self._file).st_size) != size:
-            raise UserError(f"{self._path}: has {found} bytes instead of {size}. {self._again}")
+            raise UserError(f"{self.path}: has {found} bytes instead of {size}. {self._again}")
         if self._read(0, len(head)).tobytes() != head:
-            raise UserError(f"{self._path}: belongs to another store, or its head is damaged. {self._again}")
+            raise UserError(f"{self.path}: belongs to another store, or its head is damaged. {self._again}")
 
     def group(self, step: int, row: int) -> np.ndarray:
         """The rows of the mixing group that has a row: uint8 [mix_group, row_bytes].
@@ -147,7 +147,7 @@ class PieceFile:
         number, num_bytes = place // self._group, self._group * self._row_bytes
         rows = self._read(self._rows_at + number * num_bytes, num_bytes)
         if zlib.crc32(rows.data) != int(self._read(self._sums_at + 4 * number, 4).view("<u4")[0]):
-            raise UserError(f"{self._path}: is damaged at step {step}. {self._again}")
+            raise UserError(f"{self.path}: is damaged at step {step}. {self._again}")
         return rows.reshape(self._group, self._row_bytes)
 
     def groups(self, step: int) -> list[np.ndarray]:
@@ -162,12 +162,12 @@ class PieceFile:
         except OSError as error:
             raise self._unreadable(error) from error
         if done < num_bytes:
-            raise UserError(f"{self._path}: has become shorter while it was read. {self._again}")
+            raise UserError(f"{self.path}: has become shorter while it was read. {self._again}")
         return content
 
     def _unreadable(self, error: OSError) -> UserError:
         advice = advice_against(error, self._again)
-        return UserError(f"{self._path}: cannot be read ({error.strerror or error}). {advice}")
+        return UserError(f"{self.path}: cannot be read ({error.strerror or error}). {advice}")
 
 
 def faults(store: Path, header: StoreHeader, piece: Piece) -> Iterator[str]:

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipelines import resolve_pipeline
 from pipelines.batch import Batch, Pipeline
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import sha256_of
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.plan import TrainPlan
@@ -43,37 +42,36 @@ def with_recorded_settings(config: Config, stores: Mapping[str, TeacherStore]) -
     Raises:
       UserError: the configuration names another teacher, or another precision, than what was recorded.
     """
-    teacher = config.teacher
-    members = {key: each if key not in stores else _recorded(key, each, stores[key]) for key, each in teacher.members}
+    teacher, members = config.teacher, dict(config.teacher.members)
     for key, store in stores.items():
-        recorded, wanted = store.header.precision, teacher.precision
-        if len(stores) == len(members) and wanted not in ("auto", recorded):  # Else it is that of the live teachers.
-            raise UserError(
-                f"{store.folder}: {key} was recorded in {recorded}, and teacher.precision is {wanted}. Leave "
-                "teacher.precision out, or give another store"
-            )
-    others = [each for key, each in members.items() if key != "teacher"]
-    return dataclasses.replace(config, teacher=dataclasses.replace(members.get("teacher", teacher), others=others))
+        members[key] = _recorded(key, members[key], store)
+        # With live teachers beside the recorded ones it is theirs.
+        if len(stores) == len(members) and teacher.precision not in ("auto", store.header.precision):
+            raise _conflict(store, "teacher.precision", store.header.precision, teacher.precision)
+    first = members.pop("teacher", teacher)
+    return dataclasses.replace(config, teacher=dataclasses.replace(first, others=list(members.values())))
 
 
 def _recorded(key: str, given: OtherTeacher, store: TeacherStore) -> Any:
     """One teacher's settings as its store has them. A setting that has its default was not given."""
     facts = store.header.teacher
-    found = {name: getattr(facts, name) for name in ("name", "kwargs", "image_size")}
+    recorded = {name: getattr(facts, name) for name in ("name", "kwargs", "image_size")}
     defaults = {field.name: field.default for field in dataclasses.fields(type(given))} | {"kwargs": {}}
-    for name, value in found.items():
+    for name, value in recorded.items():
         if getattr(given, name) not in (None, defaults[name], value):
-            raise UserError(
-                f"{store.folder}: was recorded with {key}.{name} {value}, and {getattr(given, name)} is given. Leave "
-                f"{key}.{name} out, or give another store"
-            )
+            raise _conflict(store, f"{key}.{name}", value, getattr(given, name))
     file = given.checkpoint
     if file is not None and (not file.is_file() or sha256_of(file) != facts.checkpoint):
-        raise UserError(
-            f"{store.folder}: was not recorded from the file {file}, which is given as {key}.checkpoint. Leave it out, "
-            "or give another store"
-        )
-    return dataclasses.replace(given, **found)
+        recorded_file = f"a file of sha256 {facts.checkpoint}" if facts.checkpoint else "timm's own weights"
+        raise _conflict(store, f"{key}.checkpoint", recorded_file, file)
+    return dataclasses.replace(given, **recorded)
+
+
+def _conflict(store: TeacherStore, setting: str, recorded: object, given: object) -> UserError:
+    return UserError(
+        f"{store.folder}: was recorded with {setting} {clipped(recorded, 150)}, and {clipped(given, 150)} is given. "
+        f"Leave {setting} out, or give another store"
+    )
 
 
 def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
@@ -108,12 +106,12 @@ def check_fill(stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
         fill, own = store.header.plan.get("fill"), plan.describe()["fill"]
         if fill != own:
             raise UserError(
-                f"{store.folder}: was recorded with the fill colour {fill}, and the student's mean colour is {own}. "
-                f"Give the colour of the store: --augment.fill '{fill}'"
+                f"{store.folder}: was recorded with the fill colour {clipped(fill)}, and the student's mean colour is "
+                f"{own}. Give the colour of the store: --augment.fill '{clipped(fill)}'"
             )
 
 
-def made_with(config: Config, device: torch.device) -> dict[str, Any]:
+def pipeline_and_versions(config: Config, device: torch.device) -> dict[str, Any]:
     """What a teacher's outputs depend on a little, besides its device: plain values by their names."""
     return {"pipeline": resolve_pipeline(config.data.pipeline, device), **software()}
 
@@ -122,16 +120,15 @@ def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]
     """The teachers that decode the stores' rows, by the teacher's key, with a note on each.
 
     Args:
-      now: as `made_with`; the notes say with what else a store was recorded.
+      now: as `pipeline_and_versions`; the notes say with what else a store was recorded.
     """
     found = {}
     for key, store in stores.items():
         note = f"{key}: {store.header.provenance}; replayed from {store.folder}"
-        before = store.header.made_with
-        if other := [name for name, value in now.items() if before.get(name, value) != value]:
+        if other := store.header.made_otherwise(now):
             is_seen = "pipeline" in other or "pipelines" in other
             what = "its pixels differ a little" if is_seen else "its outputs may differ in the last bits"
-            note += f"; it was recorded with {', '.join(f'{name} {before[name]}' for name in other)}, so {what}"
+            note += f"; it was recorded with {', '.join(f'{name} {value}' for name, value in other.items())}, so {what}"
         if num_damaged := store.num_quarantined():
             note += f"; {num_damaged} of its images were damaged and are gray"
         found[key] = RecordedTeacher(store.codec.decode, store.codec.row_bytes, note)
@@ -170,12 +167,6 @@ class Replay:
                         yield dataclasses.replace(batch, targets=tuple(rows))
             finally:
                 thread.shutdown(cancel_futures=True)
-
-    def drop_from_cache(self, plans: Iterable[BatchPlan]) -> None:
-        """Drop what is stored for the rows of plans from the page cache, as far as the system allows it."""
-        positions = self.plan.views(np.concatenate([plan.positions for plan in plans]))
-        for store in self.stores:
-            store.drop_from_cache(positions)
 
     def read(self, plan: BatchPlan) -> list[torch.Tensor]:
         """The encoded rows of a plan from each store: uint8 [B, row_bytes], ready to be copied to the device.

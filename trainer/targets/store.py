@@ -1,10 +1,8 @@
 """Reads what was recorded for any positions, and finds what is missing or damaged."""
 
 import bisect
-import collections
 import functools
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,47 +10,45 @@ import numpy as np
 import torch
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import is_hidden, is_leftover, read_json_lines
-from trainer.targets.header import HEADER, StoreHeader, read_header
+from pipelines.common.files import is_hidden, is_leftover
+from pipelines.dali_probe import DECODE
+from pipelines.shards.quarantine import QUARANTINE, read_quarantine
+from trainer.targets.header import HEADER_FILE, StoreHeader, read_header
 from trainer.targets.pieces import Piece, PieceFile, faults, find_pieces, piece_named
 
-QUARANTINE = "quarantine.jsonl"
-_LARGEST_QUARANTINE = 1 << 26  # bytes; a line has about 150, and a recorder stops long before half a million.
+_OTHER_FILES = (HEADER_FILE, QUARANTINE, DECODE)  # A recorder writes them beside the pieces.
 _OPEN_FILES = 32  # A global batch lies in one piece, or in as many as processes that divided its rows.
 
 
 class Coverage:
-    """Which rows of which steps a store has, by the names of its files when this is made.
+    """Which pieces have which rows of which steps, by the names of a store's files when this is made.
 
     Attributes:
       complete: the ranges (first, stop) of steps of which every row is recorded, in order.
     """
 
     def __init__(self, store: Path, header: StoreHeader):
-        self._global_batch = header.global_batch
-        # The pieces of each range of rows. Pieces of two processes may overlap; each step is found in the first one.
-        self._pieces: dict[tuple[int, int], list[Piece]] = collections.defaultdict(list)
-        bounds = set()
-        for piece in find_pieces(store, header):
-            bounds.update((piece.first_step, piece.stop_step))
-            pieces = self._pieces[piece.first_row, piece.stop_row]
-            if not pieces or piece.stop_step > pieces[-1].stop_step:
-                pieces.append(piece)
-        # Between two neighbouring bounds all steps have the same rows. A forged name may have any numbers.
+        pieces = find_pieces(store, header)
+        # Between two neighbouring bounds all steps are in the same pieces. A forged name may have any numbers.
+        self._bounds = sorted({0, *(step for piece in pieces for step in (piece.first_step, piece.stop_step))})
+        self._pieces: list[list[Piece]] = [[] for _ in self._bounds]
+        for piece in pieces:
+            first, stop = (bisect.bisect_left(self._bounds, step) for step in (piece.first_step, piece.stop_step))
+            for found in self._pieces[first:stop]:
+                found.append(piece)
         self.complete: list[tuple[int, int]] = []
-        for first, stop in itertools.pairwise(sorted(bounds)):
-            if self._has_all_rows(first):
+        for first, stop in itertools.pairwise(self._bounds):
+            row = 0
+            while found := self.holding(first, row):
+                row = found[0].stop_row
+            if row == header.global_batch:
                 is_next = self.complete and self.complete[-1][1] == first
                 self.complete.append((self.complete.pop()[0] if is_next else first, stop))
 
-    def find(self, step: int, row: int) -> Piece | None:
-        """The piece that has a row of a step; None where that is not recorded."""
-        for (first_row, stop_row), pieces in self._pieces.items():
-            if first_row <= row < stop_row:
-                index = bisect.bisect_right(pieces, step, key=lambda piece: piece.stop_step)
-                if index < len(pieces) and pieces[index].first_step <= step:
-                    return pieces[index]
-        return None
+    def holding(self, step: int, row: int) -> list[Piece]:
+        """The pieces that have a row of a step, in the order of their names. Those of two recorders may overlap."""
+        found = self._pieces[bisect.bisect_right(self._bounds, step) - 1]
+        return [piece for piece in found if piece.first_row <= row < piece.stop_row]
 
     def missing(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int]]:
         """The ranges (first, stop) of steps in [start_step, stop_step) of which a row is missing, in order."""
@@ -76,12 +72,6 @@ class Coverage:
             for first, stop in self.missing(start_step, stop_step)
             for block in range(first // steps * steps, stop, steps)
         ]
-
-    def _has_all_rows(self, step: int) -> bool:
-        row = 0
-        while row < self._global_batch and (piece := self.find(step, row)):
-            row = piece.stop_row
-        return row == self._global_batch
 
 
 class TeacherStore:
@@ -115,39 +105,29 @@ class TeacherStore:
         group, row = np.divmod(positions, self.header.mix_group)
         out = np.empty((len(positions), self.codec.row_bytes), dtype=np.uint8)
         for number in np.unique(group).tolist():
-            step, first_row = divmod(number * self.header.mix_group, self.header.global_batch)
-            rows = self._open(self._piece(step, first_row)).group(step, first_row)
+            rows = self._group(*divmod(number * self.header.mix_group, self.header.global_batch))
             wanted = group == number
             out[wanted] = rows[row[wanted]]
         return torch.from_numpy(out)
-
-    def drop_from_cache(self, positions: np.ndarray) -> None:
-        """Drop the pieces that hold positions from the page cache, as far as the file system allows it."""
-        step, row = np.divmod(np.unique(positions), self.header.global_batch)
-        for piece in {self._piece(*each) for each in zip(step.tolist(), row.tolist(), strict=True)}:
-            with open(self.folder / piece.name, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def num_quarantined(self) -> int:
         """How many damaged images the recorders have named; the teacher saw them in gray.
 
         Raises:
-          UserError: their list is too long to be one.
+          UserError: as `read_quarantine`.
         """
-        path = self.folder / QUARANTINE
-        if path.is_file() and path.stat().st_size > _LARGEST_QUARANTINE:
-            raise UserError(f"{path}: has more than {_LARGEST_QUARANTINE} bytes, so it is no list of damaged images")
-        lines = read_json_lines(path)
-        return len({tuple(str(line.get(name)) for name in ("split", "shard", "key", "offset")) for line in lines})
+        return len(read_quarantine(self.folder / QUARANTINE))
 
-    def _piece(self, step: int, row: int) -> Piece:
-        piece = self.coverage.find(step, row)
-        if piece is None:
-            raise UserError(
-                f"{self.folder}: step {step} is not recorded for row {row}. To complete the store, "
-                f"{self.header.how_to_complete}"
-            )
-        return piece
+    def _group(self, step: int, row: int) -> np.ndarray:
+        """The rows of the mixing group that has a row, from the first piece that holds them intact."""
+        error = None
+        for piece in self.coverage.holding(step, row):
+            try:
+                return self._open(piece).group(step, row)
+            except UserError as damage:
+                error = error or damage
+        advice = f"To complete the store, {self.header.how_to_complete}"
+        raise error or UserError(f"{self.folder}: step {step} is not recorded for row {row}. {advice}")
 
 
 def verify(store: Path) -> Iterator[str]:
@@ -162,7 +142,7 @@ def verify(store: Path) -> Iterator[str]:
         yield str(error)
         return
     for path in sorted(Path(store).iterdir()):
-        if path.name in (HEADER, QUARANTINE) or is_leftover(path.name) or is_hidden(path.name):
+        if path.name in _OTHER_FILES or is_leftover(path.name) or is_hidden(path.name):
             continue
         if piece := piece_named(path.name, header):
             yield from faults(store, header, piece)

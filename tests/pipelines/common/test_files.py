@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked, move_entries, read_json, replacing, write_once, write_synced
+from pipelines.common.files import locked, move_entries, open_regular, read_json, replacing, write_once, write_synced
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -147,3 +147,18 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_file(tmp_path):
         assert not write_once(tmp_path / "x", [bytes(101)])  # It writes nothing where the file is there.
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_only_regular_files_are_opened_and_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"content")
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path / "folder", tmp_path / "none", Path("/dev/zero")):
+        with pytest.raises(OSError) as error:
+            open_regular(path)
+        assert error.value.filename == str(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open(open_regular(tmp_path / "file"), "rb") as file:
+        assert file.read() == b"content"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipelines.plan.plan import BEFORE
+from pipelines.shards.quarantine import QUARANTINE
 from support.recordings import files, pieces, record, save_teacher
 from support.small_store import HEADER, PIECES, PLAN, write_small_store
 from tools.lib.record_teacher.merge import merge
@@ -20,7 +21,7 @@ from tools.record_teacher import main
 from trainer.targets.codec import open_codec
 from trainer.targets.header import claim
 from trainer.targets.pieces import Piece, write_piece
-from trainer.targets.store import QUARANTINE, TeacherStore
+from trainer.targets.store import TeacherStore
 
 ALL = np.arange(1280)
 INT8 = ("--codec", "int8")
@@ -72,26 +73,28 @@ def test_info_lists_what_a_store_is_of_and_how_much_it_has(exact, parts, capsys)
     said = capsys.readouterr().out
     rows = {line.split("  ")[0].strip(): line.partition("  ")[2].strip() for line in said.splitlines()}
     header = TeacherStore(exact).header
+    assert len(said.splitlines()) == len(rows) == 12 and rows["all else"] == str(exact / "store.json")
     assert rows["identity"] == header.identity and rows["its weights"] == f"sha256 {header.teacher.weights}"
-    assert rows["teacher"] == "tiny_cnn" and rows["codec"] == "fp32" and rows["precision"] == "fp32"
-    assert rows["plan: seed"] == "0" and rows["plan: global_batch"] == "8" and rows["damaged images"] == "0"
+    assert rows["teacher"] == "tiny_cnn, at the plan's image size, in fp32"
+    assert rows["codec"] == "fp32, 40 bytes a position" and rows["damaged images"] == "0"
+    assert rows["dataset"] == f"{header.plan['dataset']}, 10 classes"
+    assert rows["plan"] == "seed 0, global_batch 8, image_size 32, fill [128, 128, 128]"
+    assert rows["made with"].startswith("pipeline torchvision, decode ") and ", torch " in rows["made with"]
     assert rows["steps, by the names of files"] == "160 recorded: 4 epochs of 40 steps each"
-    assert rows["size"].endswith(" kB in 3 pieces, 40 bytes a position")
+    assert rows["size"].endswith(" kB in 3 pieces") and rows["unfinished"] == "0 bytes in 0 files"
     (parts[1] / QUARANTINE).write_text(json.dumps(LINE) + "\n")
     main(["info", str(parts[1])])
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "96 recorded: 2.4 epochs of 40 steps each; of the first 160 the first missing one is 0" in said
-    assert said.split()[-1] == "1"  # damaged image
+    assert "damaged images 1" in said
 
 
 def test_info_counts_what_killed_recorders_have_left(exact, parts, capsys):
-    main(["info", str(exact)])
-    assert "unfinished files none" in " ".join(capsys.readouterr().out.split())
     for token in ("0123abcd", "4567cdef"):
         (parts[0] / f"{pieces(exact)[1]}.{token}.partial").write_bytes(bytes(750_000))
     main(["info", str(parts[0])])
     said = " ".join(capsys.readouterr().out.split())
-    assert "unfinished files 2 with 1.5 MB; remove *.partial when no recorder runs" in said
+    assert "unfinished 1.5 MB in 2 files; remove *.partial when no recorder runs" in said
 
 
 def test_a_forged_name_of_a_distant_step_costs_no_time(parts, capsys):
@@ -200,6 +203,13 @@ def test_damaged_images_are_named_once_in_the_merged_store(parts, tmp_path):
     for _ in range(2):
         merge(tmp_path / "merged", parts)
     assert (tmp_path / "merged" / QUARANTINE).read_text() == f"{json.dumps(LINE)}\n{json.dumps(other)}\n"
+
+
+def test_a_list_of_damaged_images_that_is_none_is_not_merged(parts, tmp_path, capsys):
+    with open(parts[1] / QUARANTINE, "wb") as file:
+        file.truncate(1 << 40)
+    said = error_of(["merge", tmp_path / "merged", *parts], capsys)
+    assert f"error: {parts[1] / QUARANTINE}: has more than 67108864 bytes, so it is no list" in said
 
 
 def test_a_store_of_something_else_is_not_merged_and_nothing_is_added(exact, digits, teacher, parts, tmp_path, capsys):
@@ -311,8 +321,29 @@ def test_logits_that_no_recorder_writes_end_a_transcoding(exact, tmp_path, capsy
     rows[1, 3, 7] = np.nan
     write_piece(store, header, Piece(4, 6, 0, 8), rows.view(np.uint8))
     said = error_of(["transcode", store, tmp_path / "out", *INT8], capsys)
-    assert "00000004-00000006.0-8.safetensors: has logits that are not finite at step 5. Record it again" in said
+    assert f"{store / '00000004-00000006.0-8.safetensors'}: has logits at step 5 that are not finite, or not" in said
     assert pieces(tmp_path / "out") == []
+
+
+def test_logits_that_the_smaller_codec_does_not_hold_end_a_transcoding(exact, tmp_path, capsys):
+    header = claim(tmp_path / "store", TeacherStore(exact).header)
+    rows = np.zeros((1, 8, 10), np.float32)
+    rows[0, 2, 1] = 65_505
+    write_piece(tmp_path / "store", header, Piece(4, 5, 0, 8), rows.view(np.uint8))
+    said = error_of(["transcode", tmp_path / "store", tmp_path / "fp16", "--codec", "fp16"], capsys)
+    assert "has logits at step 4 that are not finite, or not within the 65,504 of fp16. Use another codec" in said
+    assert pieces(tmp_path / "fp16") == []
+    assert transcode(tmp_path / "store", tmp_path / "int8", "int8")[0] == 1
+
+
+def test_a_transcoding_leaves_the_number_of_threads_unchanged(exact, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        transcode(exact, tmp_path / "out", "int8")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_damaged_images_go_with_a_transcoded_store(parts, tmp_path):

@@ -13,9 +13,9 @@ from conftest import TINY, run_trainer, train_here
 from pipelines.common.errors import UserError
 from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
+from pipelines.shards.quarantine import QUARANTINE
 from support.ranks import run_ranks
 from tools.lib.shards.build import BuildOptions, build
-from trainer.monitor.quarantine import QUARANTINE
 from trainer.run import main
 
 

@@ -197,3 +197,15 @@ def test_codecs_that_are_none(name, num_classes, message):
     with pytest.raises(UserError, match=message) as error:
         open_codec(name, num_classes)
     assert error.value.argument == "codec"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_a_codec_cannot_store_are_found(name, dtype):
+    codec = open_codec(name, 1000)
+    logits = mixed_logits(5).to(dtype)
+    logits[1, 3], logits[2, 999], logits[3, 0] = torch.nan, torch.inf, -torch.inf
+    assert codec.can_encode(logits).tolist() == [True, False, False, False, True]
+    if dtype != torch.float16:
+        logits[0, 5], logits[4, 5] = -65504, 65505
+        assert codec.can_encode(logits).tolist() == [True, False, False, False, name != "fp16"]

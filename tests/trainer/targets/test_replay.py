@@ -147,8 +147,11 @@ def test_a_batch_without_its_targets_is_no_batch_of_the_run(digits, store, tmp_p
         (["--teacher.name", "test_vit"], "recorded with teacher.name tiny_cnn, and test_vit is given"),
         (["--teacher.image_size", 48], "recorded with teacher.image_size 0, and 48 is given"),
         (["--teacher.kwargs.drop_rate", 0.5], "was recorded with teacher.kwargs {}, and {'drop_rate': 0.5} is given"),
-        (["--teacher.checkpoint", __file__], "was not recorded from the file"),
-        (["--teacher.precision", "bf16"], "was recorded in fp32, and teacher.precision is bf16"),
+        (["--teacher.checkpoint", __file__], "was recorded with teacher.checkpoint a file of sha256 "),
+        (
+            ["--teacher.precision", "bf16"],
+            "recorded with teacher.precision fp32, and bf16 is given. Leave teacher.precision out",
+        ),
         (["--augment.fill", "[1,2,3]"], "was recorded with fill [128, 128, 128], and augment.fill is [1, 2, 3]"),
         (["--student.name", "test_byobnet"], "fill colour [128, 128, 128], and the student's mean colour is [124, 116"),
         (["--data.shuffle", "window"], "was recorded with window_shards 0, and"),
@@ -259,6 +262,14 @@ def test_a_note_says_how_many_images_were_damaged_and_what_it_was_recorded_with(
     said = capsys.readouterr().out
     assert "it was recorded with pipelines 0, so its pixels differ a little" in said
     assert "2 of its images were damaged and are gray" in said
+
+
+def test_what_a_header_claims_is_clipped_in_a_note(digits, tiny_teacher, tmp_path, capsys):
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
+    store = record(run, tmp_path / "store", STEPS, made_with={"pipeline": "x" * 10_000 + "end"})
+    train_here(digits, tmp_path / "run", "--teacher.store", store, "--run.stop_after_steps", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "recorded with pipeline xxxx" in said and "x" * 60 not in said.replace(" ", "") and "xend" not in said
 
 
 def test_live_teachers_compute_in_their_own_precision(digits, tiny_teacher, tmp_path):

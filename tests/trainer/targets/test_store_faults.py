@@ -206,3 +206,20 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(store, monkeypatch):
     monkeypatch.setattr(os, "preadv", shrinking)
     with pytest.raises(UserError, match="has become shorter while it was read"):
         TeacherStore(store).read(np.array([0]))
+
+
+def test_rows_that_another_piece_holds_intact_are_read_from_it(store):
+    """Step 5 is in two pieces of each of its rows."""
+    step_5 = np.arange(60, 72)
+    for name in (PIECES[1].name, PIECES[2].name, PIECES[3].name):
+        path = store / name
+        content = path.read_bytes()
+        for damaged in (content[:-1] + bytes([content[-1] ^ 1]), bytes([content[0] ^ 1]) + content[1:], b""):
+            path.write_bytes(damaged)
+            assert np.array_equal(TeacherStore(store).read(step_5).numpy(), EVERYTHING[60:72])
+            assert [fault.split(": ")[0] for fault in verify(store)] == [str(path)]
+        path.write_bytes(content)
+    for piece in (PIECES[1], PIECES[3]):
+        (store / piece.name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{PIECES[1].name}: has 0 bytes instead of"):  # the first of them
+        TeacherStore(store).read(step_5)

@@ -96,7 +96,7 @@ def test_a_file_is_opened_and_its_head_checked_once(store, monkeypatch):
     monkeypatch.setattr(os, "open", noted)
     for position in (0, 5, 47, 60, 1, 56, 61):
         assert np.array_equal(opened.read(np.array([position])).numpy(), EVERYTHING[[position]])
-    assert names == [PIECES[0].name, PIECES[3].name, PIECES[2].name]
+    assert names == [PIECES[0].name, PIECES[1].name, PIECES[2].name]
 
 
 def test_a_piece_is_a_file_of_safetensors(store):
@@ -131,7 +131,8 @@ def test_what_is_missing(store):
     assert coverage.first_missing(3, 3) is None and coverage.first_missing(20, 30) == 20
     assert coverage.missing_blocks(0, 8, steps=4) == []
     assert coverage.missing_blocks(0, 21, steps=4) == [(8, 12), (12, 16), (16, 20), (20, 21)]
-    assert coverage.find(4, 9) == Piece(4, 6, 8, 12) and coverage.find(8, 0) is None
+    assert coverage.holding(4, 9) == [PIECES[2]] and coverage.holding(5, 9) == [*PIECES[2:]]
+    assert coverage.holding(8, 0) == coverage.holding(10**9, 0) == []
     with pytest.raises(
         UserError, match="step 8 is not recorded for row 0. To complete the store, record its steps again with"
     ):
@@ -158,7 +159,7 @@ def test_coverage_is_that_of_every_step_and_row_by_itself(tmp_path, seed):
         (tmp_path / piece.name).touch()
         recorded[piece.first_step : piece.stop_step, piece.first_row : piece.stop_row] = True
     coverage = Coverage(tmp_path, HEADER)
-    assert all((coverage.find(step, row) is not None) == recorded[step, row] for step, row in np.ndindex(40, 12))
+    assert all(bool(coverage.holding(step, row)) == recorded[step, row] for step, row in np.ndindex(40, 12))
     missing = [step for step in range(40) if not recorded[step].all()]
     blocks = coverage.missing_blocks(0, 40, steps=8)
     assert [step for first, stop in blocks for step in range(first, stop)] == missing

@@ -50,7 +50,7 @@ from trainer.models.files.weights import read_weights
 from trainer.models.teacher import build_teachers
 from trainer.targets.header import StoreHeader, TeacherFacts, claim
 from trainer.targets.pieces import Piece, write_piece
-from trainer.targets.replay import made_with
+from trainer.targets.replay import pipeline_and_versions
 from trainer.update.inputs import teacher_inputs
 from trainer.update.precision import PRECISIONS
 
@@ -192,8 +192,8 @@ class Recorder:
         self._teachers = teachers.to_precision(PRECISIONS[precision])
         weights = digest_of(read_weights(setting.weights))
         facts = TeacherFacts(setting.teacher, {}, 0, weights, sha256_of(setting.weights))
-        num_classes = run.plan.index.num_classes
-        header = StoreHeader(run.plan.describe(), num_classes, facts, _CODEC, precision, made_with(config, device))
+        num_classes, made_with = run.plan.index.num_classes, pipeline_and_versions(config, device)
+        header = StoreHeader(run.plan.describe(), num_classes, facts, _CODEC, precision, made_with)
         self._run = run
         self._store, self._header = store, claim(store, header)
         self._codec = header.open_codec()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import itertools
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.batch import Batch
+from pipelines.common.files import open_regular
+from pipelines.plan.plan import BatchPlan
 from pipelines.synthetic import SyntheticPipeline
 from tools.lib.common.timing import synchronize
 from tools.lib.doctor.input_stages import Plans, drop_from_cache, updates_ahead
@@ -20,6 +23,7 @@ from trainer.config.sections import TeacherConfig
 from trainer.evaluation.predict import num_eval_batches
 from trainer.feed import batches_of
 from trainer.monitor.clock import InputWait
+from trainer.targets.replay import Replay
 
 _BUCKET_BYTES = 25 << 20  # DDP sends gradients in pieces of this size.
 
@@ -68,13 +72,23 @@ def store_stage(run: Run, plans: Plans) -> Stage:
 
     def stage(count: int) -> float:
         planned = list(plans(count))
-        replay.drop_from_cache(planned)
+        drop_targets_from_cache(replay, planned)
         start_s = time.perf_counter()
         for plan in planned:
             replay.read(plan)
         return time.perf_counter() - start_s
 
     return stage
+
+
+def drop_targets_from_cache(replay: Replay, plans: Iterable[BatchPlan]) -> None:
+    """Drop the pieces that hold the rows of plans from the page cache, as far as the file system allows it."""
+    positions = np.unique(replay.plan.views(np.concatenate([plan.positions for plan in plans])))
+    for store in replay.stores:
+        places = zip(*(each.tolist() for each in np.divmod(positions, store.header.global_batch)), strict=True)
+        for piece in {piece for step, row in places for piece in store.coverage.holding(step, row)}:
+            with open(open_regular(store.folder / piece.name), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def all_reduce_stage(run: Run) -> Stage:
@@ -107,7 +121,7 @@ class WholeRun:
         if self._cold:
             drop_from_cache(run.plan.index, np.concatenate([plan.sample for plan in self._plans(updates)]))
         if run.replay is not None:
-            run.replay.drop_from_cache(self._plans(updates))
+            drop_targets_from_cache(run.replay, self._plans(updates))
         run.set_learning_rate(run.state.step)
         with closing(batches_of(run.pipelines.of["train"], self._plans(updates), run.replay)) as batches:
             watched = InputWait(batches, run.world.device)

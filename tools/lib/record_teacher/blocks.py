@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines.batch import Batch
-from pipelines.common.errors import UserError, named, write_error_line
+from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.launcher import Launch, array_task, launched
 from pipelines.ops.mixing import partners
 from pipelines.plan.plan import BatchPlan
@@ -22,7 +22,7 @@ from trainer.targets.header import StoreHeader
 from trainer.targets.pieces import Piece, write_piece
 from trainer.update.inputs import teacher_inputs
 
-_SHOWN = 3  # An error names at most this many samples.
+_SHOWN = 3  # An error names at most this many positions.
 Block = tuple[int, int]  # First step and stop step.
 
 
@@ -67,7 +67,7 @@ def record_blocks(
     Returns:
       what `stopped_by` returned last. The block in work is then lost.
     Raises:
-      UserError: logits are not finite, too many images are damaged, or a piece cannot be written.
+      UserError: logits cannot be encoded, too many images are damaged, or a piece cannot be written.
     """
     batches: Any = recording.pipelines.of["train"].batches(_plans(recording, blocks))
     num_classes, all_right, num_images = recording.plan.index.num_classes, 0.0, 0
@@ -83,13 +83,13 @@ def record_blocks(
                 found = encoded_rows(recording, batches, block, stopped_by, progress)
                 if found is None:
                     return stopped_by()
-                rows, finite, num_right = (each.cpu().numpy() for each in found)
-                _check_finite(recording, block, finite)
-                all_right, before, num_images = all_right + float(num_right), num_images, num_images + finite.size
-                lines = [recording.pipelines.quarantine.record_new()]
-                if before < num_images_needed(num_classes) <= num_images:
-                    lines.append(teacher_warning(all_right / num_images, num_classes))
-                for line in filter(None, lines):
+                rows, is_encoded, num_right = (each.cpu().numpy() for each in found)
+                _check_encoded(recording, block, is_encoded)
+                all_right, before, num_images = all_right + float(num_right), num_images, num_images + is_encoded.size
+                if line := recording.pipelines.quarantine.record_new():
+                    progress.say(line)
+                is_judged = before < num_images_needed(num_classes) <= num_images
+                if is_judged and (line := teacher_warning(all_right / num_images, num_classes)):
                     progress.say(line)
                 if written:
                     written.result()
@@ -110,7 +110,9 @@ def _plans(recording: Recording, blocks: list[Block]) -> Iterator[BatchPlan]:
 def encoded_rows(
     recording: Recording, batches: Iterator[Batch], block: Block, stopped_by: Callable[[], int], progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The encoded rows of a block, which have finite logits, and how many find the label; None if a signal came.
+    """The encoded rows of a block, which of them the codec could encode, and how many find the label.
+
+    It is None if a signal came.
 
     Args: as for `record_blocks`.
     Returns:
@@ -120,7 +122,7 @@ def encoded_rows(
     teachers, codec, device = recording.teachers, recording.codec, recording.rows[0].device
     shape = (block[1] - block[0], recording.plan.global_batch)
     rows = torch.empty((*shape, codec.row_bytes), dtype=torch.uint8, device=device)
-    finite = torch.empty(shape, dtype=torch.bool, device=device)
+    is_encoded = torch.empty(shape, dtype=torch.bool, device=device)
     num_right = torch.zeros((), device=device)
     for step in range(shape[0]):
         for own in recording.rows:
@@ -129,26 +131,27 @@ def encoded_rows(
             batch = next(batches)
             logits = teachers(teacher_inputs(teachers, batch)).float()
             rows[step].index_copy_(0, own, codec.encode(logits))
-            finite[step].index_copy_(0, own, logits.isfinite().all(1))
+            is_encoded[step].index_copy_(0, own, codec.can_encode(logits))
             partner_labels = partners(batch.labels, batch.mix_group)
             num_right += agreement(logits, logits, batch.labels, partner_labels, batch.lam)[0] * len(logits)
         progress.add_step()
-    return rows, finite, num_right
+    return rows, is_encoded, num_right
 
 
-def _check_finite(recording: Recording, block: Block, finite: np.ndarray) -> None:
-    """Raise a UserError that names the samples whose logits are not finite; a codec would make them any numbers."""
-    plan, precision = recording.plan, recording.header.precision
-    positions = block[0] * plan.global_batch + np.flatnonzero(~finite)
+def _check_encoded(recording: Recording, block: Block, is_encoded: np.ndarray) -> None:
+    """Raise a UserError that names the samples whose logits the codec cannot encode; it made them any numbers."""
+    plan, precision, codec = recording.plan, recording.header.precision, recording.codec
+    positions = block[0] * plan.global_batch + np.flatnonzero(~is_encoded)
     if not len(positions):
         return
-    shown = positions[:_SHOWN].tolist()
-    names = [f"position {position} ({plan.index.name(int(plan[position].sample[0]))})" for position in shown]
-    names += [""] * (len(positions) - len(names))  # `named` counts those that it does not show.
-    advice = "--teacher.precision fp32"
-    if precision == "fp32":
-        advice = "another teacher; this one's precision is fp32 already"
+    samples = [f"{each} ({plan.index.name(int(plan[each].sample[0]))})" for each in positions[:_SHOWN].tolist()]
+    advice = "another teacher; this one's precision is fp32 already"
+    if precision != "fp32":
+        advice = "--teacher.precision fp32 and a new store"
+    elif codec.name == "fp16":
+        advice = "--codec int8 and a new store"
     raise UserError(
-        f"the teacher's outputs are not finite at {len(positions)} of {finite.size} positions of steps {block[0]} to "
-        f"{block[1] - 1}: {named(names, _SHOWN)}. These steps are not recorded. Use {advice}"
+        f"the teacher's outputs are not finite, or not within the {codec.largest:,.6g} of {codec.name}, at "
+        f"{len(positions)} of {is_encoded.size} positions of steps {block[0]} to {block[1] - 1}, such as position "
+        f"{' and '.join(samples)}. These steps are not recorded. Use {advice}"
     )

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import split_json_lines, write_once
+from pipelines.common.files import open_regular, write_once
+from pipelines.shards.quarantine import QUARANTINE, read_quarantine
 from tools.lib.common.terminal import tracked
-from trainer.monitor.quarantine import is_quarantine_line
 from trainer.monitor.run_files import append_synced
-from trainer.targets.header import HEADER, StoreHeader, check_same, claim, read_header
+from trainer.targets.header import HEADER_FILE, StoreHeader, check_same, claim, read_header
 from trainer.targets.pieces import Piece, faults, find_pieces, head_of
-from trainer.targets.store import QUARANTINE, Coverage
+from trainer.targets.store import Coverage
 
 _READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
 
@@ -32,7 +32,7 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
         added.
     """
     headers = {source: read_header(source) for source in sources}
-    wanted = read_header(store) if (store / HEADER).exists() else headers[sources[0]]
+    wanted = read_header(store) if (store / HEADER_FILE).exists() else headers[sources[0]]
     for source, found in headers.items():
         if store.exists() and os.path.samefile(source, store):
             raise UserError(f"{source}: is the store itself. Name other stores")
@@ -63,7 +63,7 @@ def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHea
             return False
         except OSError:  # It is another file system, or one without hard links.
             pass
-    with open(source / piece.name, "rb") as file:
+    with open(open_regular(source / piece.name), "rb") as file:
         # A header of an older version may lack settings. Its identity, which a file begins with, is then another one.
         file.seek(len(head_of(source_header, piece)))
         content = iter(lambda: file.read(_READ_BYTES), b"")
@@ -72,7 +72,7 @@ def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHea
 
 def copy_quarantine(source: Path, target: Path) -> None:
     """Name the damaged images of one store in another one, where they are not named yet."""
-    lines = [split_json_lines(store / QUARANTINE, is_quarantine_line)[0] for store in (source, target)]
-    missing = [line for line in lines[0] if line not in lines[1]]
+    named = read_quarantine(target / QUARANTINE)
+    missing = [line for where, line in read_quarantine(source / QUARANTINE).items() if where not in named]
     if missing:
         append_synced(target / QUARANTINE, [json.dumps(line).encode() for line in missing])

@@ -10,7 +10,7 @@ import torch
 from pipelines.common.errors import UserError
 from pipelines.common.files import sha256_of
 from pipelines.plan.plan import TrainPlan
-from trainer.builder import place, train_plan
+from trainer.builder import place_teachers, train_plan
 from trainer.cluster.world import World
 from trainer.config.sections import Config
 from trainer.feed import Pipelines, open_pipelines, open_splits
@@ -21,8 +21,8 @@ from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
 from trainer.models.teacher import Teacher, Teachers, build_teacher, check_and_fold
 from trainer.targets.codec import Codec, open_codec
-from trainer.targets.header import HEADER, StoreHeader, TeacherFacts, check_store_folder, read_header
-from trainer.targets.replay import made_with
+from trainer.targets.header import HEADER_FILE, StoreHeader, TeacherFacts, check_store_folder, read_header
+from trainer.targets.replay import pipeline_and_versions
 from trainer.update.precision import PRECISIONS
 
 _BLOCK_STEPS = 64  # Steps of a piece: the recipe's have 65 MB with one byte a class.
@@ -63,7 +63,7 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
     """
     _check_settings(config, epochs)
     check_store_folder(store)
-    codec = codec or (read_header(store).codec if (store / HEADER).exists() else "int8")
+    codec = codec or (read_header(store).codec if (store / HEADER_FILE).exists() else "int8")
     # Damaged samples are named in the store, where a run names them in its folder. What the header calls fp32 is
     # float32: no rounded factors, whatever the students' runs do.
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=store, tf32=False))
@@ -80,13 +80,13 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
     precision = config.teacher.precision
     if precision == "auto":  # bf16 would move the outputs of some teachers by more than half a byte a class does.
         precision = "fp16" if world.device.type == "cuda" else "fp32"
-    place([teachers], config.run, world.device)
+    place_teachers(teachers, config, PRECISIONS[precision], world.device)
     pipelines = open_pipelines(config, {"train": index}, world)
     made = {
         "steps_per_epoch": plan.steps_per_epoch,
         "decode": pipelines.decode["decode"],
         "device": world.device_name,
-        **made_with(config, world.device),
+        **pipeline_and_versions(config, world.device),
     }
     group = config.augment.mix_group
     micro_batch = max(config.run.eval_batch // group, 1) * group
@@ -94,7 +94,7 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
         header=StoreHeader(plan.describe(), index.num_classes, facts, codec, precision, made),
         codec=opened,
         plan=plan,
-        teachers=teachers.to_precision(PRECISIONS[precision]),
+        teachers=teachers,
         pipelines=pipelines,
         total_steps=plan.steps_per_epoch * (epochs or config.augment.cycle_epochs or config.schedule.total_epochs),
         block_steps=max(1, min(_BLOCK_STEPS, _BLOCK_BYTES // (plan.global_batch * opened.row_bytes))),

@@ -1,48 +1,53 @@
 """What a teacher store holds, as a table."""
 
 from pathlib import Path
-from typing import Any
 
 from pipelines.common.errors import clipped
 from pipelines.common.files import is_leftover
 from tools.lib.common.units import human_bytes
+from trainer.targets.header import HEADER_FILE
 from trainer.targets.pieces import find_pieces
 from trainer.targets.store import TeacherStore
 
-_FIRST = ("dataset", "seed", "image_size", "global_batch", "fill")  # The most important of a plan's fields.
+_MADE_WITH = ("pipeline", "decode", "device", "torch")
+_PLAN = ("seed", "global_batch", "image_size", "fill")  # The other fields of a plan are in the header.
 
 
 def summarize(folder: Path) -> dict[str, str]:
-    """What a store holds: label -> text. Pieces are counted by their names and not read.
+    """What a store holds, in a few lines: label -> text. Pieces are counted by their names and not read.
 
     Raises:
       UserError: it is no store, or its header is damaged.
     """
     store = TeacherStore(folder)
     header, teacher = store.header, store.header.teacher
-    plan = {**{name: header.plan[name] for name in _FIRST if name in header.plan}, **header.plan}
-    sizes = [(folder / piece.name).stat().st_size for piece in find_pieces(folder, header)]
-    partial = [path.stat().st_size for path in folder.iterdir() if is_leftover(path.name)]
-    unfinished = f"{len(partial):,} with {human_bytes(sum(partial))}; remove *.partial when no recorder runs"
-    found: dict[str, Any] = {
-        "identity": header.identity,
-        "teacher": teacher.name,
-        "its arguments": teacher.kwargs or "none",
-        "its image size": f"{teacher.image_size} px" if teacher.image_size else "the plan's",
+    size = f"{teacher.image_size} px" if teacher.image_size else "the plan's image size"
+    kwargs = [f"{name} {value}" for name, value in teacher.kwargs.items()]
+    partial = [path for path in folder.iterdir() if is_leftover(path.name)]
+    advice = "; remove *.partial when no recorder runs" if partial else ""
+    found = {
+        "teacher": f"{', '.join([teacher.name, *kwargs])}, at {size}, in {header.precision}",
         "its weights": f"sha256 {teacher.weights}",
-        "its file": f"sha256 {teacher.checkpoint}" if teacher.checkpoint else "timm's own weights",
-        "its classes": "in the dataset's order" if teacher.order is None else f"reordered (sha256 {teacher.order})",
-        "classes": f"{header.num_classes:,}",
-        "codec": header.facts["codec"],
-        "precision": header.precision,
-        **{f"plan: {name}": value for name, value in plan.items()},
-        **{f"made with {name}": value for name, value in header.made_with.items()},
+        "dataset": f"{header.plan.get('dataset')}, {header.num_classes:,} classes",
+        "plan": _listed(header.plan, _PLAN),
+        "made with": _listed(header.made_with, _MADE_WITH),
+        "codec": f"{header.facts['codec']}, {store.codec.row_bytes:,} bytes a position",
         "steps, by the names of files": _steps(store),
-        "size": f"{human_bytes(sum(sizes))} in {len(sizes):,} pieces, {store.codec.row_bytes:,} bytes a position",
-        "unfinished files": unfinished if partial else "none",
+        "size": _size([folder / piece.name for piece in find_pieces(folder, header)], "pieces"),
+        "unfinished": f"{_size(partial, 'files')}{advice}",
         "damaged images": f"{store.num_quarantined():,}",
+        "identity": header.identity,
+        "all else": str(folder / HEADER_FILE),
     }
     return {name: clipped(value, 120) for name, value in found.items()}
+
+
+def _listed(facts: dict[str, object], names: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {facts[name]}" for name in names if name in facts)
+
+
+def _size(files: list[Path], called: str) -> str:
+    return f"{human_bytes(sum(path.stat().st_size for path in files))} in {len(files):,} {called}"
 
 
 def _steps(store: TeacherStore) -> str:

@@ -1,6 +1,8 @@
 """Writes a store again in a smaller codec, and measures what that loses on this very store."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +62,28 @@ def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, str]:
     lossy = header.transcoded_from if old.name == "fp32" else [*header.transcoded_from, old.name]
     out_header = claim(out, dataclasses.replace(header, codec=new.name, transcoded_from=lossy))
     copy_quarantine(store, out)
-    torch.set_num_threads(1)  # Operations on a group are so short that threads would mostly wait for each other.
     lost, num, written = torch.zeros(4, dtype=torch.float64), 0, 0
-    for piece in tracked(find_pieces(store, header), "transcoding"):
-        file = PieceFile(store, header, piece)
-        for first in range(piece.first_step, piece.stop_step, _STEPS):
-            part = dataclasses.replace(piece, first_step=first, stop_step=min(first + _STEPS, piece.stop_step))
-            is_there = (out / part.name).exists()
-            rows, lost_here = _transcoded(file, part, 1 if is_there else part.num_steps, old, new)
-            lost, num = lost + lost_here.double().sum(0), num + len(lost_here)
-            written += not is_there and write_piece(out, out_header, part, rows)
+    with _one_thread():
+        for piece in tracked(find_pieces(store, header), "transcoding"):
+            file = PieceFile(store, header, piece)
+            for first in range(piece.first_step, piece.stop_step, _STEPS):
+                part = dataclasses.replace(piece, first_step=first, stop_step=min(first + _STEPS, piece.stop_step))
+                is_there = (out / part.name).exists()
+                rows, lost_here = _transcoded(file, part, 1 if is_there else part.num_steps, old, new)
+                lost, num = lost + lost_here.double().sum(0), num + len(lost_here)
+                written += not is_there and write_piece(out, out_header, part, rows)
     return written, _sentence(num, *(lost / num).tolist()) if num else ""
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread. Operations on a group are so short that more would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _transcoded(
@@ -81,8 +94,11 @@ def _transcoded(
     for step in range(part.first_step, part.first_step + num_steps):
         for rows in file.groups(step):
             logits = old.decode(torch.from_numpy(rows))
-            if not logits.isfinite().all():  # No recorder writes that, and a codec would make it any numbers.
-                raise UserError(f"{part.name}: has logits that are not finite at step {step}. Record it again")
+            if not new.can_encode(logits).all():
+                raise UserError(
+                    f"{file.path}: has logits at step {step} that are not finite, or not within the "
+                    f"{new.largest:,.6g} of {new.name}. Use another codec, or record the step again"
+                )
             encoded.append(new.encode(logits))
             if step == part.first_step:
                 lost.append(losses(logits, new.decode(encoded[-1]), seed=step))

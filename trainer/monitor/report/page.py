@@ -17,12 +17,12 @@ import numpy as np
 
 from pipelines.common.errors import UserError, clipped, with_escaped_bytes, write_error_line
 from pipelines.common.files import split_json_lines, write_synced
+from pipelines.shards.quarantine import QUARANTINE, is_quarantine_line
 from trainer.config.cli import read_yaml
 from trainer.config.recipe import AuditRow, audit
 from trainer.config.sections import parse
-from trainer.monitor.quarantine import QUARANTINE
 from trainer.monitor.report.charts import CHARTS, Chart, Curve, draw
-from trainer.monitor.run_files import METRICS, SUMMARY, is_quarantine_line, is_reportable, read_summary
+from trainer.monitor.run_files import METRICS, SUMMARY, is_reportable, read_summary
 from trainer.monitor.sample_grid import SAMPLES
 from trainer.monitor.sinks import scalars
 
