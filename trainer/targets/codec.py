@@ -46,6 +46,11 @@ class Codec:
         """Which rows have only finite logits of at most `largest`: [B, C] of any floating type -> bool [B]."""
         return (logits.float().abs() <= self.largest).all(1)
 
+    @property
+    def refused(self) -> str:
+        """What logits are that it cannot encode, for messages."""
+        return f"not finite or beyond {self.largest:,.0f}" if self.name == "fp16" else "not finite"
+
 
 def open_codec(name: str, num_classes: int) -> Codec:
     """The codec of a name, for rows of `num_classes` logits.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.common.errors import UserError, clipped, reason_of
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import (
     instead_of_content,
     is_hidden,
@@ -162,7 +162,7 @@ def read_header(store: Path) -> StoreHeader:
             "tools/record_teacher.py"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     parsed = parsed_json(content) if len(content) <= _LARGEST_HEADER else None
     version = parsed.get("format_version") if isinstance(parsed, dict) else None
     if type(version) is int and version != FORMAT_VERSION:

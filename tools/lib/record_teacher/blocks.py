@@ -151,7 +151,7 @@ def _check_encoded(recording: Recording, block: Block, is_encoded: np.ndarray) -
     elif codec.name == "fp16":
         advice = "--codec int8 and a new store"
     raise UserError(
-        f"the teacher's outputs are not finite, or not within the {codec.largest:,.6g} of {codec.name}, at "
-        f"{len(positions)} of {is_encoded.size} positions of steps {block[0]} to {block[1] - 1}, such as position "
-        f"{' and '.join(samples)}. These steps are not recorded. Use {advice}"
+        f"the teacher's outputs are {codec.refused} at {len(positions)} of {is_encoded.size} positions of steps "
+        f"{block[0]} to {block[1] - 1}, such as position {' and '.join(samples)}. These steps are not recorded. Use "
+        f"{advice}"
     )

@@ -95,10 +95,8 @@ def _transcoded(
         for rows in file.groups(step):
             logits = old.decode(torch.from_numpy(rows))
             if not new.can_encode(logits).all():
-                raise UserError(
-                    f"{file.path}: has logits at step {step} that are not finite, or not within the "
-                    f"{new.largest:,.6g} of {new.name}. Use another codec, or record the step again"
-                )
+                where = f"{file.path}: has logits at step {step} that are {new.refused}"
+                raise UserError(f"{where}. Use another codec than {new.name}, or record the step again")
             encoded.append(new.encode(logits))
             if step == part.first_step:
                 lost.append(losses(logits, new.decode(encoded[-1]), seed=step))
