@@ -139,7 +139,7 @@ def _transcode(options: argparse.Namespace) -> None:
         print(lost)
 
 
-_SUBCOMMANDS = {
+SUBCOMMANDS = {
     "info": (_info, "what a store holds"),
     "verify": (_verify, "find every file that is not as it was recorded"),
     "merge": (_merge, "add the pieces of other stores of the same plan, teacher, codec and precision"),
@@ -147,7 +147,7 @@ _SUBCOMMANDS = {
 }
 _EPILOG = (
     "Other uses: "
-    + "; ".join(f"'{name} STORE': {meaning}" for name, (_, meaning) in _SUBCOMMANDS.items())
+    + "; ".join(f"'{name} STORE': {meaning}" for name, (_, meaning) in SUBCOMMANDS.items())
     + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
     "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
     "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
@@ -162,7 +162,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     A recording has `settings`, too, which trainer.config.sections.parse reads.
     """
-    if arguments[:1] and arguments[0] in _SUBCOMMANDS:
+    if arguments[:1] and arguments[0] in SUBCOMMANDS:
         return _subcommands().parse_args(arguments)
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n\n")[0],
@@ -190,7 +190,7 @@ def _subcommands() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="record_teacher.py", description="Teacher stores.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     add = {}
-    for name, (run, meaning) in _SUBCOMMANDS.items():
+    for name, (run, meaning) in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
         command.set_defaults(run=run)
         add[name] = command.add_argument

@@ -183,8 +183,8 @@ def parsed(call: Called) -> object:
         return config
     assert call.program in TOOLS, f"{call.program}: what is this? Add it to TOOLS, or to NOT_OURS"
     options = TOOLS[call.program]._parse(call.arguments)
-    if call.program == "tools/record_teacher.py" and options[0].command == "record":
-        return parse(options[1])
+    if call.program == "tools/record_teacher.py" and "settings" in options:
+        return parse(options.settings)
     return options if call.program != "tools/doctor.py" else doctor.configuration(options[0].target, options[1])
 
 
