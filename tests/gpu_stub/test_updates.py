@@ -136,12 +136,12 @@ def test_a_recording_does_not_wait_for_the_device_within_a_block(codec, tmp_path
     progress = Progress(4, 32, "process 1 of 1")
     encoded_rows(recording, batches, (0, 2), lambda: 0, progress)  # compiles the Triton kernels
     with no_host_sync(), CrossDevice() as devices:
-        rows, finite, num_right = encoded_rows(recording, batches, (2, 4), lambda: 0, progress)
+        rows, is_encoded, num_right = encoded_rows(recording, batches, (2, 4), lambda: 0, progress)
     assert (
         num_right.is_cuda
         and rows.is_cuda
         and rows.shape == (2, 32, recording.codec.row_bytes)
-        and finite.shape == (2, 32)
+        and is_encoded.shape == (2, 32)
     )
     assert devices.operations > 50 and not devices.found
 
