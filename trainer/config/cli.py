@@ -72,7 +72,8 @@ def parse_settings(
     except (ArgumentError, OverflowError, UserError) as error:
         keys = [f"{name}.{field.name}" for name, part in sections.items() for field in dataclasses.fields(part)]
         reason = _reason(str(error), keys)
-        file = next((f"{files[key]}: " for key in re.findall(r"[\w.]+", reason) if key in files), "")
+        wrong = re.findall(r"[\w.]+", reason.partition("; did you mean")[0])  # The hint names a key that is right.
+        file = next((f"{files[key]}: " for key in wrong if key in files), "")
         raise UserError(f"{file}{reason}") from error
     finally:
         vars(parser).pop("print_config", None)  # An error leaves it set, and the parser is used again.
@@ -162,7 +163,9 @@ def read_yaml(path: Path) -> dict:
         _check_yaml(text)
         content = yaml.load(text, _SafeLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
-        raise UserError(f"{path}: not YAML: {clipped(error, 300)}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}: not YAML: {clipped(getattr(error, 'problem', error), 300)}{where}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not sections with keys")

@@ -42,13 +42,13 @@ def opening_lines(
     before = last_validation(config.run.out / METRICS) if state.step and world.is_main else ""
     if before and validation and before != validation:
         lines.append(
-            f"the validation images have changed since step {state.step}: accuracies before and after it cannot be "
-            "compared, and best.pt may be of the images before"
+            f"warning: the validation images have changed since step {state.step}: accuracies before and after it "
+            "cannot be compared, and best.pt may be of the images before"
         )
     remaining = 0.0 if config.ema.warmup else config.ema.decay**total_steps
     if remaining > _MOST_INITIAL:
         lines.append(
-            f"ema.decay {config.ema.decay} is slow for {total_steps} steps: at the end the EMA still holds "
+            f"warning: ema.decay {config.ema.decay} is slow for {total_steps} steps: at the end the EMA still holds "
             f"{remaining:.0%} of the initial weights"
         )
     if state.audit:

@@ -60,7 +60,7 @@ class Quarantine:
         if not lines:
             return ""
         first = f"{lines[0]['split']}: sample {lines[0]['key']} in {lines[0]['shard']}"
-        return f"damaged and replaced: {first}; {len(lines)} new, {len(self)} in all, named in {self._path}"
+        return f"warning: damaged and replaced: {first}; {len(lines)} new, {len(self)} in all, named in {self._path}"
 
     def _line(self, split: str, sample: int, error: str) -> dict:
         index = self._indices[split]

@@ -134,12 +134,13 @@ def report_or_reason(folder: Path) -> str:
 
 
 def charts(runs: Sequence[RunRecord], kinds: Sequence[Chart] = CHARTS) -> list[Chart]:
-    """The pictures of these kinds for which there are numbers."""
+    """The pictures of these kinds for which there are numbers; runs of one name have one color."""
     in_epochs = all(run.steps_per_epoch for run in runs)
     marks, curves = [], {chart.name: [] for chart in kinds}
-    for i, run in enumerate(runs):
+    names = [*dict.fromkeys(run.name for run in runs)]
+    for run in runs:
         scale = run.steps_per_epoch if in_epochs and run.steps_per_epoch else 1
-        color = None if len(runs) == 1 else i
+        color = None if len(runs) == 1 else names.index(run.name)
         marks += [(line["kind"], color, line["step"] / scale) for line in run.of("session")[1:] + run.of("rollback")]
         for chart in kinds:
             curves[chart.name] += _curves(chart, run, color, scale)
