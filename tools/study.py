@@ -26,11 +26,9 @@ from tools.lib.common.arguments import path_argument
 from tools.lib.common.photos import write_digits
 from tools.lib.study.cluster import submit
 from tools.lib.study.graph import Graph
-from tools.lib.study.outcome import finish
 from tools.lib.study.plan import check_study, show_plan
-from tools.lib.study.running import run
+from tools.lib.study.running import finish, run
 from tools.lib.study.screen import Screen
-from tools.lib.study.settings import read_study
 from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 
 
@@ -38,15 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with 1 if a stage has failed, and as a run if a signal has stopped the study."""
     options = _parse(arguments)
     with exit_on_user_error():
-        graph = Graph(read_study(options.study), options.out.resolve())
+        graph = Graph(options.study, options.out.resolve())
         if not options.report:
             check_study(graph)
         if options.dry_run:
             show_plan(graph, options.seconds)
             return
         graph.out.mkdir(parents=True, exist_ok=True)
-        with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
-            stopped_by = carry_out(graph, options)
+        try:
+            with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
+                stopped_by = carry_out(graph, options)
+        except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
+            stopped_by = signal.SIGINT
     if stopped_by:
         print("stopped. Run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
@@ -85,11 +86,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("study", type=path_argument, metavar="STUDY.yaml", help="what is compared, and how")
     add("--out", type=path_argument, required=True, metavar="DIR", help="folder of the study, new or to be completed")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the stages, what is done and what the others would cost; run nothing",
-    )
+    what = "print the stages, what is done and what the others would cost; run nothing"
+    add("--dry-run", action="store_true", help=what)
     what = "how long --dry-run measures each stage of a training (default %(default)s); 0 measures nothing"
     add("--seconds", type=float, default=1.0, metavar="S", help=what)
     what = "stages at once, each with a GPU of its own or its part of the cores (default %(default)s)"

@@ -1,6 +1,7 @@
 """python tools/study.py: what it refuses before anything runs, what it prints, and a whole study."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,17 +45,38 @@ def error_of(capsys, *arguments) -> str:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"students": ["test_bit"]}, "error: unknown model 'test_bit'; did you mean test_vit"),
-        ({"teacher": {"name": "nobody"}}, "error: unknown model 'nobody'"),
+        ({"students": ["test_bit"]}, "study.yaml: students[0]: unknown model 'test_bit'; did you mean test_vit"),
+        ({"teacher": {"name": "nobody"}}, "study.yaml: teacher: unknown model 'nobody'"),
+        (
+            {"teacher": {"name": "test_resnet"}},
+            "study.yaml: teacher: timm's weights of 'test_resnet': its weights have 1000 classes, the dataset has 10. ",
+        ),
+        (
+            {"teacher": {"name": "test_resnet"}, "source": "digits", "dataset": None},
+            "study.yaml: teacher: timm's weights of 'test_resnet': its weights have 1000 classes, the dataset has 10. ",
+        ),
+        (
+            {"students": ["test_vit", {"name": "test_byobnet", "overrides": {"run.micro_batch": 3}}]},
+            "study.yaml: students[1]: run.micro_batch is 3; give an even number",
+        ),
+        (
+            {
+                "teacher": {"name": "test_resnet", "train": {"run.global_batch": 48}},
+                "source": "digits",
+                "dataset": None,
+            },
+            "study.yaml: teacher.train: run.global_batch is 48; it must be a multiple of augment.mix_group, 32",
+        ),
+        ({"teacher": {"name": "test_resnet", "train": {"run.global_batch": 3200}}}, "teacher.train: "),
         (
             {"students": [{"name": "test_vit", "kwargs": {"img_size": 64, "dynamic_img_size": False}}]},
             "cannot take images of 32 px",
         ),
         ({"teacher": {"name": "test_resnet", "codec": "int7"}}, "int7"),
         ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
-        ({"dataset": None, "source": "nowhere"}, "error: source is nowhere: not found"),
+        ({"dataset": None, "source": "nowhere"}, "study.yaml: source is nowhere: not found"),
     ],
-    ids=range(6),
+    ids=range(11),
 )
 def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path, out, digits, capsys, changed, message):
     line = error_of(capsys, write_study(tmp_path, digits, **changed), "--out", out)
@@ -65,8 +87,8 @@ def test_too_little_room_on_the_disk_is_noticed_before_anything_runs(tmp_path, o
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
     line = error_of(capsys, write_study(tmp_path, digits), "--out", out)
-    # A store of 2 epochs of 320 images, and 10 values of 4 bytes for each of about 0.8 million parameters.
-    assert "the study needs about 32" in line and "its disk has 1 kB left. Make room there" in line and not out.exists()
+    # A store of 2 epochs of 320 images, and 10 values of 4 bytes for each of about 1.2 million parameters.
+    assert "the study needs about 47" in line and "its disk has 1 kB left. Make room there" in line and not out.exists()
 
 
 def test_only_one_study_runs_in_a_folder(tmp_path, out, digits, capsys):
@@ -80,7 +102,9 @@ def test_only_one_study_runs_in_a_folder(tmp_path, out, digits, capsys):
 def test_a_dry_run_lists_stages_and_commands_and_writes_nothing(tmp_path, out, digits, capsys):
     study.main([str(write_study(tmp_path, digits)), "--out", str(out), "--dry-run", "--seconds", "0"])
     shown = capsys.readouterr().out
-    assert "train test_vit-s1" in shown and f"python trainer/run.py --config {out}/train/test_vit-s1-" in shown
+    run = REPOSITORY / "trainer" / "run.py"
+    assert "# train test_vit-s1, after store\n" in shown and "# teacher\n" in shown
+    assert f"\n{sys.executable} {run} --config {out}/train/test_vit-s1-" in shown
     assert "11 of 11 stages are to be done" in shown and not out.exists()
     study.main([str(write_study(tmp_path, digits, together=3)), "--out", str(out), "--dry-run", "--seconds", "0"])
     lines = capsys.readouterr().out.splitlines()
@@ -98,7 +122,7 @@ def test_wrong_options_are_refused(tmp_path, arguments):
 @pytest.mark.long
 def test_a_study_that_lost_a_student_at_first_ends_as_one_that_did_not(tmp_path, digits, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
-    broken = {"name": "test_vit", "seeds": [0, 1], "overrides": {"run.micro_batch": 3}}
+    broken = {"name": "test_vit", "seeds": [0, 1], "overrides": {"optim.lr": 1e38, "schedule.warmup_epochs": 0}}
     file = write_study(tmp_path, digits, students=["test_byobnet", broken])
     with pytest.raises(SystemExit) as ended:
         study.main([str(file), "--out", str(one)])

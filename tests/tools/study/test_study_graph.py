@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipelines.common.errors import UserError
 from tools import compare, export, record_teacher, shard_imagenet
 from tools.lib.study.graph import Graph, plan_of
 from tools.lib.study.running import jobs_of
-from tools.lib.study.settings import Study, read_study
+from tools.lib.study.settings import read_study
 from tools.lib.study.stage import STATE, Stage
 from trainer.config.sections import parse, to_yaml
 
@@ -26,14 +27,10 @@ DEMO = {
 }
 
 
-def study_of(folder: Path, content: dict) -> Study:
+def graph_of(folder: Path, content: dict = DEMO) -> Graph:
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(content))
-    return read_study(file)
-
-
-def graph_of(folder: Path, content: dict = DEMO) -> Graph:
-    return Graph(study_of(folder, content), folder / "out")
+    return Graph(file, folder / "out")
 
 
 def changed(*path_and_value) -> dict:
@@ -98,13 +95,14 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
         stage.folder.mkdir(parents=True)
         if stage.config is not None:
             (stage.folder / "settings.yaml").write_text(to_yaml(stage.config))
-        program, *words = stage.command
-        if program == "trainer/run.py":
+        python, program, *words = stage.command
+        assert python == sys.executable and Path(program).is_file()
+        if program.endswith("trainer/run.py"):
             assert parse(words).run.out == stage.product
-        elif program == "tools/record_teacher.py":
+        elif program.endswith("tools/record_teacher.py"):
             options, settings = record_teacher._parse(words)
             assert options.store == stage.product and parse(settings).teacher.name == "test_resnet"
-        elif program != "tools/evaluate.py":
+        elif not program.endswith("tools/evaluate.py"):
             parsers[Path(program).stem](words)
     for each in graph.students:
         carry_out(each.export)
@@ -112,7 +110,7 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
         carry_out(stage)
     graph.add_speed()
     speed = graph.stages[-1]
-    options = compare._parse(speed.command[1:])
+    options = compare._parse(speed.command[2:])
     assert options.models == [str(graph.students[n].export.product) for n in (0, 1)] and options.repeats == 3
 
 
@@ -236,24 +234,35 @@ def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path)
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),
         (changed("evaluate", "weights", ["best"]), "weights is"),
-        (changed("teacher", "checkpoint", "x.pth"), "teacher.checkpoint and teacher.train are both given"),
+        (changed("teacher", "checkpoint", "x.pth"), "teacher: checkpoint and train are both given"),
         (changed("recipe", "overrides", "run.out", "x"), "recipe: run.out among its overrides: the study decides it"),
-        (changed("recipe", "overrides", "schedule.epoch", 3), "recipe: unknown key 'schedule.epoch'; did you mean"),
-        (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\]: .*optim.lr"),
+        (
+            changed("recipe", "overrides", "schedule.epoch", 3),
+            "recipe.overrides: unknown key 'schedule.epoch'; did you mean 'schedule.epochs'",
+        ),
+        (changed("teacher", "train", "optim.lr", -1), "teacher.train: optim.lr is -1"),
+        (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\].overrides: .*optim.lr"),
         (changed("students", 0, "test_vit"), "students: 'ViT-s0' and 'test_vit-s0' are the same"),
-        (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), "two of them are called 'ViT-s0'"),
+        (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), "two are called 'ViT-s0'"),
         (changed("paper", "somebody"), "paper is 'somebody'; it must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         graph_of(tmp_path, content)
+    assert str(error.value).startswith(f"{tmp_path / 'study.yaml'}: ") and "demo.yaml" not in str(error.value)
+
+
+def test_a_mistake_in_the_recipes_own_file_names_that_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("schedule: {epoch: 3}\n")
+    with pytest.raises(UserError, match=r"recipe.config: .*recipe.yaml: unknown key 'schedule.epoch'"):
+        graph_of(tmp_path, changed("recipe", "config", str(tmp_path / "recipe.yaml")))
 
 
 def test_a_file_that_is_no_yaml_is_named(tmp_path):
-    (tmp_path / "bad.yaml").write_text("students: [")
-    with pytest.raises(UserError, match=r"bad.yaml: not YAML"):
+    (tmp_path / "bad.yaml").write_text("title: a\nstudents: [b\npaper: usi\n")
+    with pytest.raises(UserError, match=r"bad.yaml: not YAML: .* in line 3, column 6$"):
         read_study(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match=r"none.yaml: No such file"):
         read_study(tmp_path / "none.yaml")
@@ -262,7 +271,6 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["study-demo", "study-imagenet"])
 def test_the_studies_of_the_repository_are_graphs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    study = read_study(REPOSITORY / "configs" / f"{name}.yaml")
-    graph = Graph(study, tmp_path)
-    assert len(graph.students) == sum(len(each.seeds) for each in study.students) >= 10
+    graph = Graph(REPOSITORY / "configs" / f"{name}.yaml", tmp_path)
+    assert len(graph.students) == sum(len(each.seeds) for each in graph.study.students) >= 10
     assert all(plan_of(each.config) == plan_of(graph.students[0].config) for each in graph.students)

@@ -1,7 +1,9 @@
 """How a study carries out its stages: in order, again after a failure, a signal or a kill, several at once."""
 
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from support.forked_python import executable
 from tools.lib.study import running
 from tools.lib.study.running import Process, is_held, jobs_of, run
 from tools.lib.study.screen import Screen
-from tools.lib.study.stage import LOG, Stage
+from tools.lib.study.stage import LOG, Stage, command_of
 from trainer.config.sections import Config, to_yaml
 
 # A command that notes each start, does what FOLDER/how says, and makes FOLDER/product.
@@ -78,7 +80,46 @@ def test_stages_are_carried_out_once(tmp_path, capsys):
     assert study.run() == 0 and study.starts() == dict.fromkeys("abcd", 1)
     assert capsys.readouterr().out == ""
     log = (study.stages["a"].folder / LOG).read_text()
-    assert log.startswith(f"$ python {study.script} ")
+    assert log.startswith(f"$ {sys.executable} {study.script} ")
+
+
+def test_warnings_of_a_command_are_shown_once_when_it_ends(tmp_path, capsys):
+    study = Study(tmp_path)
+    study.script.write_text(SCRIPT + 'print("process 1 of 1: warning: it hardly knows the classes\\n" * 2, "a: fine")')
+    study.run()
+    shown = capsys.readouterr().out
+    assert shown.count("a: warning: it hardly knows the classes\n") == 1 and "fine" not in shown
+    assert study.stages["a"].warnings == ["it hardly knows the classes"]
+
+
+def test_a_training_that_resumes_is_announced_with_its_step(tmp_path, capsys):
+    study = Study(tmp_path)
+    checkpoint = study.stages["b"].product / "checkpoints" / "step-00000120.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    study.run()
+    shown = capsys.readouterr().out
+    assert f"b: running (log: {study.stages['b'].folder / LOG}), resumes after step 120\n" in shown
+    assert shown.count(", resumes after step") == 1
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is_and_its_time_is_noted(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(running, "_NOTE_EVERY_S", 0.2)
+    study = Study(tmp_path)
+    study.script.write_text("print('step 5 of 9', flush=True)\n" + SCRIPT)
+    stage = study.stages["a"]
+    process = Process([stage], {})
+    wait_for(stage.folder / "starts")
+    time.sleep(0.3)
+    screen = Screen([stage])
+    screen.start([stage])
+    process.note_progress(screen)
+    noted = stage.seconds
+    process.note_result()
+    assert re.search(r"^a: running [\d.]+ s; step 5 of 9$", capsys.readouterr().out, re.MULTILINE)
+    assert 0.2 <= noted <= stage.seconds and stage.is_done
 
 
 def test_a_failed_stage_stops_only_what_needs_it_and_is_tried_again(tmp_path, capsys):
@@ -154,12 +195,12 @@ def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_wai
     study.how("a").write_text("wait")
     first = Process([study.stages["a"]], {})
     wait_for(study.stages["a"].folder / "starts")
-    first.signal(signal.SIGTERM)
+    first.stop()
     assert is_held(study.stages["a"]) and not is_held(study.stages["b"])
     study.run()
     said = capsys.readouterr().out
     assert said.count("a: waiting until the process of an earlier study has saved and ended") == 1
-    assert said.index("waiting") < said.index("a: $ ") and study.stages["a"].product.read_text() == "resumed"
+    assert said.index("waiting") < said.index("a: running") and study.stages["a"].product.read_text() == "resumed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -201,7 +242,7 @@ def test_students_of_one_plan_are_trained_together_and_one_that_fails_takes_no_o
         "    (folder / 'run' / 'summary.json').write_text(json.dumps({'finished': finished}))\n"
         "sys.exit('error: two: loss is not finite')\n"
     )
-    monkeypatch.setattr(running, "command_of", lambda job: [str(command), *(str(each.folder) for each in job)])
+    monkeypatch.setattr(running, "command_of_job", lambda job: command_of(command, *(each.folder for each in job)))
     process = Process(jobs[0], {})
     process.note_result()
     assert one.is_done and two.failure == "exit code 1: error: two: loss is not finite"

@@ -9,10 +9,9 @@ from typing import Any
 
 from pipelines.common.errors import UserError
 from tools.lib.study.graph import Graph
-from tools.lib.study.outcome import finish
-from tools.lib.study.running import REPOSITORY, jobs_of, run
+from tools.lib.study.running import finish, jobs_of, run
 from tools.lib.study.screen import Screen
-from tools.lib.study.stage import Stage
+from tools.lib.study.stage import REPOSITORY, Stage
 
 # The signal that comes before a time limit, as submitit names it; `run` stops at it, and not at the usual SIGUSR2.
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"

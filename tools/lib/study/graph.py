@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.common.errors import UserError
 from pipelines.common.machine import expanded
 from pipelines.plan.plan import IMAGENET_MEAN_RGB
-from tools.lib.study.settings import Student, Study, TeacherSection
+from tools.lib.study.settings import Student, TeacherSection, naming, read_study
 from tools.lib.study.stage import SETTINGS, Stage, content_of
 from trainer.config.natures import flat, setting_natures
 from trainer.config.sections import Config
@@ -41,31 +41,40 @@ class StudentStages:
         """All of them in their order."""
         return [self.train, *self.evaluations.values(), self.export]
 
+    @property
+    def failure(self) -> str:
+        """The first stage that is not done, and why; "" where all are."""
+        missing = next((stage for stage in self.stages if not stage.is_done), None)
+        return "" if missing is None else f"{missing.name}: {missing.failure or 'was not carried out'}"
+
 
 class Graph:
     """All stages of a study in a folder. It reads what the study names, and writes nothing.
 
     Attributes:
+      file: the YAML file of the study.
       dataset: folder of the shards; epochs: that the store holds, 0 without one.
       common: stages that are no student's, by their kind.
 
     Raises:
-      UserError: settings that do not parse, or two students that are the same.
+      UserError: settings that do not parse, or two students that are the same; it names the file and the key.
     """
 
-    def __init__(self, study: Study, out: Path):
-        self.study, self.out = study, out
+    def __init__(self, file: Path, out: Path):
+        self.file, self.out, self.study = file, out, (study := read_study(file))
         self.common: dict[str, Stage] = {}
+        self._shared: Settings = {}
+        self._load("recipe.config", {}, overrides={})
         self.dataset = self._shards() if study.source else expanded(str(study.dataset)).resolve()
 
         # One fill colour gives all students the same pixels.
-        self._shared: Settings = {"data.root": self.dataset, "teacher.name": None}
-        self._shared["augment.fill"] = self._load({}).augment.fill or IMAGENET_MEAN_RGB
+        self._shared = {"data.root": self.dataset, "teacher.name": None}
+        self._shared["augment.fill"] = self._load("recipe.overrides", {}).augment.fill or IMAGENET_MEAN_RGB
         if study.teacher is not None and study.teacher.epochs:
             self._shared["augment.cycle_epochs"] = study.teacher.epochs
-        base = self._load({})
+        base = self._load("recipe.overrides", {})
         plan = plan_of(base)
-        configs = [self._load(each.overrides, f"students[{n}]") for n, each in enumerate(study.students)]
+        configs = [self._load(f"students[{n}].overrides", each.overrides) for n, each in enumerate(study.students)]
 
         self.epochs, live, recorded = 0, {}, {}  # What students learn from: nothing, or the teacher, or its store.
         if study.teacher is not None:
@@ -74,11 +83,12 @@ class Graph:
             recorded = self._store(study.teacher, live)
 
         self.students: list[StudentStages] = []
-        for student, config in zip(study.students, configs, strict=True):
+        for number, (student, config) in enumerate(zip(study.students, configs, strict=True)):
             # No recording fits a student that sees other images, so it learns from the teacher itself.
             source, without = (recorded, "") if plan_of(config) == plan else (live, "store")
             needs = tuple(stage for kind, stage in self.common.items() if kind != without)[-1:]
-            self.students += [self._student(student, seed, source, needs) for seed in student.seeds]
+            where = f"students[{number}].overrides"
+            self.students += [self._student(student, seed, source, needs, where) for seed in student.seeds]
         self._check_distinct()
 
     @property
@@ -110,7 +120,7 @@ class Graph:
 
     def _store(self, teacher: TeacherSection, live: Settings) -> Settings:
         """The settings of students that learn from the store, which is recorded for the longest of the trainings."""
-        config = self._load(live)
+        config = self._load("teacher", live)
         seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
         facts = {key: value for key, value in self._facts(config).items() if key in seen}
         facts |= {"codec": teacher.codec, "epochs": self.epochs}
@@ -119,12 +129,14 @@ class Graph:
         self.common["store"] = stage.by("tools/record_teacher.py", stage.product, *words)
         return {"teacher.name": teacher.name, "teacher.store": stage.product}
 
-    def _student(self, student: Student, seed: int, source: Settings, needs: tuple[Stage, ...]) -> StudentStages:
+    def _student(
+        self, student: Student, seed: int, source: Settings, needs: tuple[Stage, ...], where: str
+    ) -> StudentStages:
         """A student's training, and what follows it."""
         subject, title = f"{student.label}-s{seed}", f"{student.name}-s{seed}"
         model = {"student.name": student.name, "student.kwargs": student.kwargs, "student.seed": seed}
         changed = {**source, **student.overrides, **model}
-        train, config = self._training("train", subject, title, changed, needs, f"student {student.label}")
+        train, config = self._training("train", subject, title, changed, needs, where)
         kinds, suites = self.study.evaluate.weights, self.study.evaluate.suites
         weights = [kind for kind in kinds if config.ema.decay or kind == "raw"] or ["raw"]
         wanted = {kind: {"student.weights": kind} for kind in weights}
@@ -133,13 +145,9 @@ class Graph:
         for name, more in wanted.items():
             facts = {key: content_of(value) for key, value in more.items()}
             stage = Stage(self.out, f"evaluate {name}", subject, title, facts, (train,), "report.json")
-            options = {
-                "data.root": self.dataset,
-                "student.checkpoint": train.product,
-                **more,
-                "run.json": stage.product,
-            }
-            options |= {"run.predictions": stage.product.with_suffix(".npz"), "run.device": config.run.device}
+            options = {"data.root": self.dataset, "student.checkpoint": train.product, **more}
+            options |= {"run.json": stage.product, "run.predictions": stage.product.with_suffix(".npz")}
+            options |= {"run.device": config.run.device}
             evaluations[name] = stage.by("tools/evaluate.py", *as_options(options))
         first = evaluations[weights[0]]
         export = Stage(self.out, "export", subject, title, {"weights": weights[0]}, (train, first), "model")
@@ -163,19 +171,26 @@ class Graph:
 
     # --- settings and facts ---
 
-    def _load(self, changed: Mapping[str, object], where: str = "recipe") -> Config:
-        """The configuration of a training: the recipe with its overrides, and with what the study changes."""
+    def _load(self, where: str, changed: Settings, overrides: Settings | None = None) -> Config:
+        """The configuration of a training: the recipe with its overrides, and with what the study changes.
+
+        Args:
+          where: the key of the study's file that is at fault if this fails.
+          overrides: in place of the recipe's.
+        """
         recipe = self.study.recipe
-        try:
-            return Config.load(expanded(recipe.config), {**recipe.overrides, **self._shared, **changed})
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        file, overrides = expanded(recipe.config), recipe.overrides if overrides is None else overrides
+        with naming(self.file, where):
+            try:
+                return Config.load(file, {**overrides, **self._shared, **changed})
+            except UserError as error:  # What is wrong in the recipe's own file has been found before.
+                raise UserError(str(error).removeprefix("" if where == "recipe.config" else f"{file}: ")) from error
 
     def _training(
         self, kind: str, subject: str, title: str, changed: Settings, needs: tuple[Stage, ...], where: str
     ) -> tuple[Stage, Config]:
         """A training, whose command reads a file of all settings, and its configuration."""
-        config = self._load(changed, where)
+        config = self._load(where, changed)
         stage = Stage(self.out, kind, subject, title, self._facts(config), needs, "run")
         stage.config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
         return stage.by("trainer/run.py", "--config", stage.folder / SETTINGS), config
@@ -200,9 +215,11 @@ class Graph:
         names, folders = set(), {}
         for stage in self.stages:
             if stage.name in names:
-                raise UserError(f"students: two of them are called '{stage.subject}'. Give one of them another title")
+                raise UserError(
+                    f"{self.file}: students: two are called '{stage.subject}'. Give one of them another title"
+                )
             if (other := folders.get(stage.folder)) is not None:
-                raise UserError(f"students: '{stage.subject}' and '{other}' are the same. Leave one of them out")
+                raise UserError(f"{self.file}: students: '{stage.subject}' and '{other}' are the same. Leave one out")
             names.add(stage.name)
             folders[stage.folder] = stage.subject
 

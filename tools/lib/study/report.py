@@ -21,25 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, named
 from pipelines.common.files import read_json, write_synced
 from tools.lib.common import front
 from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.units import human_seconds
-from tools.lib.study.results import StudentResult, StudyResults
+from tools.lib.study.graph import Graph, StudentStages
 from tools.lib.study.significance import compare_students, letters
-from trainer.config.natures import setting_natures
-from trainer.models.files.torch_files import load_plain
+from trainer.config.paper import PaperModel, paper_models
+from trainer.config.recipe import AuditRow
 from trainer.monitor.report.charts import CHARTS, Chart, draw
 from trainer.monitor.report.page import PAGE, RunRecord, charts, embedded, read_run, template, text
-from trainer.state.checkpoint import BEST, checkpoints_folder
 
 # The weights that are evaluated on the validation images; other evaluations are suites.
 _WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 _OF_THE_STUDENT = {"student.name", "student.kwargs", "student.seed"}
-_OF_MODELS = ("student.", "teacher.")  # The files that these settings name change results, unlike other paths.
 _OF_EVALUATIONS = ("digest", "images", "precision", "pipeline", "software", "image_size", "crop_pct")
-Key = tuple[str, int]  # The title of a student, and a seed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +46,22 @@ class Run:
     Attributes:
       record: holds what its folder has, None without one; reports: are its evaluations that can be read.
       correct: bool [N], which images the weights that are compared have recognised; None where that is not known.
-      hours: each device was used for this long, over all sessions; students that were trained at once divide it.
     """
 
-    result: StudentResult
+    stages: StudentStages
     record: RunRecord | None
     reports: dict[str, Report]
     correct: np.ndarray | None
-    hours: float
 
     @property
-    def key(self) -> Key:
+    def title(self) -> str:
+        """What people call the student."""
+        return self.stages.student.label
+
+    @property
+    def name(self) -> str:
         """Student and seed."""
-        return self.result.title, self.result.seed
+        return self.stages.train.subject
 
     def lines(self, kind: str) -> list[dict]:
         """The lines of its metrics.jsonl of this kind."""
@@ -76,13 +76,12 @@ class Run:
 
 @dataclasses.dataclass
 class Student:
-    """All seeds of a student, and its numbers by the column: `measured` was timed, `speeds` too, by the backend."""
+    """All seeds of a student, and its numbers by the column; what was timed is in `timed`."""
 
     title: str
     runs: list[Run]
     row: dict[str, Any] = dataclasses.field(default_factory=dict)
-    measured: dict[str, float | None] = dataclasses.field(default_factory=dict)
-    speeds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    timed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,177 +91,135 @@ class Point:
     model: str
     top1: float
     images_per_s: float
-    top1_interval: tuple[float, float] | None = None
+    top1_interval: tuple[float, float]
+    on_front: bool
     top1_is_the_papers: bool = False
-    on_front: bool = False
 
 
-def write_report(out: Path, results: StudyResults) -> Path:
-    """Write the page, study.csv, study.json and the pictures to `out`, over those that are there.
+def write_report(graph: Graph) -> Path:
+    """Write the page, study.csv, study.json and the pictures of what is there to the study's folder, over older ones.
 
     Returns:
       the page's path.
     """
-    kind = next((kind for kind in _WEIGHTS if any(kind in each.evaluations for each in results.students)), "ema")
-    runs = [_read(each, results.students, kind) for each in results.students]
-    students = [Student(title, [*group]) for title, group in itertools.groupby(runs, lambda run: run.result.title)]
-    for student in students:
-        _fill_row(student, results)
+    out = graph.out
+    done = {name for each in graph.students for name, stage in each.evaluations.items() if stage.is_done}
+    kind = next((kind for kind in _WEIGHTS if kind in done), "ema")
+    runs = [_read(each, kind) for each in graph.students]
+    paper = {model.name: model for model in paper_models()} if graph.study.paper == "usi" else {}
+    students = [_student(title, [*some], paper) for title, some in itertools.groupby(runs, lambda run: run.title)]
     pairs = _pairs(students, kind)
-    panels = _panels(students, pairs, results, kind)
+    panels = _panels(students, graph, kind)
     students.sort(key=lambda student: -(student.row[f"top1_{kind}"] or -1))
-    warnings = _warnings(results, runs, kind)
-    curves = {chart.name: (chart.title, draw(chart)) for chart in _curves(runs, kind)}
-    legend = {False: "trained here", True: "the paper's accuracy"}
-    drawn = front.picture(panels, f"Accuracy ({_WEIGHTS[kind]}) and speed", legend) if panels else None
-    everything = json.dumps(_everything(results, students, warnings, pairs), indent=1)
+    facts = _facts(runs)
+    warnings = _warnings(graph, runs, facts, kind)
+    title = f"Accuracy ({_WEIGHTS[kind]}) and speed"
+    drawn = front.picture(panels, title, {False: "mean over the seeds"}) if panels else None
     page = template(Path(__file__).with_name("study.html")).render(
-        title=results.title,
-        results=results,
+        graph=graph,
+        title=graph.study.title,
         weights=_WEIGHTS[kind],
-        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.lines("session"))),
         warnings=warnings,
         students=students,
-        backends=[*dict.fromkeys(backend for each in students for backend in each.speeds)],
-        suites=[*dict.fromkeys(name for run in runs for name in run.reports if name not in _WEIGHTS)],
-        pairs={(pair["a"], pair["b"]): pair for pair in pairs},
         images=len(next((run.correct for run in runs if run.correct is not None), ())),
-        audit=_audit(runs),
+        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.lines("session"))),
+        backends=[*panels],
+        suites=[*dict.fromkeys(name for run in runs for name in run.reports if name not in _WEIGHTS)],
+        paper=paper,
+        pairs={(pair["a"], pair["b"]): pair for pair in pairs},
+        facts=facts,
+        recipe=_recipe(runs),
         front=drawn and embedded(drawn),
-        curves={title: embedded(content) for title, content in curves.values()},
+        curves={chart.title: embedded(draw(chart)) for chart in _curves(runs, kind)},
         link=lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, out))) if path.exists() else "",
-        command=shlex.join,
+        command=lambda stage: shlex.join(stage.noted.get("command", stage.command)),
         duration=human_seconds,
     )
+    everything = json.dumps(_everything(graph, students, warnings, pairs), indent=1)
     out.mkdir(parents=True, exist_ok=True)
-    files = {f"{chart.name}.png": curves.get(chart.name, ("", None))[1] for chart in CHARTS} | {"front.png": drawn}
-    files |= {"study.csv": _csv(students).encode(), "study.json": f"{everything}\n".encode()}
-    for name, content in {**files, PAGE: page.encode("utf-8", "backslashreplace")}.items():
-        if content is None:  # An earlier report may have had it.
-            (out / name).unlink(missing_ok=True)
-        else:
-            write_synced(out / name, content)
+    write_synced(out / "study.csv", _csv(students).encode())
+    write_synced(out / "study.json", f"{everything}\n".encode())
+    write_synced(out / PAGE, page.encode("utf-8", "backslashreplace"))
     return out / PAGE
 
 
-def _read(result: StudentResult, everybody: Sequence[StudentResult], kind: str) -> Run:
+def _read(stages: StudentStages, kind: str) -> Run:
     record, correct = None, None
-    with contextlib.suppress(UserError):  # A run may have failed before it made its folder.
-        record = read_run(result.run, result.title) if result.run is not None else None
-    reports = {name: read_report(path, lambda report: report) for name, path in result.evaluations.items()}
-    if kind in reports and (path := result.evaluations[kind].with_suffix(".npz")).is_file():
+    with contextlib.suppress(UserError):  # The run may have failed before it made its folder.
+        record = read_run(stages.train.product, stages.student.label)
+    done = {name: stage.product for name, stage in stages.evaluations.items() if stage.is_done}
+    reports = {name: read_report(path, lambda report: report) for name, path in done.items()}
+    if kind in reports and (path := done[kind].with_suffix(".npz")).is_file():
         with np.load(path) as predictions:
             correct = predictions["top"][:, 0] == predictions["label"]
-    seconds, last, ranks = 0.0, 0.0, 0
-    for line in record.lines if record else ():
-        now = line.get("time", last)
-        if line["kind"] == "session":
-            last, ranks = now, line.get("ranks", 1)
-        seconds, last = seconds + ranks * (now - last), now
-    together = [command for command in result.commands if any(word.endswith("together.py") for word in command)]
-    at_once = sum(together[0] in other.commands for other in everybody) if together else 1
-    return Run(result, record, reports, correct, seconds / 3600 / at_once)
+    return Run(stages, record, reports, correct)
 
 
 # --- the runs beside each other ---
 
 
-def _warnings(results: StudyResults, runs: Sequence[Run], kind: str) -> list[str]:
-    """What a reader must know before the numbers."""
-    found = [f"stage {name} has failed: {reason}" for name, reason in results.stages_failed.items()]
+def _recipe(runs: Sequence[Run]) -> dict[str, AuditRow]:
+    """A row of the audit for each setting that some run has other than the recipe."""
+    return {row["key"]: row for run in runs if run.record is not None for row in run.record.deviations or ()}
+
+
+def _facts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """What runs should have in common: name -> value -> in words which runs have it; the value of most runs first."""
+    known, found = _recipe(runs), {}
     for run in runs:
-        if run.result.failed or run.top1(kind) is None:
-            title, seed = run.key
-            found.append(f"{title}, seed {seed}, has no result: {run.result.failed or 'it is not finished'}")
-    facts = {run.key: _facts(run, run.record) for run in runs if run.record is not None}
-    for name, values in _by_value(facts).items():
-        if len(values) > 1:
-            words = [f"{'not set' if value is None else value} in {those}" for value, those in values.items()]
+        if run.record is None:
+            continue
+        rows, summary = {row["key"]: row["here"] for row in run.record.deviations or ()}, run.record.summary
+        facts: dict[str, object] = {key: rows.get(key, row["usi"]) for key, row in known.items()}
+        if summary:
+            facts["version of the code"] = [summary["version"], summary["source"]]
+            facts["digest of the dataset"] = summary["dataset"]
+        facts["number of damaged images"] = run.record.num_damaged
+        for name, report in run.reports.items():
+            facts |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _OF_EVALUATIONS}
+        for name, value in facts.items():
+            found.setdefault(name, {}).setdefault(text(value), []).append(run.name)
+    return {
+        name: {value: named(those, 4) for value, those in sorted(values.items(), key=lambda item: -len(item[1]))}
+        for name, values in found.items()
+    }
+
+
+def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str, str]], kind: str) -> list[str]:
+    """What a reader must know before the numbers."""
+    found = [f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure]
+    for run in runs:
+        if (reason := run.stages.failure) or run.top1(kind) is None:
+            found.append(f"{run.name} has no result: {reason or 'it is not finished'}")
+    found += [f"{stage.name}: {line}" for stage in graph.stages for line in stage.warnings]
+    for name, values in facts.items():
+        if len(values) > 1 and name not in _OF_THE_STUDENT:
+            words = [f"{value} in {those}" for value, those in values.items()]
             found.append(f"runs differ in {name}: {'; '.join(words)}")
-    if set(collections.Counter(run.key[0] for run in runs if run.correct is not None).values()) == {1}:
+    if set(collections.Counter(run.title for run in runs if run.correct is not None).values()) == {1}:
         found.append("each student has one seed: intervals are over images alone, another seed may differ by more")
     return found
-
-
-def _facts(run: Run, record: RunRecord) -> dict[str, str]:
-    """Everything about a run that its student does not decide, as text by its name."""
-    settings = {f"{name}.{key}": value for name, section in record.config.items() for key, value in section.items()}
-    paths = {key for key, nature in setting_natures().items() if nature.per_machine and not key.startswith(_OF_MODELS)}
-    found = {key: value for key, value in settings.items() if key not in paths | _OF_THE_STUDENT}
-    for row in record.deviations or ():
-        if row["here"] != settings.get(row["key"]) and row["key"] not in _OF_THE_STUDENT:
-            found[f"{row['key']}, as the run has found it"] = row["here"]
-    if settings.get("augment.fill", 0) is None:
-        found["augment.fill, which the student decides"] = "not known"
-        with contextlib.suppress(UserError, OSError, LookupError, TypeError, ValueError):
-            plan = load_plain(checkpoints_folder(record.folder) / BEST)["plan"]
-            found["augment.fill, which the student decides"] = plan["fill"]
-    session, summary = (record.of("session") or [{}])[-1], record.summary
-    found |= {
-        "digest of the dataset": summary.get("dataset", "not known"),
-        "digest of the validation images": session.get("validation", "not known"),
-        "version of the code": [summary.get("version", "not known"), summary.get("source", "not known")],
-        "number of steps": f"{record.lines[-1]['step'] if record.lines else 0:,}",
-        "number of damaged images": record.num_damaged,
-    }
-    for name, report in run.reports.items():
-        found |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _OF_EVALUATIONS}
-    return {key: text(value) for key, value in found.items()}
-
-
-def _by_value(of_runs: Mapping[Key, Mapping[str, str]]) -> dict[str, dict[str | None, str]]:
-    """The values of each fact, that of most runs first, None where a run lacks it; and in words which runs have it."""
-    found = {}
-    for name in dict.fromkeys(itertools.chain.from_iterable(of_runs.values())):
-        values: dict[str | None, list[Key]] = {}
-        for run, facts in of_runs.items():
-            values.setdefault(facts.get(name), []).append(run)
-        ordered = sorted(values.items(), key=lambda item: -len(item[1]))
-        found[name] = {value: _in_words(those, [*of_runs]) for value, those in ordered}
-    return found
-
-
-def _in_words(runs: Sequence[Key], everybody: Sequence[Key]) -> str:
-    """Names of students, with seeds where not all runs of a student are meant."""
-    if len(runs) == len(everybody):
-        return "all"
-    parts = []
-    for title in dict.fromkeys(title for title, _ in runs):
-        seeds, all_seeds = ([seed for name, seed in some if name == title] for some in (runs, everybody))
-        parts.append(title if seeds == all_seeds else f"{title} (seed {', '.join(map(str, seeds))})")
-    return ", ".join(parts)
-
-
-def _audit(runs: Sequence[Run]) -> list[dict]:
-    """The settings that differ from the recipe's, and the runs in which they do."""
-    of_runs = {run.key: run.record.deviations or [] for run in runs if run.record is not None}
-    known = {row["key"]: row for rows in of_runs.values() for row in rows}
-    here = _by_value({run: {row["key"]: text(row["here"]) for row in rows} for run, rows in of_runs.items()})
-    return [
-        {**known[key], "here": value, "runs": those}
-        for key, values in here.items()
-        for value, those in values.items()
-        if value is not None
-    ]
 
 
 # --- numbers ---
 
 
-def _fill_row(student: Student, results: StudyResults) -> None:
-    """The accuracies of a student over its seeds, its size and its costs."""
-    row, runs = student.row, student.runs
-    row |= {"name": runs[0].result.name, "kwargs": runs[0].result.kwargs}
-    row |= {"seeds": len(runs), "failed": sum(bool(run.result.failed) for run in runs)}
+def _student(title: str, runs: list[Run], paper: Mapping[str, PaperModel]) -> Student:
+    """A student with its accuracies over its seeds, its size and its costs."""
+    student = runs[0].stages.student
+    row: dict[str, Any] = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
+    row |= {"seeds": len(runs), "failed": sum(bool(run.stages.failure) for run in runs)}
     for name in dict.fromkeys([*_WEIGHTS, *(name for run in runs for name in run.reports)]):
         values = [value for run in runs if (value := run.top1(name)) is not None]
         row[f"top1_{name}"] = statistics.mean(values) if values else None
         row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
     row["parameters"] = next((each["parameters"] for run in runs for each in run.reports.values()), None)
-    row["paper"] = next((point.top1 for point in results.paper if point.name == row["name"]), None)
+    row["paper"] = paper[student.name].top1 if student.name in paper else None
     speeds = [line["images_per_s"] for run in runs for line in run.lines("train")]
-    student.measured["train_images_per_s"] = statistics.median(speeds) if speeds else None
-    student.measured["device_hours"] = sum(run.hours for run in runs)
+    ranks = [line["ranks"] for run in runs for line in run.lines("session")[-1:]]
+    hours = sum(run.stages.train.seconds for run in runs) / 3600 * max(ranks, default=1)
+    timed = {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
+    return Student(title, runs, row, timed)
 
 
 def _pairs(students: Sequence[Student], kind: str) -> list[dict]:
@@ -273,7 +230,7 @@ def _pairs(students: Sequence[Student], kind: str) -> list[dict]:
     known: dict[str, dict[str, list[np.ndarray]]] = {}
     for run in (run for student in students for run in student.runs):
         if run.correct is not None:
-            known.setdefault(run.reports[kind]["digest"], {}).setdefault(run.key[0], []).append(run.correct)
+            known.setdefault(run.reports[kind]["digest"], {}).setdefault(run.title, []).append(run.correct)
     if not known:
         return []
     titles, correct = zip(*max(known.values(), key=len).items(), strict=True)
@@ -296,29 +253,27 @@ def _pairs(students: Sequence[Student], kind: str) -> list[dict]:
     ]
 
 
-def _panels(
-    students: Sequence[Student], pairs: Sequence[dict], results: StudyResults, kind: str
-) -> dict[str, list[Point]]:
-    """The points of each backend by its title. Speeds and places on the front go into the speeds of the students."""
-    differ = {frozenset((pair["a"], pair["b"])) for pair in pairs if pair["distinguishable"]}
-    models = {results.speed_models.get(student.title): student for student in students}
-    panels: dict[str, list[Point]] = {}
-    for row in read_json(results.speed).get("rows", []) if results.speed else []:
-        if "images_per_s" in row and (student := models.get(row["model"])):
-            title = f"{row['backend']}: {row['precision']}, batch {row['batch']}"
-            student.speeds[title] = {key: row[key] for key in ("images_per_s", "min", "max")}
-            panels[title] = []
-    for title, points in panels.items():
-        placed = [student for student in students if "letters" in student.row and title in student.speeds]
-        places = [(student.row[f"top1_{kind}"], student.speeds[title]["images_per_s"]) for student in placed]
-        for student, (top1, speed), on_front in zip(placed, places, front.pareto_front(places), strict=True):
-            faster = {other.title for other, (_, its) in zip(placed, places, strict=True) if its > speed}
-            is_sure = all(frozenset((student.title, other)) in differ for other in faster)
-            student.speeds[title]["front"] = ("front" if is_sure else "front?") if on_front else ""
-            points.append(Point(student.title, top1, speed, (student.row["low"], student.row["high"]), False, on_front))
-            if (paper := student.row["paper"]) is not None:
-                points.append(Point(f"{student.title}, paper", paper, speed, None, True))
-    return {title: points for title, points in panels.items() if points}
+def _panels(students: Sequence[Student], graph: Graph, kind: str) -> dict[str, list[Point]]:
+    """The points of each backend by its title. Speeds, and who is on the front, go into what was timed of students."""
+    models = {str(run.stages.export.product): student for student in students for run in student.runs}
+    measured: dict[str, list[Student]] = {}
+    rows = read_json(graph.common["speed"].product).get("rows", []) if "speed" in graph.common else []
+    for row in (row for row in rows if "images_per_s" in row and row["model"] in models):
+        title, student = f"{row['backend']}: {row['precision']}, batch {row['batch']}", models[row["model"]]
+        student.timed |= {f"{title}, {key}": row[key] for key in ("images_per_s", "min", "max")}
+        if "letters" in student.row:
+            measured.setdefault(title, []).append(student)
+    panels = {}
+    for title, placed in measured.items():
+        places = [(student.row[f"top1_{kind}"], student.timed[f"{title}, images_per_s"]) for student in placed]
+        on_front = front.pareto_front(places)
+        for student, is_on in zip(placed, on_front, strict=True):
+            student.timed[f"{title}, front"] = "front" if is_on else ""
+        panels[title] = [
+            Point(student.title, top1, speed, (student.row["low"], student.row["high"]), is_on)
+            for student, (top1, speed), is_on in zip(placed, places, on_front, strict=True)
+        ]
+    return panels
 
 
 # --- writing ---
@@ -326,62 +281,42 @@ def _panels(
 
 def _curves(runs: Sequence[Run], kind: str) -> list[Chart]:
     """The curves of all runs; seeds of a student have its color, and one entry of the legend."""
-    shown = {
-        "loss": ("Training loss", "train/loss"),
-        "top1": (f"Validation accuracy, {_WEIGHTS[kind]}", f"eval/{kind}/top1"),
-        "agreement": ("Agreement of student and teacher", "train/agreement"),
-    }
-    kinds = [
-        dataclasses.replace(chart, title=shown[chart.name][0], series={"": shown[chart.name][1]})
-        for chart in CHARTS
-        if chart.name in shown
-    ]
-    records = [run.record for run in runs if run.record is not None]
-    color = {title: number for number, title in enumerate(dict.fromkeys(record.name for record in records))}
-    found = []
-    for chart in charts(records, kinds):
-        curves = [dataclasses.replace(curve, color=color.get(curve.label, 0)) for curve in chart.curves]
-        # Without marks a study that was killed and completed looks like one that was not.
-        found.append(dataclasses.replace(chart, marks=(), curves=curves))
-    return found
+    shown = {"loss": "train/loss", "top1": f"eval/{kind}/top1", "agreement": "train/agreement"}
+    kinds = [dataclasses.replace(each, series={"": shown[each.name]}) for each in CHARTS if each.name in shown]
+    found = charts([run.record for run in runs if run.record is not None], kinds)
+    # Without marks a study that was killed and completed looks like one that was not.
+    return [dataclasses.replace(chart, marks=()) for chart in found]
 
 
 def _csv(students: Sequence[Student]) -> str:
     """A line for each student; what was timed is in the last columns."""
-    rows = [{"student": each.title, **each.row, "kwargs": json.dumps(each.row["kwargs"])} for each in students]
-    timed = [
-        each.measured | {f"{name} {key}": value for name, its in each.speeds.items() for key, value in its.items()}
-        for each in students
-    ]
+    columns = dict.fromkeys(itertools.chain(*(each.row for each in students), *(each.timed for each in students)))
     file = io.StringIO()
-    writer = csv.DictWriter(file, [*dict.fromkeys(itertools.chain(*rows, *timed))], lineterminator="\n")
+    writer = csv.DictWriter(file, ["student", *columns], lineterminator="\n")
     writer.writeheader()
-    for cells in map(dict.__or__, rows, timed):
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in cells.items()})
+    writer.writerows({"student": each.title, **each.row, **each.timed} for each in students)
     return file.getvalue()
 
 
-def _everything(results: StudyResults, students: Sequence[Student], warnings: list[str], pairs: list[dict]) -> dict:
-    runs = [run for student in students for run in student.runs]
+def _everything(graph: Graph, students: Sequence[Student], warnings: list[str], pairs: list[dict]) -> dict:
     return {
-        "title": results.title,
+        "title": graph.study.title,
         "warnings": warnings,
         "students": {student.title: student.row for student in students},
-        "runs": [
-            {
-                **{"student": run.result.title, "seed": run.result.seed, "failed": run.result.failed},
+        "runs": {
+            run.name: {
+                "failed": run.stages.failure,
                 "top1": {name: run.top1(name) for name in dict.fromkeys([*_WEIGHTS, *run.reports])},
                 "best": run.record.summary.get("best") if run.record else None,
                 "deviations": run.record.deviations if run.record else None,
             }
-            for run in runs
-        ],
-        "pairs": pairs,
-        "paper": [dataclasses.asdict(point) for point in results.paper],
-        "measured": {
-            "seconds": results.seconds,
-            "students": {each.title: each.measured | each.speeds for each in students},
+            for student in students
+            for run in student.runs
         },
-        "commands": results.commands
-        | {f"{title}, seed {seed}": run.result.commands for run in runs for title, seed in [run.key]},
+        "pairs": pairs,
+        "measured": {
+            "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
+            "students": {student.title: student.timed for student in students},
+        },
+        "commands": {stage.name: stage.noted.get("command", stage.command) for stage in graph.stages},
     }

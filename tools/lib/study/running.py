@@ -6,21 +6,22 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from pipelines.common.errors import clipped
 from pipelines.common.machine import num_cores
+from tools.lib.study.graph import Graph
+from tools.lib.study.report import write_report
 from tools.lib.study.screen import Screen
-from tools.lib.study.stage import LOG, SETTINGS, Stage
-from trainer.cluster.preemption import STOPPING
+from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
+from trainer.cluster.preemption import Preemption
+from trainer.cluster.world import alone
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-_POLL_S = 0.1
+_POLL_S, _NOTE_EVERY_S = 0.1, 60.0
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 Job = list[Stage]  # Stages that one command carries out.
@@ -39,13 +40,13 @@ def jobs_of(stages: Iterable[Stage], together: int) -> list[Job]:
     return jobs
 
 
-def _shared_facts(train: Stage) -> dict:
+def _shared_facts(train: Stage) -> dict[str, Any]:
     return {key: value for key, value in train.facts.items() if not key.startswith("student.")}
 
 
-def command_of(job: Job) -> list[str]:
-    """The words behind `python` that carry out a job."""
-    return job[0].command if len(job) == 1 else ["trainer/together.py", *(str(each.folder / SETTINGS) for each in job)]
+def command_of_job(job: Job) -> list[str]:
+    """The command line that carries out a job."""
+    return job[0].command if len(job) == 1 else command_of("trainer/together.py", *(s.folder / SETTINGS for s in job))
 
 
 class Process:
@@ -56,8 +57,8 @@ class Process:
     """
 
     def __init__(self, job: Job, environment: Mapping[str, str]):
-        self.job, self.command, self.log = job, command_of(job), job[0].folder / LOG
-        self._start_s = time.monotonic()
+        self.job, self.command = job, command_of_job(job)
+        self._noted_s = time.monotonic()
         with contextlib.ExitStack() as closing:
             logs = []
             for stage in job:
@@ -65,11 +66,10 @@ class Process:
                 logs.append(closing.enter_context(open(stage.folder / LOG, "a")))
                 fcntl.flock(logs[-1], fcntl.LOCK_EX)
                 stage.note(self.command)
-                elsewhere = "" if stage is job[0] else f" # its output is in {self.log}"
-                print(f"$ {shown(self.command)}{elsewhere}", file=logs[-1], flush=True)
+                elsewhere = "" if stage is job[0] else f" # its output is in {job[0].folder / LOG}"
+                print(f"$ {' '.join(self.command)}{elsewhere}", file=logs[-1], flush=True)
             self._process = subprocess.Popen(
-                [sys.executable, *self.command],
-                cwd=REPOSITORY,
+                self.command,
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=logs[0],
@@ -84,26 +84,34 @@ class Process:
         """Whether it has ended."""
         return self._process.poll() is not None
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the process and all that it has started."""
+    @property
+    def last_line(self) -> str:
+        """What it has printed last."""
+        return clipped(self.job[0].lines[-1], 300)
+
+    def stop(self) -> None:
+        """Make the process, and all that it has started, save and end."""
         if not self.has_ended:
-            os.killpg(self._process.pid, number)
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def note_progress(self, screen: Screen) -> None:
+        """Note every minute how long it has run, for the case that all processes are killed, and show how far it is."""
+        if time.monotonic() - self._noted_s >= _NOTE_EVERY_S:
+            self._note()
+            screen.show_progress(self.job, self.last_line)
 
     def note_result(self, *, stopped: bool = False) -> None:
         """Wait for its end, and note for each stage whether it is done or has failed, which no `stopped` one has."""
         code = self._process.wait()
-        seconds = (time.monotonic() - self._start_s) / len(self.job)
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        failure = "" if stopped or code == 0 else f"{ending}: {clipped(lines[-1], 300)}"
+        self._note(done=code == 0, failure="" if stopped or code == 0 else f"{ending}: {self.last_line}")
+
+    def _note(self, done: bool = False, failure: str = "") -> None:
+        now = time.monotonic()
         for stage in self.job:
-            done = code == 0 or stage.is_done
-            stage.note(self.command, done=done, failure="" if done else failure, seconds=seconds)
-
-
-def shown(command: list[str]) -> str:
-    """A command as a user types it in the repository."""
-    return " ".join(["python", *command])
+            its = {"done": True} if done or stage.is_done else {"failure": failure}
+            stage.note(self.command, seconds=(now - self._noted_s) / len(self.job), **its)
+        self._noted_s = now
 
 
 def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Screen) -> int:
@@ -112,34 +120,49 @@ def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Scree
     Returns:
       the number of the signal that has stopped it; 0 for none.
     """
-    waiting = jobs_of(stages, together)
+    waiting, stopped_by, preemption = jobs_of(stages, together), 0, Preemption(alone("cpu"))
     running: dict[int, Process] = {}
-    with caught_signals() as caught:
-        num_passed_on = 0
-        while running or (waiting and not caught):
+    with preemption.catching_signals():
+        while running or (waiting and not stopped_by):
             ahead = {stage for job in [*waiting, *(process.job for process in running.values())] for stage in job}
             ready = [job for job in waiting if ahead.isdisjoint(need for stage in job for need in stage.needs)]
-            ready = [job for job in ready if not screen.held(stage for stage in job if is_held(stage))]
-            if ready and len(running) < slots and not caught:
+            held = [stage for job in ready for stage in job if is_held(stage)]
+            screen.mark(held, "waiting", " until the process of an earlier study has saved and ended")
+            ready = [job for job in ready if not set(held).intersection(job)]
+            if ready and len(running) < slots and not stopped_by:
                 waiting.remove(ready[0])
                 job = [stage for stage in ready[0] if all(need.is_done for need in stage.needs)]
-                screen.left_out(stage for stage in ready[0] if stage not in job)
+                screen.leave_out(stage for stage in ready[0] if stage not in job)
                 if job:
                     slot = min({*range(slots)} - {*running})
+                    screen.start(job)
                     running[slot] = Process(job, environment_of(slot, slots))
-                    screen.started(job, shown(running[slot].command))
                 continue
-            if len(caught) > num_passed_on:
-                num_passed_on = len(caught)
-                for process in running.values():  # A second Ctrl-C ends at once.
-                    process.signal(signal.SIGKILL if caught.count(signal.SIGINT) > 1 else signal.SIGTERM)
+            if not stopped_by and (stopped_by := preemption.agree(False).signal):
+                for process in running.values():
+                    process.stop()
             for slot, process in [*running.items()]:
+                process.note_progress(screen)
                 if process.has_ended:
-                    process.note_result(stopped=bool(caught))
-                    screen.ended(process.job)
+                    process.note_result(stopped=bool(stopped_by))
+                    screen.end(process.job)
                     del running[slot]
             time.sleep(_POLL_S)
-    return caught[0] if caught else 0
+    return stopped_by
+
+
+def finish(graph: Graph, screen: Screen) -> int:
+    """Measure the speed of what is exported, if it has not been, and write the report of what is there.
+
+    Returns:
+      as for `run`.
+    """
+    graph.add_speed()
+    screen.stages = graph.stages
+    stopped_by = run([stage for stage in graph.stages if stage.kind == "speed"], screen=screen)
+    if not stopped_by:
+        screen.say(f"report: {write_report(graph)}")
+    return stopped_by
 
 
 def is_held(stage: Stage) -> bool:
@@ -152,18 +175,6 @@ def is_held(stage: Stage) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and signals to end are collected in the list."""
-    caught: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in STOPPING}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def environment_of(slot: int, slots: int) -> dict[str, str]:

@@ -14,6 +14,8 @@ from tools.lib.common.units import human_seconds
 from tools.lib.study.stage import LOG, Stage
 from trainer.monitor.run_files import SUMMARY
 
+_STYLES = {"running": "bold", "failed": "red", "left out": "yellow", "waiting": "yellow", "to do": "dim"}
+
 
 class Screen:
     """Shows the stages of a study: inside `live` as a table, of which a file gets the last state alone."""
@@ -21,41 +23,47 @@ class Screen:
     def __init__(self, stages: list[Stage]):
         self.stages = stages
         self._console = console()
-        self._running: dict[Stage, float] = {}  # stage -> when it began
-        self._left_out: set[Stage] = set()
-        self._held: set[Stage] = set()
+        self._states: dict[Stage, str] = {}  # What is not on the disk.
+        self._began_s: dict[Stage, float] = {}
         self.live = Live(console=self._console, get_renderable=self.table, refresh_per_second=2)
-
-    def started(self, job: list[Stage], command: str) -> None:
-        """A job has begun."""
-        self._running |= dict.fromkeys(job, time.monotonic())
-        self.say(f"{', '.join(stage.name for stage in job)}: $ {command}\n  its output: {job[0].folder / LOG}")
-
-    def held(self, stages: Iterable[Stage]) -> bool:
-        """Whether there are any of these stages, on which the process of a killed study still works."""
-        found = set(stages)
-        for stage in found - self._held:
-            self.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
-        self._held |= found
-        return bool(found)
-
-    def ended(self, job: list[Stage]) -> None:
-        """A job has ended; its stages say how."""
-        for stage in job:
-            del self._running[stage]
-            reason = f", {stage.failure} (log: {stage.folder / LOG})" if stage.failure else accuracy_of(stage)
-            self.say(f"{stage.name}: {self._cell(stage) if stage.is_done or stage.failure else 'stopped'}{reason}")
-
-    def left_out(self, stages: Iterable[Stage]) -> None:
-        """Stages cannot be carried out, because something that they need is not there."""
-        for stage in stages:
-            self._left_out.add(stage)
-            missing = ", ".join(need.name for need in stage.needs if not need.is_done)
-            self.say(f"{stage.name}: left out, because there is no result of {missing}")
 
     def say(self, text: str) -> None:
         """Print a line, above the table where there is one."""
         self._console.print(Text(text), soft_wrap=True)
+
+    def mark(self, stages: Iterable[Stage], state: str, why: str) -> None:
+        """Say why stages are in another state than before."""
+        for stage in stages:
+            if self._states.get(stage) != state:
+                self._states[stage] = state
+                self.say(f"{stage.name}: {state}{why}")
+
+    def leave_out(self, stages: Iterable[Stage]) -> None:
+        """Stages cannot be carried out, because something that they need is not there."""
+        for stage in stages:
+            missing = ", ".join(need.name for need in stage.needs if not need.is_done)
+            self.mark([stage], "left out", f", because there is no result of {missing}")
+
+    def start(self, job: list[Stage]) -> None:
+        """A job begins."""
+        for stage in job:
+            self._began_s[stage] = time.monotonic()
+            resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
+            self.mark([stage], "running", f" (log: {job[0].folder / LOG}){resumes}")
+
+    def show_progress(self, job: list[Stage], line: str) -> None:
+        """Print what a job has printed last, where there is no table."""
+        if not self._console.is_terminal:
+            self.say(f"{', '.join(stage.name for stage in job)}: {self._cell(job[0])}; {line}")
+
+    def end(self, job: list[Stage]) -> None:
+        """A job has ended; its stages say how."""
+        for stage in job:
+            del self._states[stage]
+            reason = f", {stage.failure} (log: {stage.folder / LOG})" if stage.failure else accuracy_of(stage)
+            self.say(f"{stage.name}: {self._cell(stage) if stage.is_done or stage.failure else 'stopped'}{reason}")
+            for line in stage.warnings:
+                self.say(f"{stage.name}: warning: {line}")
 
     def table(self) -> Table:
         """A row for each student and for each stage of the whole study, a column for each kind of stage."""
@@ -68,13 +76,12 @@ class Screen:
         return terminal_table(["", *kinds], cells, text=range(len(kinds) + 1))
 
     def _cell(self, stage: Stage) -> Text:
-        if (began := self._running.get(stage)) is not None:
-            return Text(f"running {human_seconds(time.monotonic() - began)}", "bold")
+        state = self._states.get(stage, "failed" if stage.failure else "to do")
+        if state == "running":
+            return Text(f"running {human_seconds(time.monotonic() - self._began_s[stage])}", "bold")
         if stage.is_done:
             return Text(f"done in {human_seconds(stage.seconds)}", "green")
-        if stage.failure:
-            return Text("failed", "red")
-        return Text("left out", "yellow") if stage in self._left_out else Text("to do", "dim")
+        return Text(state, _STYLES[state])
 
 
 def accuracy_of(stage: Stage) -> str:

@@ -1,7 +1,9 @@
 """The file of a study: which students are compared, how all of them are trained, and what is measured."""
 
+import contextlib
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,6 @@ _DECIDED = {
 class RecipeSection(Section):
     """How every student is trained: a YAML file as trainer/run.py takes it, and what is changed of it."""
 
-    key = "recipe"
     config: str = "configs/usi.yaml"
     overrides: Overrides = dataclasses.field(default_factory=dict)
 
@@ -42,7 +43,6 @@ class TeacherSection(Section):
       epochs: record this many, and repeat their images for the rest of the training (augment.cycle_epochs); 0 is all.
     """
 
-    key = "teacher"
     name: str
     kwargs: Kwargs = dataclasses.field(default_factory=dict)
     checkpoint: str | None = None
@@ -55,7 +55,7 @@ class TeacherSection(Section):
         check_kwargs("teacher", self.kwargs)
         _check_overrides(self.train or {})
         if self.train is not None and self.checkpoint is not None:
-            raise UserError("teacher.checkpoint and teacher.train are both given: leave one of them out")
+            raise UserError("checkpoint and train are both given: leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Student(Section):
 class EvaluateSection(Section):
     """What is evaluated of the last checkpoint: kinds of weights, and the first of them in suites of other settings."""
 
-    key = "evaluate"
     weights: list[Literal["ema", "raw"]] = dataclasses.field(default_factory=lambda: ["ema", "raw"])
     suites: dict[str, Overrides] = dataclasses.field(default_factory=dict)
 
@@ -94,7 +93,6 @@ class EvaluateSection(Section):
 class SpeedSection(Section):
     """How speed is measured: the options of tools/compare.py, whose defaults hold where they are null."""
 
-    key = "speed"
     backends: list[str] | None = None
     batch: int | None = setting(None, at_least=1)
     repeats: int | None = setting(None, at_least=1)
@@ -129,37 +127,41 @@ _SECTIONS = {"recipe": RecipeSection, "teacher": TeacherSection, "evaluate": Eva
 def read_study(path: Path) -> Study:
     """The study in a YAML file; a UserError names the file, the key and what is wrong with it."""
     content = {"title": path.stem, **read_yaml(path)}
-    try:
+    with naming(path):
         for key, kind in _SECTIONS.items():
             if content.get(key) is not None:
-                content[key] = _filled(kind, content[key], f"{key}: ")
+                with naming(key):
+                    content[key] = _filled(kind, content[key])
         if isinstance(content.get("students"), list):
-            content["students"] = [
-                _filled(Student, {"name": each} if isinstance(each, str) else each, f"students[{number}]: ")
-                for number, each in enumerate(content["students"])
-            ]
-        return _filled(Study, content, "")
+            for number, each in enumerate(content["students"]):
+                with naming(f"students[{number}]"):
+                    content["students"][number] = _filled(Student, {"name": each} if isinstance(each, str) else each)
+        return _filled(Study, content)
+
+
+@contextlib.contextmanager
+def naming(*where: object) -> Iterator[None]:
+    """Inside, errors begin with what is at fault, such as the file and the key."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(": ".join(map(str, [*where, error])), help_with=error.help_with) from error
 
 
-def _filled(kind: Any, content: Any, where: str) -> Any:
+def _filled(kind: Any, content: Any) -> Any:
     """An instance of a section's dataclass with the values of a file."""
     if not isinstance(content, dict):
-        raise UserError(f"{where}is {clipped(content)}, not keys with values")
-    names = [field.name for field in dataclasses.fields(kind)]
+        raise UserError(f"is {clipped(content)}, not keys with values")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in content:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(names)}"
-            raise UserError(f"{where}unknown key '{clipped(key)}'; {hint}")
-    for field in dataclasses.fields(kind):
-        if field.default is field.default_factory and field.name not in content:  # Both are MISSING.
-            raise UserError(f"{where}'{field.name}' is missing")
-    try:
-        return kind(**content)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from error
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(fields)}"
+            raise UserError(f"unknown key '{clipped(key)}'; {hint}")
+    for name, field in fields.items():
+        if field.default is field.default_factory and name not in content:  # Both are MISSING.
+            raise UserError(f"'{name}' is missing")
+    return kind(**content)
 
 
 def _check_overrides(overrides: Overrides) -> None:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from pipelines.common.files import read_json, sha256_of, write_synced
 from pipelines.shards.manifest import MANIFEST
 from trainer.config.sections import Config, to_yaml
 from trainer.monitor.run_files import SUMMARY
+from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
 
 STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,7 +35,7 @@ class Stage:
       needs: the stages whose products it reads.
       product_name: what it makes, in its folder.
       config: the command reads it from SETTINGS; None where it reads none.
-      command: words behind `python`; paths are absolute, and the program's is the repository's.
+      command: all its words, which a user can paste; paths are absolute.
     """
 
     out: Path
@@ -45,9 +48,9 @@ class Stage:
     config: Config | None = None
     command: list[str] = dataclasses.field(default_factory=list)
 
-    def by(self, *words: object) -> "Stage":
-        """The stage itself, with this command."""
-        self.command = [str(word) for word in words]
+    def by(self, program: str | Path, *words: object) -> "Stage":
+        """The stage itself, with the command of a program of the repository."""
+        self.command = command_of(program, *words)
         return self
 
     @property
@@ -96,11 +99,27 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken over all its starts, but for those that were killed with the study."""
+        """How long it has taken over all its starts; of one that was killed with the study, to its last note."""
         return self.noted.get("seconds", 0.0)
 
+    @property
+    def num_steps_saved(self) -> int:
+        """The number of updates in the newest checkpoint of a training, 0 without one."""
+        return max(map(step_of, checkpoints(checkpoints_folder(self.product))), default=0)
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines that its commands have printed, without empty ones."""
+        log = self.folder / LOG
+        return [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+
+    @property
+    def warnings(self) -> list[str]:
+        """What its commands have warned of, in lines with `warning:`, each once."""
+        return [*dict.fromkeys(filter(None, (line.partition("warning: ")[2] for line in self.lines)))]
+
     def note(self, command: list[str], *, done: bool = False, failure: str = "", seconds: float = 0.0) -> None:
-        """Write down how far it is: at its start, and at its end with the time between."""
+        """Write down how far it is: at its start, and later with the time since the last note."""
         state = {"fingerprint": self.fingerprint, "done": done, "failure": failure, "command": command}
         state |= {"seconds": round(self.seconds + seconds, 1), "facts": self.facts}
         state["needs"] = {need.name: need.fingerprint for need in self.needs}
@@ -117,14 +136,16 @@ class Stage:
             return ""
         newest = max(earlier, key=lambda path: path.stat().st_mtime)
         old, needed = (read_json(newest)[key] for key in ("facts", "needs"))
+        keys = [key for key in sorted({*old, *self.facts}) if old.get(key) != self.facts.get(key)]
+        changed = [f"{key} {old.get(key, 'default')} -> {self.facts.get(key, 'default')}" for key in keys]
         needs = {need.name: need.fingerprint for need in self.needs}
-        changed = [
-            f"{key} {old.get(key, 'default')} -> {self.facts.get(key, 'default')}"
-            for key in sorted({*old, *self.facts})
-            if old.get(key) != self.facts.get(key)
-        ]
         changed += [f"another {name}" for name in {**needs, **needed} if needs.get(name) != needed.get(name)]
         return f"{', '.join(changed)}; the earlier result is {newest.parent.relative_to(self.out)}"
+
+
+def command_of(program: str | Path, *words: object) -> list[str]:
+    """The words of a command line that runs a program of the repository, from any folder."""
+    return [sys.executable, str(REPOSITORY / program), *map(str, words)]
 
 
 def slug_of(name: str) -> str:
