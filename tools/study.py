@@ -12,7 +12,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,6 +24,7 @@ from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import locked
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.photos import write_digits
+from tools.lib.common.terminal import console
 from tools.lib.study.cluster import submit
 from tools.lib.study.graph import Graph
 from tools.lib.study.plan import check_study, show_plan
@@ -35,24 +36,30 @@ from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with 1 if a stage has failed, and as a run if a signal has stopped the study."""
     options = _parse(arguments)
-    with exit_on_user_error():
-        graph = Graph(options.study, options.out.resolve())
-        if not options.report:
-            check_study(graph)
-        if options.dry_run:
-            show_plan(graph, options.seconds)
-            return
-        graph.out.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with exit_on_user_error():
+            graph = Graph(options.study, options.out.resolve())
+            if not options.report:
+                with console().status("checking every training before anything runs"):
+                    check_study(graph)
+            if options.dry_run:
+                show_plan(graph, options.seconds)
+                return
+            graph.out.mkdir(parents=True, exist_ok=True)
             with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
                 stopped_by = carry_out(graph, options)
-        except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
-            stopped_by = signal.SIGINT
+    except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
+        exit_stopped(signal.SIGINT)
     if stopped_by:
-        print("stopped. Run the same command again to resume", file=sys.stderr)
-        sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
+        exit_stopped(stopped_by)
     if options.slurm is None and not all(stage.is_done for stage in graph.stages):
         sys.exit(1)
+
+
+def exit_stopped(number: int) -> NoReturn:
+    """End with the exit code of a run that a signal has stopped."""
+    print("stopped. Run the same command again to resume", file=sys.stderr)
+    sys.exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)
 
 
 def carry_out(graph: Graph, options: argparse.Namespace) -> int:

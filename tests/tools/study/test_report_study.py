@@ -325,4 +325,5 @@ def test_the_page_links_the_files_of_each_run_and_shows_its_commands(tmp_path):
     assert f'href="{train.folder.relative_to(graph.out)}/run/report/index.html"' in page and "model card" not in page
     for stage in (graph.common["shards"], *graph.students[0].stages):
         assert html.escape(shlex.join(stage.command), quote=True).replace("&#x27;", "&#39;") in page
+    assert re.search(r"\.wide {[^}]*local\s+no-repeat", page)  # A shadow shows where a table can be scrolled.
     assert "<script" not in page and "http:" not in page and "https:" not in page

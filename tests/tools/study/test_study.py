@@ -103,7 +103,8 @@ def test_a_dry_run_lists_stages_and_commands_and_writes_nothing(tmp_path, out, d
     study.main([str(write_study(tmp_path, digits)), "--out", str(out), "--dry-run", "--seconds", "0"])
     shown = capsys.readouterr().out
     run = REPOSITORY / "trainer" / "run.py"
-    assert "# train test_vit-s1, after store\n" in shown and "# teacher\n" in shown
+    assert "\n# train test_vit-s1: to do; takes an unknown time; needs store\n" in shown
+    assert "# teacher: to do; takes an unknown time\n" in shown
     assert f"\n{sys.executable} {run} --config {out}/train/test_vit-s1-" in shown
     assert "11 of 11 stages are to be done" in shown and not out.exists()
     study.main([str(write_study(tmp_path, digits, together=3)), "--out", str(out), "--dry-run", "--seconds", "0"])

@@ -74,7 +74,7 @@ class Graph:
             self._shared["augment.cycle_epochs"] = study.teacher.epochs
         base = self._load("recipe.overrides", {})
         plan = plan_of(base)
-        configs = [self._load(f"students[{n}].overrides", each.overrides) for n, each in enumerate(study.students)]
+        configs = [self._load(self._where(each), each.overrides) for each in study.students]
 
         self.epochs, live, recorded = 0, {}, {}  # What students learn from: nothing, or the teacher, or its store.
         if study.teacher is not None:
@@ -83,12 +83,11 @@ class Graph:
             recorded = self._store(study.teacher, live)
 
         self.students: list[StudentStages] = []
-        for number, (student, config) in enumerate(zip(study.students, configs, strict=True)):
+        for student, config in zip(study.students, configs, strict=True):
             # No recording fits a student that sees other images, so it learns from the teacher itself.
             source, without = (recorded, "") if plan_of(config) == plan else (live, "store")
             needs = tuple(stage for kind, stage in self.common.items() if kind != without)[-1:]
-            where = f"students[{number}].overrides"
-            self.students += [self._student(student, seed, source, needs, where) for seed in student.seeds]
+            self.students += [self._student(student, seed, source, needs) for seed in student.seeds]
         self._check_distinct()
 
     @property
@@ -129,14 +128,16 @@ class Graph:
         self.common["store"] = stage.by("tools/record_teacher.py", stage.product, *words)
         return {"teacher.name": teacher.name, "teacher.store": stage.product}
 
-    def _student(
-        self, student: Student, seed: int, source: Settings, needs: tuple[Stage, ...], where: str
-    ) -> StudentStages:
+    def _where(self, student: Student) -> str:
+        """The key of the study's file that holds what the student alone has."""
+        return f"students[{self.study.students.index(student)}].overrides"
+
+    def _student(self, student: Student, seed: int, source: Settings, needs: tuple[Stage, ...]) -> StudentStages:
         """A student's training, and what follows it."""
         subject, title = f"{student.label}-s{seed}", f"{student.name}-s{seed}"
         model = {"student.name": student.name, "student.kwargs": student.kwargs, "student.seed": seed}
         changed = {**source, **student.overrides, **model}
-        train, config = self._training("train", subject, title, changed, needs, where)
+        train, config = self._training("train", subject, title, changed, needs, self._where(student))
         kinds, suites = self.study.evaluate.weights, self.study.evaluate.suites
         weights = [kind for kind in kinds if config.ema.decay or kind == "raw"] or ["raw"]
         wanted = {kind: {"student.weights": kind} for kind in weights}

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.text import Text
 
 from pipelines.common.errors import ROOM, UserError
 from pipelines.common.files import check_can_be_made, read_json
 from pipelines.common.machine import expanded
 from pipelines.shards.manifest import MANIFEST, read_manifest
-from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
 from tools.lib.common.units import human_bytes, human_seconds
 from tools.lib.study.graph import Graph
@@ -128,17 +126,15 @@ def show_plan(graph: Graph, seconds: float) -> None:
         with screen.status("measuring the trainings; --seconds 0 leaves that out"):
             for trainings in to_be_trained(graph).values():
                 costs |= dict.fromkeys(trainings, estimate(trainings[0], seconds))
-    rows = [(s.name, Text(state_of(s)), "" if s.is_done else costs.get(s, "unknown")) for s in graph.stages]
-    screen.print(terminal_table(["stage", "state", "cost"], rows, text=(0, 1, 2)))
-    lines = []
+    lines = [f"# {stage.name}: {state_of(stage)}" for stage in graph.stages if stage.is_done]
     for job in jobs_of(graph.stages, graph.study.together):
-        missing = dict.fromkeys(need.name for stage in job for need in stage.needs if not need.is_done)
-        lines.append(
-            f"# {', '.join(stage.name for stage in job)}" + (missing and f", after {', '.join(missing)}" or "")
-        )
+        for stage in job:
+            missing = ", ".join(need.name for need in stage.needs if not need.is_done)
+            behind = f"; needs {missing}" if missing else ""
+            lines.append(f"# {stage.name}: {state_of(stage)}; takes {costs.get(stage, 'an unknown time')}{behind}")
         lines.append(shlex.join(command_of_job(job)))
     num_left = sum(not stage.is_done for stage in graph.stages)
-    lines.append(f"{num_left} of {len(rows)} stages are to be done; the report comes last")
+    lines.append(f"{num_left} of {len(graph.stages)} stages are to be done; the report comes last")
     lines.append(f"the study writes the {SETTINGS} of a stage when the stage begins")
     if graph.study.speed is not None and "speed" not in graph.common:
         lines.append("speed is measured before the report, as soon as students are exported")

@@ -1,7 +1,7 @@
 """The report of a study: a page, study.csv with a line for each student, and study.json with everything.
 
 Equal files give equal bytes. What was timed differs between two studies: it is under `measured` in study.json, in the
-last columns of study.csv, and in front.png.
+last columns of study.csv, and in the picture of speed.
 """
 
 import collections

@@ -87,7 +87,8 @@ class Process:
     @property
     def last_line(self) -> str:
         """What it has printed last."""
-        return clipped(self.job[0].lines[-1], 300)
+        line = self.job[0].lines[-1]
+        return "it has printed nothing" if line.startswith("$ ") else clipped(line, 300)
 
     def stop(self) -> None:
         """Make the process, and all that it has started, save and end."""
@@ -109,8 +110,8 @@ class Process:
     def _note(self, done: bool = False, failure: str = "") -> None:
         now = time.monotonic()
         for stage in self.job:
-            its = {"done": True} if done or stage.is_done else {"failure": failure}
-            stage.note(self.command, seconds=(now - self._noted_s) / len(self.job), **its)
+            is_done, seconds = done or stage.is_done, (now - self._noted_s) / len(self.job)
+            stage.note(self.command, done=is_done, failure="" if is_done else failure, seconds=seconds)
         self._noted_s = now
 
 

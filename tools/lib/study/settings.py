@@ -145,7 +145,7 @@ def naming(*where: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(": ".join(map(str, [*where, error])), help_with=error.help_with) from error
+        raise UserError(": ".join([*map(str, where), error.in_command()])) from error
 
 
 def _filled(kind: Any, content: Any) -> Any:
