@@ -119,7 +119,7 @@ def write_report(graph: Graph) -> Path:
         graph=graph,
         title=graph.study.title,
         weights=_WEIGHTS[kind],
-        warnings=warnings,
+        warnings=[*warnings, *_logged(graph)],
         students=students,
         images=len(next((run.correct for run in runs if run.correct is not None), ())),
         devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.lines("session"))),
@@ -191,7 +191,6 @@ def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str
     for run in runs:
         if (reason := run.stages.failure) or run.top1(kind) is None:
             found.append(f"{run.name} has no result: {reason or 'it is not finished'}")
-    found += [f"{stage.name}: {line}" for stage in graph.stages for line in stage.warnings]
     for name, values in facts.items():
         if len(values) > 1 and name not in _OF_THE_STUDENT:
             words = [f"{value} in {those}" for value, those in values.items()]
@@ -199,6 +198,15 @@ def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str
     if set(collections.Counter(run.title for run in runs if run.correct is not None).values()) == {1}:
         found.append("each student has one seed: intervals are over images alone, another seed may differ by more")
     return found
+
+
+def _logged(graph: Graph) -> list[str]:
+    """What the commands have warned of; an interrupted one may do so in other words."""
+    found: dict[str, list[str]] = {}
+    for stage in graph.stages:
+        for line in stage.warnings:
+            found.setdefault(line, []).append(stage.name)
+    return [f"{named(stages, 4)}: {line}" for line, stages in found.items()]
 
 
 # --- numbers ---
@@ -315,6 +323,7 @@ def _everything(graph: Graph, students: Sequence[Student], warnings: list[str], 
         },
         "pairs": pairs,
         "measured": {
+            "warnings": _logged(graph),
             "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
             "students": {student.title: student.timed for student in students},
         },
