@@ -22,7 +22,7 @@ def run_study(cluster: Cluster, folder: Path, out: Path, digits: Path, broken: b
     """Call tools/study.py with two good students, and perhaps one that fails. Returns what it prints."""
     students = ["test_byobnet", "test_vit"]
     if broken:  # The study's checks cannot know that its loss will not be finite.
-        diverging = {"optim.lr": 1e38, "schedule.warmup_epochs": 0}
+        diverging = {"optim.lr": 2e9, "schedule.warmup_epochs": 0}
         students.append({"name": "test_efficientnet", "overrides": diverging})
     overrides = {"schedule.epochs": EPOCHS, "schedule.cooldown_epochs": 0, "run.eval_every": EPOCHS}
     overrides |= {"run.device": "cpu", "run.checkpoint_every": 5, "run.log_every": 1}

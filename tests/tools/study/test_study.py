@@ -123,7 +123,7 @@ def test_wrong_options_are_refused(tmp_path, arguments):
 @pytest.mark.long
 def test_a_study_that_lost_a_student_at_first_ends_as_one_that_did_not(tmp_path, digits, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
-    broken = {"name": "test_vit", "seeds": [0, 1], "overrides": {"optim.lr": 1e38, "schedule.warmup_epochs": 0}}
+    broken = {"name": "test_vit", "seeds": [0, 1], "overrides": {"optim.lr": 2e9, "schedule.warmup_epochs": 0}}
     file = write_study(tmp_path, digits, students=["test_byobnet", broken])
     with pytest.raises(SystemExit) as ended:
         study.main([str(file), "--out", str(one)])

@@ -5,7 +5,6 @@ last columns of study.csv, and in the picture of speed.
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
 import io
@@ -44,12 +43,12 @@ class Run:
     """A student with a seed.
 
     Attributes:
-      record: holds what its folder has, None without one; reports: are its evaluations that can be read.
+      record: holds what its folder has, nothing without one; reports: are its evaluations that can be read.
       correct: bool [N], which images the weights that are compared have recognised; None where that is not known.
     """
 
     stages: StudentStages
-    record: RunRecord | None
+    record: RunRecord
     reports: dict[str, Report]
     correct: np.ndarray | None
 
@@ -63,13 +62,9 @@ class Run:
         """Student and seed."""
         return self.stages.train.subject
 
-    def lines(self, kind: str) -> list[dict]:
-        """The lines of its metrics.jsonl of this kind."""
-        return self.record.of(kind) if self.record is not None else []
-
     def top1(self, name: str) -> float | None:
         """Accuracy in percent: of an evaluation, otherwise of the weights after the last update of the run."""
-        at_the_end = self.record.summary.get("evaluation", {}) if self.record else {}
+        at_the_end = self.record.summary.get("evaluation", {})
         found = self.reports[name] if name in self.reports else at_the_end.get(name, {})
         return found.get("top1")
 
@@ -122,7 +117,7 @@ def write_report(graph: Graph) -> Path:
         warnings=[*warnings, *_logged(graph)],
         students=students,
         images=len(next((run.correct for run in runs if run.correct is not None), ())),
-        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.lines("session"))),
+        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.record.of("session"))),
         backends=[*panels],
         suites=[*dict.fromkeys(name for run in runs for name in run.reports if name not in _WEIGHTS)],
         paper=paper,
@@ -144,9 +139,11 @@ def write_report(graph: Graph) -> Path:
 
 
 def _read(stages: StudentStages, kind: str) -> Run:
-    record, correct = None, None
-    with contextlib.suppress(UserError):  # The run may have failed before it made its folder.
-        record = read_run(stages.train.product, stages.student.label)
+    folder, title, correct = stages.train.product, stages.student.label, None
+    try:
+        record = read_run(folder, title)
+    except UserError:  # The run has not made its folder.
+        record = RunRecord(folder, title, config={}, lines=[], summary={}, num_damaged=0, unusable=[])
     done = {name: stage.product for name, stage in stages.evaluations.items() if stage.is_done}
     reports = {name: read_report(path, lambda report: report) for name, path in done.items()}
     if kind in reports and (path := done[kind].with_suffix(".npz")).is_file():
@@ -160,14 +157,14 @@ def _read(stages: StudentStages, kind: str) -> Run:
 
 def _recipe(runs: Sequence[Run]) -> dict[str, AuditRow]:
     """A row of the audit for each setting that some run has other than the recipe."""
-    return {row["key"]: row for run in runs if run.record is not None for row in run.record.deviations or ()}
+    return {row["key"]: row for run in runs for row in run.record.deviations or ()}
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """What runs should have in common: name -> value -> in words which runs have it; the value of most runs first."""
     known, found = _recipe(runs), {}
     for run in runs:
-        if run.record is None:
+        if not run.record.lines:
             continue
         rows, summary = {row["key"]: row["here"] for row in run.record.deviations or ()}, run.record.summary
         facts: dict[str, object] = {key: rows.get(key, row["usi"]) for key, row in known.items()}
@@ -223,8 +220,8 @@ def _student(title: str, runs: list[Run], paper: Mapping[str, PaperModel]) -> St
         row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
     row["parameters"] = next((each["parameters"] for run in runs for each in run.reports.values()), None)
     row["paper"] = paper[student.name].top1 if student.name in paper else None
-    speeds = [line["images_per_s"] for run in runs for line in run.lines("train")]
-    ranks = [line["ranks"] for run in runs for line in run.lines("session")[-1:]]
+    speeds = [line["images_per_s"] for run in runs for line in run.record.of("train")]
+    ranks = [line["ranks"] for run in runs for line in run.record.of("session")[-1:]]
     hours = sum(run.stages.train.seconds for run in runs) / 3600 * max(ranks, default=1)
     timed = {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
     return Student(title, runs, row, timed)
@@ -291,7 +288,7 @@ def _curves(runs: Sequence[Run], kind: str) -> list[Chart]:
     """The curves of all runs; seeds of a student have its color, and one entry of the legend."""
     shown = {"loss": "train/loss", "top1": f"eval/{kind}/top1", "agreement": "train/agreement"}
     kinds = [dataclasses.replace(each, series={"": shown[each.name]}) for each in CHARTS if each.name in shown]
-    found = charts([run.record for run in runs if run.record is not None], kinds)
+    found = charts([run.record for run in runs if run.record.lines], kinds)
     # Without marks a study that was killed and completed looks like one that was not.
     return [dataclasses.replace(chart, marks=()) for chart in found]
 
@@ -315,8 +312,8 @@ def _everything(graph: Graph, students: Sequence[Student], warnings: list[str], 
             run.name: {
                 "failed": run.stages.failure,
                 "top1": {name: run.top1(name) for name in dict.fromkeys([*_WEIGHTS, *run.reports])},
-                "best": run.record.summary.get("best") if run.record else None,
-                "deviations": run.record.deviations if run.record else None,
+                "best": run.record.summary.get("best"),
+                "deviations": run.record.deviations,
             }
             for student in students
             for run in student.runs
