@@ -1,6 +1,5 @@
 """The short version of `make chaos`: a few faults of each kind."""
 
-import itertools
 import shutil
 import subprocess
 import sys
@@ -32,9 +31,12 @@ def test_a_broken_run_ends_bit_equal_to_one_left_in_peace(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in ("runs", "studies")])
-def test_commands_hold_against_a_few_faults_of_each_kind(name, tmp_path):
-    tally = tallied(itertools.islice(FAULTS[name][0].attempts(tmp_path, seed=1), 15))
-    assert tally.fell == []
+def test_commands_hold_against_a_few_faults_of_each_kind(name):
+    """The attempts are forks of a process that has done nothing else: torch cannot train in a fork of every process."""
+    command = [executable(), str(REPOSITORY / "tests" / "chaos"), name, "--count", "15", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 of 15 attempts held" in done.stdout
 
 
 def test_the_comparison_sees_what_differs(digits, tmp_path):
