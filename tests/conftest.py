@@ -1,6 +1,7 @@
 """Small real datasets: scikit-learn's handwritten digits, and crops of its two photographs."""
 
 import contextlib
+import fcntl
 import functools
 import gc
 import os
@@ -8,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pipelines  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
@@ -88,31 +89,47 @@ def undrawn(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def digits_folder(tmp_path_factory) -> Path:
+def made_once(request, tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Gives the file or folder of a name; the first of xdist's processes that asks for it makes it with a function."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # The processes have it in common.
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        complete = root / f"{name}.complete"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                make(root / name)
+                complete.touch()
+        return root / name
+
+    return made
+
+
+def convert_here(source: Path, out: Path, samples_per_shard: int) -> None:
+    """Convert a folder of images without workers."""
+    with without_workers():
+        build(source, out, BuildOptions(samples_per_shard=samples_per_shard))
+
+
+@pytest.fixture(scope="session")
+def digits_folder(made_once) -> Path:
     """An image folder of 320 training and 96 validation digits, 8 x 8 pixels, ten classes."""
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder, num_train=320, num_val=96)
-    return folder
+    return made_once("digits-images", lambda folder: write_digits(folder, num_train=320, num_val=96))
 
 
 @pytest.fixture(scope="session")
-def digits(digits_folder, tmp_path_factory) -> Path:
+def digits(digits_folder, made_once) -> Path:
     """The same as a dataset folder, in several shards."""
-    out = tmp_path_factory.mktemp("datasets") / "digits"
-    with without_workers():
-        build(digits_folder, out, BuildOptions(samples_per_shard=100))
-    return out
+    return made_once("digits", lambda out: convert_here(digits_folder, out, samples_per_shard=100))
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> ShardIndex:
+def photos(made_once) -> ShardIndex:
     """The photographs as a dataset's training split."""
-    folder = tmp_path_factory.mktemp("photos")
-    write_photographs(folder)
-    out = tmp_path_factory.mktemp("datasets") / "photos"
-    with without_workers():
-        build(folder, out, BuildOptions(samples_per_shard=4))
-    return read_index(out, "train")
+    folder = made_once("photographs", write_photographs)
+    return read_index(made_once("photos", lambda out: convert_here(folder, out, samples_per_shard=4)), "train")
 
 
 @pytest.fixture
@@ -154,12 +171,11 @@ EVERY_3 = ["--run.checkpoint_every", "3", "--run.log_every", "1"]
 
 
 @pytest.fixture(scope="session")
-def tiny_run(digits, tmp_path_factory) -> Path:
+def tiny_run(digits, made_once) -> Path:
     """A run of 30 steps on the digits, a little better than chance, with checkpoints of the steps 10, 20 and 30."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
     settings = {"schedule.epochs": 6, "optim.lr": 0.01, "run.checkpoint_every": 10, "run.keep_checkpoints": 3}
-    train_here(digits, out, *(text for key, value in settings.items() for text in (f"--{key}", value)))
-    return out
+    arguments = [text for key, value in settings.items() for text in (f"--{key}", value)]
+    return made_once("tiny", lambda out: train_here(digits, out, *arguments))
 
 
 @pytest.fixture(scope="session")
@@ -170,28 +186,26 @@ def tiny_teacher(tiny_run) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits, tmp_path_factory) -> Path:
+def undisturbed(digits, made_once) -> Path:
     """The folder of a run of 20 steps that nothing has stopped. Tests copy what they change."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train_here(digits, out)
-    return out
+    return made_once("undisturbed", lambda out: train_here(digits, out))
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> list[str]:
+def teacher(made_once) -> list[str]:
     """Arguments for a teacher with weights of its own (not a good one)."""
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    torch.save({"model": timm.create_model("test_resnet", num_classes=10).state_dict()}, path)
-    return ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(path)]
+
+    def save(path: Path) -> None:
+        torch.manual_seed(5)
+        torch.save({"model": timm.create_model("test_resnet", num_classes=10).state_dict()}, path)
+
+    return ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(made_once("teacher.pth", save))]
 
 
 @pytest.fixture(scope="session")
-def distilled(digits, teacher, tmp_path_factory) -> Path:
+def distilled(digits, teacher, made_once) -> Path:
     """The folder of a run of 20 steps (4 epochs of 5) that was never stopped, with dropout and a teacher."""
-    out = tmp_path_factory.mktemp("runs") / "distilled"
-    train_here(digits, out, *teacher, *DROPOUT, *EVERY_3)
-    return out
+    return made_once("distilled", lambda out: train_here(digits, out, *teacher, *DROPOUT, *EVERY_3))
 
 
 @pytest.fixture
