@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from pipelines.common.files import replacing
 from pipelines.shards.index import read_index
@@ -23,6 +24,9 @@ from tools.lib.common.process_pool import LostWorkerError, run_jobs
 from tools.lib.shards.build import BuildOptions, build, merge
 from tools.lib.shards.verify import verify
 from tools.shard_imagenet import main
+
+# The processes that convert start sooner without PyTorch, which they have no use for.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests" / "support" / "without_torch")}
 
 
 class Many(NamedTuple):
@@ -52,7 +56,7 @@ def many(tmp_path_factory) -> Many:
 def start(command: list[str], out: Path, **popen) -> subprocess.Popen:
     """The conversion in a session of its own, once it has begun to write."""
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen([*command[:4], str(out), *command[4:]], **pipes, **popen)
+    process = subprocess.Popen([*command[:4], str(out), *command[4:]], env=ENVIRONMENT, **pipes, **popen)
     partial = out.with_name(f"{out.name}.partial")
     while not (partial / "records").exists() and not out.exists():
         assert process.poll() is None, process.stderr.read()
@@ -202,7 +206,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(many, tmp_path):
 
     out = tmp_path / "out"
     full = [*command[:4], str(out), *command[4:]]
-    done = subprocess.run(full, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    done = subprocess.run(full, capture_output=True, text=True, env=ENVIRONMENT, preexec_fn=limit, timeout=120)
     assert done.returncode == 1
     assert "File too large" in done.stderr and "raise the limit ('ulimit -f')" in done.stderr
     assert "the same command resumes" in done.stderr
