@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from pipelines.batch import Batch
+from support.forked_python import executable
 from support.processes import REPOSITORY
 
 CAPABILITIES = 80, 90, 100  # A100, H100 and H200, B200
@@ -98,7 +99,7 @@ def compiled_kernels(tried: Tried) -> list[CompiledKernel]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests", "TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, __file__, json.dumps(tried)]
+        command = [executable(), __file__, json.dumps(tried)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [CompiledKernel(**fields | {"grid": tuple(fields["grid"])}) for fields in json.loads(done.stdout)]

@@ -25,8 +25,8 @@ NO_BATCH_NORM = [
     *("--student.name", "test_vit", "--student.kwargs.drop_rate", "0", "--student.kwargs.drop_path_rate", "0")
 ]
 # How many ranks a run has after step 10, and until which step. An update has four groups of 16 images.
-CHANGES = {"few": ((3, 12), (6, 13), (1, 15)), "many": ((4, 12), (7, 14), (3, 16), (16, 17), (1, 20))}
-ONE_UPDATE = {"few": (1, 3, 7), "many": (1, 3, 5, 7)}  # With how many ranks a run of one update is made.
+CHANGES = {"few": ((3, 12), (5, 13), (1, 15)), "many": ((4, 12), (7, 14), (3, 16), (16, 17), (1, 20))}
+ONE_UPDATE = {"few": (1, 3, 5), "many": (1, 3, 5, 7)}  # With how many ranks a run of one update is made.
 LENGTH = ["--run.checkpoint_every", "1", "--run.keep_checkpoints", "100"]
 
 
@@ -71,10 +71,10 @@ def main() -> None:
         run(root, folder / "changing", ranks, stop)
     for ranks in ONE_UPDATE[number]:
         run(root, folder / f"ranks-{ranks}", ranks, 1, *NO_BATCH_NORM)
-    for name, ranks, *more in (("four", 4), ("own-statistics", 2, "--run.batch_norm", "none")):
-        run(root, folder / name, ranks, 5, *more)
-        copy_checkpoint(folder / name, 3, folder / f"{name}-resumed")
-        run(root, folder / f"{name}-resumed", ranks, 5, *more)
+    for name, ranks, stop, *more in (("four", 4, 3), ("own-statistics", 2, 5, "--run.batch_norm", "none")):
+        run(root, folder / name, ranks, stop, *more)
+        copy_checkpoint(folder / name, stop - 2, folder / f"{name}-resumed")
+        run(root, folder / f"{name}-resumed", ranks, stop, *more)
 
 
 if __name__ == "__main__":

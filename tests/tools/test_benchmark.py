@@ -18,6 +18,7 @@ from tools import benchmark
 from tools.lib.benchmark import loader as loaders
 from tools.lib.benchmark import replay as replays
 from tools.lib.benchmark import step as steps
+from tools.lib.benchmark import together as togethers
 from tools.lib.benchmark import train as trains
 from tools.lib.benchmark.photographs import photograph_index
 from tools.lib.benchmark.results import markdown, read_result
@@ -29,8 +30,15 @@ from trainer.feed import open_splits
 from trainer.models.class_names import order_doubt
 
 
+@pytest.fixture(autouse=True)
+def short_timed_runs(monkeypatch):
+    """The batches that are made ahead may count: no speed is looked at here."""
+    for module in (replays, togethers, trains):
+        monkeypatch.setattr(module, "_LEAD", 1)
+
+
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, jobs_in_this_process):
     """Runs a benchmark here. Returns its rows and what it printed."""
 
     def run(*arguments: str) -> tuple[list[dict], str]:

@@ -70,9 +70,10 @@ def test_dali_trains_too(digits, tmp_path):
 def test_all_ways_to_start_it(digits, tmp_path):
     arguments = [*TINY, "--student.name", "test_resnet", "--data.root", str(digits), "--run.stop_after_steps", "1"]
     script = os.path.relpath(REPOSITORY / "trainer" / "run.py", tmp_path)
-    # the script from anywhere, without the package installed; the module from the repository
-    for i, (start, folder) in enumerate((([script], tmp_path), (["-m", "trainer.run"], REPOSITORY))):
-        command = [sys.executable, *start, *arguments, "--run.out", str(tmp_path / str(i))]
+    # the script from anywhere, without the package installed, by a fresh interpreter; the module from the repository
+    starts = (([sys.executable, script], tmp_path), ([executable(), "-m", "trainer.run"], REPOSITORY))
+    for i, (start, folder) in enumerate(starts):
+        command = [*start, *arguments, "--run.out", str(tmp_path / str(i))]
         subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PYTHONPATH": ""})
         assert newest(tmp_path / str(i))["step"] == 1
 

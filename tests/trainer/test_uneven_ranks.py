@@ -25,7 +25,8 @@ def test_the_summary_and_the_checkpoint_list_what_batch_norm_sees(digits, tmp_pa
 
 
 def test_three_ranks_resume_bit_equal_and_log_the_mean_of_all_images(digits, tmp_path):
-    arguments = ["--student.name", "test_vit", "--data.root", digits, "--run.log_every", 1, "--run.checkpoint_every", 2]
+    model = ["--student.name", "test_vit", "--student.kwargs.depth", 1]
+    arguments = [*model, "--data.root", digits, "--run.log_every", 1, "--run.checkpoint_every", 2]
     run_ranks(3, *arguments, "--run.out", tmp_path / "whole", "--run.stop_after_steps", 4)
     for stop in (2, 4):
         run_ranks(3, *arguments, "--run.out", tmp_path / "parts", "--run.stop_after_steps", stop)

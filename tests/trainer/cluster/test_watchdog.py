@@ -148,7 +148,7 @@ def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
     arguments = ["--data.root", digits, "--run.out", tmp_path, "--run.log_every", 1, "--run.watchdog_s", 10]
     trainer = [REPOSITORY / "trainer" / "run.py", *TINY, *arguments]
     with Ranks([*trainer, "--schedule.epochs", 400, "--run.eval_every", 400], 2) as ranks:
-        while "step 40/" not in (line := ranks.await_line(0)):
+        while "step 10/" not in (line := ranks.await_line(0)):
             assert line, ranks.end()[0][2]
         ranks.processes[1].kill()
         _, error = ranks.processes[0].communicate(timeout=60)

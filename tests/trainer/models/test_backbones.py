@@ -29,7 +29,7 @@ BACKBONES = {
     "TResNet": ("tresnet_m", {"layers": [1, 1, 1, 1], "width_factor": 0.25}),
     "MobileNetV3": ("mobilenetv3_small_050", {}),
     "EfficientNet": ("tinynet_e", {"drop_rate": 0.2, "drop_path_rate": 0.2}),  # a shallower EfficientNet-B0
-    "RegNet": ("regnety_002", {}),
+    "RegNet": ("regnety_002", {"depth": 7}),
     "LeViT": (
         "levit_128s",
         {"embed_dim": [64, 96, 128], "depth": [1, 1, 1], "num_heads": [2, 3, 4]},
@@ -75,8 +75,8 @@ def small(tmp_path_factory) -> list[str]:
     with without_workers():
         build_dataset(folder / "images", folder / "dataset", BuildOptions())
     torch.manual_seed(5)
-    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), folder / "teacher.pth")
-    teacher = ["--teacher.name", "test_resnet", "--teacher.checkpoint", str(folder / "teacher.pth")]
+    torch.save(timm.create_model("tiny_cnn", num_classes=10).state_dict(), folder / "teacher.pth")
+    teacher = ["--teacher.name", "tiny_cnn", "--teacher.checkpoint", str(folder / "teacher.pth")]
     return [*OVERRIDES, "--data.root", str(folder / "dataset"), *teacher]
 
 
@@ -90,13 +90,14 @@ def test_the_recipe_trains_evaluates_and_resumes(small, tmp_path, family):
     arguments = [*small, *student(*BACKBONES[family]), "--run.out", str(tmp_path), "--run.stop_after_steps", "2"]
     config = parse([*arguments, "--run.checkpoint_every", "1"])
     assert {deviation["key"] for deviation in audit(config)} <= MACHINE | {"student.kwargs", "teacher.name"}
-    summary = train(build(config, ONE))
+    run = build(config, ONE)
+    summary = train(run)
     first, second = sorted((tmp_path / "checkpoints").glob("step-*"))
     before, after = (torch.load(path, weights_only=True) for path in (first, second))
-    parameters = list(build(config, ONE).state.student.named_parameters())
-    assert len(after["optimizer"]["state"]) == len(parameters)  # AdamW keeps nothing of what never had a gradient
+    names = [name for name, _ in run.state.student.named_parameters()]
+    assert len(after["optimizer"]["state"]) == len(names)  # AdamW keeps nothing of what never had a gradient
     # some do not move in their first digits: queries of attention over a single token, scales behind a layer scale
-    moved = [not torch.equal(before["student"][name], after["student"][name]) for name, _ in parameters]
+    moved = [not torch.equal(before["student"][name], after["student"][name]) for name in names]
     assert sum(moved) > 0.9 * len(moved)
     assert all(weights.isfinite().all() for weights in after["student"].values())
     lines = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if line["kind"] == "train"]

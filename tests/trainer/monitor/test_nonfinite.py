@@ -50,7 +50,8 @@ def test_a_run_goes_back_once_and_ends_as_if_nothing_had_been(digits, undisturbe
 
 def test_going_back_keeps_the_micro_batch_of_the_session(digits, tmp_path, monkeypatch):
     """Not that of the checkpoint; without batch normalisation both give the same weights."""
-    settings = ["--student.name", "test_vit", "--optim.lr", "1e-3", "--run.checkpoint_every", 3, "--schedule.epochs", 2]
+    settings = ["--student.name", "test_vit", "--student.kwargs.depth", 1, "--optim.lr", "1e-3"]
+    settings += ["--run.checkpoint_every", 3, "--schedule.epochs", 2]
     train_here(digits, tmp_path / "whole", *settings)
     train_here(digits, tmp_path / "run", *settings, "--run.stop_after_steps", 6)
     spoil(monkeypatch, 7, times=1)

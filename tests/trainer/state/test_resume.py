@@ -21,11 +21,12 @@ from trainer.state.checkpoint import checkpoints
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, device, precision):
+    small = ["--data.image_size", 16, "--run.device", device]  # In float16 a CPU takes long.
     for out, stops in ((tmp_path / "whole", [7]), (tmp_path / "parts", [3, 7])):
         for stop in stops:
             arguments = ["--run.precision", precision, "--run.stop_after_steps", stop, "--run.log_every", 1]
             arguments += ["--data.pipeline", "torchvision", "--run.compile", "false", "--optim.clip_norm", 1]
-            train_here(digits, out, *arguments, "--run.device", device)
+            train_here(digits, out, *arguments, *small)
     whole, parts = (list(read_json_lines(tmp_path / out / "metrics.jsonl")) for out in ("whole", "parts"))
     ours, theirs = ([line["loss"] for line in lines if line["kind"] == "train"] for lines in (parts, whole))
     assert len(theirs) == 7 and ours == pytest.approx(
@@ -35,7 +36,7 @@ def test_a_run_in_two_parts_ends_as_one_in_a_single_part(digits, tmp_path, devic
     assert device == "cuda" or all(equal(saved[name], newest(tmp_path / "whole")[name]) for name in STATE)
     assert saved["optimizer"]["state"][0]["step"] == 7 and bool(saved["scaler"]) == (precision == "fp16")
     if precision == "fp16":  # It resumes without a scaler.
-        train_here(digits, tmp_path / "parts", "--run.stop_after_steps", 8, "--run.device", device)
+        train_here(digits, tmp_path / "parts", "--run.stop_after_steps", 8, *small)
 
 
 def test_copies_that_a_person_makes_beside_the_checkpoints_are_never_taken_or_deleted(digits, undisturbed, tmp_path):
