@@ -3,7 +3,7 @@
 python trainer/together.py A.yaml B.yaml C.yaml
 torchrun --nproc-per-node 8 trainer/together.py A.yaml B.yaml C.yaml
 
-A file has the settings of one student, as for `trainer/run.py --config`; what it leaves out has its default. Each
+A file has the settings of one student, as the configuration of a run; what it leaves out has its default. Each
 student has its own run.out, and ends as it would alone. The same command resumes, and so does trainer/run.py with the
 file of one student.
 """

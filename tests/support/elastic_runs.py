@@ -34,13 +34,13 @@ def noting_batches(out: Path) -> None:
     """Every row that an update is given is noted: the hash of its label and mixed pixels, and the update's number."""
     forward = TrainStep._forward
 
-    def noting(self, batch):
+    def noting(self, batch, *cache):
         if batch.images.unique().numel() > 1:  # This is no warm-up.
             rows = zip(mix_pixels(batch).numpy(), batch.labels.tolist(), strict=True)
             digests = [hashlib.sha256(pixels.tobytes() + bytes([label])).hexdigest() for pixels, label in rows]
             with open(out.with_suffix(".rows.jsonl"), "a") as file:
                 file.write(json.dumps([batch.position // GLOBAL_BATCH, digests]) + "\n")
-        return forward(self, batch)
+        return forward(self, batch, *cache)
 
     TrainStep._forward = noting
 

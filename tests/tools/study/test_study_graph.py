@@ -100,8 +100,8 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
         if program.endswith("trainer/run.py"):
             assert parse(words).run.out == stage.product
         elif program.endswith("tools/record_teacher.py"):
-            options, settings = record_teacher._parse(words)
-            assert options.store == stage.product and parse(settings).teacher.name == "test_resnet"
+            options = record_teacher._parse(words)
+            assert options.store == stage.product and parse(options.settings).teacher.name == "test_resnet"
         elif not program.endswith("tools/evaluate.py"):
             parsers[Path(program).stem](words)
     for each in graph.students:

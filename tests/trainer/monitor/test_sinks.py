@@ -78,11 +78,11 @@ def test_wandb_continues_one_run_over_all_sessions(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_logger_that_is_not_installed_is_reported_before_anything_is_written(tmp_path, monkeypatch, name):
+def test_a_logger_that_is_not_installed_is_reported_before_anything_is_written(digits, tmp_path, monkeypatch, name):
     for module in (name, f"torch.utils.{name}"):
         monkeypatch.setitem(sys.modules, module, None)  # Python then raises an ImportError.
     with pytest.raises(UserError, match=f"run.loggers: {name} cannot be imported .* pip install {name}; or leave it"):
-        train_here(tmp_path / "none", tmp_path / "run", "--run.loggers", f"[{name}]")
+        train_here(digits, tmp_path / "run", "--run.loggers", f"[{name}]")
     assert not list(tmp_path.iterdir())
 
 
