@@ -248,8 +248,8 @@ def test_a_failed_student_and_a_missing_seed_are_reported_and_the_others_have_th
     found = reported(graph)
     assert found["warnings"][:3] == [
         "stage shards has failed: error: no images",
-        "a-s1 has no result: train a-s1: error: <no memory>",
-        "gone-s0 has no result: train gone-s0: killed",
+        "a-s1 is not complete: train a-s1: error: <no memory>",
+        "gone-s0 is not complete: train gone-s0: killed",
     ]
     assert found["warnings"][3].startswith("each student has one seed")
     assert [row["top1_ema"] for row in found["students"].values()] == [75.0, 25.0, None]

@@ -186,8 +186,8 @@ def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str
     """What a reader must know before the numbers."""
     found = [f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure]
     for run in runs:
-        if (reason := run.stages.failure) or run.top1(kind) is None:
-            found.append(f"{run.name} has no result: {reason or 'it is not finished'}")
+        if run.stages.failure:
+            found.append(f"{run.name} is not complete: {run.stages.failure}")
     for name, values in facts.items():
         if len(values) > 1 and name not in _OF_THE_STUDENT:
             words = [f"{value} in {those}" for value, those in values.items()]
