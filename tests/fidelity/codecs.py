@@ -1,6 +1,6 @@
 """Whole demo runs from a recording in each codec, several seeds each: `make codecs`.
 
-A student of the demo is distilled from recordings of one teacher that differ in their codec alone, with three seeds of
+A student of the demo is distilled from recordings of one teacher that differ in their codec alone, with several seeds of
 the student. Two runs whose targets differ in the last bits drift apart, as any two runs do, so the loss curves are
 compared epoch by epoch with what another seed of the student changes. There are two datasets:
 
