@@ -105,21 +105,19 @@ class TeacherStore:
         group, row = np.divmod(positions, self.header.mix_group)
         out = np.empty((len(positions), self.codec.row_bytes), dtype=np.uint8)
         for number in np.unique(group).tolist():
-            rows = self._group(*divmod(number * self.header.mix_group, self.header.global_batch))
+            rows = self.group(*divmod(number * self.header.mix_group, self.header.global_batch))
             wanted = group == number
             out[wanted] = rows[row[wanted]]
         return torch.from_numpy(out)
 
-    def num_quarantined(self) -> int:
-        """How many damaged images the recorders have named; the teacher saw them in gray.
+    def group(self, step: int, row: int) -> np.ndarray:
+        """The rows of the mixing group that has a row, from the first piece that holds them intact.
 
+        Returns:
+          uint8 [mix_group, row_bytes].
         Raises:
-          UserError: as `read_quarantine`.
+          UserError: no piece holds them, or each that does is damaged there; the first of these is named.
         """
-        return len(read_quarantine(self.folder / QUARANTINE))
-
-    def _group(self, step: int, row: int) -> np.ndarray:
-        """The rows of the mixing group that has a row, from the first piece that holds them intact."""
         error = None
         for piece in self.coverage.holding(step, row):
             try:
@@ -128,6 +126,14 @@ class TeacherStore:
                 error = error or damage
         advice = f"To complete the store, {self.header.how_to_complete}"
         raise error or UserError(f"{self.folder}: step {step} is not recorded for row {row}. {advice}")
+
+    def num_quarantined(self) -> int:
+        """How many damaged images the recorders have named; the teacher saw them in gray.
+
+        Raises:
+          UserError: as `read_quarantine`.
+        """
+        return len(read_quarantine(self.folder / QUARANTINE))
 
 
 def verify(store: Path) -> Iterator[str]:

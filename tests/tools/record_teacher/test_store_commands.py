@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.common.errors import UserError
 from pipelines.plan.plan import BEFORE
 from pipelines.shards.quarantine import QUARANTINE
 from support.recordings import files, pieces, record, save_teacher
@@ -312,6 +313,23 @@ def test_a_damaged_piece_ends_a_transcoding_and_is_named(exact, tmp_path, capsys
     said = error_of(["transcode", store, tmp_path / "out", "--codec", "int8"], capsys)
     assert f"{pieces(store)[1]}: is damaged at step 127" in said
     assert pieces(tmp_path / "out") == pieces(exact)[:1]
+
+
+def test_a_damaged_piece_is_passed_over_for_one_that_holds_its_rows_intact(tmp_path):
+    """Recorders that overlap leave both; a run reads such a store, too."""
+    header = claim(tmp_path / "whole", dataclasses.replace(HEADER, codec="fp32"))
+    rows = np.random.default_rng(0).normal(size=(4, 12, 5)).astype(np.float32).view(np.uint8)
+    overlapping = Piece(0, 3, 0, 12), Piece(1, 4, 0, 12)
+    for piece in overlapping:
+        write_piece(tmp_path / "whole", header, piece, rows[piece.first_step : piece.stop_step])
+    store = shutil.copytree(tmp_path / "whole", tmp_path / "store")
+    change_byte(store / overlapping[0].name, -1)  # in step 2, which the other piece has
+    for name in ("whole", "store"):
+        assert transcode(tmp_path / name, tmp_path / f"{name}-fp16", "fp16")[0] == 2
+    assert files(tmp_path / "store-fp16") == files(tmp_path / "whole-fp16")
+    change_byte(store / overlapping[1].name, -1 - 12 * 20)  # the same rows in the other piece
+    with pytest.raises(UserError, match="is damaged at step 2"):
+        transcode(store, tmp_path / "none", "fp16")
 
 
 def test_logits_that_no_recorder_writes_end_a_transcoding(exact, tmp_path, capsys):

@@ -12,8 +12,9 @@ from pipelines.common.errors import UserError
 from tools.lib.common.terminal import tracked
 from tools.lib.record_teacher.merge import copy_quarantine
 from trainer.targets.codec import Codec, open_codec
-from trainer.targets.header import claim, read_header
-from trainer.targets.pieces import Piece, PieceFile, find_pieces, write_piece
+from trainer.targets.header import claim
+from trainer.targets.pieces import Piece, find_pieces, write_piece
+from trainer.targets.store import TeacherStore
 
 _STEPS = 64  # Rows of this many steps are held in memory, as many as a recorder writes into a piece.
 _NOISE = 1.0  # Standard deviation of the noise on logits; a student of such logits has a KL of about half a nat.
@@ -43,16 +44,19 @@ def losses(before: torch.Tensor, after: torch.Tensor, seed: int) -> torch.Tensor
 def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, str]:
     """Write a store in a smaller codec. Run it again to resume after an interruption.
 
+    Where a piece is damaged, its rows come from another piece that holds them intact, as a run reads them.
+
     Args:
       out: folder of the new store.
     Returns:
       How many pieces were written, and a sentence about what the codec loses in the first step of each piece; "" for a
       store without pieces.
     Raises:
-      UserError: the codec is not smaller, a piece is damaged, or `out` was made from something else.
+      UserError: the codec is not smaller, rows are intact in no piece, or `out` was made from something else.
     """
-    header = read_header(store)
-    old, new = header.open_codec(), open_codec(codec_name, header.num_classes)
+    source = TeacherStore(store)
+    header, old = source.header, source.codec
+    new = open_codec(codec_name, header.num_classes)
     if new.row_bytes >= old.row_bytes:
         raise UserError(
             f"--codec {new.name} takes {new.row_bytes:,} bytes a position, and {store} has {old.row_bytes:,} "
@@ -65,11 +69,10 @@ def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, str]:
     lost, num, written = torch.zeros(4, dtype=torch.float64), 0, 0
     with _one_thread():
         for piece in tracked(find_pieces(store, header), "transcoding"):
-            file = PieceFile(store, header, piece)
             for first in range(piece.first_step, piece.stop_step, _STEPS):
                 part = dataclasses.replace(piece, first_step=first, stop_step=min(first + _STEPS, piece.stop_step))
                 is_there = (out / part.name).exists()
-                rows, lost_here = _transcoded(file, part, 1 if is_there else part.num_steps, old, new)
+                rows, lost_here = _transcoded(source, part, 1 if is_there else part.num_steps, new)
                 lost, num = lost + lost_here.double().sum(0), num + len(lost_here)
                 written += not is_there and write_piece(out, out_header, part, rows)
     return written, _sentence(num, *(lost / num).tolist()) if num else ""
@@ -86,16 +89,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _transcoded(
-    file: PieceFile, part: Piece, num_steps: int, old: Codec, new: Codec
-) -> tuple[np.ndarray, torch.Tensor]:
+def _transcoded(source: TeacherStore, part: Piece, num_steps: int, new: Codec) -> tuple[np.ndarray, torch.Tensor]:
     """The first steps of a part in another codec, uint8 [num_steps, rows, row_bytes], and the `losses` of the first."""
     encoded, lost = [], []
     for step in range(part.first_step, part.first_step + num_steps):
-        for rows in file.groups(step):
-            logits = old.decode(torch.from_numpy(rows))
+        for row in range(part.first_row, part.stop_row, source.header.mix_group):
+            logits = source.codec.decode(torch.from_numpy(source.group(step, row)))
             if not new.can_encode(logits).all():
-                where = f"{file.path}: has logits at step {step} that are {new.refused}"
+                file = source.folder / source.coverage.holding(step, row)[0].name
+                where = f"{file}: has logits at step {step} that are {new.refused}"
                 raise UserError(f"{where}. Use another codec than {new.name}, or record the step again")
             encoded.append(new.encode(logits))
             if step == part.first_step:
