@@ -129,7 +129,7 @@ def _merge(options: argparse.Namespace) -> None:
     added, faults = merge(options.store, options.sources)
     print("\n".join([*faults, f"{options.store}: pieces added: {added:,}"]))
     if faults:
-        raise UserError(f"damaged pieces that were left out: {len(faults)}. Record the steps named above again")
+        raise UserError(f"damaged pieces: {len(faults)}. Each line above says what to do")
 
 
 def _transcode(options: argparse.Namespace) -> None:

@@ -58,12 +58,13 @@ def change_byte(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def error_of(arguments: list, capsys) -> str:
-    """The line with which a command ends."""
+def error_of(arguments: list, capsys, *, printed: bool = False) -> str:
+    """The line with which a command ends, behind what it has `printed` if that is wanted."""
     with pytest.raises(SystemExit) as end:
         main([str(each) for each in arguments])
     assert end.value.code == 1
-    return capsys.readouterr().err
+    said = capsys.readouterr()
+    return said.out + said.err if printed else said.err
 
 
 # --- info and verify ---
@@ -194,7 +195,32 @@ def test_a_damaged_piece_is_named_and_not_merged(exact, parts, tmp_path, capsys)
         main(["merge", str(tmp_path / "merged"), *map(str, parts)])
     said = capsys.readouterr()
     assert end.value.code == 1 and f"{pieces(exact)[2]}: is damaged at step 159" in said.out
-    assert "damaged pieces that were left out: 1" in said.err and pieces(tmp_path / "merged") == pieces(exact)[:2]
+    assert "damaged pieces: 1. Each line above" in said.err and pieces(tmp_path / "merged") == pieces(exact)[:2]
+
+
+def test_a_damaged_piece_of_the_store_itself_is_named_and_replaced_once_it_is_moved_away(exact, tmp_path, capsys):
+    store = shutil.copytree(exact, tmp_path / "store")
+    piece = store / pieces(exact)[1]
+    change_byte(piece, -1)
+    before = files(store)
+    said = error_of(["merge", store, exact], capsys, printed=True)
+    assert (
+        f"{piece}: is damaged, and {exact / piece.name} is intact. Move the damaged file away and merge again" in said
+    )
+    assert "damaged pieces: 1. Each line above says what to do" in said and files(store) == before
+    piece.rename(tmp_path / "damaged")
+    assert merge(store, [exact]) == (1, []) and files(store) == files(exact)
+    other = shutil.copytree(exact, tmp_path / "other")
+    for each in (store, other):
+        change_byte(each / piece.name, -1)
+    added, faults = merge(store, [other])  # None of the two can replace the other.
+    assert added == 0 and len(faults) == 1 and "is damaged at step 127. Move it away, and record" in faults[0]
+
+
+def test_the_name_of_a_linked_piece_is_put_on_the_disk(parts, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("tools.lib.record_teacher.merge.sync_folder", synced.append)
+    assert merge(tmp_path / "merged", parts) == (3, []) and synced == [tmp_path / "merged"] * 3
 
 
 def test_damaged_images_are_named_once_in_the_merged_store(parts, tmp_path):

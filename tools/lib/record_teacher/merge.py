@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import open_regular, write_once
+from pipelines.common.files import open_regular, sync_folder, write_once
 from pipelines.shards.quarantine import QUARANTINE, read_quarantine
 from tools.lib.common.terminal import tracked
 from trainer.monitor.run_files import append_synced
@@ -21,12 +21,13 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
     """Add the pieces of other stores that a store lacks. The sources stay unchanged.
 
     Every piece is read and checked first. It becomes a second name of the same file where the file system allows that,
-    and a copy elsewhere.
+    and a copy elsewhere. A piece that the store has under the same name as another file is read there, too. It stays,
+    even if it is damaged.
 
     Args:
       store: made if it is not there.
     Returns:
-      How many pieces were added, and a line about each fault of the others, which were left out.
+      How many pieces were added, and a line about each damaged one: of a source, which was left out, or of the store.
     Raises:
       UserError: a source was recorded from something else; the first field that differs is named, and nothing was
         added.
@@ -43,7 +44,9 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
         copy_quarantine(source, store)  # Before the pieces that show these images in gray.
         coverage = Coverage(store, header)
         for piece in tracked(find_pieces(source, found), f"merging {source}"):
-            if coverage.first_missing(piece.first_step, piece.stop_step) is not None:
+            if (store / piece.name).exists():
+                damaged += _faults_of_own(store, header, source, found, piece)
+            elif coverage.first_missing(piece.first_step, piece.stop_step) is not None:
                 fault = next(faults(source, found, piece), None)
                 if fault is None:
                     added += _add(store, header, source, found, piece)
@@ -52,17 +55,32 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
     return added, damaged
 
 
+def _faults_of_own(
+    store: Path, header: StoreHeader, source: Path, source_header: StoreHeader, piece: Piece
+) -> list[str]:
+    """A line if the store's own piece is damaged, which says whether the source's of the same name can replace it."""
+    own, other = store / piece.name, source / piece.name
+    if os.path.samefile(own, other):  # What an earlier merge has linked needs no second reading.
+        return []
+    fault = next(faults(store, header, piece), None)
+    if fault is None or any(faults(source, source_header, piece)):
+        return [] if fault is None else [fault]
+    return [f"{own}: is damaged, and {other} is intact. Move the damaged file away and merge again"]
+
+
 def _add(store: Path, header: StoreHeader, source: Path, source_header: StoreHeader, piece: Piece) -> bool:
     """Add an intact piece. Returns False where the store has it under the same name."""
     if source_header.identity == header.identity:
         try:
             # The name of a symbolic link would be linked instead of the file, and may lead nowhere from the store.
             os.link(os.path.realpath(source / piece.name), store / piece.name)
-            return True
         except FileExistsError:
             return False
         except OSError:  # It is another file system, or one without hard links.
             pass
+        else:
+            sync_folder(store)
+            return True
     with open(open_regular(source / piece.name), "rb") as file:
         # A header of an older version may lack settings. Its identity, which a file begins with, is then another one.
         file.seek(len(head_of(source_header, piece)))
