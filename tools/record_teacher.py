@@ -7,9 +7,9 @@
     python tools/record_teacher.py merge STORE SOURCE                    add the pieces of other stores of the same kind
     python tools/record_teacher.py transcode STORE OUT --codec compact   write it again in a smaller codec
 
-Start one process, or several with torchrun, srun or a job array of SLURM. Each takes blocks of 64 steps of its own that
-STORE does not have yet, and needs none of the others. Stop any of them at any moment: the same command, with any number
-of processes, records what is missing.
+Start one process, or several with torchrun, srun or a job array of SLURM. Each records blocks of up to 64 steps that
+STORE does not have yet, first its own and then what the others have not reached, and waits for nobody. Stop any of them
+at any moment: the same command, with any number of processes, records what is missing.
 """
 
 import os
@@ -22,6 +22,7 @@ if __name__ == "__main__":
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
 from tools.lib.common.terminal import Progress, console
 from tools.lib.common.units import human_bytes, human_seconds
-from tools.lib.record_teacher.blocks import own_blocks, record_blocks, this_process
+from tools.lib.record_teacher.blocks import in_own_order, record_blocks, this_process
 from tools.lib.record_teacher.merge import merge
 from tools.lib.record_teacher.recording import build_recording
 from tools.lib.record_teacher.summary import summarize
@@ -79,16 +80,17 @@ def _record(options: argparse.Namespace) -> int:
         header = claim(store, recording.header)
         recording.pipelines.keep_decode(store)
         missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
-        blocks = own_blocks(missing, recording.block_steps, this.rank, this.size)
-        num_steps = sum(stop - first for first, stop in blocks)
-        progress = Progress(num_steps, recording.plan.global_batch, f"process {this.rank + 1} of {this.size}")
+        blocks = in_own_order(missing, recording.block_steps, this.rank, this.size)
+        num_missing = sum(stop - first for first, stop in blocks)
+        share, name = math.ceil(num_missing / this.size), f"process {this.rank + 1} of {this.size}"
+        progress = Progress(share, recording.plan.global_batch, name)
         for note in recording.teachers.notes:
             progress.say(note)
         now = recording.header.made_with
         if other := [f"{name} {value}, here {now[name]}" for name, value in header.made_otherwise(now).items()]:
             rows = "the rows of this process may differ a little from its first ones"
             progress.say(f"{store} was begun with {'; '.join(other)}: {rows}")
-        progress.say(f"{num_steps:,} of the {recording.total_steps:,} steps of {store} are to be recorded here")
+        progress.say(f"{num_missing:,} of the {recording.total_steps:,} steps of {store} are to be recorded")
         start_s = time.monotonic()
         with progress.showing():
             stopped_by = lambda: preemption.agree(False).signal  # noqa: E731
@@ -101,11 +103,9 @@ def _record(options: argparse.Namespace) -> int:
 
 def _ending(store: Path, number: int, took: str, left: int, total_steps: int) -> str:
     """What the last line of a recording says, which the signal of a number ended, or nothing where it is 0."""
-    has = f"lacks {left:,} steps" if left else f"has all {total_steps:,} steps"
-    if number:
-        return f"{signal.Signals(number).name}: stopped, {took}; {store} {has}. {_AGAIN}"
-    others = ", which other processes may be recording. If they have ended, run the same command again" if left else ""
-    return f"done, {took}; {store} {has}{others}"
+    ended = f"{signal.Signals(number).name}: stopped" if number else "done"
+    has = f"lacks {left:,} steps. {_AGAIN}" if left else f"has all {total_steps:,} steps"
+    return f"{ended}, {took}; {store} {has}"
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -149,9 +149,10 @@ _EPILOG = (
     "Other uses: "
     + "; ".join(f"'{name} STORE': {meaning}" for name, (_, meaning) in SUBCOMMANDS.items())
     + ". Settings are those of the training (trainer/run.py --help lists them), whose plan and teacher are "
-    "recorded. Each process takes blocks of 64 steps of its own by torchrun's, srun's or a job array's numbers. It "
-    "does not wait for others, nor do their part: where one was lost, start again, with any number of processes, "
-    "and what is missing is recorded. teacher.precision auto is fp16 on a GPU and fp32 on a CPU here, "
+    "recorded. Each process takes blocks of up to 64 steps: first its own, by torchrun's, srun's or a job array's "
+    "numbers, then those that the others have not recorded yet. So the rest records what a lost one has left. If all "
+    "were lost, start again, with any number of processes, and they share what is missing. "
+    "teacher.precision auto is fp16 on a GPU and fp32 on a CPU here, "
     "because bf16 moves the outputs of some teachers far more than int8 does. "
     "Set augment.fill if students of different mean colours are to use the store."
 )

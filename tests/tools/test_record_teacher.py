@@ -19,7 +19,7 @@ from support.recordings import SMALL, command, files, pieces, record, save_teach
 from support.tiny_runs import ONE
 from tools.lib.common.terminal import Progress
 from tools.lib.record_teacher import recording
-from tools.lib.record_teacher.blocks import own_blocks, this_process
+from tools.lib.record_teacher.blocks import in_own_order, record_blocks, this_process
 from tools.lib.record_teacher.recording import teacher_facts
 from tools.record_teacher import main
 from trainer.builder import build
@@ -230,18 +230,42 @@ ARRAY = {
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, ARRAY], ids=["torchrun", "job array"])
-def test_processes_of_any_launcher_record_parts_that_together_are_the_whole(
+def test_a_process_of_any_launcher_records_its_own_blocks_and_then_what_others_have_not(
     digits, teacher, tmp_path, store, monkeypatch, capsys, variables
 ):
-    for index, own in ((1, 1), (0, 3)):
+    recorded = []
+
+    def recording_blocks(*arguments, **named):
+        recorded.append(arguments[3])
+        return record_blocks(*arguments, **named)
+
+    monkeypatch.setattr("tools.record_teacher.record_blocks", recording_blocks)
+    for index in (1, 0):
         for name, value in variables.items():
             monkeypatch.setenv(name, value.format(index))
         record(tmp_path / "store", digits, teacher)
-        assert len(pieces(tmp_path / "store")) == own  # blocks 1; then 0 and 2
-    assert files(tmp_path / "store") == files(store)
+        assert files(tmp_path / "store") == files(store)
+    assert recorded == [[(64, 128), (128, 160), (0, 64)], []]
     said = says(capsys)
-    assert "process 2 of 2: done" in said and "lacks 96 steps, which other processes may be recording" in said
-    assert "process 1 of 2: done" in said and "has all 160 steps" in said
+    assert "process 2 of 2: 160 of the 160 steps" in said and "process 2 of 2: done" in said
+    assert "process 1 of 2: 0 of the 160 steps" in said and "process 1 of 2: done, 0 bytes" in said
+
+
+def test_a_block_that_another_process_has_recorded_in_the_meantime_is_passed_over(
+    digits, teacher, tmp_path, store, monkeypatch
+):
+    """The other one records a block while this one is at its first."""
+    add_step, target, seen = Progress.add_step, tmp_path / "store", []
+
+    def recording_another(self):
+        add_step(self)
+        seen.append(self.num_steps)
+        if self.num_steps == 1:
+            shutil.copy(store / pieces(store)[1], target)
+
+    monkeypatch.setattr(Progress, "add_step", recording_another)
+    record(target, digits, teacher)
+    assert len(seen) == 96 and files(target) == files(store)
 
 
 def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
@@ -260,9 +284,23 @@ def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
     assert part({**srun, **tasks}) == (5, 8, 1, 1)
 
 
-def test_the_number_of_a_block_decides_who_records_it_whatever_is_missing():
+def test_the_number_of_a_block_decides_who_records_it_first_whatever_is_missing():
     blocks = [(0, 64), (70, 128), (192, 256), (256, 300)]
-    assert [own_blocks(blocks, 64, rank, 2) for rank in (0, 1)] == [[(0, 64), (256, 300)], [(70, 128), (192, 256)]]
+    first, second = (in_own_order(blocks, 64, rank, 2) for rank in (0, 1))
+    assert first[:2] == [blocks[0], blocks[3]] and second[:2] == [blocks[1], blocks[2]]
+    assert sorted(first) == sorted(second) == blocks
+    whole = [(step, step + 64) for step in range(0, 64 * 24, 64)]
+    assert [in_own_order(whole, 64, rank, 8)[:3] for rank in range(8)] == [whole[rank::8] for rank in range(8)]
+
+
+def test_processes_that_start_again_share_what_one_of_them_has_left():
+    """Process 3 of 8 was lost with ten blocks to record. As many again need two rounds of one block each."""
+    missing = [(64 * number, 64 * number + 64) for number in range(3, 83, 8)]
+    orders = [in_own_order(missing, 64, rank, 8) for rank in range(8)]
+    recorded = [order[0] for order in orders]
+    assert len(set(recorded)) == 8
+    left = [[block for block in order if block not in recorded] for order in orders]
+    assert {order[0] for order in left} == set(missing) - set(recorded)
 
 
 # --- stopping ---
@@ -470,9 +508,7 @@ def test_help_says_what_a_lost_process_needs(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        end.value.code == 0 and "where one was lost, start again" in said and "teacher.precision auto is fp16" in said
-    )
+    assert end.value.code == 0 and "If all were lost, start again" in said and "teacher.precision auto is fp16" in said
     assert said.isascii()
 
 
@@ -485,6 +521,23 @@ def test_a_process_with_other_software_than_the_first_one_says_so(digits, teache
     monkeypatch.undo()
     main(command(store, digits, teacher, "--epochs", 2))
     assert f"{store} was begun with timm 0.9, here {version('timm')}: the rows of this process" in says_all(capsys)
+
+
+def test_a_process_with_another_number_of_threads_than_the_first_one_says_so(
+    digits, teacher, tmp_path, capsys, monkeypatch
+):
+    store, threads = tmp_path / "store", torch.get_num_threads()
+    record(store, digits, teacher, "--epochs", 1)
+    assert TeacherStore(store).header.made_with["threads"] == threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    record(store, digits, teacher, "--epochs", 2)
+    assert f"was begun with threads {threads}, here {threads + 1}: the rows of this process" in says_all(capsys)
+
+
+def test_timing_does_not_choose_the_kernels_of_a_recording(digits, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    record(tmp_path / "store", digits, teacher, "--epochs", 1)
+    assert not torch.backends.cudnn.benchmark
 
 
 def says_all(capsys) -> str:

@@ -112,8 +112,12 @@ def check_fill(stores: Mapping[str, TeacherStore], plan: TrainPlan) -> None:
 
 
 def pipeline_and_versions(config: Config, device: torch.device) -> dict[str, Any]:
-    """What a teacher's outputs depend on a little, besides its device: plain values by their names."""
-    return {"pipeline": resolve_pipeline(config.data.pipeline, device), **software()}
+    """What a teacher's outputs depend on a little, besides its device: plain values by their names.
+
+    On a CPU the number of threads decides in which order sums are formed; torchrun sets it, too.
+    """
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {"pipeline": resolve_pipeline(config.data.pipeline, device), **threads, **software()}
 
 
 def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]) -> dict[str, RecordedTeacher]:

@@ -65,7 +65,7 @@ class Coverage:
     def missing_blocks(self, start_step: int, stop_step: int, steps: int = 64) -> list[tuple[int, int]]:
         """The ranges of `missing`, cut at each multiple of `steps`.
 
-        So all processes divide the work in the same way, whenever they look.
+        So all processes record the same pieces, whenever they look.
         """
         return [
             (max(first, block), min(stop, block + steps))

@@ -264,6 +264,15 @@ def test_a_note_says_how_many_images_were_damaged_and_what_it_was_recorded_with(
     assert "2 of its images were damaged and are gray" in said
 
 
+def test_a_note_says_that_a_store_was_recorded_with_another_number_of_threads(digits, tiny_teacher, tmp_path, capsys):
+    run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
+    other = torch.get_num_threads() + 1
+    store = record(run, tmp_path / "store", STEPS, made_with={"threads": other})
+    train_here(digits, tmp_path / "run", "--teacher.store", store, "--run.stop_after_steps", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"it was recorded with threads {other}, so its outputs may differ in the last bits" in said
+
+
 def test_what_a_header_claims_is_clipped_in_a_note(digits, tiny_teacher, tmp_path, capsys):
     run = build_here(digits, tmp_path / "none", *tiny_teacher, "--augment.mix_group", 32)
     store = record(run, tmp_path / "store", STEPS, made_with={"pipeline": "x" * 10_000 + "end"})

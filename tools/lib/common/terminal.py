@@ -39,7 +39,7 @@ class Progress:
       num_bytes: written by this process.
 
     Args:
-      total_steps: that this process is to record.
+      total_steps: that this process is to record, about; it may do the work of others, too.
       global_batch: images of a step.
       name: of this process, in front of each line.
     """
@@ -83,9 +83,10 @@ class Progress:
 
     def _text(self) -> str:
         elapsed_s = max(time.monotonic() - self._start_s, 1e-9)
-        left_s = elapsed_s / self.num_steps * (self._total_steps - self.num_steps)
+        total_steps = max(self._total_steps, self.num_steps)
+        left_s = elapsed_s / self.num_steps * (total_steps - self.num_steps)
         return (
-            f"{self.num_steps:,} of {self._total_steps:,} steps, "
+            f"{self.num_steps:,} of {total_steps:,} steps, "
             f"{self.num_steps * self._global_batch / elapsed_s:,.0f} images/s, {human_bytes(self.num_bytes)} written, "
             f"{human_seconds(left_s)} left"
         )

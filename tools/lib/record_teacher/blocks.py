@@ -1,8 +1,10 @@
 """The pass over blocks of steps: images, the teacher's forward pass, encoded rows, pieces of the store."""
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tools.lib.record_teacher.recording import Recording
 from trainer.models.teacher import agreement, num_images_needed, teacher_warning
 from trainer.targets.header import StoreHeader
 from trainer.targets.pieces import Piece, write_piece
+from trainer.targets.store import Coverage
 from trainer.update.inputs import teacher_inputs
 
 _SHOWN = 3  # An error names at most this many positions.
@@ -40,12 +43,24 @@ def this_process(environment: Mapping[str, str] | None = None) -> Launch:
     return dataclasses.replace(this, rank=array.rank * this.size + this.rank, size=array.size * this.size)
 
 
-def own_blocks(blocks: list[Block], block_steps: int, rank: int, size: int) -> list[Block]:
-    """The blocks that a process records.
+def in_own_order(blocks: list[Block], block_steps: int, rank: int, size: int) -> list[Block]:
+    """All missing blocks in the order in which a process takes them, first its own and then those of the others.
 
-    The number of a block decides, not its place in the list, because other processes may see another list.
+    The number of a block decides whose it is, because processes that start at different moments see different lists.
+    Its place in the list decides about the order. So what a lost process has left, and others see alike, is divided
+    among all. The blocks of others are taken from the last one back, and they themselves begin at the first.
     """
-    return [block for block in blocks if block[0] // block_steps % size == rank]
+
+    def turn(place: int) -> tuple[bool, int, int]:
+        is_own = blocks[place][0] // block_steps % size == rank
+        return not is_own, (place - rank) % size, place if is_own else -place
+
+    return [blocks[place] for place in sorted(range(len(blocks)), key=turn)]
+
+
+def still_missing(blocks: Iterable[Block], store: Path, header: StoreHeader) -> Iterator[Block]:
+    """Those of the blocks that the store lacks when each is asked for; other processes record some in the meantime."""
+    return (block for block in blocks if Coverage(store, header).first_missing(*block) is not None)
 
 
 def record_blocks(
@@ -59,7 +74,8 @@ def record_blocks(
 ) -> int:
     """Record blocks of steps, each into a piece. The host waits for the device once a block.
 
-    While a thread writes one block the device works on the next one.
+    While a thread writes one block the device works on the next one. A block that another process has recorded when its
+    turn comes is passed over. One that both record is written once, and both make the same of it.
 
     Args:
       header: the store's own, which may have been made with something else.
@@ -69,7 +85,9 @@ def record_blocks(
     Raises:
       UserError: logits cannot be encoded, too many images are damaged, or a piece cannot be written.
     """
-    batches: Any = recording.pipelines.of["train"].batches(_plans(recording, blocks))
+    taken: collections.deque[Block] = collections.deque()  # The pipeline's thread takes the next one early.
+    plans = _plans(recording, still_missing(blocks, store, header), taken)
+    batches: Any = recording.pipelines.of["train"].batches(plans)
     num_classes, all_right, num_images = recording.plan.index.num_classes, 0.0, 0
     written: Future[None] | None = None
 
@@ -79,8 +97,9 @@ def record_blocks(
 
     with contextlib.closing(batches), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         try:
-            for block in blocks:
-                found = encoded_rows(recording, batches, block, stopped_by, progress)
+            for first_batch in batches:
+                block = taken.popleft()
+                found = encoded_rows(recording, itertools.chain([first_batch], batches), block, stopped_by, progress)
                 if found is None:
                     return stopped_by()
                 rows, is_encoded, num_right = (each.cpu().numpy() for each in found)
@@ -100,10 +119,11 @@ def record_blocks(
     return 0
 
 
-def _plans(recording: Recording, blocks: list[Block]) -> Iterator[BatchPlan]:
-    """All batches of all blocks, so that images of the next block are read ahead."""
-    for first, stop in blocks:
-        yield from recording.plan.batches(first, stop, micro_batch=recording.micro_batch)
+def _plans(recording: Recording, blocks: Iterable[Block], taken: collections.deque[Block]) -> Iterator[BatchPlan]:
+    """All batches of all blocks, each announced in `taken`, so that images of the next block are read ahead."""
+    for block in blocks:
+        taken.append(block)
+        yield from recording.plan.batches(*block, micro_batch=recording.micro_batch)
 
 
 @torch.inference_mode()

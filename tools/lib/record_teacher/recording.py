@@ -36,7 +36,7 @@ class Recording:
     Attributes:
       header: describes what the store is recorded from; codec: encodes its rows.
       total_steps: the store is to hold the steps [0, total_steps).
-      block_steps: steps of a piece.
+      block_steps: the most steps of a piece.
       micro_batch: the most images of a forward pass.
       rows: the rows of the global batch that each forward pass takes, int64 on the teacher's device.
     """
@@ -81,6 +81,7 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
     if precision == "auto":  # bf16 would move the outputs of some teachers by more than half a byte a class does.
         precision = "fp16" if world.device.type == "cuda" else "fp32"
     place_teachers(teachers, config, PRECISIONS[precision], world.device)
+    torch.backends.cudnn.benchmark = False  # Timing must not choose the kernels: they decide the last bits.
     pipelines = open_pipelines(config, {"train": index}, world)
     made = {
         "steps_per_epoch": plan.steps_per_epoch,

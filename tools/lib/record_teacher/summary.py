@@ -9,7 +9,7 @@ from trainer.targets.header import HEADER_FILE
 from trainer.targets.pieces import find_pieces
 from trainer.targets.store import TeacherStore
 
-_MADE_WITH = ("pipeline", "decode", "device", "torch")
+_MADE_WITH = ("pipeline", "decode", "device", "threads", "torch")
 _PLAN = ("seed", "global_batch", "image_size", "fill")  # The other fields of a plan are in the header.
 
 
