@@ -82,8 +82,8 @@ def _record(options: argparse.Namespace) -> int:
         missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
         blocks = in_own_order(missing, recording.block_steps, this.rank, this.size)
         num_missing = sum(stop - first for first, stop in blocks)
-        share, name = math.ceil(num_missing / this.size), f"process {this.rank + 1} of {this.size}"
-        progress = Progress(share, recording.plan.global_batch, name)
+        num_steps, name = math.ceil(num_missing / this.size), f"process {this.rank + 1} of {this.size}"
+        progress = Progress(num_steps, recording.plan.global_batch, name)
         for note in recording.teachers.notes:
             progress.say(note)
         now = recording.header.made_with

@@ -293,7 +293,7 @@ def test_the_number_of_a_block_decides_who_records_it_first_whatever_is_missing(
     assert [in_own_order(whole, 64, rank, 8)[:3] for rank in range(8)] == [whole[rank::8] for rank in range(8)]
 
 
-def test_processes_that_start_again_share_what_one_of_them_has_left():
+def test_processes_that_start_again_divide_what_one_of_them_has_left():
     """Process 3 of 8 was lost with ten blocks to record. As many again need two rounds of one block each."""
     missing = [(64 * number, 64 * number + 64) for number in range(3, 83, 8)]
     orders = [in_own_order(missing, 64, rank, 8) for rank in range(8)]

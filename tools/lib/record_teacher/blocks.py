@@ -51,11 +51,11 @@ def in_own_order(blocks: list[Block], block_steps: int, rank: int, size: int) ->
     among all. The blocks of others are taken from the last one back, and they themselves begin at the first.
     """
 
-    def turn(place: int) -> tuple[bool, int, int]:
+    def key(place: int) -> tuple[bool, int, int]:
         is_own = blocks[place][0] // block_steps % size == rank
         return not is_own, (place - rank) % size, place if is_own else -place
 
-    return [blocks[place] for place in sorted(range(len(blocks)), key=turn)]
+    return [blocks[place] for place in sorted(range(len(blocks)), key=key)]
 
 
 def still_missing(blocks: Iterable[Block], store: Path, header: StoreHeader) -> Iterator[Block]:
