@@ -218,6 +218,9 @@ def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path)
     assert "raw" in graph.students[0].export.command
 
 
+_BOTH_VIT = r"students\[0\] and students\[1\] are both called 'ViT'. Give one of them a title of its own$"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -243,7 +246,8 @@ def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path)
         (changed("teacher", "train", "optim.lr", -1), "teacher.train: optim.lr is -1"),
         (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\].overrides: .*optim.lr"),
         (changed("students", 0, "test_vit"), "students: 'ViT-s0' and 'test_vit-s0' are the same"),
-        (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), "two are called 'ViT-s0'"),
+        (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), _BOTH_VIT),
+        (changed("students", 0, {"name": "test_resnet", "title": "ViT", "seeds": [2]}), _BOTH_VIT),
         (changed("paper", "somebody"), "paper is 'somebody'; it must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

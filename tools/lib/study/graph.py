@@ -213,15 +213,10 @@ class Graph:
         return found
 
     def _check_distinct(self) -> None:
-        names, folders = set(), {}
+        folders = {}
         for stage in self.stages:
-            if stage.name in names:
-                raise UserError(
-                    f"{self.file}: students: two are called '{stage.subject}'. Give one of them another title"
-                )
             if (other := folders.get(stage.folder)) is not None:
                 raise UserError(f"{self.file}: students: '{stage.subject}' and '{other}' are the same. Leave one out")
-            names.add(stage.name)
             folders[stage.folder] = stage.subject
 
 

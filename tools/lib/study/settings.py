@@ -119,6 +119,13 @@ class Study(Section):
             raise UserError("give either dataset, a folder of shards, or source, what to make them of")
         if not self.students or not self.evaluate.weights:
             raise UserError("students and evaluate.weights must name at least one each")
+        numbers: dict[str, int] = {}
+        for number, student in enumerate(self.students):
+            if (other := numbers.setdefault(student.label, number)) != number:
+                raise UserError(
+                    f"students[{other}] and students[{number}] are both called '{student.label}'. Give one of them a "
+                    "title of its own"
+                )
 
 
 _SECTIONS = {"recipe": RecipeSection, "teacher": TeacherSection, "evaluate": EvaluateSection, "speed": SpeedSection}
