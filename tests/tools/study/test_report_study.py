@@ -105,7 +105,7 @@ def student(name: str, seed: int, num_right: int, *settings: str, report: dict |
     return Made(name, seed, num_right, settings, report or {}, run)
 
 
-def study(root: Path, students: list[Made], **content) -> Graph:
+def study(root: Path, students: list[Made], /, **content) -> Graph:
     """A study in ROOT/report, in which the stages of these students have been carried out, and no others."""
     seeds: dict[str, list[int]] = {}
     for each in students:
@@ -138,6 +138,14 @@ def page_text(root: Path) -> str:
 
 
 # --- numbers ---
+
+
+def test_a_live_teacher_is_named_as_one_that_nobody_has_recorded(tmp_path):
+    students = [{"name": "a", "overrides": {"augment.flip": 0.0}}]
+    teacher = {"name": "test_resnet"}
+    reported(study(tmp_path, [student("a", 0, 300, "--augment.flip", "0")], students=students, teacher=teacher))
+    text = page_text(tmp_path)
+    assert "teacher test_resnet." in text and "recorded once" not in text
 
 
 def test_means_spreads_and_which_students_are_distinguishable(tmp_path):

@@ -34,13 +34,16 @@ def graph_of(folder: Path, content: dict = DEMO) -> Graph:
 
 
 def changed(*path_and_value) -> dict:
-    """DEMO with one value changed, at a path of keys."""
+    """DEMO with one value changed, at a path of keys, or one more entry in a list."""
     content = copy.deepcopy(DEMO)
     *path, last, value = path_and_value
     inner = content
     for key in path:
         inner = inner.setdefault(key, {}) if isinstance(inner, dict) else inner[key]
-    inner[last] = value
+    if isinstance(inner, list) and last == len(inner):
+        inner.append(value)
+    else:
+        inner[last] = value
     return content
 
 
@@ -66,6 +69,8 @@ def carry_out(stage: Stage) -> None:
     stage.note(stage.command, done=True, seconds=1.0)
 
 
+LONGER = {"name": "test_vit", "title": "longer", "overrides": {"schedule.epochs": 20}}
+OTHER_PLAN = {"augment.flip": 0.0}
 STUDENTS = ("test_byobnet-s0", "ViT-s0", "ViT-s1")
 OF_STUDENTS = {
     f"{kind} {name}"
@@ -130,13 +135,15 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
     ("content", "expected"),
     [
         (changed("recipe", "overrides", "optim.lr", 0.001), {"teacher", "store"} | OF_STUDENTS),
-        (changed("recipe", "overrides", "schedule.epochs", 8), {"store"} | OF_STUDENTS),
+        (changed("recipe", "overrides", "schedule.epochs", 8), OF_STUDENTS),
+        (changed("teacher", "epochs", 2), OF_STUDENTS),
+        (changed("students", 2, LONGER), "longer-s0"),
         (changed("teacher", "codec", "fp16"), {"store"} | OF_STUDENTS),
         (changed("students", 0, {"name": "test_byobnet", "overrides": {"optim.lr": 0.001}}), "test_byobnet-s0"),
         (changed("students", 1, {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT"}), "ViT-s2"),
         (changed("evaluate", "suites", "small", "data.image_size", 40), {f"evaluate small {s}" for s in STUDENTS}),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(demo, content, expected):
     found = redone(demo, content)
@@ -173,11 +180,14 @@ def test_a_stage_that_is_done_again_names_the_setting_and_the_earlier_result(tmp
         carry_out(stage)
     graph = graph_of(tmp_path, changed("recipe", "overrides", "schedule.epochs", 8))
     reasons = {stage.name: stage.reason_to_redo() for stage in graph.stages}
-    earlier = graph_of(tmp_path).common["store"].folder
-    assert reasons["store"] == f"epochs 8 -> 10; the earlier result is store/{earlier.name}"
-    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 8, another store; the earlier result is train/")
+    assert reasons["store"] == "" and not graph.common["store"].is_done
+    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 8; the earlier result is train/")
     assert reasons["export ViT-s0"].startswith("another train ViT-s0, another evaluate ema ViT-s0; ")
     assert reasons["teacher"] == ""
+    earlier = graph_of(tmp_path).common["store"].folder
+    graph = graph_of(tmp_path, changed("teacher", "codec", "fp16"))
+    assert graph.common["store"].reason_to_redo() == f"codec int8 -> fp16; the earlier result is store/{earlier.name}"
+    assert graph.students[0].train.reason_to_redo().startswith("another store; the earlier result is train/")
     assert all(stage.is_done for stage in graph_of(tmp_path).stages)
     assert not any(stage.reason_to_redo() for stage in graph_of(tmp_path).stages)
 
@@ -194,7 +204,7 @@ def test_a_result_counts_only_with_its_product_and_its_own_fingerprint(tmp_path)
 
 
 def test_a_student_of_another_plan_gets_the_teacher_itself_because_no_store_fits(tmp_path):
-    content = changed("students", 0, {"name": "test_byobnet", "overrides": {"augment.flip": 0.0}})
+    content = changed("students", 0, {"name": "test_byobnet", "overrides": OTHER_PLAN})
     graph = graph_of(tmp_path, content)
     first, others = graph.students[0], graph.students[1:]
     assert [need.name for need in first.train.needs] == ["teacher"]
@@ -209,7 +219,42 @@ def test_a_study_without_a_teacher_and_one_with_repeated_views(tmp_path):
     graph = graph_of(tmp_path, {key: value for key, value in DEMO.items() if key != "teacher"})
     assert [*graph.common] == ["shards"] and graph.students[0].config.teacher.members == []
     graph = graph_of(tmp_path, changed("teacher", "epochs", 2))
-    assert graph.epochs == 2 and {each.config.augment.cycle_epochs for each in graph.students} == {2}
+    assert graph.common["store"].epochs == 2 and {each.config.augment.cycle_epochs for each in graph.students} == {2}
+    teacher = graph.common["teacher"].config
+    assert teacher is not None and teacher.augment.cycle_epochs == 0
+
+
+def test_a_longer_student_lengthens_the_store_and_leaves_the_other_trainings_as_they_are(tmp_path):
+    for stage in graph_of(tmp_path).stages:
+        carry_out(stage)
+    graph = graph_of(tmp_path, changed("students", 2, LONGER))
+    to_do = {"store", *(stage.name for stage in graph.students[-1].stages)}
+    assert {stage.name for stage in graph.stages if not stage.is_done} == to_do
+    assert graph.common["store"].command[-2:] == ["--epochs", "22"]
+    carry_out(graph.common["store"])
+    assert graph.common["store"].is_done and graph_of(tmp_path).common["store"].is_done
+
+
+@pytest.mark.parametrize(
+    ("content", "epochs"),
+    [
+        (DEMO, 8),  # 6 and the recipe's cool-down of 2
+        (changed("teacher", "epochs", 100), 8),
+        (changed("students", 2, LONGER), 22),
+        (changed("students", 2, {**LONGER, "overrides": {"schedule.epochs": 20, **OTHER_PLAN}}), 8),
+    ],
+    ids=["the longest training", "more than that", "a longer student", "a longer student of another plan"],
+)
+def test_the_store_holds_the_epochs_that_its_longest_student_reads(tmp_path, content, epochs):
+    store = graph_of(tmp_path, content).common["store"]
+    assert store.epochs == epochs and store.command[-2:] == ["--epochs", str(epochs)]
+
+
+def test_a_store_that_no_student_reads_is_no_stage(tmp_path):
+    content = changed("students", [{"name": "test_vit", "overrides": OTHER_PLAN}])
+    graph = graph_of(tmp_path, content)
+    assert [*graph.common] == ["shards", "teacher"]
+    assert [need.name for need in graph.students[0].train.needs] == ["teacher"]
 
 
 def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path):

@@ -53,7 +53,7 @@ class Graph:
 
     Attributes:
       file: the YAML file of the study.
-      dataset: folder of the shards; epochs: that the store holds, 0 without one.
+      dataset: folder of the shards.
       common: stages that are no student's, by their kind.
 
     Raises:
@@ -70,24 +70,28 @@ class Graph:
         # One fill colour gives all students the same pixels.
         self._shared = {"data.root": self.dataset, "teacher.name": None}
         self._shared["augment.fill"] = self._load("recipe.overrides", {}).augment.fill or IMAGENET_MEAN_RGB
-        if study.teacher is not None and study.teacher.epochs:
-            self._shared["augment.cycle_epochs"] = study.teacher.epochs
-        base = self._load("recipe.overrides", {})
+        # Students repeat the images that are recorded; a teacher that is trained first sees others in each epoch.
+        cycle = study.teacher.epochs if study.teacher is not None else 0
+        views: Settings = {"augment.cycle_epochs": cycle} if cycle else {}
+        base = self._load("recipe.overrides", views)
         plan = plan_of(base)
-        configs = [self._load(self._where(each), each.overrides) for each in study.students]
+        configs = [self._load(self._where(each), {**views, **each.overrides}) for each in study.students]
+        lengths = [config.schedule.total_epochs for config in configs if plan_of(config) == plan]
 
-        self.epochs, live, recorded = 0, {}, {}  # What students learn from: nothing, or the teacher, or its store.
+        live, recorded = {}, {}  # What students learn from: nothing, or the teacher, or its store.
         if study.teacher is not None:
-            self.epochs = base.augment.cycle_epochs or max(each.schedule.total_epochs for each in configs)
             live = self._teacher(study.teacher)
-            recorded = self._store(study.teacher, live)
+            if lengths:
+                longest = max(lengths)
+                epochs = min(longest, base.augment.cycle_epochs or longest)
+                recorded = self._store(study.teacher, {**views, **live}, epochs)
 
         self.students: list[StudentStages] = []
         for student, config in zip(study.students, configs, strict=True):
             # No recording fits a student that sees other images, so it learns from the teacher itself.
             source, without = (recorded, "") if plan_of(config) == plan else (live, "store")
             needs = tuple(stage for kind, stage in self.common.items() if kind != without)[-1:]
-            self.students += [self._student(student, seed, source, needs) for seed in student.seeds]
+            self.students += [self._student(student, seed, {**views, **source}, needs) for seed in student.seeds]
         self._check_distinct()
 
     @property
@@ -117,14 +121,15 @@ class Graph:
             live["teacher.checkpoint"] = checkpoints_folder(self.common["teacher"].product) / BEST
         return live
 
-    def _store(self, teacher: TeacherSection, live: Settings) -> Settings:
-        """The settings of students that learn from the store, which is recorded for the longest of the trainings."""
-        config = self._load("teacher", live)
+    def _store(self, teacher: TeacherSection, changed: Settings, epochs: int) -> Settings:
+        """The settings of students that learn from the store, of which they need so many epochs."""
+        config = self._load("teacher", changed)
         seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
-        facts = {key: value for key, value in self._facts(config).items() if key in seen}
-        facts |= {"codec": teacher.codec, "epochs": self.epochs}
+        seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
+        facts = {key: value for key, value in self._facts(config).items() if key in seen} | {"codec": teacher.codec}
         stage = Stage(self.out, "store", "", teacher.name, facts, (*self.common.values(),), "store", config)
-        words = ("--config", stage.folder / SETTINGS, "--codec", teacher.codec, "--epochs", self.epochs)
+        stage.epochs = epochs
+        words = ("--config", stage.folder / SETTINGS, "--codec", teacher.codec, "--epochs", epochs)
         self.common["store"] = stage.by("tools/record_teacher.py", stage.product, *words)
         return {"teacher.name": teacher.name, "teacher.store": stage.product}
 

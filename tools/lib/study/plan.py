@@ -45,7 +45,7 @@ def check_study(graph: Graph) -> None:
     with torch.random.fork_rng(devices=[]):
         if graph.study.teacher is not None and store is not None and not store.is_done:
             row_bytes = open_codec(graph.study.teacher.codec, images.num_classes or 1).row_bytes
-            needed += images.num_train * graph.epochs * row_bytes
+            needed += images.num_train * store.epochs * row_bytes
             if "teacher" not in graph.common and store.config is not None:
                 with naming(graph.file, "teacher"):
                     check_teacher(store.config, images)

@@ -40,7 +40,8 @@ class TeacherSection(Section):
       name, kwargs, checkpoint: as of trainer/run.py.
       train: the teacher is trained first, on labels alone, by the recipe with these overrides; null takes `checkpoint`,
         or timm's weights.
-      epochs: record this many, and repeat their images for the rest of the training (augment.cycle_epochs); 0 is all.
+      epochs: record this many, and let the students repeat their images for the rest of their training
+        (augment.cycle_epochs); 0 is all. It does not change how `train` trains the teacher.
     """
 
     name: str

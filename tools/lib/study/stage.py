@@ -35,6 +35,7 @@ class Stage:
       needs: the stages whose products it reads.
       product_name: what it makes, in its folder.
       config: the command reads it from SETTINGS; None where it reads none.
+      epochs: that a recording must hold at least, 0 for other stages. It is no fact: a recording can be lengthened.
       command: all its words, which a user can paste; paths are absolute.
     """
 
@@ -46,6 +47,7 @@ class Stage:
     needs: tuple["Stage", ...]
     product_name: str
     config: Config | None = None
+    epochs: int = 0
     command: list[str] = dataclasses.field(default_factory=list)
 
     def by(self, program: str | Path, *words: object) -> "Stage":
@@ -90,7 +92,8 @@ class Stage:
         if not (noted := self.noted) or not self.product.exists():
             return False
         says_so = read_json(self.product / SUMMARY).get("finished") is True
-        return noted["done"] or says_so or (self.kind == "export" and (self.product / "config.json").is_file())
+        is_noted = noted["done"] and noted.get("epochs", 0) >= self.epochs
+        return is_noted or says_so or (self.kind == "export" and (self.product / "config.json").is_file())
 
     @property
     def failure(self) -> str:
@@ -122,6 +125,8 @@ class Stage:
         """Write down how far it is: at its start, and later with the time since the last note."""
         state = {"fingerprint": self.fingerprint, "done": done, "failure": failure, "command": command}
         state |= {"seconds": round(self.seconds + seconds, 1), "facts": self.facts}
+        if self.epochs:
+            state["epochs"] = self.epochs
         state["needs"] = {need.name: need.fingerprint for need in self.needs}
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
