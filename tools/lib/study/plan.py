@@ -1,5 +1,6 @@
 """Checks a study before it runs anything, each mistake in one line, and prints what --dry-run shows."""
 
+import contextlib
 import dataclasses
 import shlex
 import shutil
@@ -45,19 +46,29 @@ def check_study(graph: Graph) -> None:
     with torch.random.fork_rng(devices=[]):
         if graph.study.teacher is not None and store is not None and not store.is_done:
             row_bytes = open_codec(graph.study.teacher.codec, images.num_classes or 1).row_bytes
-            needed += images.num_train * store.epochs * row_bytes
+            needed += max(0, images.num_train * store.epochs * row_bytes - num_bytes_in(store.folder))
             if "teacher" not in graph.common and store.config is not None:
                 with naming(graph.file, "teacher"):
                     check_teacher(store.config, images)
         for where, trainings in to_be_trained(graph).items():
             with naming(graph.file, where):
-                needed += len(trainings) * num_parameters(trainings[0], images) * _BYTES_A_PARAMETER
+                num_bytes = num_parameters(trainings[0], images) * _BYTES_A_PARAMETER
+                needed += sum(max(0, num_bytes - num_bytes_in(training.folder)) for training in trainings)
     free = shutil.disk_usage(check_can_be_made(graph.out, "Change --out")).free
     if needed > free:
         raise UserError(
-            f"{graph.out}: the study needs about {human_bytes(needed)} for the store, checkpoints and exported models, "
-            f"and its disk has {human_bytes(free)} left. {ROOM}, or change --out"
+            f"{graph.out}: the study needs about {human_bytes(needed)} more for the store, checkpoints and exported "
+            f"models, and its disk has {human_bytes(free)} left. {ROOM}, or change --out"
         )
+
+
+def num_bytes_in(folder: Path) -> int:
+    """The size of all files in a folder, 0 where it is not there."""
+    num_bytes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # A running study replaces files.
+            num_bytes += path.stat().st_size if path.is_file() else 0
+    return num_bytes
 
 
 def check_images(graph: Graph) -> Images:
