@@ -10,6 +10,7 @@ import yaml
 
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
+from support.model_folder import write_folder
 from tools import compare, export, record_teacher, shard_imagenet
 from tools.lib.study.graph import Graph, plan_of
 from tools.lib.study.running import jobs_of
@@ -17,6 +18,7 @@ from tools.lib.study.settings import read_study
 from tools.lib.study.stage import STATE, Stage
 from trainer.config.sections import parse, to_yaml
 
+pytest_plugins = ["support.model_folder"]
 DEMO = {
     "source": "digits",
     "recipe": {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": {"schedule.epochs": 6}},
@@ -136,6 +138,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
     [
         (changed("recipe", "overrides", "optim.lr", 0.001), {"teacher", "store"} | OF_STUDENTS),
         (changed("recipe", "overrides", "schedule.epochs", 8), OF_STUDENTS),
+        (changed("teacher", "train", "run.eval_every", 3), {"teacher", "store"} | OF_STUDENTS),
         (changed("teacher", "epochs", 2), OF_STUDENTS),
         (changed("students", 2, LONGER), "longer-s0"),
         (changed("teacher", "codec", "fp16"), {"store"} | OF_STUDENTS),
@@ -143,7 +146,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
         (changed("students", 1, {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT"}), "ViT-s2"),
         (changed("evaluate", "suites", "small", "data.image_size", 40), {f"evaluate small {s}" for s in STUDENTS}),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(demo, content, expected):
     found = redone(demo, content)
@@ -154,6 +157,7 @@ def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(demo, 
 
 def test_what_is_not_meant_to_change_a_result_does_nothing_again(demo):
     content = changed("speed", "repeats", 4) | {"together": 2, "title": "another title"}
+    content["students"][0] = {"name": "test_byobnet", "overrides": {"run.eval_every": 3}}
     content["recipe"]["overrides"] |= {"run.log_every": 7, "data.threads": 1, "run.device": "cpu"}
     assert redone(demo, content) == set()
 
@@ -173,6 +177,31 @@ def test_files_count_by_their_content(tmp_path):
     before = graph_of(tmp_path, content).common["store"].fingerprint
     weights.write_bytes(b"two!")
     assert graph_of(tmp_path, content).common["store"].fingerprint != before
+
+
+def test_model_folders_count_by_their_content(tmp_path, model):
+    teacher, student = (write_folder(tmp_path / name, model) for name in ("teacher", "student"))
+    content = {
+        **copy.deepcopy(DEMO),
+        "teacher": {"name": f"local-dir:{teacher}"},
+        "students": ["test_vit", {"name": f"local-dir:{student}", "title": "own"}],
+        "evaluate": {"weights": ["ema"]},
+    }
+
+    def redone_after(file: Path, content: dict) -> set[str]:
+        before = {stage.name: stage.folder for stage in graph_of(tmp_path, content).stages}
+        file.write_bytes(file.read_bytes() + b" ")
+        return {stage.name for stage in graph_of(tmp_path, content).stages if before[stage.name] != stage.folder}
+
+    of_own = {"train own-s0", "evaluate ema own-s0", "export own-s0"}
+    of_vit = {name.replace("own", "test_vit") for name in of_own}
+    assert redone_after(teacher / "model.safetensors", content) == {"store"} | of_own | of_vit
+    assert redone_after(student / "model.safetensors", content) == set()  # It begins at random.
+    content["recipe"]["overrides"]["student.pretrained"] = True
+    assert redone_after(student / "model.safetensors", content) == of_own
+    (student / "config.json").unlink()
+    with pytest.raises(UserError, match=r"study.yaml: students\[1\]: local-dir:.*: there is no config.json"):
+        graph_of(tmp_path, content)
 
 
 def test_a_stage_that_is_done_again_names_the_setting_and_the_earlier_result(tmp_path):

@@ -19,6 +19,7 @@ from tools.lib.study.settings import Student, TeacherSection, naming, read_study
 from tools.lib.study.stage import SETTINGS, Stage, content_of
 from trainer.config.natures import flat, setting_natures
 from trainer.config.sections import Config
+from trainer.models.files.model_folders import model_contents, source_name
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
 Settings = dict[str, Any]  # SECTION.NAME -> value
@@ -126,7 +127,8 @@ class Graph:
         config = self._load("teacher", changed)
         seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
         seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
-        facts = {key: value for key, value in self._facts(config).items() if key in seen} | {"codec": teacher.codec}
+        found = self._facts(config, "teacher").items()
+        facts = {key: value for key, value in found if key.partition(" ")[0] in seen} | {"codec": teacher.codec}
         stage = Stage(self.out, "store", "", teacher.name, facts, (*self.common.values(),), "store", config)
         stage.epochs = epochs
         words = ("--config", stage.folder / SETTINGS, "--codec", teacher.codec, "--epochs", epochs)
@@ -197,14 +199,19 @@ class Graph:
     ) -> tuple[Stage, Config]:
         """A training, whose command reads a file of all settings, and its configuration."""
         config = self._load(where, changed)
-        stage = Stage(self.out, kind, subject, title, self._facts(config), needs, "run")
+        more = ("run.eval_every",) if kind == "teacher" else ()  # Its best.pt is chosen among its evaluations.
+        stage = Stage(self.out, kind, subject, title, self._facts(config, where, *more), needs, "run")
         stage.config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
         return stage.by("trainer/run.py", "--config", stage.folder / SETTINGS), config
 
-    def _facts(self, config: Config) -> Settings:
+    def _facts(self, config: Config, where: str, *more: str) -> Settings:
         """The settings that a result depends on, where they are not the default.
 
         What they name stands there by its content; what the study has made itself is a need and no fact.
+
+        Args:
+          where: as of `_load`.
+          more: settings that count here, though they change no other result.
         """
         natures, defaults, found = setting_natures(), flat(Config()), {}
         for key, value in flat(config).items():
@@ -213,9 +220,10 @@ class Graph:
                 own = isinstance(value, str) and any(Path(value).is_relative_to(s.folder) for s in self.common.values())
                 if not own and (content := content_of(value)) != value:
                     found[key] = content
-            elif value != defaults[key] and (nature.recipe or nature.on_resume != "ignored"):
+            elif value != defaults[key] and (nature.recipe or nature.on_resume != "ignored" or key in more):
                 found[key] = value
-        return found
+        with naming(self.file, where.removesuffix(".overrides")):
+            return {**found, **contents_of_folders(config)}
 
     def _check_distinct(self) -> None:
         folders = {}
@@ -229,6 +237,13 @@ def plan_of(config: Config) -> Settings:
     """The settings that decide which images a student sees, in which order."""
     of_plan = {key for key, nature in setting_natures().items() if nature.on_resume == "refused"}
     return {key: value for key, value in flat(config).items() if key in of_plan and not key.startswith("student.")}
+
+
+def contents_of_folders(config: Config) -> Settings:
+    """Digests of what a training reads of models that are folders of this machine, such as "student.name (weights)"."""
+    names = [source_name(str(name)) for name in (config.student.name, config.teacher.name)]
+    contents = model_contents(config) if any(name.startswith("local-dir:") for name in names) else {}
+    return {key.removeprefix("content of "): digest for key, digest in contents.items() if ".name (" in key}
 
 
 def as_options(values: Mapping[str, object]) -> list[object]:
