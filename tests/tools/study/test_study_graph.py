@@ -253,7 +253,7 @@ def test_a_study_without_a_teacher_and_one_with_repeated_views(tmp_path):
     assert teacher is not None and teacher.augment.cycle_epochs == 0
 
 
-def test_a_longer_student_lengthens_the_store_and_leaves_the_other_trainings_as_they_are(tmp_path):
+def test_a_longer_student_lengthens_the_store_and_does_no_other_training_again(tmp_path):
     for stage in graph_of(tmp_path).stages:
         carry_out(stage)
     graph = graph_of(tmp_path, changed("students", 2, LONGER))

@@ -123,7 +123,7 @@ class Graph:
         return live
 
     def _store(self, teacher: TeacherSection, changed: Settings, epochs: int) -> Settings:
-        """The settings of students that learn from the store, of which they need so many epochs."""
+        """The settings of students that learn from the store, which holds at least `epochs` epochs."""
         config = self._load("teacher", changed)
         seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
         seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
