@@ -125,7 +125,7 @@ def check_configs(configs: Sequence[Config]) -> None:
     """Raise a UserError if students of these configurations cannot be trained together."""
     configs = [with_recorded_settings(config, open_stores(config.teacher)) for config in configs]
     outs = [config.run.out.absolute() for config in configs]
-    first, names = configs[0], _shared_settings(configs[0])
+    first, in_common = configs[0], settings_in_common(configs[0])
     for config, out in zip(configs, outs, strict=True):
         if outs.count(out) > 1:
             raise UserError(f"run.out is {config.run.out} for {outs.count(out)} students: give each its own folder")
@@ -134,13 +134,25 @@ def check_configs(configs: Sequence[Config]) -> None:
                 f"run.loggers of {config.run.out} has wandb, which has one run in a process: leave it out, or train "
                 "this student alone"
             )
-        expected, found = flat(first), flat(config)
-        for name in names:
-            _check_equal(name, first, expected[name], config, found[name])
+        found = flat(config)
+        for name, expected in in_common.items():
+            _check_equal(name, first, expected, config, found[name])
 
 
-def _shared_settings(config: Config) -> list[str]:
-    """The settings that must be equal for all students, of whom this is the first."""
+def grouping_key(config: Config) -> dict[str, Any] | None:
+    """Students of equal keys can be trained together. None is for a student that is trained alone.
+
+    It is known before anything is built. So a student is alone whose model decides what all would share: its mean
+    colour the fill, or its need of memory the micro-batch.
+    """
+    if "wandb" in config.run.loggers or config.augment.fill is None or config.run.micro_batch == "auto":
+        return None
+    compared_later = {"augment.fill": config.augment.fill, "run.micro_batch": config.run.micro_batch}  # By check_runs.
+    return settings_in_common(config) | compared_later
+
+
+def settings_in_common(config: Config) -> dict[str, Any]:
+    """The settings that must be equal for all students, of whom this is the first, by SECTION.NAME."""
 
     def is_shared(name: str) -> bool:
         nature, section = setting_natures()[name], name.partition(".")[0]
@@ -151,7 +163,7 @@ def _shared_settings(config: Config) -> list[str]:
         is_of_plan = bool(nature.plan_field) and section != "student"
         return section in ("data", "teacher") or nature.one_per_process or is_of_plan
 
-    return list(filter(is_shared, setting_natures()))
+    return {name: value for name, value in flat(config).items() if is_shared(name)}
 
 
 def check_runs(first: Run, other: Run) -> None:

@@ -1,6 +1,7 @@
 """The graph of a study: which commands it has, and which of them a changed setting does again."""
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from tools.lib.study.graph import Graph, plan_of
 from tools.lib.study.running import jobs_of
 from tools.lib.study.settings import read_study
 from tools.lib.study.stage import STATE, Stage
-from trainer.config.sections import parse, to_yaml
+from trainer.config.sections import TeacherConfig, parse, to_yaml
+from trainer.sharing import check_configs
 
 pytest_plugins = ["support.model_folder"]
 DEMO = {
@@ -242,6 +244,35 @@ def test_a_student_of_another_plan_gets_the_teacher_itself_because_no_store_fits
     assert all(each.config.teacher.store is not None for each in others)
     trained = [[stage.name for stage in job] for job in jobs_of(graph.stages, 3) if job[0].kind == "train"]
     assert trained == [["train test_byobnet-s0"], ["train ViT-s0", "train ViT-s1"]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_alone"),
+    [
+        ({"optim.lr": 0.01}, False),
+        ({"run.log_every": 7}, False),
+        ({"data.prefetch": 5}, True),
+        ({"data.threads": 1}, True),
+        ({"data.max_bad_fraction": 0.5}, True),
+        ({"run.device": "cpu"}, True),
+        ({"run.channels_last": False}, True),
+        ({"run.micro_batch": 16}, True),
+        ({"augment.fill": [1, 2, 3]}, True),
+    ],
+)
+def test_students_are_trained_together_if_the_trainer_takes_them_together(tmp_path, overrides, is_alone):
+    graph = graph_of(tmp_path, changed("students", 0, {"name": "test_byobnet", "overrides": overrides}))
+    jobs = [job for job in jobs_of(graph.stages, 3) if job[0].kind == "train"]
+    assert len(jobs[0]) == (1 if is_alone else 3)
+    if not is_alone:
+        configs = [stage.config for stage in jobs[0] if stage.config is not None]  # As long as there is no store:
+        check_configs([dataclasses.replace(config, teacher=TeacherConfig(name=None)) for config in configs])
+
+
+@pytest.mark.parametrize("overrides", [{"run.loggers": ["wandb"]}, {"run.micro_batch": "auto"}, {"augment.fill": None}])
+def test_what_the_trainer_may_refuse_later_is_trained_alone(tmp_path, overrides):
+    graph = graph_of(tmp_path, changed("students", 1, {"name": "test_vit", "seeds": [0, 1], "overrides": overrides}))
+    assert [len(job) for job in jobs_of(graph.stages, 3) if job[0].kind == "train"] == [1, 1, 1]
 
 
 def test_a_study_without_a_teacher_and_one_with_repeated_views(tmp_path):

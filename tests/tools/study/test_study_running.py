@@ -1,6 +1,9 @@
 """How a study carries out its stages: in order, again after a failure, a signal or a kill, several at once."""
 
+import ast
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from tools.lib.study import running
 from tools.lib.study.running import Process, is_held, jobs_of, run
 from tools.lib.study.screen import Screen
 from tools.lib.study.stage import LOG, Stage, command_of
-from trainer.config.sections import Config, to_yaml
+from trainer.config.sections import Config, parse, to_yaml
 
 # A command that notes each start, does what FOLDER/how says, and makes FOLDER/product.
 SCRIPT = """
@@ -64,6 +67,12 @@ class Study:
 
     def done(self) -> str:
         return "".join(name for name, stage in self.stages.items() if stage.is_done)
+
+
+def training(name: str, folder: Path, seed: int = 0) -> Stage:
+    """The stage of a training, whose images depend on `seed`."""
+    config = parse(["--run.seed", str(seed), "--augment.fill", "[1, 2, 3]"])
+    return Stage(folder, "train", name, name, {"student.name": name, "run.seed": seed}, (), "run", config)
 
 
 def wait_for(path: Path) -> None:
@@ -224,28 +233,112 @@ def test_two_stages_at_once_get_a_part_of_the_cores_or_a_gpu_each(tmp_path, monk
     assert running.environment_of(0, 1) == {}
 
 
-def test_students_of_one_plan_are_trained_together_and_one_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
-    def train(name: str, group: str) -> Stage:
-        return Stage(tmp_path, "train", name, name, {"student.name": name, "group": group}, (), "run")
-
-    one, two, three, other = train("one", "x"), train("two", "x"), train("three", "x"), train("other", "y")
+def test_students_of_one_plan_are_trained_together_and_others_are_not(tmp_path):
+    one, two, three = (training(name, tmp_path) for name in ("one", "two", "three"))
+    other = training("other", tmp_path, seed=1)
     evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,), "report.json")
-    stages = [one, evaluate, two, other, three]
-    jobs = jobs_of(stages, 2)
-    assert jobs == [[one, two], [evaluate], [other], [three]]
+    assert jobs_of([one, evaluate, two, other, three], 2) == [[one, two], [evaluate], [other], [three]]
+
+
+# A command for students in the folders of its arguments: the first one fails, and ends by itself; the others finish.
+TOGETHER = """
+import json, sys, time
+from pathlib import Path
+
+first, *others = (Path(folder) / "run" for folder in sys.argv[1:])
+print("warning: it hardly knows the classes")
+print(f"{first}: warning: ema.decay is slow")
+print(f"error: {first}: loss is not finite", flush=True)
+while "not finite" not in (first.parent / "log.txt").read_text():  # The study has seen it.
+    time.sleep(0.02)
+time.sleep(1)
+for other in others:
+    other.mkdir()
+    (other / "summary.json").write_text('{"finished": true}')
+    print(f"{other}: warning: damaged and replaced")
+    print(f"{other}: step 9 of 9")
+sys.exit(1)
+"""
+
+
+def test_each_of_the_students_that_are_trained_together_has_its_own_reason_warnings_and_time(
+    tmp_path, monkeypatch, capsys
+):
+    one, two = job = [training(name, tmp_path) for name in ("one", "two")]
     command = tmp_path / "together.py"
-    command.write_text(
-        "import json, sys\nfrom pathlib import Path\n"
-        "for folder in map(Path, sys.argv[1:]):\n"
-        "    (folder / 'run').mkdir()\n"
-        "    finished = folder.name.startswith('one')\n"
-        "    (folder / 'run' / 'summary.json').write_text(json.dumps({'finished': finished}))\n"
-        "sys.exit('error: two: loss is not finite')\n"
-    )
+    command.write_text(TOGETHER)
     monkeypatch.setattr(running, "command_of_job", lambda job: command_of(command, *(each.folder for each in job)))
-    process = Process(jobs[0], {})
-    process.note_result()
-    assert one.is_done and two.failure == "exit code 1: error: two: loss is not finite"
+    run(job, together=2, screen=Screen(job))
+    assert two.is_done and not two.failure
+    assert one.failure == f"exit code 1: error: {one.product}: loss is not finite"
+    assert one.warnings == ["it hardly knows the classes", "ema.decay is slow"]
+    assert two.warnings == ["it hardly knows the classes", "damaged and replaced"]
+    assert f"{two.product}: step 9 of 9" in two.lines and f"{two.product}: step 9 of 9" not in one.lines
+    assert two.seconds > one.seconds
+    shown = capsys.readouterr().out
+    assert f"train one: failed, {one.failure} (log: {one.folder / LOG})\n" in shown
+    assert f"train two: running (log: {one.folder / 'together.txt'})\n" in shown
+    assert len((one.folder / "together.txt").read_text().splitlines()) == 5
+
+
+def test_a_process_that_fails_before_its_students_train_is_the_reason_for_each_of_them(tmp_path, monkeypatch):
+    one, two = job = [training(name, tmp_path) for name in ("one", "two")]
+    command = tmp_path / "together.py"
+    command.write_text(f"import sys\nprint('hello')\nsys.exit('error: {two.product}: another run is working in it')")
+    monkeypatch.setattr(running, "command_of_job", lambda job: command_of(command))
+    Process(job, {}).note_result()
+    expected = f"exit code 1: error: {two.product}: another run is working in it"
+    assert one.failure == two.failure == expected
+
+
+def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(running, "_NOTE_EVERY_S", 0.0)
+    stage = training("one", tmp_path)
+    monkeypatch.setattr(running, "command_of_job", lambda _: [sys.executable, "-c", "import sys; sys.exit('gone')"])
+    for job in ([stage], [stage, training("two", tmp_path)]):
+        process = Process(job, {})
+        shutil.rmtree(stage.folder)
+        screen = Screen(job)
+        screen.start(job)
+        process.note_progress(screen)
+        process.note_result()
+        assert stage.failure == "exit code 1: gone"
+
+
+def test_only_what_is_new_in_a_log_is_read(tmp_path):
+    study = Study(tmp_path)
+    stage = study.stages["a"]
+    stage.folder.mkdir(parents=True)
+    (stage.folder / LOG).write_text("error: of an earlier start\n")
+    study.script.write_text("import sys\nsys.exit(3)")
+    study.run()
+    assert stage.failure == "exit code 3: it has printed nothing"
+
+
+def test_students_at_once_are_bound_to_cores_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_devices", list)
+    script = tmp_path / "cores.py"
+    script.write_text("import os, pathlib, sys\npathlib.Path(sys.argv[1]).write_text(repr(os.sched_getaffinity(0)))")
+    everywhere, found = os.sched_getaffinity(0), {}
+    for subject in ("", "one", "two"):
+        stage = Stage(tmp_path, "train", subject, f"x{subject}", {"name": subject}, (), "cores")
+        found[subject] = stage.by(script, stage.product)
+    run([*found.values()], slots=len(everywhere) + 1, screen=Screen([*found.values()]))
+    cores = {subject: ast.literal_eval(stage.product.read_text()) for subject, stage in found.items()}
+    assert cores[""] == everywhere and len(cores["one"]) == len(cores["two"]) == 1
+
+
+def test_the_cores_of_all_slots_are_distinct_and_a_quota_is_kept(monkeypatch):
+    monkeypatch.setattr(running, "_devices", list)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8, 16)))
+    monkeypatch.setattr(running, "num_cores", lambda: 8)
+    assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9, 10, 11}, {12, 13, 14, 15}]
+    assert [running.cores_of(slot, 3) for slot in range(3)] == [{8, 9}, {10, 11}, {13, 14}]
+    assert running.cores_of(0, 1) is None
+    monkeypatch.setattr(running, "num_cores", lambda: 4)
+    assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9}, {12, 13}]
+    monkeypatch.setattr(running, "_devices", lambda: ["0"])
+    assert running.cores_of(0, 2) is None
 
 
 def test_settings_are_there_before_the_command_starts(tmp_path):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.live import Live
 from rich.table import Table
@@ -14,6 +15,7 @@ from tools.lib.common.units import human_seconds
 from tools.lib.study.stage import LOG, Stage
 from trainer.monitor.run_files import SUMMARY
 
+TOGETHER_LOG = "together.txt"  # Among the files of the first of the students that are trained together.
 _STYLES = {"running": "bold", "failed": "red", "left out": "yellow", "waiting": "yellow", "to do": "dim"}
 
 
@@ -49,7 +51,7 @@ class Screen:
         for stage in job:
             self._began_s[stage] = time.monotonic()
             resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
-            self.mark([stage], "running", f" (log: {job[0].folder / LOG}){resumes}")
+            self.mark([stage], "running", f" (log: {log_of(job)}){resumes}")
 
     def show_progress(self, job: list[Stage], line: str) -> None:
         """Print what a job has printed last, where there is no table."""
@@ -82,6 +84,11 @@ class Screen:
         if stage.is_done:
             return Text(f"done in {human_seconds(stage.seconds)}", "green")
         return Text(state, _STYLES[state])
+
+
+def log_of(job: list[Stage]) -> Path:
+    """Where the output of a job goes."""
+    return job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
 
 
 def accuracy_of(stage: Stage) -> str:
