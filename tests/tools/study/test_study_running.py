@@ -297,6 +297,8 @@ def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path
     monkeypatch.setattr(running, "command_of_job", lambda _: [sys.executable, "-c", "import sys; sys.exit('gone')"])
     for job in ([stage], [stage, training("two", tmp_path)]):
         process = Process(job, {})
+        while not process.has_ended:
+            time.sleep(0.02)
         shutil.rmtree(stage.folder)
         screen = Screen(job)
         screen.start(job)
