@@ -270,7 +270,7 @@ def test_students_are_trained_together_if_the_trainer_takes_them_together(tmp_pa
 
 
 @pytest.mark.parametrize("overrides", [{"run.loggers": ["wandb"]}, {"run.micro_batch": "auto"}, {"augment.fill": None}])
-def test_students_that_can_share_no_process_are_trained_alone(tmp_path, overrides):
+def test_students_that_fit_no_others_are_trained_alone(tmp_path, overrides):
     graph = graph_of(tmp_path, changed("students", 1, {"name": "test_vit", "seeds": [0, 1], "overrides": overrides}))
     assert [len(job) for job in jobs_of(graph.stages, 3) if job[0].kind == "train"] == [1, 1, 1]
 
