@@ -1,7 +1,7 @@
 """Whole demo runs from a recording in each codec, several seeds each: `make codecs`.
 
-A student of the demo is distilled from recordings of one teacher that differ in their codec alone, with several seeds of
-the student. Two runs whose targets differ in the last bits drift apart, as any two runs do, so the loss curves are
+A student of the demo is distilled from recordings of one teacher that differ in their codec alone, with several seeds
+of the student. Two runs whose targets differ in the last bits drift apart, as any two runs do, so the loss curves are
 compared epoch by epoch with what another seed of the student changes. There are two datasets:
 
 - digits: the demo's, of 10 classes. `compact` stores all of ten classes in float16, so it is not tried there.
