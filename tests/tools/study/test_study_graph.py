@@ -140,6 +140,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
     [
         (changed("recipe", "overrides", "optim.lr", 0.001), {"teacher", "store"} | OF_STUDENTS),
         (changed("recipe", "overrides", "schedule.epochs", 8), OF_STUDENTS),
+        (changed("recipe", "overrides", "distill.weight", 3), OF_STUDENTS),
         (changed("teacher", "train", "run.eval_every", 3), {"teacher", "store"} | OF_STUDENTS),
         (changed("teacher", "epochs", 2), OF_STUDENTS),
         (changed("students", 2, LONGER), "longer-s0"),
@@ -148,7 +149,7 @@ def test_all_students_learn_from_the_store_by_one_plan_and_differ_in_model_and_s
         (changed("students", 1, {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT"}), "ViT-s2"),
         (changed("evaluate", "suites", "small", "data.image_size", 40), {f"evaluate small {s}" for s in STUDENTS}),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(demo, content, expected):
     found = redone(demo, content)

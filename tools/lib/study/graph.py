@@ -23,6 +23,7 @@ from trainer.models.files.model_folders import model_contents, source_name
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
 Settings = dict[str, Any]  # SECTION.NAME -> value
+_OF_TEACHING = {"distill.weight", "distill.temperature"}  # Labels alone are learned without them.
 _PIXELS = ("data.root", "data.pipeline", "data.decode")  # With the plan they decide what the teacher sees.
 
 
@@ -214,8 +215,11 @@ class Graph:
           more: settings that count here, though they change no other result.
         """
         natures, defaults, found = setting_natures(), flat(Config()), {}
+        unused = set() if config.teacher.members else _OF_TEACHING
         for key, value in flat(config).items():
             nature = natures[key]
+            if key in unused:
+                continue
             if nature.per_machine:
                 own = isinstance(value, str) and any(Path(value).is_relative_to(s.folder) for s in self.common.values())
                 if not own and (content := content_of(value)) != value:
