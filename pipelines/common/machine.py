@@ -38,6 +38,13 @@ def num_cores(cgroup: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/
     return cores
 
 
+def part_of_cores(number: int, parts: int) -> set[int]:
+    """The numbers of the cores in one of equal parts of those that this process may use, at least one."""
+    cores = sorted(os.sched_getaffinity(0))
+    begin = number * len(cores) // parts
+    return {*cores[begin : begin + max(1, num_cores() // parts)]}  # A CPU quota may allow fewer.
+
+
 # --- versions ---
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
+from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
 from tools.lib.study.running import Process, is_held, jobs_of, run
@@ -333,11 +334,11 @@ def test_students_at_once_are_bound_to_cores_of_their_own(tmp_path, monkeypatch)
 def test_the_cores_of_all_slots_are_distinct_and_a_quota_is_kept(monkeypatch):
     monkeypatch.setattr(running, "_devices", list)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8, 16)))
-    monkeypatch.setattr(running, "num_cores", lambda: 8)
+    monkeypatch.setattr(machine, "num_cores", lambda: 8)
     assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9, 10, 11}, {12, 13, 14, 15}]
     assert [running.cores_of(slot, 3) for slot in range(3)] == [{8, 9}, {10, 11}, {13, 14}]
     assert running.cores_of(0, 1) is None
-    monkeypatch.setattr(running, "num_cores", lambda: 4)
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
     assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9}, {12, 13}]
     monkeypatch.setattr(running, "_devices", lambda: ["0"])
     assert running.cores_of(0, 2) is None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipelines.common.errors import clipped
-from pipelines.common.machine import num_cores
+from pipelines.common.machine import num_cores, part_of_cores
 from tools.lib.study.graph import Graph
 from tools.lib.study.report import write_report
 from tools.lib.study.screen import Screen, log_of
@@ -246,9 +246,7 @@ def cores_of(slot: int, slots: int) -> set[int] | None:
     """The cores of a job where several run at once without GPUs, at least one; None for all."""
     if slots == 1 or _devices():
         return None
-    cores = sorted(os.sched_getaffinity(0))
-    begin, number = slot * len(cores) // slots, max(1, num_cores() // slots)  # A CPU quota may allow fewer.
-    return {*cores[begin : begin + number]}
+    return part_of_cores(slot, slots)
 
 
 def _devices() -> list[str]:
