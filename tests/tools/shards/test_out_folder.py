@@ -18,6 +18,7 @@ from support.small_sources import (
     tree,
     write_ilsvrc,
 )
+from tools.lib.shards import conversion
 from tools.lib.shards.build import merge
 
 
@@ -144,6 +145,16 @@ def test_a_dataset_of_an_older_version_is_left_alone_by_the_same_command(src, tm
         older = {key: value for key, value in manifest.items() if key != "class_order"}
         (tmp_path / "made" / name / "manifest.json").write_bytes(manifest_bytes(older))
         assert convert(folder, tmp_path / "made" / name) == read_manifest(tmp_path / "made" / name)
+
+
+def test_a_folder_that_another_machine_has_claimed_in_the_meantime_is_free_for_this_one(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "train").mkdir()
+    with pytest.raises(UserError, match="was not left by this tool"):
+        conversion._check_free(partial, tmp_path / "out")
+    (partial / conversion.JOB).write_text("{}")
+    conversion._check_free(partial, tmp_path / "out")
 
 
 def test_two_machines_whose_listing_fails_say_why_and_leave_nothing(src, tmp_path):

@@ -142,7 +142,9 @@ def _check_free(partial: Path, out: Path) -> None:
     """Raise a UserError if OUT or OUT.partial is there and holds somebody's files."""
     if out.exists() and (not out.is_dir() or contents_of(out).visible):
         raise UserError(f"{out}: exists already and is not a dataset. Choose a folder that is empty or not there")
-    if partial.is_dir() and any(not name.endswith(".partial") for name in contents_of(partial).visible):
+    names = contents_of(partial).visible if partial.is_dir() else []
+    # Another machine may have written its description since this one has looked for it.
+    if JOB not in names and any(not name.endswith(".partial") for name in names):
         raise UserError(f"{partial}: exists and was not left by this tool. Move it away, or choose another folder")
 
 
