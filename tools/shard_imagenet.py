@@ -30,7 +30,7 @@ from pipelines.common.errors import UserError, exit_on_user_error, write_error_l
 from pipelines.common.launcher import array_task, launched
 from pipelines.common.machine import num_cores
 from pipelines.shards.manifest import CLASS_ORDERS, Manifest
-from tools.lib.common.arguments import path_argument
+from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.units import human_seconds
 from tools.lib.shards.build import KEPT, build, merge
 from tools.lib.shards.conversion import BuildOptions
@@ -180,7 +180,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for command in (build_parser, index):
         command.add_argument("--no-audit", dest="audit", action="store_false", help="read headers only, decode nothing")
     for command in (build_parser, index, check):
-        command.add_argument("--workers", type=_positive, default=num_cores(), help="processes (default: cores)")
+        command.add_argument("--workers", type=positive, default=num_cores(), help="processes (default: cores)")
     return parser.parse_args(arguments)
 
 
@@ -193,9 +193,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         "--source", choices=("auto", *KINDS), default="auto", help="kind of source (default: recognise)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the training samples (default 0)")
-    parser.add_argument("--samples-per-shard", type=_positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
-    parser.add_argument("--resize-short", type=_positive, default=0, metavar="PX", help="shrink short sides to PX")
-    parser.add_argument("--quality", type=_positive, default=90, help="JPEG quality of shrunk images (default 90)")
+    parser.add_argument("--samples-per-shard", type=positive, default=5000, help="(default 5000: ImageNet, 550 MB)")
+    parser.add_argument("--resize-short", type=positive, default=0, metavar="PX", help="shrink short sides to PX")
+    parser.add_argument("--quality", type=positive, default=90, help="JPEG quality of shrunk images (default 90)")
     parser.add_argument(
         "--class-order",
         choices=CLASS_ORDERS,
@@ -206,15 +206,6 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-column", default="label", metavar="NAME", help="of parquet files (default label)")
     parser.add_argument("--part", type=_part, metavar="I/N", help="the part that one machine converts")
     parser.set_defaults(run=_build)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
-_positive.__name__ = "positive number"  # argparse shows this name.
 
 
 def _part(text: str) -> tuple[int, int]:

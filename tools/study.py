@@ -22,7 +22,7 @@ import yaml
 
 from pipelines.common.errors import exit_on_user_error
 from pipelines.common.files import locked
-from tools.lib.common.arguments import path_argument
+from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
 from tools.lib.study.cluster import submit
@@ -71,7 +71,7 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
         if reason := stage.reason_to_redo():
             screen.say(f"{stage.name} is done again: {reason}")
     if graph.study.source == "digits":
-        write_once(graph.out / "digits")
+        make_digits(graph.out / "digits")
     if options.slurm is not None:
         submit(graph, options.slurm, screen)
         return 0
@@ -80,7 +80,7 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
         return stopped_by or finish(graph, screen)
 
 
-def write_once(images: Path) -> None:
+def make_digits(images: Path) -> None:
     """Write scikit-learn's digits, complete or not at all."""
     if not images.exists():
         partial = images.with_name(f"{images.name}.partial")
@@ -98,20 +98,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     what = "how long --dry-run measures each stage of a training (default %(default)s); 0 measures nothing"
     add("--seconds", type=float, default=1.0, metavar="S", help=what)
     what = "stages at once, each with a GPU of its own or its part of the cores (default %(default)s)"
-    add("--jobs", type=_positive, default=1, metavar="N", help=what)
+    add("--jobs", type=positive, default=1, metavar="N", help=what)
     add("--report", action="store_true", help="train nothing: measure speed and write the report of what is there")
     what = "submit to SLURM; parameters of submitit, such as timeout_min=600 gpus_per_node=1 slurm_partition=NAME"
     add("--slurm", nargs="*", type=_parameter, metavar="KEY=VALUE", help=what)
     options = parser.parse_args(arguments)
     options.slurm = None if options.slurm is None else dict(options.slurm)
     return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -121,7 +114,7 @@ def _parameter(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-_positive.__name__, _parameter.__name__ = "positive number", "parameter"  # argparse shows these names.
+_parameter.__name__ = "parameter"  # argparse shows this name.
 
 
 if __name__ == "__main__":

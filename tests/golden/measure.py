@@ -60,7 +60,7 @@ def where() -> dict[str, str]:
 
 
 def recorded() -> list[dict]:
-    """What bits.json holds of each machine."""
+    """Read the software, the processor and the bits of each machine in bits.json."""
     return json.loads((FOLDER / "bits.json").read_text())
 
 
@@ -72,7 +72,7 @@ def resume(out: Path) -> dict:
 
 
 def resumed_weights() -> str:
-    """Of the run that `resume` makes, as `weights_in`."""
+    """Resume the golden checkpoint and return `weights_in` its run."""
     with tempfile.TemporaryDirectory() as folder:
         resume(Path(folder) / "run")
         return weights_in(Path(folder) / "run")

@@ -14,7 +14,7 @@ _PLAN = ("seed", "global_batch", "image_size", "fill")  # The other fields of a 
 
 
 def summarize(folder: Path) -> dict[str, str]:
-    """What a store holds, in a few lines: label -> text. Pieces are counted by their names and not read.
+    """Describe a store in a few lines: label -> text. Pieces are counted by their names and not read.
 
     Raises:
       UserError: it is no store, or its header is damaged.

@@ -32,7 +32,7 @@ _BYTES_A_PARAMETER = 4 * (2 * 4 + 2)  # Two checkpoints with weights, EMA and tw
 
 
 class Images(NamedTuple):
-    """What is known of the dataset: 0 and None stand for what nobody knows before there are shards."""
+    """The dataset as far as it is known: before there are shards, 0 and None stand for the rest."""
 
     num_classes: int
     classes: list[str] | None = None
@@ -72,7 +72,7 @@ def num_bytes_in(folder: Path) -> int:
 
 
 def check_images(graph: Graph) -> Images:
-    """What is known of the images; a UserError if there are none."""
+    """Find out what can be known of the images now; raise a UserError if there are none."""
     source = graph.study.source
     if source not in (None, "digits") and not expanded(source).exists():
         raise UserError(f"{graph.file}: source is {source}: not found. Name a folder of images, or the word digits")

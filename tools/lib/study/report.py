@@ -54,7 +54,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What people call the student."""
+        """The title of the student."""
         return self.stages.student.label
 
     @property
@@ -161,7 +161,7 @@ def _recipe(runs: Sequence[Run]) -> dict[str, AuditRow]:
 
 
 def _facts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """What runs should have in common: name -> value -> in words which runs have it; the value of most runs first."""
+    """Collect what runs should have in common: name -> value -> which runs have it; the most common value is first."""
     known, found = _recipe(runs), {}
     for run in runs:
         if not run.record.lines:
@@ -183,7 +183,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str, str]], kind: str) -> list[str]:
-    """What a reader must know before the numbers."""
+    """Collect the sentences that a reader must know before the numbers."""
     found = [f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure]
     for run in runs:
         if run.stages.failure:
@@ -198,7 +198,7 @@ def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str
 
 
 def _logged(graph: Graph) -> list[str]:
-    """What the commands have warned of; an interrupted one may do so in other words."""
+    """Collect the warnings of the commands; an interrupted one may word them differently."""
     found: dict[str, list[str]] = {}
     for stage in graph.stages:
         for line in stage.warnings:

@@ -102,7 +102,7 @@ class Process:
 
     @property
     def last_line(self) -> str:
-        """What it has printed last."""
+        """The last line that it has printed."""
         return clipped(self._last_line, 300) or "it has printed nothing"
 
     def stop(self) -> None:
@@ -234,7 +234,7 @@ def is_held(stage: Stage) -> bool:
 
 
 def environment_of(slot: int, slots: int) -> dict[str, str]:
-    """What a job gets where several run at once: a GPU of its own, or the number of threads for its cores."""
+    """Give each of several jobs a GPU of its own, or the number of threads for its cores; {} for a single job."""
     if slots == 1:
         return {}
     if devices := _devices():

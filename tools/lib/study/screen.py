@@ -92,6 +92,6 @@ def log_of(job: list[Stage]) -> Path:
 
 
 def accuracy_of(stage: Stage) -> str:
-    """What a training has reached, as the end of a line; "" for other stages."""
+    """The accuracies of a training, to end a line with; "" for other stages."""
     evaluation = read_json(stage.product / SUMMARY).get("evaluation", {}) if stage.is_done else {}
     return "".join(f", {weights} top-1 {result['top1']:.2f} %" for weights, result in evaluation.items())

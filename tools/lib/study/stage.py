@@ -118,7 +118,7 @@ class Stage:
 
     @property
     def warnings(self) -> list[str]:
-        """What its commands have warned of, in lines with `warning:`, each once."""
+        """The warnings in its log, from lines with `warning:`, each once."""
         return [*dict.fromkeys(filter(None, (line.partition("warning: ")[2] for line in self.lines)))]
 
     def note(self, command: list[str], *, done: bool = False, failure: str = "", seconds: float = 0.0) -> None:

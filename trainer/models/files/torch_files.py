@@ -8,11 +8,9 @@ reader.
 
 import collections
 import contextlib
-import errno
 import io
 import os
 import pickle
-import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.common.errors import UserError, clipped, reason_of
+from pipelines.common.files import open_regular
 from trainer.cluster.memory import is_out_of_memory
 
 _DEEPEST = 100  # Containers may be nested this deep; checkpoints have about ten levels.
@@ -69,7 +68,7 @@ def load_plain(path: Path) -> Any:
       UserError: the machine's memory is too short for the file, which stays unchanged.
       Exception: torch, pickle, zipfile and the system each raise their own for other files.
     """
-    require_regular(path)
+    os.close(open_regular(path))  # Those who open it below would wait for a pipe for ever.
     with memory_for(path):
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -107,16 +106,6 @@ def memory_for(path: Path) -> Iterator[None]:
             f"{path}: memory is too short to read it ({reason_of(error)}). Free some memory "
             "and run the same command again; the file stays unchanged"
         ) from error
-
-
-def require_regular(path: Path) -> None:
-    """Raise an OSError for a pipe, socket or device, before it is opened: a pipe would be waited for, for ever.
-
-    A folder is left to whoever opens it, as is a file that is not there.
-    """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, not a file")
 
 
 def _records(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
