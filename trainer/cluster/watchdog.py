@@ -3,7 +3,8 @@
 The loop reports where it is (`heartbeat`), which sets a variable. On every rank a thread publishes that every few
 seconds in rank 0's store, and reads there the states of all ranks, as rank 0 has collected them. A second thread judges
 what has been read. No rank's clock is compared with another's: a rank is silent, or stands still, for as long as the
-judging rank has seen no change.
+judging rank has seen no change. All it knows comes from rank 0, so the others are judged as of the time when rank 0
+was last heard: when rank 0 is lost, their silence says nothing.
 """
 
 import contextlib
@@ -70,11 +71,11 @@ class Seen:
 def find_lost(seen: dict[int, Seen], now_s: float, silent_s: float, linger_s: float) -> str:
     """The line about ranks that are silent for `silent_s`, or one that ended with an error `linger_s` ago; "" if none.
 
-    Where rank 0 is silent nothing is heard of the others either, so it alone is named.
+    A rank other than 0 counts as silent only for the time in which rank 0 was still heard.
     """
-    silent = [r for r, rank in seen.items() if rank.state.ended is None and now_s - rank.heard_s > silent_s]
+    known_s = {r: seen[0].heard_s if r else now_s for r in seen}
+    silent = [r for r, rank in seen.items() if rank.state.ended is None and known_s[r] - rank.heard_s > silent_s]
     if silent:
-        silent = [0] if 0 in silent else silent
         heard_s = now_s - min(seen[r].heard_s for r in silent)
         return (
             f"lost {_places(silent, seen)}: last heard {heard_s:.0f} s ago. The process or machine is gone or stopped, "
@@ -96,7 +97,7 @@ def find_stuck(seen: dict[int, Seen], now_s: float, seconds: float) -> tuple[lis
     least = min((rank.state.heartbeats for rank in running.values()), default=0)
     behind = [r for r, rank in running.items() if rank.state.heartbeats == least]
     has_failed = any(rank.state.ended for rank in seen.values())
-    has_time = any(now_s - seen[r].moved_s <= max(seconds, seen[r].state.patience_s) for r in behind)
+    has_time = any(seen[0].heard_s - seen[r].moved_s <= max(seconds, seen[r].state.patience_s) for r in behind)
     if has_failed or has_time or not behind:
         return [], ""
     waiting = [r for r in seen if r not in behind]

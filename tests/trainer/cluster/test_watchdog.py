@@ -37,13 +37,13 @@ def test_nobody_is_blamed_while_the_slowest_still_moves_or_has_been_given_time()
     well = ([], "")
     assert find_stuck(seen((30, "update", 1, 500), (29, "input", 1, 59)), 0, 60) == well
     assert find_stuck(seen((30, "checkpoint", 1, 500), (29, "checkpoint", 1, 500, 600.0)), 0, 60) == well
-    assert find_stuck(seen((30, "checkpoint", 1, 601), (29, "checkpoint", 1, 601, 600.0)), 0, 60)[0] == [1]
+    assert find_stuck(seen((30, "checkpoint", 1, 602), (29, "checkpoint", 1, 602, 600.0)), 0, 60)[0] == [1]
     ended = seen((9, "step 2: update", 1, 10), (30, "the end", 500, 500, 0.0, ""))
     assert find_stuck(ended, 0, 60) == well and find_lost(ended, 0, 60, 30) == ""
 
 
 def test_ranks_in_the_same_place_are_named_together():
-    blamed, line = find_stuck(seen((8, "update", 1, 61), (8, "update", 1, 62)), 0, 60)
+    blamed, line = find_stuck(seen((8, "update", 1, 62), (8, "update", 1, 63)), 0, 60)
     assert blamed == [0, 1] and "no progress on rank 0 on host0 in 'update', rank 1 on host1 in 'update'" in line
 
 
@@ -55,6 +55,14 @@ def test_silent_ranks_are_named_and_an_error_is_passed_on():
     ended = seen((30, "update", 1, 31), (29, "input", 31, 31, 0.0, "OutOfMemoryError: CUDA"))
     assert "rank 1 on host1 ended in 'input': OutOfMemoryError: CUDA" in find_lost(ended, 0, 60, 30)
     assert find_lost(ended, 0, 60, 32) == ""
+
+
+def test_when_rank_0_is_lost_no_other_is_named_though_it_was_heard_of_earlier():
+    ranks = seen((30, "update", 59, 59), (29, "input", 61, 61), (30, "update", 61, 61))
+    assert find_lost(ranks, 0, 60, 30) == "" and find_stuck(ranks, 0, 60) == ([], "")
+    ranks = seen((30, "update", 61, 61), (29, "input", 63, 63), (30, "update", 63, 63))
+    assert find_lost(ranks, 0, 60, 30).startswith("lost rank 0 on host0 in 'update': last heard 61 s ago")
+    assert find_stuck(ranks, 0, 60) == ([], "")
 
 
 def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_heartbeats():
@@ -150,6 +158,9 @@ def test_the_trainer_names_the_rank_that_was_killed(digits, tmp_path):
     with Ranks([*trainer, "--schedule.epochs", 400, "--run.eval_every", 400], 2) as ranks:
         while "step 10/" not in (line := ranks.await_line(0)):
             assert line, ranks.end()[0][2]
+        published_s = time.monotonic() + 3  # Where a rank is, is published once a second here.
+        while time.monotonic() < published_s:
+            ranks.await_line(0)
         ranks.processes[1].kill()
         _, error = ranks.processes[0].communicate(timeout=60)
         assert ranks.processes[0].returncode == 1
