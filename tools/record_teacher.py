@@ -22,93 +22,45 @@ if __name__ == "__main__":
         signal.signal(_number, lambda *_, code=_code: os._exit(code))
 
 import argparse
-import math
+import difflib
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import pipelines  # noqa: F401  (It must come before torch: it sets how OpenMP's threads wait.)
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
 from pipelines.common.errors import UserError, exit_on_user_error
 from tools.lib.common.arguments import path_argument
-from tools.lib.common.terminal import Progress, console
-from tools.lib.common.units import human_bytes, human_seconds
-from tools.lib.record_teacher.blocks import in_own_order, record_blocks, this_process
-from tools.lib.record_teacher.merge import merge
-from tools.lib.record_teacher.recording import build_recording
-from tools.lib.record_teacher.summary import summarize
-from tools.lib.record_teacher.transcode import transcode
-from trainer.cluster.preemption import INTERRUPTED, REQUEUE, Preemption
-from trainer.cluster.world import alone
-from trainer.config.sections import parse
-from trainer.micro_batch import reporting_out_of_memory
-from trainer.targets.header import claim
-from trainer.targets.store import Coverage, verify
-
-_AGAIN = "Run the same command again to record the rest, the block in work included"
+from tools.lib.common.terminal import console
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; a recording that a signal has stopped ends the process with its exit code."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        with exit_on_user_error(), reporting_out_of_memory():
-            stopped_by = options.run(options)
+        with exit_on_user_error():
+            code = options.run(options)
     except KeyboardInterrupt:
-        print(f"interrupted. {_AGAIN}" if options.run is _record else "interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    if stopped_by:
-        sys.exit(INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE)
+        print("interrupted. Run the same command again to do the rest", file=sys.stderr)
+        code = 130
+    if code:
+        sys.exit(code)
 
 
+# A recording imports PyTorch, timm and the trainer, which takes seconds. The subcommands need less, and --help nothing.
 def _record(options: argparse.Namespace) -> int:
-    """Record this process's blocks. Returns the number of the signal that stopped it, 0 for none."""
-    config, store = parse(options.settings, prog="tools/record_teacher.py"), options.store
-    this = this_process()
-    num_gpus = torch.cuda.device_count() if config.run.device != "cpu" else 0
-    # srun may show a task one GPU alone, and processes may outnumber the GPUs: a recording needs no GPU for each.
-    world = alone(config.run.device, this.local_rank % max(num_gpus, 1), this.local_size)
-    preemption = Preemption(world)
-    with preemption.catching_signals():
-        recording = build_recording(config, store, codec=options.codec, epochs=options.epochs, world=world)
-        header = claim(store, recording.header)
-        recording.pipelines.keep_decode(store)
-        missing = Coverage(store, header).missing_blocks(0, recording.total_steps, recording.block_steps)
-        blocks = in_own_order(missing, recording.block_steps, this.rank, this.size)
-        num_missing = sum(stop - first for first, stop in blocks)
-        num_steps, name = math.ceil(num_missing / this.size), f"process {this.rank + 1} of {this.size}"
-        progress = Progress(num_steps, recording.plan.global_batch, name)
-        for note in recording.teachers.notes:
-            progress.say(note)
-        now = recording.header.made_with
-        if other := [f"{name} {value}, here {now[name]}" for name, value in header.made_otherwise(now).items()]:
-            rows = "the rows of this process may differ a little from its first ones"
-            progress.say(f"{store} was begun with {'; '.join(other)}: {rows}")
-        progress.say(f"{num_missing:,} of the {recording.total_steps:,} steps of {store} are to be recorded")
-        start_s = time.monotonic()
-        with progress.showing():
-            stopped_by = lambda: preemption.agree(False).signal  # noqa: E731
-            number = record_blocks(recording, store, header, blocks, stopped_by=stopped_by, progress=progress)
-        took = f"{human_bytes(progress.num_bytes)} recorded in {human_seconds(time.monotonic() - start_s)}"
-        left = sum(stop - first for first, stop in Coverage(store, header).missing(0, recording.total_steps))
-        progress.say(_ending(store, number, took, left, recording.total_steps))
-        return number
+    from tools.lib.record_teacher.session import record
 
-
-def _ending(store: Path, number: int, took: str, left: int, total_steps: int) -> str:
-    """What the last line of a recording says, which the signal of a number ended, or nothing where it is 0."""
-    ended = f"{signal.Signals(number).name}: stopped" if number else "done"
-    has = f"lacks {left:,} steps. {_AGAIN}" if left else f"has all {total_steps:,} steps"
-    return f"{ended}, {took}; {store} {has}"
+    return record(options.store, options.settings, codec=options.codec, epochs=options.epochs)
 
 
 def _info(options: argparse.Namespace) -> None:
+    from tools.lib.record_teacher.summary import summarize
+
     table = Table(show_header=False, box=None)
     for label, text in summarize(options.store).items():
         table.add_row(f"[bold]{label}[/bold]", escape(text))
@@ -116,16 +68,21 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from tools.lib.record_teacher.summary import recorded_steps
+    from trainer.targets.store import TeacherStore, verify
+
     num_faults = 0
     for fault in verify(options.store):
         print(fault)
         num_faults += 1
     if num_faults:
         raise UserError(f"{options.store}: not as it should be; faults named above: {num_faults}. Each says what to do")
-    print(f"{options.store}: no damage found")
+    print(f"{options.store}: no damage found; steps: {recorded_steps(TeacherStore(options.store))}")
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from tools.lib.record_teacher.merge import merge
+
     added, faults = merge(options.store, options.sources)
     print("\n".join([*faults, f"{options.store}: pieces added: {added:,}"]))
     if faults:
@@ -133,6 +90,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _transcode(options: argparse.Namespace) -> None:
+    from tools.lib.record_teacher.transcode import transcode
+
     written, lost = transcode(options.store, options.out, options.codec)
     print(f"{options.out}: pieces written as {options.codec}: {written:,}")
     if lost:
@@ -184,7 +143,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"STORE comes first, in front of {arguments[0]}")  # The value of an option would be taken for it.
     parser.set_defaults(run=_record)
     options, options.settings = parser.parse_known_args(arguments)
+    _check_spelling(parser, arguments[0], options.settings)
     return options
+
+
+def _check_spelling(parser: argparse.ArgumentParser, first: str, others: list[str]) -> None:
+    """End with a usage error if a subcommand or an option of a recording seems to be misspelled.
+
+    Args:
+      first: the word that was taken for STORE.
+      others: the words that the parser does not know, which should be settings.
+    """
+    if others[:1] and not others[0].startswith("-"):
+        near = difflib.get_close_matches(first, SUBCOMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"the subcommands are {', '.join(SUBCOMMANDS)}"
+        parser.error(f"'{first}' would be STORE, and '{others[0]}' follows it; {hint}")
+    for name in (word.partition("=")[0] for word in others if word.startswith("--")):
+        near = difflib.get_close_matches(name, ("--codec", "--epochs", "--config"), n=1, cutoff=0.8)
+        if near and name not in near:
+            parser.error(f"unknown option '{name}'; did you mean '{near[0]}'?")
 
 
 def _subcommands() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Generator
 
+from pipelines.common.errors import UserError
 from trainer.builder import Run
 from trainer.monitor.description import ending
 from trainer.monitor.monitor import Monitor, NonFiniteError
@@ -12,6 +13,7 @@ from trainer.monitor.report.page import report_or_reason
 from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, write_summary
 from trainer.monitor.sample_grid import SAMPLES
 from trainer.session import claimed, describe, ended_summary, make_monitor, prepare_folder, summary_of
+from trainer.state.checkpoint import path_of
 from trainer.state.resume import roll_back
 
 
@@ -137,11 +139,28 @@ def updates(run: Run, monitor: Monitor) -> Generator[None, None, Outcome]:
                 is_complete = state.step == run.stop and not run.evaluation_due
                 return Outcome(evaluation, 0 if is_complete else agreed.signal)
             run.set_learning_rate(state.step)
-            metrics = run.step(batches, state.step)
+            try:
+                metrics = run.step(batches, state.step)
+            except UserError as error:  # Of its input.
+                if is_saved or run.world.size > 1:  # The other ranks are in the middle of the update.
+                    raise
+                raise save_before(error, run, monitor) from error
             state.step += 1
             is_saved = False
             monitor.add(metrics)
             yield
+
+
+def save_before(error: UserError, run: Run, monitor: Monitor) -> UserError:
+    """Save the updates before one that had no input. Returns the error about the input, which then says so, too."""
+    run.set_learning_rate(max(run.state.step - 1, 0))  # It is the failed update's already.
+    monitor.flush()
+    monitor.telemetry.sync()
+    run.checkpoints.save(run.state)
+    run.checkpoints.finish()
+    saved = path_of(run.checkpoints.folder, run.state.step)
+    resumes = f"Then run the same command again: it resumes after step {run.state.step}, which is saved as {saved.name}"
+    return UserError(f"{error}. {resumes}", help_with=error.help_with)
 
 
 def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:

@@ -5,14 +5,14 @@ import signal
 from collections.abc import Iterator
 from typing import cast
 
-from pipelines.common.files import locked, write_synced
+from pipelines.common.files import locked, naming, write_synced
 from trainer import __version__
 from trainer.builder import Run
 from trainer.config.sections import to_yaml
 from trainer.monitor.description import opening_lines
 from trainer.monitor.monitor import Monitor
 from trainer.monitor.report.page import PAGE, report_or_reason
-from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, naming, read_summary
+from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, read_summary
 from trainer.monitor.telemetry import Telemetry
 from trainer.state.resume import prepare
 

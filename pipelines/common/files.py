@@ -85,6 +85,35 @@ def write_synced(path: Path, content: bytes) -> None:
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, errors of the system name the file. Errors of opening a file name it anyway, those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def append_synced(path: Path, lines: list[bytes]) -> None:
+    """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk.
+
+    Processes that add lines at the same time wait for each other. On a file system without locks each adds its lines in
+    one write at the end of the file.
+    """
+    with naming(path), open(path, "a+b", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)  # The system gives it back when the file is closed.
+        size = file.seek(0, os.SEEK_END)
+        content = b"".join(line + b"\n" for line in lines)
+        if size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            content = b"\n" + content
+        while content:
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
+
+
 def write_once(path: Path, parts: Iterable[bytes | memoryview]) -> bool:
     """Write a file that is not there yet, complete or not at all; it is on the disk when this returns.
 

@@ -1,7 +1,7 @@
 """What the student learns from: a frozen teacher or the mean of several, in the dataset's order of classes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -186,9 +186,37 @@ def agreement(
     return torch.stack([best == label, best == student.argmax(1)]).float().mean(1)
 
 
-def num_images_needed(num_classes: int) -> int:
-    """The number of images from which a teacher is judged: ten of each class on average, and at least 200."""
-    return max(200, 10 * num_classes)
+class TeacherCheck:
+    """Counts the images whose label the teachers find, and judges them once, by the first updates with enough images.
+
+    Enough are ten images of each class on average, and at least 200.
+
+    Args:
+      is_recorded: as for `teacher_warning`.
+    """
+
+    def __init__(self, num_classes: int, *, is_recorded: bool = False):
+        self.num_images, self._num_right = 0, 0.0
+        self._num_classes, self._is_recorded = num_classes, is_recorded
+
+    @property
+    def top1(self) -> float:
+        """The fraction of the images so far where the teachers' best class is the label with the larger weight."""
+        return self._num_right / max(self.num_images, 1)
+
+    def add(self, fractions: Iterable[float], images_per_update: int) -> str:
+        """Count updates, each with the fraction of its images whose label the teachers find.
+
+        Returns:
+          the warning, if it is these updates that make the images enough; else "".
+        """
+        warning, needed = "", max(200, 10 * self._num_classes)
+        for fraction in fractions:
+            self.num_images += images_per_update
+            self._num_right += fraction * images_per_update
+            if self.num_images - images_per_update < needed <= self.num_images:
+                warning = teacher_warning(self.top1, self._num_classes, is_recorded=self._is_recorded)
+        return warning
 
 
 def teacher_warning(found: float, num_classes: int, *, is_recorded: bool = False) -> str:

@@ -11,7 +11,7 @@ import torch
 from pipelines.common.errors import UserError, named
 from pipelines.plan.plan import TrainPlan
 from trainer.cluster.world import World
-from trainer.models.teacher import num_images_needed, teacher_warning
+from trainer.models.teacher import TeacherCheck
 from trainer.monitor.clock import InputWait
 from trainer.monitor.quarantine import Quarantine
 from trainer.monitor.run_files import TrainRecord
@@ -66,7 +66,9 @@ class Monitor:
     def watch(self, input_wait: InputWait) -> None:
         """Start watching updates that take their batches from `input_wait`."""
         self._input_wait = input_wait
-        self._num_judged, self._num_found = 0, 0.0  # Images by which the teacher is judged; those whose label it finds.
+        teacher = self._state.config["teacher"]
+        is_recorded = any(each["store"] for each in (teacher, *teacher["others"]))
+        self._teacher_check = TeacherCheck(self._plan.index.num_classes, is_recorded=is_recorded)
         self._restart()
 
     def _restart(self) -> None:
@@ -88,21 +90,26 @@ class Monitor:
           UserError: too many samples are damaged.
         """
         if self._updates:
-            record = self._mean()
+            record, teacher_top1s = self._means()
             self.telemetry.train(record)
-            if "teacher_top1" in record:
-                self._check_teacher(record["teacher_top1"])
+            # The updates are judged one by one, so that run.log_every does not matter.
+            if self._has_teacher and (warning := self._teacher_check.add(teacher_top1s, self._plan.global_batch)):
+                self.say(warning)
             self._restart()
         self.report_damage()
 
-    def _mean(self) -> TrainRecord:
-        """Means over all images of the updates since the last line, on all ranks."""
+    def _means(self) -> tuple[TrainRecord, list[float]]:
+        """Means over all images of the updates since the last line, on all ranks.
+
+        Returns:
+          the record; and for each update the fraction of its images whose label the teachers find.
+        """
         step, num_steps = self._state.step, len(self._updates)
         # The ranks may differ by a pair of images.
         weight = len(self._updates[0].bad) * self._world.size / self._plan.global_batch
-        values = [torch.stack([each.loss, *each.agreement, each.bad.any().float()]) * weight for each in self._updates]
-        sums = self._world.all_reduce_sum(torch.stack(values).sum(0)) / self._world.size / num_steps
-        loss, teacher_top1, agreement, bad = sums.tolist()
+        values = torch.stack([torch.stack([u.loss, *u.agreement, u.bad.any().float()]) for u in self._updates]) * weight
+        sums = self._world.all_reduce_sum(torch.cat([values.sum(0), values[:, 1]])) / self._world.size
+        loss, teacher_top1, agreement, bad = (sums[:4] / num_steps).tolist()
         if bad or not math.isfinite(loss):
             raise self._nonfinite_error()
         elapsed_s = time.perf_counter() - self._start_s
@@ -117,7 +124,7 @@ class Monitor:
         if self._has_teacher:
             record["teacher_top1"] = 100 * teacher_top1
             record["agreement"] = 100 * agreement
-        return record
+        return record, sums[4:].tolist()
 
     def _nonfinite_error(self) -> NonFiniteError:
         """The error about the first bad update of any rank, the last one if none is known. Every rank must call it."""
@@ -138,24 +145,6 @@ class Monitor:
             return NonFiniteError("the gradient or the loss is not finite, though all logits are", first)
         what = f"the logits of the student or a teacher are not finite for {len(names)} of {plan.global_batch} images"
         return NonFiniteError(f"{what}: {named(names, _SHOWN)}", first)
-
-    def _check_teacher(self, top1: float) -> None:
-        """Warn of a teacher that does not know the dataset's classes, once, when there are enough images to say so.
-
-        Args:
-          top1: TrainRecord.teacher_top1 of the updates since the last line.
-        """
-        num_classes, num_images = self._plan.index.num_classes, len(self._updates) * self._plan.global_batch
-        num_needed = num_images_needed(num_classes)
-        if self._num_judged >= num_needed:
-            return
-        self._num_judged += num_images
-        self._num_found += top1 / 100 * num_images
-        teacher = self._state.config["teacher"]
-        is_recorded = any(each["store"] for each in (teacher, *teacher["others"]))
-        warning = teacher_warning(self._num_found / self._num_judged, num_classes, is_recorded=is_recorded)
-        if warning and self._num_judged >= num_needed:
-            self.say(warning)
 
     def report_damage(self) -> None:
         """Write down the damaged samples since the last call. Raises a UserError if they are too many."""

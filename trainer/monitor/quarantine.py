@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.common.errors import UserError
+from pipelines.common.files import append_synced
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.quarantine import location, read_quarantine
 from trainer.cluster.world import World
-from trainer.monitor.run_files import append_synced
 
 
 class Quarantine:

@@ -4,15 +4,11 @@ metrics.jsonl has a line for each interval of training ("train"), evaluation ("e
 summary.json says how the latest session ended. The functions here return only lines and values of the expected types.
 """
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from pipelines.common.files import read_json, split_json_lines, write_synced
+from pipelines.common.files import naming, read_json, split_json_lines, write_synced
 from pipelines.common.settings import fits
 from trainer.config.recipe import AuditRow
 from trainer.state.train_state import Best
@@ -78,35 +74,6 @@ _NEEDED = {  # What a line must have besides "kind" and "step".
     "train": ("epoch", "loss", "lr", "images_per_s", "input_wait"),
     "eval": ("epoch",),
 }
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside, errors of the system name the file. Errors of opening a file name it anyway, those of writing do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def append_synced(path: Path, lines: list[bytes]) -> None:
-    """Add lines to a file, after completing a last one that was cut off, and wait until they are on the disk.
-
-    Processes that add lines at the same time wait for each other. On a file system without locks each adds its lines in
-    one write at the end of the file.
-    """
-    with naming(path), open(path, "a+b", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)  # The system gives it back when the file is closed.
-        size = file.seek(0, os.SEEK_END)
-        content = b"".join(line + b"\n" for line in lines)
-        if size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            content = b"\n" + content
-        while content:
-            content = content[file.write(content) :]
-        os.fsync(file.fileno())
 
 
 def is_metrics_line(line: object) -> bool:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import split_json_lines, write_synced
+from pipelines.common.files import append_synced, naming, split_json_lines, write_synced
 from trainer.cluster.world import World
-from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, append_synced, is_metrics_line, naming
+from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, is_metrics_line
 from trainer.monitor.sinks import Sink
 
 _LASTING = ("session", "rollback")  # Lines of these kinds are the run's history, and are never dropped.

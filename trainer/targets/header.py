@@ -124,10 +124,11 @@ class StoreHeader:
         del facts["made_with"], facts["teacher"]["checkpoint"]
         return _sha256({"format_version": FORMAT_VERSION, **facts})
 
-    def made_otherwise(self, now: Mapping[str, Any]) -> dict[str, str]:
-        """What of `made_with` was another than it is now: name -> value when the store was begun, for messages."""
+    def made_otherwise(self, now: Mapping[str, Any]) -> str:
+        """What of `made_with` is another than in `now`, for messages: "timm 0.9 instead of 1.0"; "" if nothing is."""
         before = {name: self.made_with.get(name, value) for name, value in now.items()}
-        return {name: clipped(before[name]) for name, value in now.items() if before[name] != value}
+        other = [name for name, value in now.items() if before[name] != value]
+        return "; ".join(f"{name} {clipped(before[name])} instead of {clipped(now[name])}" for name in other)
 
     @property
     def how_to_complete(self) -> str:

@@ -150,10 +150,6 @@ class PieceFile:
             raise UserError(f"{self.path}: is damaged at step {step}. {self._again}")
         return rows.reshape(self._group, self._row_bytes)
 
-    def groups(self, step: int) -> list[np.ndarray]:
-        """All mixing groups of a step, as `group`."""
-        return [self.group(step, row) for row in range(self._piece.first_row, self._piece.stop_row, self._group)]
-
     def _read(self, offset: int, num_bytes: int) -> np.ndarray:
         content, done = np.empty(num_bytes, dtype=np.uint8), 0
         try:
@@ -179,6 +175,7 @@ def faults(store: Path, header: StoreHeader, piece: Piece) -> Iterator[str]:
         return
     for step in range(piece.first_step, piece.stop_step):
         try:
-            file.groups(step)
+            for row in range(piece.first_row, piece.stop_row, header.mix_group):
+                file.group(step, row)
         except UserError as error:
             yield str(error)

@@ -130,9 +130,8 @@ def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]
     for key, store in stores.items():
         note = f"{key}: {store.header.provenance}; replayed from {store.folder}"
         if other := store.header.made_otherwise(now):
-            is_seen = "pipeline" in other or "pipelines" in other
-            what = "its pixels differ a little" if is_seen else "its outputs may differ in the last bits"
-            note += f"; it was recorded with {', '.join(f'{name} {value}' for name, value in other.items())}, so {what}"
+            what = "its pixels differ a little" if "pipeline" in other else "its outputs may differ in the last bits"
+            note += f"; it was recorded with {other}, so {what}"
         if num_damaged := store.num_quarantined():
             note += f"; {num_damaged} of its images were damaged and are gray"
         found[key] = RecordedTeacher(store.codec.decode, store.codec.row_bytes, note)

@@ -1,15 +1,26 @@
 """Files take the place of others whole or not at all; what is no file stays what it is."""
 
 import errno
+import fcntl
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import locked, move_entries, open_regular, read_json, replacing, write_once, write_synced
+from pipelines.common.files import (
+    append_synced,
+    locked,
+    move_entries,
+    open_regular,
+    read_json,
+    replacing,
+    write_once,
+    write_synced,
+)
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -162,3 +173,31 @@ def test_only_regular_files_are_opened_and_a_pipe_is_not_waited_for(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
     with open(open_regular(tmp_path / "file"), "rb") as file:
         assert file.read() == b"content"
+
+
+def is_waited_for(path: Path) -> bool:
+    """Whether somebody waits for a lock of a file."""
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "-> FLOCK" in line]
+    return any(f":{path.stat().st_ino} " in line for line in waiting)
+
+
+def test_processes_that_add_lines_at_once_wait_for_each_other(tmp_path):
+    path = tmp_path / "lines"
+    append_synced(path, [b"1"])
+    thread = threading.Thread(target=append_synced, args=(path, [b"3"]))
+    with open(path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b"half of a ")
+        thread.start()
+        while thread.is_alive() and not is_waited_for(path):
+            time.sleep(0.001)
+        file.write(b"line\n")
+    thread.join()
+    append_synced(path, [b"4", b"5"])
+    assert path.read_bytes() == b"1\nhalf of a line\n3\n4\n5\n"
+
+
+def test_a_line_that_was_cut_off_is_completed_before_others_are_added(tmp_path):
+    (tmp_path / "lines").write_bytes(b"1\nhalf")
+    append_synced(tmp_path / "lines", [b"2"])
+    assert (tmp_path / "lines").read_bytes() == b"1\nhalf\n2\n"

@@ -113,7 +113,8 @@ def test_a_forged_name_of_a_distant_step_costs_no_time(parts, capsys):
 
 def test_verify_finds_nothing_in_an_intact_store_and_names_each_fault_of_another(exact, tmp_path, capsys):
     main(["verify", str(exact)])
-    assert capsys.readouterr().out == f"{exact}: no damage found\n"
+    steps = "160 recorded: 4 epochs of 40 steps each"
+    assert capsys.readouterr().out == f"{exact}: no damage found; steps: {steps}\n"
     store = shutil.copytree(exact, tmp_path / "store")
     change_byte(store / pieces(store)[1], -1)
     (store / "notes.txt").write_text("mine")
@@ -123,6 +124,12 @@ def test_verify_finds_nothing_in_an_intact_store_and_names_each_fault_of_another
     assert end.value.code == 1 and len(said.out.splitlines()) == 2
     assert f"{pieces(store)[1]}: is damaged at step 127" in said.out and "notes.txt" in said.out
     assert "faults named above: 2. Each says what to do" in said.err
+
+
+def test_verify_says_which_step_is_missing(parts, capsys):
+    main(["verify", str(parts[1])])
+    said = capsys.readouterr().out
+    assert "no damage found; steps: 96 recorded: 2.4 epochs" in said and "of the first 160 the first missing" in said
 
 
 def test_what_verify_names_can_be_moved_away_and_is_recorded_again(exact, digits, teacher, tmp_path):
@@ -237,6 +244,14 @@ def test_a_list_of_damaged_images_that_is_none_is_not_merged(parts, tmp_path, ca
         file.truncate(1 << 40)
     said = error_of(["merge", tmp_path / "merged", *parts], capsys)
     assert f"error: {parts[1] / QUARANTINE}: has more than 67108864 bytes, so it is no list" in said
+
+
+def test_a_source_that_was_recorded_with_something_else_is_named(tmp_path, capsys):
+    made = [dataclasses.replace(HEADER, made_with={"pipeline": name, "threads": 2}) for name in ("dali", "torchvision")]
+    store, source = (write_small_store(tmp_path / each.made_with["pipeline"], each) for each in made)
+    assert merge(store, [source]) == (0, [])
+    assert f"note: {source} was recorded with pipeline torchvision instead of dali: its" in capsys.readouterr().err
+    assert merge(store, [write_small_store(tmp_path / "same", made[0])]) == (0, []) and not capsys.readouterr().err
 
 
 def test_a_store_of_something_else_is_not_merged_and_nothing_is_added(exact, digits, teacher, parts, tmp_path, capsys):

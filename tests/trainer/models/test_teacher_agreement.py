@@ -87,6 +87,18 @@ def test_two_ranks_log_the_agreement_of_all_images_and_warn_once(digits, files, 
     assert one[0]["agreement"] == pytest.approx(two[0]["agreement"])
 
 
+def test_a_warning_is_about_the_first_updates_with_enough_images_whatever_log_every_is(digits, files, tmp_path, capsys):
+    """Four updates of 64 images, because 200 are enough for ten classes."""
+    setting = [*first_teacher(files), "--student.name", "test_vit", "--run.stop_after_steps", 6]
+    warned = []
+    for every in (1, 5, 6):
+        lines = train_here(digits, tmp_path / str(every), *setting, "--run.log_every", every)
+        warned += re.findall("the teacher finds the label of ([^%]*)% of", capsys.readouterr().out)
+        if every == 1:
+            expected = np.mean([line["teacher_top1"] for line in lines[:4]])
+    assert warned == [f"{expected:.2f}"] * 3
+
+
 def test_without_a_teacher_the_log_has_nothing_about_it(digits, tmp_path, capsys):
     lines = train_here(digits, tmp_path, "--run.stop_after_steps", 2)
     assert not {"teacher_top1", "agreement"} & set(lines[0])

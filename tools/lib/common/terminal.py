@@ -37,6 +37,7 @@ class Progress:
     Attributes:
       num_steps: recorded by this process, those of the block in work included.
       num_bytes: written by this process.
+      finding: what it has found so far, in front of the time left; "" is nothing.
 
     Args:
       total_steps: that this process is to record, about; it may do the work of others, too.
@@ -47,6 +48,7 @@ class Progress:
     def __init__(self, total_steps: int, global_batch: int, name: str):
         self.num_steps = 0
         self.num_bytes = 0
+        self.finding = ""
         self._total_steps = total_steps
         self._global_batch = global_batch
         self._name = name
@@ -88,7 +90,7 @@ class Progress:
         return (
             f"{self.num_steps:,} of {total_steps:,} steps, "
             f"{self.num_steps * self._global_batch / elapsed_s:,.0f} images/s, {human_bytes(self.num_bytes)} written, "
-            f"{human_seconds(left_s)} left"
+            f"{self.finding}{', ' if self.finding else ''}{human_seconds(left_s)} left"
         )
 
 

@@ -19,10 +19,9 @@ from pipelines.ops.mixing import partners
 from pipelines.plan.plan import BatchPlan
 from tools.lib.common.terminal import Progress
 from tools.lib.record_teacher.recording import Recording
-from trainer.models.teacher import agreement, num_images_needed, teacher_warning
+from trainer.models.teacher import TeacherCheck, agreement
 from trainer.targets.header import StoreHeader
 from trainer.targets.pieces import Piece, write_piece
-from trainer.targets.store import Coverage
 from trainer.update.inputs import teacher_inputs
 
 _SHOWN = 3  # An error names at most this many positions.
@@ -58,11 +57,6 @@ def in_own_order(blocks: list[Block], block_steps: int, rank: int, size: int) ->
     return [blocks[place] for place in sorted(range(len(blocks)), key=key)]
 
 
-def still_missing(blocks: Iterable[Block], store: Path, header: StoreHeader) -> Iterator[Block]:
-    """Those of the blocks that the store lacks when each is asked for; other processes record some in the meantime."""
-    return (block for block in blocks if Coverage(store, header).first_missing(*block) is not None)
-
-
 def record_blocks(
     recording: Recording,
     store: Path,
@@ -71,6 +65,7 @@ def record_blocks(
     *,
     stopped_by: Callable[[], int],
     progress: Progress,
+    check: TeacherCheck,
 ) -> int:
     """Record blocks of steps, each into a piece. The host waits for the device once a block.
 
@@ -80,19 +75,21 @@ def record_blocks(
     Args:
       header: the store's own, which may have been made with something else.
       stopped_by: called before each forward pass; a signal's number other than 0 ends the recording there.
+      check: counts what is recorded.
     Returns:
       what `stopped_by` returned last. The block in work is then lost.
     Raises:
       UserError: logits cannot be encoded, too many images are damaged, or a piece cannot be written.
     """
     taken: collections.deque[Block] = collections.deque()  # The pipeline's thread takes the next one early.
-    plans = _plans(recording, still_missing(blocks, store, header), taken)
-    batches: Any = recording.pipelines.of["train"].batches(plans)
-    num_classes, all_right, num_images = recording.plan.index.num_classes, 0.0, 0
+    global_batch = recording.plan.global_batch
+    pieces = {block: Piece(*block, 0, global_batch) for block in blocks}
+    missing = (block for block in blocks if not (store / pieces[block].name).exists())
+    batches: Any = recording.pipelines.of["train"].batches(_plans(recording, missing, taken))
     written: Future[None] | None = None
 
     def write(block: Block, rows: np.ndarray) -> None:
-        if write_piece(store, header, Piece(*block, 0, recording.plan.global_batch), rows):
+        if write_piece(store, header, pieces[block], rows):
             progress.add_bytes(rows.nbytes)
 
     with contextlib.closing(batches), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
@@ -104,12 +101,10 @@ def record_blocks(
                     return stopped_by()
                 rows, is_encoded, num_right = (each.cpu().numpy() for each in found)
                 _check_encoded(recording, block, is_encoded)
-                all_right, before, num_images = all_right + float(num_right), num_images, num_images + is_encoded.size
-                if line := recording.pipelines.quarantine.record_new():
+                warning = check.add((num_right / global_batch).tolist(), global_batch)
+                for line in filter(None, (recording.pipelines.quarantine.record_new(), warning)):
                     progress.say(line)
-                is_judged = before < num_images_needed(num_classes) <= num_images
-                if is_judged and (line := teacher_warning(all_right / num_images, num_classes)):
-                    progress.say(line)
+                progress.finding = f"teacher's top-1 on mixed images {check.top1:.2%}"
                 if written:
                     written.result()
                 written = writer.submit(write, block, rows)
@@ -130,20 +125,20 @@ def _plans(recording: Recording, blocks: Iterable[Block], taken: collections.deq
 def encoded_rows(
     recording: Recording, batches: Iterator[Batch], block: Block, stopped_by: Callable[[], int], progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The encoded rows of a block, which of them the codec could encode, and how many find the label.
+    """The encoded rows of a block, which of them the codec could encode, and how many of a step find the label.
 
     It is None if a signal came.
 
     Args: as for `record_blocks`.
     Returns:
-      uint8 [steps, global batch, row_bytes]; bool [steps, global batch]; and float32 [], the number of images where the
+      uint8 [steps, global batch, row_bytes]; bool [steps, global batch]; and float32 [steps], for how many images the
       teacher's best class is the label with the larger weight. All are on the device, for which nobody has waited.
     """
     teachers, codec, device = recording.teachers, recording.codec, recording.rows[0].device
     shape = (block[1] - block[0], recording.plan.global_batch)
     rows = torch.empty((*shape, codec.row_bytes), dtype=torch.uint8, device=device)
     is_encoded = torch.empty(shape, dtype=torch.bool, device=device)
-    num_right = torch.zeros((), device=device)
+    num_right = torch.zeros(shape[0], device=device)
     for step in range(shape[0]):
         for own in recording.rows:
             if stopped_by():
@@ -153,7 +148,7 @@ def encoded_rows(
             rows[step].index_copy_(0, own, codec.encode(logits))
             is_encoded[step].index_copy_(0, own, codec.can_encode(logits))
             partner_labels = partners(batch.labels, batch.mix_group)
-            num_right += agreement(logits, logits, batch.labels, partner_labels, batch.lam)[0] * len(logits)
+            num_right[step] += agreement(logits, logits, batch.labels, partner_labels, batch.lam)[0] * len(logits)
         progress.add_step()
     return rows, is_encoded, num_right
 

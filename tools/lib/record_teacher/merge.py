@@ -5,11 +5,10 @@ import json
 import os
 from pathlib import Path
 
-from pipelines.common.errors import UserError
-from pipelines.common.files import open_regular, sync_folder, write_once
+from pipelines.common.errors import UserError, write_error_line
+from pipelines.common.files import append_synced, open_regular, sync_folder, write_once
 from pipelines.shards.quarantine import QUARANTINE, read_quarantine
 from tools.lib.common.terminal import tracked
-from trainer.monitor.run_files import append_synced
 from trainer.targets.header import HEADER_FILE, StoreHeader, check_same, claim, read_header
 from trainer.targets.pieces import Piece, faults, find_pieces, head_of
 from trainer.targets.store import Coverage
@@ -20,9 +19,10 @@ _READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
 def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
     """Add the pieces of other stores that a store lacks. The sources stay unchanged.
 
-    Every piece is read and checked first. It becomes a second name of the same file where the file system allows that,
-    and a copy elsewhere. A piece that the store has under the same name as another file is read there, too. It stays,
-    even if it is damaged.
+    A line on stderr names a source that was recorded with something else, such as another pipeline. Every piece is read
+    and checked before it is added. It becomes a second name of the same file where the file system allows that, and a
+    copy elsewhere. A piece that the store has under the same name as another file is read there, too. It stays, even if
+    it is damaged. No other piece of the store is read.
 
     Args:
       store: made if it is not there.
@@ -39,6 +39,10 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
             raise UserError(f"{source}: is the store itself. Name other stores")
         check_same(source, found, wanted)
     header = claim(store, wanted)
+    for source, found in headers.items():
+        if other := found.made_otherwise(header.made_with):
+            rows = "its rows may differ a little from those of the store"
+            write_error_line(f"note: {source} was recorded with {other}: {rows}")
     added, damaged = 0, []
     for source, found in headers.items():
         copy_quarantine(source, store)  # Before the pieces that show these images in gray.

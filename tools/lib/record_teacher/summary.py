@@ -32,7 +32,7 @@ def summarize(folder: Path) -> dict[str, str]:
         "plan": _listed(header.plan, _PLAN),
         "made with": _listed(header.made_with, _MADE_WITH),
         "codec": f"{header.facts['codec']}, {store.codec.row_bytes:,} bytes a position",
-        "steps, by the names of files": _steps(store),
+        "steps, by the names of files": recorded_steps(store),
         "size": _size([folder / piece.name for piece in find_pieces(folder, header)], "pieces"),
         "unfinished": f"{_size(partial, 'files')}{advice}",
         "damaged images": f"{store.num_quarantined():,}",
@@ -50,7 +50,7 @@ def _size(files: list[Path], called: str) -> str:
     return f"{human_bytes(sum(path.stat().st_size for path in files))} in {len(files):,} {called}"
 
 
-def _steps(store: TeacherStore) -> str:
+def recorded_steps(store: TeacherStore) -> str:
     """How many steps are recorded, how many epochs these are, and the first step that is missing among them."""
     complete = store.coverage.complete
     recorded = sum(stop - first for first, stop in complete)
