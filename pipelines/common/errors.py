@@ -40,7 +40,7 @@ class UserError(ValueError):
     def __init__(self, message: str, *, argument: str = "", help_with: Literal["", "making", "checking"] = ""):
         super().__init__(message)
         self.argument = argument
-        self.help_with = help_with
+        self.help_with: Literal["", "making", "checking"] = help_with
 
     def in_command(self) -> str:
         """The message as a command prints it, with what another command can do about it."""

@@ -95,9 +95,9 @@ def test_a_diverged_run_stops_with_its_checkpoints(digits, tmp_path):
 
 
 def test_an_error_of_the_input_ends_a_run_after_the_updates_before_it_are_saved(digits, tmp_path, monkeypatch):
-    """The fourth update is split into two micro-batches, of which the second has no input."""
-    position = 3 * 64 + 32
-    real = Feed.__next__
+    """The first update of the second epoch has two micro-batches, of which the second one has no input."""
+    position = 5 * 64 + 32
+    real, settings = Feed.__next__, ["--run.log_every", 2, "--run.eval_every", 9, "--run.stop_after_steps", 8]
 
     def failing(self):
         batch = real(self)
@@ -105,15 +105,17 @@ def test_an_error_of_the_input_ends_a_run_after_the_updates_before_it_are_saved(
             raise UserError("train-00000.tar: cannot be read. Restore it", help_with="checking")
         return batch
 
-    again = "Then run the same command again: it resumes after step 3, which is saved as step-00000003.pt"
+    again = "Then run the same command again: it resumes after step 5, which is saved as step-00000005.pt"
     with monkeypatch.context() as patched:
         patched.setattr(Feed, "__next__", failing)
         with pytest.raises(UserError, match=f"cannot be read. Restore it. {again}$") as error:
-            train_here(digits, tmp_path / "run", "--run.log_every", 2)
-    assert error.value.help_with == "checking" and newest(tmp_path / "run")["step"] == 3
+            train_here(digits, tmp_path / "run", *settings)
+    assert error.value.help_with == "checking" and newest(tmp_path / "run")["step"] == 5
     for out in ("run", "whole"):
-        train_here(digits, tmp_path / out, "--run.log_every", 2, "--run.stop_after_steps", 6)
+        train_here(digits, tmp_path / out, *settings)
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+    rates = {line["step"]: line["lr"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "lr" in line}
+    assert list(rates) == [2, 4, 5, 6, 8] and rates[5] == rates[4] != rates[6]
 
 
 def test_two_runs_in_one_folder(digits, tmp_path):
