@@ -1,43 +1,49 @@
 """The front of accuracy and speed, and its picture. matplotlib is imported only when something is drawn."""
 
+import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Protocol, TypeVar
+from typing import Any
 
+import numpy as np
+
+FRONT, PERHAPS, BEHIND = "front", "front?", ""
 # Okabe and Ito, Color Universal Design (2008)
-FRONT_COLOR, OTHER_COLOR = "#D55E00", "#0072B2"
+COLORS = {FRONT: "#D55E00", PERHAPS: "#E69F00", BEHIND: "#0072B2"}
 SPEED, ACCURACY = "images/s (logarithmic)", "top-1 accuracy, %"
-FRONT_LEGEND = "front: none is faster and as accurate"
+FRONT_LEGEND = "front of the measured values: none is faster and as accurate"
+_LEGEND = {FRONT: "surely on the front", PERHAPS: "front?: noise decides", BEHIND: "not on the front"}
+_MARKERS = {False: "o", True: "D"}  # By whether the paper gives the accuracy.
+# Where a name may stand: right (1) or left of its marker, above (1) or below it; and how far away, in points.
+_SIDES = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)])
+_GAPS = (4, 12, 24, 40)
 
 
-class Plotted(Protocol):
-    """A point of the picture.
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A model in the picture.
 
     Attributes:
       model: its name; a path is reduced to its end.
-      top1: percent, not None where it is plotted; top1_interval: low and high end of a bar, or None for no bar.
-      top1_is_the_papers: whether the paper says so, which gives the point another marker.
-      images_per_s: the speed.
-      on_front: as `pareto_front` has found.
+      top1: percent; top1_interval: low and high end of its bar, or None for no bar.
+      images_per_s: the speed; min, max: of its timed runs, the ends of its bar.
+      front: FRONT where it is surely on the front, PERHAPS where noise decides, otherwise BEHIND.
+      is_published: whether the paper gives its accuracy.
+      details: HTML that an interactive page shows besides.
     """
 
-    @property
-    def model(self) -> str: ...  # noqa: D102
-    @property
-    def top1(self) -> float | None: ...  # noqa: D102
-    @property
-    def top1_interval(self) -> tuple[float, float] | None: ...  # noqa: D102
-    @property
-    def top1_is_the_papers(self) -> bool: ...  # noqa: D102
-    @property
-    def images_per_s(self) -> float: ...  # noqa: D102
-    @property
-    def on_front(self) -> bool | None: ...  # noqa: D102
-
-
-P = TypeVar("P", bound=Plotted)
+    model: str
+    top1: float
+    images_per_s: float
+    min: float
+    max: float
+    front: str
+    top1_interval: tuple[float, float] | None = None
+    is_published: bool = False
+    details: str = ""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -53,16 +59,18 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(dominates(other, point) for other in points) for point in points]
 
 
-def front_of(points: Sequence[P]) -> list[P]:
-    """The points on the front, from slow to fast."""
-    return sorted((point for point in points if point.on_front), key=lambda point: point.images_per_s)
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """The points on the front of the measured values, from slow to fast."""
+    on_front = pareto_front([(point.top1, point.images_per_s) for point in points])
+    found = [point for point, is_on in zip(points, on_front, strict=True) if is_on]
+    return sorted(found, key=lambda point: point.images_per_s)
 
 
-def by_origin(points: Sequence[P]) -> dict[bool, list[P]]:
+def by_origin(points: Sequence[Point]) -> dict[bool, list[Point]]:
     """The points by whether the paper gives their accuracy."""
-    found: dict[bool, list[P]] = {}
-    for point in sorted(points, key=lambda point: point.top1_is_the_papers):
-        found.setdefault(point.top1_is_the_papers, []).append(point)
+    found: dict[bool, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.is_published):
+        found.setdefault(point.is_published, []).append(point)
     return found
 
 
@@ -71,15 +79,15 @@ def short(label: str) -> str:
     return "/".join(PurePath(label).parts[-2:])
 
 
-def powers_shown(points: Sequence[Plotted]) -> list[float]:
+def powers_shown(points: Sequence[Point]) -> list[float]:
     """The ends of the axis, powers of ten: far enough apart for one of 1, 2 and 5 of a decade, and for names."""
-    speeds = [math.log10(point.images_per_s) for point in points]
+    speeds = [math.log10(speed) for point in points for speed in (point.min, point.images_per_s, point.max)]
     low, high = min(speeds), max(speeds)
     margin = max(0.14 * (high - low), 0.5 * (math.log10(4) - (high - low)))
     return [low - margin, high + margin]
 
 
-def picture(panels: Mapping[str, Sequence[Plotted]], title: str, legend: Mapping[bool, str]) -> bytes:
+def picture(panels: Mapping[str, Sequence[Point]], title: str, legend: Mapping[bool, str]) -> bytes:
     """A PNG with a panel for each backend.
 
     Args:
@@ -87,55 +95,90 @@ def picture(panels: Mapping[str, Sequence[Plotted]], title: str, legend: Mapping
       legend: words for points whose accuracy the paper does not give (False), and for those where it does (True).
     """
     from matplotlib.figure import Figure  # Without pyplot there is no window and no state.
+    from matplotlib.lines import Line2D
 
-    entries = {}
-    figure = Figure(figsize=(8, 0.9 + 4.6 * len(panels)), dpi=160, layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 4.6 * len(panels)), dpi=160, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
-    drawn = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (name, points) in zip(drawn, panels.items(), strict=True):
+    drawn = dict(zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True))
+    for name, axes in drawn.items():
         axes.set_title(name, loc="left", fontsize=10)
-        _draw(axes, points, legend)
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries, loc="outside lower left", ncols=3, frameon=False, fontsize=8)
+        _draw(axes, panels[name])
+    points = [*itertools.chain(*panels.values())]
+    looks: dict[str, dict[str, Any]] = {FRONT_LEGEND: {"linestyle": "-", "color": COLORS[FRONT]}}
+    looks |= {legend[published]: {"color": "0.4", **_marker(published, "0.4")} for published in by_origin(points)}
+    shown = [front for front in COLORS if any(point.front == front for point in points)]
+    looks |= {_LEGEND[front]: {"marker": "s", "color": COLORS[front]} for front in shown}
+    entries = [Line2D([], [], label=words, **{"linestyle": "", **look}) for words, look in looks.items()]
+    figure.legend(handles=entries, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    figure.draw_without_rendering()  # Now it is known where the points are.
+    figure.set_layout_engine("none")
+    for name, axes in drawn.items():
+        _write_names(axes, panels[name])
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
 
 
-def _draw(axes, points: Sequence[Plotted], legend: Mapping[bool, str]) -> None:
+def _marker(published: bool, color: str) -> dict[str, Any]:
+    return {"marker": _MARKERS[published], "markerfacecolor": "white" if published else color}
+
+
+def _draw(axes, points: Sequence[Point]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     front = front_of(points)
-    axes.plot([p.images_per_s for p in front], [p.top1 for p in front], color=FRONT_COLOR, label=FRONT_LEGEND)
-    for published, mine in by_origin(points).items():
-        colors = [FRONT_COLOR if point.on_front else OTHER_COLOR for point in mine]
-        axes.scatter(
-            [point.images_per_s for point in mine],
-            [point.top1 for point in mine],
-            marker="D" if published else "o",
-            edgecolors=colors,
-            facecolors="white" if published else colors,
-            label=legend[published],
-            zorder=3,
-        )
+    axes.plot([p.images_per_s for p in front], [p.top1 for p in front], color=COLORS[FRONT])
     for point in points:
-        color = FRONT_COLOR if point.on_front else OTHER_COLOR
-        if point.top1_interval is not None:
-            axes.vlines(point.images_per_s, *point.top1_interval, colors=color, linewidth=1, alpha=0.6)
-        # Names of the front stand above the line, the others below their markers. A path may hold a $.
-        place = {"xytext": (5, 5), "va": "bottom"} if point.on_front else {"xytext": (5, -5), "va": "top"}
-        label = {"fontsize": 8, "color": color if point.on_front else "0.25", "parse_math": False}
-        axes.annotate(
-            short(point.model), (point.images_per_s, point.top1), textcoords="offset points", **place, **label
-        )
+        color = COLORS[point.front]
+        for bar in _bars(point):
+            axes.plot(*zip(*bar, strict=True), color=color, linewidth=1, alpha=0.6)
+        axes.plot(point.images_per_s, point.top1, color=color, zorder=3, **_marker(point.is_published, color))
     _dress(axes, points)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
 
 
-def _dress(axes, points: Sequence[Plotted]) -> None:
+def _write_names(axes, points: Sequence[Point]) -> None:
+    """Write each name near its marker, where it covers little of markers, bars and other names."""
+    from matplotlib.transforms import IdentityTransform
+
+    pixels, transform = axes.figure.dpi / 72, axes.transData.transform  # A typographic point in pixels.
+    lines = [(*bar, 0.5) for point in points for bar in _bars(point)]
+    lines += [((point.images_per_s, point.top1), (point.images_per_s, point.top1), 4) for point in points]
+    taken = np.array(
+        [[*transform(start) - width * pixels, *transform(stop) + width * pixels] for start, stop, width in lines]
+    )
+    for point in points:
+        marker = transform((point.images_per_s, point.top1))
+        look = {"fontsize": 8, "color": "0.25", "va": "bottom", "transform": IdentityTransform()}
+        name = axes.text(0, 0, short(point.model), parse_math=False, **look)  # A path may hold a $.
+        size, costs = name.get_window_extent().size, {}
+        for gap, side in itertools.product(_GAPS, _SIDES):
+            corner = marker + gap * pixels * side + (side - 1) / 2 * size
+            box = (*corner, *corner + size)
+            outside = size.prod() - _overlaps(axes.bbox.extents[None], box).sum()
+            costs[box] = _overlaps(taken, box).sum() + outside + 2 * gap * pixels**2
+        best = np.array(min(costs, key=lambda box: costs[box]))
+        name.set_position(best[:2])
+        taken = np.vstack([taken, best])
+        end = np.clip(marker, best[:2], best[2:])
+        if np.hypot(*(end - marker)) > 10 * pixels:
+            axes.plot(*zip(marker, end, strict=True), color="0.6", linewidth=0.6, transform=IdentityTransform())
+
+
+def _bars(point: Point) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """The ends of a point's bars: of the range of its speed, and of the interval of its accuracy."""
+    low, high = point.top1_interval or (point.top1, point.top1)
+    return [((point.min, point.top1), (point.max, point.top1)), ((point.images_per_s, low), (point.images_per_s, high))]
+
+
+def _overlaps(boxes: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """The areas that boxes [N, 4] have in common with another box [4]; left, lower, right and upper end."""
+    return np.clip(np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2]), 0, None).prod(axis=1)
+
+
+def _dress(axes, points: Sequence[Point]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(*(10**power for power in powers_shown(points)))
     axes.margins(y=0.12)

@@ -8,15 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.lib.common import front
-from tools.lib.common.front import ACCURACY, FRONT_COLOR, FRONT_LEGEND, OTHER_COLOR, SPEED
+from tools.lib.common.front import ACCURACY, COLORS, FRONT, FRONT_LEGEND, SPEED, Point
 from tools.lib.compare.results import Row, by_backend, settings_in_words
 
 _LEGEND = {False: "given with --accuracy", True: "published by the paper"}
 
 
-def plotted(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each backend that have an accuracy."""
-    return by_backend([row for row in rows if row.top1 is not None])
+def plotted(rows: Sequence[Row]) -> dict[str, list[Point]]:
+    """The points of each backend, by its settings in words: its rows that have an accuracy."""
+    known = by_backend([row for row in rows if row.top1 is not None]).values()
+    return {settings_in_words(mine): [_point(row) for row in mine if row.top1 is not None] for mine in known}
+
+
+def _point(row: Row) -> Point:
+    assert row.top1 is not None
+    speeds = row.images_per_s, row.min, row.max
+    return Point(row.model, row.top1, *speeds, row.front, is_published=row.top1_is_the_papers, details=_details(row))
 
 
 def picture(rows: Sequence[Row], machine: str) -> bytes:
@@ -25,8 +32,7 @@ def picture(rows: Sequence[Row], machine: str) -> bytes:
     Args:
       machine: in words, for the title.
     """
-    panels = {settings_in_words(mine): mine for mine in plotted(rows).values()}
-    return front.picture(panels, f"Accuracy and speed on {machine}", _LEGEND)
+    return front.picture(plotted(rows), f"Accuracy and speed on {machine}", _LEGEND)
 
 
 def page(rows: Sequence[Row], machine: str) -> str:
@@ -42,7 +48,7 @@ def page(rows: Sequence[Row], machine: str) -> str:
             figure.add_trace(graph_objects.Scatter(visible=backend == next(iter(groups)), **trace))
     buttons = [
         {
-            "label": settings_in_words(mine),
+            "label": backend,
             "method": "update",
             "args": [{"visible": [backend == other for other in of_trace]}, {"xaxis.range": front.powers_shown(mine)}],
         }
@@ -68,45 +74,45 @@ def page(rows: Sequence[Row], machine: str) -> str:
     return figure.to_html(include_plotlyjs=True, full_html=True, default_height="90vh", config=shown)
 
 
-def _traces(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _traces(points: Sequence[Point]) -> list[dict[str, Any]]:
     """A backend's front, and its models by where their accuracy comes from, as arguments of plotly's Scatter."""
-    line = front.front_of(rows)
+    line = front.front_of(points)
     found = [
         {
-            "x": [row.images_per_s for row in line],
-            "y": [row.top1 for row in line],
+            "x": [point.images_per_s for point in line],
+            "y": [point.top1 for point in line],
             "mode": "lines",
-            "line": {"color": FRONT_COLOR, "width": 2},
+            "line": {"color": COLORS[FRONT], "width": 2},
             "name": FRONT_LEGEND,
             "hoverinfo": "skip",
         }
     ]
-    for published, mine in front.by_origin(rows).items():
-        colors = [FRONT_COLOR if row.on_front else OTHER_COLOR for row in mine]
+    for published, mine in front.by_origin(points).items():
+        colors = [COLORS[point.front] for point in mine]
         shape = "diamond-open" if published else "circle"
         found.append(
             {
-                "x": [row.images_per_s for row in mine],
-                "y": [row.top1 for row in mine],
+                "x": [point.images_per_s for point in mine],
+                "y": [point.top1 for point in mine],
                 "mode": "markers+text",
-                "text": [html.escape(front.short(row.model)) if row.on_front else "" for row in mine],
+                "text": [html.escape(front.short(point.model)) if point in line else "" for point in mine],
                 "textposition": "top right",
                 "cliponaxis": False,
                 "marker": {"symbol": shape, "size": 11, "color": colors, "line": {"width": 2, "color": colors}},
                 "name": _LEGEND[published],
-                "hovertext": [_hover(row) for row in mine],
+                "hovertext": [point.details for point in mine],
                 "hoverinfo": "text",
             }
         )
     return found
 
 
-def _hover(row: Row) -> str:
+def _details(row: Row) -> str:
     unsure = "" if row.front_is_sure else ", not surely faster than each more accurate one"
-    front = f"<br>on the front{unsure}" if row.on_front else ""
+    standing = f"<br>on the front{unsure}" if row.on_front else ""
     return (
         f"<b>{html.escape(row.model)}</b><br>top-1 {row.top1:g} % ({html.escape(row.top1_from)})"
         f"<br>{row.images_per_s:,.1f} images/s ({row.min:,.1f} to {row.max:,.1f})"
         f"<br>{row.latency_ms:.2f} ms for one image<br>{row.parameters_m:.2f} M parameters"
-        f"<br>{row.gmacs:.3f} GMACs at {row.image_size} px<br>{row.peak_memory_mib:,.0f} MiB at most{front}"
+        f"<br>{row.gmacs:.3f} GMACs at {row.image_size} px<br>{row.peak_memory_mib:,.0f} MiB at most{standing}"
     )

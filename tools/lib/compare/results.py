@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pipelines.common.errors import named
 from tools.lib.common.attention import PLAIN_ATTENTION
-from tools.lib.common.front import pareto_front
+from tools.lib.common.front import BEHIND, FRONT, PERHAPS, pareto_front
 from tools.lib.common.tables import terminal_table
 from tools.lib.compare import ranking
 from tools.lib.compare.measuring import Measured, Opened
@@ -32,7 +32,6 @@ _COLUMNS: dict[str, tuple[str, int | None]] = {
     "image_size": ("px", 0),
 }
 _PAPERS = "*"  # It marks the paper's accuracies.
-_UNSURE = "front?"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -78,8 +77,9 @@ class Row(Opened):
     front_is_sure: bool | None = None
 
     @property
-    def top1_interval(self) -> None:
-        """The picture has none: an accuracy is given without one."""
+    def front(self) -> str:
+        """As front.Point describes it."""
+        return (FRONT if self.front_is_sure else PERHAPS) if self.on_front else BEHIND
 
 
 @dataclasses.dataclass
@@ -185,7 +185,7 @@ def tables(rows: Sequence[Row], failed: Sequence[FailedRow]) -> list[Table]:
 def _cell(row: Row, key: str, decimals: int | None) -> str | Text:
     value = getattr(row, key)
     if key == "on_front":
-        return ("front" if row.front_is_sure else _UNSURE) if value else ""
+        return row.front
     if value is None:
         return ""
     if decimals is None:
@@ -203,7 +203,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             order = ranking.order_line({row.model: row.rank for row in mine})
             found.append(f"{backend}, from fast to slow (= the speeds are too close to call): {order}")
     if any(row.front_is_sure is False for row in rows):
-        found.append(f"{_UNSURE} on the front by its speed as shown, not surely faster than each more accurate model")
+        found.append(f"{PERHAPS} on the front by its speed as shown, not surely faster than each more accurate model")
     evaluated = [row for row in rows if row.top1_digest]
     if published := [row for row in rows if row.top1_is_the_papers]:
         found.append(

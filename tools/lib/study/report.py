@@ -1,19 +1,16 @@
-"""The report of a study: a page, study.csv with a line for each student, and study.json with everything.
+"""The report of a study: study.json with all numbers, a page that shows them, and study.csv with a line a student.
 
-Equal files give equal bytes. What was timed differs between two studies: it is under `measured` in study.json, in the
-last columns of study.csv, and in the picture of speed.
+Equal files give equal bytes. What differs between two equal studies, such as all that was timed, is under `measured` in
+study.json, in the last columns of study.csv, and in the picture of speed.
 """
 
-import collections
 import csv
 import dataclasses
 import io
 import itertools
 import json
-import os
 import shlex
 import statistics
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,33 +24,32 @@ from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.units import human_seconds
 from tools.lib.study.graph import Graph, StudentStages
 from tools.lib.study.significance import compare_students, letters
+from tools.lib.study.stage import Stage
 from trainer.config.paper import PaperModel, paper_models
 from trainer.config.recipe import AuditRow
 from trainer.monitor.report.charts import CHARTS, Chart, draw
 from trainer.monitor.report.page import PAGE, RunRecord, charts, embedded, read_run, template, text
+from trainer.monitor.run_files import SUMMARY
 
 # The weights that are evaluated on the validation images; other evaluations are suites.
 _WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
-_OF_THE_STUDENT = {"student.name", "student.kwargs", "student.seed"}
+_FAR_BELOW = 0.95  # An EMA that recognises a smaller fraction of what the raw weights do lags behind them.
+_OF_THE_STUDENT = {"student.name", "student.kwargs", "student.seed", "teacher.store"}
 _OF_EVALUATIONS = ("digest", "images", "precision", "pipeline", "software", "image_size", "crop_pct")
+_OF_PAIRS = ("difference", "interval_alone", "interval", "distinguishable")
+Columns = dict[str, Any]  # Numbers of a student by the column of study.csv.
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A student with a seed.
-
-    Attributes:
-      record: holds what its folder has, nothing without one; reports: are its evaluations that can be read.
-      correct: bool [N], which images the weights that are compared have recognised; None where that is not known.
-    """
+class SeedResult:
+    """What the stages of a student with one seed have left behind: its run, and the evaluations that are done."""
 
     stages: StudentStages
     record: RunRecord
     reports: dict[str, Report]
-    correct: np.ndarray | None
 
     @property
-    def title(self) -> str:
+    def student(self) -> str:
         """The title of the student."""
         return self.stages.student.label
 
@@ -62,267 +58,276 @@ class Run:
         """Student and seed."""
         return self.stages.train.subject
 
-    def top1(self, name: str) -> float | None:
-        """Accuracy in percent: of an evaluation, otherwise of the weights after the last update of the run."""
-        at_the_end = self.record.summary.get("evaluation", {})
-        found = self.reports[name] if name in self.reports else at_the_end.get(name, {})
-        return found.get("top1")
+    @property
+    def failure(self) -> str:
+        """The first stage that is not done, and why; "" where all are."""
+        missing = next((stage for stage in self.stages.stages if not stage.is_done), None)
+        return "" if missing is None else f"{missing.name}: {_failure(missing) or 'was not carried out'}"
 
-
-@dataclasses.dataclass
-class Student:
-    """All seeds of a student, and its numbers by the column; what was timed is in `timed`."""
-
-    title: str
-    runs: list[Run]
-    row: dict[str, Any] = dataclasses.field(default_factory=dict)
-    timed: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A point of the picture, as front.Plotted describes it."""
-
-    model: str
-    top1: float
-    images_per_s: float
-    top1_interval: tuple[float, float]
-    on_front: bool
-    top1_is_the_papers: bool = False
+    @property
+    def top1(self) -> dict[str, float]:
+        """Accuracies in percent: of the weights after the last update, as the run or an evaluation of it has them."""
+        found = {**self.record.summary.get("evaluation", {}), **self.reports}
+        return {name: each["top1"] for name, each in found.items() if "top1" in each}
 
 
 def write_report(graph: Graph) -> Path:
-    """Write the page, study.csv, study.json and the pictures of what is there to the study's folder, over older ones.
+    """Write the page, study.csv and study.json of what is there to the study's folder, over older ones.
 
     Returns:
       the page's path.
     """
-    out = graph.out
-    done = {name for each in graph.students for name, stage in each.evaluations.items() if stage.is_done}
-    kind = next((kind for kind in _WEIGHTS if kind in done), "ema")
-    runs = [_read(each, kind) for each in graph.students]
+    seeds, wanted = [_seed_result(stages) for stages in graph.students], graph.study.evaluate.weights
+    weights = next((each for each in (*wanted, "raw") if any(each in seed.reports for seed in seeds)), wanted[0])
     paper = {model.name: model for model in paper_models()} if graph.study.paper == "usi" else {}
-    students = [_student(title, [*some], paper) for title, some in itertools.groupby(runs, lambda run: run.title)]
-    pairs = _pairs(students, kind)
-    panels = _panels(students, graph, kind)
-    students.sort(key=lambda student: -(student.row[f"top1_{kind}"] or -1))
-    facts = _facts(runs)
-    warnings = _warnings(graph, runs, facts, kind)
-    title = f"Accuracy ({_WEIGHTS[kind]}) and speed"
-    drawn = front.picture(panels, title, {False: "mean over the seeds"}) if panels else None
+    students: dict[str, Columns] = {}
+    timed: dict[str, Columns] = {}
+    for title, group in itertools.groupby(seeds, lambda seed: seed.student):
+        students[title], timed[title] = _student([*group], paper)
+    pairs = _compare(seeds, students, weights)
+    panels = _panels(graph, students, timed, pairs, weights)
+    conditions, teacher = _conditions(seeds), graph.common.get("teacher")
+    content = {
+        "title": graph.study.title,
+        "weights": weights,
+        "warnings": _warnings(graph, seeds, students, conditions, weights),
+        "teacher": read_json(teacher.product / SUMMARY).get("best") if teacher else None,
+        "students": dict(sorted(students.items(), key=lambda item: -(item[1][f"top1_{weights}"] or -1))),
+        "pairs": pairs,
+        "runs": {
+            seed.name: {"failure": seed.failure, "top1": seed.top1, "best": seed.record.summary.get("best")}
+            for seed in seeds
+        },
+        "conditions": conditions,
+        "commands": {stage.name: stage.noted.get("command", stage.command) for stage in graph.stages},
+        "measured": {"students": timed, **_measured(graph, seeds)},
+    }
+    title, legend = f"Accuracy ({_WEIGHTS[weights]}) and speed", {False: "mean over the seeds"}
     page = template(Path(__file__).with_name("study.html")).render(
+        **content,
         graph=graph,
-        title=graph.study.title,
-        weights=_WEIGHTS[kind],
-        warnings=[*warnings, *_logged(graph)],
-        students=students,
-        images=len(next((run.correct for run in runs if run.correct is not None), ())),
-        devices=", ".join(dict.fromkeys(line.get("device", "?") for run in runs for line in run.record.of("session"))),
-        backends=[*panels],
-        suites=[*dict.fromkeys(name for run in runs for name in run.reports if name not in _WEIGHTS)],
+        in_words=_WEIGHTS,
         paper=paper,
-        pairs={(pair["a"], pair["b"]): pair for pair in pairs},
-        facts=facts,
-        recipe=_recipe(runs),
-        front=drawn and embedded(drawn),
-        curves={chart.title: embedded(draw(chart)) for chart in _curves(runs, kind)},
-        link=lambda path: urllib.parse.quote(os.fsencode(os.path.relpath(path, out))) if path.exists() else "",
-        command=lambda stage: shlex.join(stage.noted.get("command", stage.command)),
+        suites=[*dict.fromkeys(name for seed in seeds for name in seed.reports if name not in _WEIGHTS)],
+        deviations=_deviations([seed for seed in seeds if seed.record.summary]),
+        front=panels and embedded(front.picture(panels, title, legend)),
+        backends=[*panels],
+        curves={chart.title: embedded(draw(chart)) for chart in _curves(seeds, weights)},
+        command=shlex.join,
         duration=human_seconds,
     )
-    everything = json.dumps(_everything(graph, students, warnings, pairs), indent=1)
-    out.mkdir(parents=True, exist_ok=True)
-    write_synced(out / "study.csv", _csv(students).encode())
-    write_synced(out / "study.json", f"{everything}\n".encode())
-    write_synced(out / PAGE, page.encode("utf-8", "backslashreplace"))
-    return out / PAGE
+    graph.out.mkdir(parents=True, exist_ok=True)
+    write_synced(graph.out / "study.csv", _csv(content["students"], timed).encode())
+    write_synced(graph.out / "study.json", f"{json.dumps(content, indent=1)}\n".encode())
+    write_synced(graph.out / PAGE, page.encode("utf-8", "backslashreplace"))
+    return graph.out / PAGE
 
 
-def _read(stages: StudentStages, kind: str) -> Run:
-    folder, title, correct = stages.train.product, stages.student.label, None
+# --- what the stages have left behind ---
+
+
+def _seed_result(stages: StudentStages) -> SeedResult:
+    folder, title = stages.train.product, stages.student.label
     try:
         record = read_run(folder, title)
     except UserError:  # The run has not made its folder.
         record = RunRecord(folder, title, config={}, lines=[], summary={}, num_damaged=0, unusable=[])
     done = {name: stage.product for name, stage in stages.evaluations.items() if stage.is_done}
-    reports = {name: read_report(path, lambda report: report) for name, path in done.items()}
-    if kind in reports and (path := done[kind].with_suffix(".npz")).is_file():
-        with np.load(path) as predictions:
-            correct = predictions["top"][:, 0] == predictions["label"]
-    return Run(stages, record, reports, correct)
+    return SeedResult(stages, record, {name: read_report(path, lambda report: report) for name, path in done.items()})
 
 
-# --- the runs beside each other ---
+def _failure(stage: Stage) -> str:
+    """Why a stage has failed, with the whole last line of its log; the note may hold the beginning alone."""
+    ending, _, start = stage.failure.partition(": ")
+    lines = [line for line in stage.lines if start and " ".join(line.split()).startswith(start.removesuffix("..."))]
+    return f"{ending}: {lines[-1]}" if lines else stage.failure
 
 
-def _recipe(runs: Sequence[Run]) -> dict[str, AuditRow]:
-    """A row of the audit for each setting that some run has other than the recipe."""
-    return {row["key"]: row for run in runs for row in run.record.deviations or ()}
+def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tuple[Columns, Columns]:
+    """The accuracies of a student over its seeds, and its size; and what its trainings took."""
+    student, trained = seeds[0].stages.student, [seed for seed in seeds if seed.stages.train.is_done]
+    row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
+    row |= {"seeds": len(seeds), "failed": sum(bool(seed.failure) for seed in seeds)}
+    for name in dict.fromkeys([*_WEIGHTS, *(name for seed in seeds for name in seed.top1)]):
+        values = [seed.top1[name] for seed in seeds if name in seed.top1]
+        row[f"top1_{name}"] = statistics.mean(values) if values else None
+        row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
+    row["parameters"] = next((each["parameters"] for seed in seeds for each in seed.reports.values()), None)
+    row["paper"] = paper[student.name].top1 if student.name in paper else None
+    speeds = [line["images_per_s"] for seed in trained for line in seed.record.of("train")]
+    ranks = [line["ranks"] for seed in seeds for line in seed.record.of("session")[-1:]]
+    hours = sum(seed.stages.train.seconds for seed in seeds) / 3600 * max(ranks, default=1)
+    return row, {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
 
 
-def _facts(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Collect what runs should have in common: name -> value -> which runs have it; the most common value is first."""
-    known, found = _recipe(runs), {}
-    for run in runs:
-        if not run.record.lines:
-            continue
-        rows, summary = {row["key"]: row["here"] for row in run.record.deviations or ()}, run.record.summary
-        facts: dict[str, object] = {key: rows.get(key, row["usi"]) for key, row in known.items()}
-        if summary:
-            facts["version of the code"] = [summary["version"], summary["source"]]
-            facts["digest of the dataset"] = summary["dataset"]
-        facts["number of damaged images"] = run.record.num_damaged
-        for name, report in run.reports.items():
-            facts |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _OF_EVALUATIONS}
-        for name, value in facts.items():
-            found.setdefault(name, {}).setdefault(text(value), []).append(run.name)
+def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
+    """What two equal studies may differ in: the warnings of commands, what a run logs of the teacher, and times."""
+    warnings: dict[str, list[str]] = {}
+    for stage in graph.stages:
+        for line in stage.warnings:
+            warnings.setdefault(line.replace(f"{graph.out}/", ""), []).append(stage.name)
+    teacher = {
+        seed.name: [line["teacher_top1"] for line in seed.record.of("train") if "teacher_top1" in line]
+        for seed in seeds
+    }
     return {
-        name: {value: named(those, 4) for value, those in sorted(values.items(), key=lambda item: -len(item[1]))}
+        "warnings": [f"{named(stages, 4)}: {line}" for line, stages in warnings.items()],
+        "teacher_top1": {name: statistics.mean(top1) for name, top1 in teacher.items() if top1},
+        "devices": [*dict.fromkeys(line.get("device", "?") for seed in seeds for line in seed.record.of("session"))],
+        "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
+    }
+
+
+# --- what a reader must know before the numbers ---
+
+
+def _deviations(seeds: Sequence[SeedResult]) -> dict[str, AuditRow]:
+    """A row of the audit for each setting that some run has other than the recipe."""
+    return {row["key"]: row for seed in seeds for row in seed.record.deviations or ()}
+
+
+def _conditions(seeds: Sequence[SeedResult]) -> dict[str, dict[str, str]]:
+    """Collect what runs should have in common: name -> value -> which runs have it; the most common value is first.
+
+    Runs that have not ended are left out, for they have no result.
+    """
+    ended, found = [seed for seed in seeds if seed.record.summary], {}
+    known = _deviations(ended)
+    for seed in ended:
+        here, summary = {row["key"]: row["here"] for row in seed.record.deviations or ()}, seed.record.summary
+        conditions: dict[str, object] = {key: here.get(key, row["usi"]) for key, row in known.items()}
+        conditions["version of the code"] = [summary["version"], summary["source"]]
+        conditions["digest of the dataset"] = summary["dataset"]
+        conditions["number of damaged images"] = seed.record.num_damaged
+        for name, report in seed.reports.items():
+            conditions |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _OF_EVALUATIONS}
+        for name, value in conditions.items():
+            found.setdefault(name, {}).setdefault(text(value), []).append(seed.name)
+    return {
+        name: {
+            value: named(runs, 4) if len(runs) < len(ended) else "all runs"
+            for value, runs in sorted(values.items(), key=lambda item: -len(item[1]))
+        }
         for name, values in found.items()
     }
 
 
-def _warnings(graph: Graph, runs: Sequence[Run], facts: Mapping[str, Mapping[str, str]], kind: str) -> list[str]:
+def _warnings(
+    graph: Graph,
+    seeds: Sequence[SeedResult],
+    students: Mapping[str, Columns],
+    conditions: Mapping[str, Mapping[str, str]],
+    weights: str,
+) -> list[str]:
     """Collect the sentences that a reader must know before the numbers."""
-    found = [f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure]
-    for run in runs:
-        if run.stages.failure:
-            found.append(f"{run.name} is not complete: {run.stages.failure}")
-    for name, values in facts.items():
+    found = [f"stage {stage.name} has failed: {_failure(stage)}" for stage in graph.common.values() if stage.failure]
+    found += [f"{seed.name} is not complete: {seed.failure}" for seed in seeds if seed.failure]
+    teachers = {seed.name: seed.stages.config.teacher for seed in seeds if "store" in graph.common}
+    if live := [name for name, teacher in teachers.items() if teacher.name and not teacher.store]:
+        found.append(f"{named(live)}: learned from the live teacher, because the recording is of other images")
+    for name, values in conditions.items():
         if len(values) > 1 and name not in _OF_THE_STUDENT:
-            words = [f"{value} in {those}" for value, those in values.items()]
+            words = [f"{value} in {runs}" for value, runs in values.items()]
             found.append(f"runs differ in {name}: {'; '.join(words)}")
-    if set(collections.Counter(run.title for run in runs if run.correct is not None).values()) == {1}:
+    evaluated = [seed.student for seed in seeds if weights in seed.reports]
+    if evaluated and len(evaluated) == len({*evaluated}):
         found.append("each student has one seed: intervals are over images alone, another seed may differ by more")
+    ema_raw = {title: (row["top1_ema"], row["top1_raw"]) for title, row in students.items() if weights == "ema"}
+    lagging = {title: (ema, raw) for title, (ema, raw) in ema_raw.items() if raw and ema and ema < _FAR_BELOW * raw}
+    if lagging:
+        words = [f"{title} {ema:.2f} % against {raw:.2f} %" for title, (ema, raw) in lagging.items()]
+        found.append(
+            f"the EMA weights are compared, and are far below the raw weights: {', '.join(words)}. Compare the raw "
+            "weights, with evaluate.weights: [raw, ema] in the study's file, or train again with ema.warmup: true or a "
+            "smaller ema.decay in recipe.overrides"
+        )
     return found
 
 
-def _logged(graph: Graph) -> list[str]:
-    """Collect the warnings of the commands; an interrupted one may word them differently."""
-    found: dict[str, list[str]] = {}
-    for stage in graph.stages:
-        for line in stage.warnings:
-            found.setdefault(line, []).append(stage.name)
-    return [f"{named(stages, 4)}: {line}" for line, stages in found.items()]
+# --- accuracy and speed ---
 
 
-# --- numbers ---
-
-
-def _student(title: str, runs: list[Run], paper: Mapping[str, PaperModel]) -> Student:
-    """A student with its accuracies over its seeds, its size and its costs."""
-    student = runs[0].stages.student
-    row: dict[str, Any] = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
-    row |= {"seeds": len(runs), "failed": sum(bool(run.stages.failure) for run in runs)}
-    for name in dict.fromkeys([*_WEIGHTS, *(name for run in runs for name in run.reports)]):
-        values = [value for run in runs if (value := run.top1(name)) is not None]
-        row[f"top1_{name}"] = statistics.mean(values) if values else None
-        row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
-    row["parameters"] = next((each["parameters"] for run in runs for each in run.reports.values()), None)
-    row["paper"] = paper[student.name].top1 if student.name in paper else None
-    speeds = [line["images_per_s"] for run in runs for line in run.record.of("train")]
-    ranks = [line["ranks"] for run in runs for line in run.record.of("session")[-1:]]
-    hours = sum(run.stages.train.seconds for run in runs) / 3600 * max(ranks, default=1)
-    timed = {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
-    return Student(title, runs, row, timed)
-
-
-def _pairs(students: Sequence[Student], kind: str) -> list[dict]:
+def _compare(seeds: Sequence[SeedResult], students: Mapping[str, Columns], weights: str) -> list[dict[str, Any]]:
     """Each pair of the students that were evaluated on the same images, the better one first.
 
-    Intervals and letters go into the rows of these students.
+    Intervals and letters go into the columns of these students.
     """
-    known: dict[str, dict[str, list[np.ndarray]]] = {}
-    for run in (run for student in students for run in student.runs):
-        if run.correct is not None:
-            known.setdefault(run.reports[kind]["digest"], {}).setdefault(run.title, []).append(run.correct)
-    if not known:
+    correct: dict[str, dict[str, list[np.ndarray]]] = {}  # Digest of the images, student -> bool [N] of each seed.
+    for seed in (seed for seed in seeds if weights in seed.reports):
+        with np.load(seed.stages.evaluations[weights].product.with_suffix(".npz")) as predictions:
+            recognised = predictions["top"][:, 0] == predictions["label"]
+        correct.setdefault(seed.reports[weights]["digest"], {}).setdefault(seed.student, []).append(recognised)
+    if not correct:
         return []
-    titles, correct = zip(*max(known.values(), key=len).items(), strict=True)
-    owner = [place for place, mine in enumerate(correct) for _ in mine]
-    found = compare_students(np.stack([*itertools.chain(*correct)]), owner)
-    rows = {student.title: student.row for student in students}
+    titles, of_seeds = zip(*max(correct.values(), key=len).items(), strict=True)
+    owner = [place for place, mine in enumerate(of_seeds) for _ in mine]
+    found = compare_students(np.concatenate(of_seeds), owner)
     groups = letters(found.top1, found.distinguishable)
     for title, (low, high), group in zip(titles, found.top1_interval.tolist(), groups, strict=True):
-        rows[title] |= {"low": low, "high": high, "letters": group}
+        students[title].update(images=len(of_seeds[0][0]), low=low, high=high, letters=group)
     return [
-        {
-            "a": titles[i],
-            "b": titles[j],
-            "difference": float(found.difference[i, j]),
-            "interval_alone": found.interval_alone[i, j].tolist(),
-            "interval": found.interval[i, j].tolist(),
-            "distinguishable": bool(found.distinguishable[i, j]),
-        }
+        {"a": titles[i], "b": titles[j], **{key: getattr(found, key)[i, j].tolist() for key in _OF_PAIRS}}
         for i, j in itertools.combinations(np.argsort(-found.top1, kind="stable").tolist(), 2)
     ]
 
 
-def _panels(students: Sequence[Student], graph: Graph, kind: str) -> dict[str, list[Point]]:
+def _panels(
+    graph: Graph, students: Mapping[str, Columns], timed: Mapping[str, Columns], pairs: Sequence[Mapping], weights: str
+) -> dict[str, list[front.Point]]:
     """The points of each backend by its title. Speeds, and who is on the front, go into what was timed of students."""
-    models = {str(run.stages.export.product): student for student in students for run in student.runs}
-    measured: dict[str, list[Student]] = {}
+    compared = [each for each in graph.students if "letters" in students[each.student.label]]
+    exported = {str(each.export.product): each.student.label for each in compared}
     rows = read_json(graph.common["speed"].product).get("rows", []) if "speed" in graph.common else []
-    for row in (row for row in rows if "images_per_s" in row and row["model"] in models):
-        title, student = f"{row['backend']}: {row['precision']}, batch {row['batch']}", models[row["model"]]
-        student.timed |= {f"{title}, {key}": row[key] for key in ("images_per_s", "min", "max")}
-        if "letters" in student.row:
-            measured.setdefault(title, []).append(student)
+    backends: dict[str, dict[str, Mapping]] = {}  # Title of the backend, student -> its row of tools/compare.py.
+    for row in (row for row in rows if "images_per_s" in row and row["model"] in exported):
+        backend = f"{row['backend']}: {row['precision']}, batches of {row['batch']}"
+        backends.setdefault(backend, {})[exported[row["model"]]] = row
     panels = {}
-    for title, placed in measured.items():
-        places = [(student.row[f"top1_{kind}"], student.timed[f"{title}, images_per_s"]) for student in placed]
-        on_front = front.pareto_front(places)
-        for student, is_on in zip(placed, on_front, strict=True):
-            student.timed[f"{title}, front"] = "front" if is_on else ""
-        panels[title] = [
-            Point(student.title, top1, speed, (student.row["low"], student.row["high"]), is_on)
-            for student, (top1, speed), is_on in zip(placed, places, on_front, strict=True)
-        ]
+    for backend, speeds in backends.items():
+        panels[backend] = []
+        for title, row in speeds.items():
+            measured = {key: row[key] for key in ("images_per_s", "min", "max")}
+            measured["front"] = _standing(title, speeds, pairs)
+            timed[title].update({f"{backend}, {key}": value for key, value in measured.items()})
+            interval = students[title]["low"], students[title]["high"]
+            panels[backend].append(
+                front.Point(title, students[title][f"top1_{weights}"], **measured, top1_interval=interval)
+            )
     return panels
+
+
+def _standing(title: str, speeds: Mapping[str, Mapping], pairs: Sequence[Mapping]) -> str:
+    """Whether a student is on the front of a backend, as far as noise lets anybody know.
+
+    It is not where another one is at least as fast and distinguishably more accurate. It surely is where each other one
+    is distinguishably less accurate, or surely slower, which a lower rank in tools/compare.py says.
+    """
+    better = {(pair["a"], pair["b"]) for pair in pairs if pair["distinguishable"]}
+    mine, others = speeds[title], {other: row for other, row in speeds.items() if other != title}
+    if all((title, other) in better or mine["rank"] < row["rank"] for other, row in others.items()):
+        return front.FRONT
+    as_fast = [other for other, row in others.items() if row["images_per_s"] >= mine["images_per_s"]]
+    return front.BEHIND if any((other, title) in better for other in as_fast) else front.PERHAPS
 
 
 # --- writing ---
 
 
-def _curves(runs: Sequence[Run], kind: str) -> list[Chart]:
+def _curves(seeds: Sequence[SeedResult], weights: str) -> list[Chart]:
     """The curves of all runs; seeds of a student have its color, and one entry of the legend."""
-    shown = {"loss": "train/loss", "top1": f"eval/{kind}/top1", "agreement": "train/agreement"}
+    shown = {"loss": "train/loss", "top1": f"eval/{weights}/top1", "agreement": "train/agreement"}
     kinds = [dataclasses.replace(each, series={"": shown[each.name]}) for each in CHARTS if each.name in shown]
-    found = charts([run.record for run in runs if run.record.lines], kinds)
+    titles = {"top1": f"Validation accuracy, {_WEIGHTS[weights]}"}
+    found = charts([seed.record for seed in seeds if seed.record.lines], kinds)
     # Without marks a study that was killed and completed looks like one that was not.
-    return [dataclasses.replace(chart, marks=()) for chart in found]
+    return [dataclasses.replace(chart, title=titles.get(chart.name, chart.title), marks=()) for chart in found]
 
 
-def _csv(students: Sequence[Student]) -> str:
+def _csv(students: Mapping[str, Columns], timed: Mapping[str, Columns]) -> str:
     """A line for each student; what was timed is in the last columns."""
-    columns = dict.fromkeys(itertools.chain(*(each.row for each in students), *(each.timed for each in students)))
     file = io.StringIO()
+    columns = dict.fromkeys(itertools.chain(*students.values(), *timed.values()))
     writer = csv.DictWriter(file, ["student", *columns], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({"student": each.title, **each.row, **each.timed} for each in students)
+    writer.writerows({"student": title, **row, **timed[title]} for title, row in students.items())
     return file.getvalue()
-
-
-def _everything(graph: Graph, students: Sequence[Student], warnings: list[str], pairs: list[dict]) -> dict:
-    return {
-        "title": graph.study.title,
-        "warnings": warnings,
-        "students": {student.title: student.row for student in students},
-        "runs": {
-            run.name: {
-                "failed": run.stages.failure,
-                "top1": {name: run.top1(name) for name in dict.fromkeys([*_WEIGHTS, *run.reports])},
-                "best": run.record.summary.get("best"),
-                "deviations": run.record.deviations,
-            }
-            for student in students
-            for run in student.runs
-        },
-        "pairs": pairs,
-        "measured": {
-            "warnings": _logged(graph),
-            "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
-            "students": {student.title: student.timed for student in students},
-        },
-        "commands": {stage.name: stage.noted.get("command", stage.command) for stage in graph.stages},
-    }
