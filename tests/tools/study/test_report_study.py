@@ -173,7 +173,7 @@ def test_a_student_that_learned_from_the_live_teacher_beside_others_is_named(tmp
     students = [{"name": "a", "overrides": {"augment.flip": 0.0}}, {"name": "b"}]
     made = [student("a", 0, 300, "--augment.flip", "0"), student("b", 0, 300)]
     found = reported(study(tmp_path, made, students=students, teacher={"name": "test_resnet"}))["warnings"]
-    assert found[0] == "a-s0: learned from the live teacher, because the recording is of other images"
+    assert found[0] == "a-s0 learned from the live teacher, because the recording is of other images"
     assert "runs differ in augment.flip: 0.0 in a-s0; 0.5 in b-s0" in found
 
 

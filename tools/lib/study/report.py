@@ -166,13 +166,11 @@ def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
     for stage in graph.stages:
         for line in stage.warnings:
             warnings.setdefault(line.replace(f"{graph.out}/", ""), []).append(stage.name)
-    teacher = {
-        seed.name: [line["teacher_top1"] for line in seed.record.of("train") if "teacher_top1" in line]
-        for seed in seeds
-    }
+    key = "teacher_top1"
+    teacher = {seed.name: [line[key] for line in seed.record.of("train") if key in line] for seed in seeds}
     return {
         "warnings": [f"{named(stages, 4)}: {line}" for line, stages in warnings.items()],
-        "teacher_top1": {name: statistics.mean(top1) for name, top1 in teacher.items() if top1},
+        key: {name: statistics.mean(top1) for name, top1 in teacher.items() if top1},
         "devices": [*dict.fromkeys(line.get("device", "?") for seed in seeds for line in seed.record.of("session"))],
         "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
     }
@@ -222,9 +220,9 @@ def _warnings(
     """Collect the sentences that a reader must know before the numbers."""
     found = [f"stage {stage.name} has failed: {_failure(stage)}" for stage in graph.common.values() if stage.failure]
     found += [f"{seed.name} is not complete: {seed.failure}" for seed in seeds if seed.failure]
-    teachers = {seed.name: seed.stages.config.teacher for seed in seeds if "store" in graph.common}
+    teachers = {seed.name: seed.stages.config.teacher for seed in seeds if seed.reports and "store" in graph.common}
     if live := [name for name, teacher in teachers.items() if teacher.name and not teacher.store]:
-        found.append(f"{named(live)}: learned from the live teacher, because the recording is of other images")
+        found.append(f"{named(live)} learned from the live teacher, because the recording is of other images")
     for name, values in conditions.items():
         if len(values) > 1 and name not in _OF_THE_STUDENT:
             words = [f"{value} in {runs}" for value, runs in values.items()]
@@ -232,12 +230,14 @@ def _warnings(
     evaluated = [seed.student for seed in seeds if weights in seed.reports]
     if evaluated and len(evaluated) == len({*evaluated}):
         found.append("each student has one seed: intervals are over images alone, another seed may differ by more")
-    ema_raw = {title: (row["top1_ema"], row["top1_raw"]) for title, row in students.items() if weights == "ema"}
-    lagging = {title: (ema, raw) for title, (ema, raw) in ema_raw.items() if raw and ema and ema < _FAR_BELOW * raw}
+    lagging = []
+    for title, row in students.items():
+        ema, raw = row["top1_ema"], row["top1_raw"]
+        if weights == "ema" and None not in (ema, raw) and ema < _FAR_BELOW * raw:
+            lagging.append(f"{title} {ema:.2f} % against {raw:.2f} %")
     if lagging:
-        words = [f"{title} {ema:.2f} % against {raw:.2f} %" for title, (ema, raw) in lagging.items()]
         found.append(
-            f"the EMA weights are compared, and are far below the raw weights: {', '.join(words)}. Compare the raw "
+            f"the EMA weights are compared, and are far below the raw weights: {', '.join(lagging)}. Compare the raw "
             "weights, with evaluate.weights: [raw, ema] in the study's file, or train again with ema.warmup: true or a "
             "smaller ema.decay in recipe.overrides"
         )
@@ -254,9 +254,11 @@ def _compare(seeds: Sequence[SeedResult], students: Mapping[str, Columns], weigh
     """
     correct: dict[str, dict[str, list[np.ndarray]]] = {}  # Digest of the images, student -> bool [N] of each seed.
     for seed in (seed for seed in seeds if weights in seed.reports):
-        with np.load(seed.stages.evaluations[weights].product.with_suffix(".npz")) as predictions:
-            recognised = predictions["top"][:, 0] == predictions["label"]
-        correct.setdefault(seed.reports[weights]["digest"], {}).setdefault(seed.student, []).append(recognised)
+        path = seed.stages.evaluations[weights].product.with_suffix(".npz")
+        if path.is_file():
+            with np.load(path) as predictions:
+                recognised = predictions["top"][:, 0] == predictions["label"]
+            correct.setdefault(seed.reports[weights]["digest"], {}).setdefault(seed.student, []).append(recognised)
     if not correct:
         return []
     titles, of_seeds = zip(*max(correct.values(), key=len).items(), strict=True)
