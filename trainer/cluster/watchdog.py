@@ -4,7 +4,7 @@ The loop reports where it is (`heartbeat`), which sets a variable. On every rank
 seconds in rank 0's store, and reads there the states of all ranks, as rank 0 has collected them. A second thread judges
 what has been read. No rank's clock is compared with another's: a rank is silent, or stands still, for as long as the
 judging rank has seen no change. All it knows comes from rank 0, so the others are judged as of the time when rank 0
-was last heard: when rank 0 is lost, their silence says nothing.
+was last heard: when it is lost, their silence says nothing. Once it has ended, they are judged as of now.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ def find_lost(seen: dict[int, Seen], now_s: float, silent_s: float, linger_s: fl
 
     A rank other than 0 counts as silent only for the time in which rank 0 was still heard.
     """
-    known_s = {r: seen[0].heard_s if r else now_s for r in seen}
-    silent = [r for r, rank in seen.items() if rank.state.ended is None and known_s[r] - rank.heard_s > silent_s]
+    until_s = {r: _judged_s(seen, now_s) if r else now_s for r in seen}
+    silent = [r for r, rank in seen.items() if rank.state.ended is None and until_s[r] - rank.heard_s > silent_s]
     if silent:
         heard_s = now_s - min(seen[r].heard_s for r in silent)
         return (
@@ -97,7 +97,8 @@ def find_stuck(seen: dict[int, Seen], now_s: float, seconds: float) -> tuple[lis
     least = min((rank.state.heartbeats for rank in running.values()), default=0)
     behind = [r for r, rank in running.items() if rank.state.heartbeats == least]
     has_failed = any(rank.state.ended for rank in seen.values())
-    has_time = any(seen[0].heard_s - seen[r].moved_s <= max(seconds, seen[r].state.patience_s) for r in behind)
+    until_s = _judged_s(seen, now_s)
+    has_time = any(until_s - seen[r].moved_s <= max(seconds, seen[r].state.patience_s) for r in behind)
     if has_failed or has_time or not behind:
         return [], ""
     waiting = [r for r in seen if r not in behind]
@@ -107,6 +108,11 @@ def find_stuck(seen: dict[int, Seen], now_s: float, seconds: float) -> tuple[lis
         f"no progress on {_places(behind, seen)} for {still_s:.0f} s{others}. Its stack is above or in its own log; if "
         f"the place may take longer, raise run.watchdog_s. {_AGAIN}"
     )
+
+
+def _judged_s(seen: dict[int, Seen], now_s: float) -> float:
+    """Up to when the silence or standstill of a rank counts: while rank 0 runs, until it was last heard."""
+    return seen[0].heard_s if 0 in seen and seen[0].state.ended is None else now_s
 
 
 def _places(ranks: list[int], seen: dict[int, Seen]) -> str:

@@ -65,6 +65,13 @@ def test_when_rank_0_is_lost_no_other_is_named_though_it_was_heard_of_earlier():
     assert find_stuck(ranks, 0, 60) == ([], "")
 
 
+def test_a_rank_that_hangs_after_rank_0_has_ended_is_named():
+    ranks = seen((31, "the end", 70, 70, 0.0, ""), (30, "step 9: update", 69, 71))
+    blamed, line = find_stuck(ranks, 0, 60)
+    assert blamed == [1] and "no progress on rank 1 on host1 in 'step 9: update' for 71 s" in line
+    assert find_lost(ranks, 0, 60, 30).startswith("lost rank 1 on host1")
+
+
 def test_a_watchdog_that_is_switched_off_has_no_thread_and_still_takes_heartbeats():
     before = threading.active_count()
     with Watchdog(ONE, 0) as world:
@@ -98,6 +105,14 @@ def test_a_rank_that_hangs_is_named_on_rank_0_and_shows_its_stack():
     )
     assert hanging[0] == 1 and "[rank 1] watchdog: stacks of this process, in 'step: input':" in hanging[2]
     assert re.search(r'File "<string>", line \d+ in inputs', hanging[2])
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_when_rank_0_has_ended_does_not_hang_for_ever():
+    with Ranks(["-c", LOOP, 3, 1, "left alone"], 2) as ranks:
+        (code, text, _), (hanging, _, error) = ranks.end()
+    assert (code, text) == (0, "over\n")
+    assert hanging == 1 and re.search(r"error: watchdog: (no progress on|lost) rank 1 on \S+ in 'step: input'", error)
 
 
 @pytest.mark.long
