@@ -61,9 +61,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """The processes of xdist share the one that is forked, which imports everything while they begin."""
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        start_for_workers()
+    """The processes of xdist are forks of one that has imported everything, and share it for those that tests start."""
+    if config.getoption("numprocesses", None) and not config.option.collectonly and not hasattr(config, "workerinput"):
+        config.option.tx = [f"popen//python={start_for_workers(config.args)}"] * len(config.option.tx)
 
 
 def pytest_collection_finish():

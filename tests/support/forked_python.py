@@ -5,6 +5,9 @@ A process that imports torch and timm takes ten seconds of a core before it does
 does, and that can be given to subprocess, torchrun or a shell script: it has standard streams, environment, working
 folder, network namespace, signals and exit code of its own. Tests must start python itself for what is settled before
 or while torch is imported (variables of OpenMP, limits of the system, signals that are ignored from the start).
+
+The processes of xdist are such forks, too, and find the test files imported. They differ in what tests see:
+`sys.executable` is python itself, and the report at a run's end has its pictures, which conftest.py leaves out.
 """
 
 import atexit
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -27,6 +31,7 @@ _PRELOADED = (
     *("support.tiny_model", "trainer.run", "tools.evaluate"),
     *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
 )
+_WORKER = "--worker"  # The first argument of the processes of xdist.
 _SHARED = "USI_TESTS_FORKED_PYTHON"  # In the environment: the program of the process that `start_for_workers` started.
 _NETWORK = "/proc/self/ns/net"
 _TESTS = Path(__file__).resolve().parents[1]
@@ -40,12 +45,18 @@ def executable() -> str:
     return program
 
 
-def start_for_workers() -> None:
-    """Start the process that is forked, for this one and all that it starts; `executable` waits until it is ready."""
-    os.environ[_SHARED] = _start()
+def start_for_workers(tests: list[str]) -> str:
+    """Start the process that is forked, for this one and all that it starts; `executable` waits until it is ready.
+
+    Args:
+      tests: the files and folders that pytest was given.
+    Returns the command of an interpreter for the processes of xdist.
+    """
+    os.environ[_SHARED] = _start(tests)
+    return f"{os.environ[_SHARED]} {_WORKER}"
 
 
-def _start() -> str:
+def _start(tests: Sequence[str] = ()) -> str:
     """Start the process that is forked. A program that is started before it is ready waits for it."""
     folder = tempfile.TemporaryDirectory(prefix="forked-")
     address, program = Path(folder.name) / "socket", Path(folder.name) / "python"
@@ -55,7 +66,7 @@ def _start() -> str:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen(64)
-        command = [sys.executable, __file__, str(listener.fileno()), "--serve", str(program)]
+        command = [sys.executable, __file__, str(listener.fileno()), "--serve", str(program), *tests]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pass_fds": [listener.fileno()]}
         server = subprocess.Popen(command, env=environment, **pipes)
     atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
@@ -97,7 +108,7 @@ def _client(address: str, arguments: list[str]) -> None:
 # --- the process that is forked ---
 
 
-def _serve(listening: int, program: str) -> None:
+def _serve(listening: int, program: str, tests: list[str]) -> None:
     import importlib
     import select
 
@@ -105,32 +116,48 @@ def _serve(listening: int, program: str) -> None:
     for module in ("support.processes", *_PRELOADED):
         importlib.import_module(module)
     sys.modules["trainer.config.sections"].parse([], prog="trainer/run.py")  # the parser is kept, also for the forks
-    # The report at a run's end gets empty pictures, as in conftest.py: to draw them takes as long as a short run.
-    sys.modules["trainer.monitor.report.page"].draw = lambda chart: b""
+    if tests:
+        _import_tests(tests)
     gc.freeze()  # a collection in a fork would copy every page with objects of this process
     forks: dict[socket.socket, int] = {}
+    ends: dict[int, socket.socket] = {}  # the descriptor of a fork can be read when it has ended
     with socket.socket(fileno=listening) as listener:
         while True:
-            ready, _, _ = select.select([0, listener, *forks], [], [], 0.005 if forks else None)
+            ready, _, _ = select.select([0, listener, *forks, *ends], [], [])
             if 0 in ready:  # whoever started this process has ended
                 break
-            for connection in ready:
-                if connection is listener:
-                    connection = listener.accept()[0]
-                    forks[connection] = _forked(connection, program, [listener, *forks])
-                else:  # its program was killed
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(forks[connection], signal.SIGKILL)
-            for connection, pid in list(forks.items()):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    with contextlib.suppress(OSError):
-                        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-                    connection.close()
-                    del forks[connection]
+            if listener in ready:
+                connection = listener.accept()[0]
+                forks[connection] = _forked(connection, program, [listener, *forks])
+                ends[os.pidfd_open(forks[connection])] = connection
+            for end in ends.keys() & set(ready):
+                connection = ends.pop(end)
+                _, status = os.waitpid(forks.pop(connection), 0)
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                connection.close()
+                os.close(end)
+            for connection in forks.keys() & set(ready):  # its program was killed
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(forks[connection], signal.SIGKILL)
     for pid in forks.values():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+
+def _import_tests(tests: list[str]) -> None:
+    """Import the files of tests as pytest does, which rewrites what they assert. The forks find an error as well."""
+    import pytest
+
+    class NoItems:
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_collection_modifyitems(self, items: list) -> None:
+            items.clear()
+
+    paths = list(sys.path)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # The forks import the plugins of other packages themselves.
+    pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *tests], plugins=[NoItems()])
+    sys.path[:] = paths
 
 
 def _forked(connection: socket.socket, program: str, others: list[socket.socket]) -> int:
@@ -168,14 +195,20 @@ def _become(wanted: dict, streams: list[int], program: str) -> None:
     os.environ.update(wanted["environment"])
     os.chdir(wanted["folder"])
     sys.stdin = os.fdopen(0, closefd=False)
-    at_once = "-u" in wanted["arguments"][:1] or bool(os.environ.get("PYTHONUNBUFFERED"))
+    at_once = "-u" in wanted["arguments"][:2] or bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stdout.reconfigure(write_through=at_once)
     sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
-    sys.executable = program
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os._exit(_ended(wanted["arguments"]))
+    arguments = wanted["arguments"]
+    if arguments[0] == _WORKER:
+        arguments = arguments[1:]
+    else:
+        sys.executable = program
+        # The report at a run's end gets empty pictures, as in conftest.py: to draw them takes as long as a short run.
+        sys.modules["trainer.monitor.report.page"].draw = lambda chart: b""
+    os._exit(_ended(arguments))
 
 
 def _ended(arguments: list[str]) -> int:
@@ -210,6 +243,6 @@ def _run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:3] == ["--serve"]:
-        _serve(int(sys.argv[1]), sys.argv[3])
+        _serve(int(sys.argv[1]), sys.argv[3], sys.argv[4:])
     else:
         _client(sys.argv[1], sys.argv[2:])
