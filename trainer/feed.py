@@ -157,9 +157,9 @@ def choose_decode(config: ImagesConfig, index: ShardIndex, world: World, path: P
     """
     if config.decode != "auto":
         return {"decode": config.decode}
-    dali = _dali_version()  # Opening the pipeline says what to do where it is missing.
-    if world.device.type != "cuda" or not dali or resolve_pipeline(config.pipeline, world.device) != "dali":
-        return {"decode": "roi"}
+    dali = _dali_version() if world.device.type == "cuda" else ""
+    if not dali or resolve_pipeline(config.pipeline, world.device) != "dali":
+        return {"decode": "roi"}  # Where DALI is missing, opening the pipeline says what to do.
     tried_with = {"device": world.device_name, "dali": dali, "hw_decoder_load": config.hw_decoder_load}
     found = read_json(path) if path is not None and world.is_main else {}
     if world.is_main and not tried_with.items() <= found.items():
