@@ -41,7 +41,7 @@ class Ranks:
             process.kill()
             process.wait()
 
-    def end(self, timeout: float = 60) -> list[tuple[int, str, str]]:
+    def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
         """Exit code, stdout and stderr of every rank."""
         ends = [process.communicate(timeout=timeout) for process in self.processes]
         return [(process.returncode, *end) for process, end in zip(self.processes, ends, strict=True)]
@@ -54,7 +54,7 @@ class Ranks:
 def run_ranks(size: int, *arguments) -> str:
     """A run of several ranks with the settings in TINY. Returns what they wrote, one rank after the other."""
     with Ranks([REPOSITORY / "trainer" / "run.py", *TINY, *arguments], size) as ranks:
-        ends = ranks.end(timeout=300)
+        ends = ranks.end()
     text = "\n".join(out + error for _, out, error in ends)
     assert [code for code, *_ in ends] == [0] * size, text
     return text

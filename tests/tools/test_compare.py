@@ -360,7 +360,7 @@ def test_ctrl_c_ends_a_comparison_in_silence_and_leaves_nothing(tmp_path):
     with subprocess.Popen(command, env=scratch, preexec_fn=usual, **look) as process:
         time.sleep(30)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (130, "")
     assert not list(tmp_path.glob("usi-compare-*"))
     assert not list((tmp_path / "out").iterdir())

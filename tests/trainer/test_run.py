@@ -140,7 +140,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_without_a_traceback(digits, tmp
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130
     assert error == "stopping after the present step, or before the first; again ends at once\n"
     assert newest(tmp_path)["step"] > 0

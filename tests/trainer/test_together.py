@@ -354,7 +354,7 @@ def test_the_command_trains_on_two_ranks_and_its_exit_code_says_that_a_student_f
     ends = []
     for command in commands:
         with Ranks(command, 2) as ranks:
-            ends.append(ranks.end(timeout=300))
+            ends.append(ranks.end())
     assert [[code for code, *_ in each] for each in ends] == [[0, 0], [0, 0], [1, 1]], ends
     for _, _, error in ends[2]:
         assert f"error: {wild.run.out}: step " in error and "Traceback" not in error

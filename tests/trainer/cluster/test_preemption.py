@@ -44,7 +44,7 @@ def test_a_signal_while_the_program_is_loaded_ends_it_quietly(tmp_path):
     while not int(re.search(r"SigCgt:\s*(\w+)", handled.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == REQUEUE
+    assert process.communicate(timeout=300) == ("", "") and process.returncode == REQUEUE
 
 
 @pytest.mark.parametrize("number", STOPPING)

@@ -149,7 +149,7 @@ def test_ranks_that_torchrun_restarts_meet_again_in_the_store_it_kept(tmp_path):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["joined again 0", "joined again 1"]

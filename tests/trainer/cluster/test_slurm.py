@@ -108,7 +108,7 @@ def slurm(tmp_path):
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         return done, [json.loads(line) for line in calls.read_text().splitlines()]
 

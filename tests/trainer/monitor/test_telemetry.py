@@ -188,6 +188,6 @@ def test_a_run_continues_when_nobody_reads_its_output_any_more(tmp_path, monkeyp
 def test_a_full_disk_under_output_and_messages_changes_no_exit_code(tmp_path, arguments, code):
     command = [executable(), "-c", EXPLAINED, tmp_path / "why.txt", *SYNTHETIC, "--run.out", tmp_path / "run"]
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([*command, *arguments], stdout=full, stderr=full, timeout=100)
+        ended = subprocess.run([*command, *arguments], stdout=full, stderr=full, timeout=300)
     assert ended.returncode == code, (tmp_path / "why.txt").read_text()
     assert (tmp_path / "run" / "summary.json").is_file() == (code == 0)
