@@ -26,15 +26,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 _PRELOADED = (
     *("support.tiny_model", "trainer.run", "tools.evaluate"),
     *("tools.predict", "tools.doctor", "tools.benchmark", "tools.compare"),
 )
 _WORKER = "--worker"  # The first argument of the processes of xdist.
 _SHARED = "USI_TESTS_FORKED_PYTHON"  # In the environment: the program of the process that `start_for_workers` started.
-_NETWORK = "/proc/self/ns/net"
 _TESTS = Path(__file__).resolve().parents[1]
+_PROGRAM = Path(__file__).with_name("forked_program.py")
+_NETWORK = "/proc/self/ns/net"
 
 
 @functools.cache
@@ -50,7 +50,8 @@ def start_for_workers(tests: list[str]) -> str:
 
     Args:
       tests: the files and folders that pytest was given.
-    Returns the command of an interpreter for the processes of xdist.
+    Returns:
+      the command of the python that xdist is to start its processes with.
     """
     os.environ[_SHARED] = _start(tests)
     return f"{os.environ[_SHARED]} {_WORKER}"
@@ -60,49 +61,18 @@ def _start(tests: Sequence[str] = ()) -> str:
     """Start the process that is forked. A program that is started before it is ready waits for it."""
     folder = tempfile.TemporaryDirectory(prefix="forked-")
     address, program = Path(folder.name) / "socket", Path(folder.name) / "python"
-    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", __file__, str(address)])} "$@"\n')
+    standing_for_forks = shlex.join([sys.executable, "-IS", str(_PROGRAM), str(address)])
+    program.write_text(f'#!/bin/sh\nexec {standing_for_forks} "$@"\n')
     program.chmod(0o755)
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen(64)
-        command = [sys.executable, __file__, str(listener.fileno()), "--serve", str(program), *tests]
+        command = [sys.executable, __file__, str(listener.fileno()), str(program), *tests]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pass_fds": [listener.fileno()]}
         server = subprocess.Popen(command, env=environment, **pipes)
     atexit.register(lambda: (server.kill(), server.wait(), folder.cleanup()))
     return str(program)
-
-
-# --- the program: hands itself over, and stands for its fork ---
-
-
-def _client(address: str, arguments: list[str]) -> None:
-    received, fork = [], [0]
-
-    def forward(number: int, _frame) -> None:
-        received.append(number)
-        if fork[0]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(fork[0], received.pop())
-
-    for number in _FORWARDED:
-        signal.signal(number, forward)
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(address)
-        wanted = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}) + "\n"
-        network = os.open(_NETWORK, os.O_RDONLY)
-        socket.send_fds(connection, [b" "], [0, 1, 2, network])
-        connection.sendall(wanted.encode())
-        with connection.makefile("r") as answers:
-            fork[0] = int(answers.readline())
-            while received:
-                forward(received.pop(), None)
-            code = int(answers.readline())
-    if code < 0:
-        if -code in _FORWARDED:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
 
 
 # --- the process that is forked ---
@@ -242,7 +212,4 @@ def _run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:3] == ["--serve"]:
-        _serve(int(sys.argv[1]), sys.argv[3], sys.argv[4:])
-    else:
-        _client(sys.argv[1], sys.argv[2:])
+    _serve(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
