@@ -19,14 +19,13 @@ TORCHRUN = {
     **MASTER,
 }
 POD = {"RANK": "3", "WORLD_SIZE": "8", **MASTER}
-OWN = str(os.getpid())
 STEP = {
     "SLURM_JOB_ID": "7",
     "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_PROCID": "5",
     "SLURM_STEP_ID": "0",
-    "SLURM_TASK_PID": OWN,
+    "SLURM_TASK_PID": str(os.getpid()),  # With xdist this is the parent of the process that runs the tests.
 }
 ARRAY = {"SLURM_ARRAY_" + name: text for name, text in [("TASK_ID", "5"), ("TASK_MIN", "1"), ("TASK_STEP", "2")]}
 ARRAY |= {"SLURM_ARRAY_TASK_COUNT": "4"}  # sbatch --array=1-7:2
@@ -123,7 +122,7 @@ def test_a_task_of_srun_may_be_a_script_that_starts_this_process():
 
 
 def test_an_ancestor_is_found_whatever_it_is_called(tmp_path):
-    for pid, name, parent in ((OWN, "a) R 1 (b", 21), (21, "tmux: server", 1), (1, "init", 0)):
+    for pid, name, parent in ((os.getpid(), "a) R 1 (b", 21), (21, "tmux: server", 1), (1, "init", 0)):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} 0 0")
     assert launched({**STEP, "SLURM_TASK_PID": "21"}, proc=tmp_path).by == "srun"
