@@ -65,6 +65,7 @@ def _start(tests: Sequence[str] = ()) -> str:
     program.write_text(f'#!/bin/sh\nexec {standing_for_forks} "$@"\n')
     program.chmod(0o755)
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as trainer/run.py sets it
+    environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # No fork could use a GPU after this process has opened it.
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen(64)
