@@ -27,11 +27,11 @@ from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import model_argument, path_argument
-from tools.lib.common.hardware import first_device, machine
+from tools.lib.common.hardware import INSTALL_BACKENDS, first_device, machine
 from tools.lib.common.terminal import console
 from tools.lib.common.timing import check_positive
 from tools.lib.compare import charts, results
-from tools.lib.compare.backends import BACKENDS, BATCH, EXTRA, Plan, choose_backends
+from tools.lib.compare.backends import BACKENDS, BATCH, Plan, choose_backends
 from tools.lib.compare.candidates import choose
 from tools.lib.compare.measuring import measure
 from tools.lib.compare.results import FailedRow, Row
@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace) -> None:
     plan = Plan(device, options.batch or BATCH[device], options.repeats, num_cores())
     backends, remarks = choose_backends(options.backends, device)
     if not _has_plotly():
-        remarks.append(f"{_NAME}.html is left out: plotly is not installed. Run: {EXTRA}")
+        remarks.append(f"{_NAME}.html is left out: plotly is not installed. Run: {INSTALL_BACKENDS}")
     models = choose(options.models, options.accuracy)
     try:  # A folder that cannot be written to is noticed before anything is measured.
         options.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ command resumes it. A changed setting does again what depends on it, and nothing
 """
 
 import argparse
+import json
 import signal
 import sys
 from pathlib import Path
@@ -21,15 +22,16 @@ if not __package__:  # A script finds the packages of its own repository, instal
 import yaml
 
 from pipelines.common.errors import exit_on_user_error
-from pipelines.common.files import locked
+from pipelines.common.files import locked, write_synced
 from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
 from tools.lib.study.cluster import submit
-from tools.lib.study.graph import Graph
-from tools.lib.study.plan import check_study, show_plan
+from tools.lib.study.graph import Graph, read_graph
+from tools.lib.study.plan import check_study, redone, show_plan
 from tools.lib.study.running import finish, run
 from tools.lib.study.screen import Screen
+from tools.lib.study.stage import INPUTS
 from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         with exit_on_user_error():
-            graph = Graph(options.study, options.out.resolve())
+            graph = read_graph(options.study, options.out.resolve())
             if not options.report:
                 with console().status("checking every training before anything runs"):
                     check_study(graph)
@@ -66,10 +68,12 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
     """Run, submit or report. Returns the number of the signal that has stopped the study, 0 for none."""
     screen = Screen(graph.stages)
     if options.report:
-        return finish(graph, screen)
-    for stage in graph.stages:
-        if reason := stage.reason_to_redo():
-            screen.say(f"{stage.name} is done again: {reason}")
+        with screen.live:
+            return finish(graph, screen)
+    for line in redone(graph):
+        screen.say(line)
+    inputs = {stage.name: stage.inputs for stage in graph.stages}
+    write_synced(graph.out / INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
     if graph.study.source == "digits":
         make_digits(graph.out / "digits")
     if options.slurm is not None:

@@ -20,7 +20,7 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import World, alone
 from trainer.config.natures import shared_settings
 from trainer.config.recipe import audit
-from trainer.config.sections import Config, RunConfig, to_dict
+from trainer.config.sections import Config, DistillConfig, RunConfig, TeacherConfig, to_dict
 from trainer.evaluation.predict import EvalPass
 from trainer.feed import Feed, Pipelines, open_pipelines, open_splits
 from trainer.micro_batch import choose_micro_batch, resolve_micro_batch
@@ -205,6 +205,27 @@ def build(
         notes=list(filter(None, [*notes, *step_notes])),
         source=source_hash(),
     )
+
+
+def build_for_check(config: Config, num_classes: int | None = None) -> Run:
+    """Build a run as `build` does, on the CPU, without its teachers and without a checkpoint, to check that it can be.
+
+    What depends on the machine of the run, such as its GPUs, is left to the run.
+
+    Args:
+      num_classes: of synthetic images, which stand for a dataset that is not there yet; None takes the dataset.
+    Raises:
+      UserError: as `build`.
+    """
+    batch_norm = "reduce" if config.run.batch_norm == "sync" else config.run.batch_norm  # The former needs GPUs.
+    elsewhere = {"out": config.run.out / "check", "device": "cpu", "compile": False, "loggers": []}
+    run = dataclasses.replace(config.run, batch_norm=batch_norm, **elsewhere)
+    data = dataclasses.replace(config.data, pipeline="torchvision")
+    if num_classes is not None:
+        synthetic = {"synthetic_classes": num_classes, "synthetic_samples": run.global_batch}
+        data = dataclasses.replace(data, root=None, pipeline="synthetic", **synthetic)
+    teacher, distill = TeacherConfig(name=None), DistillConfig()
+    return build(dataclasses.replace(config, data=data, run=run, teacher=teacher, distill=distill))
 
 
 def facts_to_compare(config: Config, device: torch.device) -> dict:

@@ -70,6 +70,15 @@ def naming_settings(**settings: str) -> Iterator[None]:
         raise UserError(settings[error.argument] + str(error).removeprefix(error.argument)) from error
 
 
+@contextlib.contextmanager
+def naming(*where: object) -> Iterator[None]:
+    """Errors begin with what is at fault, such as the file and the key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(": ".join([*map(str, where), error.in_command()])) from error
+
+
 def named(names: Iterable[object], most: int = 10) -> str:
     """The first `most` names with commas between them, and how many more there are: 'a, b and 3 more'."""
     names = [str(name) for name in names]

@@ -7,6 +7,7 @@ class OptimConfig(Section):
 """
 
 import dataclasses
+import difflib
 import functools
 import types
 import typing
@@ -16,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import typing_extensions
 
-from pipelines.common.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped, naming
 
 _MOST = 2**31 - 1  # Numbers end up in NumPy's and C's types, and more seconds overflow somewhere.
 _KEY = "setting"
@@ -119,6 +120,37 @@ def check(section: Any, key: str) -> None:
             raise UserError(f"{key}.{field.name}".lstrip(".") + f" is {clipped(repr(value))}{reason}")
 
 
+def filled(kind: Any, content: object) -> Any:
+    """An instance of a dataclass with the values of a file, also where its fields are dataclasses or lists of these.
+
+    Raises:
+      UserError: what is no mapping, an unknown key (the nearest known one is named), one that is missing, or a wrong
+        value. It begins with the keys that lead there, such as students[0].
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"is {clipped(content)}, not keys with values")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(fields)}"
+            raise UserError(f"unknown key '{clipped(key)}'; {hint}")
+    for name, field in fields.items():
+        if field.default is field.default_factory and name not in content:  # Both are MISSING.
+            raise UserError(f"'{name}' is missing")
+    return kind(**{name: _filled_field(name, _hints(kind)[name], value) for name, value in content.items()})
+
+
+def _filled_field(name: str, hint: Any, value: Any) -> Any:
+    kind = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+    if kind is None or value is None:
+        return value
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        return [_filled_field(f"{name}[{number}]", kind, each) for number, each in enumerate(value)]
+    with naming(name):
+        return filled(kind, value)
+
+
 @functools.cache
 def _hints(kind: type) -> dict[str, object]:
     return typing_extensions.get_type_hints(kind, include_extras=True)
@@ -134,9 +166,17 @@ def _leaves(value: object) -> Iterator[object]:
 
 
 def _name_of(hint: Any) -> str:
-    """Name a type in a message: a Literal by its choices, any other type as Python writes it."""
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(str(choice) for choice in typing.get_args(hint) if choice != '')}"
+    """Name a type in a message: a Literal by its choices, and a class as Python writes it."""
+    inner = typing.get_args(hint)
+    match typing.get_origin(hint) or hint:
+        case typing.Literal:
+            return f"one of {', '.join(str(choice) for choice in inner if choice != '')}"
+        case typing.Union | types.UnionType:
+            return " or ".join(map(_name_of, inner))
+        case kind if kind is list:
+            return f"a list, each {_name_of(inner[0])}"
+        case types.NoneType:
+            return "null"
     return hint.__name__ if type(hint) is type else str(hint)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from chaos.attempts import Attempt, isolated
 from pipelines.common.errors import exit_on_user_error
-from tools.evaluate import EvalConfig
+from tools.lib.common.evaluation import EvalConfig
 from trainer import run as trainer
 from trainer.config.cli import parse_settings
 from trainer.config.sections import Config, parse

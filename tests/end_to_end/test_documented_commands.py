@@ -39,7 +39,7 @@ from tools import (
     shard_imagenet,
     study,
 )
-from tools.evaluate import EvalConfig
+from tools.lib.common.evaluation import EvalConfig
 from trainer import run, together
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings

@@ -12,8 +12,9 @@ from conftest import TINY
 from pipelines.shards.index import read_index
 from tools import average, export
 from tools.average import ema_weights, main
-from tools.evaluate import EvalConfig, EvalDataConfig, EvalStudentConfig, evaluate_dataset
+from tools.evaluate import evaluate_dataset
 from tools.lib.average import ingredients
+from tools.lib.common.evaluation import EvalConfig, EvalDataConfig, EvalStudentConfig
 from trainer.builder import build_models
 from trainer.cluster.world import World
 from trainer.config.sections import StudentConfig, parse

@@ -1,7 +1,6 @@
 """tools/compare.py: who is faster, who is on the front, what an accuracy belongs to, and what fails becomes a row."""
 
 import csv
-import dataclasses
 import functools
 import io
 import json
@@ -25,6 +24,7 @@ from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from support.models import tiny_hiera
 from tools import compare
+from tools.lib.common.hardware import BACKEND_PACKAGES
 from tools.lib.compare import backends, candidates, measuring, results
 from tools.lib.compare.backends import Plan
 from tools.lib.compare.candidates import Candidate
@@ -163,8 +163,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
 
 
 def test_a_backend_that_is_missing_is_an_error_if_it_was_named_and_a_note_if_not(monkeypatch):
-    missing = dataclasses.replace(backends.BACKENDS["openvino"], package="no_such_package")
-    monkeypatch.setitem(backends.BACKENDS, "openvino", missing)
+    command = BACKEND_PACKAGES["openvino"][1]
+    monkeypatch.setitem(BACKEND_PACKAGES, "openvino", ("no_such_package", command))
     with pytest.raises(UserError, match=re.escape("openvino is not installed. Run: pip install -e '.[compare]'")):
         backends.choose_backends(["openvino"], "cpu")
     found, notes = backends.choose_backends(None, "cpu")

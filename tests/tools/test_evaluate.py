@@ -21,6 +21,7 @@ from pipelines.shards.reader import ShardReader
 from support.forked_python import executable
 from support.processes import without_workers
 from tools import evaluate
+from tools.lib.common.evaluation import EvalConfig
 from tools.lib.evaluate.real_labels import read_real_labels
 from tools.lib.evaluate.report import show, write_and_show
 from tools.lib.shards.build import BuildOptions, build
@@ -37,8 +38,8 @@ from trainer.models.class_names import read_classes
 HERE = World(0, 1, 1, torch.device("cpu"))
 
 
-def config_of(*arguments) -> evaluate.EvalConfig:
-    return parse_settings(evaluate.EvalConfig, [str(each) for each in arguments], prog="evaluate", description="")
+def config_of(*arguments) -> EvalConfig:
+    return parse_settings(EvalConfig, [str(each) for each in arguments], prog="evaluate", description="")
 
 
 def report(*arguments) -> dict:

@@ -12,8 +12,8 @@ import torch
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from pipelines.common.machine import expanded, num_cores
-from tools.evaluate import EvalConfig
 from tools.lib.common.arguments import model_argument, path_argument
+from tools.lib.common.evaluation import EvalConfig
 from trainer.cluster.world import World
 from trainer.config.cli import parse_settings
 from trainer.config.sections import DataConfig, parse

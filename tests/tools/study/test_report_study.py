@@ -17,7 +17,7 @@ from conftest import REPOSITORY, TINY
 from pipelines.common.errors import clipped
 from support.sessions import ONE
 from tools.lib.common import front
-from tools.lib.study.graph import Graph, StudentStages
+from tools.lib.study.graph import Graph, StudentStages, read_graph
 from tools.lib.study.report import write_report
 from tools.lib.study.stage import LOG
 from trainer.config.paper import paper_models
@@ -121,7 +121,7 @@ def study(root: Path, students: list[Made], /, **content) -> Graph:
         **content,
     }
     file.write_text(yaml.safe_dump(content))
-    graph = Graph(file, root / "report")
+    graph = read_graph(file, root / "report")
     for made, stages in zip(students, graph.students, strict=True):
         made.fill(stages)
     return graph
@@ -202,7 +202,7 @@ def with_speeds(graph: Graph, speeds: dict[str, tuple[int, float]]) -> dict[str,
     Args:
       speeds: of each student its rank and its images/s.
     """
-    graph.add_speed()
+    graph = graph.with_speed()
     rows = []
     for each in graph.students:
         rank, speed = speeds[each.student.name]

@@ -13,10 +13,11 @@ from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from support.model_folder import write_folder
 from tools import compare, export, record_teacher, shard_imagenet
-from tools.lib.study.graph import Graph, plan_of
+from tools.lib.common.hardware import BACKEND_PACKAGES
+from tools.lib.study.graph import Graph, plan_of, read_graph
 from tools.lib.study.running import jobs_of
 from tools.lib.study.settings import read_study
-from tools.lib.study.stage import STATE, Stage
+from tools.lib.study.stage import STATE, Stage, changes
 from trainer.config.sections import TeacherConfig, parse, to_yaml
 from trainer.sharing import check_configs
 
@@ -34,7 +35,7 @@ DEMO = {
 def graph_of(folder: Path, content: dict = DEMO) -> Graph:
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(content))
-    return Graph(file, folder / "out")
+    return read_graph(file, folder / "out")
 
 
 def changed(*path_and_value) -> dict:
@@ -117,7 +118,7 @@ def test_the_program_of_each_stage_takes_its_command(tmp_path):
         carry_out(each.export)
     for stage in graph.stages:
         carry_out(stage)
-    graph.add_speed()
+    graph = graph.with_speed()
     speed = graph.stages[-1]
     options = compare._parse(speed.command[2:])
     assert options.models == [str(graph.students[n].export.product) for n in (0, 1)] and options.repeats == 3
@@ -207,21 +208,25 @@ def test_model_folders_count_by_their_content(tmp_path, model):
         graph_of(tmp_path, content)
 
 
-def test_a_stage_that_is_done_again_names_the_setting_and_the_earlier_result(tmp_path):
-    for stage in graph_of(tmp_path).stages:
+def test_a_changed_setting_names_the_stages_that_are_done_again_for_it_and_no_new_ones(tmp_path):
+    first = graph_of(tmp_path)
+    before = {stage.name: stage.inputs for stage in first.stages}
+    for stage in first.stages:
         carry_out(stage)
-    graph = graph_of(tmp_path, changed("recipe", "overrides", "schedule.epochs", 8))
-    reasons = {stage.name: stage.reason_to_redo() for stage in graph.stages}
-    assert reasons["store"] == "" and not graph.common["store"].is_done
-    assert reasons["train ViT-s0"].startswith("schedule.epochs 6 -> 8; the earlier result is train/")
-    assert reasons["export ViT-s0"].startswith("another train ViT-s0, another evaluate ema ViT-s0; ")
-    assert reasons["teacher"] == ""
-    earlier = graph_of(tmp_path).common["store"].folder
-    graph = graph_of(tmp_path, changed("teacher", "codec", "fp16"))
-    assert graph.common["store"].reason_to_redo() == f"codec int8 -> fp16; the earlier result is store/{earlier.name}"
-    assert graph.students[0].train.reason_to_redo().startswith("another store; the earlier result is train/")
-    assert all(stage.is_done for stage in graph_of(tmp_path).stages)
-    assert not any(stage.reason_to_redo() for stage in graph_of(tmp_path).stages)
+
+    def done_again(content: dict) -> dict[str, set[str]]:
+        found = changes(graph_of(tmp_path, content).stages, before)
+        return {change: {stage.name for stage in stages} for change, stages in found.items()}
+
+    longer = changed("recipe", "overrides", "schedule.epochs", 8)
+    assert done_again(longer) == {"schedule.epochs 6 -> 8": OF_STUDENTS}  # The recording is lengthened.
+    longer["teacher"]["codec"] = "fp16"
+    expected = {"codec int8 -> fp16": {"store"} | OF_STUDENTS, "schedule.epochs 6 -> 8": OF_STUDENTS}
+    assert done_again(longer) == expected
+    faster = {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT", "overrides": {"optim.lr": 0.001}}
+    again = {name for name in OF_STUDENTS if "ViT" in name}
+    assert done_again(changed("students", 1, faster)) == {"optim.lr default -> 0.001": again}
+    assert done_again(DEMO) == done_again(changed("students", 2, LONGER)) == {}
 
 
 def test_a_result_counts_only_with_its_product_and_its_own_fingerprint(tmp_path):
@@ -324,7 +329,7 @@ def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path)
     assert "raw" in graph.students[0].export.command
 
 
-_BOTH_VIT = r"students\[0\] and students\[1\] are both called 'ViT'. Give one of them a title of its own$"
+_BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own$"
 
 
 @pytest.mark.parametrize(
@@ -342,15 +347,20 @@ _BOTH_VIT = r"students\[0\] and students\[1\] are both called 'ViT'. Give one of
         (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),
-        (changed("evaluate", "weights", ["best"]), "weights is"),
+        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, each one of ema, raw$"),
         (changed("teacher", "checkpoint", "x.pth"), "teacher: checkpoint and train are both given"),
-        (changed("recipe", "overrides", "run.out", "x"), "recipe: run.out among its overrides: the study decides it"),
+        (changed("recipe", "overrides", "run.out", "x"), "recipe.overrides: the study decides run.out. Leave it out$"),
+        (changed("evaluate", "suites", "small", {"data.image_siz": 3}), "evaluate: suites.small: unknown key 'data"),
+        (changed("evaluate", "suites", "small", {"data.image_size": -3}), "suites.small: data.image_size is -3"),
+        (changed("evaluate", "suites", "small", {"data.real_labels": "no.json"}), "no.json: not found"),
+        (changed("evaluate", "suites", "small", {"run.json": "x"}), "suites.small: the study decides run.json. Leave"),
+        (changed("speed", "backends", ["eagr"]), "speed: backends has 'eagr'; name some of openvino, "),
         (
             changed("recipe", "overrides", "schedule.epoch", 3),
             "recipe.overrides: unknown key 'schedule.epoch'; did you mean 'schedule.epochs'",
         ),
         (changed("teacher", "train", "optim.lr", -1), "teacher.train: optim.lr is -1"),
-        (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\].overrides: .*optim.lr"),
+        (changed("students", 0, {"name": "a", "overrides": {"optim.lr": "x"}}), r"students\[0\]: .*optim.lr"),
         (changed("students", 0, "test_vit"), "students: 'ViT-s0' and 'test_vit-s0' are the same"),
         (changed("students", 0, {"name": "test_resnet", "title": "ViT"}), _BOTH_VIT),
         (changed("students", 0, {"name": "test_resnet", "title": "ViT", "seeds": [2]}), _BOTH_VIT),
@@ -362,6 +372,12 @@ def test_a_mistake_in_the_file_is_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         graph_of(tmp_path, content)
     assert str(error.value).startswith(f"{tmp_path / 'study.yaml'}: ") and "demo.yaml" not in str(error.value)
+
+
+def test_a_backend_that_is_not_installed_is_named_with_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKEND_PACKAGES, "eager", ("no_such_package", "pip install it"))
+    with pytest.raises(UserError, match="speed: backends has eager, which is not installed. Run: pip install it$"):
+        graph_of(tmp_path)
 
 
 def test_a_mistake_in_the_recipes_own_file_names_that_file(tmp_path):
@@ -381,6 +397,6 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["study-demo", "study-imagenet"])
 def test_the_studies_of_the_repository_are_graphs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    graph = Graph(REPOSITORY / "configs" / f"{name}.yaml", tmp_path)
+    graph = read_graph(REPOSITORY / "configs" / f"{name}.yaml", tmp_path)
     assert len(graph.students) == sum(len(each.seeds) for each in graph.study.students) >= 10
     assert all(plan_of(each.config) == plan_of(graph.students[0].config) for each in graph.students)

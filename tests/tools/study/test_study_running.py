@@ -16,9 +16,9 @@ from conftest import REPOSITORY
 from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
-from tools.lib.study.running import Process, is_held, jobs_of, run
+from tools.lib.study.running import TOGETHER_LOG, Process, await_earlier, jobs_of, run
 from tools.lib.study.screen import Screen
-from tools.lib.study.stage import LOG, Stage, command_of
+from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
 from trainer.config.sections import Config, parse, to_yaml
 
 # A command that notes each start, does what FOLDER/how says, and makes FOLDER/product.
@@ -44,14 +44,14 @@ while mode == "wait" and not (folder / "saved").exists() and how.exists():
 class Study:
     """Stages in a folder: b needs a, and c needs b; d needs nothing."""
 
-    def __init__(self, folder: Path, facts: dict | None = None):
+    def __init__(self, folder: Path, inputs: dict | None = None):
         self.folder = folder
         self.script = folder / "command.py"
         self.script.write_text(SCRIPT)
         self.stages: dict[str, Stage] = {}
         for name, needs in {"a": "", "b": "a", "c": "b", "d": ""}.items():
             needed = tuple(self.stages[need] for need in needs)
-            stage = Stage(folder / "out", name, "", name, (facts or {}).get(name, {}), needed, "product")
+            stage = Stage(folder / "out", name, "", name, (inputs or {}).get(name, {}), needed, "product")
             self.stages[name] = stage.by(self.script, stage.folder, self.how(name))
 
     def how(self, name: str) -> Path:
@@ -74,6 +74,11 @@ def training(name: str, folder: Path, seed: int = 0) -> Stage:
     """The stage of a training, whose images depend on `seed`."""
     config = parse(["--run.seed", str(seed), "--augment.fill", "[1, 2, 3]"])
     return Stage(folder, "train", name, name, {"student.name": name, "run.seed": seed}, (), "run", config)
+
+
+def wait_for_end(process: Process) -> None:
+    while not process.note_end():
+        time.sleep(0.02)
 
 
 def wait_for(path: Path) -> None:
@@ -109,7 +114,7 @@ def test_a_training_that_resumes_is_announced_with_its_step(tmp_path, capsys):
     checkpoint.touch()
     study.run()
     shown = capsys.readouterr().out
-    assert f"b: running (log: {study.stages['b'].folder / LOG}), resumes after step 120\n" in shown
+    assert f"b: running in {study.stages['b'].folder}, resumes after step 120\n" in shown
     assert shown.count(", resumes after step") == 1
 
 
@@ -120,14 +125,14 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is_and_its_
     study = Study(tmp_path)
     study.script.write_text("print('step 5 of 9', flush=True)\n" + SCRIPT)
     stage = study.stages["a"]
-    process = Process([stage], {})
+    process = Process([stage])
     wait_for(stage.folder / "starts")
     time.sleep(0.3)
     screen = Screen([stage])
-    screen.start([stage])
+    screen.begin([stage])
     process.note_progress(screen)
     noted = stage.seconds
-    process.note_result()
+    wait_for_end(process)
     assert re.search(r"^a: running [\d.]+ s; step 5 of 9$", capsys.readouterr().out, re.MULTILINE)
     assert 0.2 <= noted <= stage.seconds and stage.is_done
 
@@ -137,7 +142,7 @@ def test_a_failed_stage_stops_only_what_needs_it_and_is_tried_again(tmp_path, ca
     study.how("b").write_text("fail")
     assert study.run() == 0 and study.done() == "ad"
     shown = capsys.readouterr().out
-    assert "b: failed, exit code 1: error: no such model (log: " in shown
+    assert f"b: failed, exit code 1: error: no such model; its folder is {study.stages['b'].folder}\n" in shown
     assert "c: left out, because there is no result of b" in shown
     assert study.stages["b"].failure == "exit code 1: error: no such model" and not study.stages["c"].failure
     study.how("b").unlink()
@@ -145,12 +150,11 @@ def test_a_failed_stage_stops_only_what_needs_it_and_is_tried_again(tmp_path, ca
     assert study.starts() == {"a": 1, "b": 2, "c": 1, "d": 1}
 
 
-def test_a_changed_fact_does_again_what_depends_on_it_and_the_earlier_results_stay(tmp_path):
+def test_a_changed_input_does_again_what_depends_on_it_and_the_earlier_results_stay(tmp_path):
     first = Study(tmp_path)
     first.run()
     other = Study(tmp_path, {"b": {"epochs": 2}})
     assert other.done() == "ad"
-    assert other.stages["b"].reason_to_redo().startswith("epochs default -> 2; the earlier result is b/b-")
     other.run()
     assert other.starts() == dict.fromkeys("abcd", 1)
     assert first.done() == other.done() == "abcd"
@@ -203,10 +207,9 @@ def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_wai
     slow = SCRIPT.replace('(folder.joinpath("saved")', '(time.sleep(1), folder.joinpath("saved")')
     study.script.write_text(slow)
     study.how("a").write_text("wait")
-    first = Process([study.stages["a"]], {})
+    first = Process([study.stages["a"]])
     wait_for(study.stages["a"].folder / "starts")
     first.stop()
-    assert is_held(study.stages["a"]) and not is_held(study.stages["b"])
     study.run()
     said = capsys.readouterr().out
     assert said.count("a: waiting until the process of an earlier study has saved and ended") == 1
@@ -230,8 +233,8 @@ def test_two_stages_at_once_get_a_part_of_the_cores_or_a_gpu_each(tmp_path, monk
     study.run(slots=2)
     assert (study.stages["d"].folder / "starts").read_text().split()[0] == "4"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [running.environment_of(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4", "6"]
-    assert running.environment_of(0, 1) == {}
+    assert [running.resources(slot, 2) for slot in (0, 1)] == [({"CUDA_VISIBLE_DEVICES": each}, None) for each in "46"]
+    assert running.resources(0, 1) == ({}, None)
 
 
 def test_students_of_one_plan_are_trained_together_and_others_are_not(tmp_path):
@@ -241,71 +244,85 @@ def test_students_of_one_plan_are_trained_together_and_others_are_not(tmp_path):
     assert jobs_of([one, evaluate, two, other, three], 2) == [[one, two], [evaluate], [other], [three]]
 
 
-# A command for students in the folders of its arguments: the first one fails, and ends by itself; the others finish.
+# A command for students of the settings in its arguments: the first one fails, and ends by itself; the others finish.
 TOGETHER = """
-import json, sys, time
+import sys
 from pathlib import Path
 
-first, *others = (Path(folder) / "run" for folder in sys.argv[1:])
+first, *others = (Path(settings).parent / "run" for settings in sys.argv[1:])
 print("warning: it hardly knows the classes")
 print(f"{first}: warning: ema.decay is slow")
-print(f"error: {first}: loss is not finite", flush=True)
-while "not finite" not in (first.parent / "log.txt").read_text():  # The study has seen it.
-    time.sleep(0.02)
-time.sleep(1)
+print(f"error: {first}: loss is not finite")
 for other in others:
     other.mkdir()
     (other / "summary.json").write_text('{"finished": true}')
     print(f"{other}: warning: damaged and replaced")
     print(f"{other}: step 9 of 9")
-sys.exit(1)
+sys.stdout.flush()
 """
 
 
-def test_each_of_the_students_that_are_trained_together_has_its_own_reason_warnings_and_time(
+def trained_together(folder: Path, monkeypatch, script: str) -> list[Stage]:
+    """Two students whose common command carries out a script."""
+    command = folder / "together.py"
+    command.write_text(script)
+    monkeypatch.setattr(
+        running, "command_of_job", lambda job: command_of(command, *(each.folder / SETTINGS for each in job))
+    )
+    return [training(name, folder) for name in ("one", "two")]
+
+
+def test_each_of_the_students_that_are_trained_together_has_its_own_reason_and_warnings_and_half_of_the_time(
     tmp_path, monkeypatch, capsys
 ):
-    one, two = job = [training(name, tmp_path) for name in ("one", "two")]
-    command = tmp_path / "together.py"
-    command.write_text(TOGETHER)
-    monkeypatch.setattr(running, "command_of_job", lambda job: command_of(command, *(each.folder for each in job)))
+    one, two = job = trained_together(tmp_path, monkeypatch, TOGETHER + "sys.exit(1)")
     run(job, together=2, screen=Screen(job))
     assert two.is_done and not two.failure
     assert one.failure == f"exit code 1: error: {one.product}: loss is not finite"
     assert one.warnings == ["it hardly knows the classes", "ema.decay is slow"]
     assert two.warnings == ["it hardly knows the classes", "damaged and replaced"]
     assert f"{two.product}: step 9 of 9" in two.lines and f"{two.product}: step 9 of 9" not in one.lines
-    assert two.seconds > one.seconds
+    assert one.lines[0] == two.lines[0] and one.lines[0].endswith(f"{two.folder / SETTINGS}")
+    assert two.seconds == one.seconds > 0
     shown = capsys.readouterr().out
-    assert f"train one: failed, {one.failure} (log: {one.folder / LOG})\n" in shown
-    assert f"train two: running (log: {one.folder / 'together.txt'})\n" in shown
-    assert len((one.folder / "together.txt").read_text().splitlines()) == 5
+    assert f"train one: failed, {one.failure}; its folder is {one.folder}\n" in shown
+    assert not (one.folder / TOGETHER_LOG).exists()
+
+
+def test_students_that_were_killed_with_their_study_get_what_they_have_printed_together(tmp_path, monkeypatch):
+    one, two = job = trained_together(tmp_path, monkeypatch, TOGETHER + "import time; time.sleep(100)")
+    process = Process(job)
+    wait_for(two.product / "summary.json")
+    while "step 9 of 9" not in process.lines[-1]:
+        time.sleep(0.02)
+    os.killpg(process._process.pid, signal.SIGKILL)
+    assert two.is_done and two.lines == []
+    await_earlier(job, Screen(job))  # As the study does that is started again.
+    assert two.warnings == ["it hardly knows the classes", "damaged and replaced"]
+    assert one.warnings == ["it hardly knows the classes", "ema.decay is slow"]
+    assert not (one.folder / TOGETHER_LOG).exists()
 
 
 def test_a_process_that_fails_before_its_students_train_is_the_reason_for_each_of_them(tmp_path, monkeypatch):
-    one, two = job = [training(name, tmp_path) for name in ("one", "two")]
-    command = tmp_path / "together.py"
-    command.write_text(f"import sys\nprint('hello')\nsys.exit('error: {two.product}: another run is working in it')")
-    monkeypatch.setattr(running, "command_of_job", lambda job: command_of(command))
-    Process(job, {}).note_result()
-    expected = f"exit code 1: error: {two.product}: another run is working in it"
+    one, two = job = trained_together(tmp_path, monkeypatch, "")
+    (tmp_path / "together.py").write_text(f"import sys\nsys.exit('error: {two.product}: another run works in it')")
+    wait_for_end(Process(job))
+    expected = f"exit code 1: error: {two.product}: another run works in it"
     assert one.failure == two.failure == expected
 
 
 def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running, "_NOTE_EVERY_S", 0.0)
-    stage = training("one", tmp_path)
-    monkeypatch.setattr(running, "command_of_job", lambda _: [sys.executable, "-c", "import sys; sys.exit('gone')"])
-    for job in ([stage], [stage, training("two", tmp_path)]):
-        process = Process(job, {})
-        while not process.has_ended:
-            time.sleep(0.02)
-        shutil.rmtree(stage.folder)
+    one, two = trained_together(tmp_path, monkeypatch, "import sys; sys.exit('gone')")
+    for job in ([one], [one, two]):
+        process = Process(job)
+        process._process.wait()
+        shutil.rmtree(one.folder)
         screen = Screen(job)
-        screen.start(job)
+        screen.begin(job)
         process.note_progress(screen)
-        process.note_result()
-        assert stage.failure == "exit code 1: gone"
+        wait_for_end(process)
+        assert one.failure == "exit code 1: gone"
 
 
 def test_only_what_is_new_in_a_log_is_read(tmp_path):
@@ -319,7 +336,8 @@ def test_only_what_is_new_in_a_log_is_read(tmp_path):
 
 
 def test_students_at_once_are_bound_to_cores_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "_devices", list)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 0)
     script = tmp_path / "cores.py"
     script.write_text("import os, pathlib, sys\npathlib.Path(sys.argv[1]).write_text(repr(os.sched_getaffinity(0)))")
     everywhere, found = os.sched_getaffinity(0), {}
@@ -332,16 +350,16 @@ def test_students_at_once_are_bound_to_cores_of_their_own(tmp_path, monkeypatch)
 
 
 def test_the_cores_of_all_slots_are_distinct_and_a_quota_is_kept(monkeypatch):
-    monkeypatch.setattr(running, "_devices", list)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8, 16)))
     monkeypatch.setattr(machine, "num_cores", lambda: 8)
-    assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9, 10, 11}, {12, 13, 14, 15}]
-    assert [running.cores_of(slot, 3) for slot in range(3)] == [{8, 9}, {10, 11}, {13, 14}]
-    assert running.cores_of(0, 1) is None
+    assert [running.resources(slot, 2)[1] for slot in (0, 1)] == [{8, 9, 10, 11}, {12, 13, 14, 15}]
+    assert [running.resources(slot, 3)[1] for slot in range(3)] == [{8, 9}, {10, 11}, {13, 14}]
     monkeypatch.setattr(machine, "num_cores", lambda: 4)
-    assert [running.cores_of(slot, 2) for slot in (0, 1)] == [{8, 9}, {12, 13}]
-    monkeypatch.setattr(running, "_devices", lambda: ["0"])
-    assert running.cores_of(0, 2) is None
+    assert [running.resources(slot, 2)[1] for slot in (0, 1)] == [{8, 9}, {12, 13}]
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 1)
+    assert running.resources(0, 2) == ({"CUDA_VISIBLE_DEVICES": "0"}, None)
 
 
 def test_settings_are_there_before_the_command_starts(tmp_path):
@@ -349,5 +367,5 @@ def test_settings_are_there_before_the_command_starts(tmp_path):
     script = tmp_path / "copy.py"
     script.write_text("import shutil, sys\nshutil.copy(*sys.argv[1:])")
     stage.by(script, stage.folder / "settings.yaml", stage.product)
-    Process([stage], {}).note_result()
+    wait_for_end(Process([stage]))
     assert stage.is_done and stage.product.read_text() == to_yaml(Config())

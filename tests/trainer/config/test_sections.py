@@ -8,7 +8,7 @@ import yaml
 from chaos.settings import VALUES
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
-from tools.evaluate import EvalConfig
+from tools.lib.common.evaluation import EvalConfig
 from tools.lib.study.settings import read_study
 from trainer.config.cli import read_yaml
 from trainer.config.sections import Config, OptimConfig, parse, to_dict, to_yaml

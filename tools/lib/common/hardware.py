@@ -1,5 +1,6 @@
 """The device that commands use, and what a measured number depends on: processor, cores, GPU, driver, packages."""
 
+import importlib.util
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,22 @@ _PACKAGES = (
     *("pillow", "numpy", "torch", "torchvision", "timm", "webdataset", "ffcv"),
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # One of the two is enough.
 )
+
+INSTALL_BACKENDS = "pip install -e '.[compare]'"
+# The backends whose speed tools/compare.py measures: the package that each needs, and the command that installs it.
+BACKEND_PACKAGES = {
+    "openvino": ("openvino", INSTALL_BACKENDS),
+    "onnxruntime": ("onnxruntime", INSTALL_BACKENDS),
+    "tensorrt": ("tensorrt", "pip install tensorrt"),
+    "compiled": ("torch", ""),
+    "eager": ("torch", ""),
+}
+
+
+def missing_for(backend: str) -> str:
+    """The command that installs what a backend needs, "" if it is there."""
+    package, command = BACKEND_PACKAGES[backend]
+    return command if importlib.util.find_spec(package) is None else ""
 
 
 def first_device() -> "torch.device":

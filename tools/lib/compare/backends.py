@@ -6,7 +6,6 @@ and again: nothing is read, decoded or copied from a host.
 
 import dataclasses
 import functools
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from pipelines.common.errors import UserError
 from tools.lib.common.evaluation import in_memory_format
+from tools.lib.common.hardware import missing_for
 from tools.lib.common.onnx_file import IMAGES, LOGITS
 from tools.lib.compare.candidates import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Candidate, build
 from trainer.update.compiler import compiled
@@ -288,7 +288,6 @@ class Backend:
     Attributes:
       devices: on which it runs; defaults: on which it is measured unless others are named.
       open: opens a session; called in the session's own process.
-      package: what must be installed, as Python imports it, "" for nothing more; install: the command for it.
       file: the one that it reads of those that `prepare` writes, "" for none.
       preload: modules that are imported before the memory of a session is counted.
     """
@@ -297,26 +296,18 @@ class Backend:
     devices: tuple[str, ...]
     defaults: tuple[str, ...]
     open: Callable[[Candidate, Path, Plan], Session]
-    package: str = ""
-    install: str = ""
     file: str = ""
     preload: tuple[str, ...] = ()
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether its package can be found."""
-        return not self.package or importlib.util.find_spec(self.package) is not None
 
-
-EXTRA = "pip install -e '.[compare]'"
 _CPU, _GPU, _BOTH = ("cpu",), ("cuda",), ("cuda", "cpu")
 _COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("openvino", _CPU, _CPU, OpenVinoSession, "openvino", EXTRA, OPENVINO, ("openvino",)),
-        Backend("onnxruntime", _CPU, _CPU, OnnxRuntimeSession, "onnxruntime", EXTRA, ONNX, ("onnxruntime",)),
-        Backend("tensorrt", _GPU, _GPU, TensorRtSession, "tensorrt", "pip install tensorrt", HALF_ONNX, ("tensorrt",)),
+        Backend("openvino", _CPU, _CPU, OpenVinoSession, OPENVINO, ("openvino",)),
+        Backend("onnxruntime", _CPU, _CPU, OnnxRuntimeSession, ONNX, ("onnxruntime",)),
+        Backend("tensorrt", _GPU, _GPU, TensorRtSession, HALF_ONNX, ("tensorrt",)),
         # On a CPU, one is slow to compile and the other slower than the other runtimes.
         Backend("compiled", _BOTH, _GPU, compiled_session, preload=_COMPILER),
         Backend("eager", _BOTH, _GPU, TorchSession),
@@ -335,11 +326,11 @@ def choose_backends(names: list[str] | None, device: str) -> tuple[list[Backend]
     for backend in found:
         if device not in backend.devices:
             raise UserError(f"--backends: {backend.name} does not run on {device}. Use --device {backend.devices[0]}")
-        if not backend.is_installed:
-            raise UserError(f"--backends: {backend.name} is not installed. Run: {backend.install}")
+        if command := missing_for(backend.name):
+            raise UserError(f"--backends: {backend.name} is not installed. Run: {command}")
     if found:
         return found, []
     usual = [backend for backend in BACKENDS.values() if device in backend.defaults]
-    missing = [backend for backend in usual if not backend.is_installed]
-    notes = [f"{backend.name} is left out: not installed. Run: {backend.install}" for backend in missing]
-    return [backend for backend in usual if backend.is_installed] or [BACKENDS["eager"]], notes
+    missing = {backend.name: command for backend in usual if (command := missing_for(backend.name))}
+    notes = [f"{name} is left out: not installed. Run: {command}" for name, command in missing.items()]
+    return [backend for backend in usual if backend.name not in missing] or [BACKENDS["eager"]], notes

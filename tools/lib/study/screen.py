@@ -1,8 +1,6 @@
 """What a study shows while it runs: one live table on a terminal, and a line for each event."""
 
 import time
-from collections.abc import Iterable
-from pathlib import Path
 
 from rich.live import Live
 from rich.table import Table
@@ -12,11 +10,8 @@ from pipelines.common.files import read_json
 from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
 from tools.lib.common.units import human_seconds
-from tools.lib.study.stage import LOG, Stage
+from tools.lib.study.stage import Stage
 from trainer.monitor.run_files import SUMMARY
-
-TOGETHER_LOG = "together.txt"  # Among the files of the first of the students that are trained together.
-_STYLES = {"running": "bold", "failed": "red", "left out": "yellow", "waiting": "yellow", "to do": "dim"}
 
 
 class Screen:
@@ -25,33 +20,24 @@ class Screen:
     def __init__(self, stages: list[Stage]):
         self.stages = stages
         self._console = console()
-        self._states: dict[Stage, str] = {}  # What is not on the disk.
-        self._began_s: dict[Stage, float] = {}
+        self._began_s: dict[Stage, float] = {}  # Of those that are running.
+        self._left_out: set[Stage] = set()
         self.live = Live(console=self._console, get_renderable=self.table, refresh_per_second=2)
 
     def say(self, text: str) -> None:
         """Print a line, above the table where there is one."""
         self._console.print(Text(text), soft_wrap=True)
 
-    def mark(self, stages: Iterable[Stage], state: str, why: str) -> None:
-        """Say why stages are in another state than before."""
-        for stage in stages:
-            if self._states.get(stage) != state:
-                self._states[stage] = state
-                self.say(f"{stage.name}: {state}{why}")
-
-    def leave_out(self, stages: Iterable[Stage]) -> None:
-        """Stages cannot be carried out, because something that they need is not there."""
-        for stage in stages:
-            missing = ", ".join(need.name for need in stage.needs if not need.is_done)
-            self.mark([stage], "left out", f", because there is no result of {missing}")
-
-    def start(self, job: list[Stage]) -> None:
-        """A job begins."""
+    def begin(self, job: list[Stage]) -> None:
+        """The stages of a job begin, but for those that miss what they need."""
         for stage in job:
-            self._began_s[stage] = time.monotonic()
-            resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
-            self.mark([stage], "running", f" (log: {log_of(job)}){resumes}")
+            if stage.missing:
+                self._left_out.add(stage)
+                self.say(f"{stage.name}: left out, because there is no result of {stage.missing}")
+            else:
+                self._began_s[stage] = time.monotonic()
+                resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
+                self.say(f"{stage.name}: running in {stage.folder}{resumes}")
 
     def show_progress(self, job: list[Stage], line: str) -> None:
         """Print what a job has printed last, where there is no table."""
@@ -61,8 +47,8 @@ class Screen:
     def end(self, job: list[Stage]) -> None:
         """A job has ended; its stages say how."""
         for stage in job:
-            del self._states[stage]
-            reason = f", {stage.failure} (log: {stage.folder / LOG})" if stage.failure else accuracy_of(stage)
+            del self._began_s[stage]
+            reason = f", {stage.failure}; its folder is {stage.folder}" if stage.failure else accuracy_of(stage)
             self.say(f"{stage.name}: {self._cell(stage) if stage.is_done or stage.failure else 'stopped'}{reason}")
             for line in stage.warnings:
                 self.say(f"{stage.name}: warning: {line}")
@@ -78,17 +64,13 @@ class Screen:
         return terminal_table(["", *kinds], cells, text=range(len(kinds) + 1))
 
     def _cell(self, stage: Stage) -> Text:
-        state = self._states.get(stage, "failed" if stage.failure else "to do")
-        if state == "running":
+        if stage in self._began_s:
             return Text(f"running {human_seconds(time.monotonic() - self._began_s[stage])}", "bold")
         if stage.is_done:
             return Text(f"done in {human_seconds(stage.seconds)}", "green")
-        return Text(state, _STYLES[state])
-
-
-def log_of(job: list[Stage]) -> Path:
-    """Where the output of a job goes."""
-    return job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
+        if stage.failure:
+            return Text("failed", "red")
+        return Text("left out", "yellow") if stage in self._left_out else Text("to do", "dim")
 
 
 def accuracy_of(stage: Stage) -> str:

@@ -1,23 +1,24 @@
 """The file of a study: which students are compared, how all of them are trained, and what is measured."""
 
-import contextlib
 import dataclasses
-import difflib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.common.errors import UserError, clipped
-from pipelines.common.settings import Section, setting
-from trainer.config.cli import read_yaml
-from trainer.config.model_arguments import Kwargs, check_kwargs
+from pipelines.common.errors import UserError, naming
+from pipelines.common.settings import Section, filled, setting
+from tools.lib.common.evaluation import EvalConfig
+from tools.lib.common.hardware import BACKEND_PACKAGES, missing_for
+from tools.lib.study.stage import as_options
+from trainer.config.cli import parse_settings, read_yaml
+from trainer.config.model_arguments import Kwargs
 
 Overrides = dict[str, Any]  # SECTION.NAME -> value, as on the command line of trainer/run.py
-# The study decides these settings of a training itself.
+# The study decides these settings of a training, and of an evaluation, itself.
 _DECIDED = {
     *("data.root", "run.out", "run.stop_after_steps", "student.name", "student.kwargs", "student.seed"),
     *(f"teacher.{name}" for name in ("name", "kwargs", "checkpoint", "store", "others")),
 }
+_DECIDED_OF_SUITES = {"student.name", "student.checkpoint", "student.weights", "run.json", "run.predictions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,6 @@ class RecipeSection(Section):
 
     config: str = "configs/usi.yaml"
     overrides: Overrides = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_overrides(self.overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +50,12 @@ class TeacherSection(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check_kwargs("teacher", self.kwargs)
-        _check_overrides(self.train or {})
         if self.train is not None and self.checkpoint is not None:
             raise UserError("checkpoint and train are both given: leave one of them out")
 
 
 @dataclasses.dataclass(frozen=True)
-class Student(Section):
+class StudentSection(Section):
     """A student; each seed, of the initial weights and dropout, is a training of its own on the same images."""
 
     name: str
@@ -71,10 +66,8 @@ class Student(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        check_kwargs("student", self.kwargs)
-        _check_overrides(self.overrides)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise UserError(f"seeds is {self.seeds}: name at least one, and each once")
+            raise UserError(f"seeds is {self.seeds}: name at least one, and none twice")
 
     @property
     def label(self) -> str:
@@ -89,6 +82,16 @@ class EvaluateSection(Section):
     weights: list[Literal["ema", "raw"]] = dataclasses.field(default_factory=lambda: ["ema", "raw"])
     suites: dict[str, Overrides] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, suite in self.suites.items():
+            with naming(f"suites.{name}"):
+                _check_decided(suite, _DECIDED_OF_SUITES)
+                words = [str(word) for word in as_options(suite)]
+                labels = parse_settings(EvalConfig, words, prog=None, description="").data.real_labels
+                if labels is not None and str(labels) != "imagenet" and not labels.is_file():
+                    raise UserError(f"data.real_labels is {labels}: not found. Name a file, or the word imagenet")
+
 
 @dataclasses.dataclass(frozen=True)
 class SpeedSection(Section):
@@ -98,12 +101,20 @@ class SpeedSection(Section):
     batch: int | None = setting(None, at_least=1)
     repeats: int | None = setting(None, at_least=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.backends or ():
+            if name not in BACKEND_PACKAGES:
+                raise UserError(f"backends has '{name}'; name some of {', '.join(BACKEND_PACKAGES)}")
+            if command := missing_for(name):
+                raise UserError(f"backends has {name}, which is not installed. Run: {command}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Study(Section):
     """A study: docs/study.md describes each key."""
 
-    students: list[Student]
+    students: list[StudentSection]
     title: str = setting("", may_be_empty=True)
     dataset: str | None = None
     source: str | None = None
@@ -120,58 +131,25 @@ class Study(Section):
             raise UserError("give either dataset, a folder of shards, or source, what to make them of")
         if not self.students or not self.evaluate.weights:
             raise UserError("students and evaluate.weights must name at least one each")
-        numbers: dict[str, int] = {}
-        for number, student in enumerate(self.students):
-            if (other := numbers.setdefault(student.label, number)) != number:
-                raise UserError(
-                    f"students[{other}] and students[{number}] are both called '{student.label}'. Give one of them a "
-                    "title of its own"
-                )
+        trained = {"recipe.overrides": self.recipe.overrides, "teacher.train": self.teacher and self.teacher.train}
+        trained |= {f"students[{number}].overrides": each.overrides for number, each in enumerate(self.students)}
+        for key, overrides in trained.items():
+            with naming(key):
+                _check_decided(overrides or {}, _DECIDED)
+        labels = [each.label for each in self.students]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise UserError(f"students: two are called '{twice[0]}'. Give one of them a title of its own")
 
 
-_SECTIONS = {"recipe": RecipeSection, "teacher": TeacherSection, "evaluate": EvaluateSection, "speed": SpeedSection}
+def _check_decided(overrides: Overrides, decided: set[str]) -> None:
+    if found := decided & {*overrides}:
+        raise UserError(f"the study decides {min(found)}. Leave it out")
 
 
 def read_study(path: Path) -> Study:
     """The study in a YAML file; a UserError names the file, the key and what is wrong with it."""
     content = {"title": path.stem, **read_yaml(path)}
+    if isinstance(students := content.get("students"), list):
+        content["students"] = [{"name": each} if isinstance(each, str) else each for each in students]
     with naming(path):
-        for key, kind in _SECTIONS.items():
-            if content.get(key) is not None:
-                with naming(key):
-                    content[key] = _filled(kind, content[key])
-        if isinstance(content.get("students"), list):
-            for number, each in enumerate(content["students"]):
-                with naming(f"students[{number}]"):
-                    content["students"][number] = _filled(Student, {"name": each} if isinstance(each, str) else each)
-        return _filled(Study, content)
-
-
-@contextlib.contextmanager
-def naming(*where: object) -> Iterator[None]:
-    """Inside, errors begin with what is at fault, such as the file and the key."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(": ".join([*map(str, where), error.in_command()])) from error
-
-
-def _filled(kind: Any, content: Any) -> Any:
-    """An instance of a section's dataclass with the values of a file."""
-    if not isinstance(content, dict):
-        raise UserError(f"is {clipped(content)}, not keys with values")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(fields)}"
-            raise UserError(f"unknown key '{clipped(key)}'; {hint}")
-    for name, field in fields.items():
-        if field.default is field.default_factory and name not in content:  # Both are MISSING.
-            raise UserError(f"'{name}' is missing")
-    return kind(**content)
-
-
-def _check_overrides(overrides: Overrides) -> None:
-    if decided := _DECIDED & {*overrides}:
-        raise UserError(f"{min(decided)} among its overrides: the study decides it. Leave it out")
+        return filled(Study, content)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from trainer.config.sections import Config, to_yaml
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
 
-STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"
+STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"  # In the folder of a stage.
+INPUTS = "inputs.json"  # In the folder of the study: the inputs of all stages at its newest start.
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -31,11 +33,11 @@ class Stage:
       out: folder of the study.
       kind: what it does; subject: with which student, "" for stages of the whole study.
       title: what its folder's name begins with.
-      facts: all that its result depends on besides `needs`, as plain values by name.
+      inputs: all that its result depends on besides `needs`, as plain values by name.
       needs: the stages whose products it reads.
       product_name: what it makes, in its folder.
       config: the command reads it from SETTINGS; None where it reads none.
-      epochs: that a recording must hold at least, 0 for other stages. It is no fact: a recording can be lengthened.
+      epochs: that a recording must hold at least, 0 for other stages. It is no input: a recording can be lengthened.
       command: all its words, which a user can paste; paths are absolute.
     """
 
@@ -43,7 +45,7 @@ class Stage:
     kind: str
     subject: str
     title: str
-    facts: dict[str, Any]
+    inputs: dict[str, Any]
     needs: tuple["Stage", ...]
     product_name: str
     config: Config | None = None
@@ -63,7 +65,7 @@ class Stage:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256, in hex, of all that its result depends on."""
-        content = [self.kind, self.facts, [need.fingerprint for need in self.needs]]
+        content = [self.kind, self.inputs, [need.fingerprint for need in self.needs]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -106,6 +108,11 @@ class Stage:
         return self.noted.get("seconds", 0.0)
 
     @property
+    def missing(self) -> str:
+        """The names of the stages that it needs and that are not done."""
+        return ", ".join(need.name for need in self.needs if not need.is_done)
+
+    @property
     def num_steps_saved(self) -> int:
         """The number of updates in the newest checkpoint of a training, 0 without one."""
         return max(map(step_of, checkpoints(checkpoints_folder(self.product))), default=0)
@@ -124,33 +131,45 @@ class Stage:
     def note(self, command: list[str], *, done: bool = False, failure: str = "", seconds: float = 0.0) -> None:
         """Write down how far it is: at its start, and later with the time since the last note."""
         state = {"fingerprint": self.fingerprint, "done": done, "failure": failure, "command": command}
-        state |= {"seconds": round(self.seconds + seconds, 1), "facts": self.facts}
-        if self.epochs:
-            state["epochs"] = self.epochs
-        state["needs"] = {need.name: need.fingerprint for need in self.needs}
+        state |= {"seconds": round(self.seconds + seconds, 1), "epochs": self.epochs, "inputs": self.inputs}
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
             write_synced(self.folder / SETTINGS, to_yaml(self.config).encode())
         write_synced(self.folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
 
-    def reason_to_redo(self) -> str:
-        """Which setting has changed since the newest earlier result, and where that lies; "" if there is none."""
-        states = self.folder.parent.glob(f"{slug_of(self.title)}-*/{STATE}")
-        earlier = [path for path in states if path.parent != self.folder and read_json(path).get("done")]
-        if self.is_done or not earlier:
-            return ""
-        newest = max(earlier, key=lambda path: path.stat().st_mtime)
-        old, needed = (read_json(newest)[key] for key in ("facts", "needs"))
-        keys = [key for key in sorted({*old, *self.facts}) if old.get(key) != self.facts.get(key)]
-        changed = [f"{key} {old.get(key, 'default')} -> {self.facts.get(key, 'default')}" for key in keys]
-        needs = {need.name: need.fingerprint for need in self.needs}
-        changed += [f"another {name}" for name in {**needs, **needed} if needs.get(name) != needed.get(name)]
-        return f"{', '.join(changed)}; the earlier result is {newest.parent.relative_to(self.out)}"
+
+def changes(stages: Iterable[Stage], before: Mapping[str, dict]) -> dict[str, list[Stage]]:
+    """What has changed in the inputs of stages -> the stages that are to be done again for it.
+
+    Args:
+      stages: each behind those that it needs.
+      before: the inputs that they had, by their names.
+    """
+    causes, found = {}, {}
+    for stage in stages:
+        old, new = before.get(stage.name, stage.inputs), stage.inputs
+        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        own = [f"{key} {old.get(key, 'default')} -> {new.get(key, 'default')}" for key in keys]
+        causes[stage] = dict.fromkeys([*own, *(cause for need in stage.needs for cause in causes[need])])
+        if stage.name in before and not stage.is_done:
+            for cause in causes[stage]:
+                found.setdefault(cause, []).append(stage)
+    return found
 
 
 def command_of(program: str | Path, *words: object) -> list[str]:
     """The words of a command line that runs a program of the repository, from any folder."""
     return [sys.executable, str(REPOSITORY / program), *map(str, words)]
+
+
+def as_options(values: Mapping[str, object]) -> list[object]:
+    """Values as words of a command line; those that are None are left out."""
+    words: list[object] = []
+    for name, value in values.items():
+        if value is not None:
+            many = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *many]
+    return words
 
 
 def slug_of(name: str) -> str:

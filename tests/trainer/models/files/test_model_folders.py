@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from conftest import train_here
 from pipelines.common.errors import UserError
 from support.model_folder import CLASSES, NAME, write_folder
-from tools.evaluate import EvalStudentConfig
+from tools.lib.common.evaluation import EvalStudentConfig
 from tools.lib.compare import candidates
 from trainer.config.sections import StudentConfig, TeacherConfig, parse, to_dict
 from trainer.evaluation import trained
