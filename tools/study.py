@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -37,51 +37,46 @@ from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with 1 if a stage has failed, and as a run if a signal has stopped the study."""
-    options = _parse(arguments)
-    try:
-        with exit_on_user_error():
+    options, code = _parse(arguments), 0
+    with exit_on_user_error():
+        try:
             graph = read_graph(options.study, options.out.resolve())
             if not options.report:
                 with console().status("checking every training before anything runs"):
                     check_study(graph)
             if options.dry_run:
                 show_plan(graph, options.seconds)
-                return
-            graph.out.mkdir(parents=True, exist_ok=True)
-            with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
-                stopped_by = carry_out(graph, options)
-    except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
-        exit_stopped(signal.SIGINT)
-    if stopped_by:
-        exit_stopped(stopped_by)
-    if options.slurm is None and not all(stage.is_done for stage in graph.stages):
-        sys.exit(1)
-
-
-def exit_stopped(number: int) -> NoReturn:
-    """End with the exit code of a run that a signal has stopped."""
-    print("stopped. Run the same command again to resume", file=sys.stderr)
-    sys.exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)
+            else:
+                graph.out.mkdir(parents=True, exist_ok=True)
+                with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
+                    code = carry_out(graph, options)
+        except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
+            code = INTERRUPTED
+    if code in (INTERRUPTED, REQUEUE):
+        print("stopped. Run the same command again to resume", file=sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 def carry_out(graph: Graph, options: argparse.Namespace) -> int:
-    """Run, submit or report. Returns the number of the signal that has stopped the study, 0 for none."""
-    screen = Screen(graph.stages)
-    if options.report:
-        with screen.live:
-            return finish(graph, screen)
-    for line in redone(graph):
-        screen.say(line)
-    inputs = {stage.name: stage.inputs for stage in graph.stages}
-    write_synced(graph.out / INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
-    if graph.study.source == "digits":
-        make_digits(graph.out / "digits")
-    if options.slurm is not None:
-        submit(graph, options.slurm, screen)
-        return 0
+    """Run, submit or report. Returns the exit code."""
+    screen, stopped_by = Screen(graph.stages), 0
+    if not options.report:
+        for line in redone(graph):
+            screen.say(line)
+        inputs = {stage.name: stage.inputs for stage in graph.stages}
+        write_synced(graph.out / INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
+        if graph.study.source == "digits":
+            make_digits(graph.out / "digits")
+        if options.slurm is not None:
+            submit(graph, options.slurm, screen)
+            return 0
     with screen.live:
-        stopped_by = run(graph.stages, slots=options.jobs, together=graph.study.together, screen=screen)
-        return stopped_by or finish(graph, screen)
+        if not options.report:
+            stopped_by = run(graph.stages, slots=options.jobs, together=graph.study.together, screen=screen)
+        if stopped_by := stopped_by or finish(graph, screen):
+            return INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE
+    return 0 if all(stage.is_done for stage in screen.stages) else 1
 
 
 def make_digits(images: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_backend_that_is_missing_is_an_error_if_it_was_named_and_a_note_if_not
         backends.choose_backends(["openvino"], "cpu")
     found, notes = backends.choose_backends(None, "cpu")
     assert "openvino" not in [backend.name for backend in found]
-    assert "openvino is left out: not installed. Run: pip install -e '.[compare]'" in notes
+    assert "left out: openvino is not installed. Run: pip install -e '.[compare]'" in notes
 
 
 def test_a_backend_of_another_device_is_refused():

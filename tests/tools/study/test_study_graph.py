@@ -354,7 +354,7 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("evaluate", "suites", "small", {"data.image_size": -3}), "suites.small: data.image_size is -3"),
         (changed("evaluate", "suites", "small", {"data.real_labels": "no.json"}), "no.json: not found"),
         (changed("evaluate", "suites", "small", {"run.json": "x"}), "suites.small: the study decides run.json. Leave"),
-        (changed("speed", "backends", ["eagr"]), "speed: backends has 'eagr'; name some of openvino, "),
+        (changed("speed", "backends", ["eagr"]), "speed: backends: 'eagr' is no backend. Name some of openvino, "),
         (
             changed("recipe", "overrides", "schedule.epoch", 3),
             "recipe.overrides: unknown key 'schedule.epoch'; did you mean 'schedule.epochs'",
@@ -376,7 +376,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path, content, message):
 
 def test_a_backend_that_is_not_installed_is_named_with_what_helps(tmp_path, monkeypatch):
     monkeypatch.setitem(BACKEND_PACKAGES, "eager", ("no_such_package", "pip install it"))
-    with pytest.raises(UserError, match="speed: backends has eager, which is not installed. Run: pip install it$"):
+    with pytest.raises(UserError, match="speed: backends: eager is not installed. Run: pip install it$"):
         graph_of(tmp_path)
 
 

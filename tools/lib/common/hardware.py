@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.common.errors import UserError
 from pipelines.common.machine import num_cores
 
 if TYPE_CHECKING:  # Commands that need no torch start faster without it.
@@ -30,10 +31,13 @@ BACKEND_PACKAGES = {
 }
 
 
-def missing_for(backend: str) -> str:
-    """The command that installs what a backend needs, "" if it is there."""
-    package, command = BACKEND_PACKAGES[backend]
-    return command if importlib.util.find_spec(package) is None else ""
+def check_backend(name: str) -> None:
+    """Raise a UserError if there is no such backend, or what it needs is not installed."""
+    if name not in BACKEND_PACKAGES:
+        raise UserError(f"'{name}' is no backend. Name some of {', '.join(BACKEND_PACKAGES)}")
+    package, command = BACKEND_PACKAGES[name]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{name} is not installed. Run: {command}")
 
 
 def first_device() -> "torch.device":

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, naming
 from tools.lib.common.evaluation import in_memory_format
-from tools.lib.common.hardware import missing_for
+from tools.lib.common.hardware import check_backend
 from tools.lib.common.onnx_file import IMAGES, LOGITS
 from tools.lib.compare.candidates import HALF_ONNX, ONNX, OPENVINO, REFERENCE, Candidate, build
 from trainer.update.compiler import compiled
@@ -326,11 +326,16 @@ def choose_backends(names: list[str] | None, device: str) -> tuple[list[Backend]
     for backend in found:
         if device not in backend.devices:
             raise UserError(f"--backends: {backend.name} does not run on {device}. Use --device {backend.devices[0]}")
-        if command := missing_for(backend.name):
-            raise UserError(f"--backends: {backend.name} is not installed. Run: {command}")
+        with naming("--backends"):
+            check_backend(backend.name)
     if found:
         return found, []
     usual = [backend for backend in BACKENDS.values() if device in backend.defaults]
-    missing = {backend.name: command for backend in usual if (command := missing_for(backend.name))}
-    notes = [f"{name} is left out: not installed. Run: {command}" for name, command in missing.items()]
-    return [backend for backend in usual if backend.name not in missing] or [BACKENDS["eager"]], notes
+    notes = []
+    for backend in usual:
+        try:
+            check_backend(backend.name)
+            found.append(backend)
+        except UserError as error:
+            notes.append(f"left out: {error}")
+    return found or [BACKENDS["eager"]], notes

@@ -68,13 +68,8 @@ class Graph:
     @property
     def stages(self) -> list[Stage]:
         """All stages, each behind those that it needs; the measurement of speed is the last."""
-        before = [stage for kind, stage in self.common.items() if kind != "speed"]
-        return [*before, *(stage for each in self.students for stage in each.stages), *self.measurement]
-
-    @property
-    def measurement(self) -> list[Stage]:
-        """The measurement of speed, in a list that is empty where there is none."""
-        return [self.common["speed"]] if "speed" in self.common else []
+        common = [*self.common.values(), *(stage for each in self.students for stage in each.stages)]
+        return sorted(common, key=lambda stage: stage.kind == "speed")
 
     def with_speed(self) -> "Graph":
         """The same with a measurement of speed, once for all students that are exported by now, if there are any.

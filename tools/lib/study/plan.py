@@ -35,7 +35,7 @@ def check_study(graph: Graph) -> None:
     num_classes = len(dataset.classes) if dataset else 10 if graph.study.source == "digits" else 0
     teacher, store, needed = graph.study.teacher, graph.common.get("store"), 0
     with torch.random.fork_rng(devices=[]):
-        if teacher is not None and store is not None and not store.is_done:
+        if teacher is not None and store is not None and store.config is not None and not store.is_done:
             with naming(graph.file, "teacher"):
                 row_bytes = open_codec(teacher.codec, num_classes or 1).row_bytes
                 if teacher.train is None:
@@ -43,8 +43,9 @@ def check_study(graph: Graph) -> None:
             num_bytes = len(dataset.train) * store.epochs * row_bytes if dataset else 0
             needed += max(0, num_bytes - num_bytes_in(store.folder))
         for where, trainings in to_be_trained(graph).items():
+            assert (config := trainings[0].config) is not None
             with naming(graph.file, where):
-                run = build_for_check(trainings[0].config, None if dataset else num_classes or 1000)
+                run = build_for_check(config, None if dataset else num_classes or 1000)
             num_bytes = sum(each.numel() for each in run.state.student.parameters()) * _BYTES_A_PARAMETER
             needed += sum(max(0, num_bytes - num_bytes_in(training.folder)) for training in trainings)
     free = shutil.disk_usage(check_can_be_made(graph.out, "Change --out")).free
@@ -79,11 +80,13 @@ def open_images(graph: Graph) -> Dataset | None:
 
 def to_be_trained(graph: Graph) -> dict[str, list[Stage]]:
     """The trainings that are not done, those that differ in the seed alone together, by the key that names them."""
-    found: dict[str, list[Stage]] = {"teacher.train": [graph.common["teacher"]] if "teacher" in graph.common else []}
-    for each in graph.students:
-        found.setdefault(f"students[{graph.study.students.index(each.student)}]", []).append(each.train)
-    left = {where: [stage for stage in stages if not stage.is_done] for where, stages in found.items()}
-    return {where: stages for where, stages in left.items() if stages}
+    trainings = [("teacher.train", graph.common["teacher"])] if "teacher" in graph.common else []
+    trainings += [(f"students[{graph.study.students.index(each.student)}]", each.train) for each in graph.students]
+    found: dict[str, list[Stage]] = {}
+    for where, training in trainings:
+        if not training.is_done:
+            found.setdefault(where, []).append(training)
+    return found
 
 
 def check_teacher(config: Config, num_classes: int, dataset: Dataset | None) -> None:
@@ -107,15 +110,16 @@ def show_plan(graph: Graph, seconds: float) -> None:
             for trainings in to_be_trained(graph).values():
                 costs |= dict.fromkeys(trainings, f"takes {estimate(trainings[0], seconds)}")
     left = [stage for stage in graph.stages if not stage.is_done]
-    lines = [f"# {stage.name}: done in {human_seconds(stage.seconds)}" for stage in graph.stages if stage not in left]
+    lines = [f"# {stage.name}: {stage.state}" for stage in graph.stages if stage not in left]
     for job in jobs_of(left, graph.study.together):
         for stage in job:
             needs = f"needs {stage.missing}" if stage.missing else ""
-            lines.append(f"# {stage.name}: {'; '.join(filter(None, (state_of(stage), costs.get(stage), needs)))}")
+            parts = (stage.state, stage.failure, costs.get(stage), needs)
+            lines.append(f"# {stage.name}: {'; '.join(filter(None, parts))}")
         lines.append(shlex.join(command_of_job(job)))
     lines += [*redone(graph), f"to be done: {len(left)} of {len(graph.stages)} stages, and the report"]
     lines.append(f"the study writes the {SETTINGS} of a stage when the stage begins")
-    if graph.study.speed is not None and not graph.measurement:
+    if graph.study.speed is not None and "speed" not in graph.common:
         lines.append("speed is measured before the report, as soon as students are exported")
     if not has_shards:
         lines.append("costs, and the room for the store, are known as soon as there are shards")
@@ -131,15 +135,6 @@ def redone(graph: Graph) -> list[str]:
         f"{change}: changes {len(those)} of {num} stages: {named([s.name for s in those], 4)}"
         for change, those in found
     ]
-
-
-def state_of(stage: Stage) -> str:
-    """What the next start of a stage that is not done is for."""
-    if stage.failure:
-        return f"again, after it failed: {stage.failure}"
-    if stage.num_steps_saved:
-        return f"to be resumed after step {stage.num_steps_saved}"
-    return "to be resumed" if stage.folder.exists() else "to do"
 
 
 def estimate(training: Stage, seconds: float) -> str:

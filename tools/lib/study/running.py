@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import fcntl
-import functools
 import os
 import shlex
 import signal
@@ -90,7 +89,7 @@ def finish(graph: Graph, screen: Screen) -> int:
     """
     graph = graph.with_speed()
     screen.stages = graph.stages
-    stopped_by = run(graph.measurement, screen=screen)
+    stopped_by = run([stage for stage in graph.stages if stage.kind == "speed"], screen=screen)
     if not stopped_by:
         screen.say(f"report: {write_report(graph)}")
     return stopped_by
@@ -107,17 +106,17 @@ class Process:
         self.job, self.command = job, command_of_job(job)
         self._noted_s, self._text = time.monotonic(), ""
         environment, cores = resources(slot, slots)
-        self._log = job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
+        output = job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
         with contextlib.ExitStack() as closing:
             logs = []
             for stage in job:
                 stage.note(self.command)
                 logs.append(closing.enter_context(open(stage.folder / LOG, "a")))
                 fcntl.flock(logs[-1], fcntl.LOCK_EX)
-            written = logs[0] if len(job) == 1 else closing.enter_context(open(self._log, "a"))
+            written = logs[0] if len(job) == 1 else closing.enter_context(open(output, "a"))
             print(f"$ {shlex.join(self.command)}", file=written, flush=True)
             # It stays readable if somebody deletes the folder.
-            self._output = open(self._log, errors="replace")  # noqa: SIM115  (`note_end` closes it.)
+            self._output = open(output, errors="replace")  # noqa: SIM115  (`note_end` closes it.)
             self._output.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 self.command,
@@ -128,7 +127,7 @@ class Process:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on.
                 pass_fds=[log.fileno() for log in logs],
                 # Students wait for the stages before theirs, which therefore keep all cores.
-                preexec_fn=functools.partial(_before_command, cores if job[0].subject else None),
+                preexec_fn=lambda: _before_command(cores if job[0].subject else None),
             )
 
     @property
@@ -155,7 +154,7 @@ class Process:
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self._note(is_done=code == 0, ending="" if is_stopped or code == 0 else ending)
         self._output.close()
-        hand_out(self._log)
+        hand_out(self.job[0])
         return True
 
     def _note(self, *, is_done: bool = False, ending: str = "") -> None:
@@ -168,9 +167,9 @@ class Process:
             stage.note(self.command, done=done, failure=failure, seconds=seconds)
 
 
-def hand_out(output: Path) -> None:
-    """Move what students that are trained together have printed to their logs: to each all that is no other one's."""
-    if output.name != TOGETHER_LOG or not output.exists():
+def hand_out(first: Stage) -> None:
+    """Move what students that were trained together have printed to their logs, to each all that is no other one's."""
+    if not (output := first.folder / TOGETHER_LOG).exists():
         return
     lines = output.read_text(errors="replace").splitlines()
     folders = [Path(word).parent for word in shlex.split("".join(lines[:1])) if word.endswith(f"/{SETTINGS}")]
@@ -192,7 +191,7 @@ def await_earlier(stages: list[Stage], screen: Screen) -> None:
                 screen.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
                 fcntl.flock(log, fcntl.LOCK_EX)
     for stage in stages:
-        hand_out(stage.folder / TOGETHER_LOG)
+        hand_out(stage)
 
 
 def _before_command(cores: set[int] | None) -> None:

@@ -13,6 +13,8 @@ from tools.lib.common.units import human_seconds
 from tools.lib.study.stage import Stage
 from trainer.monitor.run_files import SUMMARY
 
+_STYLES = {"running": "bold", "done": "green", "failed": "red", "left": "yellow"}  # By the first word of a state.
+
 
 class Screen:
     """Shows the stages of a study: inside `live` as a table, of which a file gets the last state alone."""
@@ -64,13 +66,10 @@ class Screen:
         return terminal_table(["", *kinds], cells, text=range(len(kinds) + 1))
 
     def _cell(self, stage: Stage) -> Text:
+        state = "left out" if stage in self._left_out else stage.state
         if stage in self._began_s:
-            return Text(f"running {human_seconds(time.monotonic() - self._began_s[stage])}", "bold")
-        if stage.is_done:
-            return Text(f"done in {human_seconds(stage.seconds)}", "green")
-        if stage.failure:
-            return Text("failed", "red")
-        return Text("left out", "yellow") if stage in self._left_out else Text("to do", "dim")
+            state = f"running {human_seconds(time.monotonic() - self._began_s[stage])}"
+        return Text(state, _STYLES.get(state.split()[0], "dim"))
 
 
 def accuracy_of(stage: Stage) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pipelines.common.errors import UserError, naming
 from pipelines.common.settings import Section, filled, setting
 from tools.lib.common.evaluation import EvalConfig
-from tools.lib.common.hardware import BACKEND_PACKAGES, missing_for
+from tools.lib.common.hardware import check_backend
 from tools.lib.study.stage import as_options
 from trainer.config.cli import parse_settings, read_yaml
 from trainer.config.model_arguments import Kwargs
@@ -103,11 +103,9 @@ class SpeedSection(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in self.backends or ():
-            if name not in BACKEND_PACKAGES:
-                raise UserError(f"backends has '{name}'; name some of {', '.join(BACKEND_PACKAGES)}")
-            if command := missing_for(name):
-                raise UserError(f"backends has {name}, which is not installed. Run: {command}")
+        with naming("backends"):
+            for name in self.backends or ():
+                check_backend(name)
 
 
 @dataclasses.dataclass(frozen=True)

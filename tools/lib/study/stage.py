@@ -16,6 +16,7 @@ from typing import Any
 
 from pipelines.common.files import read_json, sha256_of, write_synced
 from pipelines.shards.manifest import MANIFEST
+from tools.lib.common.units import human_seconds
 from trainer.config.sections import Config, to_yaml
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
@@ -106,6 +107,17 @@ class Stage:
     def seconds(self) -> float:
         """How long it has taken over all its starts; of one that was killed with the study, to its last note."""
         return self.noted.get("seconds", 0.0)
+
+    @property
+    def state(self) -> str:
+        """How far it is, in a few words."""
+        if self.is_done:
+            return f"done in {human_seconds(self.seconds)}"
+        if self.failure:
+            return "failed"
+        if self.num_steps_saved:
+            return f"to be resumed after step {self.num_steps_saved}"
+        return "to be resumed" if self.folder.exists() else "to do"
 
     @property
     def missing(self) -> str:
