@@ -129,12 +129,9 @@ def show_plan(graph: Graph, seconds: float) -> None:
 
 def redone(graph: Graph) -> list[str]:
     """A line for each change since the last start that makes stages be done again."""
-    found = changes(graph.stages, read_json(graph.out / INPUTS)).items()
-    num = len(graph.stages)
-    return [
-        f"{change}: changes {len(those)} of {num} stages: {named([s.name for s in those], 4)}"
-        for change, those in found
-    ]
+    found, num = changes(graph.stages, read_json(graph.out / INPUTS)), len(graph.stages)
+    names = {change: [stage.name for stage in stages] for change, stages in found.items()}
+    return [f"{change}: does {len(each)} of {num} stages again: {named(each, 4)}" for change, each in names.items()]
 
 
 def estimate(training: Stage, seconds: float) -> str:
