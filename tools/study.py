@@ -26,9 +26,9 @@ from pipelines.common.files import locked, write_synced
 from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
+from tools.lib.study.checks import check_study, redone, show_stages
 from tools.lib.study.cluster import submit
 from tools.lib.study.graph import Graph, read_graph
-from tools.lib.study.plan import check_study, redone, show_plan
 from tools.lib.study.running import finish, run
 from tools.lib.study.screen import Screen
 from tools.lib.study.stage import INPUTS
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
                 with console().status("checking every training before anything runs"):
                     check_study(graph)
             if options.dry_run:
-                show_plan(graph, options.seconds)
+                show_stages(graph, options.seconds)
             else:
                 graph.out.mkdir(parents=True, exist_ok=True)
                 with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):

@@ -14,7 +14,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import locked
 from support.tiny_runs import assert_same_end
 from tools import study
-from tools.lib.study import plan
+from tools.lib.study import checks
 from tools.lib.study.graph import read_graph
 from tools.lib.study.stage import INPUTS, Stage
 
@@ -90,7 +90,7 @@ def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path,
 
 def test_too_little_room_on_the_disk_is_noticed_before_anything_runs(tmp_path, out, digits, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
     line = error_of(capsys, write_study(tmp_path, digits), "--out", out)
     # A store of 2 epochs of 320 images, and 10 values of 4 bytes for each of about 1.2 million parameters.
     assert "the study needs about 47" in line and "its disk has 1 kB left. Make room there" in line and not out.exists()
@@ -99,7 +99,7 @@ def test_too_little_room_on_the_disk_is_noticed_before_anything_runs(tmp_path, o
 def test_what_a_stopped_study_has_written_is_not_asked_for_again(tmp_path, out, digits, monkeypatch):
     graph = read_graph(write_study(tmp_path, digits), out)
     usage = shutil.disk_usage(tmp_path)._replace(free=1)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
     *others, last = [graph.common["store"], graph.common["teacher"], *(each.train for each in graph.students)]
 
     def write(stage: Stage, num_bytes: int) -> None:
@@ -109,12 +109,12 @@ def test_what_a_stopped_study_has_written_is_not_asked_for_again(tmp_path, out, 
     for stage in others:
         write(stage, 20_000_000)  # More than a stage needs, which is no room for another one.
     with pytest.raises(UserError, match="the study needs about 12 MB more for"):
-        plan.check_study(graph)
+        checks.check_study(graph)
     write(last, 10_000_000)
     with pytest.raises(UserError, match="the study needs about 2.03 MB more for"):
-        plan.check_study(graph)
+        checks.check_study(graph)
     write(last, 20_000_000)
-    plan.check_study(graph)
+    checks.check_study(graph)
 
 
 def test_only_one_study_runs_in_a_folder(tmp_path, out, digits, capsys):

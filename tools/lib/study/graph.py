@@ -79,7 +79,7 @@ class Graph:
         exports = {each.student.label: each.export for each in reversed(self.students) if each.export.is_done}
         if self.study.speed is None or not exports:
             return self
-        models = tuple(each.export for each in self.students if each.export in exports.values())
+        models = tuple(reversed(exports.values()))
         inputs, device = dataclasses.asdict(self.study.speed), self.students[0].config.run.device
         stage = Stage(self.out, "speed", "", "comparison", inputs, models, "comparison.json")
         options = {"out": stage.folder, **inputs, "device": None if device == "auto" else device}
@@ -157,10 +157,10 @@ class Recipe:
         """The configuration of a training."""
         return Config.load(self.file, self.settings)
 
-    def training(self, kind: str, subject: str, title: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:
+    def training(self, kind: str, subject: str, prefix: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:
         """A training, whose command reads a file of all settings; `also` as of `_inputs`."""
         config = self.load()
-        stage = Stage(self.out, kind, subject, title, _inputs(self.out, config, also), (*needs,), "run")
+        stage = Stage(self.out, kind, subject, prefix, _inputs(self.out, config, also), (*needs,), "run")
         stage.config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
         return stage.by("trainer/run.py", "--config", stage.folder / SETTINGS)
 
@@ -204,9 +204,9 @@ def _student(
     recipe: Recipe, evaluate: EvaluateSection, student: StudentSection, seed: int, needs: list[Stage]
 ) -> StudentStages:
     """A student's training with one seed, and what follows it."""
-    subject, title = f"{student.label}-s{seed}", f"{student.name}-s{seed}"
+    subject, prefix = f"{student.label}-s{seed}", f"{student.name}-s{seed}"
     model = {"student.name": student.name, "student.kwargs": student.kwargs, "student.seed": seed}
-    train = recipe.having(model).training("train", subject, title, needs)
+    train = recipe.having(model).training("train", subject, prefix, needs)
     assert (config := train.config) is not None
     kinds = [kind for kind in evaluate.weights if config.ema.decay or kind == "raw"] or ["raw"]
     evaluated = {kind: {"student.weights": kind} for kind in kinds}
@@ -214,12 +214,12 @@ def _student(
     evaluations = {}
     for name, settings in evaluated.items():
         inputs = {key: content_of(value) for key, value in settings.items()}
-        stage = Stage(recipe.out, f"evaluate {name}", subject, title, inputs, (train,), "report.json")
+        stage = Stage(recipe.out, f"evaluate {name}", subject, prefix, inputs, (train,), "report.json")
         options = {"data.root": config.data.root, "student.checkpoint": train.product, **settings}
         options |= {"run.json": stage.product, "run.predictions": stage.product.with_suffix(".npz")}
         evaluations[name] = stage.by("tools/evaluate.py", *as_options({**options, "run.device": config.run.device}))
     first = evaluations[kinds[0]]
-    export = Stage(recipe.out, "export", subject, title, {"weights": kinds[0]}, (train, first), "model")
+    export = Stage(recipe.out, "export", subject, prefix, {"weights": kinds[0]}, (train, first), "model")
     options = {"weights": kinds[0], "evaluation": first.product}
     export.by("tools/export.py", train.product, export.product, *as_options(options))
     return StudentStages(student, seed, config, train, evaluations, export)

@@ -33,7 +33,7 @@ class Stage:
     Attributes:
       out: folder of the study.
       kind: what it does; subject: with which student, "" for stages of the whole study.
-      title: what its folder's name begins with.
+      prefix: what its folder's name begins with.
       inputs: all that its result depends on besides `needs`, as plain values by name.
       needs: the stages whose products it reads.
       product_name: what it makes, in its folder.
@@ -45,7 +45,7 @@ class Stage:
     out: Path
     kind: str
     subject: str
-    title: str
+    prefix: str
     inputs: dict[str, Any]
     needs: tuple["Stage", ...]
     product_name: str
@@ -72,7 +72,7 @@ class Stage:
     @property
     def folder(self) -> Path:
         """Its folder."""
-        return self.out / slug_of(self.kind) / f"{slug_of(self.title)}-{self.fingerprint[:8]}"
+        return self.out / slug_of(self.kind) / f"{slug_of(self.prefix)}-{self.fingerprint[:8]}"
 
     @property
     def product(self) -> Path:

@@ -32,7 +32,7 @@ _BYTES_A_PARAMETER = 4 * (2 * 4 + 2)  # Two checkpoints with weights, EMA and tw
 def check_study(graph: Graph) -> None:
     """Raise a UserError about what would fail later: a dataset, a model, a setting of a run, space on the disk."""
     dataset = open_images(graph)
-    num_classes = len(dataset.classes) if dataset else 10 if graph.study.source == "digits" else 0
+    num_classes = len(dataset.classes) if dataset else {"digits": 10}.get(str(graph.study.source), 0)  # 0: not known
     teacher, store, needed = graph.study.teacher, graph.common.get("store"), 0
     with torch.random.fork_rng(devices=[]):
         if teacher is not None and store is not None and store.config is not None and not store.is_done:
@@ -98,7 +98,7 @@ def check_teacher(config: Config, num_classes: int, dataset: Dataset | None) -> 
     build_teachers(config, num_classes or outputs or 1000, names, doubt)
 
 
-def show_plan(graph: Graph, seconds: float) -> None:
+def show_stages(graph: Graph, seconds: float) -> None:
     """Print what the command would do, without doing it; `seconds` as for tools/doctor.py, 0 measures nothing."""
     graph, screen = graph.with_speed(), console()
     has_shards = (graph.dataset / MANIFEST).is_file()
