@@ -167,16 +167,17 @@ def _leaves(value: object) -> Iterator[object]:
 
 def _name_of(hint: Any) -> str:
     """Name a type in a message: a Literal by its choices, and a class as Python writes it."""
-    inner = typing.get_args(hint)
-    match typing.get_origin(hint) or hint:
-        case typing.Literal:
-            return f"one of {', '.join(str(choice) for choice in inner if choice != '')}"
-        case typing.Union | types.UnionType:
-            return " or ".join(map(_name_of, inner))
-        case kind if kind is list:
-            return f"a list, each {_name_of(inner[0])}"
-        case types.NoneType:
-            return "null"
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(str(choice) for choice in inner if choice != '')}"
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(map(_name_of, inner))
+    if kind is list:
+        return f"a list, each {_name_of(inner[0])}"
+    if kind is dict or dataclasses.is_dataclass(kind):
+        return "keys with values"
+    if kind is types.NoneType:
+        return "null"
     return hint.__name__ if type(hint) is type else str(hint)
 
 

@@ -344,6 +344,8 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
             r"students\[0\]: seeds is \[1, 1\]: name at least one",
         ),
         (changed("students", []), "must name at least one"),
+        (changed("evaluate", None), "evaluate is None; it must be keys with values"),
+        (changed("evaluate", "suites", 3), "evaluate: suites is 3; it must be keys with values"),
         (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),

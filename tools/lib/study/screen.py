@@ -51,7 +51,7 @@ class Screen:
         for stage in job:
             del self._began_s[stage]
             reason = f", {stage.failure}; its folder is {stage.folder}" if stage.failure else accuracy_of(stage)
-            self.say(f"{stage.name}: {self._cell(stage) if stage.is_done or stage.failure else 'stopped'}{reason}")
+            self.say(f"{stage.name}: {self._cell(stage)}{reason}")
             for line in stage.warnings:
                 self.say(f"{stage.name}: warning: {line}")
 
