@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from pipelines.common.errors import UserError
 from trainer.cluster.world import World
 from trainer.models.batch_norm import batch_counters, running_statistics
 
@@ -42,12 +41,7 @@ class StatisticsAverage:
         self._before = torch.cat(self._statistics)
         self._total = torch.zeros_like(self._before)
         self._next_weight = iter(self._weights)
-        try:
-            yield
-        except UserError:  # The input of a micro-batch failed. The statistics are those before the update already.
-            if self._counters:
-                torch._foreach_sub_(self._counters, len(self._weights) - len([*self._next_weight]))
-            raise
+        yield
         with torch.no_grad():
             if self._counters:  # An update counts as one batch, however it was split.
                 torch._foreach_sub_(self._counters, len(self._weights) - 1)

@@ -109,7 +109,10 @@ class TrainStep:
         """Make update `number` (the run's first is 0) from the next `num_micro_batches` batches."""
         self._optimizer.zero_grad(set_to_none=True)
         done: list[StepMetrics] = []
-        with self._statistics.one_update():
+        # Where the input of a later micro-batch fails, the forward passes before it must leave no trace.
+        several = self.num_micro_batches > 1
+        undone = restored_buffers(self._student, only_after_errors=True) if several else contextlib.nullcontext()
+        with undone, self._statistics.one_update():
             for micro_batch, size in enumerate(self._sizes):
                 batch = next(batches)
                 # Dropout depends on the position, not on the rank or on what was drawn before.
@@ -177,8 +180,6 @@ class TrainStep:
         Raises:
           torch.OutOfMemoryError: it does not fit.
         """
-        buffers = list(self._student.buffers())
-        before = [buffer.clone() for buffer in buffers]
         held = []
         if not self._optimizer.state:  # The optimizer allocates its tensors in the first update.
             for _ in OPTIMIZER_TENSORS:
@@ -187,11 +188,29 @@ class TrainStep:
         if self.num_micro_batches > 1 and not isinstance(self._model, DistributedDataParallel):
             held += [torch.empty_like(parameter) for parameter in self._parameters]
         try:
-            self._scaler.scale(self._forward(self.with_blank_targets(batch)).loss).backward()
-            then()
+            with restored_buffers(self._student):
+                self._scaler.scale(self._forward(self.with_blank_targets(batch)).loss).backward()
+                then()
         finally:
             del held
             self._optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def restored_buffers(model: torch.nn.Module, *, only_after_errors: bool = False) -> Iterator[None]:
+    """Inside, forward passes may change the model's buffers, such as BatchNorm's; afterwards they are as before.
+
+    Args:
+      only_after_errors: changes are kept unless an error ends the block.
+    """
+    buffers = list(model.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    is_kept = False
+    try:
+        yield
+        is_kept = only_after_errors
+    finally:
+        if not is_kept:
             for buffer, saved in zip(buffers, before, strict=True):
                 buffer.copy_(saved)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from chaos.runs import equal
 from conftest import TINY
+from pipelines.common.errors import UserError
 from support.tiny_runs import ONE, arguments_for, build_here, first_batches
 from trainer.builder import build
 from trainer.cluster.world import World
@@ -43,6 +44,25 @@ def test_a_warm_up_leaves_no_trace(digits, tmp_path):
     run.step.warm_up(gray_batch(32, 32, 32, ONE.device))
     assert equal(before, checkpoint.content_of(run.state))
     assert all(parameter.grad is None for parameter in run.state.student.parameters())
+
+
+@pytest.mark.parametrize("norm_layer", ["batchnorm2d", "evonormb0"])
+def test_an_update_without_the_input_of_a_later_micro_batch_leaves_no_trace(digits, tmp_path, norm_layer):
+    """An EvoNorm has a running variance that is no BatchNorm's. The third of four micro-batches is missing."""
+    run = build_here(digits, tmp_path, "--student.kwargs.norm_layer", norm_layer)
+    batches = first_batches(run, 2)
+    run.step(iter(batches[:4]), 0)
+    before = checkpoint.content_of(run.state)
+
+    def failing():
+        yield from batches[4:6]
+        raise UserError("the input fails")
+
+    with pytest.raises(UserError, match="the input fails"):
+        run.step(failing(), 1)
+    assert equal(before, checkpoint.content_of(run.state))
+    run.step(iter(batches[4:]), 1)
+    assert not equal(before["student"], checkpoint.content_of(run.state)["student"])
 
 
 def gradients(model: nn.Module) -> torch.Tensor:
