@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Generator
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, system_error_text
 from trainer.builder import Run
 from trainer.monitor.description import ending
 from trainer.monitor.monitor import Monitor, NonFiniteError
@@ -13,7 +13,7 @@ from trainer.monitor.report.page import report_or_reason
 from trainer.monitor.run_files import SUMMARY, Evaluation, Summary, write_summary
 from trainer.monitor.sample_grid import SAMPLES
 from trainer.session import claimed, describe, ended_summary, make_monitor, prepare_folder, summary_of
-from trainer.state.checkpoint import path_of
+from trainer.state.checkpoint import checkpoints, step_of
 from trainer.state.resume import roll_back
 
 
@@ -106,6 +106,8 @@ def updates(run: Run, monitor: Monitor) -> Generator[None, None, Outcome]:
 
     Raises:
       NonFiniteError: on every rank, if a loss or gradient is not finite.
+      UserError: the input of an update or of an evaluation fails, too many images are damaged, or a checkpoint cannot
+        be written. On one rank the updates before an error of the input are saved first.
     """
     config, state = run.config.run, run.state
     # The step was built for this session's number of ranks and micro-batch.
@@ -121,46 +123,72 @@ def updates(run: Run, monitor: Monitor) -> Generator[None, None, Outcome]:
             agreed = run.preemption.agree(bool(run.checkpoints.writer.failure))
             if agreed.failed:
                 run.checkpoints.check()
-            is_end = bool(agreed.signal) or state.step == run.stop
-            checkpoint_due = is_end or state.step % config.checkpoint_every == 0
-            if checkpoint_due or run.evaluation_due or state.step % config.log_every == 0:
-                monitor.flush()
-            if run.evaluation_due and not agreed.signal:
-                evaluation = evaluate_weights(run, monitor)
-                if not evaluation:  # A signal interrupted it; the next agreement reports it to all ranks.
-                    continue
-                is_saved = False
-            if checkpoint_due and not is_saved:
-                monitor.telemetry.sync()  # A checkpoint must not outlive the lines up to it.
-                run.checkpoints.save(state)
-                is_saved = True
-            if is_end:
-                # A signal after the last update stops nothing: the run is complete.
-                is_complete = state.step == run.stop and not run.evaluation_due
-                return Outcome(evaluation, 0 if is_complete else agreed.signal)
-            run.set_learning_rate(state.step)
             try:
+                is_end = bool(agreed.signal) or state.step == run.stop
+                checkpoint_due = is_end or state.step % config.checkpoint_every == 0
+                if checkpoint_due or run.evaluation_due or state.step % config.log_every == 0:
+                    monitor.flush()
+                if run.evaluation_due and not agreed.signal:
+                    evaluation = evaluate_weights(run, monitor)
+                    if not evaluation:  # A signal interrupted it; the next agreement reports it to all ranks.
+                        continue
+                    is_saved = False
+                if checkpoint_due and not is_saved:
+                    monitor.telemetry.sync()  # A checkpoint must not outlive the lines up to it.
+                    run.checkpoints.save(state)
+                    is_saved = True
+                if is_end:
+                    # A signal after the last update stops nothing: the run is complete.
+                    is_complete = state.step == run.stop and not run.evaluation_due
+                    return Outcome(evaluation, 0 if is_complete else agreed.signal)
+                run.set_learning_rate(state.step)
                 metrics = run.step(batches, state.step)
-            except UserError as error:  # Of its input.
-                if is_saved or run.world.size > 1:  # The other ranks are in the middle of the update.
+            except UserError as error:
+                # With several ranks the others may be in the middle of an update.
+                if isinstance(error, NonFiniteError) or run.world.size > 1:
                     raise
-                raise save_before(error, run, monitor) from error
+                reason = why_not_saved(run, monitor, is_saved=is_saved)
+                raise saying_where_it_resumes(error, run, reason) from error
             state.step += 1
             is_saved = False
             monitor.add(metrics)
             yield
 
 
-def save_before(error: UserError, run: Run, monitor: Monitor) -> UserError:
-    """Save the updates before one that had no input. Returns the error about the input, which then says so, too."""
-    run.set_learning_rate(max(run.state.step - 1, 0))  # It is the failed update's already.
-    monitor.flush()
-    monitor.telemetry.sync()
-    run.checkpoints.save(run.state)
-    run.checkpoints.finish()
-    saved = path_of(run.checkpoints.folder, run.state.step)
-    resumes = f"Then run the same command again: it resumes after step {run.state.step}, which is saved as {saved.name}"
-    return UserError(f"{error}. {resumes}", help_with=error.help_with)
+def why_not_saved(run: Run, monitor: Monitor, *, is_saved: bool) -> str:
+    """Save the updates so far, unless they are saved already. Returns why this failed, "" if it did not.
+
+    The state is one between two updates: an update whose input fails has changed nothing.
+    """
+    try:
+        if not is_saved:
+            run.set_learning_rate(max(run.state.step - 1, 0))  # It may be that of the update whose input failed.
+            monitor.log_updates()
+            with contextlib.suppress(UserError):  # Too many samples are damaged: the run that resumes counts them, too.
+                monitor.report_damage()
+            monitor.telemetry.sync()
+            run.checkpoints.save(run.state)
+        run.checkpoints.finish()
+    except UserError as failure:
+        return str(failure)
+    except OSError as failure:
+        return system_error_text(failure)
+    return ""
+
+
+def saying_where_it_resumes(error: UserError, run: Run, reason: str) -> UserError:
+    """The error of an input, with the newest checkpoint, if there is one.
+
+    Args:
+      reason: why the last updates are not saved, "" if they are.
+    """
+    sentences = [str(error)]
+    if reason:
+        sentences.append(f"The updates since the newest checkpoint are not saved: {reason}")
+    if saved := checkpoints(run.checkpoints.folder):
+        done = f"{step_of(saved[-1])} updates" if step_of(saved[-1]) > 1 else "1 update"
+        sentences.append(f"Then run the same command again: it resumes after {done}, from {saved[-1].name}")
+    return UserError(". ".join(sentences), help_with=error.help_with)
 
 
 def evaluate_weights(run: Run, monitor: Monitor) -> Evaluation:

@@ -14,10 +14,9 @@ from conftest import DROPOUT, EVERY_3, REPOSITORY, TINY, run_trainer, train_here
 from pipelines.common.errors import UserError
 from pipelines.common.files import locked, read_json_lines
 from support.forked_python import executable
-from support.tiny_runs import ONE, assert_same_end, newest
+from support.tiny_runs import ONE, newest
 from trainer.builder import build
 from trainer.config.sections import parse
-from trainer.feed import Feed
 from trainer.loop import train
 
 
@@ -92,30 +91,6 @@ def test_a_diverged_run_stops_with_its_checkpoints(digits, tmp_path):
     with pytest.raises(UserError, match=message):
         train_here(digits, tmp_path, "--optim.lr", "1e9", "--schedule.warmup_lr", "1e9", "--run.log_every", 1, *never)
     assert newest(tmp_path)["step"] == 2
-
-
-def test_an_error_of_the_input_ends_a_run_after_the_updates_before_it_are_saved(digits, tmp_path, monkeypatch):
-    """The first update of the second epoch has two micro-batches, of which the second one has no input."""
-    position = 5 * 64 + 32
-    real, settings = Feed.__next__, ["--run.log_every", 2, "--run.eval_every", 9, "--run.stop_after_steps", 8]
-
-    def failing(self):
-        batch = real(self)
-        if batch.position == position:
-            raise UserError("train-00000.tar: cannot be read. Restore it", help_with="checking")
-        return batch
-
-    again = "Then run the same command again: it resumes after step 5, which is saved as step-00000005.pt"
-    with monkeypatch.context() as patched:
-        patched.setattr(Feed, "__next__", failing)
-        with pytest.raises(UserError, match=f"cannot be read. Restore it. {again}$") as error:
-            train_here(digits, tmp_path / "run", *settings)
-    assert error.value.help_with == "checking" and newest(tmp_path / "run")["step"] == 5
-    for out in ("run", "whole"):
-        train_here(digits, tmp_path / out, *settings)
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
-    rates = {line["step"]: line["lr"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "lr" in line}
-    assert list(rates) == [2, 4, 5, 6, 8] and rates[5] == rates[4] != rates[6]
 
 
 def test_two_runs_in_one_folder(digits, tmp_path):

@@ -263,6 +263,23 @@ def test_a_student_that_runs_out_of_memory_leaves_the_others_alone(digits, tiny_
     assert lines(tmp_path / "b") == [line for line in lines(alone / "b") if line["step"] <= 4]
 
 
+def test_students_with_a_damaged_store_are_saved_and_end_as_each_would_alone(digits, store, alone, tmp_path):
+    """The damage is in the second micro-batch of an update."""
+    damaged = shutil.copytree(store, tmp_path / "store")
+    piece = min(damaged.glob("*.safetensors"))
+    intact = piece.read_bytes()
+    piece.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))  # in the last of its ten steps
+    configs = both(tmp_path, "--data.root", digits, "--teacher.store", damaged)
+    for student in train_together(configs, ONE):
+        assert student.failure.startswith(f"{piece}: is damaged at step 9")
+        assert student.failure.endswith("it resumes after 9 updates, from step-00000009.pt")
+    piece.write_bytes(intact)
+    train_together(configs, ONE)
+    for name in STUDENTS:
+        assert_same_end(tmp_path / name, alone / name)
+        assert lines(tmp_path / name) == lines(alone / name)
+
+
 @pytest.mark.long
 def test_a_student_that_rolls_back_is_waited_for(digits, tiny_teacher, alone, tmp_path, monkeypatch):
     """The machine is at fault once: the update gives a loss that is not finite."""

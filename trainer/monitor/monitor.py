@@ -83,11 +83,20 @@ class Monitor:
         self.telemetry.advance(self._state.step)
 
     def flush(self) -> None:
+        """Write down the updates and the damaged samples since the last call.
+
+        Raises:
+          NonFiniteError: as `log_updates`.
+          UserError: too many samples are damaged.
+        """
+        self.log_updates()
+        self.report_damage()
+
+    def log_updates(self) -> None:
         """Write a line about the updates since the last one, if there are any; here the host waits for the device.
 
         Raises:
           NonFiniteError: on every rank, if some rank's loss or gradient was not finite.
-          UserError: too many samples are damaged.
         """
         if self._updates:
             record, teacher_top1s = self._means()
@@ -96,7 +105,6 @@ class Monitor:
             if self._has_teacher and (warning := self._teacher_check.add(teacher_top1s, self._plan.global_batch)):
                 self.say(warning)
             self._restart()
-        self.report_damage()
 
     def _means(self) -> tuple[TrainRecord, list[float]]:
         """Means over all images of the updates since the last line, on all ranks.

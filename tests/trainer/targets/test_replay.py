@@ -182,9 +182,9 @@ def test_a_damaged_piece_ends_a_run_which_is_saved_and_resumes_once_it_is_repair
     settings = ["--teacher.store", damaged, "--run.log_every", 4]
     with pytest.raises(UserError, match=f"{piece.name}: is damaged at step 9") as error:
         train_here(digits, tmp_path / "run", *settings)
-    again = "Then run the same command again: it resumes after step 9, which is saved as step-00000009.pt"
+    again = "Then run the same command again: it resumes after 9 updates, from step-00000009.pt"
     assert str(error.value).endswith(f"record its steps again with tools/record_teacher.py. {again}")
-    with pytest.raises(UserError, match="record_teacher.py$"):  # Nothing new has to be saved.
+    with pytest.raises(UserError, match=f"record_teacher.py. {again}$"):  # Nothing new has to be saved.
         train_here(digits, tmp_path / "run", *settings)
     piece.write_bytes(intact)
     assert train_here(digits, tmp_path / "run", *settings)["finished"]
