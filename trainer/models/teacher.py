@@ -237,7 +237,8 @@ def teacher_warning(found: float, num_classes: int, *, is_recorded: bool = False
         advice += " of the recording, and record another store with the right ones (tools/record_teacher.py)"
     return (
         f"warning: the teacher finds the label of {found:.2%} of the mixed images, chance is {chance:.2%}: it hardly "
-        f"knows these classes, or its outputs are in another order. {advice}"
+        "knows these classes. It may be too little trained, or its outputs may be in another order. "
+        f"{advice}"
     )
 
 

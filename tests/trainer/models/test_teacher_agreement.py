@@ -124,6 +124,7 @@ def test_without_a_teacher_the_log_has_nothing_about_it(digits, tmp_path, capsys
 def test_the_bar_for_a_teacher(hits, images, classes, warns):
     warning = teacher_warning(hits / images, classes)
     assert bool(warning) == warns and ("hardly knows these classes" in warning) == warns
+    assert ("too little trained, or its outputs may be in another order. Check" in warning) == warns
     recorded = teacher_warning(hits / images, classes, is_recorded=True)
     assert ("record another store with the right ones (tools/record_teacher.py)" in recorded) == warns
     assert "record another" not in warning
