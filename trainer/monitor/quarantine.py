@@ -15,7 +15,8 @@ from trainer.cluster.world import World
 class Quarantine:
     """Collects what the pipelines find, on every rank, and records it from time to time.
 
-    Samples that an earlier session of the run has named count, too: they are read when the run is built.
+    Samples that an earlier session of the run has named count, too. So do those that other recorders of a teacher store
+    name in the same file meanwhile.
 
     Args:
       path: the file; its lines are {"split", "shard", "key", "offset", "error"}.
@@ -47,6 +48,8 @@ class Quarantine:
         Raises:
           UserError: a split has too many damaged samples, on every rank.
         """
+        if self._world.size == 1:  # Recorders are a world each. The ranks of a run have a file of their own.
+            self._named.update(read_quarantine(self._path))
         mine = [self._found.get() for _ in range(self._found.qsize())]
         lines = []
         for split, sample, error in sorted(self._world.all_gather(mine)):
@@ -80,6 +83,7 @@ class Quarantine:
                 raise UserError(
                     f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
                     f"{self._max_bad_fraction:g}: {self._path} names them. Raise the limit, or restore the shards "
-                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; the run "
-                    "resumes from its newest checkpoint, if there is one"
+                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; a run "
+                    "resumes from its newest checkpoint, if there is one. A teacher store has these images in gray: "
+                    "record another one"
                 )

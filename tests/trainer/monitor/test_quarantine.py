@@ -15,7 +15,9 @@ from pipelines.common.files import read_json_lines
 from pipelines.shards.index import read_index
 from pipelines.shards.quarantine import QUARANTINE
 from support.ranks import run_ranks
+from support.tiny_runs import ONE
 from tools.lib.shards.build import BuildOptions, build
+from trainer.monitor.quarantine import Quarantine
 from trainer.run import main
 
 
@@ -109,6 +111,20 @@ def test_too_many_damaged_images_end_the_run_and_are_named(damaged, tmp_path, ca
     assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction, 0.01" in said
     assert said.startswith("error: ") and said.count("\n") == 1
     assert named(tmp_path / "run") and set(named(tmp_path / "run")) <= bad
+
+
+def test_recorders_of_one_store_count_what_each_other_have_named(digits, tmp_path):
+    """Each is a world of its own, and all write the same file."""
+    index, path = read_index(digits, "train"), tmp_path / QUARANTINE
+    one, other = (Quarantine(path, {"train": index}, 0.004, ONE) for _ in range(2))  # one of 320 images
+    one.collector("train")(3, "cut off")
+    assert "1 new, 1 in all" in one.record_new()
+    other.collector("train")(3, "cut off")
+    assert other.record_new() == "" and len(read_json_lines(path)) == 1
+    other.collector("train")(200, "cut off")
+    for each in (other, one):
+        with pytest.raises(UserError, match="2 of the 320 images in 'train' are damaged"):
+            each.record_new()
 
 
 def test_a_single_damaged_image_never_ends_a_run(digits, tmp_path):
