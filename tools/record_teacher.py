@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 import difflib
+import re
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _record(options: argparse.Namespace) -> int:
     from tools.lib.record_teacher.session import record
 
-    return record(options.store, options.settings, codec=options.codec, epochs=options.epochs)
+    return record(options.store, options.settings, codec=options.codec or "", epochs=options.epochs)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from tools.lib.record_teacher.summary import recorded_steps
+    from tools.lib.record_teacher.summary import hole, recorded_steps
     from trainer.targets.store import TeacherStore, verify
 
     num_faults = 0
@@ -77,7 +78,10 @@ def _verify(options: argparse.Namespace) -> None:
         num_faults += 1
     if num_faults:
         raise UserError(f"{options.store}: not as it should be; faults named above: {num_faults}. Each says what to do")
-    print(f"{options.store}: no damage found; steps: {recorded_steps(TeacherStore(options.store))}")
+    store = TeacherStore(options.store)
+    if warning := hole(store):
+        print(f"warning: {warning}")
+    print(f"{options.store}: no damage found; steps: {recorded_steps(store)}")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -136,7 +140,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "how a row is stored: int8 (default of a new store, one byte a class), compact (less than half of that), "
         "fp16 or fp32; topK, as in top64, only for more than 4,096 classes. A store that is there keeps its codec"
     )
-    add("--codec", default="", metavar="NAME", help=codec)
+    add("--codec", type=_codec, metavar="NAME", help=codec)
     epochs = "record the first N epochs (default: augment.cycle_epochs if it is set, else the whole schedule)"
     add("--epochs", type=_positive, default=0, metavar="N", help=epochs)
     if arguments[:1] and arguments[0].startswith("--") and arguments[0] != "--help":
@@ -176,8 +180,16 @@ def _subcommands() -> argparse.ArgumentParser:
     sources = "stores of the same plan, teacher, codec and precision; they stay unchanged"
     add["merge"]("sources", type=path_argument, nargs="+", metavar="SOURCE", help=sources)
     add["transcode"]("out", type=path_argument, metavar="OUT", help="folder of the new store")
-    add["transcode"]("--codec", required=True, metavar="NAME", help="fp16, int8, compact, or topK as in top64")
+    codecs = "fp16, int8, compact, or topK as in top64"
+    add["transcode"]("--codec", type=_codec, required=True, metavar="NAME", help=codecs)
     return parser
+
+
+def _codec(name: str) -> str:
+    """Check the name of a codec, before anything is imported that opens one (trainer/targets/codec.py)."""
+    if not re.fullmatch(r"int8|compact|fp16|fp32|top[1-9]\d{0,4}", name):
+        raise argparse.ArgumentTypeError(f"'{name}' is none of int8, compact, fp16, fp32, topK (as in top64)")
+    return name
 
 
 def _positive(text: str) -> int:

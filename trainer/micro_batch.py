@@ -146,15 +146,15 @@ def largest_plans(config: Config, plan: TrainPlan, world: World, micro_batch: in
 
 
 @contextlib.contextmanager
-def reporting_out_of_memory() -> Iterator[None]:
-    """Inside, too little memory is a UserError."""
+def reporting_out_of_memory(
+    advice: str = "Lower run.micro_batch, or run.eval_batch in an evaluation, as far as that goes; else data.prefetch "
+    "or data.image_size, or use a smaller model",
+) -> Iterator[None]:
+    """Inside, too little memory is a UserError, which ends with the advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{reason}. Lower run.micro_batch, or run.eval_batch in an evaluation, as far as that goes; else "
-            "data.prefetch or data.image_size, or use a smaller model"
-        ) from error
+        raise UserError(f"{reason}. {advice}") from error

@@ -86,6 +86,12 @@ def named(names: Iterable[object], most: int = 10) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def counted(num: float, noun: str) -> str:
+    """A number with its noun: '1 step', '1,251 steps', '2.5 epochs'."""
+    shown = f"{num:,}" if isinstance(num, int) else f"{num:.4g}"
+    return f"{shown} {noun}" if shown == "1" else f"{shown} {noun}s"
+
+
 def clipped(value: object, most: int = 60) -> str:
     """A value as text of at most `most` characters, for messages that must stay one short line."""
     text = " ".join(str(value).split())

@@ -23,6 +23,7 @@ from trainer.evaluation import metrics
 from trainer.evaluation.predict import EvalPass
 from trainer.models.normalize import Normalize
 from trainer.models.teacher import resize_pixels
+from trainer.targets.pieces import Piece
 
 TEACHER = {"teacher.name": "tiny_cnn"}
 VIT = {"student.name": "test_vit"}
@@ -134,13 +135,13 @@ def test_a_recording_does_not_wait_for_the_device_within_a_block(codec, tmp_path
     plans = recording.plan.batches(0, 4, micro_batch=recording.micro_batch)
     batches = iter(list(recording.pipelines.of["train"].batches(plans)))
     progress = Progress(4, 32, "process 1 of 1")
-    encoded_rows(recording, batches, (0, 2), lambda: 0, progress)  # compiles the Triton kernels
+    encoded_rows(recording, batches, Piece(0, 2, 0, 32), lambda: 0, progress)  # compiles the Triton kernels
     with no_host_sync(), CrossDevice() as devices:
-        rows, is_encoded, num_right = encoded_rows(recording, batches, (2, 4), lambda: 0, progress)
+        rows, is_encoded, num_right = encoded_rows(recording, batches, Piece(2, 4, 0, 32), lambda: 0, progress)
     assert (
         num_right.is_cuda
         and rows.is_cuda
-        and rows.shape == (2, 32, recording.codec.row_bytes)
+        and rows.shape == (2, 32, recording.header.open_codec().row_bytes)
         and is_encoded.shape == (2, 32)
     )
     assert devices.operations > 50 and not devices.found

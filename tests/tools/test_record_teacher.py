@@ -24,11 +24,14 @@ from tools.lib.common.terminal import Progress
 from tools.lib.record_teacher import recording
 from tools.lib.record_teacher.blocks import in_own_order, record_blocks, this_process
 from tools.lib.record_teacher.recording import teacher_facts
-from tools.record_teacher import main
+from tools.record_teacher import _codec, main
+from trainer import builder
 from trainer.builder import build
 from trainer.config.sections import parse
 from trainer.models.preprocessing import timm_config
-from trainer.models.teacher import build_teacher
+from trainer.models.teacher import Teachers, build_teacher
+from trainer.targets.codec import open_codec
+from trainer.targets.pieces import Piece
 from trainer.targets.store import TeacherStore, verify
 
 GROUPS = ("--augment.mix_group", 16, "--run.global_batch", 64)  # Five steps an epoch, of four groups each.
@@ -74,7 +77,8 @@ def live_logits(digits, out, teacher, *more) -> tuple[np.ndarray, torch.Tensor]:
         ("--teacher.image_size", 40),
         ("--augment.mix_group", 32, "--augment.repeats", 1, "--augment.erase_prob", 0.5),
         ("--run.eval_batch", 16),  # The recorder's forward passes are smaller than the run's,
-        ("--run.eval_batch", 48),  # or are pairs that lie apart.
+        ("--run.eval_batch", 48),  # or are pairs that lie apart,
+        ("--run.eval_batch", 10),  # also where not even a group fits.
     ],
     ids=str,
 )
@@ -241,7 +245,7 @@ def test_a_process_of_any_launcher_records_its_own_blocks_and_then_what_others_h
     recorded = []
 
     def recording_blocks(*arguments, **named):
-        recorded.append(arguments[3])
+        recorded.append([(block.first_step, block.stop_step) for block in arguments[3]])
         return record_blocks(*arguments, **named)
 
     monkeypatch.setattr("tools.lib.record_teacher.session.record_blocks", recording_blocks)
@@ -254,6 +258,7 @@ def test_a_process_of_any_launcher_records_its_own_blocks_and_then_what_others_h
     said = says(capsys)
     assert "process 2 of 2: 160 of the 160 steps" in said and "process 2 of 2: done" in said
     assert "process 1 of 2: 0 of the 160 steps" in said and "process 1 of 2: done, 0 bytes" in said
+    assert "another process" not in said
 
 
 def test_a_block_that_another_process_has_recorded_in_the_meantime_is_passed_over(
@@ -273,6 +278,22 @@ def test_a_block_that_another_process_has_recorded_in_the_meantime_is_passed_ove
     assert len(seen) == 96 and files(target) == files(store)
 
 
+def test_a_process_says_how_many_of_its_steps_another_one_had_recorded_first(
+    digits, teacher, tmp_path, store, monkeypatch, capsys
+):
+    """The other one ends its first block while this one is at the same."""
+    add_step, target = Progress.add_step, tmp_path / "store"
+
+    def recording_the_same(self):
+        add_step(self)
+        if self.num_steps == 64:
+            shutil.copy(store / pieces(store)[0], target)
+
+    monkeypatch.setattr(Progress, "add_step", recording_the_same)
+    record(target, digits, teacher)
+    assert "; another process was first with 64 of its 160 steps; the teacher" in says(capsys)
+
+
 def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
     def part(environment: dict) -> tuple[int, int, int, int]:
         this = this_process(environment)
@@ -289,18 +310,22 @@ def test_a_process_of_its_own_has_all_blocks_and_others_those_of_their_number():
     assert part({**srun, **tasks}) == (5, 8, 1, 1)
 
 
+def block(first_step: int, stop_step: int) -> Piece:
+    return Piece(first_step, stop_step, 0, 8)
+
+
 def test_the_number_of_a_block_decides_who_records_it_first_whatever_is_missing():
-    blocks = [(0, 64), (70, 128), (192, 256), (256, 300)]
+    blocks = [block(0, 64), block(70, 128), block(192, 256), block(256, 300)]
     first, second = (in_own_order(blocks, 64, rank, 2) for rank in (0, 1))
     assert first[:2] == [blocks[0], blocks[3]] and second[:2] == [blocks[1], blocks[2]]
     assert sorted(first) == sorted(second) == blocks
-    whole = [(step, step + 64) for step in range(0, 64 * 24, 64)]
+    whole = [block(step, step + 64) for step in range(0, 64 * 24, 64)]
     assert [in_own_order(whole, 64, rank, 8)[:3] for rank in range(8)] == [whole[rank::8] for rank in range(8)]
 
 
 def test_processes_that_start_again_divide_what_one_of_them_has_left():
     """Process 3 of 8 was lost with ten blocks to record. As many again need two rounds of one block each."""
-    missing = [(64 * number, 64 * number + 64) for number in range(3, 83, 8)]
+    missing = [block(64 * number, 64 * number + 64) for number in range(3, 83, 8)]
     orders = [in_own_order(missing, 64, rank, 8) for rank in range(8)]
     recorded = [order[0] for order in orders]
     assert len(set(recorded)) == 8
@@ -368,7 +393,6 @@ def test_a_full_disk_ends_a_recording_with_a_line_and_the_store_is_completed_lat
             "teacher.name is null: there is nothing to record",
         ),
         (["--teacher.others", '[{"name":"test_resnet"}]'], "teacher.others names 1 more: a store is of one teacher"),
-        (["--codec", "int9"], "codec is 'int9'; it must be one of int8"),
         (["--augment.mix_grup", "8"], "did you mean 'augment.mix_group'?"),
         (["--data.root", "nowhere"], "nowhere"),
         (["--run.global_batch", "12"], "run.global_batch is 12; it must be a multiple of augment.mix_group, 8"),
@@ -383,6 +407,22 @@ def test_settings_that_cannot_be_recorded_are_refused_before_anything_is_written
         record(tmp_path / "store", digits, teacher, *settings)
     assert end.value.code == 1 and not (tmp_path / "store").exists()
     assert message in (said := says(capsys)) and said.startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["STORE"], ["transcode", "STORE", "OUT"]], ids=str)
+def test_an_unknown_codec_is_refused_before_anything_is_imported(capsys, monkeypatch, arguments):
+    for module in ("trainer.targets.codec", "tools.lib.record_teacher.session", "tools.lib.record_teacher.transcode"):
+        monkeypatch.setitem(sys.modules, module, None)  # An import of it would fail.
+    for name in ("int9", "top0", "top", "INT8", ""):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--codec", name])
+        assert end.value.code == 2
+        assert f"argument --codec: '{name}' is none of int8, compact, fp16, fp32, topK (as in top64)" in says(capsys)
+
+
+@pytest.mark.parametrize("name", ["int8", "compact", "fp16", "fp32", "top64"])
+def test_every_codec_that_there_is_can_be_named(name):
+    assert _codec(name) == name == open_codec(name, 10_000).name
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "1000001", "many"])
@@ -400,6 +440,11 @@ def test_epochs_are_a_positive_number(tmp_path, capsys, epochs):
         (["--augment.fill", "[124,116,104]"], "was recorded with fill [128, 128, 128], and augment.fill is [124, 116,"),
         (["--codec", "fp16"], "was recorded with codec int8, and the wanted codec is fp16"),
         (["--teacher.precision", "bf16"], "was recorded with precision fp32, and the wanted precision is bf16"),
+        (
+            ["--teacher.name", "tresnet_v2_l"],
+            "is of the teacher tiny_cnn, and teacher.name is tresnet_v2_l. Give --teacher.name tiny_cnn, and its file "
+            "with --teacher.checkpoint, or name another store",
+        ),
     ],
     ids=lambda each: "".join(each)[:40],
 )
@@ -520,6 +565,9 @@ def test_damaged_images_are_named_once_in_the_store_by_all_sessions(digits, teac
         record(tmp_path / "strict", root, teacher, "--augment.repeats", 1, "--data.max_bad_fraction", 0)
     assert "of the 320 images in 'train' are damaged, more than data.max_bad_fraction" in says(capsys)
     assert pieces(tmp_path / "strict") == []
+    with pytest.raises(SystemExit):  # It has nothing to record any more, and judges what others have found.
+        record(store, root, teacher, "--augment.repeats", 1, "--epochs", 2, "--data.max_bad_fraction", 0)
+    assert "1 of the 320 images in 'train' are damaged" in says(capsys)
 
 
 # --- progress ---
@@ -554,10 +602,10 @@ def test_a_process_with_other_software_than_the_first_one_says_so(digits, teache
     real = recording.pipeline_and_versions
     monkeypatch.setattr(recording, "pipeline_and_versions", lambda *where: {**real(*where), "timm": "0.9"})
     main(command(store, digits, teacher, "--epochs", 1))
-    assert "was begun with" not in says_all(capsys)
+    assert "was recorded with" not in says_all(capsys)
     monkeypatch.undo()
     main(command(store, digits, teacher, "--epochs", 2))
-    assert f"{store} was begun with timm 0.9 instead of {version('timm')}: the rows of this process" in says_all(capsys)
+    assert f"{store} was recorded with timm 0.9 instead of {version('timm')}, so its outputs may" in says_all(capsys)
 
 
 def test_a_process_with_another_number_of_threads_than_the_first_one_says_so(
@@ -568,13 +616,58 @@ def test_a_process_with_another_number_of_threads_than_the_first_one_says_so(
     assert TeacherStore(store).header.made_with["threads"] == threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     record(store, digits, teacher, "--epochs", 2)
-    assert f"was begun with threads {threads} instead of {threads + 1}: the rows of this process" in says_all(capsys)
+    assert f"was recorded with threads {threads} instead of {threads + 1}, so its outputs may" in says_all(capsys)
+
+
+def test_a_process_with_another_forward_batch_than_the_first_one_says_so(digits, teacher, tmp_path, capsys):
+    """A matrix product of another size may round in another order."""
+    store = tmp_path / "store"
+    record(store, digits, teacher, *GROUPS, "--epochs", 1, "--run.eval_batch", 40)
+    header = TeacherStore(store).header
+    assert header.made_with["forward_batch"] == 32
+    record(store, digits, teacher, *GROUPS, "--epochs", 2, "--run.eval_batch", 16)
+    assert f"{store} was recorded with forward_batch 32 instead of 16, so its outputs may" in says_all(capsys)
+    assert TeacherStore(store).header == header
+
+
+def test_too_little_memory_ends_a_recording_with_the_setting_that_helps(digits, teacher, tmp_path, capsys, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Teachers, "forward", no_memory)
+    with pytest.raises(SystemExit):
+        record(tmp_path / "store", digits, teacher)
+    said = says(capsys)
+    assert "Tried to allocate 2 GiB. Lower run.eval_batch, which is a recorder's batch, down to 2" in said
+    assert "micro_batch" not in said and pieces(tmp_path / "store") == []
+
+
+def test_the_last_line_names_a_gap_in_front_of_later_steps(digits, teacher, tmp_path, store, capsys):
+    first = record(tmp_path / "store", digits, teacher, "--epochs", 1)
+    shutil.copy(store / pieces(store)[2], first)
+    capsys.readouterr()
+    record(first, digits, teacher, "--epochs", 1)
+    later = "It has later steps, too, and lacks steps 40 to 127 in front of them: --epochs decides how far"
+    assert f"{first} has all 40 steps. {later}" in says(capsys)
 
 
 def test_timing_does_not_choose_the_kernels_of_a_recording(digits, teacher, tmp_path, monkeypatch):
+    """Where models are placed on a GPU, a run lets it choose them."""
+    place, forward, allowed = builder.place, Teachers.forward, []
+
+    def placing(*arguments):
+        place(*arguments)
+        torch.backends.cudnn.benchmark = True
+
+    def watched(self, inputs):
+        allowed.append(torch.backends.cudnn.benchmark)
+        return forward(self, inputs)
+
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(builder, "place", placing)
+    monkeypatch.setattr(Teachers, "forward", watched)
     record(tmp_path / "store", digits, teacher, "--epochs", 1)
-    assert not torch.backends.cudnn.benchmark
+    assert set(allowed) == {False}
 
 
 def says_all(capsys) -> str:

@@ -326,7 +326,7 @@ class RunConfig(Section):
         where it works, but not with run.batch_norm sync. It takes a minute or so before the first step, less where
         torch's cache is warm.
       eval_every: epochs between evaluations; the last epoch is always evaluated.
-      eval_batch: validation images a forward pass on one rank; micro_batch auto makes room for them.
+      eval_batch: validation images a forward pass on one rank (micro_batch auto makes room), or a recorder's images.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the newest are kept; the best weights are in best.pt besides.
       keep_every: keep every n-th checkpoint permanently; 0 keeps none.

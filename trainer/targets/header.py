@@ -30,6 +30,9 @@ _LARGEST_GROUP = 1 << 30  # bytes of a mixing group, which is read at once
 _MOST = 1 << 20  # classes and rows of a global batch: above any real ones
 # The repeated epochs have the positions of the first ones, so the same store serves a plan with any number of them.
 _NOT_STORED = ("augment.cycle_epochs",)
+# Of what a store was made with, these decide the pixels, with the names that messages have for them. The header states
+# them for all pieces, so all recorders of a store have the same.
+_PIXELS = {"pipeline": "data.pipeline", "pipelines": "this program's version of the pixels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,8 @@ class StoreHeader:
       plan: TrainPlan.describe(), without what a store does not depend on.
       num_classes: length of a row of logits.
       codec: the codec's name; precision: fp32, fp16 or bf16, in which the teacher computed.
-      made_with: plain values for information, such as the pipeline and versions; two recorders may differ in them.
+      made_with: plain values for information, such as the pipeline and versions, and no part of the identity. Two
+        recorders may differ in all but those that decide the pixels.
       transcoded_from: the codecs that lose something from which the rows were transcoded, in their order; [] where they
         are what a recorder writes.
     Raises:
@@ -125,17 +129,27 @@ class StoreHeader:
         return _sha256({"format_version": FORMAT_VERSION, **facts})
 
     def made_otherwise(self, now: Mapping[str, Any]) -> str:
-        """What of `made_with` is another than in `now`, for messages: "timm 0.9 instead of 1.0"; "" if nothing is."""
-        before = {name: self.made_with.get(name, value) for name, value in now.items()}
-        other = [name for name, value in now.items() if before[name] != value]
-        return "; ".join(f"{name} {clipped(before[name])} instead of {clipped(now[name])}" for name in other)
+        """What of `made_with` is another than in `now`, and what that changes, for messages; "" if nothing is.
 
-    @property
-    def how_to_complete(self) -> str:
-        """What a message advises where steps of the store are missing."""
+        For example "was recorded with timm 0.9 instead of 1.0, so its outputs may differ in the last bits".
+        """
+        other = [name for name, value in now.items() if self.made_with.get(name, value) != value]
+        if not other:
+            return ""
+        listed = "; ".join(f"{name} {clipped(self.made_with[name])} instead of {clipped(now[name])}" for name in other)
+        changed = "pixels differ a little" if _PIXELS.keys() & other else "outputs may differ in the last bits"
+        return f"was recorded with {listed}, so its {changed}"
+
+    def transcoded_to(self, codec: str) -> "StoreHeader":
+        """The header of its rows in another codec. What the present one has lost stays lost, so it is named."""
+        lossy = self.transcoded_from if self.codec == "fp32" else [*self.transcoded_from, self.codec]
+        return dataclasses.replace(self, codec=codec, transcoded_from=lossy)
+
+    def how_to_add(self, steps: str) -> str:
+        """What a message advises where the store lacks steps, named as in "steps 64 to 127 again"."""
         if self.transcoded_from:
             return "transcode the store that this one was made from once more, which adds what is missing here"
-        return "record its steps again with tools/record_teacher.py"
+        return f"record {steps} with tools/record_teacher.py"
 
     def open_codec(self) -> Codec:
         """The codec of its rows."""
@@ -191,7 +205,7 @@ def check_store_folder(store: Path) -> None:
 
 
 def claim(store: Path, header: StoreHeader) -> StoreHeader:
-    """Make a store, or check that the one that is there has the same plan, teacher, codec and precision.
+    """Make a store, or check that the one that is there has the same plan, teacher, codec, precision and pixels.
 
     Of two processes that claim at once, the header of one becomes the store's, and both return that one.
 
@@ -217,6 +231,9 @@ def check_same(store: Path, stored: StoreHeader, wanted: StoreHeader) -> None:
     check_plan(store, stored, wanted.plan, wanted.num_classes)
     for name, value in wanted.facts.items():
         _check(store, name, f"the wanted {name}", stored.facts[name], value)
+    for name, called in _PIXELS.items():
+        if name in stored.made_with and name in wanted.made_with:
+            _check(store, name, called, stored.made_with[name], wanted.made_with[name])
 
 
 def check_plan(store: Path, stored: StoreHeader, plan: dict[str, Any], num_classes: int) -> None:

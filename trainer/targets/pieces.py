@@ -23,6 +23,7 @@ from pipelines.common.errors import UserError, advice_against
 from pipelines.common.files import open_regular, write_once
 from trainer.targets.header import StoreHeader
 
+BLOCK_STEPS = 64  # The most steps that a recorder writes into a piece: the recipe's have 65 MB with one byte a class.
 _NAME = re.compile(r"(\d{8,10})-(\d{8,10})\.(\d{1,7})-(\d{1,7})\.safetensors", re.ASCII)
 
 
@@ -50,6 +51,11 @@ class Piece:
         """How many rows of each global batch it has."""
         return self.stop_row - self.first_row
 
+    @property
+    def steps(self) -> str:
+        """Its steps, for messages."""
+        return steps_text(self.first_step, self.stop_step)
+
     def fits(self, header: StoreHeader) -> bool:
         """Return whether it has steps, and rows of complete mixing groups within the global batch."""
         return (
@@ -57,6 +63,11 @@ class Piece:
             and self.first_row < self.stop_row <= header.global_batch
             and self.first_row % header.mix_group == self.stop_row % header.mix_group == 0
         )
+
+
+def steps_text(first: int, stop: int) -> str:
+    """The steps [first, stop) for messages: 'step 7' or 'steps 64 to 127'."""
+    return f"steps {first} to {stop - 1}" if stop - first > 1 else f"step {first}"
 
 
 def piece_named(name: str, header: StoreHeader) -> Piece | None:
@@ -121,7 +132,7 @@ class PieceFile:
 
     def __init__(self, store: Path, header: StoreHeader, piece: Piece):
         self.path, self._piece = Path(store) / piece.name, piece
-        self._again = f"Move it away, and {header.how_to_complete}"
+        self._again = f"Move it away, and {header.how_to_add(f'{piece.steps} again')}"
         self._row_bytes, self._group = header.open_codec().row_bytes, header.mix_group
         head = head_of(header, piece)
         self._sums_at = len(head)

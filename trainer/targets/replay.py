@@ -11,7 +11,7 @@ import torch
 
 from pipelines import resolve_pipeline
 from pipelines.batch import Batch, Pipeline
-from pipelines.common.errors import UserError, clipped
+from pipelines.common.errors import UserError, clipped, counted
 from pipelines.common.files import sha256_of
 from pipelines.plan.batch_plan import BatchPlan
 from pipelines.plan.plan import TrainPlan
@@ -81,7 +81,11 @@ def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: Train
       plan: its fill colour is not compared where it is the student's, which `check_fill` compares later.
     """
     epochs = config.schedule.total_epochs
-    num_steps = plan.steps_per_epoch * min(epochs, config.augment.cycle_epochs or epochs)
+    num_epochs = min(epochs, config.augment.cycle_epochs or epochs)
+    num_steps = plan.steps_per_epoch * num_epochs
+    asked_by = f"schedule.epochs {config.schedule.epochs} and cooldown_epochs {config.schedule.cooldown_epochs}"
+    if num_epochs < epochs:
+        asked_by = f"augment.cycle_epochs {num_epochs}"
     temperature = config.distill.temperature
     for store in stores.values():
         fill = {"fill": store.header.plan.get("fill")} if config.augment.fill is None else {}
@@ -94,9 +98,10 @@ def check_stores(config: Config, stores: Mapping[str, TeacherStore], plan: Train
         missing = store.coverage.first_missing(0, num_steps)
         if missing is not None:
             raise UserError(
-                f"{store.folder}: step {missing} is not recorded, and the run needs the steps up to {num_steps}. "
-                f"Lower schedule.epochs, set augment.cycle_epochs to epochs that are recorded, or "
-                f"{store.header.how_to_complete}"
+                f"{store.folder}: step {missing} is not recorded, and the run needs the steps up to {num_steps}. The "
+                f"store has the first {counted(missing / plan.steps_per_epoch, 'epoch')} of {plan.steps_per_epoch} "
+                f"steps, and the run has {num_epochs}: {asked_by}. Lower schedule.epochs, set augment.cycle_epochs to "
+                f"epochs that are recorded, or {store.header.how_to_add('the others')}"
             )
 
 
@@ -130,8 +135,7 @@ def recorded_teachers(stores: Mapping[str, TeacherStore], now: Mapping[str, Any]
     for key, store in stores.items():
         note = f"{key}: {store.header.provenance}; replayed from {store.folder}"
         if other := store.header.made_otherwise(now):
-            what = "its pixels differ a little" if "pipeline" in other else "its outputs may differ in the last bits"
-            note += f"; it was recorded with {other}, so {what}"
+            note += f"; it {other}"
         if num_damaged := store.num_quarantined():
             note += f"; {num_damaged} of its images were damaged and are gray"
         found[key] = RecordedTeacher(store.codec.decode, store.codec.row_bytes, note)

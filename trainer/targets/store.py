@@ -29,6 +29,7 @@ class Coverage:
 
     def __init__(self, store: Path, header: StoreHeader):
         pieces = find_pieces(store, header)
+        self._global_batch = header.global_batch
         # Between two neighbouring bounds all steps are in the same pieces. A forged name may have any numbers.
         self._bounds = sorted({0, *(step for piece in pieces for step in (piece.first_step, piece.stop_step))})
         self._pieces: list[list[Piece]] = [[] for _ in self._bounds]
@@ -62,13 +63,18 @@ class Coverage:
         """The first step in [start_step, stop_step) of which a row is missing; None where all are recorded."""
         return next((first for first, _ in self.missing(start_step, stop_step)), None)
 
-    def missing_blocks(self, start_step: int, stop_step: int, steps: int = 64) -> list[tuple[int, int]]:
-        """The ranges of `missing`, cut at each multiple of `steps`.
+    @property
+    def holes(self) -> list[tuple[int, int]]:
+        """The ranges (first, stop) of missing steps in front of steps that are recorded, in order."""
+        return list(self.missing(0, self.complete[-1][1] if self.complete else 0))
+
+    def missing_pieces(self, start_step: int, stop_step: int, steps: int) -> list[Piece]:
+        """Pieces of all rows for the ranges of `missing`, cut at each multiple of `steps`.
 
         So all processes record the same pieces, whenever they look.
         """
         return [
-            (max(first, block), min(stop, block + steps))
+            Piece(max(first, block), min(stop, block + steps), 0, self._global_batch)
             for first, stop in self.missing(start_step, stop_step)
             for block in range(first // steps * steps, stop, steps)
         ]
@@ -124,7 +130,7 @@ class TeacherStore:
                 return self._open(piece).group(step, row)
             except UserError as damage:
                 error = error or damage
-        advice = f"To complete the store, {self.header.how_to_complete}"
+        advice = f"To complete the store, {self.header.how_to_add('its missing steps')}"
         raise error or UserError(f"{self.folder}: step {step} is not recorded for row {row}. {advice}")
 
     def num_quarantined(self) -> int:

@@ -99,6 +99,13 @@ def test_info_counts_what_killed_recorders_have_left(exact, parts, capsys):
     assert "unfinished 1.5 MB in 2 files; remove *.partial when no recorder runs" in said
 
 
+def test_info_does_not_mind_a_file_that_a_recorder_renames_meanwhile(parts, capsys):
+    (parts[0] / "00000064-00000128.0-8.safetensors.0123abcd.partial").symlink_to("gone")  # It is listed, and not found.
+    main(["info", str(parts[0])])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "unfinished 0 bytes in 0 files;" in said and " kB in 1 piece " in said
+
+
 def test_a_forged_name_of_a_distant_step_costs_no_time(parts, capsys):
     """Going through the steps in front of it one by one would take a day."""
     (parts[0] / "9999999998-9999999999.0-8.safetensors").touch()
@@ -130,6 +137,11 @@ def test_verify_says_which_step_is_missing(parts, capsys):
     main(["verify", str(parts[1])])
     said = capsys.readouterr().out
     assert "no damage found; steps: 96 recorded: 2.4 epochs" in said and "of the first 160 the first missing" in said
+    gap = f"warning: {parts[1]}: lacks steps 0 to 63, and has later ones. To fill the gap, record them with tools/"
+    assert said.startswith(gap)
+    main(["verify", str(parts[0])])
+    said = capsys.readouterr().out
+    assert said == f"{parts[0]}: no damage found; steps: 64 recorded: 1.6 epochs of 40 steps each\n"
 
 
 def test_what_verify_names_can_be_moved_away_and_is_recorded_again(exact, digits, teacher, tmp_path):
@@ -247,11 +259,39 @@ def test_a_list_of_damaged_images_that_is_none_is_not_merged(parts, tmp_path, ca
 
 
 def test_a_source_that_was_recorded_with_something_else_is_named(tmp_path, capsys):
-    made = [dataclasses.replace(HEADER, made_with={"pipeline": name, "threads": 2}) for name in ("dali", "torchvision")]
-    store, source = (write_small_store(tmp_path / each.made_with["pipeline"], each) for each in made)
+    made = [dataclasses.replace(HEADER, made_with={"pipeline": "dali", "threads": number}) for number in (2, 4)]
+    store, source = (write_small_store(tmp_path / str(each.made_with["threads"]), each) for each in made)
     assert merge(store, [source]) == (0, [])
-    assert f"note: {source} was recorded with pipeline torchvision instead of dali: its" in capsys.readouterr().err
+    assert f"note: {source} was recorded with threads 4 instead of 2, so its outputs may" in capsys.readouterr().err
     assert merge(store, [write_small_store(tmp_path / "same", made[0])]) == (0, []) and not capsys.readouterr().err
+
+
+def test_stores_of_two_pipelines_are_not_merged(tmp_path, capsys):
+    made = [dataclasses.replace(HEADER, made_with={"pipeline": name}) for name in ("dali", "torchvision")]
+    store, source = (write_small_store(tmp_path / each.made_with["pipeline"], each, PIECES[:1]) for each in made)
+    said = error_of(["merge", store, source], capsys)
+    assert f"{source}: was recorded with pipeline torchvision, and data.pipeline is dali. Use the same, or" in said
+    assert "pipeline torchvision, and" in error_of(["merge", tmp_path / "new", store, source], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_store_of_a_larger_codec_is_to_be_transcoded_where_that_adds_the_same(exact, parts, tmp_path, capsys):
+    transcode(parts[0], tmp_path / "int8", "int8")
+    said = error_of(["merge", tmp_path / "int8", parts[1]], capsys)
+    advice = f"transcode {parts[1]} {tmp_path / 'int8'} --codec int8"
+    assert f"{parts[1]}: is stored as fp32, and {tmp_path / 'int8'} as int8. To add its steps, use" in said
+    assert f"'tools/record_teacher.py {advice}'" in said
+    main(advice.split())
+    assert f"note: adds to {tmp_path / 'int8'}, which has 64 steps" in capsys.readouterr().err
+    transcode(exact, tmp_path / "whole", "int8")
+    assert files(tmp_path / "int8") == files(tmp_path / "whole")
+    transcode(exact, tmp_path / "fp16", "fp16")  # From fp16 the rows would be others.
+    assert "was recorded with codec fp16, and the wanted" in error_of(
+        ["merge", tmp_path / "int8", tmp_path / "fp16"], capsys
+    )
+    assert "was recorded with codec int8, and the wanted" in error_of(
+        ["merge", tmp_path / "fp16", tmp_path / "int8"], capsys
+    )
 
 
 def test_a_store_of_something_else_is_not_merged_and_nothing_is_added(exact, digits, teacher, parts, tmp_path, capsys):

@@ -144,7 +144,16 @@ def test_a_batch_without_its_targets_is_no_batch_of_the_run(digits, store, tmp_p
         (["--augment.randaugment_ops", 1], "with augment.randaugment_ops 2, and augment.randaugment_ops is 1"),
         (["--data.image_size", 40], "was recorded with image_size 32, and data.image_size is 40"),
         (["--run.global_batch", 128], "was recorded with global_batch 64, and run.global_batch is 128"),
-        (["--schedule.epochs", 5], "step 20 is not recorded, and the run needs the steps up to 25"),
+        (
+            ["--schedule.epochs", 5],
+            "step 20 is not recorded, and the run needs the steps up to 25. The store has the first 4 epochs of 5 "
+            "steps, and the run has 5: schedule.epochs 5 and cooldown_epochs 0. Lower schedule.epochs, set",
+        ),
+        (
+            ["--schedule.epochs", 9, "--augment.cycle_epochs", 5],
+            "and the run has 5: augment.cycle_epochs 5. Lower schedule.epochs, set augment.cycle_epochs to epochs that "
+            "are recorded, or record the others with tools/record_teacher.py",
+        ),
         (["--teacher.name", "test_vit"], "recorded with teacher.name tiny_cnn, and test_vit is given"),
         (["--teacher.image_size", 48], "recorded with teacher.image_size 0, and 48 is given"),
         (["--teacher.kwargs.drop_rate", 0.5], "was recorded with teacher.kwargs {}, and {'drop_rate': 0.5} is given"),
@@ -183,7 +192,7 @@ def test_a_damaged_piece_ends_a_run_which_is_saved_and_resumes_once_it_is_repair
     with pytest.raises(UserError, match=f"{piece.name}: is damaged at step 9") as error:
         train_here(digits, tmp_path / "run", *settings)
     again = "Then run the same command again: it resumes after 9 updates, from step-00000009.pt"
-    assert str(error.value).endswith(f"record its steps again with tools/record_teacher.py. {again}")
+    assert str(error.value).endswith(f"record steps 0 to 9 again with tools/record_teacher.py. {again}")
     with pytest.raises(UserError, match=f"record_teacher.py. {again}$"):  # Nothing new has to be saved.
         train_here(digits, tmp_path / "run", *settings)
     piece.write_bytes(intact)

@@ -92,6 +92,30 @@ def test_another_header_is_refused_by_the_first_field_that_differs(tmp_path, cha
     assert (tmp_path / "store.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [("pipeline", "data.pipeline is dali"), ("pipelines", "this program's version of the pixels is dali")],
+)
+def test_a_store_has_the_pixels_of_one_pipeline(tmp_path, name, message):
+    """A run that replays it compares the header with its own pipeline, so the header must be true of all pieces."""
+    claim(tmp_path, dataclasses.replace(HEADER, made_with={name: "cpu", "threads": 2}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}: was recorded with {name} cpu, and {message}\. {ADVICE}$"):
+        claim(tmp_path, dataclasses.replace(HEADER, made_with={name: "dali"}))
+    for made_with in ({name: "cpu", "threads": 3, "device": "H200"}, {}):
+        assert claim(tmp_path, dataclasses.replace(HEADER, made_with=made_with)).made_with["threads"] == 2
+
+
+def test_what_a_store_was_made_with_is_compared_by_name():
+    header = dataclasses.replace(HEADER, made_with={"pipeline": "cpu", "threads": 2, "timm": "0.9"})
+    assert header.made_otherwise({"pipeline": "cpu", "threads": 2, "torch": "2"}) == ""
+    found = header.made_otherwise({"pipeline": "cpu", "threads": "as of the pipeline", "timm": "1.0"})
+    assert found == (
+        "was recorded with threads 2 instead of as of the pipeline; timm 0.9 instead of 1.0, so its outputs may differ "
+        "in the last bits"
+    )
+    assert header.made_otherwise({"pipeline": "dali", "timm": "1.0"}).endswith("1.0, so its pixels differ a little")
+
+
 def test_a_run_compares_the_plan_and_the_classes_alone(tmp_path):
     other = dataclasses.replace(HEADER, codec="fp16", precision="bf16", teacher=dataclasses.replace(TEACHER, name="x"))
     check_plan(tmp_path, other, PLAN, 5)

@@ -129,12 +129,13 @@ def test_what_is_missing(store):
     coverage = Coverage(store, HEADER)
     assert coverage.first_missing(0, 8) is None and coverage.first_missing(0, 9) == 8
     assert coverage.first_missing(3, 3) is None and coverage.first_missing(20, 30) == 20
-    assert coverage.missing_blocks(0, 8, steps=4) == []
-    assert coverage.missing_blocks(0, 21, steps=4) == [(8, 12), (12, 16), (16, 20), (20, 21)]
+    assert coverage.missing_pieces(0, 8, steps=4) == coverage.holes == []
+    found = coverage.missing_pieces(0, 21, steps=4)
+    assert found == [Piece(8, 12, 0, 12), Piece(12, 16, 0, 12), Piece(16, 20, 0, 12), Piece(20, 21, 0, 12)]
     assert coverage.holding(4, 9) == [PIECES[2]] and coverage.holding(5, 9) == [*PIECES[2:]]
     assert coverage.holding(8, 0) == coverage.holding(10**9, 0) == []
     with pytest.raises(
-        UserError, match="step 8 is not recorded for row 0. To complete the store, record its steps again with"
+        UserError, match="step 8 is not recorded for row 0. To complete the store, record its missing steps with"
     ):
         TeacherStore(store).read(np.array([95, 96]))
 
@@ -142,7 +143,8 @@ def test_what_is_missing(store):
 def test_a_step_is_missing_if_any_of_its_rows_is(store):
     (store / PIECES[2].name).unlink()  # rows [8, 12) of steps 4 and 5; step 5 is in another piece, too
     coverage = Coverage(store, HEADER)
-    assert coverage.first_missing(0, 8) == 4 and coverage.missing_blocks(0, 8, steps=64) == [(4, 5)]
+    assert coverage.first_missing(0, 8) == 4 and coverage.holes == [(4, 5)]
+    assert coverage.missing_pieces(0, 8, steps=64) == [Piece(4, 5, 0, 12)]
     opened = TeacherStore(store)
     assert np.array_equal(opened.read(np.arange(48, 56)).numpy(), EVERYTHING[48:56])
     with pytest.raises(UserError, match="step 4 is not recorded for row 8"):
@@ -161,9 +163,9 @@ def test_coverage_is_that_of_every_step_and_row_by_itself(tmp_path, seed):
     coverage = Coverage(tmp_path, HEADER)
     assert all(bool(coverage.holding(step, row)) == recorded[step, row] for step, row in np.ndindex(40, 12))
     missing = [step for step in range(40) if not recorded[step].all()]
-    blocks = coverage.missing_blocks(0, 40, steps=8)
-    assert [step for first, stop in blocks for step in range(first, stop)] == missing
-    assert all(first // 8 == (stop - 1) // 8 for first, stop in blocks)
+    blocks = coverage.missing_pieces(0, 40, steps=8)
+    assert [step for each in blocks for step in range(each.first_step, each.stop_step)] == missing
+    assert all(each.first_step // 8 == (each.stop_step - 1) // 8 for each in blocks)
     assert coverage.first_missing(0, 40) == missing[0]
 
 

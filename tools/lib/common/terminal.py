@@ -37,6 +37,7 @@ class Progress:
     Attributes:
       num_steps: recorded by this process, those of the block in work included.
       num_bytes: written by this process.
+      num_repeated: steps of this process that another one had written first.
       finding: what it has found so far, in front of the time left; "" is nothing.
 
     Args:
@@ -48,6 +49,7 @@ class Progress:
     def __init__(self, total_steps: int, global_batch: int, name: str):
         self.num_steps = 0
         self.num_bytes = 0
+        self.num_repeated = 0
         self.finding = ""
         self._total_steps = total_steps
         self._global_batch = global_batch
@@ -78,6 +80,11 @@ class Progress:
         """Count bytes that are on the disk."""
         with self._lock:
             self.num_bytes += num
+
+    def add_repeated(self, num: int) -> None:
+        """Count steps that another process had written first."""
+        with self._lock:
+            self.num_repeated += num
 
     def say(self, text: str) -> None:
         """Print a line beside the bar."""

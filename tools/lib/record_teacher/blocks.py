@@ -25,7 +25,6 @@ from trainer.targets.pieces import Piece, write_piece
 from trainer.update.inputs import teacher_inputs
 
 _SHOWN = 3  # An error names at most this many positions.
-Block = tuple[int, int]  # First step and stop step.
 
 
 def this_process(environment: Mapping[str, str] | None = None) -> Launch:
@@ -42,7 +41,7 @@ def this_process(environment: Mapping[str, str] | None = None) -> Launch:
     return dataclasses.replace(this, rank=array.rank * this.size + this.rank, size=array.size * this.size)
 
 
-def in_own_order(blocks: list[Block], block_steps: int, rank: int, size: int) -> list[Block]:
+def in_own_order(blocks: list[Piece], block_steps: int, rank: int, size: int) -> list[Piece]:
     """All missing blocks in the order in which a process takes them, first its own and then those of the others.
 
     The number of a block decides whose it is, because processes that start at different moments see different lists.
@@ -51,7 +50,7 @@ def in_own_order(blocks: list[Block], block_steps: int, rank: int, size: int) ->
     """
 
     def key(place: int) -> tuple[bool, int, int]:
-        is_own = blocks[place][0] // block_steps % size == rank
+        is_own = blocks[place].first_step // block_steps % size == rank
         return not is_own, (place - rank) % size, place if is_own else -place
 
     return [blocks[place] for place in sorted(range(len(blocks)), key=key)]
@@ -61,19 +60,21 @@ def record_blocks(
     recording: Recording,
     store: Path,
     header: StoreHeader,
-    blocks: list[Block],
+    blocks: list[Piece],
     *,
     stopped_by: Callable[[], int],
     progress: Progress,
     check: TeacherCheck,
 ) -> int:
-    """Record blocks of steps, each into a piece. The host waits for the device once a block.
+    """Record blocks of steps, each a piece. The host waits for the device once a block.
 
     While a thread writes one block the device works on the next one. A block that another process has recorded when its
-    turn comes is passed over. One that both record is written once, and both make the same of it.
+    turn comes is passed over. One that both record is written once. Both make the same of it if both have the same
+    `made_with`, and else rows that may differ in the last bits.
 
     Args:
       header: the store's own, which may have been made with something else.
+      blocks: pieces of all rows.
       stopped_by: called before each forward pass; a signal's number other than 0 ends the recording there.
       check: counts what is recorded.
     Returns:
@@ -81,16 +82,17 @@ def record_blocks(
     Raises:
       UserError: logits cannot be encoded, too many images are damaged, or a piece cannot be written.
     """
-    taken: collections.deque[Block] = collections.deque()  # The pipeline's thread takes the next one early.
+    taken: collections.deque[Piece] = collections.deque()  # The pipeline's thread takes the next one early.
     global_batch = recording.plan.global_batch
-    pieces = {block: Piece(*block, 0, global_batch) for block in blocks}
-    missing = (block for block in blocks if not (store / pieces[block].name).exists())
+    missing = (block for block in blocks if not (store / block.name).exists())
     batches: Any = recording.pipelines.of["train"].batches(_plans(recording, missing, taken))
     written: Future[None] | None = None
 
-    def write(block: Block, rows: np.ndarray) -> None:
-        if write_piece(store, header, pieces[block], rows):
+    def write(block: Piece, rows: np.ndarray) -> None:
+        if write_piece(store, header, block, rows):
             progress.add_bytes(rows.nbytes)
+        else:
+            progress.add_repeated(block.num_steps)
 
     with contextlib.closing(batches), ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         try:
@@ -114,16 +116,16 @@ def record_blocks(
     return 0
 
 
-def _plans(recording: Recording, blocks: Iterable[Block], taken: collections.deque[Block]) -> Iterator[BatchPlan]:
+def _plans(recording: Recording, blocks: Iterable[Piece], taken: collections.deque[Piece]) -> Iterator[BatchPlan]:
     """All batches of all blocks, each announced in `taken`, so that images of the next block are read ahead."""
     for block in blocks:
         taken.append(block)
-        yield from recording.plan.batches(*block, micro_batch=recording.micro_batch)
+        yield from recording.plan.batches(block.first_step, block.stop_step, micro_batch=recording.micro_batch)
 
 
 @torch.inference_mode()
 def encoded_rows(
-    recording: Recording, batches: Iterator[Batch], block: Block, stopped_by: Callable[[], int], progress: Progress
+    recording: Recording, batches: Iterator[Batch], block: Piece, stopped_by: Callable[[], int], progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """The encoded rows of a block, which of them the codec could encode, and how many of a step find the label.
 
@@ -134,8 +136,8 @@ def encoded_rows(
       uint8 [steps, global batch, row_bytes]; bool [steps, global batch]; and float32 [steps], for how many images the
       teacher's best class is the label with the larger weight. All are on the device, for which nobody has waited.
     """
-    teachers, codec, device = recording.teachers, recording.codec, recording.rows[0].device
-    shape = (block[1] - block[0], recording.plan.global_batch)
+    teachers, codec, device = recording.teachers, recording.header.open_codec(), recording.rows[0].device
+    shape = (block.num_steps, block.num_rows)
     rows = torch.empty((*shape, codec.row_bytes), dtype=torch.uint8, device=device)
     is_encoded = torch.empty(shape, dtype=torch.bool, device=device)
     num_right = torch.zeros(shape[0], device=device)
@@ -153,10 +155,10 @@ def encoded_rows(
     return rows, is_encoded, num_right
 
 
-def _check_encoded(recording: Recording, block: Block, is_encoded: np.ndarray) -> None:
+def _check_encoded(recording: Recording, block: Piece, is_encoded: np.ndarray) -> None:
     """Raise a UserError that names the samples whose logits the codec cannot encode; it made them any numbers."""
-    plan, precision, codec = recording.plan, recording.header.precision, recording.codec
-    positions = block[0] * plan.global_batch + np.flatnonzero(~is_encoded)
+    plan, precision, codec = recording.plan, recording.header.precision, recording.header.open_codec()
+    positions = block.first_step * plan.global_batch + np.flatnonzero(~is_encoded)
     if not len(positions):
         return
     samples = [f"{each} ({plan.index.name(int(plan[each].sample[0]))})" for each in positions[:_SHOWN].tolist()]
@@ -166,7 +168,7 @@ def _check_encoded(recording: Recording, block: Block, is_encoded: np.ndarray) -
     elif codec.name == "fp16":
         advice = "--codec int8 and a new store"
     raise UserError(
-        f"the teacher's outputs are {codec.refused} at {len(positions)} of {is_encoded.size} positions of steps "
-        f"{block[0]} to {block[1] - 1}, such as position {' and '.join(samples)}. These steps are not recorded. Use "
+        f"the teacher's outputs are {codec.refused} at {len(positions)} of {is_encoded.size} positions of "
+        f"{block.steps}, such as position {' and '.join(samples)}. These steps are not recorded. Use "
         f"{advice}"
     )

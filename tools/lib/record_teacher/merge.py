@@ -9,7 +9,7 @@ from pipelines.common.errors import UserError, write_error_line
 from pipelines.common.files import append_synced, open_regular, sync_folder, write_once
 from pipelines.shards.quarantine import QUARANTINE, read_quarantine
 from tools.lib.common.terminal import tracked
-from trainer.targets.header import HEADER_FILE, StoreHeader, check_same, claim, read_header
+from trainer.targets.header import HEADER_FILE, StoreHeader, check_plan, check_same, claim, read_header
 from trainer.targets.pieces import Piece, faults, find_pieces, head_of
 from trainer.targets.store import Coverage
 
@@ -19,30 +19,29 @@ _READ_BYTES = 1 << 20  # A piece is copied in parts of this size.
 def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
     """Add the pieces of other stores that a store lacks. The sources stay unchanged.
 
-    A line on stderr names a source that was recorded with something else, such as another pipeline. Every piece is read
-    and checked before it is added. It becomes a second name of the same file where the file system allows that, and a
-    copy elsewhere. A piece that the store has under the same name as another file is read there, too. It stays, even if
-    it is damaged. No other piece of the store is read.
+    A line on stderr names a source that was recorded with something else, such as another version of timm. Every piece
+    is read and checked before it is added. It becomes a second name of the same file where the file system allows that,
+    and a copy elsewhere. A piece that the store has under the same name as another file is read there, too. It stays,
+    even if it is damaged. No other piece of the store is read.
 
     Args:
       store: made if it is not there.
     Returns:
       How many pieces were added, and a line about each damaged one: of a source, which was left out, or of the store.
     Raises:
-      UserError: a source was recorded from something else; the first field that differs is named, and nothing was
-        added.
+      UserError: a source was recorded from something else, or by another pipeline; the first field that differs is
+        named, and nothing was added.
     """
     headers = {source: read_header(source) for source in sources}
     wanted = read_header(store) if (store / HEADER_FILE).exists() else headers[sources[0]]
     for source, found in headers.items():
         if store.exists() and os.path.samefile(source, store):
             raise UserError(f"{source}: is the store itself. Name other stores")
-        check_same(source, found, wanted)
+        _check_source(source, found, store, wanted)
     header = claim(store, wanted)
     for source, found in headers.items():
         if other := found.made_otherwise(header.made_with):
-            rows = "its rows may differ a little from those of the store"
-            write_error_line(f"note: {source} was recorded with {other}: {rows}")
+            write_error_line(f"note: {source} {other}")
     added, damaged = 0, []
     for source, found in headers.items():
         copy_quarantine(source, store)  # Before the pieces that show these images in gray.
@@ -57,6 +56,18 @@ def merge(store: Path, sources: list[Path]) -> tuple[int, list[str]]:
                 else:
                     damaged.append(fault)
     return added, damaged
+
+
+def _check_source(source: Path, found: StoreHeader, store: Path, wanted: StoreHeader) -> None:
+    """Compare headers as `check_same`. An error about a larger codec says how the source's steps can be added."""
+    check_plan(source, found, wanted.plan, wanted.num_classes)
+    is_larger = found.open_codec().row_bytes > wanted.open_codec().row_bytes
+    if is_larger and found.transcoded_to(wanted.codec).facts == wanted.facts:
+        raise UserError(
+            f"{source}: is stored as {found.codec}, and {store} as {wanted.codec}. To add its steps, use "
+            f"'tools/record_teacher.py transcode {source} {store} --codec {wanted.codec}'"
+        )
+    check_same(source, found, wanted)
 
 
 def _faults_of_own(

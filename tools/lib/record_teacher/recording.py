@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, clipped
 from pipelines.common.files import sha256_of
 from pipelines.plan.plan import TrainPlan
 from trainer.builder import place_teachers, train_plan
@@ -20,12 +20,12 @@ from trainer.models.files.model_folders import named_folder
 from trainer.models.preprocessing import preprocessing
 from trainer.models.student import build_student
 from trainer.models.teacher import Teacher, Teachers, build_teacher, check_and_fold
-from trainer.targets.codec import Codec, open_codec
+from trainer.targets.codec import open_codec
 from trainer.targets.header import HEADER_FILE, StoreHeader, TeacherFacts, check_store_folder, read_header
+from trainer.targets.pieces import BLOCK_STEPS
 from trainer.targets.replay import pipeline_and_versions
 from trainer.update.precision import PRECISIONS
 
-_BLOCK_STEPS = 64  # Steps of a piece: the recipe's have 65 MB with one byte a class.
 _BLOCK_BYTES = 1 << 28  # A piece has fewer steps where it would be larger, because it is held in memory.
 
 
@@ -34,7 +34,7 @@ class Recording:
     """Holds all that a process needs to record any blocks of steps.
 
     Attributes:
-      header: describes what the store is recorded from; codec: encodes its rows.
+      header: describes what the store is recorded from.
       total_steps: the store is to hold the steps [0, total_steps).
       block_steps: the most steps of a piece.
       micro_batch: the most images of a forward pass.
@@ -42,7 +42,6 @@ class Recording:
     """
 
     header: StoreHeader
-    codec: Codec
     plan: TrainPlan
     teachers: Teachers
     pipelines: Pipelines
@@ -62,8 +61,8 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
       UserError: what the configuration asks for cannot be recorded.
     """
     _check_settings(config, epochs)
-    check_store_folder(store)
-    codec = codec or (read_header(store).codec if (store / HEADER_FILE).exists() else "int8")
+    stored = _stored_header(store, config)
+    codec = codec or (stored.codec if stored else "int8")
     # Damaged samples are named in the store, where a run names them in its folder. What the header calls fp32 is
     # float32: no rounded factors, whatever the students' runs do.
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=store, tf32=False))
@@ -83,25 +82,46 @@ def build_recording(config: Config, store: Path, *, codec: str, epochs: int, wor
     place_teachers(teachers, config, PRECISIONS[precision], world.device)
     torch.backends.cudnn.benchmark = False  # Timing must not choose the kernels: they decide the last bits.
     pipelines = open_pipelines(config, {"train": index}, world)
+    micro_batch = _micro_batch(config)
+    rows = plan.division(1, micro_batch).rows(0)
     made = {
         "steps_per_epoch": plan.steps_per_epoch,
         "decode": pipelines.decode["decode"],
         "device": world.device_name,
+        "forward_batch": max(map(len, rows)),  # Its size chooses kernels, and so the last bits of a row.
         **pipeline_and_versions(config, world.device),
     }
-    group = config.augment.mix_group
-    micro_batch = max(config.run.eval_batch // group, 1) * group
     return Recording(
         header=StoreHeader(plan.describe(), index.num_classes, facts, codec, precision, made),
-        codec=opened,
         plan=plan,
         teachers=teachers,
         pipelines=pipelines,
         total_steps=plan.steps_per_epoch * (epochs or config.augment.cycle_epochs or config.schedule.total_epochs),
-        block_steps=max(1, min(_BLOCK_STEPS, _BLOCK_BYTES // (plan.global_batch * opened.row_bytes))),
+        block_steps=max(1, min(BLOCK_STEPS, _BLOCK_BYTES // (plan.global_batch * opened.row_bytes))),
         micro_batch=micro_batch,
-        rows=[torch.from_numpy(rows).to(world.device) for rows in plan.division(1, micro_batch).rows(0)],
+        rows=[torch.from_numpy(each).to(world.device) for each in rows],
     )
+
+
+def _stored_header(store: Path, config: Config) -> StoreHeader | None:
+    """The header of the store that is there. Raises a UserError if it is of a teacher of another name, or no store."""
+    check_store_folder(store)
+    if not (store / HEADER_FILE).exists():
+        return None
+    stored, name = read_header(store), config.teacher.name
+    if stored.teacher.name != name:
+        file = ", and its file with --teacher.checkpoint" if stored.teacher.checkpoint else ""
+        raise UserError(
+            f"{store}: is of the teacher {clipped(stored.teacher.name)}, and teacher.name is {name}. Give "
+            f"--teacher.name {clipped(stored.teacher.name)}{file}, or name another store"
+        )
+    return stored
+
+
+def _micro_batch(config: Config) -> int:
+    """The most images of a forward pass, at most run.eval_batch: whole mixing groups, or pairs where no group fits."""
+    size, group = config.run.eval_batch, config.augment.mix_group
+    return size // group * group or max(size - size % 2, 2)
 
 
 def _check_settings(config: Config, epochs: int) -> None:

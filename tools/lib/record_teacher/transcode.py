@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.common.errors import UserError
+from pipelines.common.errors import UserError, counted, write_error_line
 from tools.lib.common.terminal import tracked
 from tools.lib.record_teacher.merge import copy_quarantine
 from trainer.targets.codec import Codec, open_codec
 from trainer.targets.header import claim
-from trainer.targets.pieces import Piece, find_pieces, write_piece
-from trainer.targets.store import TeacherStore
+from trainer.targets.pieces import BLOCK_STEPS, Piece, find_pieces, write_piece
+from trainer.targets.store import Coverage, TeacherStore
 
-_STEPS = 64  # Rows of this many steps are held in memory, as many as a recorder writes into a piece.
 _NOISE = 1.0  # Standard deviation of the noise on logits; a student of such logits has a KL of about half a nat.
 
 
@@ -62,15 +61,15 @@ def transcode(store: Path, out: Path, codec_name: str) -> tuple[int, str]:
             f"--codec {new.name} takes {new.row_bytes:,} bytes a position, and {store} has {old.row_bytes:,} "
             f"({old.name}) for {header.num_classes} classes. Name a codec that takes fewer bytes"
         )
-    # What a codec has lost stays lost, so the rows are others than those of a recorder with the new codec.
-    lossy = header.transcoded_from if old.name == "fp32" else [*header.transcoded_from, old.name]
-    out_header = claim(out, dataclasses.replace(header, codec=new.name, transcoded_from=lossy))
+    out_header = claim(out, header.transcoded_to(new.name))
+    if before := sum(stop - first for first, stop in Coverage(out, out_header).complete):
+        write_error_line(f"note: adds to {out}, which has {counted(before, 'step')}")
     copy_quarantine(store, out)
     lost, num, written = torch.zeros(4, dtype=torch.float64), 0, 0
     with _one_thread():
         for piece in tracked(find_pieces(store, header), "transcoding"):
-            for first in range(piece.first_step, piece.stop_step, _STEPS):
-                part = dataclasses.replace(piece, first_step=first, stop_step=min(first + _STEPS, piece.stop_step))
+            for first in range(piece.first_step, piece.stop_step, BLOCK_STEPS):  # Their rows are held in memory.
+                part = dataclasses.replace(piece, first_step=first, stop_step=min(first + BLOCK_STEPS, piece.stop_step))
                 is_there = (out / part.name).exists()
                 rows, lost_here = _transcoded(source, part, 1 if is_there else part.num_steps, new)
                 lost, num = lost + lost_here.double().sum(0), num + len(lost_here)
