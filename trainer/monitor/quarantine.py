@@ -83,7 +83,6 @@ class Quarantine:
                 raise UserError(
                     f"{bad} of the {len(index)} images in '{split}' are damaged, more than data.max_bad_fraction, "
                     f"{self._max_bad_fraction:g}: {self._path} names them. Raise the limit, or restore the shards "
-                    "('tools/shard_imagenet.py verify' finds what is wrong with them) and move that file away; a run "
-                    "resumes from its newest checkpoint, if there is one. A teacher store has these images in gray: "
-                    "record another one"
+                    "('tools/shard_imagenet.py verify' finds what is wrong with them), move that file away, and record "
+                    "its teacher store from the start; a run resumes from its newest checkpoint, if there is one"
                 )
