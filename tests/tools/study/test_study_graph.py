@@ -17,7 +17,7 @@ from tools.lib.common.hardware import BACKEND_PACKAGES
 from tools.lib.study.graph import Graph, plan_of, read_graph
 from tools.lib.study.running import jobs_of
 from tools.lib.study.settings import read_study
-from tools.lib.study.stage import STATE, Stage, changes
+from tools.lib.study.stage import STATE, TRAININGS, Stage, changes
 from trainer.config.sections import TeacherConfig, parse, to_yaml
 from trainer.sharing import check_configs
 
@@ -71,6 +71,8 @@ def carry_out(stage: Stage) -> None:
     stage.product.parent.mkdir(parents=True, exist_ok=True)
     if not stage.product.exists():
         stage.product.mkdir()
+    if stage.kind in TRAININGS:
+        (stage.product / "summary.json").write_text('{"finished": true}')
     stage.note(stage.command, done=True, seconds=1.0)
 
 
@@ -237,6 +239,18 @@ def test_a_result_counts_only_with_its_product_and_its_own_fingerprint(tmp_path)
     assert not stage.is_done
     stage.product.mkdir()
     (stage.folder / STATE).write_text('{"fingerprint": "another", "done": true}')
+    assert not stage.is_done
+
+
+def test_a_training_goes_to_its_end_whatever_the_recipes_own_file_says_and_is_done_only_there(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: {stop_after_steps: 25}\n")
+    graph = graph_of(tmp_path, changed("recipe", "config", str(recipe)))
+    stage = graph.students[0].train
+    assert {each.config.run.stop_after_steps for each in graph.stages if each.config is not None} == {0}
+    carry_out(stage)
+    assert stage.is_done
+    (stage.product / "summary.json").write_text('{"finished": false}')
     assert not stage.is_done
 
 

@@ -160,6 +160,13 @@ def test_a_changed_input_does_again_what_depends_on_it_and_the_earlier_results_s
     assert first.done() == other.done() == "abcd"
 
 
+def test_a_training_that_ends_early_is_a_failure_though_its_process_ends_well(tmp_path):
+    study, stage = Study(tmp_path), training("one", tmp_path)
+    stage.product_name = "product"
+    wait_for_end(Process([stage.by(study.script, stage.folder, study.how("one"))]))
+    assert stage.product.exists() and stage.failure == "exit code 0: it has printed nothing"
+
+
 def test_a_process_that_the_system_kills_is_a_failure_with_the_signal(tmp_path):
     study = Study(tmp_path)
     study.script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
@@ -363,7 +370,7 @@ def test_the_cores_of_all_slots_are_distinct_and_a_quota_is_kept(monkeypatch):
 
 
 def test_settings_are_there_before_the_command_starts(tmp_path):
-    stage = Stage(tmp_path, "train", "x", "x", {}, (), "copy", Config())
+    stage = Stage(tmp_path, "store", "", "x", {}, (), "copy", Config())
     script = tmp_path / "copy.py"
     script.write_text("import shutil, sys\nshutil.copy(*sys.argv[1:])")
     stage.by(script, stage.folder / "settings.yaml", stage.product)

@@ -154,8 +154,8 @@ class Recipe:
         return dataclasses.replace(self, settings={**self.settings, **settings})
 
     def load(self) -> Config:
-        """The configuration of a training."""
-        return Config.load(self.file, self.settings)
+        """The configuration of a training, which goes on to its end whatever the file says."""
+        return Config.load(self.file, {**self.settings, "run.stop_after_steps": 0})
 
     def training(self, kind: str, subject: str, prefix: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:
         """A training, whose command reads a file of all settings; `also` as of `_inputs`."""

@@ -152,7 +152,7 @@ class Process:
         if (code := self._process.poll()) is None:
             return False
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._note(is_done=code == 0, ending="" if is_stopped or code == 0 else ending)
+        self._note(is_done=code == 0, ending="" if is_stopped else ending)
         self._output.close()
         hand_out(self.job[0])
         return True
@@ -162,9 +162,9 @@ class Process:
         seconds, self._noted_s = (time.monotonic() - self._noted_s) / len(self.job), time.monotonic()
         for stage in self.job:
             own = [line for line in self.lines if f"error: {stage.product}: " in line]
-            done = is_done or stage.is_done
-            failure = f"{ending}: {clipped((own or self.lines)[-1], 300)}" if ending and not done else ""
-            stage.note(self.command, done=done, failure=failure, seconds=seconds)
+            stage.note(self.command, done=is_done or stage.is_done, seconds=seconds)
+            if ending and not stage.is_done:
+                stage.note(self.command, failure=f"{ending}: {clipped((own or self.lines)[-1], 300)}")
 
 
 def hand_out(first: Stage) -> None:

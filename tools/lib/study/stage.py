@@ -23,6 +23,7 @@ from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
 
 STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"  # In the folder of a stage.
 INPUTS = "inputs.json"  # In the folder of the study: the inputs of all stages at its newest start.
+TRAININGS = ("teacher", "train")  # Kinds of stages.
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -89,14 +90,15 @@ class Stage:
     def is_done(self) -> bool:
         """Whether its result is there and complete.
 
-        Some products say that themselves: a process that is killed leaves them without a note, and so does one student
-        of several that are trained together when another one has failed.
+        A training says that itself: its process may end well before its last step, or fail because of another student
+        that it trains. So does an exported model, because a process that is killed leaves no note.
         """
         if not (noted := self.noted) or not self.product.exists():
             return False
-        says_so = read_json(self.product / SUMMARY).get("finished") is True
+        if self.kind in TRAININGS:
+            return read_json(self.product / SUMMARY).get("finished") is True
         is_noted = noted["done"] and noted.get("epochs", 0) >= self.epochs
-        return is_noted or says_so or (self.kind == "export" and (self.product / "config.json").is_file())
+        return is_noted or (self.kind == "export" and (self.product / "config.json").is_file())
 
     @property
     def failure(self) -> str:
