@@ -402,6 +402,28 @@ def test_a_mistake_in_the_recipes_own_file_names_that_file(tmp_path):
         graph_of(tmp_path, changed("recipe", "config", str(tmp_path / "recipe.yaml")))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"store": "STORE"}, {"checkpoint": "x.pth"}, {"kwargs": {"a": 1}}, {"others": [{"name": "test_vit"}]}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_recipes_own_file_does_not_choose_the_teacher(tmp_path, settings):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"teacher": settings}))
+    message = rf"recipe.config: .*recipe.yaml: the study decides teacher.{next(iter(settings))}. Leave it out$"
+    with pytest.raises(UserError, match=message):
+        graph_of(tmp_path, changed("recipe", "config", str(recipe)))
+
+
+def test_the_teacher_of_the_recipes_own_file_gives_way_to_that_of_the_study(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: {name: test_vit, store: null, precision: fp16}\n")
+    graph = graph_of(tmp_path, changed("recipe", "config", str(recipe)))
+    assert {(c.teacher.name, c.teacher.precision) for c in (s.config for s in graph.students)} == {
+        ("test_resnet", "fp16")
+    }
+
+
 def test_a_file_that_is_no_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("title: a\nstudents: [b\npaper: usi\n")
     with pytest.raises(UserError, match=r"bad.yaml: not YAML: .* in line 3, column 6$"):

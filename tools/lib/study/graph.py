@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.common.errors import UserError, naming
 from pipelines.common.machine import expanded
 from pipelines.plan.plan import IMAGENET_MEAN_RGB
-from tools.lib.study.settings import EvaluateSection, StudentSection, Study, TeacherSection, read_study
+from tools.lib.study.settings import EvaluateSection, StudentSection, Study, TeacherSection, check_recipe, read_study
 from tools.lib.study.stage import SETTINGS, Stage, as_options, content_of
 from trainer.config.natures import flat, setting_natures
 from trainer.config.sections import Config
@@ -96,7 +96,9 @@ def read_graph(file: Path, out: Path) -> Graph:
     study = read_study(file)
     recipe = Recipe(out, expanded(study.recipe.config), {})
     with naming(file, "recipe.config"):
-        recipe.load()
+        config = recipe.load()
+        with naming(recipe.file):
+            check_recipe(config)
     common = [_shards(out, study.source)] if study.source else []
     dataset = common[0].product if common else expanded(str(study.dataset)).resolve()
     recipe = recipe.having(study.recipe.overrides | {"data.root": dataset, "teacher.name": None})

@@ -11,6 +11,8 @@ from tools.lib.common.hardware import check_backend
 from tools.lib.study.stage import as_options
 from trainer.config.cli import parse_settings, read_yaml
 from trainer.config.model_arguments import Kwargs
+from trainer.config.natures import flat
+from trainer.config.sections import Config
 
 Overrides = dict[str, Any]  # SECTION.NAME -> value, as on the command line of trainer/run.py
 # The study decides these settings of a training, and of an evaluation, itself.
@@ -18,6 +20,8 @@ _DECIDED = {
     *("data.root", "run.out", "run.stop_after_steps", "student.name", "student.kwargs", "student.seed"),
     *(f"teacher.{name}" for name in ("name", "kwargs", "checkpoint", "store", "others")),
 }
+# It has no place for these, so that the recipe's own file must not set them either; others it sets itself.
+_OF_NO_RECIPE = {f"teacher.{name}" for name in ("kwargs", "checkpoint", "store", "others")}
 _DECIDED_OF_SUITES = {"student.name", "student.checkpoint", "student.weights", "run.json", "run.predictions"}
 
 
@@ -137,6 +141,12 @@ class Study(Section):
         labels = [each.label for each in self.students]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise UserError(f"students: two are called '{twice[0]}'. Give one of them a title of its own")
+
+
+def check_recipe(config: Config) -> None:
+    """Raise a UserError if the configuration of a recipe's own file sets what the study decides about its teacher."""
+    defaults = flat(Config())
+    _check_decided({key: value for key, value in flat(config).items() if value != defaults[key]}, _OF_NO_RECIPE)
 
 
 def _check_decided(overrides: Overrides, decided: set[str]) -> None:
