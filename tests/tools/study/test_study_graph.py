@@ -370,6 +370,8 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("evaluate", "suites", "small", {"data.image_size": -3}), "suites.small: data.image_size is -3"),
         (changed("evaluate", "suites", "small", {"data.real_labels": "no.json"}), "no.json: not found"),
         (changed("evaluate", "suites", "small", {"run.json": "x"}), "suites.small: the study decides run.json. Leave"),
+        (changed("evaluate", "suites", "raw", {}), "evaluate: suites.raw: is the name of a kind of weights. Give the"),
+        (changed("evaluate", "suites", "ema", {}), "evaluate: suites.ema: is the name of a kind of weights. Give the"),
         (changed("speed", "backends", ["eagr"]), "speed: backends: 'eagr' is no backend. Name some of openvino, "),
         (
             changed("recipe", "overrides", "schedule.epoch", 3),

@@ -90,6 +90,8 @@ class EvaluateSection(Section):
         super().__post_init__()
         for name, suite in self.suites.items():
             with naming(f"suites.{name}"):
+                if name in ("raw", "ema"):
+                    raise UserError("is the name of a kind of weights. Give the suite another one")
                 _check_decided(suite, _DECIDED_OF_SUITES)
                 words = [str(word) for word in as_options(suite)]
                 labels = parse_settings(EvalConfig, words, prog=None, description="").data.real_labels
