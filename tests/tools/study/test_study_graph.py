@@ -12,6 +12,7 @@ import yaml
 from conftest import REPOSITORY
 from pipelines.common.errors import UserError
 from support.model_folder import write_folder
+from support.studies import DEMO, changed, graph_of
 from tools import compare, export, record_teacher, shard_imagenet
 from tools.lib.common.hardware import BACKEND_PACKAGES
 from tools.lib.study.graph import Graph, plan_of, read_graph
@@ -22,34 +23,6 @@ from trainer.config.sections import TeacherConfig, parse, to_yaml
 from trainer.sharing import check_configs
 
 pytest_plugins = ["support.model_folder"]
-DEMO = {
-    "source": "digits",
-    "recipe": {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": {"schedule.epochs": 6}},
-    "teacher": {"name": "test_resnet", "train": {"schedule.epochs": 7}},
-    "students": ["test_byobnet", {"name": "test_vit", "seeds": [0, 1], "title": "ViT"}],
-    "evaluate": {"weights": ["ema", "raw"], "suites": {"small": {"data.image_size": 24}}},
-    "speed": {"backends": ["eager"], "repeats": 3},
-}
-
-
-def graph_of(folder: Path, content: dict = DEMO) -> Graph:
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return read_graph(file, folder / "out")
-
-
-def changed(*path_and_value) -> dict:
-    """DEMO with one value changed, at a path of keys, or one more entry in a list."""
-    content = copy.deepcopy(DEMO)
-    *path, last, value = path_and_value
-    inner = content
-    for key in path:
-        inner = inner.setdefault(key, {}) if isinstance(inner, dict) else inner[key]
-    if isinstance(inner, list) and last == len(inner):
-        inner.append(value)
-    else:
-        inner[last] = value
-    return content
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ a number of threads, is no input.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ class Recipe:
     def training(self, kind: str, subject: str, prefix: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:
         """A training, whose command reads a file of all settings; `also` as of `_inputs`."""
         config = self.load()
-        stage = Stage(self.out, kind, subject, prefix, _inputs(self.out, config, also), (*needs,), "run")
+        stage = Stage(self.out, kind, subject, prefix, _inputs(config, needs, also), (*needs,), "run")
         stage.config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
         return stage.by("trainer/run.py", "--config", stage.folder / SETTINGS)
 
@@ -195,7 +196,7 @@ def _store(recipe: Recipe, teacher: TeacherSection, readers: list[Config], needs
     epochs = min(longest, teacher.epochs or longest)
     seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
     seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
-    inputs = {key: value for key, value in _inputs(recipe.out, config).items() if key.partition(" ")[0] in seen}
+    inputs = {key: value for key, value in _inputs(config, needs).items() if key.partition(" ")[0] in seen}
     inputs["codec"] = teacher.codec
     stage = Stage(recipe.out, "store", "", teacher.name, inputs, (*needs,), "store", config, epochs)
     words = ("--config", stage.folder / SETTINGS, "--codec", teacher.codec, "--epochs", epochs)
@@ -230,25 +231,32 @@ def _student(
 # --- what a result depends on ---
 
 
-def _inputs(out: Path, config: Config, also: tuple[str, ...] = ()) -> Settings:
+def _inputs(config: Config, needs: list[Stage], also: tuple[str, ...] = ()) -> Settings:
     """The settings that a result depends on, where they are not the default, and the content of what they name.
 
-    What the study in the folder `out` has made itself is a need and no input.
-
     Args:
+      needs: what they have made as dataset or teacher is no input.
       also: settings that count here, though they change no other result.
     """
     natures, defaults, found = setting_natures(), flat(Config()), {}
-    made = tuple(f"{out / kind}/" for kind in ("shards", "teacher", "store"))
+    made = {*_made_by(needs)}
     for key, value in flat(config).items():
         nature = natures[key]
         if nature.per_machine:
-            if not str(value).startswith(made) and (content := content_of(value)) != value:
+            is_made = str(value) in made and not key.startswith("student.")
+            if not is_made and (content := content_of(value)) != value:
                 found[key] = content
         elif value != defaults[key] and (nature.recipe or nature.on_resume != "ignored" or key in also):
             found[key] = value
     unused = set() if config.teacher.members else _OF_TEACHING
     return {key: value for key, value in found.items() if key not in unused} | _contents_of_folders(config)
+
+
+def _made_by(stages: Iterable[Stage]) -> Iterator[str]:
+    """What settings name of what stages, and those that they need, make."""
+    for stage in stages:
+        yield from (str(stage.product), str(checkpoints_folder(stage.product) / BEST))
+        yield from _made_by(stage.needs)
 
 
 def plan_of(config: Config) -> Settings:
