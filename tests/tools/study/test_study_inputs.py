@@ -1,10 +1,12 @@
 """What a stage's fingerprint says of files: by their content, wherever they lie and however they are named."""
 
+import copy
+import os
 from pathlib import Path
 
 import pytest
 
-from support.studies import changed, graph_of
+from support.studies import DEMO, changed, graph_of
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
 
@@ -36,3 +38,18 @@ def test_weights_of_the_teacher_that_the_study_trains_count_where_a_student_begi
     begun = graph_of(tmp_path, changed("students", 0, student)).students
     assert begun[0].train.folder != graph.students[0].train.folder
     assert begun[1].train.folder == graph.students[1].train.folder
+
+
+@pytest.mark.parametrize("named", ["~/labels.json", "labels.json"])
+def test_labels_of_a_suite_count_by_their_content_however_they_are_named(tmp_path, monkeypatch, named):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    labels, content = tmp_path / "labels.json", copy.deepcopy(DEMO)
+    content["evaluate"]["suites"] = {"real": {"data.real_labels": named}, "timm": {"data.real_labels": "imagenet"}}
+    labels.write_text("[1]")
+    first = graph_of(tmp_path, content).students[0].evaluations
+    labels.write_text("[1, 2]")
+    os.utime(labels, ns=(1, 1))
+    second = graph_of(tmp_path, content).students[0].evaluations
+    assert [name for name in first if first[name].folder != second[name].folder] == ["real"]
+    assert str(labels) in second["real"].command and "imagenet" in second["timm"].command

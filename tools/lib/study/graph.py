@@ -213,7 +213,7 @@ def _student(
     assert (config := train.config) is not None
     kinds = [kind for kind in evaluate.weights if config.ema.decay or kind == "raw"] or ["raw"]
     evaluated = {kind: {"student.weights": kind} for kind in kinds}
-    evaluated |= {name: {"student.weights": kinds[0], **suite} for name, suite in evaluate.suites.items()}
+    evaluated |= {name: {"student.weights": kinds[0], **suite} for name, suite in evaluate.expanded_suites.items()}
     evaluations = {}
     for name, settings in evaluated.items():
         inputs = {key: content_of(value) for key, value in settings.items()}

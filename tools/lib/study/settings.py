@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.common.errors import UserError, naming
+from pipelines.common.machine import expanded
 from pipelines.common.settings import Section, filled, setting
 from tools.lib.common.evaluation import EvalConfig
 from tools.lib.common.hardware import check_backend
@@ -86,6 +87,12 @@ class EvaluateSection(Section):
     weights: list[Literal["ema", "raw"]] = dataclasses.field(default_factory=lambda: ["ema", "raw"])
     suites: dict[str, Overrides] = dataclasses.field(default_factory=dict)
 
+    @property
+    def expanded_suites(self) -> dict[str, Overrides]:
+        """The suites with paths from / on, by which the content of files is found and commands run in any folder."""
+        suites = self.suites.items()
+        return {name: {key: _in_full(key, value) for key, value in suite.items()} for name, suite in suites}
+
     def __post_init__(self):
         super().__post_init__()
         for name, suite in self.suites.items():
@@ -143,6 +150,11 @@ class Study(Section):
         labels = [each.label for each in self.students]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise UserError(f"students: two are called '{twice[0]}'. Give one of them a title of its own")
+
+
+def _in_full(key: str, value: object) -> object:
+    is_path = key in ("data.root", "data.real_labels") and isinstance(value, str) and value != "imagenet"
+    return str(expanded(value).resolve()) if is_path else value
 
 
 def check_recipe(config: Config) -> None:
