@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.common.errors import UserError
 from support.studies import DEMO, changed, graph_of
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
@@ -53,3 +54,30 @@ def test_labels_of_a_suite_count_by_their_content_however_they_are_named(tmp_pat
     second = graph_of(tmp_path, content).students[0].evaluations
     assert [name for name in first if first[name].folder != second[name].folder] == ["real"]
     assert str(labels) in second["real"].command and "imagenet" in second["timm"].command
+
+
+def test_students_may_learn_from_the_teacher_alone(tmp_path):
+    content = changed("recipe", "overrides", "distill.label_weight", 0)
+    with pytest.raises(UserError, match="teacher.train: distill.label_weight is 0 and teacher.name is null"):
+        graph_of(tmp_path, content)
+    content["teacher"]["train"]["distill.label_weight"] = 1
+    graph = graph_of(tmp_path, content)
+    assert {each.config.distill.label_weight for each in graph.students} == {0}
+    assert {each.config.teacher.store for each in graph.students} == {graph.common["store"].product}
+
+
+def test_a_student_may_learn_from_the_teacher_alone(tmp_path):
+    student = {"name": "test_byobnet", "overrides": {"distill.label_weight": 0}}
+    first, *others = graph_of(tmp_path, changed("students", 0, student)).students
+    assert first.config.distill.label_weight == 0 and {each.config.distill.label_weight for each in others} == {1}
+
+
+def test_the_recipe_says_how_the_teacher_sees_images(tmp_path):
+    content, classes = copy.deepcopy(DEMO), tmp_path / "classes.txt"
+    classes.write_text("0\n")
+    content["recipe"]["overrides"] |= {"teacher.image_size": 48, "teacher.classes": str(classes)}
+    graph = graph_of(tmp_path, content)
+    teacher, store = graph.common["teacher"].config, graph.common["store"].config
+    assert teacher is not None and teacher.teacher.members == [] and store is not None
+    assert (store.teacher.image_size, store.teacher.classes) == (48, classes)
+    assert {each.config.teacher.image_size for each in graph.students} == {48}

@@ -143,7 +143,8 @@ def estimate(training: Stage, seconds: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         settings, result = Path(folder) / "settings.yaml", Path(folder) / "doctor.json"
         settings.write_text(to_yaml(training.config))
-        without_teacher = [f"--teacher.{name}=null" for name in ("name", "store", "checkpoint")]
+        without_teacher = [f"--teacher.{name}=null" for name in ("name", "store", "checkpoint", "classes")]
+        without_teacher += ["--teacher.image_size=0", "--distill.label_weight=1"]
         words = ["--run.out", f"{folder}/run", "--seconds", str(seconds), "--no-trials", "--json", str(result)]
         command = command_of("tools/doctor.py", settings, *without_teacher, *words)
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -102,11 +102,12 @@ def read_graph(file: Path, out: Path) -> Graph:
             check_recipe(config)
     common = [_shards(out, study.source)] if study.source else []
     dataset = common[0].product if common else expanded(str(study.dataset)).resolve()
-    recipe = recipe.having(study.recipe.overrides | {"data.root": dataset, "teacher.name": None})
+    name = None if study.teacher is None else study.teacher.name
+    recipe = recipe.having(study.recipe.overrides | {"data.root": dataset, "teacher.name": name})
     with naming(file, "recipe.overrides"):  # One fill colour gives all students the same pixels.
         recipe = recipe.having({"augment.fill": recipe.load().augment.fill or IMAGENET_MEAN_RGB})
 
-    live: Settings = {}  # What students learn from: nothing, or the teacher, or its store.
+    live: Settings = {}  # What students learn from: labels alone, or the teacher, or its store.
     if (teacher := study.teacher) is not None:
         with naming(file, "teacher.train"):
             common += [_teacher(recipe, teacher, common)] if teacher.train is not None else []
@@ -125,7 +126,7 @@ def read_graph(file: Path, out: Path) -> Graph:
         with naming(file, "teacher"):
             store = _store(recipe.having(live), teacher, [*readers.values()], common)
         common = [*common, store]
-        recorded = {"teacher.name": teacher.name, "teacher.store": store.product}
+        recorded = {"teacher.store": store.product, "teacher.classes": None}  # The store is in the dataset's order.
 
     students = []
     for number, student in enumerate(study.students):
@@ -178,7 +179,8 @@ def _shards(out: Path, source: str) -> Stage:
 def _teacher(recipe: Recipe, teacher: TeacherSection, needs: list[Stage]) -> Stage:
     """The training of the teacher on labels alone."""
     model = {"student.name": teacher.name, "student.kwargs": teacher.kwargs}
-    recipe = recipe.having({**(teacher.train or {}), **model})
+    alone = {"teacher.name": None, "teacher.image_size": 0, "teacher.classes": None}
+    recipe = recipe.having({**(teacher.train or {}), **model, **alone})
     return recipe.training("teacher", "", teacher.name, needs, ("run.eval_every",))  # It chooses best.pt.
 
 
