@@ -249,6 +249,8 @@ def test_students_of_one_plan_are_trained_together_and_others_are_not(tmp_path):
     other = training("other", tmp_path, seed=1)
     evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,), "report.json")
     assert jobs_of([one, evaluate, two, other, three], 2) == [[one, two], [evaluate], [other], [three]]
+    one.note([], failure="exit code 1: it cannot begin")
+    assert jobs_of([one, evaluate, two, other, three], 2) == [[one], [evaluate], [two, three], [other]]
 
 
 # A command for students of the settings in its arguments: the first one fails, and ends by itself; the others finish.

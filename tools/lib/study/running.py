@@ -30,10 +30,14 @@ Job = list[Stage]  # Stages that one command carries out.
 
 
 def jobs_of(stages: Iterable[Stage], together: int) -> list[Job]:
-    """The stages that are not done as jobs: each alone, but up to `together` students that share all they must."""
+    """The stages that are not done as jobs: each alone, but up to `together` students that share all they must.
+
+    One that has failed is tried again alone: students that are trained together all fail where one cannot begin.
+    """
     jobs, keys = [], {}
     for stage in (stage for stage in stages if not stage.is_done):
-        key = grouping_key(stage.config) if stage.kind == "train" and stage.config is not None else None
+        shares = stage.kind == "train" and not stage.failure
+        key = grouping_key(stage.config) if shares and stage.config is not None else None
         for job in jobs:
             if key is not None and keys[job[0]] == key and len(job) < together:
                 job.append(stage)
