@@ -38,8 +38,9 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
     Args:
       parameters: are given to submitit's AutoExecutor, such as timeout_min, gpus_per_node, slurm_partition.
     Raises:
-      UserError: submitit is not installed, there is no SLURM here, or it refuses a job.
+      UserError: submitit is not installed, there is no SLURM here, it refuses a job, or a parameter is the study's own.
     """
+    common = _common_parameters(parameters)
     try:
         import submitit
         from submitit.core.utils import FailedJobError
@@ -55,10 +56,8 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
             needed = [ids[need] for stage in job for need in stage.needs if need in ids] if job else [*ids.values()]
             executor = submitit.AutoExecutor(graph.out / "slurm", cluster="slurm")
             executor.update_parameters(
-                **{"timeout_min": 720, **parameters},
+                **common,
                 name=names.partition(",")[0].replace(" ", "-"),
-                slurm_setup=[f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}"],
-                slurm_additional_parameters={"requeue": True},
                 **({"slurm_dependency": f"afterany:{':'.join(dict.fromkeys(needed))}"} if needed else {}),
             )
             number = executor.submit(carry_out, work, job).job_id
@@ -66,3 +65,15 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
             screen.say(f"job {number}: {names}")
     except (RuntimeError, ValueError, NameError, FailedJobError) as error:
         raise UserError(f"--slurm: {error}. Already submitted: {', '.join({*ids.values()}) or 'nothing'}") from error
+
+
+def _common_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of all jobs: those that the user gives, and in the same lists and mappings what each job needs."""
+    if decided := {"name", "slurm_dependency"} & {*given}:
+        raise UserError(f"--slurm: the study decides {min(decided)}. Leave it out")
+    setup, additional = given.get("slurm_setup") or [], given.get("slurm_additional_parameters") or {}
+    if not isinstance(additional, dict):
+        raise UserError(f"--slurm: slurm_additional_parameters is {additional}; give keys with values: {{KEY: VALUE}}")
+    lines = [f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}", *(setup if isinstance(setup, list) else [setup])]
+    own = {"slurm_setup": lines, "slurm_additional_parameters": {"requeue": True, **additional}}
+    return {"timeout_min": 720, **given, **own}
