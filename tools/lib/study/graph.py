@@ -158,7 +158,7 @@ class Recipe:
         return dataclasses.replace(self, settings={**self.settings, **settings})
 
     def load(self) -> Config:
-        """The configuration of a training, which goes on to its end whatever the file says."""
+        """The configuration of a training, which ends at its last step whatever the file says."""
         return Config.load(self.file, {**self.settings, "run.stop_after_steps": 0})
 
     def training(self, kind: str, subject: str, prefix: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:

@@ -36,8 +36,8 @@ def jobs_of(stages: Iterable[Stage], together: int) -> list[Job]:
     """
     jobs, keys = [], {}
     for stage in (stage for stage in stages if not stage.is_done):
-        shares = stage.kind == "train" and not stage.failure
-        key = grouping_key(stage.config) if shares and stage.config is not None else None
+        is_joined = stage.kind == "train" and not stage.failure
+        key = grouping_key(stage.config) if is_joined and stage.config is not None else None
         for job in jobs:
             if key is not None and keys[job[0]] == key and len(job) < together:
                 job.append(stage)
