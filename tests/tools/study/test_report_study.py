@@ -243,7 +243,8 @@ def test_speed_and_accuracy_have_a_front_and_the_papers_accuracy_stands_beside_o
         ((380, 378), ((2, 10.0), (1, 20.0)), ("front?", "front")),
         # The speeds may be equal, so the less accurate one may be worse in both.
         ((380, 300), ((1, 19.9), (1, 20.0)), ("front", "front?")),
-        ((380, 300), ((1, 20.0), (1, 19.9)), ("front", "")),
+        ((380, 300), ((1, 20.0), (1, 19.9)), ("front", "front?")),
+        ((380, 300), ((1, 20.0), (2, 10.0)), ("front", "")),
         ((380, 380), ((1, 20.0), (1, 20.0)), ("front?", "front?")),
     ],
 )

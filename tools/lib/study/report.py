@@ -301,15 +301,15 @@ def _panels(
 def _standing(title: str, speeds: Mapping[str, Mapping], pairs: Sequence[Mapping]) -> str:
     """Whether a student is on the front of a backend, as far as noise lets anybody know.
 
-    It is not where another one is at least as fast and distinguishably more accurate. It surely is where each other one
-    is distinguishably less accurate, or surely slower, which a lower rank in tools/compare.py says.
+    It is not where another one is surely faster, which a lower rank in tools/compare.py says, and distinguishably more
+    accurate. It surely is where each other one is surely slower or distinguishably less accurate.
     """
     better = {(pair["a"], pair["b"]) for pair in pairs if pair["distinguishable"]}
     mine, others = speeds[title], {other: row for other, row in speeds.items() if other != title}
     if all((title, other) in better or mine["rank"] < row["rank"] for other, row in others.items()):
         return front.FRONT
-    as_fast = [other for other, row in others.items() if row["images_per_s"] >= mine["images_per_s"]]
-    return front.BEHIND if any((other, title) in better for other in as_fast) else front.PERHAPS
+    faster = [other for other, row in others.items() if row["rank"] < mine["rank"]]
+    return front.BEHIND if any((other, title) in better for other in faster) else front.PERHAPS
 
 
 # --- writing ---
