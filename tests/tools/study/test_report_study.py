@@ -78,7 +78,10 @@ def evaluated(path: Path, num_right: int, **changes) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A student with a seed, and what its stages have left behind: no result where `failure` says why."""
+    """A student with a seed, and what its stages have left behind: no result where `failure` says why.
+
+    Nothing at all is there where `begun` is False.
+    """
 
     name: str
     seed: int
@@ -88,9 +91,12 @@ class Made:
     run: dict = dataclasses.field(default_factory=dict)
     seconds: float = 1.0
     failure: str = ""
+    begun: bool = True
 
     def fill(self, stages: StudentStages) -> None:
         """Write the folders of the stages."""
+        if not self.begun:
+            return
         if self.failure:
             stages.train.note(stages.train.command, failure=self.failure)
             (stages.train.folder / LOG).touch()
@@ -364,6 +370,14 @@ def test_a_failed_student_and_a_missing_seed_are_reported_and_the_others_have_th
     page = (tmp_path / "report" / "index.html").read_text()
     log = graph.students[1].train.folder.relative_to(graph.out) / LOG
     assert "&lt;no memory&gt;" in page and f'href="{log}"' in page and "<no memory>" not in page
+
+
+def test_seeds_that_have_not_begun_are_not_called_failed(tmp_path):
+    students = [student("a", 0, 300), Made("a", 1, failure="killed"), Made("a", 2, begun=False)]
+    row = reported(study(tmp_path, [*students, Made("b", 0, begun=False)]))["students"]["a"]
+    assert (row["failed"], row["not_done"]) == (1, 1)
+    text = page_text(tmp_path)
+    assert "a (1 failed) (1 not done) " in text and "b (1 not done) " in text
 
 
 def test_what_to_do_against_a_failure_is_not_cut_off(tmp_path):

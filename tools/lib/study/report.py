@@ -147,7 +147,9 @@ def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tu
     """The accuracies of a student over its seeds, and its size; and what its trainings took."""
     student, trained = seeds[0].stages.student, [seed for seed in seeds if seed.stages.train.is_done]
     row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
-    row |= {"seeds": len(seeds), "failed": sum(bool(seed.failure) for seed in seeds)}
+    failed = [any(stage.failure for stage in seed.stages.stages) for seed in seeds]
+    row |= {"seeds": len(seeds), "failed": sum(failed)}
+    row["not_done"] = sum(bool(seed.failure) for seed in seeds) - row["failed"]
     for name in dict.fromkeys([*_WEIGHTS, *(name for seed in seeds for name in seed.top1)]):
         values = [seed.top1[name] for seed in seeds if name in seed.top1]
         row[f"top1_{name}"] = statistics.mean(values) if values else None
