@@ -19,6 +19,7 @@ from support.sessions import ONE
 from tools.lib.common import front
 from tools.lib.study.graph import Graph, StudentStages, read_graph
 from tools.lib.study.report import write_report
+from tools.lib.study.running import command_of_job
 from tools.lib.study.stage import LOG
 from trainer.config.paper import paper_models
 from trainer.config.recipe import audit
@@ -270,6 +271,15 @@ def test_a_training_that_failed_has_no_training_speed(tmp_path):
     trained(graph.students[1].train.product, "b", 0, finished=False)
     found = reported(graph)["measured"]["students"]
     assert found["a"]["train_images_per_s"] == 100.0 and found["b"]["train_images_per_s"] is None
+
+
+def test_students_that_were_trained_together_have_no_training_speed_of_their_own(tmp_path):
+    graph = study(tmp_path, [student(name, 0, 300) for name in "abc"])
+    stages = [each.train for each in graph.students[1:]]
+    for stage in stages:
+        stage.note(command_of_job(stages), done=True)
+    found = reported(graph)["measured"]["students"]
+    assert [found[name]["train_images_per_s"] for name in "abc"] == [100.0, None, None]
 
 
 def test_the_sum_of_the_stages_is_named_as_one_and_not_as_the_time_of_the_study(tmp_path):

@@ -65,6 +65,12 @@ class SeedResult:
         return "" if missing is None else f"{missing.name}: {_failure(missing) or 'was not carried out'}"
 
     @property
+    def is_trained_alone(self) -> bool:
+        """Whether its training is done, in a process of its own."""
+        command = self.stages.train.noted.get("command", [])
+        return self.stages.train.is_done and not any(word.endswith("trainer/together.py") for word in command)
+
+    @property
     def top1(self) -> dict[str, float]:
         """Accuracies in percent: of the weights after the last update, as the run or an evaluation of it has them."""
         found = {**self.record.summary.get("evaluation", {}), **self.reports}
@@ -145,7 +151,7 @@ def _failure(stage: Stage) -> str:
 
 def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tuple[Columns, Columns]:
     """The accuracies of a student over its seeds, and its size; and what its trainings took."""
-    student, trained = seeds[0].stages.student, [seed for seed in seeds if seed.stages.train.is_done]
+    student = seeds[0].stages.student
     row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
     failed = [any(stage.failure for stage in seed.stages.stages) for seed in seeds]
     row |= {"seeds": len(seeds), "failed": sum(failed)}
@@ -156,7 +162,7 @@ def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tu
         row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
     row["parameters"] = next((each["parameters"] for seed in seeds for each in seed.reports.values()), None)
     row["paper"] = paper[student.name].top1 if student.name in paper else None
-    speeds = [line["images_per_s"] for seed in trained for line in seed.record.of("train")]
+    speeds = [line["images_per_s"] for seed in seeds if seed.is_trained_alone for line in seed.record.of("train")]
     ranks = [line["ranks"] for seed in seeds for line in seed.record.of("session")[-1:]]
     hours = sum(seed.stages.train.seconds for seed in seeds) / 3600 * max(ranks, default=1)
     return row, {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
