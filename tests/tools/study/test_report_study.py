@@ -324,6 +324,18 @@ def test_another_augmentation_of_one_student_is_named_with_both_values(tmp_path)
     assert found[0] in text and "augment.mix_prob 1.0 0.5 c-s0 " in text
 
 
+def test_settings_of_one_student_that_are_no_part_of_the_recipe_are_named(tmp_path):
+    overrides = {"run.seed": 7, "run.tf32": False}
+    students = [{"name": "a"}, {"name": "b", "overrides": overrides}]
+    teacher = {"name": "test_resnet", "checkpoint": str(tmp_path / "study.yaml")}
+    graph = study(tmp_path, [student("a", 0, 300), student("b", 0, 300)], students=students, teacher=teacher)
+    assert reported(graph)["warnings"][:3] == [
+        "b-s0 learned from the live teacher, because the recording is of other images",
+        "runs differ in run.seed: default in a-s0; 7 in b-s0",
+        "runs differ in run.tf32: default in a-s0; false in b-s0",
+    ]
+
+
 def test_what_changes_no_result_is_no_warning(tmp_path):
     students = [student("a", 0, 300), student("a", 1, 300, "--data.threads", "3")]
     assert reported(study(tmp_path, students))["warnings"] == []

@@ -198,10 +198,11 @@ def _conditions(seeds: Sequence[SeedResult]) -> dict[str, dict[str, str]]:
     Runs that have not ended are left out, for they have no result.
     """
     ended, found = [seed for seed in seeds if seed.record.summary], {}
-    known = _deviations(ended)
+    known, inputs = _deviations(ended), dict.fromkeys(key for seed in ended for key in seed.stages.train.inputs)
     for seed in ended:
         here, summary = {row["key"]: row["here"] for row in seed.record.deviations or ()}, seed.record.summary
-        conditions: dict[str, object] = {key: here.get(key, row["usi"]) for key, row in known.items()}
+        conditions: dict[str, object] = {key: seed.stages.train.inputs.get(key, "default") for key in inputs}
+        conditions |= {key: here.get(key, row["usi"]) for key, row in known.items()}
         conditions["version of the code"] = [summary["version"], summary["source"]]
         conditions["digest of the dataset"] = summary["dataset"]
         conditions["number of damaged images"] = seed.record.num_damaged
@@ -232,7 +233,8 @@ def _warnings(
     if live := [name for name, teacher in teachers.items() if teacher.name and not teacher.store]:
         found.append(f"{named(live)} learned from the live teacher, because the recording is of other images")
     for name, values in conditions.items():
-        if len(values) > 1 and name not in _OF_THE_STUDENT:
+        of_the_student = name.partition(" ")[0] in _OF_THE_STUDENT or (live and name.startswith("teacher."))
+        if len(values) > 1 and not of_the_student:
             words = [f"{value} in {runs}" for value, runs in values.items()]
             found.append(f"runs differ in {name}: {'; '.join(words)}")
     evaluated = [seed.student for seed in seeds if weights in seed.reports]
