@@ -261,6 +261,14 @@ def test_a_student_of_which_noise_decides_whether_it_is_on_the_front_is_marked(t
     assert tuple(found[name]["eager: fp32, batches of 4, front"] for name in "ab") == fronts
 
 
+def test_the_folder_of_a_study_may_be_moved(tmp_path):
+    graph = study(tmp_path, [student("a", 0, 380), student("b", 0, 300)], speed={})
+    before = with_speeds(graph, {"a": (2, 10.0), "b": (1, 20.0)})
+    moved = read_graph(graph.file, graph.out.rename(tmp_path / "moved")).with_speed()
+    assert reported(moved)["measured"]["students"] == before
+    assert before["a"]["eager: fp32, batches of 4, images_per_s"] == 10.0
+
+
 def test_hours_are_those_of_the_training_of_all_seeds(tmp_path):
     students = [dataclasses.replace(student("a", seed, 300), seconds=720.0) for seed in (0, 1)]
     assert reported(study(tmp_path, students))["measured"]["students"]["a"]["device_hours"] == pytest.approx(0.4)

@@ -288,12 +288,13 @@ def _panels(
 ) -> dict[str, list[front.Point]]:
     """The points of each backend by its title. Speeds, and who is on the front, go into what was timed of students."""
     compared = [each for each in graph.students if "letters" in students[each.student.label]]
-    exported = {str(each.export.product): each.student.label for each in compared}
+    exported = {each.export.folder.name: each.student.label for each in compared}  # A study's folder may be moved.
     rows = read_json(graph.common["speed"].product).get("rows", []) if "speed" in graph.common else []
     backends: dict[str, dict[str, Mapping]] = {}  # Title of the backend, student -> its row of tools/compare.py.
-    for row in (row for row in rows if "images_per_s" in row and row["model"] in exported):
+    for row in (row for row in rows if "images_per_s" in row):
         backend = f"{row['backend']}: {row['precision']}, batches of {row['batch']}"
-        backends.setdefault(backend, {})[exported[row["model"]]] = row
+        if title := exported.get(Path(row["model"]).parent.name):
+            backends.setdefault(backend, {})[title] = row
     panels = {}
     for backend, speeds in backends.items():
         panels[backend] = []
