@@ -40,6 +40,13 @@ def test_the_line_joins_the_measured_front_whatever_noise_says():
     assert [each.model for each in front.front_of(points)] == ["a", "c"]
 
 
+def test_the_line_is_dashed_to_a_point_that_is_not_surely_on_the_front():
+    axes = Figure().subplots()
+    front._draw(axes, [point("a", 82.0, 5.0), point("b", 81.0, 6.0), point("c", 80.0, 9.0, PERHAPS)])
+    drawn = {tuple(line.get_ydata()): line.get_linestyle() for line in axes.lines}
+    assert drawn[82.0, 81.0] == "-" and drawn[81.0, 80.0] == "--"
+
+
 def test_the_axis_has_room_for_all_timed_runs():
     low, high = front.powers_shown([Point("a", 80.0, 100.0, 10.0, 1000.0, FRONT)])
     assert 10**low < 10 and 10**high > 1000

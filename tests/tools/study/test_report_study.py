@@ -197,10 +197,17 @@ def test_means_spreads_and_which_students_are_distinguishable(tmp_path):
     pairs = {(pair["a"], pair["b"]): pair["distinguishable"] for pair in found["pairs"]}
     assert pairs == {("good", "tied"): False, ("good", "bad"): True, ("tied", "bad"): True}
     text = page_text(tmp_path)
+    assert "Of the 3 students, good, tied lead and are not distinguishable from each other, by" in text
     assert "95.00 ± 0.50" in text and "+20.00 [" in text and "44.00 (ema, step 15)" in text
     assert found["warnings"] == [] and "Before you compare" not in text and "3 students, one recipe." in text
     rows = list(csv.DictReader((tmp_path / "report" / "study.csv").open()))
     assert [row["student"] for row in rows] == ["good", "tied", "bad"] and rows[0]["seeds"] == "3"
+
+
+def test_a_student_that_is_distinguishable_from_all_others_leads_alone(tmp_path):
+    reported(study(tmp_path, [student("good", 0, 380), student("bad", 0, 200), student("tied", 0, 201)]))
+    text = page_text(tmp_path)
+    assert "Of the 3 students, good leads and is distinguishable from each other one, by" in text
 
 
 def with_speeds(graph: Graph, speeds: dict[str, tuple[int, float]]) -> dict[str, dict]:
@@ -238,7 +245,8 @@ def test_speed_and_accuracy_have_a_front_and_the_papers_accuracy_stands_beside_o
     text = page_text(tmp_path)
     published = next(model.top1 for model in paper_models() if model.name == "resnet50")
     assert f" {published:.1f} " in text and "nothing of them was measured here" in text
-    assert "eager: fp32, batches of 4, images/s" in text and "20.0 (18.0 to 24.0) front" in text
+    assert "eager: fp32, batches of 4, images/s" in text and "20.0 (18.0 to 24.0)" in text
+    assert "resnet50 97.50 33.00 a front " in text  # What a phone shows without scrolling.
 
 
 @pytest.mark.parametrize(
@@ -272,6 +280,7 @@ def test_the_folder_of_a_study_may_be_moved(tmp_path):
 def test_hours_are_those_of_the_training_of_all_seeds(tmp_path):
     students = [dataclasses.replace(student("a", seed, 300), seconds=720.0) for seed in (0, 1)]
     assert reported(study(tmp_path, students))["measured"]["students"]["a"]["device_hours"] == pytest.approx(0.4)
+    assert " 24 min " in page_text(tmp_path)
 
 
 def test_a_training_that_failed_has_no_training_speed(tmp_path):
@@ -380,8 +389,8 @@ def test_other_data_code_or_length_of_a_run_is_named(tmp_path, changes, warning)
 def test_what_a_command_has_warned_of_is_in_the_report(tmp_path):
     graph = study(tmp_path, [student("a", seed, 300) for seed in (0, 1)])
     for each in graph.students:
-        (each.train.folder / LOG).write_text("step 1\nwarning: it hardly knows these classes\nstep 2\n")
-    found, warning = reported(graph), "train a-s0, train a-s1: it hardly knows these classes"
+        (each.train.folder / LOG).write_text("step 1\nwarning: it is slow, use more --repeats\nstep 2\n")
+    found, warning = reported(graph), "train a-s0, train a-s1: it is slow, use more speed.repeats"
     assert found["warnings"] == [] and found["measured"]["warnings"] == [warning] and warning in page_text(tmp_path)
 
 

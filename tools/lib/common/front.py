@@ -104,7 +104,8 @@ def picture(panels: Mapping[str, Sequence[Point]], title: str, legend: Mapping[b
         axes.set_title(name, loc="left", fontsize=10)
         _draw(axes, panels[name])
     points = [*itertools.chain(*panels.values())]
-    looks: dict[str, dict[str, Any]] = {FRONT_LEGEND: {"linestyle": "-", "color": COLORS[FRONT]}}
+    line = {"linestyle": "-", "color": COLORS[FRONT]}
+    looks: dict[str, dict[str, Any]] = {f"{FRONT_LEGEND}; dashed where noise decides": line}
     looks |= {legend[published]: {"color": "0.4", **_marker(published, "0.4")} for published in by_origin(points)}
     shown = [front for front in COLORS if any(point.front == front for point in points)]
     looks |= {_LEGEND[front]: {"marker": "s", "color": COLORS[front]} for front in shown}
@@ -126,8 +127,9 @@ def _marker(published: bool, color: str) -> dict[str, Any]:
 def _draw(axes, points: Sequence[Point]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    front = front_of(points)
-    axes.plot([p.images_per_s for p in front], [p.top1 for p in front], color=COLORS[FRONT])
+    for ends in itertools.pairwise(front_of(points)):
+        style = "-" if all(end.front == FRONT for end in ends) else "--"
+        axes.plot([end.images_per_s for end in ends], [end.top1 for end in ends], style, color=COLORS[FRONT])
     for point in points:
         color = COLORS[point.front]
         for bar in _bars(point):

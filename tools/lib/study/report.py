@@ -120,6 +120,7 @@ def write_report(graph: Graph) -> Path:
         backends=[*panels],
         curves={chart.title: embedded(draw(chart)) for chart in _curves(seeds, weights)},
         command=shlex.join,
+        named=named,
         duration=human_seconds,
     )
     graph.out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
     warnings: dict[str, list[str]] = {}
     for stage in graph.stages:
         for line in stage.warnings:
-            warnings.setdefault(line.replace(f"{graph.out}/", ""), []).append(stage.name)
+            line = line.replace(f"{graph.out}/", "").replace("--repeats", "speed.repeats")
+            warnings.setdefault(line, []).append(stage.name)
     key = "teacher_top1"
     teacher = {seed.name: [line[key] for line in seed.record.of("train") if key in line] for seed in seeds}
     return {
