@@ -153,8 +153,9 @@ class Study(Section):
 
 
 def _in_full(key: str, value: object) -> object:
-    is_path = key in ("data.root", "data.real_labels") and isinstance(value, str) and value != "imagenet"
-    return str(expanded(value).resolve()) if is_path else value
+    if key in ("data.root", "data.real_labels") and isinstance(value, str) and value != "imagenet":
+        return str(expanded(value).resolve())
+    return value
 
 
 def check_recipe(config: Config) -> None:
