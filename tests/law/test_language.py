@@ -85,7 +85,7 @@ def names_in(source: str) -> list[str]:
 
 
 def found_in(paths: list[Path], look: Callable[[str], list[str]]) -> dict[str, list[str]]:
-    """What is found in each of the files where something is."""
+    """Collect the findings of each file; files without any are left out."""
     found = {str(path.relative_to(REPOSITORY)): look(path.read_text()) for path in paths}
     return {path: lines for path, lines in found.items() if lines}
 

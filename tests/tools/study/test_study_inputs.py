@@ -1,4 +1,4 @@
-"""What a stage's fingerprint says of files: by their content, wherever they lie and however they are named."""
+"""Files count in a stage's fingerprint by their content, wherever they lie and however they are named."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""What a study asks of SLURM; no test has one."""
+"""Parameters that a study gives to SLURM. A stand-in takes the place of submitit."""
 
 import subprocess
 import sys

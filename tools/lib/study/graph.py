@@ -237,7 +237,7 @@ def _inputs(config: Config, needs: list[Stage], also: tuple[str, ...] = ()) -> S
     """The settings that a result depends on, where they are not the default, and the content of what they name.
 
     Args:
-      needs: what they have made as dataset or teacher is no input.
+      needs: stages before this one; a path to what they write, as dataset or teacher, is not counted as an input.
       also: settings that count here, though they change no other result.
     """
     natures, defaults, found = setting_natures(), flat(Config()), {}
@@ -255,7 +255,7 @@ def _inputs(config: Config, needs: list[Stage], also: tuple[str, ...] = ()) -> S
 
 
 def _made_by(stages: Iterable[Stage]) -> Iterator[str]:
-    """What settings name of what stages, and those that they need, make."""
+    """Paths of the datasets, models and checkpoints that stages, and those that they need, write."""
     for stage in stages:
         yield from (str(stage.product), str(checkpoints_folder(stage.product) / BEST))
         yield from _made_by(stage.needs)
