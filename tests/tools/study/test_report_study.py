@@ -14,7 +14,6 @@ import yaml
 
 import tools.lib.study.report
 from conftest import REPOSITORY, TINY
-from pipelines.common.errors import clipped
 from support.sessions import ONE
 from tools.lib.common import front
 from tools.lib.study.graph import Graph, StudentStages, read_graph
@@ -214,7 +213,7 @@ def with_speeds(graph: Graph, speeds: dict[str, tuple[int, float]]) -> dict[str,
     """Add measured speeds to a study, with a failed one. Returns what was timed of each student by the report.
 
     Args:
-      speeds: of each student its rank and its images/s.
+      speeds: the rank and the images/s of each student.
     """
     graph = graph.with_speed()
     rows = []
@@ -421,7 +420,7 @@ def test_seeds_that_have_not_begun_are_not_called_failed(tmp_path):
 
 def test_what_to_do_against_a_failure_is_not_cut_off(tmp_path):
     line = f"error: step 25: {'the logits of the student are not finite, ' * 9}lower optim.lr"
-    graph = study(tmp_path, [Made("a", 0, failure=f"exit code 1: {clipped(line, 300)}")])
+    graph = study(tmp_path, [Made("a", 0, failure=f"exit code 1: {line}")])
     (graph.students[0].train.folder / LOG).write_text(f"step 20\n{line}\nstopped\n")
     found = reported(graph)
     assert found["runs"]["a-s0"]["failure"] == f"train a-s0: exit code 1: {line}"

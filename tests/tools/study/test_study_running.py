@@ -17,7 +17,7 @@ from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
 from tools.lib.study.running import TOGETHER_LOG, Process, await_earlier, jobs_of, run
-from tools.lib.study.screen import Screen
+from tools.lib.study.screen import Screen, shortened
 from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
 from trainer.config.sections import Config, parse, to_yaml
 
@@ -318,6 +318,15 @@ def test_a_process_that_fails_before_its_students_train_is_the_reason_for_each_o
     wait_for_end(Process(job))
     expected = f"exit code 1: error: {two.product}: another run works in it"
     assert one.failure == two.failure == expected
+
+
+def test_the_line_with_which_a_command_fails_is_noted_completely_and_shown_shortened(tmp_path, monkeypatch):
+    one, two = job = trained_together(tmp_path, monkeypatch, "")
+    line = f"error: {'the logits are not finite, ' * 20}lower optim.lr"
+    (tmp_path / "together.py").write_text(f"import sys\nsys.exit({line!r})")
+    wait_for_end(Process(job))
+    assert one.failure == two.failure == f"exit code 1: {line}"
+    assert len(shortened(one.failure)) <= 300 and shortened(one.failure).endswith("...")
 
 
 def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path, monkeypatch, capsys):

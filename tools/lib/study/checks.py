@@ -18,6 +18,7 @@ from tools.lib.common.terminal import console
 from tools.lib.common.units import human_bytes, human_seconds
 from tools.lib.study.graph import Graph
 from tools.lib.study.running import command_of_job, jobs_of
+from tools.lib.study.screen import shortened
 from tools.lib.study.stage import INPUTS, SETTINGS, Stage, changes, command_of
 from trainer.builder import build_for_check
 from trainer.config.sections import Config, to_yaml
@@ -114,7 +115,7 @@ def show_stages(graph: Graph, seconds: float) -> None:
     for job in jobs_of(left, graph.study.together):
         for stage in job:
             needs = f"needs {stage.missing}" if stage.missing else ""
-            parts = (stage.state, stage.failure, costs.get(stage), needs)
+            parts = (stage.state, shortened(stage.failure), costs.get(stage), needs)
             lines.append(f"# {stage.name}: {'; '.join(filter(None, parts))}")
         lines.append(shlex.join(command_of_job(job)))
     lines += [*redone(graph), f"to be done: {len(left)} of {len(graph.stages)} stages, and the report"]

@@ -147,7 +147,7 @@ def read_graph(file: Path, out: Path) -> Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the trainings of a study in the folder `out` have in common: a file of settings, and others in its place."""
+    """The settings with which all trainings of a study in the folder `out` begin: those of a file, some replaced."""
 
     out: Path
     file: Path

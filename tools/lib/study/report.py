@@ -24,7 +24,6 @@ from tools.lib.common.evaluation import Report, read_report
 from tools.lib.common.units import human_seconds
 from tools.lib.study.graph import Graph, StudentStages
 from tools.lib.study.significance import compare_students, letters
-from tools.lib.study.stage import Stage
 from trainer.config.paper import PaperModel, paper_models
 from trainer.config.recipe import AuditRow
 from trainer.monitor.report.charts import CHARTS, Chart, draw
@@ -42,7 +41,7 @@ Columns = dict[str, Any]  # Numbers of a student by the column of study.csv.
 
 @dataclasses.dataclass(frozen=True)
 class SeedResult:
-    """What the stages of a student with one seed have left behind: its run, and the evaluations that are done."""
+    """The run of a student with one seed, and its evaluations that are done."""
 
     stages: StudentStages
     record: RunRecord
@@ -57,12 +56,6 @@ class SeedResult:
     def name(self) -> str:
         """Student and seed."""
         return self.stages.train.subject
-
-    @property
-    def failure(self) -> str:
-        """The first stage that is not done, and why; "" where all are."""
-        missing = next((stage for stage in self.stages.stages if not stage.is_done), None)
-        return "" if missing is None else f"{missing.name}: {_failure(missing) or 'was not carried out'}"
 
     @property
     def is_trained_alone(self) -> bool:
@@ -101,7 +94,7 @@ def write_report(graph: Graph) -> Path:
         "students": dict(sorted(students.items(), key=lambda item: -(item[1][f"top1_{weights}"] or -1))),
         "pairs": pairs,
         "runs": {
-            seed.name: {"failure": seed.failure, "top1": seed.top1, "best": seed.record.summary.get("best")}
+            seed.name: {"failure": seed.stages.failure, "top1": seed.top1, "best": seed.record.summary.get("best")}
             for seed in seeds
         },
         "conditions": conditions,
@@ -143,20 +136,13 @@ def _seed_result(stages: StudentStages) -> SeedResult:
     return SeedResult(stages, record, {name: read_report(path, lambda report: report) for name, path in done.items()})
 
 
-def _failure(stage: Stage) -> str:
-    """Why a stage has failed, with the whole last line of its log; the note may hold the beginning alone."""
-    ending, _, start = stage.failure.partition(": ")
-    lines = [line for line in stage.lines if start and " ".join(line.split()).startswith(start.removesuffix("..."))]
-    return f"{ending}: {lines[-1]}" if lines else stage.failure
-
-
 def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tuple[Columns, Columns]:
     """The accuracies of a student over its seeds, and its size; and what its trainings took."""
     student = seeds[0].stages.student
     row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs)}
     failed = [any(stage.failure for stage in seed.stages.stages) for seed in seeds]
     row |= {"seeds": len(seeds), "failed": sum(failed)}
-    row["not_done"] = sum(bool(seed.failure) for seed in seeds) - row["failed"]
+    row["not_done"] = sum(bool(seed.stages.failure) for seed in seeds) - row["failed"]
     for name in dict.fromkeys([*_WEIGHTS, *(name for seed in seeds for name in seed.top1)]):
         values = [seed.top1[name] for seed in seeds if name in seed.top1]
         row[f"top1_{name}"] = statistics.mean(values) if values else None
@@ -170,7 +156,7 @@ def _student(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> tu
 
 
 def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
-    """What two equal studies may differ in: the warnings of commands, what a run logs of the teacher, and times."""
+    """Collect what may differ between equal studies: warnings of commands, what runs log of the teacher, and times."""
     warnings: dict[str, list[str]] = {}
     for stage in graph.stages:
         for line in stage.warnings:
@@ -229,8 +215,8 @@ def _warnings(
     weights: str,
 ) -> list[str]:
     """Collect the sentences that a reader must know before the numbers."""
-    found = [f"stage {stage.name} has failed: {_failure(stage)}" for stage in graph.common.values() if stage.failure]
-    found += [f"{seed.name} is not complete: {seed.failure}" for seed in seeds if seed.failure]
+    found = [f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure]
+    found += [f"{seed.name} is not complete: {seed.stages.failure}" for seed in seeds if seed.stages.failure]
     teachers = {seed.name: seed.stages.config.teacher for seed in seeds if seed.reports and "store" in graph.common}
     if live := [name for name, teacher in teachers.items() if teacher.name and not teacher.store]:
         found.append(f"{named(live)} learned from the live teacher, because the recording is of other images")

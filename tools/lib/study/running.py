@@ -25,6 +25,7 @@ from trainer.sharing import grouping_key
 
 TOGETHER_LOG = "together.txt"  # Holds the output of students that are trained together until they end.
 _POLL_S, _NOTE_EVERY_S = 0.1, 60.0
+_LONGEST_LINE = 10_000  # Characters that are noted of the line with which a command has failed.
 _libc = ctypes.CDLL(None)
 Job = list[Stage]  # Stages that one command carries out.
 
@@ -136,7 +137,7 @@ class Process:
 
     @property
     def lines(self) -> list[str]:
-        """What it has printed, without empty lines; one that says so where it has printed nothing."""
+        """The lines that it has printed, without empty ones. If there are none, a single line says so."""
         self._text += self._output.read()
         return [line for line in self._text.splitlines() if line.strip()] or ["it has printed nothing"]
 
@@ -168,7 +169,7 @@ class Process:
             own = [line for line in self.lines if f"error: {stage.product}: " in line]
             stage.note(self.command, done=is_done or stage.is_done, seconds=seconds)
             if ending and not stage.is_done:
-                stage.note(self.command, failure=f"{ending}: {clipped((own or self.lines)[-1], 300)}")
+                stage.note(self.command, failure=f"{ending}: {clipped((own or self.lines)[-1], _LONGEST_LINE)}")
 
 
 def hand_out(first: Stage) -> None:
@@ -206,7 +207,7 @@ def _before_command(cores: set[int] | None) -> None:
 
 
 def resources(slot: int, slots: int) -> tuple[dict[str, str], set[int] | None]:
-    """What one of several jobs at once has of its own: a GPU, or without GPUs its part of the threads and cores.
+    """Find out which GPU one of several jobs at once uses, or without GPUs which part of the threads and cores.
 
     Returns:
       variables of its environment, and the numbers of its cores, None for all.

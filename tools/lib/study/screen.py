@@ -6,6 +6,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.common.errors import clipped
 from pipelines.common.files import read_json
 from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
@@ -50,7 +51,9 @@ class Screen:
         """A job has ended; its stages say how."""
         for stage in job:
             del self._began_s[stage]
-            reason = f", {stage.failure}; its folder is {stage.folder}" if stage.failure else accuracy_of(stage)
+            reason = (
+                f", {shortened(stage.failure)}; its folder is {stage.folder}" if stage.failure else accuracy_of(stage)
+            )
             self.say(f"{stage.name}: {self._cell(stage)}{reason}")
             for line in stage.warnings:
                 self.say(f"{stage.name}: warning: {line}")
@@ -70,6 +73,11 @@ class Screen:
         if stage in self._began_s:
             state = f"running {human_seconds(time.monotonic() - self._began_s[stage])}"
         return Text(state, _STYLES.get(state.split()[0], "dim"))
+
+
+def shortened(failure: str) -> str:
+    """Why a stage has failed, as a terminal shows it; the report has the complete line."""
+    return clipped(failure, 300)
 
 
 def accuracy_of(stage: Stage) -> str:

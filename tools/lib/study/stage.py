@@ -34,7 +34,7 @@ class Stage:
     Attributes:
       out: folder of the study.
       kind: what it does; subject: with which student, "" for stages of the whole study.
-      prefix: what its folder's name begins with.
+      prefix: the beginning of its folder's name.
       inputs: all that its result depends on besides `needs`, as plain values by name.
       needs: the stages whose products it reads.
       product_name: what it makes, in its folder.
@@ -153,7 +153,7 @@ class Stage:
 
 
 def changes(stages: Iterable[Stage], before: Mapping[str, dict]) -> dict[str, list[Stage]]:
-    """What has changed in the inputs of stages -> the stages that are to be done again for it.
+    """Map each change in the inputs of stages to the stages that are to be done again for it.
 
     Args:
       stages: each behind those that it needs.
