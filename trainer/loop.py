@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Generator
 
-from pipelines.common.errors import UserError, system_error_text
+from pipelines.common.errors import UserError, counted, system_error_text
 from trainer.builder import Run
 from trainer.monitor.description import ending
 from trainer.monitor.monitor import Monitor, NonFiniteError
@@ -186,7 +186,7 @@ def saying_where_it_resumes(error: UserError, run: Run, reason: str) -> UserErro
     if reason:
         sentences.append(f"The updates since the newest checkpoint are not saved: {reason}")
     if saved := checkpoints(run.checkpoints.folder):
-        done = f"{step_of(saved[-1])} updates" if step_of(saved[-1]) > 1 else "1 update"
+        done = counted(step_of(saved[-1]), "update")
         sentences.append(f"Then run the same command again: it resumes after {done}, from {saved[-1].name}")
     return UserError(". ".join(sentences), help_with=error.help_with)
 
