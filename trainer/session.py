@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from typing import cast
 
-from pipelines.common.files import locked, naming, write_synced
+from pipelines.common.files import locked, naming_file, write_synced
 from trainer import __version__
 from trainer.builder import Run
 from trainer.config.sections import to_yaml
@@ -80,7 +80,7 @@ def prepare_folder(run: Run) -> None:
     out = run.config.run.out
     prepare(run.checkpoints.folder, run.state.step)
     (out / SUMMARY).unlink(missing_ok=True)  # It is an earlier session's.
-    with naming(out / "config.yaml"):
+    with naming_file(out / "config.yaml"):
         write_synced(out / "config.yaml", to_yaml(run.config).encode())
     run.pipelines.keep_decode(out)
 

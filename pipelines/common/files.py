@@ -86,7 +86,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Inside, errors of the system name the file. Errors of opening a file name it anyway, those of writing do not."""
     try:
         yield
@@ -102,7 +102,7 @@ def append_synced(path: Path, lines: list[bytes]) -> None:
     Processes that add lines at the same time wait for each other. On a file system without locks each adds its lines in
     one write at the end of the file.
     """
-    with naming(path), open(path, "a+b", buffering=0) as file:
+    with naming_file(path), open(path, "a+b", buffering=0) as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)  # The system gives it back when the file is closed.
         size = file.seek(0, os.SEEK_END)

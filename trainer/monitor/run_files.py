@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
-from pipelines.common.files import naming, read_json, split_json_lines, write_synced
+from pipelines.common.files import naming_file, read_json, split_json_lines, write_synced
 from pipelines.common.settings import fits
 from trainer.config.recipe import AuditRow
 from trainer.state.train_state import Best
@@ -118,7 +118,7 @@ def read_summary(path: Path) -> dict:
 
 def write_summary(path: Path, summary: Summary) -> None:
     """Write summary.json, all of it or nothing."""
-    with naming(path):
+    with naming_file(path):
         write_synced(path, (json.dumps(summary, indent=1) + "\n").encode())
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from pipelines.common.errors import UserError
-from pipelines.common.files import append_synced, naming, split_json_lines, write_synced
+from pipelines.common.files import append_synced, naming_file, split_json_lines, write_synced
 from trainer.cluster.world import World
 from trainer.monitor.run_files import METRICS, UNUSABLE, Evaluation, TrainRecord, is_metrics_line
 from trainer.monitor.sinks import Sink
@@ -132,13 +132,13 @@ class Telemetry:
         if others:
             append_synced(self._path.with_name(UNUSABLE), others)
             self.say(f"{self._path}: what cannot be used is moved to {UNUSABLE}, lines: {len(others)}")
-        with naming(self._path):
+        with naming_file(self._path):
             write_synced(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(self._path, "a")  # noqa: SIM115 (It stays open as long as the session.)
 
     def _close_log(self) -> None:
         if self._file is not None:
-            with naming(self._path):
+            with naming_file(self._path):
                 self._file.close()
 
     def advance(self, step: int) -> None:
@@ -200,7 +200,7 @@ class Telemetry:
         if self._file is None:
             return
         record = {**record, "time": round(time.time(), 3)}
-        with naming(self._path):
+        with naming_file(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         for sink in self._sinks:
