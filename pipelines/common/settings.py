@@ -124,8 +124,8 @@ def filled(kind: Any, content: object) -> Any:
     """An instance of a dataclass with the values of a file, also where its fields are dataclasses or lists of these.
 
     Raises:
-      UserError: what is no mapping, an unknown key (the nearest known one is named), one that is missing, or a wrong
-        value. It begins with the keys that lead there, such as students[0].
+      UserError: the content is no mapping, a key is unknown (the nearest known one is named) or missing, or a value is
+        wrong. It begins with the keys that lead there, such as students[0].
     """
     if not isinstance(content, dict):
         raise UserError(f"is {clipped(content)}, not keys with values")

@@ -56,7 +56,7 @@ class EvalDataConfig(ImagesConfig):
     Attributes:
       root: dataset folder made by tools/shard_imagenet.py.
       pipeline: auto, dali or torchvision; auto is DALI with a GPU, torchvision without.
-      split: of the dataset.
+      split: the name of one of the dataset's splits.
       image_size: side of the image, pixels; 0 is the model's own.
       crop_pct: the image is resized to floor(image_size / crop_pct) before the crop; 0 is the model's own.
       crop_mode: center resizes the short side, squash both; empty is the model's own.

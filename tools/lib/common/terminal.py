@@ -38,7 +38,7 @@ class Progress:
       num_steps: recorded by this process, those of the block in work included.
       num_bytes: written by this process.
       num_repeated: steps of this process that another one had written first.
-      finding: what it has found so far, in front of the time left; "" is nothing.
+      finding: is shown in front of the time left, unless it is "".
 
     Args:
       total_steps: that this process is to record, about; it may do the work of others, too.

@@ -32,7 +32,7 @@ def record(store: Path, settings: list[str], *, codec: str, epochs: int) -> int:
     """Record this process's blocks, with lines about it on stderr.
 
     Args:
-      settings: of the training, as on its command line.
+      settings: the words of the training's command line.
       codec, epochs: as for `build_recording`.
     Returns:
       the exit code: 0, or that of a run which the same signal has stopped.
