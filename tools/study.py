@@ -9,7 +9,7 @@ command resumes it. A changed setting does again what depends on it, and nothing
 """
 
 import argparse
-import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -22,16 +22,16 @@ if not __package__:  # A script finds the packages of its own repository, instal
 import yaml
 
 from pipelines.common.errors import exit_on_user_error
-from pipelines.common.files import locked, write_synced
+from pipelines.common.files import locked
 from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
-from tools.lib.study.checks import check_study, redone, show_stages
+from tools.lib.study.checks import check_study
 from tools.lib.study.cluster import submit
+from tools.lib.study.dry_run import redone, show_stages
 from tools.lib.study.graph import Graph, read_graph
 from tools.lib.study.running import finish, run
 from tools.lib.study.screen import Screen
-from tools.lib.study.stage import INPUTS
 from trainer.cluster.preemption import INTERRUPTED, REQUEUE
 
 
@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_user_error():
         try:
             graph = read_graph(options.study, options.out.resolve())
+            lock = graph.out / ".lock", f"{graph.out}: another study is running there"
+            if lock[0].exists() and not options.dry_run:
+                with locked(*lock):
+                    pass  # Otherwise this would be known only after the checks.
             if not options.report:
                 with console().status("checking every training before anything runs"):
                     check_study(graph)
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
                 show_stages(graph, options.seconds)
             else:
                 graph.out.mkdir(parents=True, exist_ok=True)
-                with locked(graph.out / ".lock", f"{graph.out}: another study is running there"):
+                with locked(*lock):
                     code = carry_out(graph, options)
         except KeyboardInterrupt:  # The second Ctrl-C, or one before a stage began.
             code = INTERRUPTED
@@ -62,10 +66,9 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
     """Run, submit or report. Returns the exit code."""
     screen, stopped_by = Screen(graph.stages), 0
     if not options.report:
-        for line in redone(graph):
+        num_done = sum(stage.is_done for stage in graph.stages)
+        for line in [*redone(graph), *([f"{num_done} of {len(graph.stages)} stages are done"] if num_done else [])]:
             screen.say(line)
-        inputs = {stage.name: stage.inputs for stage in graph.stages}
-        write_synced(graph.out / INPUTS, (json.dumps(inputs, indent=1) + "\n").encode())
         if graph.study.source == "digits":
             make_digits(graph.out / "digits")
         if options.slurm is not None:
@@ -84,6 +87,7 @@ def make_digits(images: Path) -> None:
     if not images.exists():
         partial = images.with_name(f"{images.name}.partial")
         write_digits(partial)
+        os.sync()  # Otherwise a power cut might leave empty files under the final name.
         partial.rename(images)
 
 

@@ -10,7 +10,7 @@ from pipelines.batch import Batch, Pipeline
 from pipelines.common.errors import UserError
 from pipelines.plan.plan import BatchPlan
 from trainer.builder import Run
-from trainer.config.natures import flat, setting_natures, settings_of_plan_field
+from trainer.config.natures import flat, plan_settings, setting_natures, settings_of_plan_field
 from trainer.config.sections import Config
 from trainer.feed import batches_of, open_configured_pipeline, rank_plans
 from trainer.targets.replay import open_stores, with_recorded_settings
@@ -153,15 +153,14 @@ def grouping_key(config: Config) -> dict[str, Any] | None:
 
 def settings_in_common(config: Config) -> dict[str, Any]:
     """The settings that must be equal for all students, of whom this is the first, by SECTION.NAME."""
+    of_plan = plan_settings(config)
 
     def is_shared(name: str) -> bool:
-        nature, section = setting_natures()[name], name.partition(".")[0]
         if name == "distill.temperature":  # The mean of several teachers' probabilities is taken at this temperature.
             return len(config.teacher.members) > 1
         if name == "augment.fill":  # It may be left to the student's mean colour: `check_runs` compares the colours.
             return False
-        is_of_plan = bool(nature.plan_field) and section != "student"
-        return section in ("data", "teacher") or nature.one_per_process or is_of_plan
+        return name.startswith(("data.", "teacher.")) or setting_natures()[name].one_per_process or name in of_plan
 
     return {name: value for name, value in flat(config).items() if is_shared(name)}
 

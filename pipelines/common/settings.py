@@ -145,7 +145,9 @@ def _filled_field(name: str, hint: Any, value: Any) -> Any:
     kind = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
     if kind is None or value is None:
         return value
-    if typing.get_origin(hint) is list and isinstance(value, list):
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{name} is {clipped(repr(value))}; it must be a list, [...]")
         return [_filled_field(f"{name}[{number}]", kind, each) for number, each in enumerate(value)]
     with naming(name):
         return filled(kind, value)
@@ -173,7 +175,7 @@ def _name_of(hint: Any) -> str:
     if kind in (typing.Union, types.UnionType):
         return " or ".join(map(_name_of, inner))
     if kind is list:
-        return f"a list, each {_name_of(inner[0])}"
+        return f"a list, [...], each {_name_of(inner[0])}"
     if kind is dict or dataclasses.is_dataclass(kind):
         return "keys with values"
     if kind is types.NoneType:

@@ -40,3 +40,9 @@ def shared_settings(config: Config) -> dict[str, Any]:
         for other in found["teacher.others"]
     ]
     return found
+
+
+def plan_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which images a student sees, in which order, as plain values by SECTION.NAME."""
+    of_plan = {key for key, nature in setting_natures().items() if nature.plan_field and not key.startswith("student.")}
+    return {key: value for key, value in flat(config).items() if key in of_plan}

@@ -98,7 +98,7 @@ class Made:
         if not self.begun:
             return
         if self.failure:
-            stages.train.note(stages.train.command, failure=self.failure)
+            stages.train.note(command=stages.train.command, failure=self.failure)
             (stages.train.folder / LOG).touch()
             return
         trained(stages.train.product, self.name, self.seed, *self.settings, **self.run)
@@ -106,7 +106,7 @@ class Made:
             evaluated(stage.product, self.num_right, **self.report)
         stages.export.product.mkdir(parents=True)
         for stage in stages.stages:
-            stage.note(stage.command, done=True, seconds=self.seconds)
+            stage.note(command=stage.command, done=True, seconds=self.seconds)
 
 
 def student(name: str, seed: int, num_right: int, *settings: str, report: dict | None = None, **run) -> Made:
@@ -293,7 +293,7 @@ def test_students_that_were_trained_together_have_no_training_speed_of_their_own
     graph = study(tmp_path, [student(name, 0, 300) for name in "abc"])
     stages = [each.train for each in graph.students[1:]]
     for stage in stages:
-        stage.note(command_of_job(stages), done=True)
+        stage.note(command=command_of_job(stages), done=True)
     found = reported(graph)["measured"]["students"]
     assert [found[name]["train_images_per_s"] for name in "abc"] == [100.0, None, None]
 
@@ -396,7 +396,7 @@ def test_what_a_command_has_warned_of_is_in_the_report(tmp_path):
 def test_a_failed_student_and_a_missing_seed_are_reported_and_the_others_have_their_numbers(tmp_path):
     students = [student("a", 0, 300), Made("a", 1, failure="error: <no memory>"), student("b", 0, 100)]
     graph = study(tmp_path, [*students, Made("gone", 0, failure="killed")], source="digits", dataset=None)
-    graph.common["shards"].note([], failure="error: no images")
+    graph.common["shards"].note(failure="error: no images")
     found = reported(graph)
     assert found["warnings"][:3] == [
         "stage shards has failed: error: no images",

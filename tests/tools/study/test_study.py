@@ -1,9 +1,7 @@
 """python tools/study.py: what it refuses before anything runs, what it prints, and a whole study."""
 
-import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from support.tiny_runs import assert_same_end
 from tools import study
 from tools.lib.study import checks
 from tools.lib.study.graph import read_graph
-from tools.lib.study.stage import INPUTS, Stage
+from tools.lib.study.stage import Stage
 
 SHORT = {"schedule.epochs": 2, "schedule.warmup_epochs": 1, "schedule.cooldown_epochs": 0, "run.device": "cpu"}
 
@@ -125,25 +123,27 @@ def test_only_one_study_runs_in_a_folder(tmp_path, out, digits, capsys):
         )
 
 
-def test_a_dry_run_lists_stages_and_commands_and_writes_nothing(tmp_path, out, digits, capsys):
-    study.main([str(write_study(tmp_path, digits)), "--out", str(out), "--dry-run", "--seconds", "0"])
+def test_a_dry_run_lists_stages_and_writes_nothing(tmp_path, out, digits, capsys):
+    unflipped = {"name": "test_efficientnet", "overrides": {"augment.flip": 0}}
+    file = write_study(tmp_path, digits, students=["test_byobnet", {"name": "test_vit", "seeds": [0, 1]}, unflipped])
+    study.main([str(file), "--out", str(out), "--dry-run", "--seconds", "0"])
     shown = capsys.readouterr().out
-    run = REPOSITORY / "trainer" / "run.py"
-    assert "\n# train test_vit-s1: to do; needs store\n" in shown and "# teacher: to do\n" in shown
-    assert f"\n{sys.executable} {run} --config {out}/train/test_vit-s1-" in shown
-    assert "\nto be done: 11 of 11 stages, and the report\n" in shown and not out.exists()
+    assert "\ntrain test_vit-s1: to do; needs store\n" in shown and "teacher: to do\n" in shown
+    assert "\ntrain test_efficientnet-s0: to do; needs teacher\n" in shown
+    assert "\ntest_efficientnet-s0: from the live teacher, because the recording is of other images\n" in shown
+    assert "\nto be done: 14 of 14 stages, and the report\n" in shown and not out.exists()
     study.main([str(write_study(tmp_path, digits, together=3)), "--out", str(out), "--dry-run", "--seconds", "0"])
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("trainer/together.py" in line and line.count("settings.yaml") == 3 for line in lines) == 1
+    others = "together with train test_byobnet-s0, train test_vit-s0"
+    assert f"\ntrain test_vit-s1: to do; needs store; {others}\n" in capsys.readouterr().out
 
 
 def test_one_line_says_which_stages_a_changed_setting_does_again(tmp_path, out, digits, capsys):
     stages = read_graph(write_study(tmp_path, digits), out).stages
-    out.mkdir()
-    (out / INPUTS).write_text(json.dumps({stage.name: stage.inputs for stage in stages}))
+    for stage in stages:
+        stage.note()
     faster = {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": {**SHORT, "optim.lr": 0.001}}
     study.main([str(write_study(tmp_path, digits, recipe=faster)), "--out", str(out), "--dry-run", "--seconds", "0"])
-    line = "optim.lr default -> 0.001: does 11 of 11 stages again: teacher, store, train test_byobnet-s0, evaluate ema "
+    line = "optim.lr 0.002 -> 0.001: does 11 of 11 stages again: teacher, store, train test_byobnet-s0, evaluate ema "
     assert capsys.readouterr().out.count(f"\n{line}test_byobnet-s0 and 7 more\n") == 1
 
 
@@ -152,11 +152,11 @@ def test_a_dry_run_shows_how_long_a_stage_has_taken_with_another_seed(tmp_path, 
     one = read_graph(file, out).students[1].evaluations["ema"]
     one.product.parent.mkdir(parents=True)
     one.product.touch()
-    one.note(one.command, done=True, seconds=12.0)
+    one.note(done=True, seconds=12.0)
     study.main([str(file), "--out", str(out), "--dry-run", "--seconds", "0"])
     shown = capsys.readouterr().out
-    assert "\n# evaluate ema test_vit-s1: to do; took 12 s with another seed; needs train test_vit-s1\n" in shown
-    assert "# evaluate ema test_vit-s0: done in 12 s\n" in shown and "test_byobnet-s0: to do; needs" in shown
+    assert "\nevaluate ema test_vit-s1: to do; took 12 s with another seed; needs train test_vit-s1\n" in shown
+    assert "evaluate ema test_vit-s0: done in 12 s\n" in shown and "test_byobnet-s0: to do; needs" in shown
 
 
 def test_a_report_alone_runs_nothing_and_shows_the_state_of_all_stages(tmp_path, out, digits, capsys):

@@ -15,10 +15,12 @@ from support.model_folder import write_folder
 from support.studies import DEMO, changed, graph_of
 from tools import compare, export, record_teacher, shard_imagenet
 from tools.lib.common.hardware import BACKEND_PACKAGES
-from tools.lib.study.graph import Graph, plan_of, read_graph
+from tools.lib.study import dry_run
+from tools.lib.study.graph import Graph, read_graph
 from tools.lib.study.running import jobs_of
 from tools.lib.study.settings import read_study
-from tools.lib.study.stage import STATE, TRAININGS, Stage, changes
+from tools.lib.study.stage import STATE, TRAININGS, Stage
+from trainer.config.natures import plan_settings
 from trainer.config.sections import TeacherConfig, parse, to_yaml
 from trainer.sharing import check_configs
 
@@ -46,7 +48,7 @@ def carry_out(stage: Stage) -> None:
         stage.product.mkdir()
     if stage.kind in TRAININGS:
         (stage.product / "summary.json").write_text('{"finished": true}')
-    stage.note(stage.command, done=True, seconds=1.0)
+    stage.note(command=stage.command, done=True, seconds=1.0)
 
 
 LONGER = {"name": "test_vit", "title": "longer", "overrides": {"schedule.epochs": 20}}
@@ -183,15 +185,15 @@ def test_model_folders_count_by_their_content(tmp_path, model):
         graph_of(tmp_path, content)
 
 
-def test_a_changed_setting_names_the_stages_that_are_done_again_for_it_and_no_new_ones(tmp_path):
-    first = graph_of(tmp_path)
-    before = {stage.name: stage.inputs for stage in first.stages}
-    for stage in first.stages:
+def test_a_changed_setting_names_the_stages_that_are_done_again_for_it_and_no_new_ones(tmp_path, monkeypatch):
+    for stage in graph_of(tmp_path).stages:
         carry_out(stage)
 
     def done_again(content: dict) -> dict[str, set[str]]:
-        found = changes(graph_of(tmp_path, content).stages, before)
-        return {change: {stage.name for stage in stages} for change, stages in found.items()}
+        found = [line.partition(": does ") for line in dry_run.redone(graph_of(tmp_path, content))]
+        return {cause: {*rest.partition(" again: ")[2].split(", ")} for cause, _, rest in found}
+
+    monkeypatch.setattr(dry_run, "named", lambda names, _: ", ".join(names))
 
     longer = changed("recipe", "overrides", "schedule.epochs", 8)
     assert done_again(longer) == {"schedule.epochs 6 -> 8": OF_STUDENTS}  # The recording is lengthened.
@@ -200,7 +202,7 @@ def test_a_changed_setting_names_the_stages_that_are_done_again_for_it_and_no_ne
     assert done_again(longer) == expected
     faster = {"name": "test_vit", "seeds": [0, 1, 2], "title": "ViT", "overrides": {"optim.lr": 0.001}}
     again = {name for name in OF_STUDENTS if "ViT" in name}
-    assert done_again(changed("students", 1, faster)) == {"optim.lr default -> 0.001": again}
+    assert done_again(changed("students", 1, faster)) == {"optim.lr 0.002 -> 0.001": again}
     assert done_again(DEMO) == done_again(changed("students", 2, LONGER)) == {}
 
 
@@ -336,7 +338,8 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),
-        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, each one of ema, raw$"),
+        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, \[...\], each one of ema"),
+        (changed("students", "test_vit"), r"study.yaml: students is 'test_vit'; it must be a list, \[...\]$"),
         (changed("teacher", "checkpoint", "x.pth"), "teacher: checkpoint and train are both given"),
         (changed("recipe", "overrides", "run.out", "x"), "recipe.overrides: the study decides run.out. Leave it out$"),
         (changed("evaluate", "suites", "small", {"data.image_siz": 3}), "evaluate: suites.small: unknown key 'data"),
@@ -412,4 +415,4 @@ def test_the_studies_of_the_repository_are_graphs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     graph = read_graph(REPOSITORY / "configs" / f"{name}.yaml", tmp_path)
     assert len(graph.students) == sum(len(each.seeds) for each in graph.study.students) >= 10
-    assert all(plan_of(each.config) == plan_of(graph.students[0].config) for each in graph.students)
+    assert all(plan_settings(each.config) == plan_settings(graph.students[0].config) for each in graph.students)

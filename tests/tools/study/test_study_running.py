@@ -1,6 +1,7 @@
 """How a study carries out its stages: in order, again after a failure, a signal or a kill, several at once."""
 
 import ast
+import dataclasses
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from conftest import REPOSITORY
 from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
-from tools.lib.study.running import TOGETHER_LOG, Process, await_earlier, jobs_of, run
+from tools.lib.study.running import Process, jobs_of, run
 from tools.lib.study.screen import Screen, shortened
 from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
 from trainer.config.sections import Config, parse, to_yaml
@@ -249,7 +250,7 @@ def test_students_of_one_plan_are_trained_together_and_others_are_not(tmp_path):
     other = training("other", tmp_path, seed=1)
     evaluate = Stage(tmp_path, "evaluate", "one", "one", {}, (one,), "report.json")
     assert jobs_of([one, evaluate, two, other, three], 2) == [[one, two], [evaluate], [other], [three]]
-    one.note([], failure="exit code 1: it cannot begin")
+    one.note(failure="exit code 1: it cannot begin")
     assert jobs_of([one, evaluate, two, other, three], 2) == [[one], [evaluate], [two, three], [other]]
 
 
@@ -290,26 +291,26 @@ def test_each_of_the_students_that_are_trained_together_has_its_own_reason_and_w
     assert one.failure == f"exit code 1: error: {one.product}: loss is not finite"
     assert one.warnings == ["it hardly knows the classes", "ema.decay is slow"]
     assert two.warnings == ["it hardly knows the classes", "damaged and replaced"]
-    assert f"{two.product}: step 9 of 9" in two.lines and f"{two.product}: step 9 of 9" not in one.lines
-    assert one.lines[0] == two.lines[0] and one.lines[0].endswith(f"{two.folder / SETTINGS}")
+    assert one.log == two.log and one.log.parent == one.folder
+    assert f"{two.product}: step 9 of 9\n" in two.log.read_text()
+    assert (two.folder / LOG).read_text().endswith(f"{two.folder / SETTINGS}\n")
     assert two.seconds == one.seconds > 0
     shown = capsys.readouterr().out
     assert f"train one: failed, {one.failure}; its folder is {one.folder}\n" in shown
-    assert not (one.folder / TOGETHER_LOG).exists()
 
 
-def test_students_that_were_killed_with_their_study_get_what_they_have_printed_together(tmp_path, monkeypatch):
-    one, two = job = trained_together(tmp_path, monkeypatch, TOGETHER + "import time; time.sleep(100)")
-    process = Process(job)
-    wait_for(two.product / "summary.json")
-    while "step 9 of 9" not in process.lines[-1]:
-        time.sleep(0.02)
-    os.killpg(process._process.pid, signal.SIGKILL)
-    assert two.is_done and two.lines == []
-    await_earlier(job, Screen(job))  # As the study does that is started again.
-    assert two.warnings == ["it hardly knows the classes", "damaged and replaced"]
+def test_warnings_of_students_that_were_trained_together_and_moved_are_their_own_and_earlier_ones_are_kept(
+    tmp_path, monkeypatch
+):
+    one, two = job = trained_together(tmp_path, monkeypatch, TOGETHER)
+    two.folder.mkdir(parents=True)
+    (two.folder / LOG).write_text("warning: when it was trained alone\n")
+    wait_for_end(Process(job))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "train").rename(tmp_path / "moved" / "train")
+    one, two = (dataclasses.replace(stage, out=tmp_path / "moved") for stage in job)
     assert one.warnings == ["it hardly knows the classes", "ema.decay is slow"]
-    assert not (one.folder / TOGETHER_LOG).exists()
+    assert two.warnings == ["when it was trained alone", "it hardly knows the classes", "damaged and replaced"]
 
 
 def test_a_process_that_fails_before_its_students_train_is_the_reason_for_each_of_them(tmp_path, monkeypatch):
@@ -326,7 +327,7 @@ def test_the_line_with_which_a_command_fails_is_noted_completely_and_shown_short
     (tmp_path / "together.py").write_text(f"import sys\nsys.exit({line!r})")
     wait_for_end(Process(job))
     assert one.failure == two.failure == f"exit code 1: {line}"
-    assert len(shortened(one.failure)) <= 300 and shortened(one.failure).endswith("...")
+    assert len(shortened(one.failure)) <= 300 and shortened(one.failure).endswith("not finite, lower optim.lr")
 
 
 def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path, monkeypatch, capsys):

@@ -7,22 +7,20 @@ a number of threads, is no input.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.common.errors import UserError, naming
 from pipelines.common.machine import expanded
 from pipelines.plan.plan import IMAGENET_MEAN_RGB
+from tools.lib.study.inputs import content_of, inputs_of
 from tools.lib.study.settings import EvaluateSection, StudentSection, Study, TeacherSection, check_recipe, read_study
-from tools.lib.study.stage import SETTINGS, Stage, as_options, content_of
-from trainer.config.natures import flat, setting_natures
+from tools.lib.study.stage import SETTINGS, Stage, as_options
+from trainer.config.natures import flat, plan_settings
 from trainer.config.sections import Config
-from trainer.models.files.model_folders import model_contents, source_name
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
 Settings = dict[str, Any]  # SECTION.NAME -> value
-_OF_TEACHING = {"distill.weight", "distill.temperature"}  # Labels alone are learned without them.
 _PIXELS = ("data.root", "data.pipeline", "data.decode")  # With the plan they decide what the teacher sees.
 
 
@@ -72,6 +70,12 @@ class Graph:
         common = [*self.common.values(), *(stage for each in self.students for stage in each.stages)]
         return sorted(common, key=lambda stage: stage.kind == "speed")
 
+    @property
+    def learning_live(self) -> list[str]:
+        """The students and seeds that learn from the teacher itself, while there is a recording for others."""
+        teachers = {each.train.subject: each.config.teacher for each in self.students}
+        return [name for name, it in teachers.items() if "store" in self.common and it.members and not it.store]
+
     def with_speed(self) -> "Graph":
         """The same with a measurement of speed, once for all students that are exported by now, if there are any.
 
@@ -115,11 +119,11 @@ def read_graph(file: Path, out: Path) -> Graph:
         if teacher.epochs:  # Students repeat what is recorded; a teacher that is trained sees others in each epoch.
             recipe = recipe.having({"augment.cycle_epochs": teacher.epochs})
 
-    plan, readers = plan_of(recipe.load()), {}
+    plan, readers = plan_settings(recipe.load()), {}
     for number, student in enumerate(study.students):
         with naming(file, f"students[{number}]"):
             config = recipe.having(student.overrides).load()
-        if plan_of(config) == plan:
+        if plan_settings(config) == plan:
             readers[number] = config
     recorded, before = live, common[-1:]
     if teacher is not None and readers:
@@ -162,9 +166,9 @@ class Recipe:
         return Config.load(self.file, {**self.settings, "run.stop_after_steps": 0})
 
     def training(self, kind: str, subject: str, prefix: str, needs: list[Stage], also: tuple[str, ...] = ()) -> Stage:
-        """A training, whose command reads a file of all settings; `also` as of `_inputs`."""
+        """A training, whose command reads a file of all settings; `also` as of `inputs_of`."""
         config = self.load()
-        stage = Stage(self.out, kind, subject, prefix, _inputs(config, needs, also), (*needs,), "run")
+        stage = Stage(self.out, kind, subject, prefix, inputs_of(config, needs, also), (*needs,), "run")
         stage.config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=stage.product))
         return stage.by("trainer/run.py", "--config", stage.folder / SETTINGS)
 
@@ -196,9 +200,9 @@ def _store(recipe: Recipe, teacher: TeacherSection, readers: list[Config], needs
     """The recording of the teacher, of as many epochs as the longest training of its readers needs."""
     config, longest = recipe.load(), max(reader.schedule.total_epochs for reader in readers)
     epochs = min(longest, teacher.epochs or longest)
-    seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_of(config), *_PIXELS}
+    seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_settings(config), *_PIXELS}
     seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
-    inputs = {key: value for key, value in _inputs(config, needs).items() if key.partition(" ")[0] in seen}
+    inputs = {key: value for key, value in inputs_of(config, needs).items() if key.partition(" ")[0] in seen}
     inputs["codec"] = teacher.codec
     stage = Stage(recipe.out, "store", "", teacher.name, inputs, (*needs,), "store", config, epochs)
     words = ("--config", stage.folder / SETTINGS, "--codec", teacher.codec, "--epochs", epochs)
@@ -228,47 +232,3 @@ def _student(
     options = {"weights": kinds[0], "evaluation": first.product}
     export.by("tools/export.py", train.product, export.product, *as_options(options))
     return StudentStages(student, seed, config, train, evaluations, export)
-
-
-# --- what a result depends on ---
-
-
-def _inputs(config: Config, needs: list[Stage], also: tuple[str, ...] = ()) -> Settings:
-    """The settings that a result depends on, where they are not the default, and the content of what they name.
-
-    Args:
-      needs: stages before this one; a path to what they write, as dataset or teacher, is not counted as an input.
-      also: settings that count here, though they change no other result.
-    """
-    natures, defaults, found = setting_natures(), flat(Config()), {}
-    made = {*_made_by(needs)}
-    for key, value in flat(config).items():
-        nature = natures[key]
-        if nature.per_machine:
-            is_made = str(value) in made and not key.startswith("student.")
-            if not is_made and (content := content_of(value)) != value:
-                found[key] = content
-        elif value != defaults[key] and (nature.recipe or nature.on_resume != "ignored" or key in also):
-            found[key] = value
-    unused = set() if config.teacher.members else _OF_TEACHING
-    return {key: value for key, value in found.items() if key not in unused} | _contents_of_folders(config)
-
-
-def _made_by(stages: Iterable[Stage]) -> Iterator[str]:
-    """Paths of the datasets, models and checkpoints that stages, and those that they need, write."""
-    for stage in stages:
-        yield from (str(stage.product), str(checkpoints_folder(stage.product) / BEST))
-        yield from _made_by(stage.needs)
-
-
-def plan_of(config: Config) -> Settings:
-    """The settings that decide which images a student sees, in which order."""
-    of_plan = {key for key, nature in setting_natures().items() if nature.on_resume == "refused"}
-    return {key: value for key, value in flat(config).items() if key in of_plan and not key.startswith("student.")}
-
-
-def _contents_of_folders(config: Config) -> Settings:
-    """Digests of what a training reads of models that are folders of this machine, such as "student.name (weights)"."""
-    names = [source_name(str(name)) for name in (config.student.name, config.teacher.name)]
-    contents = model_contents(config) if any(name.startswith("local-dir:") for name in names) else {}
-    return {key.removeprefix("content of "): digest for key, digest in contents.items() if ".name (" in key}

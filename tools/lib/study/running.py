@@ -3,13 +3,14 @@
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -23,7 +24,7 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import alone
 from trainer.sharing import grouping_key
 
-TOGETHER_LOG = "together.txt"  # Holds the output of students that are trained together until they end.
+TOGETHER_LOG = "together.txt"  # What students that are trained together have printed, in the first one's folder.
 _POLL_S, _NOTE_EVERY_S = 0.1, 60.0
 _LONGEST_LINE = 10_000  # Characters that are noted of the line with which a command has failed.
 _libc = ctypes.CDLL(None)
@@ -60,7 +61,8 @@ def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Scree
     Returns:
       the number of the signal that has stopped it; 0 for none.
     """
-    await_earlier(stages, screen)
+    for stage in (stage for stage in stages if stage.folder.exists()):
+        locked_log(stage, screen).close()
     waiting, stopped_by, preemption = jobs_of(stages, together), 0, Preemption(alone("cpu"))
     running: dict[int, Process] = {}  # By their slots.
     with preemption.catching_signals():
@@ -108,23 +110,21 @@ class Process:
     """
 
     def __init__(self, job: Job, slot: int = 0, slots: int = 1):
-        self.job, self.command = job, command_of_job(job)
+        self.job, command = job, command_of_job(job)
         self._noted_s, self._text = time.monotonic(), ""
         environment, cores = resources(slot, slots)
         output = job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
         with contextlib.ExitStack() as closing:
-            logs = []
-            for stage in job:
-                stage.note(self.command)
-                logs.append(closing.enter_context(open(stage.folder / LOG, "a")))
-                fcntl.flock(logs[-1], fcntl.LOCK_EX)
-            written = logs[0] if len(job) == 1 else closing.enter_context(open(output, "a"))
-            print(f"$ {shlex.join(self.command)}", file=written, flush=True)
+            logs = [closing.enter_context(locked_log(stage)) for stage in job]
+            for stage, log in zip(job, logs, strict=True):
+                print(f"$ {shlex.join(command)}", file=log, flush=True)
+                stage.note(command=command, log=str(output.relative_to(stage.out)), done=False, failure="")
+            written = closing.enter_context(open(output, "a"))
             # It stays readable if somebody deletes the folder.
             self._output = open(output, errors="replace")  # noqa: SIM115  (`note_end` closes it.)
             self._output.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
-                self.command,
+                command,
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=written,
@@ -132,7 +132,7 @@ class Process:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on.
                 pass_fds=[log.fileno() for log in logs],
                 # Students wait for the stages before theirs, which therefore keep all cores.
-                preexec_fn=lambda: _before_command(cores if job[0].subject else None),
+                preexec_fn=functools.partial(_before_command, os.getpid(), cores if job[0].subject else None),
             )
 
     @property
@@ -159,49 +159,36 @@ class Process:
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self._note(is_done=code == 0, ending="" if is_stopped else ending)
         self._output.close()
-        hand_out(self.job[0])
         return True
 
     def _note(self, *, is_done: bool = False, ending: str = "") -> None:
         """Note the time since the last note, in equal parts for all stages, and how they have ended."""
         seconds, self._noted_s = (time.monotonic() - self._noted_s) / len(self.job), time.monotonic()
         for stage in self.job:
-            own = [line for line in self.lines if f"error: {stage.product}: " in line]
-            stage.note(self.command, done=is_done or stage.is_done, seconds=seconds)
+            stage.note(done=is_done or stage.is_done, seconds=round(stage.seconds + seconds, 1))
             if ending and not stage.is_done:
-                stage.note(self.command, failure=f"{ending}: {clipped((own or self.lines)[-1], _LONGEST_LINE)}")
+                own = [line for line in self.lines if f"error: {stage.product}: " in line]
+                stage.note(failure=f"{ending}: {clipped((own or self.lines)[-1], _LONGEST_LINE)}")
 
 
-def hand_out(first: Stage) -> None:
-    """Move what students that were trained together have printed to their logs, to each all that is no other one's."""
-    if not (output := first.folder / TOGETHER_LOG).exists():
-        return
-    lines = output.read_text(errors="replace").splitlines()
-    folders = [Path(word).parent for word in shlex.split("".join(lines[:1])) if word.endswith(f"/{SETTINGS}")]
-    for folder in folders:
-        others = [f"{other / 'run'}: " for other in folders if other != folder]
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOG, "a") as log:
-            log.writelines(f"{line}\n" for line in lines if not any(other in line for other in others))
-    output.unlink()
+def locked_log(stage: Stage, screen: Screen | None = None) -> TextIO:
+    """The log of a stage, on which the processes of its command hold a lock until they end. It is waited for."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    log = open(stage.folder / LOG, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if screen is not None:
+            screen.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
+        fcntl.flock(log, fcntl.LOCK_EX)
+    return log
 
 
-def await_earlier(stages: list[Stage], screen: Screen) -> None:
-    """Wait until the processes of a killed study have saved and ended, and hand out what they have printed."""
-    for stage in (stage for stage in stages if stage.folder.exists()):
-        with open(stage.folder / LOG, "a") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                screen.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
-                fcntl.flock(log, fcntl.LOCK_EX)
-    for stage in stages:
-        hand_out(stage)
-
-
-def _before_command(cores: set[int] | None) -> None:
+def _before_command(parent: int, cores: set[int] | None) -> None:
     """Set up the new process for its command: SIGTERM when its parent ends, and its cores."""
     _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # It has ended before this could be noticed.
+        os._exit(1)
     if cores is not None:
         os.sched_setaffinity(0, cores)
 

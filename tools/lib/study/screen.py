@@ -6,7 +6,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.common.errors import clipped
+from pipelines.common.errors import named
 from pipelines.common.files import read_json
 from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
@@ -45,7 +45,7 @@ class Screen:
     def show_progress(self, job: list[Stage], line: str) -> None:
         """Print what a job has printed last, where there is no table."""
         if not self._console.is_terminal:
-            self.say(f"{', '.join(stage.name for stage in job)}: {self._cell(job[0])}; {line}")
+            self.say(f"{named([stage.name for stage in job], 2)}: {self._cell(job[0])}; {line}")
 
     def end(self, job: list[Stage]) -> None:
         """A job has ended; its stages say how."""
@@ -76,8 +76,8 @@ class Screen:
 
 
 def shortened(failure: str) -> str:
-    """Why a stage has failed, as a terminal shows it; the report has the complete line."""
-    return clipped(failure, 300)
+    """Why a stage has failed, as a terminal shows it: the beginning, and the end, where the advice is."""
+    return failure if len(failure) <= 300 else f"{failure[:180]} ... {failure[-115:]}"
 
 
 def accuracy_of(stage: Stage) -> str:

@@ -10,21 +10,20 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.common.files import read_json, sha256_of, write_synced
-from pipelines.shards.manifest import MANIFEST
+from pipelines.common.files import read_json, write_synced
 from tools.lib.common.units import human_seconds
 from trainer.config.sections import Config, to_yaml
 from trainer.monitor.run_files import SUMMARY
 from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
 
 STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"  # In the folder of a stage.
-INPUTS = "inputs.json"  # In the folder of the study: the inputs of all stages at its newest start.
 TRAININGS = ("teacher", "train")  # Kinds of stages.
 REPOSITORY = Path(__file__).resolve().parents[3]
+_OF_A_STUDENT = re.compile(r"/train/([^/]+)/run: ")  # So trainer/together.py begins what it says of one student.
 
 
 @dataclasses.dataclass(eq=False)
@@ -97,7 +96,7 @@ class Stage:
             return False
         if self.kind in TRAININGS:
             return read_json(self.product / SUMMARY).get("finished") is True
-        is_noted = noted["done"] and noted.get("epochs", 0) >= self.epochs
+        is_noted = noted.get("done") and noted.get("epochs", 0) >= self.epochs
         return is_noted or (self.kind == "export" and (self.product / "config.json").is_file())
 
     @property
@@ -132,43 +131,33 @@ class Stage:
         return max(map(step_of, checkpoints(checkpoints_folder(self.product))), default=0)
 
     @property
-    def lines(self) -> list[str]:
-        """The lines that its commands have printed, without empty ones."""
-        log = self.folder / LOG
-        return [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    def log(self) -> Path:
+        """What its latest command has printed; students that are trained together have one for all."""
+        return self.out / self.noted.get("log", self.folder.relative_to(self.out) / LOG)
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings in its log, from lines with `warning:`, each once."""
-        return [*dict.fromkeys(filter(None, (line.partition("warning: ")[2] for line in self.lines)))]
+        """The warnings in its logs, from lines with `warning:`, each once, without those of other students."""
+        found = []
+        for log in (log for log in {self.folder / LOG: 0, self.log: 0} if log.exists()):
+            for line in log.read_text(errors="replace").splitlines():
+                student, warning = _OF_A_STUDENT.search(line), line.partition("warning: ")[2]
+                if warning and (student is None or student[1] == self.folder.name):
+                    found.append(warning)
+        return [*dict.fromkeys(found)]
 
-    def note(self, command: list[str], *, done: bool = False, failure: str = "", seconds: float = 0.0) -> None:
-        """Write down how far it is: at its start, and later with the time since the last note."""
-        state = {"fingerprint": self.fingerprint, "done": done, "failure": failure, "command": command}
-        state |= {"seconds": round(self.seconds + seconds, 1), "epochs": self.epochs, "inputs": self.inputs}
+    def note(self, **changed: object) -> None:
+        """Write down how far it is, where it has changed since the last note.
+
+        Args:
+          changed: command: list of words; log: as the property, from the folder of the study on; done: bool;
+            failure: why the latest start failed; seconds: over all starts.
+        """
+        same = {"name": self.name, "fingerprint": self.fingerprint, "epochs": self.epochs, "inputs": self.inputs}
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.config is not None:
             write_synced(self.folder / SETTINGS, to_yaml(self.config).encode())
-        write_synced(self.folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
-
-
-def changes(stages: Iterable[Stage], before: Mapping[str, dict]) -> dict[str, list[Stage]]:
-    """Map each change in the inputs of stages to the stages that are to be done again for it.
-
-    Args:
-      stages: each behind those that it needs.
-      before: the inputs that they had, by their names.
-    """
-    causes, found = {}, {}
-    for stage in stages:
-        old, new = before.get(stage.name, stage.inputs), stage.inputs
-        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        own = [f"{key} {old.get(key, 'default')} -> {new.get(key, 'default')}" for key in keys]
-        causes[stage] = dict.fromkeys([*own, *(cause for need in stage.needs for cause in causes[need])])
-        if stage.name in before and not stage.is_done:
-            for cause in causes[stage]:
-                found.setdefault(cause, []).append(stage)
-    return found
+        write_synced(self.folder / STATE, (json.dumps({**self.noted, **same, **changed}, indent=1) + "\n").encode())
 
 
 def command_of(program: str | Path, *words: object) -> list[str]:
@@ -189,17 +178,3 @@ def as_options(values: Mapping[str, object]) -> list[object]:
 def slug_of(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def content_of(value: object) -> object:
-    """A setting's value, or what is in the file or dataset that it names, as a digest."""
-    if isinstance(value, str) and Path(value).is_file():
-        return _digest(value, Path(value).stat().st_mtime_ns)
-    if isinstance(value, str) and (manifest := Path(value) / MANIFEST).is_file():
-        return {name: split["digest"] for name, split in read_json(manifest)["splits"].items()}
-    return value
-
-
-@functools.cache
-def _digest(path: str, _: int) -> str:
-    return sha256_of(Path(path))
