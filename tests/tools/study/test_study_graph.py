@@ -338,7 +338,7 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),
-        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, \[...\], each one of ema"),
+        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, ..... each one of ema"),
         (changed("students", "test_vit"), r"study.yaml: students is 'test_vit'; it must be a list, \[...\]$"),
         (changed("teacher", "checkpoint", "x.pth"), "teacher: checkpoint and train are both given"),
         (changed("recipe", "overrides", "run.out", "x"), "recipe.overrides: the study decides run.out. Leave it out$"),
