@@ -17,8 +17,8 @@ from tools.lib.study.stage import REPOSITORY, Stage
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
 
 
-def carry_out(work: Callable[..., int], stages: list[Stage]) -> None:
-    """A job: do the work, and back into the queue where a time limit or a preemption stops it."""
+def work_on(work: Callable[..., int], stages: list[Stage]) -> None:
+    """A job of SLURM: do the work, and back into the queue where a time limit or a preemption stops it."""
     if work(screen=Screen(stages)):
         job = os.environ["SLURM_JOB_ID"]
         state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
@@ -47,12 +47,10 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
     except ImportError as error:
         raise UserError("--slurm needs submitit: python -m pip install 'submitit>=1.5'") from error
     ids: dict[Stage, str] = {}  # The number of the job of each stage.
-    jobs = [
-        (", ".join(s.name for s in job), functools.partial(run, job, together=len(job)), job)
-        for job in jobs_of(graph.stages, graph.study.together)
-    ]
     try:
-        for names, work, job in [*jobs, ("speed and report", functools.partial(finish, graph), [])]:
+        for job in [*jobs_of(graph.stages, graph.study.together), []]:  # The last one has no stage: it waits for all.
+            names = ", ".join(stage.name for stage in job) or "speed and report"
+            work = functools.partial(run, job, together=len(job)) if job else functools.partial(finish, graph)
             needed = [ids[need] for stage in job for need in stage.needs if need in ids] if job else [*ids.values()]
             executor = submitit.AutoExecutor(graph.out / "slurm", cluster="slurm")
             executor.update_parameters(
@@ -60,7 +58,7 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
                 name=names.partition(",")[0].replace(" ", "-"),
                 **({"slurm_dependency": f"afterany:{':'.join(dict.fromkeys(needed))}"} if needed else {}),
             )
-            number = executor.submit(carry_out, work, job).job_id
+            number = executor.submit(work_on, work, job).job_id
             ids |= dict.fromkeys(job, number)
             screen.say(f"job {number}: {names}")
     except (RuntimeError, ValueError, NameError, FailedJobError) as error:
