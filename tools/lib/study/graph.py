@@ -73,8 +73,8 @@ class Graph:
     @property
     def learning_live(self) -> list[str]:
         """The students and seeds that learn from the teacher itself, while there is a recording for others."""
-        teachers = {each.train.subject: each.config.teacher for each in self.students}
-        return [name for name, it in teachers.items() if "store" in self.common and it.members and not it.store]
+        store = self.common.get("store")
+        return [each.train.subject for each in self.students if store and store not in each.train.needs]
 
     def with_speed(self) -> "Graph":
         """The same with a measurement of speed, once for all students that are exported by now, if there are any.
