@@ -35,16 +35,23 @@ def test_names_cover_no_other_name_and_no_marker(points):
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
 
 
-def test_the_line_joins_the_measured_front_whatever_noise_says():
+def lines(points: list[Point]) -> dict[bool, list[float]]:
+    """The accuracies at the ends of the lines, by whether these points are surely on the front."""
+    return {sure: [top1 for _, top1 in ends if top1 == top1] for sure, ends in front.front_lines(points).items()}
+
+
+def test_the_lines_join_the_measured_front_whatever_noise_says():
     points = [point("a", 82.0, 5.0, PERHAPS), point("b", 81.0, 4.0, PERHAPS), point("c", 80.0, 9.0)]
-    assert [each.model for each in front.front_of(points)] == ["a", "c"]
+    assert lines(points) == {False: [82.0, 80.0]}
 
 
 def test_the_line_is_dashed_to_a_point_that_is_not_surely_on_the_front():
+    points = [point("a", 82.0, 5.0), point("b", 81.0, 6.0), point("c", 80.0, 9.0, PERHAPS), point("d", 79.0, 10.0)]
+    assert lines(points) == {True: [82.0, 81.0], False: [81.0, 80.0, 80.0, 79.0]}
     axes = Figure().subplots()
-    front._draw(axes, [point("a", 82.0, 5.0), point("b", 81.0, 6.0), point("c", 80.0, 9.0, PERHAPS)])
-    drawn = {tuple(line.get_ydata()): line.get_linestyle() for line in axes.lines}
-    assert drawn[82.0, 81.0] == "-" and drawn[81.0, 80.0] == "--"
+    front._draw(axes, points)
+    drawn = {line.get_linestyle(): line.get_ydata() for line in axes.lines[:2]}
+    assert np.isnan(drawn["-"][2]) and [*drawn["--"][:2]] == [81.0, 80.0]
 
 
 def test_the_axis_has_room_for_all_timed_runs():

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from tools import compare
+from tools.lib.common import front
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import Plan
 from tools.lib.compare.candidates import choose
@@ -70,6 +71,18 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_what_is_asked_when_hove
     assert "onnxruntime: bf16, batch 1, 2 at once" in page  # to be chosen
     assert "\\u003cb\\u003eevil" not in page
     assert "<b>evil" not in page
+
+
+def test_the_page_says_what_noise_decides_as_the_picture_does():
+    pytest.importorskip("plotly")
+    rows = [
+        row("a", images_per_s=50.0, top1=90.0),
+        row("b", front_is_sure=False),
+        row("c", images_per_s=9.0, top1=95.0),
+    ]
+    page = charts.page([*rows, row("d", on_front=False)], "a machine")
+    words = (*front.LEGEND.values(), *(words for _, words in front.LINES.values()))
+    assert all(each in page for each in words) and '"dash":"dash"' in page and '"dash":"solid"' in page
 
 
 def test_the_papers_accuracies_are_marked_wherever_they_show():

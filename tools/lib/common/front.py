@@ -1,5 +1,6 @@
 """The front of accuracy and speed, and its picture. matplotlib is imported only when something is drawn."""
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -14,8 +15,9 @@ FRONT, PERHAPS, BEHIND = "front", "front?", ""
 # Okabe and Ito, Color Universal Design (2008)
 COLORS = {FRONT: "#D55E00", PERHAPS: "#E69F00", BEHIND: "#0072B2"}
 SPEED, ACCURACY = "images/s (logarithmic)", "top-1 accuracy, %"
-FRONT_LEGEND = "front of the measured values: none is faster and as accurate"
-_LEGEND = {FRONT: "surely on the front", PERHAPS: "front?: noise decides", BEHIND: "not on the front"}
+# The style, and words, for the lines between points that are surely on the front, and for other lines of it.
+LINES = {True: ("-", "Pareto front of the measured values"), False: ("--", "the same where noise decides")}
+LEGEND = {FRONT: "surely on the front", PERHAPS: "front?: noise decides", BEHIND: "not on the front"}
 _MARKERS = {False: "o", True: "D"}  # By whether the paper gives the accuracy.
 # Where a name may stand: right (1) or left of its marker, above (1) or below it; and how far away, in points.
 _SIDES = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)])
@@ -59,19 +61,25 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(dominates(other, point) for other in points) for point in points]
 
 
-def front_of(points: Sequence[Point]) -> list[Point]:
-    """The points on the front of the measured values, from slow to fast."""
-    on_front = pareto_front([(point.top1, point.images_per_s) for point in points])
-    found = [point for point, is_on in zip(points, on_front, strict=True) if is_on]
-    return sorted(found, key=lambda point: point.images_per_s)
+def front_lines(points: Sequence[Point]) -> dict[bool, list[tuple[float, float]]]:
+    """The lines that join the front of the measured values, by whether both of their ends are surely on it.
+
+    Returns:
+      images/s and top-1 of the ends of each line, from slow to fast, and NaN behind it.
+    """
+    is_on = pareto_front([(point.top1, point.images_per_s) for point in points])
+    on_front = sorted(itertools.compress(points, is_on), key=lambda point: point.images_per_s)
+    found = collections.defaultdict(list)
+    for ends in itertools.pairwise(on_front):
+        is_sure = all(end.front == FRONT for end in ends)
+        found[is_sure] += [*((end.images_per_s, end.top1) for end in ends), (math.nan, math.nan)]
+    return found
 
 
 def by_origin(points: Sequence[Point]) -> dict[bool, list[Point]]:
     """The points by whether the paper gives their accuracy."""
-    found: dict[bool, list[Point]] = {}
-    for point in sorted(points, key=lambda point: point.is_published):
-        found.setdefault(point.is_published, []).append(point)
-    return found
+    origins = sorted({point.is_published for point in points})
+    return {origin: [point for point in points if point.is_published == origin] for origin in origins}
 
 
 def short(label: str) -> str:
@@ -104,11 +112,11 @@ def picture(panels: Mapping[str, Sequence[Point]], title: str, legend: Mapping[b
         axes.set_title(name, loc="left", fontsize=10)
         _draw(axes, panels[name])
     points = [*itertools.chain(*panels.values())]
-    line = {"linestyle": "-", "color": COLORS[FRONT]}
-    looks: dict[str, dict[str, Any]] = {f"{FRONT_LEGEND}; dashed where noise decides": line}
+    looks: dict[str, dict[str, Any]]
+    looks = {words: {"linestyle": style, "color": COLORS[FRONT]} for style, words in LINES.values()}
     looks |= {legend[published]: {"color": "0.4", **_marker(published, "0.4")} for published in by_origin(points)}
     shown = [front for front in COLORS if any(point.front == front for point in points)]
-    looks |= {_LEGEND[front]: {"marker": "s", "color": COLORS[front]} for front in shown}
+    looks |= {LEGEND[front]: {"marker": "s", "color": COLORS[front]} for front in shown}
     entries = [Line2D([], [], label=words, **{"linestyle": "", **look}) for words, look in looks.items()]
     figure.legend(handles=entries, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     figure.draw_without_rendering()  # Now it is known where the points are.
@@ -127,9 +135,8 @@ def _marker(published: bool, color: str) -> dict[str, Any]:
 def _draw(axes, points: Sequence[Point]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    for ends in itertools.pairwise(front_of(points)):
-        style = "-" if all(end.front == FRONT for end in ends) else "--"
-        axes.plot([end.images_per_s for end in ends], [end.top1 for end in ends], style, color=COLORS[FRONT])
+    for is_sure, line in front_lines(points).items():
+        axes.plot(*zip(*line, strict=True), LINES[is_sure][0], color=COLORS[FRONT])
     for point in points:
         color = COLORS[point.front]
         for bar in _bars(point):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.lib.common import front
-from tools.lib.common.front import ACCURACY, COLORS, FRONT, FRONT_LEGEND, SPEED, Point
+from tools.lib.common.front import ACCURACY, COLORS, FRONT, LEGEND, LINES, SPEED, Point
 from tools.lib.compare.results import Row, by_backend, settings_in_words
 
 _LEGEND = {False: "given with --accuracy", True: "published by the paper"}
@@ -76,16 +76,16 @@ def page(rows: Sequence[Row], machine: str) -> str:
 
 def _traces(points: Sequence[Point]) -> list[dict[str, Any]]:
     """A backend's front, and its models by where their accuracy comes from, as arguments of plotly's Scatter."""
-    line = front.front_of(points)
-    found = [
+    found: list[dict[str, Any]] = [
         {
-            "x": [point.images_per_s for point in line],
-            "y": [point.top1 for point in line],
+            "x": [speed for speed, _ in line],
+            "y": [top1 for _, top1 in line],
             "mode": "lines",
-            "line": {"color": COLORS[FRONT], "width": 2},
-            "name": FRONT_LEGEND,
+            "line": {"color": COLORS[FRONT], "width": 2, "dash": "solid" if is_sure else "dash"},
+            "name": LINES[is_sure][1],
             "hoverinfo": "skip",
         }
+        for is_sure, line in front.front_lines(points).items()
     ]
     for published, mine in front.by_origin(points).items():
         colors = [COLORS[point.front] for point in mine]
@@ -95,7 +95,7 @@ def _traces(points: Sequence[Point]) -> list[dict[str, Any]]:
                 "x": [point.images_per_s for point in mine],
                 "y": [point.top1 for point in mine],
                 "mode": "markers+text",
-                "text": [html.escape(front.short(point.model)) if point in line else "" for point in mine],
+                "text": [html.escape(front.short(point.model)) if point.front else "" for point in mine],
                 "textposition": "top right",
                 "cliponaxis": False,
                 "marker": {"symbol": shape, "size": 11, "color": colors, "line": {"width": 2, "color": colors}},
@@ -108,11 +108,10 @@ def _traces(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _details(row: Row) -> str:
-    unsure = "" if row.front_is_sure else ", not surely faster than each more accurate one"
-    standing = f"<br>on the front{unsure}" if row.on_front else ""
     return (
         f"<b>{html.escape(row.model)}</b><br>top-1 {row.top1:g} % ({html.escape(row.top1_from)})"
         f"<br>{row.images_per_s:,.1f} images/s ({row.min:,.1f} to {row.max:,.1f})"
         f"<br>{row.latency_ms:.2f} ms for one image<br>{row.parameters_m:.2f} M parameters"
-        f"<br>{row.gmacs:.3f} GMACs at {row.image_size} px<br>{row.peak_memory_mib:,.0f} MiB at most{standing}"
+        f"<br>{row.gmacs:.3f} GMACs at {row.image_size} px<br>{row.peak_memory_mib:,.0f} MiB at most"
+        f"<br>{LEGEND[row.front]}"
     )
