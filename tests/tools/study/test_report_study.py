@@ -179,7 +179,7 @@ def test_a_student_that_learned_from_the_live_teacher_beside_others_is_named(tmp
     students = [{"name": "a", "overrides": {"augment.flip": 0.0}}, {"name": "b"}]
     made = [student("a", 0, 300, "--augment.flip", "0"), student("b", 0, 300)]
     found = reported(study(tmp_path, made, students=students, teacher={"name": "test_resnet"}))["warnings"]
-    assert found[0] == "a-s0 learned from the live teacher, because the recording is of other images"
+    assert found[0] == "a-s0 learned from the live teacher, because the recorded answers are about other images"
     assert "runs differ in augment.flip: 0.0 in a-s0; 0.5 in b-s0" in found
 
 
@@ -350,7 +350,7 @@ def test_settings_of_one_student_that_are_no_part_of_the_recipe_are_named(tmp_pa
     teacher = {"name": "test_resnet", "checkpoint": str(tmp_path / "study.yaml")}
     graph = study(tmp_path, [student("a", 0, 300), student("b", 0, 300)], students=students, teacher=teacher)
     assert reported(graph)["warnings"][:3] == [
-        "b-s0 learned from the live teacher, because the recording is of other images",
+        "b-s0 learned from the live teacher, because the recorded answers are about other images",
         "runs differ in run.seed: default in a-s0; 7 in b-s0",
         "runs differ in run.tf32: default in a-s0; false in b-s0",
     ]

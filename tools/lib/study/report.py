@@ -141,7 +141,7 @@ def _accuracies(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) ->
 def _timed(title: str, seeds: Sequence[SeedResult], panels: Panels) -> Columns:
     """The time of a student's trainings, their speed where it was trained alone, and its own speed on each backend."""
     done = [seed for seed in seeds if seed.stages.train.is_done]
-    alone = [seed for seed in done if "trainer/together.py" not in " ".join(seed.stages.train.noted["command"])]
+    alone = [seed for seed in done if "trainer/together.py" not in " ".join(seed.stages.train.noted.get("command", ()))]
     speeds = [line["images_per_s"] for seed in alone for line in seed.record.of("train")]
     hours = sum(seed.stages.train.seconds for seed in seeds) / 3600  # A stage is one process, on one device.
     row = {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
@@ -197,21 +197,21 @@ def _warnings(graph: Graph, seeds: list[SeedResult], conditions: Mapping[str, Ma
     yield from (f"{seed.name} is not complete: {seed.stages.failure}" for seed in seeds if seed.stages.failure)
     evaluated, store = [seed for seed in seeds if weights in seed.reports], graph.common.get("store")
     if live := [seed.name for seed in evaluated if store and store not in seed.stages.train.needs]:
-        yield f"{named(live)} learned from the live teacher, because the recording is of other images"
+        yield f"{named(live)} learned from the live teacher, because the recorded answers are about other images"
     for name, values in conditions.items():
         of_the_student = name.partition(" ")[0] in _OF_THE_STUDENT or (live and name.startswith("teacher."))
         if len(values) > 1 and not of_the_student:
             words = [f"{value} in {named(runs, 4)}" for value, runs in values.items()]
             yield f"runs differ in {name}: {'; '.join(words)}"
     if evaluated and len(evaluated) == len({seed.stages.student.label for seed in evaluated}):
-        yield "each student has one seed: intervals are over images alone, another seed may differ by more"
-    top1 = {seed.name: seed.top1 for seed in evaluated if weights == "ema" and "raw" in seed.top1}
-    if lagging := {name: of for name, of in top1.items() if of["ema"] < _FAR_BELOW * of["raw"]}:
-        numbers = named((f"{name} {of['ema']:.2f} % against {of['raw']:.2f} %" for name, of in lagging.items()), 4)
+        yield "each student has one seed, so intervals are over images alone: another seed may differ by more"
+    both = [(seed.name, seed.top1["ema"], seed.top1["raw"]) for seed in evaluated if {*_WEIGHTS} <= {*seed.top1}]
+    lagging = [f"{name} {ema:.2f} % against {raw:.2f} %" for name, ema, raw in both if ema < _FAR_BELOW * raw]
+    if lagging and weights == "ema":
         yield (
-            f"EMA weights are compared, and recognise far fewer images than the raw weights: {numbers}. To compare the "
-            "raw weights, for which nothing is trained again, set evaluate.weights: [raw, ema] in the study's file. Or "
-            "train again with ema.warmup: true or a smaller ema.decay in recipe.overrides"
+            f"EMA weights are compared, and recognise far fewer images than the raw weights: {named(lagging, 4)}. To "
+            "compare the raw weights, for which nothing is trained again, set evaluate.weights: [raw, ema] in the "
+            "study's file. Or train again with ema.warmup: true or a smaller ema.decay in recipe.overrides"
         )
 
 
@@ -232,7 +232,7 @@ def _compare(seeds: Sequence[SeedResult], students: Mapping[str, Columns], weigh
     if not correct:
         return []
     titles, of_seeds = zip(*max(correct.values(), key=len).items(), strict=True)
-    found = compare_students(np.concatenate(of_seeds), np.repeat(np.arange(len(titles)), [*map(len, of_seeds)]))
+    found = compare_students(np.concatenate(of_seeds), [i for i, runs in enumerate(of_seeds) for _ in runs])
     groups = letters(found.top1, found.distinguishable)
     for title, (low, high), group in zip(titles, found.top1_interval.tolist(), groups, strict=True):
         students[title].update(images=len(of_seeds[0][0]), low=low, high=high, letters=group)
@@ -254,9 +254,9 @@ def _panels(graph: Graph, students: Mapping[str, Columns], pairs: Sequence[Mappi
     better = {(pair["a"], pair["b"]) for pair in pairs if pair["distinguishable"]}
 
     def point(title: str, mine: Mapping[str, Mapping]) -> front.Point:
-        top1, *interval = (students[title][key] for key in (f"top1_{weights}", "low", "high"))
-        speed = (mine[title][key] for key in ("images_per_s", "min", "max"))
-        return front.Point(title, top1, *speed, _standing(title, mine, better), tuple(interval))
+        top1, low, high = (students[title][key] for key in (f"top1_{weights}", "low", "high"))
+        speed = mine[title]["images_per_s"], mine[title]["min"], mine[title]["max"]
+        return front.Point(title, top1, *speed, _standing(title, mine, better), (low, high))
 
     return {backend: {title: point(title, mine) for title in mine} for backend, mine in speeds.items()}
 
