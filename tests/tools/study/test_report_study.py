@@ -392,8 +392,10 @@ def test_other_data_code_or_length_of_a_run_is_named(tmp_path, changes, warning)
 def test_what_a_command_has_warned_of_is_in_the_report(tmp_path):
     graph = study(tmp_path, [student("a", seed, 300) for seed in (0, 1)])
     for each in graph.students:
-        (each.train.folder / LOG).write_text("step 1\nwarning: it is slow, use more --repeats\nstep 2\n")
-    found, warning = reported(graph), "train a-s0, train a-s1: it is slow, use more speed.repeats"
+        (each.train.folder / LOG).write_text(
+            "step 1\nwarning: /moved/export/a-s1-0123abcd/model is slow, use more --repeats\n"
+        )
+    found, warning = reported(graph), "train a-s0, train a-s1: a-s1 is slow, use more speed.repeats"
     assert found["warnings"] == [] and found["measured"]["warnings"] == [warning] and warning in page_text(tmp_path)
 
 

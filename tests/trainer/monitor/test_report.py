@@ -114,7 +114,7 @@ def test_a_run_ends_with_a_page_that_needs_no_other_file(finished):
         f"top-1, raw weights {summary['evaluation']['raw']['top1']:.2f} %",
         "restarts 2",
         "damaged images 0",
-        f"settings other than the recipe's {len(summary['deviations'])}",
+        f"settings other than the USI recipe's {len(summary['deviations'])}",
         "ema.decay 0.99996 0.9 decay of the EMA at every update",
         "teacher.name tresnet_v2_l null",
     ):

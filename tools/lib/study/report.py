@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,7 +157,8 @@ def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
     warnings, key = collections.defaultdict(list), "teacher_top1"
     for stage in graph.stages:
         for line in stage.warnings:
-            warnings[line.replace(f"{graph.out}/", "").replace("--repeats", "speed.repeats")].append(stage.name)
+            line = re.sub(r"\S*/export/(\S+)-[0-9a-f]{8}/model", r"\1", line).replace(f"{graph.out}/", "")
+            warnings[line.replace("--repeats", "speed.repeats")].append(stage.name)
     teacher = {seed.name: [line[key] for line in seed.record.of("train") if key in line] for seed in seeds}
     return {
         "warnings": [f"{named(stages, 4)}: {line}" for line, stages in warnings.items()],
@@ -195,8 +197,8 @@ def _warnings(graph: Graph, seeds: list[SeedResult], conditions: Mapping[str, Ma
     """The sentences that a reader must know before the numbers."""
     yield from (f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure)
     yield from (f"{seed.name} is not complete: {seed.stages.failure}" for seed in seeds if seed.stages.failure)
-    evaluated, store = [seed for seed in seeds if weights in seed.reports], graph.common.get("store")
-    if live := [seed.name for seed in evaluated if store and store not in seed.stages.train.needs]:
+    evaluated = [seed for seed in seeds if weights in seed.reports]
+    if live := [seed.name for seed in evaluated if seed.name in graph.learning_live]:
         yield f"{named(live)} learned from the live teacher, because the recorded answers are about other images"
     for name, values in conditions.items():
         of_the_student = name.partition(" ")[0] in _OF_THE_STUDENT or (live and name.startswith("teacher."))

@@ -191,7 +191,7 @@ def numbers(run: RunRecord) -> dict[str, str]:
         "went back to a checkpoint": str(len(run.of("rollback"))),
         "ranks, latest session": _ranks(sessions[-1]) if sessions else _NONE,
         "damaged images": str(run.num_damaged),
-        "settings other than the recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
+        "settings other than the USI recipe's": _NONE if run.deviations is None else str(len(run.deviations)),
     }
 
 
