@@ -76,10 +76,15 @@ def error_of(capsys, *arguments) -> str:
             "cannot take images of 32 px",
         ),
         ({"teacher": {"name": "test_resnet", "codec": "int7"}}, "int7"),
+        ({"teacher": {"name": "test_resnet", "checkpoint": "/no.pth"}}, "study.yaml: teacher: /no.pth: "),
+        (
+            {"students": [{"name": "test_vit", "overrides": {"student.checkpoint": "/no.pth"}}]},
+            "students[0]: /no.pth: ",
+        ),
         ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
         ({"dataset": None, "source": "nowhere"}, "study.yaml: source is nowhere: not found"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path, out, digits, capsys, changed, message):
     line = error_of(capsys, write_study(tmp_path, digits, **changed), "--out", out)

@@ -35,10 +35,10 @@ def demo(tmp_path_factory) -> tuple[Path, Graph]:
 
 
 def redone(demo: tuple[Path, Graph], content: dict) -> set[str]:
-    """The stages that have another folder than in DEMO, or are not in it."""
+    """The stages that have another folder than in DEMO, or are in one of both alone."""
     folder, graph = demo
-    before = {stage.name: stage.folder for stage in graph.stages}
-    return {stage.name for stage in graph_of(folder, content).stages if before.get(stage.name) != stage.folder}
+    before, after = ({stage.name: stage.folder for stage in each.stages} for each in (graph, graph_of(folder, content)))
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
 
 
 def carry_out(stage: Stage) -> None:
@@ -137,10 +137,36 @@ def test_a_changed_setting_does_again_what_depends_on_it_and_nothing_else(demo, 
 
 
 def test_what_is_not_meant_to_change_a_result_does_nothing_again(demo):
-    content = changed("speed", "repeats", 4) | {"together": 2, "title": "another title"}
+    content = {**copy.deepcopy(DEMO), "together": 2, "title": "another title"}
     content["students"][0] = {"name": "test_byobnet", "overrides": {"run.eval_every": 3}}
     content["recipe"]["overrides"] |= {"run.log_every": 7, "data.threads": 1, "run.device": "cpu"}
+    content["recipe"]["overrides"] |= {"data.window_shards": 3}  # The order is of all images.
     assert redone(demo, content) == set()
+
+
+def test_the_settings_of_a_teacher_are_none_of_its_own_training(demo):
+    precise = redone(demo, changed("recipe", "overrides", "teacher.precision", "fp32"))
+    assert precise == {"store"} | OF_STUDENTS
+
+
+def test_a_student_that_another_view_of_the_teacher_is_given_learns_from_the_teacher_itself(tmp_path):
+    other = {"name": "test_vit", "title": "other", "overrides": {"teacher.image_size": 48}}
+    graph = graph_of(tmp_path, changed("students", 2, other))
+    assert graph.learning_live == ["other-s0"]
+    live = graph.students[-1].config.teacher
+    assert live.store is None and live.name == "test_resnet" and live.image_size == 48
+
+
+def test_speed_is_measured_again_for_its_own_settings_and_on_another_device_alone(tmp_path):
+    carry_out(graph_of(tmp_path).students[0].export)
+
+    def folder(content: dict) -> Path:
+        return graph_of(tmp_path, content).with_speed().common["speed"].folder
+
+    contents = [DEMO, changed("speed", "repeats", 4)]
+    contents += [changed("recipe", "overrides", "run.device", device) for device in ("cpu", "cuda")]
+    assert len({folder(content) for content in contents}) == 4
+    assert folder(changed("together", 3)) == folder(DEMO)
 
 
 def test_files_count_by_their_content(tmp_path):
@@ -313,7 +339,9 @@ def test_a_store_that_no_student_reads_is_no_stage(tmp_path):
 
 
 def test_a_recipe_without_an_ema_evaluates_and_exports_the_raw_weights(tmp_path):
-    graph = graph_of(tmp_path, changed("recipe", "overrides", "ema.decay", 0))
+    content = changed("recipe", "overrides", "ema.decay", 0)
+    content["evaluate"]["weights"] = ["raw"]
+    graph = graph_of(tmp_path, content)
     assert [*graph.students[0].evaluations] == ["raw", "small"]
     assert "raw" in graph.students[0].export.command
 
@@ -338,7 +366,10 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("students", 0, 3), r"students\[0\]: is 3, not keys with values"),
         ({**DEMO, "dataset": "OUT"}, "give either dataset, a folder of shards, or source"),
         (changed("together", 0), "together is 0; it must lie in"),
-        (changed("evaluate", "weights", ["best"]), r"weights is \['best'\]; it must be a list, ..... each one of ema"),
+        (
+            changed("evaluate", "weights", ["best"]),
+            r"weights is \['best'\]; it must be a list, .....,? each one of ema",
+        ),
         (changed("students", "test_vit"), r"study.yaml: students is 'test_vit'; it must be a list, \[...\]$"),
         (changed("teacher", "checkpoint", "x.pth"), "teacher: checkpoint and train are both given"),
         (changed("recipe", "overrides", "run.out", "x"), "recipe.overrides: the study decides run.out. Leave it out$"),
@@ -346,8 +377,15 @@ _BOTH_VIT = "students: two are called 'ViT'. Give one of them a title of its own
         (changed("evaluate", "suites", "small", {"data.image_size": -3}), "suites.small: data.image_size is -3"),
         (changed("evaluate", "suites", "small", {"data.real_labels": "no.json"}), "no.json: not found"),
         (changed("evaluate", "suites", "small", {"run.json": "x"}), "suites.small: the study decides run.json. Leave"),
-        (changed("evaluate", "suites", "raw", {}), "evaluate: suites.raw: is the name of a kind of weights. Give the"),
-        (changed("evaluate", "suites", "ema", {}), "evaluate: suites.ema: is the name of a kind of weights. Give the"),
+        (changed("evaluate", "suites", "raw", {}), "evaluate: suites.raw: a suite is called by letters"),
+        (changed("evaluate", "suites", "ema", {}), "evaluate: suites.ema: a suite is called by letters"),
+        (changed("evaluate", "suites", "a b", {}), "evaluate: suites.a b: a suite is called by letters"),
+        (changed("evaluate", "suites", "small", {"run.device": "cpu"}), "suites.small: the study decides run.device"),
+        (changed("recipe", "overrides", "config", "x.yaml"), "recipe.overrides: 'config' is no setting. Give SECTION"),
+        (
+            changed("students", 0, {"name": "test_vit", "overrides": {"ema.decay": 0}}),
+            r"students\[0\]: ema.decay is 0: ",
+        ),
         (changed("speed", "backends", ["eagr"]), "speed: backends: 'eagr' is no backend. Name some of openvino, "),
         (
             changed("recipe", "overrides", "schedule.epoch", 3),

@@ -30,6 +30,14 @@ def test_weights_that_the_user_names_in_the_studys_own_folder_count_by_their_con
     assert first.folder != second.folder
 
 
+def test_a_file_that_is_not_there_is_not_taken_for_no_file(tmp_path):
+    begun = [DEMO, *(changed("recipe", "overrides", "student.checkpoint", f"/nowhere/{name}.pth") for name in "ab")]
+    assert len({graph_of(tmp_path, each).students[0].train.folder for each in begun}) == 3
+    files = [{}, {"checkpoint": "/nowhere/a.pth"}, {"checkpoint": "/nowhere/b.pth"}]
+    taught = [changed("teacher", {"name": "test_resnet", **file}) for file in files]
+    assert len({graph_of(tmp_path, each).common["store"].folder for each in taught}) == 3
+
+
 def test_weights_of_the_teacher_that_the_study_trains_count_where_a_student_begins_with_them(tmp_path):
     graph = graph_of(tmp_path)
     best = checkpoints_folder(graph.common["teacher"].product) / BEST

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conftest import REPOSITORY
 from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
-from tools.lib.study.running import Process, jobs_of, run
+from tools.lib.study.running import Process, jobs_of, locked_logs, run
 from tools.lib.study.screen import Screen, shortened
 from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
 from trainer.config.sections import Config, parse, to_yaml
@@ -77,6 +78,11 @@ def training(name: str, folder: Path, seed: int = 0) -> Stage:
     return Stage(folder, "train", name, name, {"student.name": name, "run.seed": seed}, (), "run", config)
 
 
+def started_job(job: list[Stage]) -> Process:
+    with locked_logs(job, Screen(job)) as logs:
+        return Process(job, logs)
+
+
 def wait_for_end(process: Process) -> None:
     while not process.note_end():
         time.sleep(0.02)
@@ -126,7 +132,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is_and_its_
     study = Study(tmp_path)
     study.script.write_text("print('step 5 of 9', flush=True)\n" + SCRIPT)
     stage = study.stages["a"]
-    process = Process([stage])
+    process = started_job([stage])
     wait_for(stage.folder / "starts")
     time.sleep(0.3)
     screen = Screen([stage])
@@ -164,7 +170,7 @@ def test_a_changed_input_does_again_what_depends_on_it_and_the_earlier_results_s
 def test_a_training_that_ends_early_is_a_failure_though_its_process_ends_well(tmp_path):
     study, stage = Study(tmp_path), training("one", tmp_path)
     stage.product_name = "product"
-    wait_for_end(Process([stage.by(study.script, stage.folder, study.how("one"))]))
+    wait_for_end(started_job([stage.by(study.script, stage.folder, study.how("one"))]))
     assert stage.product.exists() and stage.failure == "exit code 0: it has printed nothing"
 
 
@@ -210,14 +216,42 @@ def test_a_killed_study_resumes_inside_the_stage_that_was_running(started):
     assert study.stages["c"].product.read_text() == "at once"
 
 
+def test_what_two_studies_want_at_once_is_done_once(started, capfd):
+    study, first = started("a")
+    _, second = started("a")
+    while "a: waiting until the process of an earlier study" not in capfd.readouterr().out:
+        time.sleep(0.02)
+    study.how("a").unlink()
+    assert first.wait(timeout=120) == second.wait(timeout=120) == 0
+    assert study.done() == "abcd" and study.starts() == dict.fromkeys("abcd", 1)
+
+
+def test_studies_that_want_the_same_group_in_another_order_do_not_wait_for_each_other(tmp_path):
+    stages = [training(name, tmp_path) for name in ("one", "two")]
+
+    def lock_often(job: list[Stage]) -> None:
+        for _ in range(200):
+            with locked_logs(job, Screen(job)):
+                time.sleep(0)
+
+    threads = [threading.Thread(target=lock_often, args=(job,), daemon=True) for job in (stages, stages[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+
+
 def test_a_study_that_is_started_while_a_command_of_a_killed_one_still_saves_waits_for_it(tmp_path, capsys):
     study = Study(tmp_path)
     slow = SCRIPT.replace('(folder.joinpath("saved")', '(time.sleep(1), folder.joinpath("saved")')
     study.script.write_text(slow)
     study.how("a").write_text("wait")
-    first = Process([study.stages["a"]])
+    first = started_job([study.stages["a"]])
     wait_for(study.stages["a"].folder / "starts")
     first.stop()
+    for lock in first._locks:  # As the system does it when a study is killed.
+        os.close(lock)
     study.run()
     said = capsys.readouterr().out
     assert said.count("a: waiting until the process of an earlier study has saved and ended") == 1
@@ -237,6 +271,7 @@ def test_two_stages_at_once_get_a_part_of_the_cores_or_a_gpu_each(tmp_path, monk
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(running, "num_cores", lambda: 8)
+    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 0)
     study = Study(tmp_path)
     study.run(slots=2)
     assert (study.stages["d"].folder / "starts").read_text().split()[0] == "4"
@@ -305,7 +340,7 @@ def test_warnings_of_students_that_were_trained_together_and_moved_are_their_own
     one, two = job = trained_together(tmp_path, monkeypatch, TOGETHER)
     two.folder.mkdir(parents=True)
     (two.folder / LOG).write_text("warning: when it was trained alone\n")
-    wait_for_end(Process(job))
+    wait_for_end(started_job(job))
     (tmp_path / "moved").mkdir()
     (tmp_path / "train").rename(tmp_path / "moved" / "train")
     one, two = (dataclasses.replace(stage, out=tmp_path / "moved") for stage in job)
@@ -316,7 +351,7 @@ def test_warnings_of_students_that_were_trained_together_and_moved_are_their_own
 def test_a_process_that_fails_before_its_students_train_is_the_reason_for_each_of_them(tmp_path, monkeypatch):
     one, two = job = trained_together(tmp_path, monkeypatch, "")
     (tmp_path / "together.py").write_text(f"import sys\nsys.exit('error: {two.product}: another run works in it')")
-    wait_for_end(Process(job))
+    wait_for_end(started_job(job))
     expected = f"exit code 1: error: {two.product}: another run works in it"
     assert one.failure == two.failure == expected
 
@@ -325,7 +360,7 @@ def test_the_line_with_which_a_command_fails_is_noted_completely_and_shown_short
     one, two = job = trained_together(tmp_path, monkeypatch, "")
     line = f"error: {'the logits are not finite, ' * 20}lower optim.lr"
     (tmp_path / "together.py").write_text(f"import sys\nsys.exit({line!r})")
-    wait_for_end(Process(job))
+    wait_for_end(started_job(job))
     assert one.failure == two.failure == f"exit code 1: {line}"
     assert len(shortened(one.failure)) <= 300 and shortened(one.failure).endswith("not finite, lower optim.lr")
 
@@ -334,7 +369,7 @@ def test_a_study_survives_that_the_folder_of_a_running_stage_is_deleted(tmp_path
     monkeypatch.setattr(running, "_NOTE_EVERY_S", 0.0)
     one, two = trained_together(tmp_path, monkeypatch, "import sys; sys.exit('gone')")
     for job in ([one], [one, two]):
-        process = Process(job)
+        process = started_job(job)
         process._process.wait()
         shutil.rmtree(one.folder)
         screen = Screen(job)
@@ -386,5 +421,5 @@ def test_settings_are_there_before_the_command_starts(tmp_path):
     script = tmp_path / "copy.py"
     script.write_text("import shutil, sys\nshutil.copy(*sys.argv[1:])")
     stage.by(script, stage.folder / "settings.yaml", stage.product)
-    wait_for_end(Process([stage]))
+    wait_for_end(started_job([stage]))
     assert stage.is_done and stage.product.read_text() == to_yaml(Config())

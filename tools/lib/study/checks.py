@@ -20,7 +20,7 @@ from trainer.models.factory import starting_weights
 from trainer.models.teacher import build_teachers
 from trainer.targets.codec import open_codec
 
-_BYTES_A_PARAMETER = 4 * (2 * 4 + 2)  # Two checkpoints with weights, EMA and two moments; best.pt; the exported model.
+_BYTES_OF_A_CHECKPOINT = 4 * 4  # A parameter: its weight, its EMA, and two moments of the optimizer.
 
 
 def check_study(graph: Graph) -> None:
@@ -31,16 +31,20 @@ def check_study(graph: Graph) -> None:
     with torch.random.fork_rng(devices=[]):
         if teacher is not None and store is not None and store.config is not None and not store.is_done:
             with naming(graph.file, "teacher"):
-                row_bytes = open_codec(teacher.codec, num_classes or 1).row_bytes
+                codec = open_codec(teacher.codec, num_classes or 1000)
+                temperatures = {each.config.distill.temperature for each in graph.students if store in each.train.needs}
+                if temperatures != {1} and not codec.any_temperature:
+                    raise UserError(f"codec {codec.name} serves distill.temperature 1 alone. Use int8, or that")
                 if teacher.train is None:
                     check_teacher(store.config, num_classes, dataset)
-            num_bytes = len(dataset.train) * store.epochs * row_bytes if dataset else 0
+            num_bytes = len(dataset.train) * store.epochs * codec.row_bytes if dataset else 0
             needed += max(0, num_bytes - num_bytes_in(store.folder))
         for where, trainings in to_be_trained(graph).items():
             assert (config := trainings[0].config) is not None
             with naming(graph.file, where):
                 run = build_for_check(config, None if dataset else num_classes or 1000)
-            num_bytes = sum(each.numel() for each in run.state.student.parameters()) * _BYTES_A_PARAMETER
+            of_parameter = config.run.keep_checkpoints * _BYTES_OF_A_CHECKPOINT + 2 * 4  # With best.pt and the export.
+            num_bytes = sum(each.numel() for each in run.state.student.parameters()) * of_parameter
             needed += sum(max(0, num_bytes - num_bytes_in(training.folder)) for training in trainings)
     free = shutil.disk_usage(check_can_be_made(graph.out, "Change --out")).free
     if needed > free:

@@ -67,7 +67,7 @@ def submit(graph: Graph, parameters: Mapping[str, Any], screen: Screen) -> None:
 
 def _common_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of all jobs: those that the user gives, and in the same lists and mappings what each job needs."""
-    if decided := {"name", "slurm_dependency"} & {*given}:
+    if decided := {"name", "slurm_dependency", "tasks_per_node", "nodes"} & {*given}:
         raise UserError(f"--slurm: the study decides {min(decided)}. Leave it out")
     setup, additional = given.get("slurm_setup") or [], given.get("slurm_additional_parameters") or {}
     if not isinstance(additional, dict):

@@ -85,10 +85,10 @@ class Graph:
         if self.study.speed is None or not exports:
             return self
         models = tuple(reversed(exports.values()))
-        inputs, device = dataclasses.asdict(self.study.speed), self.students[0].config.run.device
+        device = self.students[0].config.run.device
+        inputs = dataclasses.asdict(self.study.speed) | {"device": None if device == "auto" else device}
         stage = Stage(self.out, "speed", "", "comparison", inputs, models, "comparison.json")
-        options = {"out": stage.folder, **inputs, "device": None if device == "auto" else device}
-        stage.by("tools/compare.py", *(each.product for each in models), *as_options(options))
+        stage.by("tools/compare.py", *(each.product for each in models), *as_options({"out": stage.folder, **inputs}))
         return dataclasses.replace(self, common={**self.common, "speed": stage})
 
 
@@ -119,23 +119,23 @@ def read_graph(file: Path, out: Path) -> Graph:
         if teacher.epochs:  # Students repeat what is recorded; a teacher that is trained sees others in each epoch.
             recipe = recipe.having({"augment.cycle_epochs": teacher.epochs})
 
-    plan, readers = plan_settings(recipe.load()), {}
+    recorded, readers = _recorded_settings(recipe.load()), {}
     for number, student in enumerate(study.students):
         with naming(file, f"students[{number}]"):
             config = recipe.having(student.overrides).load()
-        if plan_settings(config) == plan:
+        if _recorded_settings(config) == recorded:
             readers[number] = config
-    recorded, before = live, common[-1:]
+    replayed, before = live, common[-1:]
     if teacher is not None and readers:
         with naming(file, "teacher"):
             store = _store(recipe.having(live), teacher, [*readers.values()], common)
         common = [*common, store]
-        recorded = {"teacher.store": store.product, "teacher.classes": None}  # The store is in the dataset's order.
+        replayed = {"teacher.store": store.product, "teacher.classes": None}  # The store is in the dataset's order.
 
     students = []
     for number, student in enumerate(study.students):
-        # No recording fits a student that sees other images, so it learns from the teacher itself.
-        source, needs = (recorded, common[-1:]) if number in readers else (live, before)
+        # No recording fits a student that sees other images, or that another view of the teacher is given.
+        source, needs = (replayed, common[-1:]) if number in readers else (live, before)
         with naming(file, f"students[{number}]"):
             learning = recipe.having({**source, **student.overrides})
             students += [_student(learning, study.evaluate, student, seed, needs) for seed in student.seeds]
@@ -183,7 +183,7 @@ def _shards(out: Path, source: str) -> Stage:
 def _teacher(recipe: Recipe, teacher: TeacherSection, needs: list[Stage]) -> Stage:
     """The training of the teacher on labels alone."""
     model = {"student.name": teacher.name, "student.kwargs": teacher.kwargs}
-    alone = {"teacher.name": None, "teacher.image_size": 0, "teacher.classes": None}
+    alone = {key: value for key, value in flat(Config()).items() if key.startswith("teacher.")} | {"teacher.name": None}
     recipe = recipe.having({**(teacher.train or {}), **model, **alone})
     return recipe.training("teacher", "", teacher.name, needs, ("run.eval_every",))  # It chooses best.pt.
 
@@ -196,11 +196,16 @@ def _live(teacher: TeacherSection, stages: list[Stage]) -> Settings:
     return {key: value for key, value in live.items() if value is not None}
 
 
+def _recorded_settings(config: Config) -> Settings:
+    """The settings that decide what a recording of the teacher holds: what it sees, and its own."""
+    return {key: value for key, value in flat(config).items() if key.startswith("teacher.")} | plan_settings(config)
+
+
 def _store(recipe: Recipe, teacher: TeacherSection, readers: list[Config], needs: list[Stage]) -> Stage:
     """The recording of the teacher, of as many epochs as the longest training of its readers needs."""
     config, longest = recipe.load(), max(reader.schedule.total_epochs for reader in readers)
     epochs = min(longest, teacher.epochs or longest)
-    seen = {key for key in flat(config) if key.startswith("teacher.")} | {*plan_settings(config), *_PIXELS}
+    seen = {*_recorded_settings(config), *_PIXELS}
     seen.remove("augment.cycle_epochs")  # The epochs that are recorded are the same whatever repeats them.
     inputs = {key: value for key, value in inputs_of(config, needs).items() if key.partition(" ")[0] in seen}
     inputs["codec"] = teacher.codec
@@ -217,7 +222,9 @@ def _student(
     model = {"student.name": student.name, "student.kwargs": student.kwargs, "student.seed": seed}
     train = recipe.having(model).training("train", subject, prefix, needs)
     assert (config := train.config) is not None
-    kinds = [kind for kind in evaluate.weights if config.ema.decay or kind == "raw"] or ["raw"]
+    kinds = evaluate.weights
+    if "ema" in kinds and config.ema.decay == 0:
+        raise UserError("ema.decay is 0: there are no EMA weights. Give evaluate.weights: [raw]")
     evaluated = {kind: {"student.weights": kind} for kind in kinds}
     evaluated |= {name: {"student.weights": kinds[0], **suite} for name, suite in evaluate.expanded_suites.items()}
     evaluations = {}

@@ -13,7 +13,8 @@ from trainer.config.sections import Config
 from trainer.models.files.model_folders import model_contents, source_name
 from trainer.state.checkpoint import BEST, checkpoints_folder
 
-_OF_TEACHING = {"distill.weight", "distill.temperature"}  # Labels alone are learned without them.
+# Settings that name files. Of one that is not there the path counts, so that its result is no other file's.
+_FILES = {"data.root", *(f"{of}.{name}" for of in ("student", "teacher") for name in ("checkpoint", "classes"))}
 
 
 def inputs_of(config: Config, needs: Iterable[Stage], also: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -27,13 +28,14 @@ def inputs_of(config: Config, needs: Iterable[Stage], also: tuple[str, ...] = ()
     made = {*_made_by(needs)}
     for key, value in flat(config).items():
         nature = natures[key]
-        if nature.per_machine:
-            is_made = str(value) in made and not key.startswith("student.")
-            if not is_made and (content := content_of(value)) != value:
-                found[key] = content
-        elif value != defaults[key] and (nature.recipe or nature.on_resume != "ignored" or key in also):
+        changes_results = nature.recipe or nature.on_resume != "ignored" or key in also
+        if key in _FILES:
+            if value is not None and (str(value) not in made or key.startswith("student.")):
+                found[key] = content_of(value)
+        elif value != defaults[key] and not nature.per_machine and changes_results:
             found[key] = value
-    unused = set() if config.teacher.members else _OF_TEACHING
+    unused = set() if config.teacher.members else {"distill.weight", "distill.temperature"}
+    unused |= {"data.window_shards"} if config.data.shuffle == "global" else set()
     return {key: value for key, value in found.items() if key not in unused} | _contents_of_folders(config)
 
 

@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import hashlib
 import os
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -24,7 +26,6 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import alone
 from trainer.sharing import grouping_key
 
-TOGETHER_LOG = "together.txt"  # What students that are trained together have printed, in the first one's folder.
 _POLL_S, _NOTE_EVERY_S = 0.1, 60.0
 _LONGEST_LINE = 10_000  # Characters that are noted of the line with which a command has failed.
 _libc = ctypes.CDLL(None)
@@ -55,14 +56,18 @@ def command_of_job(job: Job) -> list[str]:
     return job[0].command if len(job) == 1 else command_of("trainer/together.py", *(s.folder / SETTINGS for s in job))
 
 
+def log_of_job(job: Job) -> Path:
+    """The file that gets what a job prints; a group of students has one of its own, in the first one's folder."""
+    group = hashlib.sha256("".join(stage.fingerprint for stage in job).encode()).hexdigest()
+    return job[0].folder / (LOG if len(job) == 1 else f"together-{group[:8]}.txt")
+
+
 def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Screen) -> int:
     """Carry out all stages that are not done and can be, `slots` jobs at once.
 
     Returns:
       the number of the signal that has stopped it; 0 for none.
     """
-    for stage in (stage for stage in stages if stage.folder.exists()):
-        locked_log(stage, screen).close()
     waiting, stopped_by, preemption = jobs_of(stages, together), 0, Preemption(alone("cpu"))
     running: dict[int, Process] = {}  # By their slots.
     with preemption.catching_signals():
@@ -71,10 +76,12 @@ def run(stages: list[Stage], *, slots: int = 1, together: int = 1, screen: Scree
             ready = [job for job in waiting if ahead.isdisjoint(need for stage in job for need in stage.needs)]
             if ready and len(running) < slots and not stopped_by:
                 waiting.remove(ready[0])
-                screen.begin(ready[0])
-                if job := [stage for stage in ready[0] if not stage.missing]:
-                    slot = min({*range(slots)} - {*running})
-                    running[slot] = Process(job, slot, slots)
+                screen.leave_out([stage for stage in ready[0] if stage.missing])
+                with locked_logs([stage for stage in ready[0] if not stage.missing], screen) as logs:
+                    if job := [stage for stage in ready[0] if stage in logs and not stage.is_done]:
+                        screen.begin(job)
+                        slot = min({*range(slots)} - {*running})
+                        running[slot] = Process(job, logs, slot, slots)
                 continue
             if not stopped_by and (stopped_by := preemption.agree(False).signal):
                 for process in running.values():
@@ -105,24 +112,24 @@ def finish(graph: Graph, screen: Screen) -> int:
 class Process:
     """The process of a job, in one of several slots.
 
-    It gets SIGTERM when this process ends, however that ends, and until its own end it holds a lock on the log of each
-    stage. So a study that is started again waits until the processes of a killed one have saved.
+    It gets SIGTERM when this process ends, however that ends. It holds the lock on the log of each stage until its own
+    end, and this process does until that is noted. So a study that is started again waits until the processes of a
+    killed one have saved, and one that runs at the same time repeats nothing.
     """
 
-    def __init__(self, job: Job, slot: int = 0, slots: int = 1):
+    def __init__(self, job: Job, logs: Mapping[Stage, TextIO], slot: int = 0, slots: int = 1):
         self.job, command = job, command_of_job(job)
         self._noted_s, self._text = time.monotonic(), ""
+        self._locks = [os.dup(logs[stage].fileno()) for stage in job]
         environment, cores = resources(slot, slots)
-        output = job[0].folder / (LOG if len(job) == 1 else TOGETHER_LOG)
-        with contextlib.ExitStack() as closing:
-            logs = [closing.enter_context(locked_log(stage)) for stage in job]
-            for stage, log in zip(job, logs, strict=True):
-                print(f"$ {shlex.join(command)}", file=log, flush=True)
-                stage.note(command=command, log=str(output.relative_to(stage.out)), done=False, failure="")
-            written = closing.enter_context(open(output, "a"))
-            # It stays readable if somebody deletes the folder.
-            self._output = open(output, errors="replace")  # noqa: SIM115  (`note_end` closes it.)
-            self._output.seek(0, os.SEEK_END)
+        output = log_of_job(job)
+        for stage in job:
+            print(f"$ {shlex.join(command)}", file=logs[stage], flush=True)
+            stage.write_settings()
+            stage.note(command=command, log=str(output.relative_to(stage.out)), done=False, failure="")
+        # It stays readable if somebody deletes the folder.
+        self._output = open(output, "a+", errors="replace")  # noqa: SIM115  (`note_end` closes it.)
+        with open(output, "a") as written:
             self._process = subprocess.Popen(
                 command,
                 env={**os.environ, **environment},
@@ -130,7 +137,7 @@ class Process:
                 stdout=written,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on.
-                pass_fds=[log.fileno() for log in logs],
+                pass_fds=self._locks,
                 # Students wait for the stages before theirs, which therefore keep all cores.
                 preexec_fn=functools.partial(_before_command, os.getpid(), cores if job[0].subject else None),
             )
@@ -159,6 +166,8 @@ class Process:
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self._note(is_done=code == 0, ending="" if is_stopped else ending)
         self._output.close()
+        for lock in self._locks:
+            os.close(lock)
         return True
 
     def _note(self, *, is_done: bool = False, ending: str = "") -> None:
@@ -171,17 +180,23 @@ class Process:
                 stage.note(failure=f"{ending}: {clipped((own or self.lines)[-1], _LONGEST_LINE)}")
 
 
-def locked_log(stage: Stage, screen: Screen | None = None) -> TextIO:
-    """The log of a stage, on which the processes of its command hold a lock until they end. It is waited for."""
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    log = open(stage.folder / LOG, "a")  # noqa: SIM115
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if screen is not None:
-            screen.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
-        fcntl.flock(log, fcntl.LOCK_EX)
-    return log
+@contextlib.contextmanager
+def locked_logs(job: Job, screen: Screen) -> Iterator[dict[Stage, TextIO]]:
+    """Open the log of each stage with a lock on it, which is waited for.
+
+    Whoever takes several takes them in the same order, so that no two wait for each other.
+    """
+    with contextlib.ExitStack() as closing:
+        logs = {}
+        for stage in sorted(job, key=lambda stage: stage.folder):
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            logs[stage] = closing.enter_context(open(stage.folder / LOG, "a"))
+            try:
+                fcntl.flock(logs[stage], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                screen.say(f"{stage.name}: waiting until the process of an earlier study has saved and ended")
+                fcntl.flock(logs[stage], fcntl.LOCK_EX)
+        yield logs
 
 
 def _before_command(parent: int, cores: set[int] | None) -> None:

@@ -31,16 +31,18 @@ class Screen:
         """Print a line, above the table where there is one."""
         self._console.print(Text(text), soft_wrap=True)
 
+    def leave_out(self, stages: list[Stage]) -> None:
+        """These stages miss what they need."""
+        self._left_out.update(stages)
+        for stage in stages:
+            self.say(f"{stage.name}: left out, because there is no result of {stage.missing}")
+
     def begin(self, job: list[Stage]) -> None:
-        """The stages of a job begin, but for those that miss what they need."""
+        """The stages of a job begin."""
         for stage in job:
-            if stage.missing:
-                self._left_out.add(stage)
-                self.say(f"{stage.name}: left out, because there is no result of {stage.missing}")
-            else:
-                self._began_s[stage] = time.monotonic()
-                resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
-                self.say(f"{stage.name}: running in {stage.folder}{resumes}")
+            self._began_s[stage] = time.monotonic()
+            resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
+            self.say(f"{stage.name}: running in {stage.folder}{resumes}")
 
     def show_progress(self, job: list[Stage], line: str) -> None:
         """Print what a job has printed last, where there is no table."""

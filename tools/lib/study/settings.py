@@ -1,6 +1,7 @@
 """The file of a study: which students are compared, how all of them are trained, and what is measured."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ _DECIDED = {
 }
 # It has no place for these, so that the recipe's own file must not set them either; others it sets itself.
 _OF_NO_RECIPE = {f"teacher.{name}" for name in ("kwargs", "checkpoint", "store", "others")}
-_DECIDED_OF_SUITES = {"student.name", "student.checkpoint", "student.weights", "run.json", "run.predictions"}
+_DECIDED_OF_SUITES = {f"student.{name}" for name in ("name", "checkpoint", "weights")}
+_DECIDED_OF_SUITES |= {f"run.{name}" for name in ("device", "json", "predictions")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +99,8 @@ class EvaluateSection(Section):
         super().__post_init__()
         for name, suite in self.suites.items():
             with naming(f"suites.{name}"):
-                if name in ("raw", "ema"):
-                    raise UserError("is the name of a kind of weights. Give the suite another one")
+                if name in ("raw", "ema") or not re.fullmatch(r"[\w.-]+", name):
+                    raise UserError("a suite is called by letters and digits, and not raw or ema. Give it another name")
                 _check_decided(suite, _DECIDED_OF_SUITES)
                 words = [str(word) for word in as_options(suite)]
                 labels = parse_settings(EvalConfig, words, prog=None, description="").data.real_labels
@@ -165,6 +167,8 @@ def check_recipe(config: Config) -> None:
 
 
 def _check_decided(overrides: Overrides, decided: set[str]) -> None:
+    if wrong := [key for key in overrides if "." not in key]:
+        raise UserError(f"'{wrong[0]}' is no setting. Give SECTION.NAME, such as schedule.epochs")
     if found := decided & {*overrides}:
         raise UserError(f"the study decides {min(found)}. Leave it out")
 

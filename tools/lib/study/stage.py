@@ -139,12 +139,17 @@ class Stage:
     def warnings(self) -> list[str]:
         """The warnings in its logs, from lines with `warning:`, each once, without those of other students."""
         found = []
-        for log in (log for log in {self.folder / LOG: 0, self.log: 0} if log.exists()):
-            for line in log.read_text(errors="replace").splitlines():
+        for log in dict.fromkeys([self.folder / LOG, self.log]):
+            for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
                 student, warning = _OF_A_STUDENT.search(line), line.partition("warning: ")[2]
                 if warning and (student is None or student[1] == self.folder.name):
                     found.append(warning)
         return [*dict.fromkeys(found)]
+
+    def write_settings(self) -> None:
+        """Write the settings that its command reads, if it reads any."""
+        if self.config is not None:
+            write_synced(self.folder / SETTINGS, to_yaml(self.config).encode())
 
     def note(self, **changed: object) -> None:
         """Write down how far it is, where it has changed since the last note.
@@ -155,8 +160,6 @@ class Stage:
         """
         same = {"name": self.name, "fingerprint": self.fingerprint, "epochs": self.epochs, "inputs": self.inputs}
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.config is not None:
-            write_synced(self.folder / SETTINGS, to_yaml(self.config).encode())
         write_synced(self.folder / STATE, (json.dumps({**self.noted, **same, **changed}, indent=1) + "\n").encode())
 
 
