@@ -119,6 +119,7 @@ def write(out: Path, rows: list[Row], failed: list[FailedRow], remarks: list[str
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "device": plan.device,
+        "measured_on": on,
         "rounds": plan.repeats,
         "threads": plan.threads,
         "machine": facts,

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from typing import cast
 
+from pipelines import resolve_pipeline
 from pipelines.common.files import locked, naming_file, write_synced
 from trainer import __version__
 from trainer.builder import Run
@@ -38,7 +39,12 @@ def make_monitor(run: Run) -> Monitor:
         total_steps=run.total_steps,
         steps_per_epoch=run.plan.steps_per_epoch,
         sinks=run.sinks,
-        validation=run.validation,
+        facts={
+            "precision": str(run.precision).removeprefix("torch."),
+            "pipeline": resolve_pipeline(run.config.data.pipeline, run.world.device),
+            "together": bool(run.title),
+            "validation": run.validation,
+        },
         title=run.title,
     )
     has_teacher = run.teachers is not None

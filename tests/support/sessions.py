@@ -14,7 +14,8 @@ EVAL = {"raw": {"top1": 50.0, "top5": 90.0, "loss": 1.5, "images": 96}}
 
 def session(folder: Path, start: int, stop: int, *, world: World = ONE, sinks=()) -> None:
     """A session with a train line after each step and an evaluation after every second one."""
-    telemetry = Telemetry(folder, world, step=start, total_steps=10, steps_per_epoch=2, sinks=sinks)
+    facts = {"validation": ""}
+    telemetry = Telemetry(folder, world, step=start, total_steps=10, steps_per_epoch=2, sinks=sinks, facts=facts)
     with telemetry.live():
         steps(telemetry, start, stop)
 

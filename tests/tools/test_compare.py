@@ -324,6 +324,7 @@ def test_a_trained_model_is_measured_on_each_backend_and_one_that_fails_is_a_row
     assert rows["openvino", str(weights)]["precision"] in ("f16", "bf16", "f32")
     assert [rows[b, str(weights)]["batch"] for b in ("openvino", "onnxruntime", "eager")] == [1, 2, 2]
     assert {"cpu", "cores", "torch", "onnxruntime", "openvino"} <= set(found["machine"])
+    assert found["measured_on"] == f"{found['machine']['cpu']}, {found['threads']} cores"
 
 
 def test_the_table_as_csv_has_the_rows_without_their_timed_runs(compared):

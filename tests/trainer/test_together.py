@@ -210,6 +210,9 @@ def test_students_that_were_stopped_go_on_together_and_alone(digits, tiny_teache
     made.clear()
     students = train_together(configs, ONE)
     assert made == list(range(11, 20)) and students[1].summary["finished"]
+    sessions = [line for line in read_json_lines(tmp_path / "a" / "metrics.jsonl") if line["kind"] == "session"]
+    assert [session["together"] for session in sessions] == [True, False, True, True]
+    assert {(session["precision"], session["pipeline"]) for session in sessions} == {("float32", "torchvision")}
     assert_same(tmp_path, alone)
 
 

@@ -1,6 +1,8 @@
 """The files in a run's folder: what they hold, and what of them can be used after they were cut off or edited.
 
 metrics.jsonl has a line for each interval of training ("train"), evaluation ("eval"), session and rollback;
+the line of a session has its device, the precision and the pipeline that it resolved, and whether other runs trained
+in the same process ("together");
 summary.json says how the latest session ended. The functions here return only lines and values of the expected types.
 """
 

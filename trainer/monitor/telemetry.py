@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -57,7 +58,7 @@ class Telemetry:
         again.
       total_steps, steps_per_epoch: of the whole run.
       sinks: each gets every record that metrics.jsonl gets.
-      validation: digest of the validation images, "" without any.
+      facts: what the line of the session holds besides.
       title: begins every line on the screen, where runs share it; there is no progress line then.
     """
 
@@ -70,7 +71,7 @@ class Telemetry:
         total_steps: int,
         steps_per_epoch: int,
         sinks: Sequence[Sink] = (),
-        validation: str = "",
+        facts: Mapping[str, object] = MappingProxyType({}),
         title: str = "",
     ):
         self._path = folder / METRICS
@@ -79,7 +80,7 @@ class Telemetry:
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._sinks = list(sinks)
-        self._validation = validation
+        self._facts = facts
         self._file: TextIO | None = None  # It is open in a session, on rank 0.
         self._latest = ""  # The latest numbers, for the progress line.
         screen = cast(TextIO, Screen(sys.stdout))  # It has the methods of a stream that rich calls.
@@ -115,7 +116,7 @@ class Telemetry:
                 "ranks": self._world.size,
                 "host": socket.gethostname(),
                 "device": self._world.device_name,
-                "validation": self._validation,
+                **self._facts,
             }
         )
         if self._console.is_terminal:

@@ -44,7 +44,9 @@ def trained(folder: Path, name: str, seed: int, *arguments: str, steps: int = 20
     config = parse([*settings, "--run.out", str(folder), *arguments])
     (folder / "config.yaml").write_text(to_yaml(config))
     for start, end in ((0, stop), (stop, steps)) if stop else ((0, steps),):
-        telemetry = Telemetry(folder, ONE, step=start, total_steps=steps, steps_per_epoch=5, validation="v" * 64)
+        telemetry = Telemetry(
+            folder, ONE, step=start, total_steps=steps, steps_per_epoch=5, facts={"validation": "v" * 64}
+        )
         with telemetry.live():
             for step in range(start + 1, end + 1):
                 telemetry.advance(step)
