@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import html
+import itertools
 import json
 import re
 import shlex
@@ -18,7 +19,6 @@ from support.sessions import ONE
 from tools.lib.common import front
 from tools.lib.study.graph import Graph, StudentStages, read_graph
 from tools.lib.study.report import write_report
-from tools.lib.study.running import command_of_job
 from tools.lib.study.stage import LOG
 from trainer.config.paper import paper_models
 from trainer.config.recipe import audit
@@ -37,16 +37,22 @@ def without_drawings(monkeypatch):
     monkeypatch.setattr(front, "picture", lambda panels, title, legend: repr(panels).encode())
 
 
-def trained(folder: Path, name: str, seed: int, *arguments: str, steps: int = 20, stop: int = 0, **summary) -> Path:
-    """The folder of a run as the trainer's writers leave it; it was restarted after `stop` steps."""
+def trained(
+    folder: Path, name: str, seed: int, *arguments: str, steps: int = 20, stop: int = 0, sessions=(), **summary
+) -> Path:
+    """The folder of a run as the trainer's writers leave it; it was restarted after `stop` steps.
+
+    Args:
+      sessions: what the line of each session holds besides the usual.
+    """
     folder.mkdir(parents=True)
     settings = [*TINY, "--student.name", name, "--student.seed", str(seed), "--augment.fill", "[1, 2, 3]"]
     config = parse([*settings, "--run.out", str(folder), *arguments])
     (folder / "config.yaml").write_text(to_yaml(config))
-    for start, end in ((0, stop), (stop, steps)) if stop else ((0, steps),):
-        telemetry = Telemetry(
-            folder, ONE, step=start, total_steps=steps, steps_per_epoch=5, facts={"validation": "v" * 64}
-        )
+    spans = ((0, stop), (stop, steps)) if stop else ((0, steps),)
+    for (start, end), changes in itertools.zip_longest(spans, sessions, fillvalue={}):
+        facts = {"precision": "float32", "pipeline": "torchvision", "together": False, "validation": "v" * 64}
+        telemetry = Telemetry(folder, ONE, step=start, total_steps=steps, steps_per_epoch=5, facts={**facts, **changes})
         with telemetry.live():
             for step in range(start + 1, end + 1):
                 telemetry.advance(step)
@@ -71,6 +77,7 @@ def evaluated(path: Path, num_right: int, **changes) -> Path:
     transform = {"image_size": 32, "crop_pct": 0.95}
     report = {"top1": 100 * num_right / IMAGES, "parameters": 1_500_000, "digest": "e" * 64, "images": IMAGES}
     report |= {"precision": "float32", "pipeline": "torchvision", "software": {"torch": "2"}, "view": transform}
+    report["device"] = "cpu"
     path.write_text(json.dumps({**report, **changes}))
     label = np.zeros(IMAGES, np.int64)
     top = np.where(np.arange(IMAGES) < num_right, 0, 1)[:, None]
@@ -228,13 +235,13 @@ def with_speeds(graph: Graph, speeds: dict[str, tuple[int, float]]) -> dict[str,
     rows.append({"backend": "openvino", "model": rows[0]["model"], "failed": "no such operator"})
     stage = graph.common["speed"]
     stage.folder.mkdir(parents=True)
-    stage.product.write_text(json.dumps({"rows": rows}))
+    stage.product.write_text(json.dumps({"rows": rows, "measured_on": "a machine of 3 cores"}))
     return reported(graph)["measured"]["students"]
 
 
 def test_speed_and_accuracy_have_a_front_and_the_papers_accuracy_stands_beside_ours(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(front, "picture", lambda panels, title, legend: drawn.update(panels) or b"")
+    drawn, titles = {}, []
+    monkeypatch.setattr(front, "picture", lambda panels, title, _: drawn.update(panels) or titles.append(title) or b"")
     speeds = {"resnet50": (3, 10.0), "fast": (2, 20.0), "fastest": (1, 40.0), "no": (4, 5.0)}
     rights = zip(speeds, (390, 379, 200, 90), strict=True)
     graph = study(tmp_path, [student(name, 0, right) for name, right in rights], speed={}, paper="usi")
@@ -246,7 +253,9 @@ def test_speed_and_accuracy_have_a_front_and_the_papers_accuracy_stands_beside_o
     text = page_text(tmp_path)
     published = next(model.top1 for model in paper_models() if model.name == "resnet50")
     assert f" {published:.1f} " in text and "nothing of them was measured here" in text
-    assert "all timed runs (eager: fp32, batches of 4)" in text and " 18.0 to 24.0 " in text
+    assert "all timed runs on a machine of 3 cores (eager: fp32, batches of 4)" in text and " 18.0 to 24.0 " in text
+    assert "range of the timed runs on a machine of 3 cores." in text
+    assert titles == ["Accuracy and speed on a machine of 3 cores"]
     assert "student EMA weights group front images/s raw weights" in text
     assert "resnet50 97.50 a front 10.0 33.00 " in text  # A phone shows it as far as the speed without scrolling.
 
@@ -293,12 +302,11 @@ def test_a_training_that_failed_has_no_training_speed(tmp_path):
 
 
 def test_students_that_were_trained_together_have_no_training_speed_of_their_own(tmp_path):
-    graph = study(tmp_path, [student(name, 0, 300) for name in "abc"])
-    stages = [each.train for each in graph.students[1:]]
-    for stage in stages:
-        stage.note(command=command_of_job(stages), done=True)
-    found = reported(graph)["measured"]["students"]
-    assert [found[name]["train_images_per_s"] for name in "abc"] == [100.0, None, None]
+    together = {"together": True}
+    students = [student("a", 0, 300), student("b", 0, 300, sessions=[together])]
+    students.append(student("resumed", 0, 300, stop=7, sessions=[together, {}]))
+    found = reported(study(tmp_path, students))["measured"]["students"]
+    assert [each["train_images_per_s"] for each in found.values()] == [100.0, None, None]
 
 
 def test_the_sum_of_the_stages_is_named_as_one_and_not_as_the_time_of_the_study(tmp_path):
@@ -343,7 +351,7 @@ def test_another_augmentation_of_one_student_is_named_with_both_values(tmp_path)
     found = reported(study(tmp_path, students))["warnings"]
     assert found == ["runs differ in augment.mix_prob: 1.0 in a-s0, a-s1, b-s0; 0.5 in c-s0"]
     text = page_text(tmp_path)
-    assert found[0] in text and "augment.mix_prob 1.0 0.5 c-s0 " in text
+    assert f"Before you compare {found[0]}" in text and "augment.mix_prob 1.0 0.5 c-s0 " in text
 
 
 def test_settings_of_one_student_that_are_no_part_of_the_recipe_are_named(tmp_path):
@@ -356,6 +364,37 @@ def test_settings_of_one_student_that_are_no_part_of_the_recipe_are_named(tmp_pa
         "runs differ in run.seed: default in a-s0; 7 in b-s0",
         "runs differ in run.tf32: default in a-s0; false in b-s0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "warnings"),
+    [
+        (
+            [{"device": "NVIDIA H200", "precision": "bfloat16"}],
+            [
+                "runs differ in device of the training: cpu in a-s0; NVIDIA H200 in b-s0",
+                "runs differ in precision of the training: float32 in a-s0; bfloat16 in b-s0",
+            ],
+        ),
+        (
+            [{}, {"pipeline": "dali"}],
+            ["runs differ in pipeline of the training: torchvision in a-s0; dali and torchvi"],
+        ),
+    ],
+)
+def test_another_device_precision_or_pipeline_of_any_session_is_named(tmp_path, sessions, warnings):
+    students = [student("a", 0, 300), student("b", 0, 300, stop=7 * (len(sessions) - 1), sessions=sessions)]
+    found = reported(study(tmp_path, students))["warnings"]
+    assert len(found) == len(warnings) + 1  # Each student has one seed.
+    assert all(line.startswith(warning) for line, warning in zip(found, warnings, strict=False))
+
+
+def test_a_run_of_an_earlier_version_has_no_precision_to_differ_in(tmp_path):
+    graph = study(tmp_path, [student("a", 0, 300), student("a", 1, 300)])
+    path = graph.students[0].train.product / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"precision": "float32", "pipeline": "torchvision", ', ""))
+    found = reported(graph)
+    assert found["warnings"] == [] and found["conditions"]["precision of the training"] == {"float32": ["a-s1"]}
 
 
 def test_what_changes_no_result_is_no_warning(tmp_path):
@@ -445,18 +484,43 @@ def test_a_run_that_has_not_ended_is_not_compared_with_others_by_its_settings(tm
 
 
 def test_a_study_without_any_result_has_a_page_without_empty_tables_and_legends(tmp_path):
+    words = ["Students with a letter of", "front", "Curves", "Cost", "± standard"]
+    (tmp_path / "full").mkdir()
+    with_speeds(
+        study(tmp_path / "full", [student(name, 0, 300) for name in "ab"], speed={}), dict.fromkeys("ab", (1, 9))
+    )
+    full = page_text(tmp_path / "full")
+    assert [word for word in words if word in full] == words
     found = reported(study(tmp_path, [Made("a", 0, failure="killed")]))
     text = page_text(tmp_path)
     assert found["pairs"] == [] and "train a-s0: killed" in text
     assert "1 student, one recipe" in text and "No student has been trained yet." in text
-    assert not [word for word in ("letter in common", "front", "Curves", "Cost", "± standard") if word in text]
+    assert not [word for word in words if word in text]
 
 
 def test_students_that_were_evaluated_on_other_images_are_not_compared(tmp_path):
     students = [student("a", 0, 300), student("b", 0, 200), student("c", 0, 100, report={"digest": "0" * 64})]
     found = reported(study(tmp_path, students))
     assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [("a", "b")]
-    assert "letters" not in found["students"]["c"]
+    assert "letters" not in found["students"]["c"] and found["students"]["c"]["top1_ema"] == 25.0
+    assert found["warnings"][0] == "c-s0 is not compared: it was evaluated on other images than a-s0"
+
+
+def test_a_seed_that_was_evaluated_on_other_images_is_not_in_its_students_numbers(tmp_path):
+    students = [student("a", seed, right) for seed, right in enumerate((300, 320))]
+    students += [student("a", 2, 40, report={"digest": "0" * 64}), student("b", 0, 200)]
+    found = reported(study(tmp_path, students))
+    row = found["students"]["a"]
+    assert row["top1_ema"] == 77.5 and row["low"] < 77.5 < row["high"] and row["seeds"] == 3
+    assert found["warnings"][0] == "a-s2 is not compared: it was evaluated on other images than a-s0"
+
+
+def test_a_student_without_the_weights_that_are_compared_is_named(tmp_path):
+    students = [{"name": "a"}, {"name": "b", "overrides": {"ema.decay": 0.0}}]
+    made = [student("a", 0, 300), student("b", 0, 300, "--ema.decay", "0")]
+    found = reported(study(tmp_path, made, students=students))
+    assert found["warnings"][0] == "b-s0 is not compared: it has no EMA weights, which are those that are compared"
+    assert "letters" not in found["students"]["b"] and found["students"]["b"]["top1_raw"] == 75.0
 
 
 # --- files ---
@@ -500,13 +564,17 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
 
 
 def test_the_page_links_the_files_of_each_run_and_shows_its_commands(tmp_path):
-    graph = study(tmp_path, [student("a", 0, 300)], source="digits", dataset=None)
+    graph = study(tmp_path, [student("a", seed, 300) for seed in (0, 1)], source="digits", dataset=None)
     train = graph.students[0].train
+    (graph.students[1].export.product / "README.md").touch()
     (train.product / "report").mkdir()
     (train.product / "report" / "index.html").touch()
     write_report(graph)
     page = (tmp_path / "report" / "index.html").read_text()
-    assert f'href="{train.folder.relative_to(graph.out)}/run/report/index.html"' in page and "model card" not in page
+    assert (
+        f'href="{train.folder.relative_to(graph.out)}/run/report/index.html"' in page
+        and page.count(">model card</a>") == 1
+    )
     for stage in (graph.common["shards"], *graph.students[0].stages):
         assert html.escape(shlex.join(stage.command), quote=True).replace("&#x27;", "&#39;") in page
     assert re.search(r"\.wide {[^}]*local\s+no-repeat", page)  # A shadow shows where a table can be scrolled.

@@ -35,10 +35,11 @@ from trainer.monitor.run_files import SUMMARY
 # The weights that are evaluated on the validation images; other evaluations are suites.
 _WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
 _FAR_BELOW = 0.95  # An EMA that recognises a smaller fraction of what the raw weights do lags behind them.
-_OF_THE_STUDENT = {"student.name", "student.kwargs", "student.seed", "teacher.store"}
-_OF_EVALUATIONS = ("digest", "images", "precision", "pipeline", "software", "image_size", "crop_pct")
-_OF_PAIRS = ("difference", "interval_alone", "interval", "distinguishable")
-_OF_SPEED = ("images_per_s", "min", "max", "front")
+_STUDENT_SETTINGS = {"student.name", "student.kwargs", "student.seed", "teacher.store"}  # They differ on purpose.
+_SESSION_KEYS = ("device", "precision", "pipeline")
+_EVALUATION_KEYS = ("digest", "images", *_SESSION_KEYS, "software", "image_size", "crop_pct")
+_PAIR_KEYS = ("difference", "interval", "distinguishable")
+_SPEED_KEYS = ("images_per_s", "min", "max", "front")
 # What the page calls.
 _HELPERS = {"in_words": _WEIGHTS, "command": shlex.join, "named": named, "duration": human_seconds}
 Columns = dict[str, Any]  # Numbers of a student by the column of study.csv.
@@ -46,7 +47,7 @@ Panels = dict[str, dict[str, front.Point]]  # Title of a backend, student -> its
 
 
 @dataclasses.dataclass(frozen=True)
-class SeedResult:
+class StudentRun:
     """The run of a student with one seed, and the reports of its evaluations that are done."""
 
     stages: StudentStages
@@ -57,6 +58,11 @@ class SeedResult:
     def name(self) -> str:
         """Student and seed."""
         return self.stages.train.subject
+
+    @property
+    def title(self) -> str:
+        """The student's."""
+        return self.stages.student.label
 
     @property
     def top1(self) -> dict[str, float]:
@@ -71,30 +77,32 @@ def write_report(graph: Graph) -> Path:
     Returns:
       the page's path.
     """
-    seeds, wanted = [_seed_result(stages) for stages in graph.students], (*graph.study.evaluate.weights, "raw")
-    weights = next(kind for kind in wanted if any(kind in seed.stages.evaluations for seed in seeds))
-    of_students = {title: [*mine] for title, mine in itertools.groupby(seeds, lambda seed: seed.stages.student.label)}
+    runs, wanted = [_student_run(stages) for stages in graph.students], (*graph.study.evaluate.weights, "raw")
+    weights = next(kind for kind in wanted if any(kind in run.stages.evaluations for run in runs))
+    compared = _compared(runs, weights)
+    by_student = {title: [*mine] for title, mine in itertools.groupby(runs, lambda run: run.title)}
     paper = {model.name: model for model in paper_models()} if graph.study.paper == "usi" else {}
-    students = {title: _accuracies(mine, paper) for title, mine in of_students.items()}
-    pairs = _compare(seeds, students, weights)
-    panels = _panels(graph, students, pairs, weights)
-    timed = {title: _timed(title, mine, panels) for title, mine in of_students.items()}
-    deviations = {row["key"]: row for seed in seeds for row in seed.record.summary.get("deviations", ())}
-    conditions, teacher = _conditions(seeds, deviations), graph.common.get("teacher")
+    students = {title: _accuracies(mine, compared, paper) for title, mine in by_student.items()}
+    pairs = _compare(compared, students, weights)
+    comparison = read_json(graph.common["speed"].product) if "speed" in graph.common else {}
+    panels, machine = _panels(graph, comparison, students, pairs, weights), comparison.get("measured_on", "?")
+    timed = {title: _timed(mine, panels) for title, mine in by_student.items()}
+    deviations = {row["key"]: row for run in runs for row in run.record.summary.get("deviations", ())}
+    conditions, teacher = _conditions(runs, deviations), graph.common.get("teacher")
     content = {
         "title": graph.study.title,
         "weights": weights,
-        "warnings": [*_warnings(graph, seeds, conditions, weights)],
+        "warnings": [*_warnings(graph, runs, compared, conditions, weights)],
         "teacher": read_json(teacher.product / SUMMARY).get("best") if teacher else None,
         "students": dict(sorted(students.items(), key=lambda item: -(item[1][f"top1_{weights}"] or -1))),
         "pairs": pairs,
         "runs": {
-            seed.name: {"failure": seed.stages.failure, "top1": seed.top1, "best": seed.record.summary.get("best")}
-            for seed in seeds
+            run.name: {"failure": run.stages.failure, "top1": run.top1, "best": run.record.summary.get("best")}
+            for run in runs
         },
         "conditions": conditions,
         "commands": {stage.name: stage.noted.get("command", stage.command) for stage in graph.stages},
-        "measured": {"students": timed, **_measured(graph, seeds)},
+        "measured": {"students": timed, "speed_on": machine, **_measured(graph, runs)},
     }
     page = template(Path(__file__).with_name("study.html")).render(
         **content,
@@ -103,8 +111,8 @@ def write_report(graph: Graph) -> Path:
         paper=paper,
         deviations=deviations,
         panels=panels,
-        front=_picture(panels, weights),
-        curves={chart.title: embedded(draw(chart)) for chart in _curves(seeds, weights)},
+        front=_picture(panels, machine, weights),
+        curves={chart.title: embedded(draw(chart)) for chart in _curves(runs, weights)},
     )
     graph.out.mkdir(parents=True, exist_ok=True)
     write_synced(graph.out / "study.csv", _csv(content["students"], timed).encode())
@@ -116,54 +124,53 @@ def write_report(graph: Graph) -> Path:
 # --- what the stages have left behind ---
 
 
-def _seed_result(stages: StudentStages) -> SeedResult:
+def _student_run(stages: StudentStages) -> StudentRun:
     folder, title = stages.train.product, stages.student.label
     try:
         record = read_run(folder, title)
     except UserError:  # The run has not made its folder.
         record = RunRecord(folder, title, config={}, lines=[], summary={}, num_damaged=0, unusable=[])
     done = {name: stage.product for name, stage in stages.evaluations.items() if stage.is_done}
-    return SeedResult(stages, record, {name: read_report(path, dict) for name, path in done.items()})
+    return StudentRun(stages, record, {name: read_report(path, dict) for name, path in done.items()})
 
 
-def _accuracies(seeds: Sequence[SeedResult], paper: Mapping[str, PaperModel]) -> Columns:
-    """The accuracies of a student over its seeds, and its size."""
-    student = seeds[0].stages.student
-    row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs), "seeds": len(seeds)}
-    row["seeds_done"] = sum(not seed.stages.failure for seed in seeds)
-    for name in dict.fromkeys([*_WEIGHTS, *seeds[0].stages.evaluations]):
-        values = [seed.top1[name] for seed in seeds if name in seed.top1]
+def _accuracies(runs: Sequence[StudentRun], compared: Sequence[StudentRun], paper: Mapping[str, PaperModel]) -> Columns:
+    """The size of a student and its accuracies, over those of its runs that are compared, if any are."""
+    student, shown = runs[0].stages.student, [run for run in runs if run in compared] or runs
+    row: Columns = {"name": student.name, "kwargs": json.dumps(student.kwargs), "seeds": len(runs)}
+    row["seeds_done"] = sum(not run.stages.failure for run in runs)
+    for name in dict.fromkeys([*_WEIGHTS, *runs[0].stages.evaluations]):
+        values = [run.top1[name] for run in shown if name in run.top1]
         row[f"top1_{name}"] = statistics.mean(values) if values else None
         row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
-    row["parameters"] = next((each["parameters"] for seed in seeds for each in seed.reports.values()), None)
+    row["parameters"] = next((each["parameters"] for run in runs for each in run.reports.values()), None)
     return {**row, "paper": paper[student.name].top1 if student.name in paper else None}
 
 
-def _timed(title: str, seeds: Sequence[SeedResult], panels: Panels) -> Columns:
+def _timed(runs: Sequence[StudentRun], panels: Panels) -> Columns:
     """The time of a student's trainings, their speed where it was trained alone, and its own speed on each backend."""
-    done = [seed for seed in seeds if seed.stages.train.is_done]
-    alone = [seed for seed in done if "trainer/together.py" not in " ".join(seed.stages.train.noted.get("command", ()))]
-    speeds = [line["images_per_s"] for seed in alone for line in seed.record.of("train")]
-    hours = sum(seed.stages.train.seconds for seed in seeds) / 3600  # A stage is one process, on one device.
+    done = [run.record for run in runs if run.stages.train.is_done]
+    alone = [record for record in done if not any(line.get("together") for line in record.of("session"))]
+    speeds = [line["images_per_s"] for record in alone for line in record.of("train")]
+    hours = sum(run.stages.train.seconds for run in runs) / 3600  # A stage is one process, on one device.
     row = {"train_images_per_s": statistics.median(speeds) if speeds else None, "device_hours": hours}
     for backend, points in panels.items():
-        if title in points:
-            row |= {f"{backend}, {key}": getattr(points[title], key) for key in _OF_SPEED}
+        if (point := points.get(runs[0].title)) is not None:
+            row |= {f"{backend}, {key}": getattr(point, key) for key in _SPEED_KEYS}
     return row
 
 
-def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
+def _measured(graph: Graph, runs: Sequence[StudentRun]) -> dict[str, Any]:
     """Collect what may differ between equal studies: warnings of commands, what runs log of the teacher, and times."""
     warnings, key = collections.defaultdict(list), "teacher_top1"
     for stage in graph.stages:
         for line in stage.warnings:
             line = re.sub(r"\S*/export/(\S+)-[0-9a-f]{8}/model", r"\1", line).replace(f"{graph.out}/", "")
             warnings[line.replace("--repeats", "speed.repeats")].append(stage.name)
-    teacher = {seed.name: [line[key] for line in seed.record.of("train") if key in line] for seed in seeds}
+    teacher = {run.name: [line[key] for line in run.record.of("train") if key in line] for run in runs}
     return {
         "warnings": [f"{named(stages, 4)}: {line}" for line, stages in warnings.items()],
         key: {name: statistics.mean(top1) for name, top1 in teacher.items() if top1},
-        "devices": [*dict.fromkeys(line.get("device", "?") for seed in seeds for line in seed.record.of("session"))],
         "seconds": {stage.name: stage.seconds for stage in graph.stages if stage.seconds},
     }
 
@@ -171,43 +178,56 @@ def _measured(graph: Graph, seeds: Sequence[SeedResult]) -> dict[str, Any]:
 # --- what a reader must know before the numbers ---
 
 
-def _conditions(seeds: Sequence[SeedResult], deviations: Mapping[str, AuditRow]) -> dict[str, dict[str, list[str]]]:
+def _conditions(runs: Sequence[StudentRun], deviations: Mapping[str, AuditRow]) -> dict[str, dict[str, list[str]]]:
     """Collect what runs should have in common: name -> value -> the runs that have it.
 
     Runs that have not ended are left out, for they have no result.
     """
-    ended, found = [seed for seed in seeds if seed.record.summary], {}
-    inputs = dict.fromkeys(key for seed in ended for key in seed.stages.train.inputs)
-    for seed in ended:
-        summary = seed.record.summary
+    ended, found = [run for run in runs if run.record.summary], {}
+    inputs = dict.fromkeys(key for run in ended for key in run.stages.train.inputs)
+    for run in ended:
+        summary = run.record.summary
         here = {row["key"]: row["here"] for row in summary["deviations"]}
-        conditions: dict[str, object] = {key: seed.stages.train.inputs.get(key, "default") for key in inputs}
+        conditions: dict[str, object] = {key: run.stages.train.inputs.get(key, "default") for key in inputs}
         conditions |= {key: here.get(key, row["usi"]) for key, row in deviations.items()}
+        for key in _SESSION_KEYS:  # A run may have been resumed on another device. Old sessions have fewer keys.
+            if values := sorted({str(line[key]) for line in run.record.of("session") if key in line}):
+                conditions[f"{key} of the training"] = " and ".join(values)
         conditions["version of the code"] = [summary["version"], summary["source"]]
         conditions["digest of the dataset"] = summary["dataset"]
-        conditions["number of damaged images"] = seed.record.num_damaged
-        for name, report in seed.reports.items():
-            conditions |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _OF_EVALUATIONS}
+        conditions["number of damaged images"] = run.record.num_damaged
+        for name, report in run.reports.items():
+            conditions |= {f"evaluation {name}, {key}": {**report, **report["view"]}[key] for key in _EVALUATION_KEYS}
         for name, value in conditions.items():
-            found.setdefault(name, {}).setdefault(text(value), []).append(seed.name)
+            found.setdefault(name, {}).setdefault(text(value), []).append(run.name)
     return found
 
 
-def _warnings(graph: Graph, seeds: list[SeedResult], conditions: Mapping[str, Mapping], weights: str) -> Iterator[str]:
+def _warnings(
+    graph: Graph,
+    runs: Sequence[StudentRun],
+    compared: Sequence[StudentRun],
+    conditions: Mapping[str, Mapping],
+    weights: str,
+) -> Iterator[str]:
     """The sentences that a reader must know before the numbers."""
     yield from (f"stage {stage.name} has failed: {stage.failure}" for stage in graph.common.values() if stage.failure)
-    yield from (f"{seed.name} is not complete: {seed.stages.failure}" for seed in seeds if seed.stages.failure)
-    evaluated = [seed for seed in seeds if weights in seed.reports]
-    if live := [seed.name for seed in evaluated if seed.name in graph.learning_live]:
+    yield from (f"{run.name} is not complete: {run.stages.failure}" for run in runs if run.stages.failure)
+    for run in (run for run in runs if run not in compared):
+        if weights in run.reports:
+            yield f"{run.name} is not compared: it was evaluated on other images than {compared[0].name}"
+        elif not run.stages.failure:
+            yield f"{run.name} is not compared: it has no {_WEIGHTS[weights]}, which are those that are compared"
+    if live := [run.name for run in compared if run.name in graph.learning_live]:
         yield f"{named(live)} learned from the live teacher, because the recorded answers are about other images"
     for name, values in conditions.items():
-        of_the_student = name.partition(" ")[0] in _OF_THE_STUDENT or (live and name.startswith("teacher."))
-        if len(values) > 1 and not of_the_student:
-            words = [f"{value} in {named(runs, 4)}" for value, runs in values.items()]
+        is_the_students = name.partition(" ")[0] in _STUDENT_SETTINGS or (live and name.startswith("teacher."))
+        if len(values) > 1 and not is_the_students:
+            words = [f"{value} in {named(names, 4)}" for value, names in values.items()]
             yield f"runs differ in {name}: {'; '.join(words)}"
-    if evaluated and len(evaluated) == len({seed.stages.student.label for seed in evaluated}):
+    if compared and len(compared) == len({run.title for run in compared}):
         yield "each student has one seed, so intervals are over images alone: another seed may differ by more"
-    both = [(seed.name, seed.top1["ema"], seed.top1["raw"]) for seed in evaluated if {*_WEIGHTS} <= {*seed.top1}]
+    both = [(run.name, run.top1["ema"], run.top1["raw"]) for run in compared if {*_WEIGHTS} <= {*run.top1}]
     lagging = [f"{name} {ema:.2f} % against {raw:.2f} %" for name, ema, raw in both if ema < _FAR_BELOW * raw]
     if lagging and weights == "ema":
         yield (
@@ -220,36 +240,42 @@ def _warnings(graph: Graph, seeds: list[SeedResult], conditions: Mapping[str, Ma
 # --- accuracy and speed ---
 
 
-def _compare(seeds: Sequence[SeedResult], students: Mapping[str, Columns], weights: str) -> list[dict[str, Any]]:
-    """Each pair of the students that were evaluated on the same images, the better one first.
+def _compared(runs: Sequence[StudentRun], weights: str) -> list[StudentRun]:
+    """The runs whose weights were evaluated on the same images; of several such groups that of the most students."""
+    groups: dict[str, list[StudentRun]] = collections.defaultdict(list)
+    for run in (run for run in runs if weights in run.reports):
+        groups[run.reports[weights]["digest"]].append(run)
+    return max(groups.values(), key=lambda group: len({run.title for run in group}), default=[])
+
+
+def _compare(compared: Sequence[StudentRun], students: Mapping[str, Columns], weights: str) -> list[dict[str, Any]]:
+    """Each pair of students of the runs that are compared, the better one first.
 
     Intervals and letters go into the columns of these students.
     """
-    # Digest of the images, student -> bool [N] of each seed.
-    correct: dict[str, dict[str, list[np.ndarray]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for seed in (seed for seed in seeds if weights in seed.reports):
-        with np.load(seed.stages.evaluations[weights].product.with_suffix(".npz")) as predictions:
-            recognised = predictions["top"][:, 0] == predictions["label"]
-        correct[seed.reports[weights]["digest"]][seed.stages.student.label].append(recognised)
-    if not correct:
+    if not compared:
         return []
-    titles, of_seeds = zip(*max(correct.values(), key=len).items(), strict=True)
-    found = compare_students(np.concatenate(of_seeds), [i for i, runs in enumerate(of_seeds) for _ in runs])
+    titles, correct = [*dict.fromkeys(run.title for run in compared)], []
+    for run in compared:
+        with np.load(run.stages.evaluations[weights].product.with_suffix(".npz")) as predictions:
+            correct.append(predictions["top"][:, 0] == predictions["label"])
+    found = compare_students(np.stack(correct), [titles.index(run.title) for run in compared])
     groups = letters(found.top1, found.distinguishable)
     for title, (low, high), group in zip(titles, found.top1_interval.tolist(), groups, strict=True):
-        students[title].update(images=len(of_seeds[0][0]), low=low, high=high, letters=group)
+        students[title].update(images=len(correct[0]), low=low, high=high, letters=group)
     return [
-        {"a": titles[i], "b": titles[j], **{key: getattr(found, key)[i, j].tolist() for key in _OF_PAIRS}}
+        {"a": titles[i], "b": titles[j], **{key: getattr(found, key)[i, j].tolist() for key in _PAIR_KEYS}}
         for i, j in itertools.combinations(np.argsort(-found.top1, kind="stable").tolist(), 2)
     ]
 
 
-def _panels(graph: Graph, students: Mapping[str, Columns], pairs: Sequence[Mapping], weights: str) -> Panels:
-    """The points of the students that are compared, on each backend."""
+def _panels(
+    graph: Graph, comparison: Mapping, students: Mapping[str, Columns], pairs: Sequence[Mapping], weights: str
+) -> Panels:
+    """The points of the students that are compared, on each backend of a comparison of speeds."""
     exports = {each.export.folder.name: each.student.label for each in graph.students}  # A study's folder may be moved.
-    rows = read_json(graph.common["speed"].product).get("rows", []) if "speed" in graph.common else []
     speeds = collections.defaultdict(dict)  # Title of the backend, student -> its row of tools/compare.py.
-    for row in (row for row in rows if "images_per_s" in row):
+    for row in (row for row in comparison.get("rows", []) if "images_per_s" in row):
         title = exports.get(Path(row["model"]).parent.name)
         if title is not None and "letters" in students[title]:
             speeds[f"{row['backend']}: {row['precision']}, batches of {row['batch']}"][title] = row
@@ -282,18 +308,20 @@ def _standing(title: str, rows: Mapping[str, Mapping], better: set[tuple[str, st
 # --- writing ---
 
 
-def _picture(panels: Panels, weights: str) -> str:
+def _picture(panels: Panels, machine: str, weights: str) -> str:
     """The picture of accuracy and speed, as the address of itself; "" where no speed is known."""
-    title, points = f"Accuracy ({_WEIGHTS[weights]}) and speed", {name: [*of.values()] for name, of in panels.items()}
-    return embedded(front.picture(points, title, {False: "mean over the seeds"})) if points else ""
+    if not panels:
+        return ""
+    points, words = {name: [*mine.values()] for name, mine in panels.items()}, f"{_WEIGHTS[weights]}, mean over seeds"
+    return embedded(front.picture(points, f"Accuracy and speed on {machine}", {False: words}))
 
 
-def _curves(seeds: Sequence[SeedResult], weights: str) -> list[Chart]:
+def _curves(runs: Sequence[StudentRun], weights: str) -> list[Chart]:
     """The curves of all runs; seeds of a student have its color, and one entry of the legend."""
     shown = {"loss": "train/loss", "top1": f"eval/{weights}/top1", "agreement": "train/agreement"}
     kinds = [dataclasses.replace(each, series={"": shown[each.name]}) for each in CHARTS if each.name in shown]
     titles = {"top1": f"Validation accuracy, {_WEIGHTS[weights]}", "agreement": "Agreement with the teacher"}
-    found = charts([seed.record for seed in seeds if seed.record.lines], kinds)
+    found = charts([run.record for run in runs if run.record.lines], kinds)
     # Without marks a study that was killed and completed looks like one that was not.
     return [dataclasses.replace(chart, title=titles.get(chart.name, chart.title), marks=()) for chart in found]
 
