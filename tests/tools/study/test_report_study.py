@@ -483,19 +483,22 @@ def test_a_run_that_has_not_ended_is_not_compared_with_others_by_its_settings(tm
     assert all("b-s0" not in runs for values in found["conditions"].values() for runs in values.values())
 
 
-def test_a_study_without_any_result_has_a_page_without_empty_tables_and_legends(tmp_path):
+def test_a_page_has_no_empty_tables_and_legends(tmp_path):
     words = ["Students with a letter of", "front", "Curves", "Cost", "± standard"]
-    (tmp_path / "full").mkdir()
-    with_speeds(
-        study(tmp_path / "full", [student(name, 0, 300) for name in "ab"], speed={}), dict.fromkeys("ab", (1, 9))
-    )
-    full = page_text(tmp_path / "full")
-    assert [word for word in words if word in full] == words
+    pair, single = tmp_path / "pair", tmp_path / "single"
+    pair.mkdir()
+    single.mkdir()
+    with_speeds(study(pair, [student(name, 0, 300) for name in "ab"], speed={}), dict.fromkeys("ab", (1, 9.0)))
+    reported(study(single, [student("a", 0, 300)]))
+    assert [[word for word in words if word in page_text(root)] for root in (pair, single)] == [words, words[2:]]
+
+
+def test_a_study_without_any_result_has_a_page_that_says_so(tmp_path):
     found = reported(study(tmp_path, [Made("a", 0, failure="killed")]))
     text = page_text(tmp_path)
     assert found["pairs"] == [] and "train a-s0: killed" in text
     assert "1 student, one recipe" in text and "No student has been trained yet." in text
-    assert not [word for word in words if word in text]
+    assert not [word for word in ("Curves", "Cost", "± standard") if word in text]
 
 
 def test_students_that_were_evaluated_on_other_images_are_not_compared(tmp_path):
