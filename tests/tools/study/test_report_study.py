@@ -522,7 +522,7 @@ def test_a_student_without_the_weights_that_are_compared_is_named(tmp_path):
     students = [{"name": "a"}, {"name": "b", "overrides": {"ema.decay": 0.0}}]
     made = [student("a", 0, 300), student("b", 0, 300, "--ema.decay", "0")]
     found = reported(study(tmp_path, made, students=students))
-    assert found["warnings"][0] == "b-s0 is not compared: it has no EMA weights, which are those that are compared"
+    assert found["warnings"][0] == "b-s0 is not compared: it has no EMA weights, which are compared"
     assert "letters" not in found["students"]["b"] and found["students"]["b"]["top1_raw"] == 75.0
 
 

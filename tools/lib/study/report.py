@@ -217,7 +217,7 @@ def _warnings(
         if weights in run.reports:
             yield f"{run.name} is not compared: it was evaluated on other images than {compared[0].name}"
         elif not run.stages.failure:
-            yield f"{run.name} is not compared: it has no {_WEIGHTS[weights]}, which are those that are compared"
+            yield f"{run.name} is not compared: it has no {_WEIGHTS[weights]}, which are compared"
     if live := [run.name for run in compared if run.name in graph.learning_live]:
         yield f"{named(live)} learned from the live teacher, because the recorded answers are about other images"
     for name, values in conditions.items():
