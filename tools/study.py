@@ -21,14 +21,14 @@ if not __package__:  # A script finds the packages of its own repository, instal
 
 import yaml
 
-from pipelines.common.errors import exit_on_user_error
+from pipelines.common.errors import UserError, exit_on_user_error
 from pipelines.common.files import locked
 from tools.lib.common.arguments import path_argument, positive
 from tools.lib.common.photos import write_digits
 from tools.lib.common.terminal import console
 from tools.lib.study.checks import check_study
 from tools.lib.study.cluster import submit
-from tools.lib.study.dry_run import redone, show_stages
+from tools.lib.study.dry_run import remarks, show_stages
 from tools.lib.study.graph import Graph, read_graph
 from tools.lib.study.running import finish, run
 from tools.lib.study.screen import Screen
@@ -45,11 +45,14 @@ def main(arguments: list[str] | None = None) -> None:
             if lock[0].exists() and not options.dry_run:
                 with locked(*lock):
                     pass  # Otherwise this would be known only after the checks.
+            if options.report and not any(stage.folder.exists() for stage in graph.stages):
+                raise UserError(f"{graph.out}: has nothing of this study. Name its folder, or leave out --report")
+            num_bytes = 0
             if not options.report:
-                with console().status("checking every training before anything runs"):
-                    check_study(graph)
+                console().print("checking every training before anything runs")
+                num_bytes = check_study(graph)
             if options.dry_run:
-                show_stages(graph, options.seconds)
+                show_stages(graph, options.seconds, num_bytes)
             else:
                 graph.out.mkdir(parents=True, exist_ok=True)
                 with locked(*lock):
@@ -67,7 +70,7 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
     screen, stopped_by = Screen(graph.stages), 0
     if not options.report:
         num_done = sum(stage.is_done for stage in graph.stages)
-        for line in [*redone(graph), *([f"{num_done} of {len(graph.stages)} stages are done"] if num_done else [])]:
+        for line in [*remarks(graph), *([f"{num_done} of {len(graph.stages)} stages are done"] if num_done else [])]:
             screen.say(line)
         if graph.study.source == "digits":
             make_digits(graph.out / "digits")

@@ -135,8 +135,9 @@ def test_a_dry_run_lists_stages_and_writes_nothing(tmp_path, out, digits, capsys
     shown = capsys.readouterr().out
     assert "\ntrain test_vit-s1: to do; needs store\n" in shown and "teacher: to do\n" in shown
     assert "\ntrain test_efficientnet-s0: to do; needs teacher\n" in shown
-    assert "\ntest_efficientnet-s0: from the live teacher, because the recording is of other images\n" in shown
+    assert "\ntest_efficientnet-s0: from the live teacher, because no recording fits the settings\n" in shown
     assert "\nto be done: 14 of 14 stages, and the report\n" in shown and not out.exists()
+    assert re.search(r"^it needs about [\d.]+ MB more on the disk$", shown, re.MULTILINE)
     study.main([str(write_study(tmp_path, digits, together=3)), "--out", str(out), "--dry-run", "--seconds", "0"])
     others = "together with train test_byobnet-s0, train test_vit-s0"
     assert f"\ntrain test_vit-s1: to do; needs store; {others}\n" in capsys.readouterr().out
@@ -165,8 +166,12 @@ def test_a_dry_run_shows_how_long_a_stage_has_taken_with_another_seed(tmp_path, 
 
 
 def test_a_report_alone_runs_nothing_and_shows_the_state_of_all_stages(tmp_path, out, digits, capsys):
+    file = write_study(tmp_path, digits)
+    assert f"{out}: has nothing of this study. Name its folder" in error_of(capsys, file, "--out", out, "--report")
+    assert not out.exists()
+    read_graph(file, out).common["teacher"].note(failure="exit code 1: no room")
     with pytest.raises(SystemExit) as ended:
-        study.main([str(write_study(tmp_path, digits)), "--out", str(out), "--report"])
+        study.main([str(file), "--out", str(out), "--report"])
     shown = capsys.readouterr().out
     assert ended.value.code == 1 and f"report: {out / 'index.html'}\n" in shown and not (out / "train").exists()
     assert re.search(r"^ *test_vit-s1 +to do +to do +to do *$", shown, re.MULTILINE)

@@ -149,7 +149,7 @@ def test_the_settings_of_a_teacher_are_none_of_its_own_training(demo):
     assert precise == {"store"} | OF_STUDENTS
 
 
-def test_a_student_that_another_view_of_the_teacher_is_given_learns_from_the_teacher_itself(tmp_path):
+def test_a_student_whose_teacher_has_other_settings_learns_from_the_teacher_itself(tmp_path):
     other = {"name": "test_vit", "title": "other", "overrides": {"teacher.image_size": 48}}
     graph = graph_of(tmp_path, changed("students", 2, other))
     assert graph.learning_live == ["other-s0"]

@@ -129,6 +129,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is_and_its_
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(running, "_NOTE_EVERY_S", 0.2)
+    monkeypatch.setattr(running, "_SHOW_EVERY_S", 0.2)
     study = Study(tmp_path)
     study.script.write_text("print('step 5 of 9', flush=True)\n" + SCRIPT)
     stage = study.stages["a"]

@@ -105,7 +105,7 @@ def picture(panels: Mapping[str, Sequence[Point]], title: str, legend: Mapping[b
     from matplotlib.figure import Figure  # Without pyplot there is no window and no state.
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(8, 1.1 + 4.6 * len(panels)), dpi=160, layout="constrained")
+    figure = Figure(figsize=(6.4, 1.1 + 4.2 * len(panels)), dpi=160, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
     drawn = dict(zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True))
     for name, axes in drawn.items():

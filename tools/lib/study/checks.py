@@ -23,8 +23,12 @@ from trainer.targets.codec import open_codec
 _BYTES_OF_A_CHECKPOINT = 4 * 4  # A parameter: its weight, its EMA, and two moments of the optimizer.
 
 
-def check_study(graph: Graph) -> None:
-    """Raise a UserError about what would fail later: a dataset, a model, a setting of a run, space on the disk."""
+def check_study(graph: Graph) -> int:
+    """Raise a UserError about what would fail later: a dataset, a model, a setting of a run, space on the disk.
+
+    Returns:
+      how many bytes the study still needs on the disk, without those of a dataset that it makes.
+    """
     dataset = open_images(graph)
     num_classes = len(dataset.classes) if dataset else {"digits": 10}.get(str(graph.study.source), 0)  # 0: not known
     teacher, store, needed = graph.study.teacher, graph.common.get("store"), 0
@@ -52,6 +56,7 @@ def check_study(graph: Graph) -> None:
             f"{graph.out}: the study needs about {human_bytes(needed)} more for the store, checkpoints and exported "
             f"models, and its disk has {human_bytes(free)} left. {ROOM}, or change --out"
         )
+    return needed
 
 
 def num_bytes_in(folder: Path) -> int:

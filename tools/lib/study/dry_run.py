@@ -8,7 +8,7 @@ from pipelines.common.errors import named
 from pipelines.common.files import read_json
 from pipelines.shards.manifest import MANIFEST
 from tools.lib.common.terminal import console
-from tools.lib.common.units import human_seconds
+from tools.lib.common.units import human_bytes, human_seconds
 from tools.lib.study.checks import to_be_trained
 from tools.lib.study.graph import Graph
 from tools.lib.study.running import jobs_of
@@ -18,10 +18,11 @@ from trainer.config.natures import flat
 from trainer.config.sections import Config, to_yaml
 
 
-def show_stages(graph: Graph, seconds: float) -> None:
+def show_stages(graph: Graph, seconds: float, num_bytes: int) -> None:
     """Print a line for each stage: how far it is, what it costs, and what it needs that is not there.
 
     Args:
+      num_bytes: what the study still needs on the disk, as far as it is known.
       seconds: how long tools/doctor.py measures each stage of a training; 0 measures nothing.
     """
     graph, screen = graph.with_speed(), console()
@@ -34,16 +35,21 @@ def show_stages(graph: Graph, seconds: float) -> None:
             parts += [f"needs {stage.missing}"] if stage.missing else []
             parts += [f"together with {named([each.name for each in job if each is not stage], 4)}"] if job[1:] else []
             lines.append(f"{stage.name}: {'; '.join(filter(None, parts))}")
-    if live := named(graph.learning_live, 4):
-        lines.append(f"{live}: from the live teacher, because the recording is of other images")
     num_left = sum(not stage.is_done for stage in graph.stages)
-    lines += [*redone(graph), f"to be done: {num_left} of {len(graph.stages)} stages, and the report"]
+    lines += [*remarks(graph), f"to be done: {num_left} of {len(graph.stages)} stages, and the report"]
+    lines.append(f"it needs about {human_bytes(num_bytes)} more on the disk")
     if graph.study.speed is not None and "speed" not in graph.common:
         lines.append("speed is measured before the report, as soon as students are exported")
     if not (graph.dataset / MANIFEST).is_file():
         lines.append("costs, and the room for the store, are known as soon as there are shards")
     for line in lines:
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def remarks(graph: Graph) -> list[str]:
+    """What a user should know before the study runs: who learns from the live teacher, and what is done again."""
+    live = named(graph.learning_live, 4)
+    return redone(graph) + ([f"{live}: from the live teacher, because no recording fits the settings"] if live else [])
 
 
 def redone(graph: Graph) -> list[str]:
@@ -69,7 +75,7 @@ def costs_of(graph: Graph, seconds: float) -> dict[Stage, str]:
     taken = {alike[stage]: human_seconds(stage.seconds) for stage in graph.stages if stage.is_done}
     costs = {s: f"took {taken[key]} with another seed" for s, key in alike.items() if key in taken and not s.is_done}
     if seconds and (graph.dataset / MANIFEST).is_file():
-        for trainings in to_be_trained(graph).values():
+        for trainings in (each for each in to_be_trained(graph).values() if each[0] not in costs):
             costs |= dict.fromkeys(trainings, f"takes {estimate(trainings[0], seconds)}")
     return costs
 

@@ -134,7 +134,7 @@ def read_graph(file: Path, out: Path) -> Graph:
 
     students = []
     for number, student in enumerate(study.students):
-        # No recording fits a student that sees other images, or that another view of the teacher is given.
+        # No recording fits a student that sees other images, or whose teacher has other settings.
         source, needs = (replayed, common[-1:]) if number in readers else (live, before)
         with naming(file, f"students[{number}]"):
             learning = recipe.having({**source, **student.overrides})

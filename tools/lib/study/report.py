@@ -84,6 +84,7 @@ def write_report(graph: Graph) -> Path:
     paper = {model.name: model for model in paper_models()} if graph.study.paper == "usi" else {}
     students = {title: _accuracies(mine, compared, paper) for title, mine in by_student.items()}
     pairs = _compare(compared, students, weights)
+    students = dict(sorted(students.items(), key=lambda item: -(item[1][f"top1_{weights}"] or -1)))
     comparison = read_json(graph.common["speed"].product) if "speed" in graph.common else {}
     panels, machine = _panels(graph, comparison, students, pairs, weights), comparison.get("measured_on", "?")
     timed = {title: _timed(mine, panels) for title, mine in by_student.items()}
@@ -91,10 +92,11 @@ def write_report(graph: Graph) -> Path:
     conditions, teacher = _conditions(runs, deviations), graph.common.get("teacher")
     content = {
         "title": graph.study.title,
+        "result": _result(students, weights),
         "weights": weights,
         "warnings": [*_warnings(graph, runs, compared, conditions, weights)],
         "teacher": read_json(teacher.product / SUMMARY).get("best") if teacher else None,
-        "students": dict(sorted(students.items(), key=lambda item: -(item[1][f"top1_{weights}"] or -1))),
+        "students": students,
         "pairs": pairs,
         "runs": {
             run.name: {"failure": run.stages.failure, "top1": run.top1, "best": run.record.summary.get("best")}
@@ -115,7 +117,7 @@ def write_report(graph: Graph) -> Path:
         curves={chart.title: embedded(draw(chart)) for chart in _curves(runs, weights)},
     )
     graph.out.mkdir(parents=True, exist_ok=True)
-    write_synced(graph.out / "study.csv", _csv(content["students"], timed).encode())
+    write_synced(graph.out / "study.csv", _csv(students, timed).encode())
     write_synced(graph.out / "study.json", f"{json.dumps(content, indent=1)}\n".encode())
     write_synced(graph.out / PAGE, page.encode("utf-8", "backslashreplace"))
     return graph.out / PAGE
@@ -216,10 +218,8 @@ def _warnings(
     for run in (run for run in runs if run not in compared):
         if weights in run.reports:
             yield f"{run.name} is not compared: it was evaluated on other images than {compared[0].name}"
-        elif not run.stages.failure:
-            yield f"{run.name} is not compared: it has no {_WEIGHTS[weights]}, which are compared"
     if live := [run.name for run in compared if run.name in graph.learning_live]:
-        yield f"{named(live)} learned from the live teacher, because the recorded answers are about other images"
+        yield f"{named(live)} learned from the live teacher, because no recording fits the settings"
     for name, values in conditions.items():
         is_the_students = name.partition(" ")[0] in _STUDENT_SETTINGS or (live and name.startswith("teacher."))
         if len(values) > 1 and not is_the_students:
@@ -267,6 +267,23 @@ def _compare(compared: Sequence[StudentRun], students: Mapping[str, Columns], we
         {"a": titles[i], "b": titles[j], **{key: getattr(found, key)[i, j].tolist() for key in _PAIR_KEYS}}
         for i, j in itertools.combinations(np.argsort(-found.top1, kind="stable").tolist(), 2)
     ]
+
+
+def _result(students: Mapping[str, Columns], weights: str) -> str:
+    """The result in a sentence; "" where no two students are compared."""
+    letters_of = {title: row["letters"].split() for title, row in students.items() if "letters" in row}
+    leaders = [title for title, mine in letters_of.items() if "a" in mine]
+    if len(letters_of) < 2:
+        return ""
+    by = f"by the top-1 of the {_WEIGHTS[weights]}"
+    if len(leaders) == len(letters_of):
+        return f"No two of the {len(leaders)} students that are compared are distinguishable {by}."
+    verb = (
+        "leads, and is distinguishable from each other one"
+        if len(leaders) == 1
+        else "lead, and are not distinguishable"
+    )
+    return f"Of the {len(letters_of)} students that are compared, {named(leaders, 4)} {verb}, {by}."
 
 
 def _panels(

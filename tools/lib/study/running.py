@@ -17,6 +17,7 @@ from typing import TextIO
 import torch
 
 from pipelines.common.errors import clipped
+from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores, part_of_cores
 from tools.lib.study.graph import Graph
 from tools.lib.study.report import write_report
@@ -26,7 +27,7 @@ from trainer.cluster.preemption import Preemption
 from trainer.cluster.world import alone
 from trainer.sharing import grouping_key
 
-_POLL_S, _NOTE_EVERY_S = 0.1, 60.0
+_POLL_S, _NOTE_EVERY_S, _SHOW_EVERY_S = 0.1, 10.0, 60.0
 _LONGEST_LINE = 10_000  # Characters that are noted of the line with which a command has failed.
 _libc = ctypes.CDLL(None)
 Job = list[Stage]  # Stages that one command carries out.
@@ -105,7 +106,8 @@ def finish(graph: Graph, screen: Screen) -> int:
     screen.stages = graph.stages
     stopped_by = run([stage for stage in graph.stages if stage.kind == "speed"], screen=screen)
     if not stopped_by:
-        screen.say(f"report: {write_report(graph)}")
+        page = write_report(graph)
+        screen.say(f"{read_json(page.with_name('study.json'))['result']}\nreport: {page}".strip())
     return stopped_by
 
 
@@ -119,7 +121,8 @@ class Process:
 
     def __init__(self, job: Job, logs: Mapping[Stage, TextIO], slot: int = 0, slots: int = 1):
         self.job, command = job, command_of_job(job)
-        self._noted_s, self._text = time.monotonic(), ""
+        self._noted_s = self._shown_s = time.monotonic()
+        self._text = ""
         self._locks = [os.dup(logs[stage].fileno()) for stage in job]
         environment, cores = resources(slot, slots)
         output = log_of_job(job)
@@ -154,9 +157,11 @@ class Process:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def note_progress(self, screen: Screen) -> None:
-        """Note every minute how long it has run, for the case that all processes are killed, and show how far it is."""
+        """Note now and then how long it has run, for the case that all processes are killed, and show how far it is."""
         if time.monotonic() - self._noted_s >= _NOTE_EVERY_S:
             self._note()
+        if time.monotonic() - self._shown_s >= _SHOW_EVERY_S:
+            self._shown_s = time.monotonic()
             screen.show_progress(self.job, self.lines[-1])
 
     def note_end(self, *, is_stopped: bool = False) -> bool:

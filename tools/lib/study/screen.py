@@ -11,7 +11,7 @@ from pipelines.common.files import read_json
 from tools.lib.common.tables import terminal_table
 from tools.lib.common.terminal import console
 from tools.lib.common.units import human_seconds
-from tools.lib.study.stage import Stage
+from tools.lib.study.stage import TRAININGS, Stage
 from trainer.monitor.run_files import SUMMARY
 
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "left": "yellow"}  # By the first word of a state.
@@ -42,6 +42,8 @@ class Screen:
         for stage in job:
             self._began_s[stage] = time.monotonic()
             resumes = f", resumes after step {stage.num_steps_saved}" if stage.num_steps_saved else ""
+            if stage.kind in TRAININGS and stage.product.exists() and not resumes:
+                resumes = ", from its first step, for it has saved no checkpoint"
             self.say(f"{stage.name}: running in {stage.folder}{resumes}")
 
     def show_progress(self, job: list[Stage], line: str) -> None:
@@ -84,5 +86,8 @@ def shortened(failure: str) -> str:
 
 def accuracy_of(stage: Stage) -> str:
     """The accuracies of a training, to end a line with; "" for other stages."""
-    evaluation = read_json(stage.product / SUMMARY).get("evaluation", {}) if stage.is_done else {}
-    return "".join(f", {weights} top-1 {result['top1']:.2f} %" for weights, result in evaluation.items())
+    summary = read_json(stage.product / SUMMARY) if stage.is_done else {}
+    if best := summary.get("best") if stage.kind == "teacher" else None:
+        return f", {best['weights']} top-1 {best['top1']:.2f} % in best.pt, which students learn from"
+    results = summary.get("evaluation", {}).items()
+    return "".join(f", {weights} top-1 {result['top1']:.2f} %" for weights, result in results)

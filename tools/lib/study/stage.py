@@ -116,6 +116,8 @@ class Stage:
             return f"done in {human_seconds(self.seconds)}"
         if self.failure:
             return "failed"
+        if self.noted.get("done") and self.product.exists() and self.kind == "store":
+            return f"to be lengthened to {self.epochs} epochs"
         if self.num_steps_saved:
             return f"to be resumed after step {self.num_steps_saved}"
         return "to be resumed" if self.folder.exists() else "to do"
