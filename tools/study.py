@@ -82,6 +82,7 @@ def carry_out(graph: Graph, options: argparse.Namespace) -> int:
             stopped_by = run(graph.stages, slots=options.jobs, together=graph.study.together, screen=screen)
         if stopped_by := stopped_by or finish(graph, screen):
             return INTERRUPTED if stopped_by == signal.SIGINT else REQUEUE
+    screen.say("")  # Where there is no terminal, the table ends without a line break.
     return 0 if all(stage.is_done for stage in screen.stages) else 1
 
 
