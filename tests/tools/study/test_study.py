@@ -12,7 +12,7 @@ from pipelines.common.errors import UserError
 from pipelines.common.files import locked
 from support.tiny_runs import assert_same_end
 from tools import study
-from tools.lib.study import checks
+from tools.lib.study import checks, dry_run
 from tools.lib.study.graph import read_graph
 from tools.lib.study.stage import Stage
 
@@ -153,14 +153,20 @@ def test_one_line_says_which_stages_a_changed_setting_does_again(tmp_path, out, 
     assert capsys.readouterr().out.count(f"\n{line}test_byobnet-s0 and 7 more\n") == 1
 
 
-def test_a_dry_run_shows_how_long_a_stage_has_taken_with_another_seed(tmp_path, out, digits, capsys):
+def test_a_dry_run_shows_how_long_a_stage_has_taken_with_another_seed_and_measures_others(
+    tmp_path, out, digits, capsys, monkeypatch
+):
     file = write_study(tmp_path, digits)
-    one = read_graph(file, out).students[1].evaluations["ema"]
-    one.product.parent.mkdir(parents=True)
-    one.product.touch()
-    one.note(done=True, seconds=12.0)
-    study.main([str(file), "--out", str(out), "--dry-run", "--seconds", "0"])
+    student = read_graph(file, out).students[1]
+    for one in (student.train, student.evaluations["ema"]):
+        one.product.mkdir(parents=True)
+        one.note(done=True, seconds=12.0)
+    (student.train.product / "summary.json").write_text('{"finished": true}')
+    monkeypatch.setattr(dry_run, "estimate", lambda stage, seconds: f"{seconds:g} min of {stage.name}")
+    study.main([str(file), "--out", str(out), "--dry-run", "--seconds", "2"])
     shown = capsys.readouterr().out
+    assert "\ntrain test_vit-s1: to do; took 12 s with another seed; needs store\n" in shown
+    assert "\ntrain test_byobnet-s0: to do; takes 2 min of train test_byobnet-s0; needs store\n" in shown
     assert "\nevaluate ema test_vit-s1: to do; took 12 s with another seed; needs train test_vit-s1\n" in shown
     assert "evaluate ema test_vit-s0: done in 12 s\n" in shown and "test_byobnet-s0: to do; needs" in shown
 

@@ -312,6 +312,7 @@ def test_a_longer_student_lengthens_the_store_and_does_no_other_training_again(t
     to_do = {"store", *(stage.name for stage in graph.students[-1].stages)}
     assert {stage.name for stage in graph.stages if not stage.is_done} == to_do
     assert graph.common["store"].command[-2:] == ["--epochs", "22"]
+    assert graph.common["store"].state == "to be lengthened to 22 epochs"
     carry_out(graph.common["store"])
     assert graph.common["store"].is_done and graph_of(tmp_path).common["store"].is_done
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from pipelines.common import machine
 from support.forked_python import executable
 from tools.lib.study import running
 from tools.lib.study.running import Process, jobs_of, locked_logs, run
-from tools.lib.study.screen import Screen, shortened
+from tools.lib.study.screen import Screen, accuracy_of, shortened
 from tools.lib.study.stage import LOG, SETTINGS, Stage, command_of
 from trainer.config.sections import Config, parse, to_yaml
 
@@ -123,6 +124,28 @@ def test_a_training_that_resumes_is_announced_with_its_step(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"b: running in {study.stages['b'].folder}, resumes after step 120\n" in shown
     assert shown.count(", resumes after step") == 1
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_is_announced(tmp_path, capsys):
+    stage = training("one", tmp_path)
+    Screen([stage]).begin([stage])
+    stage.product.mkdir(parents=True)
+    Screen([stage]).begin([stage])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"train one: running in {stage.folder}"
+    assert second == f"{first}, from its first step, for it has saved no checkpoint"
+
+
+def test_of_a_teacher_the_weights_that_students_learn_from_are_shown(tmp_path):
+    teacher = dataclasses.replace(training("one", tmp_path), kind="teacher")
+    best = {"weights": "raw", "top1": 48.891, "step": 3}
+    summary = {"finished": True, "best": best, "evaluation": {"ema": {"top1": 10.0}}}
+    for stage in (teacher, student := training("two", tmp_path)):
+        stage.product.mkdir(parents=True)
+        (stage.product / "summary.json").write_text(json.dumps(summary))
+        stage.note()
+    assert accuracy_of(teacher) == ", raw top-1 48.89 % in best.pt, which students learn from"
+    assert accuracy_of(student) == ", ema top-1 10.00 %"
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is_and_its_time_is_noted(
