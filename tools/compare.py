@@ -20,15 +20,12 @@ from pathlib import Path
 if not __package__:  # A script finds the packages of its own repository, installed or not.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
-from rich.markup import escape
-
 from pipelines.common.errors import UserError, clipped, exit_on_user_error
 from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import model_argument, path_argument
 from tools.lib.common.hardware import INSTALL_BACKENDS, first_device, machine
-from tools.lib.common.terminal import console
+from tools.lib.common.terminal import console, telling
 from tools.lib.common.timing import check_positive
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import BACKENDS, BATCH, Plan, choose_backends
@@ -94,8 +91,8 @@ def compare(options: argparse.Namespace) -> None:
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
-    with Console(stderr=True).status("starting") as status:  # It shows nothing where there is no terminal.
-        measured = measure(models, backends, plan, lambda done: status.update(escape(done)))
+    with telling("starting") as tell:
+        measured = measure(models, backends, plan, tell)
     rows, failed = results.rows_of(measured)
     notes = results.notes(rows)
     try:  # The files come first, because rich ends the process where nobody reads what it prints.

@@ -3,10 +3,11 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, track
 from rich.progress import Progress as ProgressBar
 
@@ -27,6 +28,22 @@ def tracked(items: Iterable[T], description: str, total: int | None = None, *, h
     shown = Console(stderr=True)
     is_off = hidden or not shown.is_terminal
     return iter(track(items, description, total, console=shown, transient=True, disable=is_off))
+
+
+@contextlib.contextmanager
+def telling(first: str) -> Iterator[Callable[[str], None]]:
+    """Give a function that shows what is done now: in one place of a terminal, otherwise as a line every 30 seconds."""
+    shown, line_s = Console(stderr=True), time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal line_s
+        status.update(escape(text))
+        if not shown.is_terminal and time.monotonic() - line_s >= _LINE_EVERY_S:
+            line_s = time.monotonic()
+            shown.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with shown.status(first) as status:  # It shows nothing where there is no terminal.
+        yield tell
 
 
 class Progress:
