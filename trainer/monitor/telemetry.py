@@ -58,7 +58,7 @@ class Telemetry:
         again.
       total_steps, steps_per_epoch: of the whole run.
       sinks: each gets every record that metrics.jsonl gets.
-      facts: what the line of the session holds besides.
+      facts: further keys of the line of the session.
       title: begins every line on the screen, where runs share it; there is no progress line then.
     """
 

@@ -1,4 +1,4 @@
-"""What commands show while they work."""
+"""Commands show their progress while they work."""
 
 from tools.lib.common import terminal
 

@@ -43,7 +43,7 @@ def trained(
     """The folder of a run as the trainer's writers leave it; it was restarted after `stop` steps.
 
     Args:
-      sessions: what the line of each session holds besides the usual.
+      sessions: further keys of the line of each session.
     """
     folder.mkdir(parents=True)
     settings = [*TINY, "--student.name", name, "--student.seed", str(seed), "--augment.fill", "[1, 2, 3]"]

@@ -1,4 +1,4 @@
-"""What a study would do, and what that would cost."""
+"""Lists the stages of a study before it runs, with their costs, and names what has changed since its latest start."""
 
 import subprocess
 import tempfile
@@ -22,7 +22,7 @@ def show_stages(graph: Graph, seconds: float, num_bytes: int) -> None:
     """Print a line for each stage: how far it is, what it costs, and what it needs that is not there.
 
     Args:
-      num_bytes: what the study still needs on the disk, as far as it is known.
+      num_bytes: that the study still needs on the disk, as far as they are known.
       seconds: how long tools/doctor.py measures each stage of a training; 0 measures nothing.
     """
     graph, screen = graph.with_speed(), console()
@@ -47,7 +47,7 @@ def show_stages(graph: Graph, seconds: float, num_bytes: int) -> None:
 
 
 def remarks(graph: Graph) -> list[str]:
-    """What a user should know before the study runs: who learns from the live teacher, and what is done again."""
+    """Sentences for the user before the study runs: the students that learn from the live teacher, and stages to repeat."""
     live = named(graph.learning_live, 4)
     return redone(graph) + ([f"{live}: from the live teacher, because no recording fits the settings"] if live else [])
 

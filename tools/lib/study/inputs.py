@@ -1,4 +1,4 @@
-"""What the result of a stage depends on, besides the stages that it needs."""
+"""Collects the settings and files on which the result of a stage depends, besides the stages that it needs."""
 
 import functools
 from collections.abc import Iterable, Iterator

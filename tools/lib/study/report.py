@@ -40,7 +40,7 @@ _SESSION_KEYS = ("device", "precision", "pipeline")
 _EVALUATION_KEYS = ("digest", "images", *_SESSION_KEYS, "software", "image_size", "crop_pct")
 _PAIR_KEYS = ("difference", "interval", "distinguishable")
 _SPEED_KEYS = ("images_per_s", "min", "max", "front")
-# What the page calls.
+# Functions that the page calls.
 _HELPERS = {"in_words": _WEIGHTS, "command": shlex.join, "named": named, "duration": human_seconds}
 Columns = dict[str, Any]  # Numbers of a student by the column of study.csv.
 Panels = dict[str, dict[str, front.Point]]  # Title of a backend, student -> its point in the picture of speed.

@@ -134,7 +134,7 @@ class Stage:
 
     @property
     def log(self) -> Path:
-        """What its latest command has printed; students that are trained together have one for all."""
+        """The file with the output of its latest command; students that are trained together have one for all."""
         return self.out / self.noted.get("log", self.folder.relative_to(self.out) / LOG)
 
     @property
