@@ -47,7 +47,7 @@ def show_stages(graph: Graph, seconds: float, num_bytes: int) -> None:
 
 
 def remarks(graph: Graph) -> list[str]:
-    """Sentences for the user before the study runs: the students that learn from the live teacher, and stages to repeat."""
+    """Sentences before the study runs: which stages are repeated, and which students learn from the live teacher."""
     live = named(graph.learning_live, 4)
     return redone(graph) + ([f"{live}: from the live teacher, because no recording fits the settings"] if live else [])
 
