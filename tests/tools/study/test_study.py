@@ -16,13 +16,14 @@ from tools.lib.study import checks, dry_run
 from tools.lib.study.graph import read_graph
 from tools.lib.study.stage import Stage
 
+DEMO_CONFIG = str(REPOSITORY / "configs" / "demo.yaml")
 SHORT = {"schedule.epochs": 2, "schedule.warmup_epochs": 1, "schedule.cooldown_epochs": 0, "run.device": "cpu"}
 
 
 def write_study(folder: Path, digits: Path, **changed) -> Path:
     content = {
         "dataset": str(digits),
-        "recipe": {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": SHORT},
+        "recipe": {"config": DEMO_CONFIG, "overrides": SHORT},
         "teacher": {"name": "test_resnet", "train": {}},
         "students": ["test_byobnet", {"name": "test_vit", "seeds": [0, 1]}],
         "evaluate": {"weights": ["ema"]},
@@ -76,6 +77,17 @@ def error_of(capsys, *arguments) -> str:
             "cannot take images of 32 px",
         ),
         ({"teacher": {"name": "test_resnet", "codec": "int7"}}, "int7"),
+        (
+            {
+                **{
+                    "dataset": None,
+                    "source": str(REPOSITORY / "docs"),
+                },  # As long as there are no shards, of 1,000 classes.
+                "teacher": {"name": "test_resnet", "train": {}, "codec": "top8"},
+                "recipe": {"config": DEMO_CONFIG, "overrides": {**SHORT, "distill.temperature": 2}},
+            },
+            "study.yaml: teacher: codec top8 serves distill.temperature 1 alone. Use int8, or that",
+        ),
         ({"teacher": {"name": "test_resnet", "checkpoint": "/no.pth"}}, "study.yaml: teacher: /no.pth: "),
         (
             {"students": [{"name": "test_vit", "overrides": {"student.checkpoint": "/no.pth"}}]},
@@ -84,7 +96,7 @@ def error_of(capsys, *arguments) -> str:
         ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
         ({"dataset": None, "source": "nowhere"}, "study.yaml: source is nowhere: not found"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_mistake_ends_the_command_with_one_line_before_anything_runs(tmp_path, out, digits, capsys, changed, message):
     line = error_of(capsys, write_study(tmp_path, digits, **changed), "--out", out)
@@ -147,7 +159,7 @@ def test_one_line_says_which_stages_a_changed_setting_does_again(tmp_path, out, 
     stages = read_graph(write_study(tmp_path, digits), out).stages
     for stage in stages:
         stage.note()
-    faster = {"config": str(REPOSITORY / "configs" / "demo.yaml"), "overrides": {**SHORT, "optim.lr": 0.001}}
+    faster = {"config": DEMO_CONFIG, "overrides": {**SHORT, "optim.lr": 0.001}}
     study.main([str(write_study(tmp_path, digits, recipe=faster)), "--out", str(out), "--dry-run", "--seconds", "0"])
     line = "optim.lr 0.002 -> 0.001: does 11 of 11 stages again: teacher, store, train test_byobnet-s0, evaluate ema "
     assert capsys.readouterr().out.count(f"\n{line}test_byobnet-s0 and 7 more\n") == 1

@@ -52,6 +52,7 @@ def test_parameters_of_the_user_are_added_to_those_of_the_study(tmp_path, submit
     ("given", "message"),
     [
         ({"name": "x"}, "--slurm: the study decides name. Leave it out$"),
+        ({"tasks_per_node": 2}, "--slurm: the study decides tasks_per_node. Leave it out$"),
         ({"slurm_dependency": "x"}, "--slurm: the study decides slurm_dependency. Leave it out$"),
         ({"slurm_additional_parameters": 3}, "--slurm: slurm_additional_parameters is 3; give keys with values"),
     ],
