@@ -25,7 +25,7 @@ from pipelines.common.files import write_synced
 from pipelines.common.machine import num_cores
 from tools.lib.common.arguments import model_argument, path_argument
 from tools.lib.common.hardware import INSTALL_BACKENDS, first_device, machine
-from tools.lib.common.terminal import console, telling
+from tools.lib.common.terminal import console, reporting_progress
 from tools.lib.common.timing import check_positive
 from tools.lib.compare import charts, results
 from tools.lib.compare.backends import BACKENDS, BATCH, Plan, choose_backends
@@ -91,8 +91,8 @@ def compare(options: argparse.Namespace) -> None:
     screen = console()
     for remark in remarks:
         screen.print(remark, markup=False)
-    with telling("starting") as tell:
-        measured = measure(models, backends, plan, tell)
+    with reporting_progress("starting") as report:
+        measured = measure(models, backends, plan, report)
     rows, failed = results.rows_of(measured)
     notes = results.notes(rows)
     try:  # The files come first, because rich ends the process where nobody reads what it prints.

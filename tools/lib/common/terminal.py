@@ -31,11 +31,11 @@ def tracked(items: Iterable[T], description: str, total: int | None = None, *, h
 
 
 @contextlib.contextmanager
-def telling(first: str) -> Iterator[Callable[[str], None]]:
+def reporting_progress(first: str) -> Iterator[Callable[[str], None]]:
     """Give a function that shows what is done now: in one place of a terminal, otherwise as a line every 30 seconds."""
     shown, line_s = Console(stderr=True), time.monotonic()
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         nonlocal line_s
         status.update(escape(text))
         if not shown.is_terminal and time.monotonic() - line_s >= _LINE_EVERY_S:
@@ -43,7 +43,7 @@ def telling(first: str) -> Iterator[Callable[[str], None]]:
             shown.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with shown.status(first) as status:  # It shows nothing where there is no terminal.
-        yield tell
+        yield report
 
 
 class Progress:
