@@ -30,8 +30,7 @@ _LARGEST_GROUP = 1 << 30  # bytes of a mixing group, which is read at once
 _MOST = 1 << 20  # classes and rows of a global batch: above any real ones
 # The repeated epochs have the positions of the first ones, so the same store serves a plan with any number of them.
 _NOT_STORED = ("augment.cycle_epochs",)
-# Of what a store was made with, these decide the pixels, with the names that messages have for them. The header states
-# them for all pieces, so all recorders of a store have the same.
+# These keys of `made_with` decide the pixels; messages call them so. All recorders of a store have the same values.
 _PIXELS = {"pipeline": "data.pipeline", "pipelines": "this program's version of the pixels"}
 
 
@@ -129,7 +128,7 @@ class StoreHeader:
         return _sha256({"format_version": FORMAT_VERSION, **facts})
 
     def made_otherwise(self, now: Mapping[str, Any]) -> str:
-        """What of `made_with` is another than in `now`, and what that changes, for messages; "" if nothing is.
+        """Name for a message the values of `made_with` that differ from those in `now`, and the effect; "" if none do.
 
         For example "was recorded with timm 0.9 instead of 1.0, so its outputs may differ in the last bits".
         """
@@ -146,7 +145,7 @@ class StoreHeader:
         return dataclasses.replace(self, codec=codec, transcoded_from=lossy)
 
     def how_to_add(self, steps: str) -> str:
-        """What a message advises where the store lacks steps, named as in "steps 64 to 127 again"."""
+        """The advice of a message where the store lacks steps, named as in "steps 64 to 127 again"."""
         if self.transcoded_from:
             return "transcode the store that this one was made from once more, which adds what is missing here"
         return f"record {steps} with tools/record_teacher.py"

@@ -35,7 +35,8 @@ def check_study(graph: Graph) -> int:
     with torch.random.fork_rng(devices=[]):
         if teacher is not None and store is not None and store.config is not None and not store.is_done:
             with naming(graph.file, "teacher"):
-                codec = open_codec(teacher.codec, num_classes or 10_000)  # A number that any codec can serve.
+                # Most codecs serve 10,000 classes, which stand for a number that is not known yet.
+                codec = open_codec(teacher.codec, num_classes or 10_000)
                 temperatures = {each.config.distill.temperature for each in graph.students if store in each.train.needs}
                 if temperatures != {1} and not codec.any_temperature:
                     raise UserError(f"codec {codec.name} serves distill.temperature 1 alone. Use int8, or that")

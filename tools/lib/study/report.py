@@ -71,14 +71,13 @@ class StudentRun:
         return {name: each["top1"] for name, each in found.items() if "top1" in each}
 
 
-def write_report(graph: Graph) -> Path:
+def write_report(graph: Graph) -> tuple[Path, str]:
     """Write the page, study.csv and study.json of what is there to the study's folder, over older ones.
 
     Returns:
-      the page's path.
+      the page's path, and the result in a sentence, as `_result`.
     """
-    runs, wanted = [_student_run(stages) for stages in graph.students], (*graph.study.evaluate.weights, "raw")
-    weights = next(kind for kind in wanted if any(kind in run.stages.evaluations for run in runs))
+    runs, weights = [_student_run(stages) for stages in graph.students], graph.study.evaluate.weights[0]
     compared = _compared(runs, weights)
     by_student = {title: [*mine] for title, mine in itertools.groupby(runs, lambda run: run.title)}
     paper = {model.name: model for model in paper_models()} if graph.study.paper == "usi" else {}
@@ -120,7 +119,7 @@ def write_report(graph: Graph) -> Path:
     write_synced(graph.out / "study.csv", _csv(students, timed).encode())
     write_synced(graph.out / "study.json", f"{json.dumps(content, indent=1)}\n".encode())
     write_synced(graph.out / PAGE, page.encode("utf-8", "backslashreplace"))
-    return graph.out / PAGE
+    return graph.out / PAGE, content["result"]
 
 
 # --- what the stages have left behind ---
@@ -278,12 +277,9 @@ def _result(students: Mapping[str, Columns], weights: str) -> str:
     by = f"by the top-1 of the {_WEIGHTS[weights]}"
     if len(leaders) == len(letters_of):
         return f"No two of the {len(leaders)} students that are compared are distinguishable {by}."
-    verb = (
-        "leads, and is distinguishable from each other one"
-        if len(leaders) == 1
-        else "lead, and are not distinguishable"
-    )
-    return f"Of the {len(letters_of)} students that are compared, {named(leaders, 4)} {verb}, {by}."
+    several = f"{named(leaders, 4)} lead, and are not distinguishable"
+    lead = several if len(leaders) > 1 else f"{leaders[0]} leads, and is distinguishable from each other one"
+    return f"Of the {len(letters_of)} students that are compared, {lead}, {by}."
 
 
 def _panels(

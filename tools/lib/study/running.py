@@ -17,7 +17,6 @@ from typing import TextIO
 import torch
 
 from pipelines.common.errors import clipped
-from pipelines.common.files import read_json
 from pipelines.common.machine import num_cores, part_of_cores
 from tools.lib.study.graph import Graph
 from tools.lib.study.report import write_report
@@ -106,8 +105,8 @@ def finish(graph: Graph, screen: Screen) -> int:
     screen.stages = graph.stages
     stopped_by = run([stage for stage in graph.stages if stage.kind == "speed"], screen=screen)
     if not stopped_by:
-        page = write_report(graph)
-        screen.say(f"{read_json(page.with_name('study.json'))['result']}\nreport: {page}".strip())
+        page, result = write_report(graph)
+        screen.say(f"{result}\nreport: {page}".strip())
     return stopped_by
 
 

@@ -23,7 +23,7 @@ from trainer.state.checkpoint import checkpoints, checkpoints_folder, step_of
 STATE, LOG, SETTINGS = "stage.json", "log.txt", "settings.yaml"  # In the folder of a stage.
 TRAININGS = ("teacher", "train")  # Kinds of stages.
 REPOSITORY = Path(__file__).resolve().parents[3]
-_OF_A_STUDENT = re.compile(r"/train/([^/]+)/run: ")  # So trainer/together.py begins what it says of one student.
+_STUDENT_PREFIX = re.compile(r"/train/([^/]+)/run: ")  # trainer/together.py begins messages about one student so.
 
 
 @dataclasses.dataclass(eq=False)
@@ -143,7 +143,7 @@ class Stage:
         found = []
         for log in dict.fromkeys([self.folder / LOG, self.log]):
             for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-                student, warning = _OF_A_STUDENT.search(line), line.partition("warning: ")[2]
+                student, warning = _STUDENT_PREFIX.search(line), line.partition("warning: ")[2]
                 if warning and (student is None or student[1] == self.folder.name):
                     found.append(warning)
         return [*dict.fromkeys(found)]
